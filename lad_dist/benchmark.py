@@ -1,0 +1,130 @@
+"""Benchmark of a training step: real tokens per second, FLOP/s against the measured peak, and where the time goes.
+
+    step(config, steps)   runs the real loop's steps, without evaluation or export -> StepFigures
+
+FLOPs are those of the linear maps, attention and head over real tokens: one forward of the teacher, one of the student
+and twice that for its backward. The peak is the best of several large matrix products on the same device, in the
+precision that trains, in the same run.
+"""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from lad_dist import models, processes
+from lad_dist.config import TrainConfig
+from lad_dist.runs import Run
+from lad_dist.train import Averages, Loop, communication_seconds, prepare
+
+WARM_UP = 3  # steps that are not counted
+
+
+@dataclass
+class Stopwatch:
+    """A clock for `train`: seconds by phase. It waits for the device at both ends of a phase, which costs some
+    overlap."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        _wait()
+        begin = time.perf_counter()
+        yield
+        _wait()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+
+@dataclass
+class StepFigures:
+    """Of one step, all processes together; `phases` of the main process, `communication` within its backward and
+    optimizer."""
+
+    seconds: float
+    tokens: float
+    flops: float
+    peak: float
+    phases: dict[str, float]
+    communication: float
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """The figures for a person."""
+        rate = self.flops / self.seconds
+        parts = {**self.phases, "rest": self.seconds - sum(self.phases.values())}
+        return [
+            ("step", f"{self.seconds:.4f} s"),
+            ("real tokens", f"{self.tokens / self.seconds:,.0f} /s"),
+            ("arithmetic", f"{rate / 1e9:,.1f} GFLOP/s"),
+            ("matrix-product peak", f"{self.peak / 1e9:,.1f} GFLOP/s"),
+            ("share of peak", f"{rate / self.peak:.1%}"),
+            *((name, f"{value:.4f} s  {value / self.seconds:.1%}") for name, value in parts.items()),
+            ("communication (within)", f"{self.communication:.4f} s  {self.communication / self.seconds:.1%}"),
+        ]
+
+
+def step(config: TrainConfig, steps: int = 10) -> StepFigures:
+    """Times `steps` steps of the run that the config describes, after a warm-up."""
+    logged = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}, **config.deepspeed}
+    config = config.model_copy(update={"deepspeed": logged})
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory() as folder:
+        where = config.run.model_copy(update={"dir": folder, "steps": WARM_UP + steps, "epochs": None})
+        config = config.model_copy(update={"run": where})
+        loop = prepare(config, Run(config), clock=watch)
+        seconds, communication = _time(loop, watch, steps)
+    mine = [loop.feed.batch(s, slot) for s in range(WARM_UP, WARM_UP + steps) for slot in range(loop.feed.slots)]
+    flops = sum(_flops(loop, batch) for batch in mine)
+    return StepFigures(
+        seconds / steps,
+        sum(batch.tokens for batch in mine) / steps,
+        flops / steps,
+        peak(loop) * processes.world(),
+        {phase: total / steps for phase, total in watch.seconds.items()},
+        communication / steps,
+    )
+
+
+def _time(loop: Loop, watch: Stopwatch, steps: int) -> tuple[float, float]:
+    averages = Averages()
+    with contextlib.closing(loop.batches(0)) as batches:
+        for number in range(WARM_UP):
+            loop.step(number, next(batches), averages)
+        watch.seconds.clear()
+        communication_seconds()
+        processes.barrier()
+        begin = time.perf_counter()
+        for number in range(WARM_UP, WARM_UP + steps):
+            loop.step(number, next(batches), averages)
+        processes.barrier()
+        return time.perf_counter() - begin, communication_seconds()
+
+
+def _flops(loop: Loop, batch: models.Batch) -> int:
+    student = 3 * models.flops(loop.method.student.config, loop.made.head, batch)
+    teacher = models.flops(loop.teacher.model.config, loop.made.teacher_head, batch) if loop.teacher else 0
+    return student + teacher
+
+
+def peak(loop: Loop) -> float:
+    """FLOP/s of a large matrix product on this process's device, in the student's precision: best of five."""
+    device = processes.device()
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=loop.method.student.dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        _wait()
+        begin = time.perf_counter()
+        a @ b
+        _wait()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

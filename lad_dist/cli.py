@@ -1,0 +1,135 @@
+"""The command line that all launch scripts share: `NAME.py CONFIG.toml [dotted.key=value …]`.
+
+    run(doc, schema, function)   parses, calls function(config), ends with the documented exit code
+    say, print_table             what a person reads on standard output
+    Console                      a report: a progress bar with time left on a terminal, plain lines elsewhere
+
+Exit codes: 0 done, 2 the user's mistake, 3 nothing valid to resume from, 75 stopped early and wants to be run again.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from lad_dist import processes
+from lad_dist.config import Table, UserError, describe, keywords, load, type_name
+
+DONE, MISTAKE, AGAIN = 0, 2, 75
+LAUNCHERS_OWN = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # the environment says the same
+
+Named = Mapping[str, Mapping[str, Callable[..., Any]]]
+
+
+def run(
+    doc: str, schema: type[Table], function: Callable[[Any], int | None], named: Callable[[], Named] = dict
+) -> None:
+    """Calls function(config) for the command line's config. `named()` are, for --help, the choices behind each `name`
+    key."""
+    words = [word for word in sys.argv[1:] if not LAUNCHERS_OWN.fullmatch(word)]
+    if not words or {"-h", "--help"} & set(words):
+        print(help_text(doc, schema, named()))
+        sys.exit(DONE if words else MISTAKE)
+    sys.exit(guarded(lambda: function(load(schema, words[0], words[1:]))))
+
+
+def guarded(work: Callable[[], int | None]) -> int:
+    """The exit code of `work`; a UserError is one line on stderr."""
+    try:
+        return work() or DONE
+    except UserError as error:
+        if processes.main():
+            print(f"error: {error}", file=sys.stderr)
+        return error.code
+
+
+def help_text(doc: str, schema: type[Table], named: Named) -> str:
+    """The script's docstring, then every key with type, default and description."""
+    lines = [inspect.cleandoc(doc), "", "Config keys (type, default):"]
+    lines += [f"  {key} ({kind}, {default}): {text}" for key, kind, default, text in describe(schema)]
+    for key, choices in named.items():
+        for name, function in choices.items():
+            lines += ["", f'With {key}.name = "{name}":', *(f"  {key}.{line}" for line in _keyword_lines(function))]
+    return "\n".join(lines)
+
+
+def _keyword_lines(function: Any) -> list[str]:
+    found = []
+    for name, parameter in keywords(function).items():
+        default = "required" if parameter.default is parameter.empty else repr(parameter.default)
+        notes = [text for text in map(_description, getattr(parameter.annotation, "__metadata__", ())) if text]
+        found.append(f"{name} ({type_name(parameter.annotation)}, {default}){': ' + notes[0] if notes else ''}")
+    return found or ["name alone"]
+
+
+def _description(note: Any) -> str | None:
+    return getattr(note, "description", None)
+
+
+class Console:
+    """Reports rows to a person. On processes other than the main one it is silent."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.terminal = Terminal(stderr=True)
+        self.bar: Progress | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        if not processes.main():
+            return
+        line = "  ".join(
+            f"{key} {_short(value)}" for key, value in row.items() if key not in ("step", "steps") and "/" not in key
+        )
+        dev = "  ".join(f"{key} {_short(value)}" for key, value in row.items() if key.startswith("dev/"))
+        if self.terminal.is_terminal:
+            self._advance(row, line or dev)
+        else:
+            print(f"{self.name} step {row['step']}/{row['steps']}  {line or dev}", file=sys.stderr, flush=True)
+
+    def _advance(self, row: Mapping[str, Any], line: str) -> None:
+        if self.bar is None:
+            columns = (
+                TextColumn(self.name),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self.bar = Progress(*columns, TextColumn("{task.description}"), console=self.terminal)
+            self.bar.add_task("", total=row["steps"])
+            self.bar.start()
+        self.bar.update(self.bar.tasks[0].id, completed=row["step"], description=line)
+        if row["step"] >= row["steps"]:
+            self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def say(text: str) -> None:
+    """A line on standard output, from the main process."""
+    if processes.main():
+        print(text, flush=True)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table for a person on standard output, from the main process."""
+    if not processes.main():
+        return
+    table = RichTable(title=title)
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Terminal(width=None if sys.stdout.isatty() else 140).print(table)

@@ -1,0 +1,379 @@
+"""Configs: strict, frozen, read from TOML, changed by dotted overrides.
+
+    load(schema, path, overrides)   TOML file + ["optim.lr=1e-4", ...] -> a frozen config, or UserError naming the place
+    override(tables, overrides)     the same change on plain tables: the command line, a search space and tests share it
+    dump(config)                    TOML text with every default written out
+    describe(schema)                the keys with types, units and defaults: what `--help` prints
+
+`[objective]` and `[[surgery]]` are a name and the keyword arguments of that class or function: their signatures are
+the schema (`arguments`). `[deepspeed]` is in DeepSpeed's own words. Every mistake is a UserError of one line that
+names the nearest right name.
+"""
+
+import difflib
+import inspect
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+
+class UserError(ValueError):
+    """The user's mistake: one line saying where it is and what to do. Scripts print it and exit with its code."""
+
+    code = 2
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Run(Table):
+    name: str = Field(description="name of the run's folder", min_length=1)
+    dir: str = Field("runs", description="folder of the run folders")
+    seed: int = Field(0, ge=0, description="the only source of randomness: order, masks, dropout, new weights")
+    steps: Positive | None = Field(None, description="optimizer steps; give this or epochs")
+    epochs: Rate | None = Field(None, description="passes over the training data; give this or steps")
+    log_every: Positive = Field(10, description="steps between reports")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only when stopped early")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+class Teacher(Table):
+    path: str = Field(description="model folder or hub name")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the frozen teacher")
+
+
+class Student(Table):
+    path: str | None = Field(None, description="model folder or hub name to start from")
+    architecture: dict[str, Any] | None = Field(
+        None,
+        description="instead of path: a new model, in its Hugging Face config's words (model_type, hidden_size, …)",
+    )
+    tokenizer: str | None = Field(
+        None, description="tokenizer folder or hub name; default: the model's, or the corpus's"
+    )
+    layers: Literal["even", "first", "last"] | list[Positive] = Field(
+        "even", description="layers to keep: a rule for depth, or their numbers from 1"
+    )
+    depth: Positive | None = Field(None, description="number of layers that the rule keeps; default: all")
+    embeddings: Literal["copy", "random"] = Field("copy", description="keep the embeddings, or draw them anew")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give exactly one of path and architecture")
+        if isinstance(self.layers, list) and self.depth not in (None, len(self.layers)):
+            raise ValueError(f"depth = {self.depth} contradicts the {len(self.layers)} layers listed")
+        return self
+
+
+class Data(Table):
+    max_length: int = Field(128, ge=8, description="tokens of the longest sequence, special ones included")
+    slots: Positive = Field(1, description="micro-batches of one step, shared out over the processes")
+
+
+class CorpusData(Data):
+    shards: str = Field(description="folder written by prepare_corpus")
+    tokens_per_slot: Positive = Field(4096, description="tokens of one micro-batch")
+    mask: float = Field(0.15, gt=0, lt=1, description="share of the tokens that MLM masks")
+
+
+class TaskData(Data):
+    task: str | None = Field(None, description="a GLUE task by name; or give train and dev")
+    path: str | None = Field(None, description="folder in GLUE's layout (RTE/train.tsv …); default: from the hub")
+    train: str | None = Field(None, description="own .csv, .tsv, .jsonl or .parquet: text, text_pair (optional), label")
+    dev: str | None = Field(None, description="the same for evaluation")
+    kind: Literal["classification", "regression"] = Field("classification", description="of the user's own task")
+    examples_per_slot: Positive = Field(32, description="examples of one micro-batch")
+    pad_to: int | None = Field(
+        None, ge=8, description="pad every sequence to this many tokens, as LAD's reference does"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.task is None and (self.train is None or self.dev is None):
+            raise ValueError("give a GLUE task, or both train and dev files")
+        if self.task is not None and (self.train or self.dev):
+            raise ValueError("give a GLUE task or train and dev files, not both")
+        if self.pad_to is not None and self.pad_to < self.max_length:
+            raise ValueError(f"pad_to = {self.pad_to} is shorter than max_length = {self.max_length}")
+        return self
+
+
+class Named(Table):
+    """A name and the keyword arguments that go with it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str = Field(description="name, beside it the keyword arguments that go with it")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Optim(Table):
+    lr: Rate = Field(description="peak learning rate of the student")
+    objective_lr: Rate | None = Field(None, description="peak learning rate of what the objective learns; default: lr")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's, not on biases and norms")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's")
+    eps: Rate = Field(1e-8, description="AdamW's")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
+
+
+class TrainConfig(Table):
+    run: Run
+    student: Student
+    teacher: Teacher | None = None
+    data: Data
+    objective: Named
+    surgery: list[Named] = Field([], description="changes to the student, in order: a name and its arguments")
+    optim: Optim
+    deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own config: zero_optimization, bf16, …")
+
+
+class PretrainConfig(TrainConfig):
+    data: CorpusData
+
+
+class TaskConfig(TrainConfig):
+    data: TaskData
+
+
+class Source(Table):
+    kind: Literal["wikiextractor", "text", "hub"] = Field(
+        description="WikiExtractor folder, .txt files, or hub dataset"
+    )
+    path: str = Field(description="folder, file or dataset name")
+    config: str | None = Field(None, description="hub: the dataset's configuration, such as 20231101.en")
+    split: str = Field("train", description="hub: the split")
+    column: str = Field("text", description="hub: the column with the text")
+
+
+class PrepareConfig(Table):
+    out: str = Field(description="folder for the token shards")
+    tokenizer: str = Field(description="tokenizer folder or hub name")
+    held_out: float = Field(0.005, ge=0, lt=1, description="share of the documents kept for evaluation")
+    tokens_per_shard: Positive = Field(100_000_000, description="tokens of one shard")
+    source: list[Source] = Field(min_length=1, description="where the text comes from")
+
+
+class ModelPath(Table):
+    path: str = Field(description="model folder or hub name")
+
+
+class EvaluateConfig(Table):
+    model: ModelPath
+    teacher: ModelPath | None = Field(None, description="to measure loyalty against")
+    data: TaskData
+    out: str | None = Field(None, description="JSON file for the result; default: only printed")
+
+
+class Search(Table):
+    name: str = Field(description="name of the search's folder", min_length=1)
+    dir: str = Field("runs", description="folder of the search folders")
+    base: str = Field(description="config of a task distillation; the search changes it")
+    samples: Positive = Field(description="number of trials")
+    concurrent: int = Field(0, ge=0, description="trials at once; 0: as many as the cluster holds")
+    cpus: Rate = Field(1, description="CPU cores of one trial")
+    gpus: float = Field(0, ge=0, description="GPUs of one trial; a fraction shares one")
+    metric: str = Field(description="metric of the dev set to maximise, such as accuracy")
+    grace: Positive = Field(1, description="evaluations before ASHA may stop a trial")
+    reduction: int = Field(3, ge=2, description="ASHA keeps one in so many at each rung")
+    seed: int = Field(0, ge=0, description="of the samples drawn")
+
+
+class SearchConfig(Table):
+    search: Search
+    override: dict[str, Any] = Field({}, description='fixed changes to base: "data.task" = "rte"')
+    space: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description='what is searched: "optim.lr" = {loguniform = [1e-5, 1e-3]}; uniform, choice, randint too',
+    )
+
+
+Schema = TypeVar("Schema", bound=Table)
+
+
+def load(schema: type[Schema], path: str | Path, overrides: Iterable[str] = ()) -> Schema:
+    """The config in the TOML file `path` after the overrides. Raises UserError, naming file, key and nearest right
+    key."""
+    return parse(schema, override(read(path), map(assignment, overrides)), where=str(path))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The plain tables of a TOML file."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """`"a.b=value"` as `("a.b", value)`: the value in TOML, a bare word as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{text!r}: an override is written key.subkey=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if value.lstrip()[:1] in ("[", "{", '"', "'"):
+            raise UserError(f"{text!r}: not a TOML value: {error}") from None
+        return key.strip(), value
+
+
+def override(tables: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A copy of the tables with each `("a.b", value)` set."""
+    result = dict(tables)
+    for key, value in changes:
+        _set(result, key.split("."), value, key)
+    return result
+
+
+def _set(tables: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    head, *rest = path
+    if not rest:
+        tables[head] = value
+        return
+    inner = tables.get(head, {})
+    if not isinstance(inner, dict):
+        raise UserError(f"{key}: {head} is not a table, nothing can be set inside it")
+    tables[head] = dict(inner)
+    _set(tables[head], rest, value, key)
+
+
+def parse(schema: type[Schema], tables: Mapping[str, Any], where: str) -> Schema:
+    """Plain tables as a config. Raises UserError for the first mistake, `where` in front."""
+    try:
+        return schema.model_validate(dict(tables))
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(schema, error)}") from None
+
+
+def dump(config: Table) -> str:
+    """TOML with every default written out; what is None is left away."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`did you mean "x"?`, or the choices when none is near."""
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f'did you mean "{near[0]}"?' if near else f"choose from {', '.join(names)}"
+
+
+def pick(what: str, name: str, choices: Mapping[str, Any]) -> Any:
+    """choices[name], or UserError with the nearest name."""
+    if name not in choices:
+        raise UserError(f'{what} "{name}" is unknown: {did_you_mean(name, choices)}')
+    return choices[name]
+
+
+def arguments(where: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword-only arguments of `function` with `options` filled in, checked against its signature and completed
+    by its defaults. Raises UserError naming `where`."""
+    fields = {name: _keyword(parameter) for name, parameter in keywords(function).items()}
+    schema: type[Table] = create_model(where, __base__=Table, **fields)  # type: ignore[call-overload]
+    return parse(schema, options, where).model_dump()
+
+
+def keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a function or of a class's constructor."""
+    signature = inspect.signature(function, eval_str=True)
+    return {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def _keyword(parameter: inspect.Parameter) -> tuple[Any, Any]:
+    return parameter.annotation, ... if parameter.default is parameter.empty else parameter.default
+
+
+def _explain(schema: type[Table], error: ValidationError) -> str:
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains a missing one
+    path = [str(part) for part in first["loc"] if not _is_union_tag(part)]
+    place = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        names = _names(schema, path[:-1])
+        kind = "table" if first["loc"][:-1] == () and isinstance(first.get("input"), dict) else "key"
+        return f"{place}: no such {kind}; {did_you_mean(path[-1], names)}"
+    if first["type"] == "missing":
+        return f"{place}: missing, and it has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"
+    return f"{place}: {message[0].lower() + message[1:]}{given}" if place else message
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "bool"))
+
+
+def _names(schema: Any, path: list[str]) -> list[str]:
+    for part in path:
+        if not part.isdigit():
+            schema = _tables_in(schema.model_fields[part].annotation)[0]
+    return list(schema.model_fields)
+
+
+def _tables_in(annotation: Any) -> list[type[Table]]:
+    """The tables named in an annotation: X, X | None, list[X]."""
+    if inspect.isclass(annotation) and issubclass(annotation, Table):
+        return [annotation]
+    return [table for inner in typing.get_args(annotation) for table in _tables_in(inner)]
+
+
+def describe(schema: type[Table], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Rows of (key, type, default, description) for every key that the schema reads."""
+    rows = []
+    for name, field in schema.model_fields.items():
+        tables = _tables_in(field.annotation)
+        repeated = typing.get_origin(field.annotation) is list
+        if tables:
+            rows += describe(tables[0], f"{prefix}{name}{'[]' if repeated else ''}.")
+        else:
+            rows.append((prefix + name, type_name(field.annotation), _default(field), field.description or ""))
+    return rows
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation as a user reads it."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return type_name(inner[0])
+    if origin is Literal:
+        return " | ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in inner)
+    if origin is list:
+        return f"[{type_name(inner[0])}]"
+    if origin is dict:
+        return "table"
+    if inner:
+        return " | ".join(type_name(part) for part in inner if part is not type(None))
+    return {"str": "string", "Any": "any"}.get(annotation.__name__, annotation.__name__)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    return "-" if field.default is None else repr(field.default)

@@ -1,0 +1,139 @@
+"""Evaluation: a model over a task's dev set, or an objective over held-out text, shared out over the processes.
+
+    predict(forward, batches)       logits [E, C] and labels [E] of all examples, in order, on every process
+    task_scores(task, predictions)  the task's metrics by name
+    compare(...)                    a model and perhaps its teacher: metrics, loyalty, measured speed-up
+    evaluate(config)                the same for model folders: what launch/evaluate.py calls
+
+Every process makes the same number of forwards, because under ZeRO-3 a forward is a collective.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lad_dist import models, processes
+from lad_dist.config import EvaluateConfig
+from lad_dist.data.feed import TaskFeed
+from lad_dist.data.tasks import Task, check_task, load_task
+from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.flat import Batch, Needs
+from lad_dist.metrics import loyalty, score
+
+Batches = Sequence[Callable[[], Batch]]
+Forward = Callable[[Batch], Tensor]
+LOGITS = Needs(logits=True)
+
+
+class Predictions(NamedTuple):
+    logits: NDArray[np.floating]  # [E, C]
+    labels: NDArray[Any]  # [E]
+    seconds: float  # of this process's forwards
+
+
+def share(batches: Batches) -> Iterator[tuple[Batch, bool]]:
+    """This process's batches, and whether each counts: the last ones are filled up so that all processes have as
+    many."""
+    world, rank = processes.world(), processes.rank()
+    for first in range(0, len(batches), world):
+        index = first + rank
+        yield batches[min(index, len(batches) - 1)](), index < len(batches)
+
+
+@torch.no_grad()
+def predict(forward: Forward, batches: Batches) -> Predictions:
+    device, seconds = processes.device(), 0.0
+    mine: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    for batch, counts in share(batches):
+        begin = time.perf_counter()
+        logits = forward(batch.to(device)).float().cpu().numpy()
+        seconds += time.perf_counter() - begin
+        if counts:
+            mine.append((logits, batch.labels.numpy()))
+    everyone = processes.gather(mine)
+    # Process r made batches r, r + world, …: reading round the processes restores their order.
+    rows = [everyone[i % len(everyone)][i // len(everyone)] for i in range(len(batches))]
+    return Predictions(np.concatenate([x for x, _ in rows]), np.concatenate([y for _, y in rows]), seconds)
+
+
+@torch.no_grad()
+def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches) -> dict[str, float]:
+    """Loss terms averaged over held-out batches."""
+    device, totals, count = processes.device(), dict[str, Tensor](), 0
+    for batch, counts in share(batches):
+        values = terms(batch.to(device))
+        count += counts
+        for name, value in values.items():
+            totals[name] = totals.get(name, torch.zeros((), device=device)) + value * counts
+    totals["count"] = torch.tensor(float(count), device=device)
+    means = processes.mean_of(totals)
+    everything = means.pop("count")
+    return {name: value / everything for name, value in means.items()}
+
+
+def task_scores(task: Task, predictions: Mapping[str, Predictions]) -> dict[str, float]:
+    """The task's metrics; those of a second dev set (MNLI's mismatched) carry its name."""
+    scores = {}
+    for name, seen in predictions.items():
+        suffix = name.removeprefix("dev")
+        scores |= {metric + suffix: value for metric, value in score(task.metrics, seen.logits, seen.labels).items()}
+    return scores
+
+
+def compare(
+    task: Task, dev: Mapping[str, Batches], student: Forward, teacher: Forward | None
+) -> dict[str, dict[str, float]]:
+    """{"student": metrics and loyalty, "teacher": metrics}. `speedup` is teacher seconds / student seconds over the
+    dev set, one process after a warm-up, the two measured in turn."""
+    predictions = {name: predict(student, batches) for name, batches in dev.items()}
+    result = {"student": task_scores(task, predictions)}
+    if teacher is None:
+        return result
+    theirs = {name: predict(teacher, batches) for name, batches in dev.items()}
+    result["teacher"] = task_scores(task, theirs)
+    result["student"] |= loyalty(predictions["dev"].logits, theirs["dev"].logits)
+    result["student"]["speedup"] = _speedup(student, teacher, dev["dev"])
+    return result
+
+
+def _speedup(student: Forward, teacher: Forward, batches: Batches) -> float:
+    few = batches[: 8 * processes.world()]
+    ratios = [predict(teacher, few).seconds / predict(student, few).seconds for _ in range(3)]
+    return float(np.median(ratios))
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """The metrics of a model folder on a task, and with a teacher its loyalty. Raises UserError before weights are
+    read where that is possible."""
+    check_task(config.data)
+    task = load_task(config.data)
+    paths = [words.path for words in (config.model, config.teacher) if words is not None]
+    for path in paths:
+        models.label_order(path, task.label_names)
+    device = processes.start()
+    feed = TaskFeed(config.data, task, load_tokenizer(config.model.path), seed=0)
+    frozen = [models.Frozen(path, task.kind, device=device, labels=task.label_names) for path in paths]
+    result = compare(task, feed.dev, *(_logits(model) for model in frozen), *([None] * (2 - len(frozen))))
+    for name, path, model in zip(("student", "teacher"), paths, frozen, strict=False):
+        result[name] = {"path": path, "parameters": models.parameters(model.model), **result[name]}
+    result["model"] = result.pop("student")
+    if config.out is not None and processes.main():
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _logits(model: models.Frozen) -> Forward:
+    def forward(batch: Batch) -> Tensor:
+        logits = model(batch, LOGITS).logits
+        assert logits is not None
+        return logits
+
+    return forward

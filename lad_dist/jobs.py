@@ -1,0 +1,39 @@
+"""What the launch scripts run, each a function from a config to an exit code."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lad_dist import cli
+from lad_dist.config import EvaluateConfig, TrainConfig
+from lad_dist.evaluate import evaluate
+from lad_dist.train import train
+
+
+def train_job(config: TrainConfig) -> int:
+    """Trains with progress on the terminal and prints where everything is."""
+    console = cli.Console(config.run.name)
+    try:
+        outcome = train(config, report=console)
+    finally:
+        console.close()
+    if outcome.results is None:
+        cli.say(f"{outcome.folder}: stopped early and saved; run the same command again to go on")
+        return cli.AGAIN
+    cli.print_table(config.run.name, ("", "student", "teacher"), _rows(outcome.results))
+    cli.say(f"model in {outcome.folder / 'export'}, curves: tensorboard --logdir {outcome.folder}")
+    return cli.DONE
+
+
+def _rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    student = {**results["student"], **results["metrics"]}
+    return [(name, value, results["teacher"].get(name, "")) for name, value in student.items()]
+
+
+def evaluate_job(config: EvaluateConfig) -> int:
+    """Evaluates a model folder and prints a table."""
+    result = evaluate(config)
+    teacher = result.get("teacher", {})
+    cli.print_table(
+        config.model.path, ("", "model", "teacher"), [(k, v, teacher.get(k, "")) for k, v in result["model"].items()]
+    )
+    return cli.DONE

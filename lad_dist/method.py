@@ -1,0 +1,39 @@
+"""Method: all that trains, in one module with one forward and one loss. It is what the DeepSpeed engine holds."""
+
+import torch
+from torch import Tensor, nn
+
+from lad_dist import parts
+from lad_dist.flat import Batch, Trace, trace_map
+from lad_dist.models import PreTrainedModel, trace
+from lad_dist.objectives import Objective
+
+
+class Method(nn.Module):
+    """A student and its objective."""
+
+    def __init__(self, student: PreTrainedModel, objective: Objective):
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(self, batch: Batch, target: Trace | None, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed loss, and by name its terms and what the objective observed (detached scalars). `progress` is in
+        [0, 1]."""
+        pieces = parts.parts(self.student)
+        for piece in pieces:
+            piece.at(progress)
+        seen = trace(self.student, batch, self.objective.student_needs)
+        if target is not None:
+            target = trace_map(lambda x: x.to(self.student.dtype), target)
+        terms = self.objective(seen, target, batch)
+        penalties = [piece.penalty() for piece in pieces]
+        for name in {name for penalty in penalties for name in penalty}:
+            terms[name] = torch.stack([penalty[name] for penalty in penalties if name in penalty]).sum()
+        loss = torch.stack(list(terms.values())).sum()
+        return loss, {name: x.detach() for name, x in (terms | self.objective.observed).items()}
+
+    def export(self) -> PreTrainedModel:
+        """The student as a plain model: Parts folded, the objective left behind. In place."""
+        parts.fold(self.student)
+        return self.student

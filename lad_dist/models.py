@@ -1,0 +1,367 @@
+"""Encoders in and out: the only module that knows transformers' models.
+
+    configuration(path)              the model's config alone: cheap checks before any weight is read
+    load(path, head, ...)            folder or hub name -> model with the head asked for, set to flat attention
+    create(architecture, head, ...)  a new model
+    save(model, folder)              model -> an ordinary Hugging Face folder
+    trace(model, batch, needs)       one flat forward -> Trace
+    Frozen                           batch -> Trace of a model that does not learn: the teacher, or a model under
+    evaluation shape, flops                     sizes and arithmetic of a model
+
+Batches are flat, so attention alone must know where sequences end. transformers lets a model run with an attention
+function of our own (`AttentionInterface`); ours takes the `_Flat` that `trace` hands through the forward as a keyword,
+records q, k and v where they are needed, and keeps sequences apart. On a GPU that is a variable-length kernel;
+elsewhere it pads, inside attention only. A hook on the encoder picks the rows that the head reads, so that an MLM head
+works on masked positions alone.
+
+B sequences, N tokens of all, S tokens of the longest, R rows that the head reads, D width, H heads, V outputs.
+"""
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from lad_dist.config import UserError, did_you_mean
+from lad_dist.flat import Batch, Head, Needs, Shape, Trace, pad, unpad
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+ATTENTION = "lad_dist_flat"
+CLASSES = {
+    "none": AutoModel,
+    "mlm": AutoModelForMaskedLM,
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+}
+
+
+def configuration(path: str) -> PreTrainedConfig:
+    """The config of a model folder or hub name. Raises UserError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no model can be read there ({_first_line(error)})") from None
+
+
+def load(
+    path: str, head: Head, *, labels: Sequence[str] = (), dtype: torch.dtype = torch.float32, whole: bool = False
+) -> PreTrainedModel:
+    """The model at `path` with a head of the kind asked for, in flat attention. A head that the folder lacks, or whose
+    labels are others, is new, unless `whole` forbids it. Raises UserError when the folder cannot be read or lacks what
+    `whole` wants."""
+    config = configuration(path)
+    keep_head = whole or head in ("none", "mlm") or _label_names(config) == tuple(labels)
+    if not keep_head:
+        _set_labels(config, head, labels)
+    try:
+        model, report = CLASSES[head].from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=not whole
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: the model cannot be loaded ({_first_line(error)})") from None
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if whole and missing:
+        raise UserError(f"{path}: this model has no {head} head ({missing[0]} is missing)")
+    if not keep_head:
+        _new_head(model)
+    return _flat(model)
+
+
+def _new_head(model: PreTrainedModel) -> None:
+    inside = set(model.base_model.modules())
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in inside:
+            nn.init.normal_(module.weight, std=model.config.initializer_range)
+            nn.init.zeros_(module.bias)
+
+
+def create(architecture: dict[str, Any], head: Head, *, vocabulary: int, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """A new model in the words of its Hugging Face config, weights from torch's global generator."""
+    config = architecture_config(architecture, vocabulary)
+    if labels:
+        _set_labels(config, head, labels)
+    return _flat(CLASSES[head].from_config(config))
+
+
+def architecture_config(architecture: dict[str, Any], vocabulary: int) -> PreTrainedConfig:
+    """The config of a new model. Raises UserError for a setting that its family does not have."""
+    words = {"vocab_size": vocabulary, **architecture}
+    kind = words.pop("model_type", "bert")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f'student.architecture.model_type "{kind}" is unknown; {did_you_mean(kind, CONFIG_MAPPING)}')
+    family = CONFIG_MAPPING[kind]
+    names = [name for name in family().to_dict() if not name.startswith("_")]
+    for name in words:
+        if name not in names:
+            raise UserError(f"student.architecture.{name}: {kind} has no such setting; {did_you_mean(name, names)}")
+    try:
+        config = family(**words)
+    except Exception as error:  # the family's own validation, of many kinds
+        raise UserError(f"student.architecture: {_first_line(error)}") from None
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"student.architecture: {config.num_attention_heads} heads do not divide a width of {config.hidden_size}"
+        )
+    return config
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the model as an ordinary Hugging Face folder, in fp32."""
+    model.to(torch.float32).save_pretrained(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def _set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> None:
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in enumerate(labels)}
+    config.problem_type = "regression" if head == "regression" else "single_label_classification"
+
+
+def _label_names(config: PreTrainedConfig) -> tuple[str, ...]:
+    return tuple(config.id2label[index] for index in sorted(config.id2label))
+
+
+def label_order(path: str, labels: Sequence[str]) -> list[int] | None:
+    """Where each of the task's labels stands among the outputs of the model at `path`; None when in the same order.
+    Raises UserError when the labels do not fit its head."""
+    names = _label_names(configuration(path))
+    if len(names) != len(labels):
+        raise UserError(
+            f"{path}: its head has {len(names)} outputs ({', '.join(names)}), "
+            f"the task has {len(labels)} labels ({', '.join(labels)})"
+        )
+    unnamed = all(name.startswith("LABEL_") for name in names)
+    if unnamed or names == tuple(labels):
+        return None
+    if set(names) != set(labels):
+        raise UserError(f"{path}: its labels are {', '.join(names)}, the task's are {', '.join(labels)}")
+    return [names.index(label) for label in labels]
+
+
+def _flat(model: PreTrainedModel) -> PreTrainedModel:
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UserError(
+            f"{model.config.model_type}: this family's attention cannot run on flat batches; "
+            "BERT, RoBERTa, ELECTRA and DistilBERT can"
+        )
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def encoder(model: PreTrainedModel) -> nn.Module:
+    """The module between embeddings and head."""
+    return next(child for child in model.base_model.children() if _layer_list(child) is not None)
+
+
+def _layer_list(module: nn.Module) -> nn.ModuleList | None:
+    return next((child for child in module.children() if isinstance(child, nn.ModuleList)), None)
+
+
+def layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's layers, first to last."""
+    found = _layer_list(encoder(model))
+    assert found is not None
+    return found
+
+
+def shape(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | None = None) -> Shape:
+    """What an objective needs to know of a model's sizes."""
+    outputs = {"none": 0, "mlm": config.vocab_size}.get(head, labels)
+    return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head, outputs, span)
+
+
+def has_mlm_head(config: PreTrainedConfig) -> bool:
+    """Whether the folder says that it holds a masked-language-model head."""
+    return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in config.architectures or ())
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of weights, shared ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops(config: PreTrainedConfig, head: Head, batch: Batch) -> int:
+    """Multiply-adds times two of one forward over the batch, padding not counted: linear maps, attention scores and
+    sums, head."""
+    width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or config.hidden_dim
+    linear = 2 * batch.tokens * (4 * width * width + 2 * width * inner)
+    attention = 4 * width * int((batch.lengths.double() ** 2).sum())
+    rows = len(batch.rows)
+    heads = {"none": 0, "mlm": 2 * rows * width * (width + config.vocab_size)}
+    return config.num_hidden_layers * (linear + attention) + heads.get(
+        head, 2 * rows * width * (width + config.num_labels)
+    )
+
+
+@dataclass
+class _Flat:
+    """What the attention function needs to know of the batch, and where it leaves q, k and v."""
+
+    batch: Batch
+    wanted: tuple[int, ...]
+    calls: int = 0
+    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def record(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.calls += 1  # layers are counted, not asked for their number: some families run one layer many times
+        if self.calls in self.wanted:
+            self.qkv[self.calls] = (q, k, v)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    flat: _Flat,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query, key, value [1, H, N, D / H] -> [1, N, H, D / H]: every token attends to the tokens of its own sequence."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    flat.record(q, k, v)
+    # The kernel knows neither fp32 nor dropout; both go the padded way.
+    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout
+    attend = _kernel_attention if kernel else _padded_attention
+    return attend(q, k, v, flat.batch, scaling, dropout)[None], None
+
+
+def _kernel_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float | None, _: float) -> Tensor:
+    spans, longest = batch.cu_seqlens, batch.longest
+    used = batch.lengths.to(torch.int32) if batch.ragged else None
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scaling, seqused_k=used)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float | None, dropout: float) -> Tensor:
+    q, k, v = (pad(x, batch).transpose(1, 2) for x in (q, k, v))
+    mask = batch.attended[:, None, None, :] if batch.ragged else None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return unpad(out.transpose(1, 2), batch)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Flat attention keeps sequences apart by itself."""
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+def trace(model: PreTrainedModel, batch: Batch, needs: Needs) -> Trace:
+    """One forward over a flat batch, leaving what is needed."""
+    base = model.base_model
+    inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None] + _first_position(base)}
+    if "token_type_ids" in inspect.signature(base.forward).parameters:
+        inputs["token_type_ids"] = batch.token_type_ids[None].clamp(max=model.config.type_vocab_size - 1)
+    flat = _Flat(batch, needs.qkv)
+    hidden: dict[int, Tensor] = {}
+    with _hooks(model, batch, needs, hidden):
+        output = (model if needs.logits else base)(**inputs, flat=flat)
+    logits = output.logits.view(-1, output.logits.shape[-1]) if needs.logits else None
+    return Trace(logits, hidden, flat.qkv)
+
+
+def _first_position(base: nn.Module) -> int:
+    """RoBERTa's family counts positions from its padding index + 1, the others from 0."""
+    positions = next((m for name, m in base.named_modules() if name.endswith("position_embeddings")), None)
+    padding = getattr(positions, "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
+@contextlib.contextmanager
+def _hooks(model: PreTrainedModel, batch: Batch, needs: Needs, hidden: dict[int, Tensor]) -> Iterator[None]:
+    """Within it, a forward leaves the layers it `needs` in `hidden` and hands the head only its rows."""
+    calls = 0
+
+    def keep(layer: int, x: Tensor) -> None:
+        if layer in needs.hidden:
+            hidden[layer] = x[0]
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, args[0] if args else kwargs["hidden_states"])
+
+    def after_layer(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal calls
+        calls += 1
+        keep(calls, output[0] if isinstance(output, tuple) else output)
+
+    def pick_rows(_: nn.Module, __: Any, output: Any) -> Any:
+        # As sequences of one token: heads that read a sequence's first token and heads that read each token both fit.
+        output.last_hidden_state = output.last_hidden_state[0].index_select(0, batch.rows)[:, None]
+        return output
+
+    middle = encoder(model)
+    handles = [middle.register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after_layer) for layer in layers(model)]
+    if needs.logits:
+        handles.append(middle.register_forward_hook(pick_rows))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Frozen:
+    """batch -> Trace of a model that does not learn. It stays outside the engine, so nothing of it is clipped, cast or
+    saved."""
+
+    def __init__(
+        self,
+        path: str,
+        head: Head,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        labels: Sequence[str] = (),
+    ):
+        self.order = label_order(path, labels) if labels else None
+        self.model = load(path, head, dtype=dtype, labels=labels, whole=head != "none").eval().to(device)
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, needs: Needs) -> Trace:
+        seen = trace(self.model, batch, needs)
+        if self.order is None or seen.logits is None:
+            return seen
+        return seen._replace(logits=seen.logits[:, self.order])
+
+
+def digest(model: nn.Module) -> str:
+    """sha256 over the model's weights, name by name."""
+    total = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        total.update(name.encode())
+        total.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,58 @@
+"""Plain knowledge distillation (Hinton et al., 2015), and with `cosine` DistilBERT's three terms (Sanh et al., 2019):
+
+    L = hard · CE(z_s, y) + soft · T² KL(softmax(z_t / T) || softmax(z_s / T)) + cosine · (1 - cos(h_s, h_t))
+
+z are logits: of a task, or of the MLM head at the masked positions. h are last hidden states, of equal width.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from lad_dist.config import UserError
+from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.objectives import losses
+from lad_dist.objectives.objective import Objective, same_width
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class KD(Objective):
+    def __init__(
+        self,
+        student: Shape,
+        teacher: Shape,
+        *,
+        soft: Weight = 0.5,
+        hard: Weight = 0.5,
+        temperature: Annotated[float, Field(gt=0)] = 2.0,
+        cosine: Weight = 0.0,
+    ):
+        super().__init__()
+        if soft and teacher.head == "none":
+            raise UserError(
+                "objective.soft: the teacher has no head to learn from; set objective.soft = 0 or take minilm"
+            )
+        if cosine:
+            same_width("kd with cosine", student, teacher)
+        self.soft, self.hard, self.temperature, self.cosine = soft, hard, temperature, cosine
+        self.head = student.head
+        self.last = (student.layers, teacher.layers)
+        self.student_needs = Needs(logits=bool(soft or hard), hidden=(student.layers,) if cosine else ())
+        self.teacher_needs = Needs(logits=soft > 0, hidden=(teacher.layers,) if cosine else ())
+
+    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        terms = {}
+        if self.hard:
+            assert student.logits is not None
+            terms["hard"] = self.hard * losses.hard(student.logits, batch.labels, self.head)
+        if self.soft:
+            assert student.logits is not None
+            assert teacher.logits is not None
+            terms["soft"] = self.soft * losses.soft(student.logits, teacher.logits, self.head, self.temperature)
+        if self.cosine:
+            mine, its = self.last
+            terms["cosine"] = self.cosine * losses.cosine(student.hidden[mine], teacher.hidden[its])
+        return terms

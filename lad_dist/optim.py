@@ -1,0 +1,45 @@
+"""Optimizer: four parameter groups {decay, no decay} x {student, objective}, and a learning rate that is a function of
+the step."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lad_dist.config import Optim
+
+
+def groups(student: nn.Module, objective: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """AdamW's groups, each with its peak learning rate under `peak`. Biases and norms do not decay. Empty groups are
+    left away."""
+    sides = [("student", student, optim.lr), ("objective", objective, optim.objective_lr or optim.lr)]
+    rows = []
+    for name, module, peak in sides:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        norms = {id(p) for m in module.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+        for decays in (True, False):
+            members = [p for p in trained if (p.ndim > 1 and id(p) not in norms) is decays]
+            decay = optim.weight_decay if decays else 0.0
+            rows.append({"params": members, "lr": peak, "peak": peak, "weight_decay": decay, "name": name})
+    return [row for row in rows if row["params"]]
+
+
+def adamw(rows: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(rows, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+
+
+def factor(step: int, steps: int, optim: Optim) -> float:
+    """Share of the peak learning rate at step 0 … steps - 1: a linear rise over the warm-up, then the schedule, which
+    would reach 0 at `steps`."""
+    rise = round(optim.warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    left = (steps - step) / max(1, steps - rise)
+    return {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant": 1.0}[optim.schedule]
+
+
+def set_learning_rate(param_groups: Iterable[dict[str, Any]], share: float) -> None:
+    for group in param_groups:
+        group["lr"] = share * group["peak"]

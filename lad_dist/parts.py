@@ -1,0 +1,72 @@
+"""Parts: compressed pieces of a student.
+
+A Part stands where a plain module stood and trains with the student. `at(progress)` moves its schedule, `penalty()`
+adds loss terms, `fold()` returns the plain module that is exported in its place. Surgeries put Parts in.
+
+    LowRank   a linear map as a product of two thin ones
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Part(nn.Module):
+    def at(self, progress: float) -> None:
+        """Moves schedules to `progress` in [0, 1]: a function of the step, never of history."""
+
+    def penalty(self) -> dict[str, Tensor]:
+        """Weighted loss terms of the Part itself."""
+        return {}
+
+    def fold(self) -> nn.Module:
+        """The plain module with the same function."""
+        raise NotImplementedError
+
+
+class LowRank(Part):
+    """x -> B (A x) + b with A [rank, in], B [out, rank]: the truncated SVD of a linear map, the nearest of its rank in
+    Frobenius norm (Eckart and Young, 1936). The singular values are shared evenly between A and B, so that both learn
+    at one pace."""
+
+    def __init__(self, inner: nn.Linear, outer: nn.Linear):
+        super().__init__()
+        self.inner = inner
+        self.outer = outer
+
+    @classmethod
+    def of(cls, linear: nn.Linear, rank: int) -> Self:
+        left, values, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        root = values[:rank].sqrt()
+        inner = nn.Linear(linear.in_features, rank, bias=False)
+        outer = nn.Linear(rank, linear.out_features, bias=linear.bias is not None)
+        with torch.no_grad():
+            inner.weight.copy_(root[:, None] * right[:rank])
+            outer.weight.copy_(left[:, :rank] * root)
+            if linear.bias is not None:
+                outer.bias.copy_(linear.bias)
+        return cls(inner, outer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x))
+
+    def fold(self) -> nn.Module:
+        linear = nn.Linear(self.inner.in_features, self.outer.out_features, bias=self.outer.bias is not None)
+        with torch.no_grad():
+            linear.weight.copy_(self.outer.weight @ self.inner.weight)
+            if self.outer.bias is not None:
+                linear.bias.copy_(self.outer.bias)
+        return linear.to(self.inner.weight.device)
+
+
+def parts(model: nn.Module) -> list[Part]:
+    """The model's Parts, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, Part)]
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """The model, each Part replaced by its plain module, in place."""
+    for name, child in list(model.named_children()):
+        setattr(model, name, fold(child.fold() if isinstance(child, Part) else child))
+    return model

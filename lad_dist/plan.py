@@ -1,0 +1,231 @@
+"""Plan: a config whose mistakes are found before any weight is read.
+
+make(config)   checks names, arguments, sizes, labels and vocabularies; raises UserError in one line
+Plan           what was learnt by checking, and the method built from it
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from lad_dist import models, processes, surgery
+from lad_dist.config import (
+    CorpusData,
+    Named,
+    TaskConfig,
+    TaskData,
+    TrainConfig,
+    UserError,
+    arguments,
+    did_you_mean,
+    pick,
+)
+from lad_dist.data.feed import CorpusFeed, TaskFeed
+from lad_dist.data.shards import Shards
+from lad_dist.data.tasks import Task, check_task, load_task
+from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer
+from lad_dist.flat import Head, Shape
+from lad_dist.method import Method
+from lad_dist.objectives import OBJECTIVES, Objective
+
+OURS = {
+    "train_batch_size": "data.slots and data.tokens_per_slot or examples_per_slot",
+    "train_micro_batch_size_per_gpu": "data.tokens_per_slot or examples_per_slot",
+    "gradient_accumulation_steps": "data.slots",
+    "optimizer": "[optim]",
+    "scheduler": "optim.schedule",
+}
+DEEPSPEED_KEYS = frozenset(
+    """
+    activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
+    csv_monitor data_types disable_allgather dump_state flops_profiler fp16 gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor log_level memory_breakdown prescale_gradients steps_per_print tensorboard timers
+    torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: TrainConfig
+    head: Head
+    teacher_head: Head
+    task: Task | None
+    tokenizer: PreTrainedTokenizerFast
+    student_shape: Shape
+    teacher_shape: Shape | None
+    layers: list[int] | None  # of the model that the student starts from
+    objective: Callable[[], Objective]
+    surgeries: list[Callable[[models.PreTrainedModel], models.PreTrainedModel]]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return () if self.task is None else self.task.label_names
+
+    def feed(self) -> CorpusFeed | TaskFeed:
+        """The data, opened."""
+        if isinstance(self.config.data, CorpusData):
+            return CorpusFeed(self.config.data, self.tokenizer, self.config.run.seed)
+        assert isinstance(self.config.data, TaskData)
+        assert self.task is not None
+        return TaskFeed(self.config.data, self.task, self.tokenizer, self.config.run.seed)
+
+    def teacher(self, device: torch.device) -> models.Frozen | None:
+        if self.config.teacher is None:
+            return None
+        dtype = getattr(torch, self.config.teacher.dtype)
+        return models.Frozen(
+            self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels
+        )
+
+    def method(self) -> Method:
+        """Student and objective, weights drawn from the run's seed."""
+        processes.seed_everything(self.config.run.seed)
+        student = self._origin()
+        for operate in self.surgeries:
+            student = operate(student)
+        return Method(student, self.objective())
+
+    def _origin(self) -> models.PreTrainedModel:
+        words = self.config.student
+        if words.path is None:
+            assert words.architecture is not None
+            return models.create(words.architecture, self.head, vocabulary=len(self.tokenizer), labels=self.labels)
+        model = models.load(words.path, self.head, labels=self.labels)
+        assert self.layers is not None
+        model = surgery.keep_layers(model, self.layers)
+        return surgery.random_embeddings(model) if words.embeddings == "random" else model
+
+
+def make(config: TrainConfig) -> Plan:
+    """Checks the config. Raises UserError naming the place and what to do."""
+    _check_deepspeed(config.deepspeed)
+    _check_slots(config)
+    kind, options = _objective(config)
+    surgeries = [_surgery(named) for named in config.surgery]
+    if isinstance(config.data, TaskData):
+        check_task(config.data)
+    task = load_task(config.data) if isinstance(config.data, TaskData) else None
+    corpus = Shards(config.data.shards) if isinstance(config.data, CorpusData) else None
+    head: Head = "none" if kind.headless else "mlm" if task is None else task.kind
+    tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
+    student, layers = _student_shape(config, head, task, len(tokenizer))
+    teacher_head, teacher = _teacher_shape(config, kind, head, task, tokenizer)
+    build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[arg-type, call-arg]
+    build()  # refuses shapes that do not go together
+    return Plan(config, head, teacher_head, task, tokenizer, student, teacher, layers, build, surgeries)
+
+
+def _check_deepspeed(table: dict[str, Any]) -> None:
+    """DeepSpeed ignores a misspelt key in silence, so the top level is checked here."""
+    for key in table:
+        if key in OURS:
+            raise UserError(f"deepspeed.{key}: this is decided by {OURS[key]}")
+        if key not in DEEPSPEED_KEYS:
+            raise UserError(f"deepspeed.{key}: DeepSpeed has no such key; {did_you_mean(key, DEEPSPEED_KEYS)}")
+    stage = zero_stage(table)
+    if table.get("bf16", {}).get("enabled") and stage == 0:
+        raise UserError(
+            "deepspeed.bf16: needs deepspeed.zero_optimization.stage = 1 or more, whose weights keep an fp32 copy"
+        )
+
+
+def zero_stage(table: dict[str, Any]) -> int:
+    return int(table.get("zero_optimization", {}).get("stage", 0))
+
+
+def _check_slots(config: TrainConfig) -> None:
+    count, world = config.data.slots, processes.world()
+    if count % world:
+        nearest = max(world, round(count / world) * world)
+        raise UserError(f"data.slots = {count}: cannot be shared out over {world} processes; {nearest} can")
+
+
+def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
+    name = config.objective.name
+    kind: type[Objective] = pick("objective.name", name, OBJECTIVES)
+    options = arguments("objective", kind, config.objective.options)
+    where = "task" if isinstance(config, TaskConfig) else "corpus"
+    if where not in kind.runs_on:
+        fitting = [other for other, k in OBJECTIVES.items() if where in k.runs_on]
+        raise UserError(f'objective.name "{name}" does not run on a {where}; choose from {", ".join(fitting)}')
+    if kind.taught and config.teacher is None:
+        raise UserError(f'objective.name "{name}" needs a teacher: set teacher.path')
+    if config.teacher is not None and not kind.taught:
+        raise UserError(f'objective.name "{name}" learns from no teacher: take [teacher] away, or choose kd or lad')
+    return kind, options
+
+
+def _surgery(named: Named) -> Callable[[models.PreTrainedModel], models.PreTrainedModel]:
+    function = pick("surgery.name", named.name, surgery.SURGERIES)
+    return partial(function, **arguments(f"surgery {named.name}", function, named.options))
+
+
+def _tokenizer_path(config: TrainConfig, corpus: Shards | None) -> str:
+    words = config.student
+    return words.tokenizer or words.path or _corpus_tokenizer(corpus)
+
+
+def _corpus_tokenizer(corpus: Shards | None) -> str:
+    if corpus is None:
+        raise UserError("student.tokenizer: a new model for a task needs one")
+    return str(corpus.tokenizer_folder)
+
+
+def _student_shape(
+    config: TrainConfig, head: Head, task: Task | None, vocabulary: int
+) -> tuple[Shape, list[int] | None]:
+    words = config.student
+    span = config.data.pad_to if isinstance(config.data, TaskData) else None
+    size = partial(models.shape, head=head, labels=len(task.label_names) if task else 0, span=span)
+    if words.path is None:
+        assert words.architecture is not None
+        origin = models.architecture_config(words.architecture, vocabulary)
+        _check_length(config, origin, "student.architecture")
+        return size(origin), None
+    origin = models.configuration(words.path)
+    _check_length(config, origin, words.path)
+    numbers = surgery.layer_numbers(words.layers, words.depth, origin.num_hidden_layers)
+    if origin.vocab_size < vocabulary:
+        raise UserError(
+            f"student.tokenizer: has {vocabulary} tokens, the model at {words.path} only {origin.vocab_size}"
+        )
+    return size(origin)._replace(layers=len(numbers)), numbers
+
+
+def _check_length(config: TrainConfig, model: models.PreTrainedConfig, name: str) -> None:
+    longest = max(config.data.max_length, getattr(config.data, "pad_to", None) or 0)
+    room = getattr(model, "max_position_embeddings", longest)
+    if longest > room:
+        raise UserError(f"data.max_length: {longest} tokens, but {name} has {room} positions")
+
+
+def _teacher_shape(
+    config: TrainConfig, kind: type[Objective], head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Head, Shape | None]:
+    if config.teacher is None:
+        return "none", None
+    path = config.teacher.path
+    model = models.configuration(path)
+    _check_length(config, model, path)
+    _check_vocabulary(path, tokenizer)
+    if task is not None:
+        models.label_order(path, task.label_names)
+    elif head == "mlm" and not models.has_mlm_head(model):
+        head = "none"
+    span = config.data.pad_to if isinstance(config.data, TaskData) else None
+    return head, models.shape(model, head, labels=len(task.label_names) if task else 0, span=span)
+
+
+def _check_vocabulary(teacher: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    its, ours = load_tokenizer(teacher).get_vocab(), tokenizer.get_vocab()
+    if its != ours:
+        differing = next(iter(sorted(set(its.items()) ^ set(ours.items()))))[0]
+        raise UserError(
+            f"{teacher}: the teacher's vocabulary ({len(its)} tokens) is not the student's ({len(ours)}), "
+            f"they differ at {differing!r}; both read the same token ids, so they must be equal"
+        )

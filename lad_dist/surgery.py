@@ -1,0 +1,86 @@
+"""Surgeries: model -> model. A list of them is applied to the student, in order, before it trains.
+
+    keep_layers        the student's layers, by number; `layer_numbers` turns a rule into numbers
+    random_embeddings  embeddings drawn anew
+    low_rank           linear maps as thin products (Part: LowRank)
+
+`SURGERIES` names those that a config may list under `[[surgery]]`; the keyword-only arguments are their schema.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from lad_dist.config import UserError
+from lad_dist.models import PreTrainedModel, layers
+from lad_dist.parts import LowRank
+
+
+def layer_numbers(rule: str | Sequence[int], depth: int | None, available: int) -> list[int]:
+    """Numbers from 1 of the layers to keep. "even" takes every (available / depth)-th, ending with the last: 2, 4, 6
+    of six. Raises UserError."""
+    if not isinstance(rule, str):
+        wrong = [n for n in rule if not 1 <= n <= available]
+        if wrong:
+            raise UserError(f"student.layers: there is no layer {wrong[0]}, the model has layers 1 to {available}")
+        return list(rule)
+    depth = available if depth is None else depth
+    if depth > available:
+        raise UserError(f"student.depth = {depth}, but the model it starts from has {available} layers")
+    if rule == "first":
+        return list(range(1, depth + 1))
+    if rule == "last":
+        return list(range(available - depth + 1, available + 1))
+    return [(m * available) // depth for m in range(1, depth + 1)]
+
+
+def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
+    """The model with only these layers, numbered from 1."""
+    stack = layers(model)
+    kept = [stack[n - 1] for n in numbers]
+    del stack[:]
+    stack.extend(kept)
+    model.config.num_hidden_layers = len(kept)
+    for index, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    return model
+
+
+def random_embeddings(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with new embeddings: N(0, initializer_range), norms at identity."""
+    for module in model.base_model.embeddings.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=model.config.initializer_range)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    return model
+
+
+def low_rank(
+    model: PreTrainedModel,
+    *,
+    keep: Annotated[float, Field(gt=0, le=1, description="share of the linear maps' weights that stays")],
+    modules: Annotated[str, Field(description="regular expression over module names")] = r"\.layer\.",
+) -> PreTrainedModel:
+    """Replaces linear maps W [out, in] by B A of rank keep · out · in / (out + in): LadaBERT's SVD (Mao et al., 2020,
+    section 3.2)."""
+    chosen = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(modules, name)
+    ]
+    if not chosen:
+        raise UserError(f"surgery low_rank: no linear map's name matches {modules!r}")
+    for name, linear in chosen:
+        rank = max(1, int(keep * linear.in_features * linear.out_features / (linear.in_features + linear.out_features)))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LowRank.of(linear, rank))
+    return model
+
+
+SURGERIES: dict[str, Callable[..., PreTrainedModel]] = {"low_rank": low_rank}

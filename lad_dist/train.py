@@ -1,0 +1,353 @@
+"""train(config, report): the only loop. Scripts, search trials and tests all call it; they differ in `report` alone.
+
+It knows steps, an engine, batches and `report`; it knows no method, no task and no launcher. It is the only importer
+of deepspeed.
+
+A step is `data.slots` micro-batches, shared out over the processes. What is in a slot, its masks and its dropout are
+functions of (seed, step, slot), so the number of processes changes who computes a slot and nothing else, and resuming
+needs one integer.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+from deepspeed.utils import logger
+from deepspeed.utils.tensor_fragment import fragment_address
+from pydantic import ValidationError
+
+from lad_dist import evaluate, models, optim, plan, processes
+from lad_dist.config import TrainConfig, UserError, did_you_mean
+from lad_dist.data.feed import TaskFeed
+from lad_dist.flat import Batch, Needs
+from lad_dist.method import Method
+from lad_dist.runs import Run, facts_of
+
+Row = dict[str, Any]
+Report = Callable[[Row], None]
+Clock = Callable[[str], contextlib.AbstractContextManager[Any]]
+Taught = Callable[[Batch, Needs], Any]
+
+BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+# All that DeepSpeed's own optimizer files hold beside tensors.
+SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def silent(row: Row) -> None:
+    """A report to nobody: the run folder has it all."""
+
+
+def untimed(phase: str) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
+@dataclass
+class Outcome:
+    """`results` is what results.json holds, None for a run that was stopped early and saved."""
+
+    folder: Path
+    results: dict[str, Any] | None
+
+
+@dataclass
+class Averages:
+    """Sums on the device of what micro-batches reported since the last row: nothing waits for the device until a row
+    is due."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+    tokens: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+        self.tokens += batch.tokens
+
+    def row(self) -> dict[str, float]:
+        """Means over micro-batches and processes, tokens per second of all processes; starts anew."""
+        values = {name: value / self.count for name, value in self.sums.items()}
+        device = next(iter(values.values())).device
+        means = processes.mean_of(values | {"tokens": torch.tensor(float(self.tokens), device=device)})
+        means["tokens_per_second"] = means.pop("tokens") * processes.world() / (time.perf_counter() - self.since)
+        self.__init__()  # type: ignore[misc]
+        return means
+
+
+def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) -> Outcome:
+    """Trains, evaluates and exports what the config describes, resuming a partial run; a complete one is returned as
+    it is. `report` gets every row on every process; `clock(phase)` is entered around the phases of a step. Raises
+    UserError before anything is taken where that is possible."""
+    run = Run(config)
+    if run.results is not None:
+        return Outcome(run.folder, run.results)
+    loop = prepare(config, run, report, clock)
+    return loop.run_to_end()
+
+
+def prepare(config: TrainConfig, run: Run, report: Report = silent, clock: Clock = untimed) -> "Loop":
+    """Everything up to the first step: checks, processes, data, teacher, student, engine."""
+    made = plan.make(config)
+    _check_blocks(config.deepspeed)
+    device = processes.start()
+    processes.catch_signals()
+    feed = made.feed()
+    teacher = made.teacher(device)
+    method = made.method().to(device)
+    steps = config.run.steps or max(1, round((config.run.epochs or 0) * feed.steps_per_epoch))
+    return Loop(made, run, _engine(method, config), method, feed, teacher, steps, report, clock)
+
+
+def _check_blocks(table: Mapping[str, Any]) -> None:
+    """DeepSpeed's own checks of its blocks, before a model is read, in one line."""
+    for name, schema in BLOCKS.items():
+        try:
+            schema(**table.get(name, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            hint = did_you_mean(key, schema.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
+            raise UserError(f"deepspeed.{name}.{key}: {hint}") from None
+
+
+def _engine(method: Method, config: TrainConfig) -> Any:
+    logger.setLevel("ERROR")
+    # Its shared-memory collectives compile C++ at first use; gloo serves a CPU, and nccl a GPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    words = {
+        "train_batch_size": config.data.slots,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.data.slots // processes.world(),
+        "gradient_clipping": 1.0,
+        "steps_per_print": sys.maxsize,
+        **config.deepspeed,
+    }
+    optimizer = optim.adamw(optim.groups(method.student, method.objective, config.optim), config.optim)
+    with contextlib.redirect_stdout(sys.stderr):
+        engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
+    return engine
+
+
+@dataclass
+class Loop:
+    made: plan.Plan
+    run: Run
+    engine: Any
+    method: Method
+    feed: Any
+    teacher: models.Frozen | None
+    steps: int
+    report: Report
+    clock: Clock
+    seconds: float = 0.0  # of earlier stretches of this run
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.made.config
+
+    def run_to_end(self) -> Outcome:
+        first = self._resume()
+        self.run.begin(first)
+        averages = Averages()
+        with contextlib.closing(self.batches(first)) as batches:
+            for step in range(first, self.steps):
+                self.step(step, next(batches), averages)
+                done = step + 1
+                if done % self.config.run.log_every == 0 or done == self.steps:
+                    self._report({"step": done, **averages.row(), **self._pace()})
+                if _due(done, self.config.run.eval_every) and done < self.steps:
+                    self._report({"step": done, **_prefixed("dev", self._evaluate())})
+                stopping = processes.stopping() and done < self.steps
+                if stopping or (_due(done, self.config.run.save_every) and done < self.steps):
+                    self._save(done)
+                if stopping:
+                    return Outcome(self.run.folder, None)
+        return self._finish()
+
+    def step(self, step: int, batches: list[Batch], averages: Averages) -> None:
+        """One optimizer step over this process's micro-batches."""
+        share = optim.factor(step, self.steps, self.config.optim)
+        optim.set_learning_rate(self.engine.optimizer.param_groups, share)
+        progress = step / self.steps
+        device = processes.device()
+        self.engine.train()
+        for index, batch in enumerate(batches):
+            slot = processes.rank() + index * processes.world()
+            processes.seed_everything(self.config.run.seed, step, slot)
+            with self.clock("data"):
+                batch = batch.to(device)
+            with self.clock("teacher"):
+                target = self.teacher(batch, self.method.objective.teacher_needs) if self.teacher else None
+            with self.clock("forward"):
+                loss, terms = self.engine(batch, target, progress)
+            with self.clock("backward"):
+                self.engine.backward(loss)  # once per micro-batch: a second one would lose gradients under ZeRO
+            with self.clock("optimizer"):
+                self.engine.step()
+            averages.add(batch, {"loss": loss.detach(), **terms})
+
+    def batches(self, first: int) -> Iterator[list[Batch]]:
+        """This process's slots of each step, made one step ahead by a thread."""
+        mine = range(processes.rank(), self.feed.slots, processes.world())
+
+        def make(step: int) -> list[Batch]:
+            return [self.feed.batch(step, slot) for slot in mine]
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(make, first)
+            for step in range(first, self.steps):
+                with self.clock("data"):
+                    batches = ahead.result()
+                ahead = pool.submit(make, min(step + 1, self.steps - 1))
+                yield batches
+
+    def _pace(self) -> dict[str, float]:
+        rates = {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
+        norm = self.engine.get_global_grad_norm()
+        return {f"lr/{name}": rate for name, rate in rates.items()} | (
+            {} if norm is None else {"grad_norm": float(norm)}
+        )
+
+    def _report(self, row: Row) -> None:
+        self.run.record(row)
+        self.report(row | {"steps": self.steps})
+
+    def _evaluate(self) -> dict[str, float]:
+        self.engine.eval()
+        if isinstance(self.feed, TaskFeed):
+            predictions = {name: evaluate.predict(self._logits, batches) for name, batches in self.feed.dev.items()}
+            return evaluate.task_scores(self.feed.task, predictions)
+        return evaluate.mean_terms(self._terms, self.feed.held_out())
+
+    def _logits(self, batch: Batch) -> Tensor:
+        logits = models.trace(self.method.student, batch, evaluate.LOGITS).logits
+        assert logits is not None
+        return logits
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        target = self.teacher(batch, self.method.objective.teacher_needs) if self.teacher else None
+        loss, terms = self.method(batch, target, 1.0)
+        return {"loss": loss, **terms}
+
+    def _resume(self) -> int:
+        """The step to begin with: 0, or where the newest valid checkpoint stands."""
+        checkpoint = self.run.newest()
+        if checkpoint is None:
+            return 0
+        facts = facts_of(checkpoint)
+        here = self._layout()
+        if facts["layout"] != here:
+            before = facts["layout"]
+            raise UserError(
+                f"{checkpoint}: saved by {before['processes']} processes under ZeRO {before['zero']}, now there are "
+                f"{here['processes']} under ZeRO {here['zero']}; resume with what it was saved with"
+            )
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        with torch.serialization.safe_globals(SAFE):
+            self.engine.load_checkpoint(str(checkpoint), tag="state")
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        self.seconds = facts["seconds"]
+        return int(facts["step"])
+
+    def _save(self, step: int) -> None:
+        client = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+
+        def write(folder: Path) -> None:
+            self.engine.save_checkpoint(str(folder), tag="state", client_state=client, save_latest=False)
+
+        self.run.save(step, write, {"step": step, "seconds": self._elapsed(), "layout": self._layout()})
+
+    def _layout(self) -> dict[str, int]:
+        return {"processes": processes.world(), "zero": plan.zero_stage(self.config.deepspeed)}
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.began
+
+    def _finish(self) -> Outcome:
+        trained = self._elapsed()
+        found = self._compare()
+        metrics = found["student"]
+        self._report({"step": self.steps, **_prefixed("dev", metrics)})
+        with self._gathered():
+            student = self.method.export()
+            results = {
+                "command": shlex.join(["python", *sys.argv]),
+                "config": self.config.model_dump(mode="json", exclude_none=True),
+                "metrics": metrics,
+                "student": self._size(student),
+                "teacher": {
+                    **(self._size(self.teacher.model) if self.teacher else {}),
+                    **found.get("teacher", {}),
+                },
+                "steps": self.steps,
+                "seconds": trained,
+                "processes": processes.world(),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            }
+            if processes.main():
+                models.save(student, self.run.export)
+                self.made.tokenizer.save_pretrained(self.run.export)
+        self.run.finish(results)
+        return Outcome(self.run.folder, results)
+
+    def _compare(self) -> dict[str, dict[str, float]]:
+        self.engine.eval()
+        if not isinstance(self.feed, TaskFeed):
+            return {"student": evaluate.mean_terms(self._terms, self.feed.held_out())}
+        teacher = partial(_teacher_logits, self.teacher) if self.teacher else None
+        return evaluate.compare(self.feed.task, self.feed.dev, self._logits, teacher)
+
+    def _size(self, model: models.PreTrainedModel) -> dict[str, float]:
+        batch = self.feed.batch(0, 0)
+        return {
+            "parameters": models.parameters(model),
+            "forward_flops_per_token": models.flops(model.config, self.made.head, batch) / batch.tokens,
+        }
+
+    def _gathered(self) -> contextlib.AbstractContextManager[Any]:
+        """Under ZeRO-3, whole weights on every process."""
+        if plan.zero_stage(self.config.deepspeed) < 3:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(list(self.method.parameters()))
+
+
+def _teacher_logits(teacher: models.Frozen, batch: Batch) -> Tensor:
+    logits = teacher(batch, evaluate.LOGITS).logits
+    assert logits is not None
+    return logits
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def communication_seconds() -> float:
+    """What DeepSpeed's `comms_logger` measured in collectives so far, and forgets by being read."""
+    log = deepspeed.comm.comm.comms_logger
+    total = sum(sum(latencies) for sizes in log.comms_dict.values() for _, latencies, *_ in sizes.values())
+    log.reset_data()
+    return total / 1000

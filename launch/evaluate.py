@@ -1,0 +1,20 @@
+"""A model folder on a task's dev set; with a teacher given, its loyalty to it.
+
+usage: python launch/evaluate.py CONFIG.toml [dotted.key=value …]
+       deepspeed launch/evaluate.py …   (or torchrun, or srun python: the world comes from the environment)
+
+example: python launch/evaluate.py configs/task/evaluate.toml data.task=rte model.path=runs/lad-rte/export
+"""
+
+from lad_dist import cli
+from lad_dist.config import EvaluateConfig
+
+
+def main(config: EvaluateConfig) -> int:
+    from lad_dist.jobs import evaluate_job
+
+    return evaluate_job(config)
+
+
+if __name__ == "__main__":
+    cli.run(__doc__, EvaluateConfig, main)

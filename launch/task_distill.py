@@ -1,0 +1,27 @@
+"""Distils a fine-tuned teacher into a small student for one task.
+
+usage: python launch/task_distill.py CONFIG.toml [dotted.key=value …]
+       deepspeed launch/task_distill.py …   (or torchrun, or srun python: the world comes from the environment)
+
+example: deepspeed launch/task_distill.py configs/task/lad.toml data.task=rte
+"""
+
+from lad_dist import cli
+from lad_dist.config import TaskConfig
+
+
+def main(config: TaskConfig) -> int:
+    from lad_dist.jobs import train_job
+
+    return train_job(config)
+
+
+def named() -> cli.Named:
+    from lad_dist.objectives import OBJECTIVES
+    from lad_dist.surgery import SURGERIES
+
+    return {"objective": OBJECTIVES, "surgery": SURGERIES}
+
+
+if __name__ == "__main__":
+    cli.run(__doc__, TaskConfig, main, named)

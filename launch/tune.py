@@ -1,0 +1,24 @@
+"""Searches the hyper-parameters of a task distillation with Ray Tune, and writes the best config for task_distill.
+
+usage: python launch/tune.py CONFIG.toml [dotted.key=value …]
+       With RAY_ADDRESS set it joins that cluster, otherwise it starts Ray on this machine.
+
+example: python launch/tune.py configs/tune/lad.toml search.samples=8
+"""
+
+from lad_dist import cli
+from lad_dist.config import SearchConfig
+
+
+def main(config: SearchConfig) -> int:
+    from lad_dist.search import search
+
+    found = search(config)
+    header = list(found.trials[0])
+    cli.print_table(config.search.name, header, [[row[key] for key in header] for row in found.trials])
+    cli.say(f"best config: {found.best}; python launch/task_distill.py {found.best}")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(__doc__, SearchConfig, main)
