@@ -101,6 +101,14 @@ class Plan:
         return surgery.random_embeddings(model) if words.embeddings == "random" else model
 
 
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with every argument of its objective and surgeries written out."""
+    _, options = _objective(config)
+    objective = Named.model_validate({"name": config.objective.name, **options})
+    surgeries = [Named.model_validate({"name": named.name, **_surgery(named).keywords}) for named in config.surgery]
+    return config.model_copy(update={"objective": objective, "surgery": surgeries})
+
+
 def make(config: TrainConfig) -> Plan:
     """Checks the config. Raises UserError naming the place and what to do."""
     _check_deepspeed(config.deepspeed)
@@ -160,8 +168,8 @@ def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
     return kind, options
 
 
-def _surgery(named: Named) -> Callable[[models.PreTrainedModel], models.PreTrainedModel]:
-    function = pick("surgery.name", named.name, surgery.SURGERIES)
+def _surgery(named: Named) -> "partial[models.PreTrainedModel]":
+    function: Callable[..., models.PreTrainedModel] = pick("surgery.name", named.name, surgery.SURGERIES)
     return partial(function, **arguments(f"surgery {named.name}", function, named.options))
 
 

@@ -96,6 +96,7 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     """Trains, evaluates and exports what the config describes, resuming a partial run; a complete one is returned as
     it is. `report` gets every row on every process; `clock(phase)` is entered around the phases of a step. Raises
     UserError before anything is taken where that is possible."""
+    config = plan.resolve(config)
     run = Run(config)
     if run.results is not None:
         return Outcome(run.folder, run.results)
@@ -131,7 +132,7 @@ def _check_blocks(table: Mapping[str, Any]) -> None:
 def _engine(method: Method, config: TrainConfig) -> Any:
     logger.setLevel("ERROR")
     # Its shared-memory collectives compile C++ at first use; gloo serves a CPU, and nccl a GPU.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}
     words = {
         "train_batch_size": config.data.slots,
         "train_micro_batch_size_per_gpu": 1,
@@ -235,7 +236,7 @@ class Loop:
         self.engine.eval()
         if isinstance(self.feed, TaskFeed):
             predictions = {name: evaluate.predict(self._logits, batches) for name, batches in self.feed.dev.items()}
-            return evaluate.task_scores(self.feed.task, predictions)
+            return evaluate.task_scores(self.made.task, predictions)
         return evaluate.mean_terms(self._terms, self.feed.held_out())
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -315,7 +316,7 @@ class Loop:
         if not isinstance(self.feed, TaskFeed):
             return {"student": evaluate.mean_terms(self._terms, self.feed.held_out())}
         teacher = partial(_teacher_logits, self.teacher) if self.teacher else None
-        return evaluate.compare(self.feed.task, self.feed.dev, self._logits, teacher)
+        return evaluate.compare(self.made.task, self.feed.dev, self._logits, teacher)
 
     def _size(self, model: models.PreTrainedModel) -> dict[str, float]:
         batch = self.feed.batch(0, 0)

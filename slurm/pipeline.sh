@@ -13,45 +13,64 @@
 # cancelled; one that goes back to the queue keeps them waiting.
 set -euo pipefail
 
-stages=(prepare pretrain finetune task)
+stages="prepare pretrain finetune task "
 declare -A needs=([prepare]="" [pretrain]="prepare" [finetune]="" [task]="pretrain finetune")
-declare -A jobs=()
+declare -A jobs=() # stage -> id of its job
 
 fail() {
     echo "pipeline.sh: $1" >&2
     exit 2
 }
 
-is_stage() {
-    [[ " ${stages[*]} " == *" $1 "* ]]
+cancel_half_a_chain() {
+    if (($? != 0 && ${#jobs[@]} > 0)); then
+        echo "pipeline.sh: cancelling the jobs submitted so far" >&2
+        scancel "${jobs[@]}"
+    fi
 }
 
-# The option that makes a stage wait for those submitted before that it needs; nothing when there are none.
-dependency() {
-    local needed option=""
-    for needed in ${needs[$1]}; do
-        option+="${jobs[$needed]+:${jobs[$needed]}}"
+# Sets dependency to the options that make a stage wait for those it needs, as far as they were submitted.
+wait_for() {
+    local needed ids=""
+    for needed in $1; do
+        ids+="${jobs[$needed]+:${jobs[$needed]}}"
     done
-    echo "${option:+--dependency=afterok$option}"
+    dependency=()
+    if [[ -n "$ids" ]]; then
+        dependency=("--dependency=afterok$ids" --kill-on-invalid-dep=yes)
+    fi
 }
 
-cancel_submitted() {
-    ((${#jobs[@]} == 0)) || scancel "${jobs[@]}"
-}
-
-(($#)) || fail "name at least one stage of: ${stages[*]}"
-mkdir -p logs
-trap cancel_submitted ERR
-
-for_all=()
+common=()
 while (($#)) && [[ "$1" == -* ]]; do
-    for_all+=("$1")
+    common+=("$1")
     shift
 done
+(($#)) || fail "name at least one stage of: $stages"
 
-order=("${stages[@]}")
+mkdir -p logs
+trap cancel_half_a_chain EXIT
+ahead="$stages"
 while (($#)); do
     stage="$1"
     shift
-    is_stage "$stage" || fail "$stage is no stage: ${stages[*]}"
-    options=() arguments=()
+    [[ "$ahead" == *"$stage "* ]] || fail "\"$stage\" is no stage, or is out of order: $stages"
+    ahead="${ahead#*"$stage "}"
+
+    options=()
+    while (($#)) && [[ "$1" == -* ]]; do
+        options+=("$1")
+        shift
+    done
+    config="${1-}"
+    [[ -f "$config" ]] || fail "$stage: there is no config \"$config\""
+    arguments=()
+    while (($#)) && [[ "$stages" != *"$1 "* ]]; do
+        arguments+=("$1")
+        shift
+    done
+
+    wait_for "${needs[$stage]}"
+    jobs[$stage]="$(sbatch --parsable "${dependency[@]}" "${common[@]}" "${options[@]}" "slurm/$stage.sbatch" "${arguments[@]}")"
+    echo "$stage ${jobs[$stage]}"
+done

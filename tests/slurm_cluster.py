@@ -5,12 +5,13 @@
 
     submit, wait, cancel, shown     the same in steps, for tests that signal a job while it runs
     wait_for_output                 waits until a running job has printed a text
+    wait_for_quiet                  waits until no job is left
     run                             any command that talks to this cluster (squeue, scancel, bash slurm/pipeline.sh …)
     missing_programs                what to install, empty when all is there
 
-Everything lives in one temporary folder with its own key, sockets and ports, so that it neither meets nor disturbs a SLURM or a munged
-that the host already runs. It needs root (slurmd starts jobs as their owner) and Debian's packages: that build allows several slurmd on
-a host.
+Everything lives in one temporary folder with its own key, sockets and ports, so that it neither meets nor disturbs a
+SLURM or a munged that the host already runs. It needs root (slurmd starts jobs as their owner) and Debian's packages:
+that build allows several slurmd on a host.
 """
 
 import os
@@ -35,6 +36,7 @@ PACKAGES = {
 NODES = ("n1", "n2")
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 LOOK_EVERY = 0.3  # seconds
+RESTART_AFTER = 2  # seconds: slurmd refuses a job for the rest of the second in which it ended the last life of it
 
 CONFIG = """\
 ClusterName=test
@@ -91,7 +93,7 @@ def _path() -> str:
 
 
 class SlurmCluster:
-    """The cluster, running inside `with`. Raises RuntimeError when it cannot be started here, saying what is missing."""
+    """The cluster, running inside `with`. Raises RuntimeError when it cannot start here, saying what is missing."""
 
     def __enter__(self) -> Self:
         if os.geteuid() != 0:
@@ -114,7 +116,7 @@ class SlurmCluster:
     ) -> None:
         try:
             self.run(["scancel", "--user=root"])
-            _until(lambda: not self.run(["squeue", "--noheader"]), 30, lambda: "jobs that do not end")
+            self.wait_for_quiet(30)
         finally:
             self._stop()
 
@@ -179,15 +181,16 @@ class SlurmCluster:
     def run_job(
         self, args: Sequence[str], timeout: float, folder: Path | None = None, extra: Mapping[str, str] | None = None
     ) -> Finished:
-        """`sbatch ARGS` and how it ended, at most `timeout` seconds later; a job that requeues itself is followed to its end."""
+        """`sbatch ARGS` in `folder`, and how the job ended; one that requeues itself is followed to its last life."""
         return self.wait(self.submit(args, folder, extra), timeout)
 
     def wait(self, job: str, timeout: float) -> Finished:
-        """How a job ended. A requeued one is started again at once instead of after SLURM's two minutes."""
+        """How a job ended, within `timeout` seconds. A requeued one starts again at once, not in two minutes."""
 
         def ended() -> bool:
             shown = self.shown(job)
             if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime":
+                time.sleep(RESTART_AFTER)
                 self.run(["scontrol", "update", f"jobid={job}", "StartTime=now"])
             return shown["JobState"] in FINAL
 
@@ -199,6 +202,10 @@ class SlurmCluster:
         shown = self.shown(job)
         code, signal = map(int, shown["ExitCode"].split(":"))
         return Finished(shown["JobState"], code or (128 + signal if signal else 0), self.output(job))
+
+    def wait_for_quiet(self, timeout: float) -> None:
+        """Waits until no job is queued, running or ending."""
+        _until(lambda: not self.run(["squeue", "--noheader"]), timeout, lambda: self.run(["squeue"]))
 
     def cancel(self, job: str) -> None:
         self.run(["scancel", job])
@@ -214,7 +221,9 @@ class SlurmCluster:
 
     def wait_for_output(self, job: str, text: str, timeout: float) -> None:
         """Waits until a running job has printed `text`."""
-        _until(lambda: text in self.output(job), timeout, lambda: f"job {job} never printed {text!r}:\n{self.output(job)}")
+        _until(
+            lambda: text in self.output(job), timeout, lambda: f"job {job} never printed {text!r}:\n{self.output(job)}"
+        )
 
 
 def _outside_slurm() -> dict[str, str]:

@@ -25,8 +25,8 @@ def collate(
     """The sequences (int [length] each, special tokens included) as one flat batch.
 
     segments: their token type ids, zeros when None. rows: int [R], places in the flat batch that the head reads (see
-    `span_starts`); labels: int64 or float32 [R]. With pad_to, at least the longest length, every span has pad_to tokens, the
-    last ones pad_id."""
+    `span_starts`); labels: int64 or float32 [R]. With pad_to, at least the longest length, every span has pad_to
+    tokens, the last ones pad_id."""
     starts = span_starts(sequences, pad_to)
     lengths = np.array([len(sequence) for sequence in sequences])
     spans = np.diff(starts)

@@ -18,10 +18,11 @@ WIKIEXTRACTOR_FILE = re.compile(r"wiki_\d+")
 
 
 def documents(source: Source) -> Iterator[str]:
-    """The documents in a fixed order: files sorted by path. Raises UserError naming file and line where one is damaged."""
+    """The documents in a fixed order: files sorted by path. Raises UserError naming file and line where one is
+    damaged."""
     if source.kind == "hub":
         for row in hub.load(source.path, source.config, source.split, [source.column], streaming=True):
-            yield row[source.column]
+            yield row[source.column] or ""
     else:
         for file in _files(source):
             yield from _articles(file) if source.kind == "wikiextractor" else [_text(file)]
@@ -61,7 +62,7 @@ def _articles(file: Path) -> Iterator[str]:
             yield "\n".join(lines)
         elif line.strip():
             if not opened:
-                raise UserError(f'{file}:{number}: text outside <doc …>; this is not WikiExtractor\'s output')
+                raise UserError(f"{file}:{number}: text outside <doc …>; this is not WikiExtractor's output")
             lines.append(line)
     _require_closed(file, opened)
 

@@ -32,10 +32,12 @@ class CorpusFeed:
     """Pieces of documents between the tokenizer's special tokens, some of their tokens masked."""
 
     def __init__(self, data: CorpusData, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        """Raises UserError when the shards are damaged or made with another tokenizer, the tokenizer has no mask token, or a
-        sequence does not fit a slot."""
+        """Raises UserError when the shards are damaged or made with another tokenizer, the tokenizer has no mask
+        token, or a sequence does not fit a slot."""
         if data.tokens_per_slot < data.max_length:
-            raise UserError(f"data.tokens_per_slot = {data.tokens_per_slot} is less than max_length = {data.max_length}")
+            raise UserError(
+                f"data.tokens_per_slot = {data.tokens_per_slot} is less than max_length = {data.max_length}"
+            )
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
         self._train = _Pieces(data, tokenizer, "train")
         self._order = CorpusOrder(self._train.lengths, data.tokens_per_slot, data.slots, seed)
@@ -51,8 +53,8 @@ class CorpusFeed:
         return self._train.batch(self._order.slot(step, slot), self._seed, epoch)
 
     def held_out(self) -> Batches:
-        """At most 32 slots of the held-out documents, the same and with the same masks in every run; empty when the corpus
-        was prepared with nothing held out."""
+        """At most 32 slots of the held-out documents, the same and with the same masks in every run; empty when the
+        corpus was prepared with nothing held out."""
         pieces = _Pieces(self._data, self._tokenizer, "held_out")
         if not len(pieces.lengths):
             return []
@@ -67,10 +69,13 @@ class _Pieces:
     def __init__(self, data: CorpusData, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
         self._shards = Shards(data.shards, split)
         if self._shards.manifest["tokenizer"]["fingerprint"] != tokenizers.fingerprint(tokenizer):
-            raise UserError(f"{data.shards}: made with another tokenizer; use the one in {self._shards.tokenizer_folder}")
+            raise UserError(
+                f"{data.shards}: made with another tokenizer; use the one in {self._shards.tokenizer_folder}"
+            )
         self._frame = tokenizers.frame(tokenizer)
-        if self._frame.mask is None:
+        if tokenizer.mask_token_id is None:
             raise UserError("the tokenizer has no mask token: masked language modelling needs one")
+        self._mask_id: int = tokenizer.mask_token_id
         self._mask_share = data.mask
         self._vocabulary = tokenizers.vocabulary_size(tokenizer)
         room = data.max_length - self._frame.size
@@ -92,8 +97,7 @@ class _Pieces:
         ids = np.concatenate([frame.before, piece, frame.after])
         special = np.ones(len(ids), dtype=bool)
         special[len(frame.before) : len(frame.before) + size] = False
-        assert frame.mask is not None
-        return mask_tokens(ids, special, self._mask_share, frame.mask, self._vocabulary, (seed, epoch, sequence))
+        return mask_tokens(ids, special, self._mask_share, self._mask_id, self._vocabulary, (seed, epoch, sequence))
 
 
 class TaskFeed:

@@ -7,8 +7,8 @@ from lad_dist.config import UserError, did_you_mean
 
 
 def load(path: str, config: str | None, split: str, columns: Sequence[str], streaming: bool = False) -> Any:
-    """The split as `datasets` gives it: iterable over dicts that have `columns`. Raises UserError, of one line, when the
-    dataset, its configuration, the split or a column cannot be had."""
+    """The split as `datasets` gives it: iterable over dicts that have `columns`. Raises UserError, of one line, when
+    the dataset, its configuration, the split or a column cannot be had."""
     import datasets  # noqa: PLC0415  slow, and needed only here
 
     try:

@@ -9,8 +9,8 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end) for each line; only \\n and \\r\\n end one, and a byte order mark is dropped.
-    Raises UserError naming file and line where the bytes are not UTF-8, or when the file cannot be read."""
+    """(number from 1, line without its end) for each line; only \\n and \\r\\n end one, and a byte order mark is
+    dropped. Raises UserError naming file and line where the bytes are not UTF-8, or when the file cannot be read."""
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):

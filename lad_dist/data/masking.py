@@ -12,15 +12,15 @@ def mask_tokens(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(masked ids [n], positions [r], labels [r]), all int64, positions ascending, r >= 1.
 
-    ids [n]: the sequence; special: bool [n], tokens that are never chosen, not all of them. Every other one is chosen with
-    `probability`, one of them when chance chose none; of the chosen 80 % become mask_id, 10 % a random id below `vocabulary`.
-    key: (seed, epoch, sequence)."""
+    ids [n]: the sequence; special: bool [n], tokens that are never chosen, not all of them. Every other one is chosen
+    with `probability`, one of them when chance chose none; of the chosen 80 % become mask_id, 10 % a random id below
+    `vocabulary`. key: (seed, epoch, sequence)."""
     random = random_source(Purpose.MASK, *key)
     draws = random.random(len(ids))
     draws[special] = 1
     positions = np.flatnonzero(draws < probability)
     if not len(positions):
-        positions = draws.argmin(keepdims=True)
+        positions = np.array([draws.argmin()])
     labels = ids[positions]
     fate = random.random(len(positions))
     replaced = np.where(fate < MASKED + REPLACED, random.integers(vocabulary, size=len(positions)), labels)

@@ -1,12 +1,13 @@
-"""Which sequences a step reads: pure functions of (seed, step, slot), the same for every process and after every resume.
+"""Which sequences a step reads: pure functions of (seed, step, slot), the same for every process and after every
+resume.
 
     random_source(…)       the generator that belongs to (purpose, seed, epoch, item)
     sequences_of(…)        documents cut into sequences
     CorpusOrder, TaskOrder (step, slot) -> ids of the sequences of that micro-batch
     _pack, _next_fit, _fill how CorpusOrder's slots come to be full
 
-An order is an endless row of slots, epoch after epoch; step s reads `slots` of them from s * slots on. So nothing is left over
-at the end of an epoch: a step may hold the last slots of one and the first of the next.
+An order is an endless row of slots, epoch after epoch; step s reads `slots` of them from s * slots on. So nothing is
+left over at the end of an epoch: a step may hold the last slots of one and the first of the next.
 """
 
 from enum import IntEnum
@@ -23,15 +24,16 @@ class Purpose(IntEnum):
 
 
 def random_source(purpose: Purpose, seed: int, epoch: int = 0, item: int = 0) -> np.random.Generator:
-    """A Philox generator whose stream belongs to these four numbers alone: key (seed, epoch), counter from (item, purpose)."""
+    """A Philox generator whose stream belongs to these four numbers alone: key (seed, epoch), counter from (item,
+    purpose)."""
     key = np.array([seed, epoch], dtype=np.uint64)
     counter = np.array([0, 0, item, purpose], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def sequences_of(lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents of `lengths` tokens cut into pieces of at most `room`: (document, begin within it, length) of each piece,
-    in the documents' order. Every token is in exactly one piece, and no piece spans two documents."""
+    """Documents of `lengths` tokens cut into pieces of at most `room`: (document, begin within it, length) of each
+    piece, in the documents' order. Every token is in exactly one piece, and no piece spans two documents."""
     pieces = -(-lengths // room)
     document = np.repeat(np.arange(len(lengths)), pieces)
     within = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -42,13 +44,15 @@ def sequences_of(lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray
 class CorpusOrder:
     """Sequences in slots of at most `tokens_per_slot` tokens, each sequence once per epoch.
 
-    The slots are packed once, over a random permutation. What that fixes is the lengths that lie together, not the sequences:
-    each epoch shuffles the sequences among the places of their length, and the slots among themselves. So every epoch is
-    as full as the first and has the same number of slots, and (step, slot) finds its epoch by a division.
+    The slots are packed once, over a random permutation. What that fixes is the lengths that lie together, not the
+    sequences: each epoch shuffles the sequences among the places of their length, and the slots among themselves. So
+    every epoch is as full as the first and has the same number of slots, and (step, slot) finds its epoch by a
+    division.
     """
 
     def __init__(self, lengths_with_specials: np.ndarray, tokens_per_slot: int, slots: int, seed: int) -> None:
-        """lengths_with_specials: int [n], n >= 1, tokens of each sequence as the model sees it, none above tokens_per_slot."""
+        """lengths_with_specials: int [n], n >= 1, tokens of each sequence as the model sees it, none above
+        tokens_per_slot."""
         lengths = np.asarray(lengths_with_specials).astype(_small(int(lengths_with_specials.max())))
         assert lengths.max() <= tokens_per_slot
         permutation = random_source(Purpose.PLAN, seed).permutation(len(lengths))
@@ -92,7 +96,8 @@ class CorpusOrder:
 
 
 class TaskOrder:
-    """Examples in slots of exactly `examples_per_slot`, each example once per epoch: the epochs' permutations end to end."""
+    """Examples in slots of exactly `examples_per_slot`, each example once per epoch: the epochs' permutations end to
+    end."""
 
     def __init__(self, count: int, examples_per_slot: int, slots: int, seed: int) -> None:
         self._count, self._size, self.slots, self._seed = count, examples_per_slot, slots, seed
@@ -110,7 +115,9 @@ class TaskOrder:
         """Ids, int64 [examples_per_slot], of the examples in micro-batch `slot` of step `step`."""
         places = (step * self.slots + slot) * self._size + np.arange(self._size)
         epochs, positions = np.divmod(places, self._count)
-        return np.concatenate([self._permutation(int(epoch))[positions[epochs == epoch]] for epoch in np.unique(epochs)])
+        return np.concatenate(
+            [self._permutation(int(epoch))[positions[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._shuffled is None or self._shuffled[0] != epoch:
@@ -125,8 +132,9 @@ def _small(largest: int) -> type[np.unsignedinteger]:
 
 
 def _pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The slot of each piece. Pieces go in as they come, but about two short pieces per slot are held back; these then fill
-    the gaps, the longest that fits first; what no gap takes is packed the same way into slots of its own."""
+    """The slot of each piece. Pieces go in as they come, but about two short pieces per slot are held back; these
+    then fill the gaps, the longest that fits first; what no gap takes is packed the same way into slots of its
+    own."""
     slot_of = np.full(len(lengths), -1)
     gaps = np.empty(0, dtype=np.int64)
     pending = np.arange(len(lengths))
@@ -155,7 +163,8 @@ def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _fill_all(pending: np.ndarray, lengths: np.ndarray, gaps: np.ndarray, slot_of: np.ndarray) -> np.ndarray:
-    """Puts pieces into gaps, round after round, until no gap takes another; updates gaps and slot_of, returns the rest."""
+    """Puts pieces into gaps, round after round, until no gap takes another; updates gaps and slot_of, returns the
+    rest."""
     while len(pending):
         chosen = _fill(lengths[pending], gaps)
         fits = chosen >= 0
@@ -168,8 +177,8 @@ def _fill_all(pending: np.ndarray, lengths: np.ndarray, gaps: np.ndarray, slot_o
 
 
 def _fill(lengths: np.ndarray, gaps: np.ndarray) -> np.ndarray:
-    """At most one piece for each gap, long pieces first, each into the tightest gap that still takes it: the gap of each
-    piece, or -1."""
+    """At most one piece for each gap, long pieces first, each into the tightest gap that still takes it: the gap of
+    each piece, or -1."""
     chosen = np.full(len(lengths), -1)
     widest_first = np.argsort(-gaps, kind="stable")
     pieces = np.argsort(-lengths, kind="stable")

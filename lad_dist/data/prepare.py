@@ -1,7 +1,8 @@
 """Text to token shards, once, before training: `prepare(config)`.
 
-documents -> batches -> the tokenizer's threads -> train or held-out by a hash of the text -> shards -> manifest, then a rename: the
-folder `out` is there as a whole or not at all. What a document becomes depends on its text and the tokenizer alone.
+documents -> batches -> the tokenizer's threads -> train or held-out by a hash of the text -> shards -> manifest, then
+a rename: the folder `out` is there as a whole or not at all. What a document becomes depends on its text and the
+tokenizer alone.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ UINT16_IDS = 65536
 def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> dict[str, Any]:
     """Writes the shards into config.out and returns their manifest. `progress` is called with lines for people.
 
-    A finished folder made by the same request is left as it is. Raises UserError for one made by another, for sources that
-    are missing, damaged or empty, and for a tokenizer that does not know the text."""
+    A finished folder made by the same request is left as it is. Raises UserError for one made by another, for sources
+    that are missing, damaged or empty, and for a tokenizer that does not know the text."""
     for source in config.source:
         corpus.check(source)
     tokenizer = tokenizers.load_tokenizer(config.tokenizer)
@@ -44,12 +45,14 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> d
         folder.mkdir()
         manifest = _write(config, request, tokenizer, folder, progress)
         folder.rename(out)
-    progress(f"{out}: {_summary(manifest['splits']['train'])} to train on, {_summary(manifest['splits']['held_out'])} held out")
+    train, held_out = (manifest["splits"][split] for split in SPLITS)
+    progress(f"{out}: {_summary(train)} to train on, {_summary(held_out)} held out")
     return manifest
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether the document with this text is kept for evaluation: by a hash, so whatever the order and the other documents."""
+    """Whether the document with this text is kept for evaluation: by a hash, so whatever the order and the other
+    documents."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
@@ -106,7 +109,8 @@ def _write_source(
     writers: dict[str, ShardWriter],
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The source's documents into the writers; the counts of each split, and of the empty documents that were dropped."""
+    """The source's documents into the writers; the counts of each split, and of the empty documents that were
+    dropped."""
     counts = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     dropped = reported = 0
     for number, texts in enumerate(_batches(corpus.documents(source))):

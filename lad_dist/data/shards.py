@@ -1,13 +1,13 @@
 """Token shards: a prepared corpus on disk.
 
-    manifest.json                     format, tokenizer, sources, counts, and sha256 of every file
-    tokenizer/                        the tokenizer that made the tokens
-    train/00000.bin                   tokens of whole documents end to end, without special tokens
-    train/00000.offsets.npy           int64 [documents + 1]: where each begins in the .bin
-    held_out/…                        the same for evaluation
+manifest.json                     format, tokenizer, sources, counts, and sha256 of every file
+tokenizer/                        the tokenizer that made the tokens
+train/00000.bin                   tokens of whole documents end to end, without special tokens
+train/00000.offsets.npy           int64 [documents + 1]: where each begins in the .bin
+held_out/…                        the same for evaluation
 
-    Shards        reads one split through memory maps
-    ShardWriter   writes one
+Shards        reads one split through memory maps
+ShardWriter   writes one
 """
 
 import hashlib
@@ -27,7 +27,8 @@ SPLITS = ("train", "held_out")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared corpus. Raises UserError when the folder has none, or one that this version cannot read."""
+    """The manifest of a prepared corpus. Raises UserError when the folder has none, or one that this version cannot
+    read."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -79,7 +80,8 @@ class Shards:
 
 
 class ShardWriter:
-    """Writes one split into `folder/split`, a new shard when the next document would make one longer than tokens_per_shard."""
+    """Writes one split into `folder/split`, a new shard when the next document would make one longer than
+    tokens_per_shard."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, tokens_per_shard: int) -> None:
         self._folder, self._split, self._dtype, self._most = folder, split, dtype, tokens_per_shard

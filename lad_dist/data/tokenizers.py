@@ -26,15 +26,15 @@ from lad_dist.config import UserError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MOST_UNKNOWN = 0.2
 UNKNOWN_SAMPLE = 5000  # tokens looked at
+ENCODED_AT_ONCE = 10_000  # texts: the lists that the library returns are large
 
 
 class Frame(NamedTuple):
-    """The special tokens before and after a single sequence, and the tokenizer's other ids that batches need."""
+    """The special tokens before and after a single sequence, and what fills a span after them."""
 
     before: np.ndarray  # int64
     after: np.ndarray  # int64
     pad: int
-    mask: int | None
 
     @property
     def size(self) -> int:
@@ -44,8 +44,8 @@ class Frame(NamedTuple):
 class Encoded(NamedTuple):
     """Sequences with their special tokens. `segments` are the token type ids."""
 
-    ids: list[np.ndarray]  # int64, one per text
-    segments: list[np.ndarray]  # int64, as long
+    ids: list[np.ndarray]  # int32, one per text
+    segments: list[np.ndarray]  # uint8, as long
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -81,9 +81,7 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int, out: Path) -> None:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS), show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -101,7 +99,7 @@ def frame(tokenizer: PreTrainedTokenizerFast) -> Frame:
     content = np.flatnonzero(~special)
     ids = np.array(probe.ids, dtype=np.int64)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Frame(ids[: content[0]], ids[content[-1] + 1 :], pad, tokenizer.mask_token_id)
+    return Frame(ids[: content[0]], ids[content[-1] + 1 :], pad)
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
@@ -117,17 +115,23 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
 def encode_framed(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
 ) -> Encoded:
-    """Each text, or pair of texts, with special tokens, cut to max_length tokens where longer: the longer text first."""
-    encoded = tokenizer(
-        list(texts),
-        None if pairs is None else list(pairs),
-        truncation="longest_first",
-        max_length=max_length,
-        return_token_type_ids=True,
-        return_attention_mask=False,
-    )
-    ids, segments = encoded["input_ids"], encoded["token_type_ids"]
-    return Encoded([np.array(row, dtype=np.int64) for row in ids], [np.array(row, dtype=np.int64) for row in segments])
+    """Each text, or pair of texts, with special tokens, cut to max_length tokens where longer: the longer text
+    first."""
+    ids: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    for begin in range(0, len(texts), ENCODED_AT_ONCE):
+        chunk = slice(begin, begin + ENCODED_AT_ONCE)
+        encoded = tokenizer(
+            list(texts[chunk]),
+            None if pairs is None else list(pairs[chunk]),
+            truncation="longest_first",
+            max_length=max_length,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+        )
+        ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
+        segments += [np.array(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
+    return Encoded(ids, segments)
 
 
 def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

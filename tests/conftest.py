@@ -1,0 +1,52 @@
+"""Fixtures: one toy world per session, built once and only read."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import toy
+
+from lad_dist.config import PrepareConfig
+from lad_dist.data.prepare import prepare
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders of the toy world."""
+
+    tokenizer: Path
+    teacher: Path  # classification, labels no and yes
+    pretrained: Path  # with an MLM head
+    headless: Path  # an encoder alone
+    corpus: Path  # token shards
+    files: dict[str, str]  # a task's train and dev
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    words = toy.tokenizer(folder / "tokenizer")
+    books = folder / "books"
+    books.mkdir()
+    for number in range(40):
+        text = "\n\n".join(toy.sentence(100 * number + n, most=30) for n in range(12))
+        (books / f"{number:02d}.txt").write_text(text + "\n")
+    corpus = folder / "corpus"
+    source = {"kind": "text", "path": str(books)}
+    request = {"out": str(corpus), "tokenizer": str(words), "held_out": 0.1, "source": [source]}
+    prepare(PrepareConfig.model_validate(request))
+    return World(
+        words,
+        toy.model(folder / "teacher", words, "classification", toy.LABELS),
+        toy.model(folder / "pretrained", words, "mlm"),
+        toy.model(folder / "headless", words, "none"),
+        corpus,
+        toy.task_files(folder / "task"),
+    )

@@ -1,0 +1,57 @@
+"""Starts real training processes the way users do."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launcher(name: str, processes: int) -> list[str]:
+    port = str(free_port())
+    return {
+        "python": [sys.executable],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", port],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", str(processes), "--master-port", port],
+    }[name]
+
+
+def launch(
+    command: Sequence[str | Path], *, by: str = "python", processes: int = 1, timeout: float = 300, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+    }
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    words = [*launcher(by, processes), *map(str, command)]
+    return subprocess.run(words, cwd=cwd, env=environment, timeout=timeout, text=True, capture_output=True)
+
+
+def curves(folder: Path, configs: dict[str, dict[str, Any]], *, by: str = "torchrun", processes: int) -> dict[str, list[dict]]:
+    """Trains the configs in `processes` processes; their rows by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, tables in configs.items():
+        paths.append(folder / f"{name}.toml")
+        paths[-1].write_text(tomli_w.dumps(tables))
+    done = launch([ROOT / "tests" / "worker.py", folder / "rows.json", *paths], by=by, processes=processes)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "rows.json").read_text())

@@ -1,0 +1,302 @@
+"""The sbatch scripts on a real SLURM of two nodes.
+
+What they launch is replaced by small scripts: every test submits from a folder with the repository's slurm/ and a
+launch/ of its own.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import SlurmCluster
+
+pytestmark = pytest.mark.slurm
+
+REPOSITORY = Path(__file__).parents[1]
+TRAINING = ("pretrain", "finetune", "task")
+SCRIPTS = {
+    "prepare": "prepare_corpus",
+    "pretrain": "pretrain_distill",
+    "finetune": "finetune_teacher",
+    "task": "task_distill",
+    "tune": "tune",
+}
+
+# Each task writes down what it was given.
+RECORD = """
+import json, os, sys
+rank = os.environ["SLURM_PROCID"]
+seen = {"arguments": sys.argv[1:], **os.environ}
+with open(f"seen-{rank}.json", "w") as file:
+    json.dump(seen, file)
+"""
+
+# Its second life is the one that finds the checkpoint of the first.
+STOPPABLE = """
+import os, pathlib, signal, sys, time
+rank = int(os.environ["SLURM_PROCID"])
+checkpoint = pathlib.Path(f"checkpoint-{rank}")
+if checkpoint.exists():
+    print(f"rank {rank} resumes", flush=True)
+    sys.exit(0)
+asked = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, _: asked.append(number))
+print(f"rank {rank} trains", flush=True)
+while not asked:
+    time.sleep(0.1)
+checkpoint.touch()
+if rank == 1:  # as an interpreter that takes long to shut down
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1.5)
+sys.exit(75)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with SlurmCluster() as running:
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository's root as the scripts see it, where every launch script ends well."""
+    shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "run.toml").touch()
+    for name in SCRIPTS.values():
+        launch(tmp_path, name, "print('done')")
+    return tmp_path
+
+
+def launch(folder: Path, name: str, script: str) -> None:
+    (folder / "launch" / f"{name}.py").write_text(script)
+
+
+def seen(folder: Path, rank: int) -> dict[str, str]:
+    loaded: dict[str, str] = json.loads((folder / f"seen-{rank}.json").read_text())
+    return loaded
+
+
+AWKWARD = [
+    "run.name=two words",
+    """data.train='it''s "quoted".tsv'""",
+    "run.name=$(touch harmed)`touch harmed`$HOME",
+    "a.b=[1, 2]; touch harmed & # |*",
+    "run.dir=\\back\\\\slashes",
+    "two\nlines",
+    "",
+]
+
+
+@pytest.mark.parametrize("script", ["prepare", *TRAINING])
+def test_every_argument_arrives_as_it_was_written(cluster: SlurmCluster, folder: Path, script: str) -> None:
+    launch(folder, SCRIPTS[script], RECORD)
+    ended = cluster.run_job([f"slurm/{script}.sbatch", "run.toml", *AWKWARD], 60, folder)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert seen(folder, 0)["arguments"] == ["run.toml", *AWKWARD]
+    assert not (folder / "harmed").exists()
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_processes_know_where_to_meet_and_how_many_threads_to_take(
+    cluster: SlurmCluster, folder: Path, script: str
+) -> None:
+    launch(folder, SCRIPTS[script], RECORD)
+    options = ["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2"]
+    ended = cluster.run_job([*options, f"slurm/{script}.sbatch", "run.toml"], 60, folder)
+    assert ended.code == 0, ended.output
+    ranks = [seen(folder, rank) for rank in range(4)]
+    assert [rank["SLURMD_NODENAME"] for rank in ranks] == ["n1", "n1", "n2", "n2"]
+    assert {rank["SLURM_STEP_NUM_TASKS"] for rank in ranks} == {"4"}
+    assert {(rank["OMP_NUM_THREADS"], rank["SLURM_CPUS_PER_TASK"]) for rank in ranks} == {("2", "2")}
+    assert {rank["MASTER_ADDR"] for rank in ranks} == {"127.0.0.1"}
+    (port,) = {rank["MASTER_PORT"] for rank in ranks}
+    assert 1024 < int(port) < 32768
+
+
+def test_a_stopped_job_is_requeued_and_resumes(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "task_distill", STOPPABLE)
+    job = cluster.submit(["--nodes=2", "slurm/task.sbatch", "run.toml"], folder)
+    for rank in (0, 1):
+        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    cluster.run(["scancel", "--batch", "--signal=USR1", job])
+    ended = cluster.wait(job, 60)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    for rank in (0, 1):
+        assert f"rank {rank} resumes" in ended.output
+    assert cluster.shown(job)["Restarts"] == "1"
+
+
+def test_ranks_that_stop_by_themselves_are_requeued_too(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "pretrain_distill", STOPPABLE)
+    job = cluster.submit(["--nodes=2", "slurm/pretrain.sbatch", "run.toml"], folder)
+    for rank in (0, 1):
+        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    cluster.run(["scancel", "--signal=USR1", job])
+    ended = cluster.wait(job, 60)
+    assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "task_distill", STOPPABLE)
+    job = cluster.submit(["--nodes=2", "slurm/task.sbatch", "run.toml"], folder)
+    for rank in (0, 1):
+        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    cluster.cancel(job)
+    ended = cluster.wait(job, 60)
+    cluster.wait_for_quiet(30)
+    assert (ended.state, cluster.shown(job)["Restarts"]) == ("CANCELLED", "0"), ended.output
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_other_exit_codes_are_passed_on(cluster: SlurmCluster, folder: Path, code: int) -> None:
+    launch(folder, "finetune_teacher", f"raise SystemExit({code})")
+    ended = cluster.run_job(["slurm/finetune.sbatch", "run.toml"], 60, folder)
+    assert (ended.state, ended.code) == ("FAILED", code), ended.output
+
+
+def test_a_failing_process_ends_those_that_wait_for_it(cluster: SlurmCluster, folder: Path) -> None:
+    launch(
+        folder,
+        "task_distill",
+        "import os, time\nif os.environ['SLURM_PROCID'] == '1': raise SystemExit(1)\ntime.sleep(100)",
+    )
+    ended = cluster.run_job(["--nodes=2", "slurm/task.sbatch", "run.toml"], 40, folder)
+    assert ended.state == "FAILED", ended.output
+
+
+def test_the_virtual_environment_of_the_folder_is_activated(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "task_distill", "import os\nprint('environment', os.environ['FOUND'])")
+    for name in (".venv", "other place"):
+        (folder / name / "bin").mkdir(parents=True)
+        (folder / name / "bin" / "activate").write_text(f"export FOUND='{name}'")
+    job = ["slurm/task.sbatch", "run.toml"]
+    assert "environment .venv\n" in cluster.run_job(job, 60, folder).output
+    assert "environment other place\n" in cluster.run_job(job, 60, folder, {"LAD_DIST_ENV": "other place"}).output
+
+
+def pipeline(cluster: SlurmCluster, folder: Path, *words: str) -> dict[str, str]:
+    """Submits a chain; the jobs by stage."""
+    return dict(line.split() for line in cluster.run(["bash", "slurm/pipeline.sh", *words], folder).splitlines())
+
+
+WHOLE_CHAIN = [
+    "prepare",
+    "run.toml",
+    "pretrain",
+    "run.toml",
+    "a.b=x y",
+    "finetune",
+    "run.toml",
+    "task",
+    "run.toml",
+    "c=1",
+]
+
+
+def test_a_chain_runs_in_order_with_the_overrides_of_each_stage(cluster: SlurmCluster, folder: Path) -> None:
+    for name in SCRIPTS.values():
+        launch(
+            folder,
+            name,
+            f"import sys, time; time.sleep(.3); open('order', 'a').write('{name}' + repr(sys.argv[1:]) + '\\n')",
+        )
+    jobs = pipeline(cluster, folder, "--cpus-per-task=1", *WHOLE_CHAIN)
+    assert list(jobs) == ["prepare", "pretrain", "finetune", "task"]
+    for job in jobs.values():
+        assert cluster.wait(job, 60).state == "COMPLETED"
+        assert cluster.shown(job)["NumCPUs"] == "1"
+    order = (folder / "order").read_text().splitlines()
+    steps = ["prepare_corpus['run.toml']", "pretrain_distill['run.toml', 'a.b=x y']", "task_distill['run.toml', 'c=1']"]
+    assert [line for line in order if not line.startswith("finetune")] == steps
+    assert order.index("finetune_teacher['run.toml']") < order.index(steps[-1])
+
+
+def test_a_failing_stage_cancels_what_waits_for_it_and_nothing_else(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "prepare_corpus", "raise SystemExit(1)")
+    jobs = pipeline(cluster, folder, *WHOLE_CHAIN)
+    states = {stage: cluster.wait(job, 60).state for stage, job in jobs.items()}
+    assert states == {"prepare": "FAILED", "pretrain": "CANCELLED", "finetune": "COMPLETED", "task": "CANCELLED"}
+
+
+def test_a_requeued_stage_keeps_the_next_one_waiting(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "pretrain_distill", STOPPABLE)
+    launch(folder, "task_distill", "import os; print('checkpoint', os.path.exists('checkpoint-0'))")
+    jobs = pipeline(cluster, folder, "pretrain", "run.toml", "task", "--cpus-per-task=2", "run.toml")
+    cluster.wait_for_output(jobs["pretrain"], "rank 0 trains", 30)
+    cluster.run(["scancel", "--batch", "--signal=USR1", jobs["pretrain"]])
+    assert cluster.wait(jobs["pretrain"], 60).state == "COMPLETED"
+    ended = cluster.wait(jobs["task"], 60)
+    assert (ended.state, cluster.shown(jobs["task"])["NumCPUs"]) == ("COMPLETED", "2"), ended.output
+    assert "checkpoint True" in ended.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name at least one stage"),
+        (["tsak", "run.toml"], '"tsak" is no stage'),
+        (["task", "run.toml", "pretrain", "run.toml"], '"pretrain" is no stage, or is out of order'),
+        (["finetune", "run.toml", "task", "missing.toml"], 'task: there is no config "missing.toml"'),
+        (["finetune", "run.toml", "task", "--nodes=many", "run.toml"], "cancelling the jobs submitted so far"),
+    ],
+)
+def test_a_mistake_in_a_chain_leaves_no_jobs_behind(
+    cluster: SlurmCluster, folder: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        pipeline(cluster, folder, "--begin=now+1hour", *words)
+    cluster.wait_for_quiet(30)
+
+
+RAY_DRIVER = """
+import os, sys, time, ray
+ray.init(logging_level="ERROR")
+while len(ray.nodes()) < int(os.environ["SLURM_NNODES"]):
+    time.sleep(0.2)
+
+@ray.remote(num_cpus=3)
+def trial():
+    time.sleep(1)
+    return os.environ["SLURMD_NODENAME"], os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("MASTER_PORT")
+
+print("trials", sorted(ray.get([trial.remote(), trial.remote()])), sys.argv[1:], flush=True)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("nodes", "code"), [(["n1"], 3), (["n1", "n2"], 0)])
+def test_a_search_has_ray_on_every_node_and_leaves_nothing_behind(
+    cluster: SlurmCluster, folder: Path, nodes: list[str], code: int
+) -> None:
+    launch(folder, "tune", RAY_DRIVER)
+    job = cluster.submit([f"--nodes={len(nodes)}", "slurm/tune.sbatch", "run.toml", str(code), "a b"], folder)
+    ended = cluster.wait(job, 120)
+    assert ended.code == code, ended.output
+    trials = [(node, None, None) for node in [nodes[0], nodes[-1]]]
+    assert f"trials {trials} ['run.toml', '{code}', 'a b']" in ended.output
+    assert not Path(f"/tmp/ray-{job}").exists()
+    assert not running_with(f"/tmp/ray-{job}")
+
+
+def running_with(text: str) -> list[str]:
+    """Command lines of this host's processes in which `text` stands."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return [line for line in lines if text in line]
+
+
+def test_scripts_name_no_site(folder: Path) -> None:
+    for script in (folder / "slurm").iterdir():
+        for option in ("--partition=", "--account=", "--qos=", "--constraint="):
+            assert option not in script.read_text()

@@ -1,0 +1,83 @@
+"""Toy models, texts and configs that tests share: 4 x 32 teachers over a vocabulary of a few hundred words, dropout 0."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lad_dist import models
+from lad_dist.data.batch import collate
+from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
+from lad_dist.flat import Batch
+
+WORDS = [a + b for a in ("ba", "de", "fi", "go", "lu", "ma", "ne", "po") for b in ("n", "rt", "sk", "l", "mp", "st", "d")]
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+LABELS = ("no", "yes")
+
+
+def sentence(seed: int, most: int = 20) -> str:
+    pick = random.Random(seed)
+    return " ".join(pick.choices(WORDS, k=pick.randint(3, most)))
+
+
+def tokenizer(folder: Path) -> Path:
+    train_wordpiece((sentence(n) for n in range(500)), 200, folder)
+    return folder
+
+
+def model(folder: Path, tokenizer_folder: Path, head: str, labels: tuple[str, ...] = (), **sizes: Any) -> Path:
+    """A model folder with new weights and the tokenizer."""
+    torch.manual_seed(0)
+    words = load_tokenizer(str(tokenizer_folder))
+    made = models.create({**SIZES, **sizes}, head, vocabulary=len(words), labels=labels)  # type: ignore[arg-type]
+    models.save(made, folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def task_files(folder: Path, train: int = 64, dev: int = 24) -> dict[str, str]:
+    """A learnable task as .csv and .jsonl: does the text hold a word of the first syllable?"""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def row(seed: int) -> dict[str, str]:
+        text = sentence(seed, most=6)
+        return {"text": text, "label": LABELS["ba" in text]}
+
+    (folder / "train.csv").write_text("text,label\n" + "".join("{text},{label}\n".format(**row(n)) for n in range(train)))
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row(10_000 + n)) + "\n" for n in range(dev)))
+    return {"train": str(folder / "train.csv"), "dev": str(folder / "dev.jsonl")}
+
+
+def batch(lengths: list[int], *, pad_to: int | None = None, vocabulary: int = 50, seed: int = 0, labels: Any = None) -> Batch:
+    """A flat batch of random tokens, the first token of each sequence as its row."""
+    random_state = np.random.default_rng(seed)
+    sequences = [random_state.integers(5, vocabulary, n) for n in lengths]
+    spans = [pad_to or n for n in lengths]
+    rows = np.cumsum([0, *spans[:-1]])
+    chosen = np.arange(len(lengths)) % 2 if labels is None else np.asarray(labels)
+    return collate(sequences, None, rows, chosen, pad_to=pad_to)
+
+
+def task_config(work: Path, files: dict[str, str], teacher: Path, student: Path, **tables: Any) -> dict[str, Any]:
+    """Plain tables of a toy LAD run: 8 steps of 4 slots of 4 examples."""
+    return {
+        "run": {"name": "toy", "dir": str(work), "steps": 8, "log_every": 1},
+        "teacher": {"path": str(teacher)},
+        "student": {"path": str(student), "depth": 2},
+        "data": {**files, "max_length": 32, "examples_per_slot": 4, "slots": 4},
+        "objective": {"name": "lad", "hidden": 1.0},
+        "optim": {"lr": 1e-3, "objective_lr": 1e-2},
+        "deepspeed": {},
+        **tables,
+    }

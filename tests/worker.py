@@ -1,0 +1,28 @@
+"""A process of a multi-process test: trains the configs it is given, one after the other. Rank 0 leaves the rows of each.
+
+usage: (torchrun|deepspeed|python) tests/worker.py ROWS.json CONFIG.toml …
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lad_dist import processes
+from lad_dist.config import PretrainConfig, TaskConfig, parse, read
+from lad_dist.train import train
+
+
+def main() -> None:
+    out, *paths = (word for word in sys.argv[1:] if not word.startswith("--local"))
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        tables = read(path)
+        schema = PretrainConfig if "shards" in tables["data"] else TaskConfig
+        train(parse(schema, tables, path), rows.setdefault(Path(path).stem, []).append)
+    if processes.main():
+        Path(out).write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
