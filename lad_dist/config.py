@@ -77,6 +77,10 @@ class Student(Table):
         "even", description="layers to keep: a rule for depth, or their numbers from 1"
     )
     depth: Positive | None = Field(None, description="number of layers that the rule keeps; default: all")
+    dropout: float | None = Field(None, ge=0, lt=1, description="of hidden states while training; default: the model's")
+    attention_dropout: float | None = Field(
+        None, ge=0, lt=1, description="of attention; default: the model's; 0 lets fast attention kernels run"
+    )
     embeddings: Literal["copy", "random"] = Field("copy", description="keep the embeddings, or draw them anew")
 
     @model_validator(mode="after")

@@ -47,8 +47,8 @@ class Batch(NamedTuple):
 
 def pad(x: Tensor, batch: Batch) -> Tensor:
     """[N, ...] to [B, S, ...], zeros in the gaps."""
-    count = len(batch.lengths)
-    if len(x) == count * batch.longest:
+    count = batch.lengths.shape[0]
+    if x.shape[0] == count * batch.longest:
         return x.view(count, batch.longest, *x.shape[1:])
     padded = x.new_zeros(count * batch.longest, *x.shape[1:])
     return padded.index_copy(0, batch.padded_index, x).view(count, batch.longest, *x.shape[1:])

@@ -85,7 +85,8 @@ class Plan:
     def method(self) -> Method:
         """Student and objective, weights drawn from the run's seed."""
         processes.seed_everything(self.config.run.seed)
-        student = self._origin()
+        words = self.config.student
+        student = surgery.set_dropout(self._origin(), words.dropout, words.attention_dropout)
         for operate in self.surgeries:
             student = operate(student)
         return Method(student, self.objective())

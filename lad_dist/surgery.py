@@ -2,6 +2,7 @@
 
     keep_layers        the student's layers, by number; `layer_numbers` turns a rule into numbers
     random_embeddings  embeddings drawn anew
+    set_dropout        other dropout while training
     low_rank           linear maps as thin products (Part: LowRank)
 
 `SURGERIES` names those that a config may list under `[[surgery]]`; the keyword-only arguments are their schema.
@@ -58,6 +59,17 @@ def random_embeddings(model: PreTrainedModel) -> PreTrainedModel:
             nn.init.normal_(module.weight, std=model.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
+    return model
+
+
+def set_dropout(model: PreTrainedModel, hidden: float | None, attention: float | None) -> PreTrainedModel:
+    """The model with other dropout probabilities, None leaving its own. Its config keeps the old ones, for those who train
+    on from the export."""
+    for parent in model.modules():
+        probability = attention if type(parent).__name__.endswith("SelfAttention") else hidden
+        for child in parent.children():
+            if isinstance(child, nn.Dropout) and probability is not None:
+                child.p = probability
     return model
 
 

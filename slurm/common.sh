@@ -22,8 +22,8 @@ address_of() {
     scontrol --oneliner show node "$1" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/'
 }
 
-# When a process fails, --kill-on-bad-exit ends the others, which would wait for it in vain. To stop early is no failure, but srun
-# cannot know: so a process that leaves with 75 stays for some seconds, until the others have left by themselves.
+# When a process fails, --kill-on-bad-exit ends the others, which would wait for it in vain. To stop early is no failure,
+# but srun cannot know: what leaves with 75 stays for some seconds, until the others have left by themselves.
 on_every_process=(srun --kill-on-bad-exit=1 bash -c '
     trap : USR1 TERM
     "$@"

@@ -2,15 +2,15 @@
 # Submit the stages of a distillation as a chain of jobs: each starts when those that it needs have succeeded.
 #
 #   bash slurm/pipeline.sh \
-#       prepare  configs/corpus/wikipedia.toml \
+#       prepare  configs/pretrain/corpus.toml \
 #       pretrain --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 configs/pretrain/minilm.toml run.steps=100000 \
 #       finetune --gpus-per-node=1 configs/task/teacher.toml data.task=rte \
 #       task     --gpus-per-node=1 configs/task/lad.toml data.task=rte
 #
-# Run it from the repository's root. After a stage's name come options of sbatch for this job (written --option=value), its config and
-# the config's overrides; options before the first stage are for all jobs. Pre-training waits for the preparation, the task for
-# pre-training and fine-tuning. A stage whose result is there already is left out. When a stage fails, those that wait for it are
-# cancelled; one that goes back to the queue keeps them waiting.
+# Run it from the repository's root. After a stage's name come options of sbatch for its job (written --option=value), its
+# config and the config's overrides; options before the first stage are for all jobs. Leave out the stages that are done
+# already. Pre-training waits for the preparation, the task for pre-training and fine-tuning. When a stage fails, those
+# that wait for it are cancelled; a stage that goes back to the queue keeps them waiting. Prints each stage's job id.
 set -euo pipefail
 
 stages="prepare pretrain finetune task "
@@ -48,7 +48,6 @@ while (($#)) && [[ "$1" == -* ]]; do
 done
 (($#)) || fail "name at least one stage of: $stages"
 
-mkdir -p logs
 trap cancel_half_a_chain EXIT
 ahead="$stages"
 while (($#)); do
@@ -71,6 +70,7 @@ while (($#)); do
     done
 
     wait_for "${needs[$stage]}"
-    jobs[$stage]="$(sbatch --parsable "${dependency[@]}" "${common[@]}" "${options[@]}" "slurm/$stage.sbatch" "${arguments[@]}")"
+    job="$(sbatch --parsable "${dependency[@]}" "${common[@]}" "${options[@]}" "slurm/$stage.sbatch" "${arguments[@]}")"
+    jobs[$stage]="${job%%;*}" # a federation's sbatch adds the cluster's name
     echo "$stage ${jobs[$stage]}"
 done

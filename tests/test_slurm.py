@@ -65,7 +65,7 @@ def cluster() -> Iterator[SlurmCluster]:
 def folder(tmp_path: Path) -> Path:
     """A repository's root as the scripts see it, where every launch script ends well."""
     shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm")
-    (tmp_path / "logs").mkdir()
+    
     (tmp_path / "launch").mkdir()
     (tmp_path / "run.toml").touch()
     for name in SCRIPTS.values():

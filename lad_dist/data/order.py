@@ -55,9 +55,10 @@ class CorpusOrder:
         tokens_per_slot."""
         lengths = np.asarray(lengths_with_specials).astype(_small(int(lengths_with_specials.max())))
         assert lengths.max() <= tokens_per_slot
-        permutation = random_source(Purpose.PLAN, seed).permutation(len(lengths))
+        random = random_source(Purpose.PLAN, seed)
+        permutation = random.permutation(len(lengths))
         slot_of = np.empty(len(lengths), dtype=np.int64)
-        slot_of[permutation] = _pack(lengths[permutation].astype(np.int64), tokens_per_slot)
+        slot_of[permutation] = _pack(lengths[permutation].astype(np.int64), tokens_per_slot, random)
         by_length = np.argsort(lengths, kind="stable")
         self._lengths, self._seed, self.slots = lengths, seed, slots
         self._bounds = np.concatenate([[0], np.cumsum(np.bincount(slot_of))])
@@ -131,23 +132,35 @@ def _small(largest: int) -> type[np.unsignedinteger]:
     return np.uint16 if largest < 2**16 else np.uint32
 
 
-def _pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The slot of each piece. Pieces go in as they come, but about two short pieces per slot are held back; these
-    then fill the gaps, the longest that fits first; what no gap takes is packed the same way into slots of its
-    own."""
+def _pack(lengths: np.ndarray, capacity: int, random: np.random.Generator) -> np.ndarray:
+    """The slot of each piece, over windows of the row of pieces. In a window pieces go in as they come, but about two
+    short ones per slot are held back; these then fill the gaps, the longest that fits first, and what no gap takes is
+    mixed into the next window. A window has hundreds of slots where it can: that many gaps find what they need."""
     slot_of = np.full(len(lengths), -1)
-    gaps = np.empty(0, dtype=np.int64)
-    pending = np.arange(len(lengths))
-    while len(pending):
-        short = np.flatnonzero(lengths[pending] < lengths[pending].max())
-        held = np.zeros(len(pending), dtype=bool)
-        held[short[: min(2 * int(lengths[pending].sum()) // capacity, len(pending) // 2)]] = True
-        placed = pending[~held]
+    count = 0
+    left = np.empty(0, dtype=np.int64)
+    windows = np.array_split(np.arange(len(lengths)), min(32, lengths.sum() // (512 * capacity) + 1))
+    while windows or len(left):
+        pending = random.permutation(np.concatenate([left, *windows[:1]]))
+        windows = windows[1:]
+        held = _held_back(lengths[pending], capacity)
+        placed, left = pending[~held], pending[held]
         bins = _next_fit(lengths[placed], capacity)
-        slot_of[placed] = len(gaps) + bins
-        gaps = np.concatenate([gaps, capacity - np.bincount(bins, weights=lengths[placed]).astype(np.int64)])
-        pending = _fill_all(pending[held], lengths, gaps, slot_of)
+        gaps = capacity - np.bincount(bins, weights=lengths[placed]).astype(np.int64)
+        slot_of[placed] = count + bins
+        filled = _fill_all(lengths[left], gaps)
+        fits = filled >= 0
+        slot_of[left[fits]] = count + filled[fits]
+        count, left = count + len(gaps), left[~fits]
     return slot_of
+
+
+def _held_back(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Boolean: two short pieces per slot, but no more than half of all."""
+    short = np.flatnonzero(lengths < lengths.max())
+    held = np.zeros(len(lengths), dtype=bool)
+    held[short[: min(2 * int(lengths.sum()) // capacity, len(lengths) // 2)]] = True
+    return held
 
 
 def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -162,18 +175,19 @@ def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return np.cumsum(opens) - 1
 
 
-def _fill_all(pending: np.ndarray, lengths: np.ndarray, gaps: np.ndarray, slot_of: np.ndarray) -> np.ndarray:
-    """Puts pieces into gaps, round after round, until no gap takes another; updates gaps and slot_of, returns the
-    rest."""
+def _fill_all(lengths: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """The gap of each piece, or -1: round after round, until no gap takes another. Shrinks the gaps."""
+    chosen = np.full(len(lengths), -1)
+    pending = np.arange(len(lengths))
     while len(pending):
-        chosen = _fill(lengths[pending], gaps)
-        fits = chosen >= 0
+        found = _fill(lengths[pending], gaps)
+        fits = found >= 0
         if not fits.any():
             break
-        slot_of[pending[fits]] = chosen[fits]
-        gaps[chosen[fits]] -= lengths[pending[fits]]
+        chosen[pending[fits]] = found[fits]
+        gaps[found[fits]] -= lengths[pending[fits]]
         pending = pending[~fits]
-    return pending
+    return chosen
 
 
 def _fill(lengths: np.ndarray, gaps: np.ndarray) -> np.ndarray:

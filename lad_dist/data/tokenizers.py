@@ -13,6 +13,7 @@ Everything that depends on a tokenizer's special tokens goes through here.
 
 import hashlib
 import json
+import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lad_dist.config import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# The trainer numbers continuations as it meets them, in the order of a hash map that differs from process to process,
+# and breaks ties between pieces by number: naming them first gives the same tokenizer every time.
+CONTINUATIONS = tuple(f"##{character}" for character in string.ascii_lowercase + string.digits)
 MOST_UNKNOWN = 0.2
 UNKNOWN_SAMPLE = 5000  # tokens looked at
 ENCODED_AT_ONCE = 10_000  # texts: the lists that the library returns are large
@@ -73,16 +77,16 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def train_wordpiece(texts: Iterable[str], vocabulary: int, out: Path) -> None:
-    """Trains an uncased WordPiece tokenizer of at most `vocabulary` tokens into the folder `out`, for AutoTokenizer.
+    """Trains an uncased WordPiece tokenizer of `vocabulary` tokens into the folder `out`, for AutoTokenizer.
 
-    Text that does not hold that many distinct pieces gives a smaller one. The library breaks ties between equally
-    frequent pieces as it likes: two trainings on one text may differ in rare tokens."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    Text that does not hold that many distinct pieces gives a smaller one; single characters are always in."""
+    learner = _wordpiece({})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=[*SPECIAL_TOKENS, *CONTINUATIONS], show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    pieces = [*SPECIAL_TOKENS, *sorted(learner.get_vocab().keys() - set(SPECIAL_TOKENS))]
+    tokenizer = _wordpiece({piece: number for number, piece in enumerate(pieces)})
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -90,6 +94,14 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int, out: Path) -> None:
     )
     names = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(out)
+
+
+def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
 
 
 def frame(tokenizer: PreTrainedTokenizerFast) -> Frame:

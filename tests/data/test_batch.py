@@ -55,7 +55,14 @@ def test_types() -> None:
     batch = collate(sequences, None, np.array([0, 2]), np.array([0.5, 1.5], dtype=np.float32))
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.labels.dtype == torch.float32
-    integers = (batch.input_ids, batch.token_type_ids, batch.position_ids, batch.lengths, batch.padded_index, batch.rows)
+    integers = (
+        batch.input_ids,
+        batch.token_type_ids,
+        batch.position_ids,
+        batch.lengths,
+        batch.padded_index,
+        batch.rows,
+    )
     assert {tensor.dtype for tensor in integers} == {torch.int64}
     assert type(batch.longest) is type(batch.tokens) is int
     assert type(batch.ragged) is bool

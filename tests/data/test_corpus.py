@@ -2,9 +2,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from toy_text import WORDS
 
 from lad_dist.config import Source, UserError
 from lad_dist.data import corpus, tokenizers
+
+pytest_plugins = ["data_fixtures"]
 
 
 def source(kind: str, path: Path | str, **rest: str) -> Source:
@@ -73,7 +76,7 @@ def test_a_hub_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_check_refuses_what_is_missing_or_empty(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         corpus.check(source(kind, tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no .* in it"):
+    with pytest.raises(UserError, match=r"no .* in it"):
         corpus.check(source(kind, tmp_path))
 
 
@@ -123,7 +126,12 @@ def test_trained_wordpiece_is_uncased_and_framed_like_berts(toy_tokenizer) -> No
     assert encoded["token_type_ids"] == [0, 0, 0, 0, 1, 1]
     assert toy_tokenizer.mask_token == "[MASK]"
     assert toy_tokenizer.pad_token_id == 0
-    assert toy_tokenizer.tokenize("zebra") == ["[UNK]"]
+    assert toy_tokenizer.tokenize("zebra ζωή") == ["z", "##e", "##b", "##r", "##a", "[UNK]"]
+
+
+def test_training_again_gives_the_same_tokenizer(toy_tokenizer, tmp_path: Path) -> None:
+    tokenizers.train_wordpiece([" ".join(WORDS)] * 50, 200, tmp_path)
+    assert tokenizers.fingerprint(tokenizers.load_tokenizer(tmp_path)) == tokenizers.fingerprint(toy_tokenizer)
 
 
 def test_fingerprint_depends_on_the_tokens_alone(toy_tokenizer, toy_tokenizer_folder: Path, tmp_path: Path) -> None:

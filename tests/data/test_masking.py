@@ -48,7 +48,7 @@ def test_shares_over_a_million_tokens() -> None:
     assert abs(fate["same"] / chosen - 0.1) < 0.005
     assert abs(fate["other"] / chosen - 0.1) < 0.005
     assert per_place[[0, -1]].sum() == 0
-    assert 90 < per_place[1:-1].min()
+    assert per_place[1:-1].min() > 90
     assert per_place[1:-1].max() < 215
     random = np.concatenate(replacements)
     assert abs(random.mean() / VOCABULARY - 0.5) < 0.02

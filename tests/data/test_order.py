@@ -21,9 +21,7 @@ def slots_from(order: CorpusOrder | TaskOrder, first: int, count: int) -> list[n
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 20))
 def test_pieces_cover_every_document_once(lengths: list[int], room: int) -> None:
     document, begin, length = sequences_of(np.array(lengths, dtype=np.int64), room)
-    tokens = [
-        (d, t) for d, b, n in zip(document, begin, length, strict=True) for t in range(int(b), int(b) + int(n))
-    ]
+    tokens = [(d, t) for d, b, n in zip(document, begin, length, strict=True) for t in range(int(b), int(b) + int(n))]
     assert tokens == [(d, t) for d, n in enumerate(lengths) for t in range(n)]
     assert all(1 <= n <= room for n in length)
     assert len(length) == sum(-(-n // room) for n in lengths)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import sentence
+from toy_text import sentence
 
 from lad_dist.config import PrepareConfig, UserError, dump
 from lad_dist.data import corpus, prepare, tokenizers
 from lad_dist.data.prepare import is_held_out
 from lad_dist.data.shards import Shards
+
+pytest_plugins = ["data_fixtures"]
 
 
 def quiet(_: str) -> None:
@@ -77,9 +79,7 @@ def test_slices_of_documents(config: PrepareConfig) -> None:
     assert shards.tokens(longest, 3, 8).tolist() == whole[3:8].tolist()
 
 
-def test_large_vocabularies_take_four_bytes(
-    config: PrepareConfig, toy_tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_large_vocabularies_take_four_bytes(config: PrepareConfig, toy_tokenizer_folder: Path, tmp_path: Path) -> None:
     tokenizer = json.loads((toy_tokenizer_folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = vocabulary | {f"filler{i}": len(vocabulary) + i for i in range(65536)}

@@ -4,15 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from toy_text import WORDS, sentence
 
 from lad_dist.data import tokenizers
-
-WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls watch from an old oak near water".split()
-
-
-def sentence(seed: int, words: int) -> str:
-    """Reproducible text in the toy tokenizer's vocabulary."""
-    return " ".join(WORDS[(seed * 7 + i * i + i) % len(WORDS)] for i in range(words))
 
 
 @pytest.fixture(scope="session")
