@@ -11,6 +11,7 @@ Every process makes the same number of forwards, because under ZeRO-3 a forward 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches)
 
 def task_scores(task: Task, predictions: Mapping[str, Predictions]) -> dict[str, float]:
     """The task's metrics; those of a second dev set (MNLI's mismatched) carry its name."""
-    scores = {}
+    scores: dict[str, float] = {}
     for name, seen in predictions.items():
         suffix = name.removeprefix("dev")
         scores |= {metric + suffix: value for metric, value in score(task.metrics, seen.logits, seen.labels).items()}
@@ -120,20 +121,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = processes.start()
     feed = TaskFeed(config.data, task, load_tokenizer(config.model.path), seed=0)
     frozen = [models.Frozen(path, task.kind, device=device, labels=task.label_names) for path in paths]
-    result = compare(task, feed.dev, *(_logits(model) for model in frozen), *([None] * (2 - len(frozen))))
-    for name, path, model in zip(("student", "teacher"), paths, frozen, strict=False):
-        result[name] = {"path": path, "parameters": models.parameters(model.model), **result[name]}
-    result["model"] = result.pop("student")
+    forwards = [partial(logits_of, model) for model in frozen]
+    found = compare(task, feed.dev, forwards[0], forwards[1] if len(forwards) > 1 else None)
+    result = {
+        name: {"path": path, "parameters": models.parameters(model.model), **found[role]}
+        for name, role, path, model in zip(("model", "teacher"), found, paths, frozen, strict=False)
+    }
     if config.out is not None and processes.main():
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def _logits(model: models.Frozen) -> Forward:
-    def forward(batch: Batch) -> Tensor:
-        logits = model(batch, LOGITS).logits
-        assert logits is not None
-        return logits
-
-    return forward
+def logits_of(model: models.Frozen, batch: Batch) -> Tensor:
+    """What a frozen model answers [E, C]."""
+    logits = model(batch, LOGITS).logits
+    assert logits is not None
+    return logits

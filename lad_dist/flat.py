@@ -35,9 +35,8 @@ class Batch(NamedTuple):
     tokens: int  # sum of lengths: real tokens
 
     def to(self, device: torch.device | str) -> Self:
-        return self._replace(
-            **{k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)}
-        )
+        tensors = {name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**tensors)  # type: ignore[arg-type]
 
     @property
     def attended(self) -> Tensor:

@@ -129,7 +129,7 @@ def architecture_config(architecture: dict[str, Any], vocabulary: int) -> PreTra
 
 def save(model: PreTrainedModel, folder: Path) -> None:
     """Writes the model as an ordinary Hugging Face folder, in fp32."""
-    model.to(torch.float32).save_pretrained(folder)
+    model.float().save_pretrained(folder)
 
 
 def _first_line(error: Exception) -> str:
@@ -143,7 +143,8 @@ def _set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> 
 
 
 def _label_names(config: PreTrainedConfig) -> tuple[str, ...]:
-    return tuple(config.id2label[index] for index in sorted(config.id2label))
+    names = config.id2label or {}
+    return tuple(str(names[index]) for index in range(len(names)))  # type: ignore[index]
 
 
 def label_order(path: str, labels: Sequence[str]) -> list[int] | None:
@@ -265,9 +266,26 @@ def _kernel_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: fl
 
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float | None, dropout: float) -> Tensor:
     q, k, v = (pad(x, batch).transpose(1, 2) for x in (q, k, v))
+    # PyTorch's fused attention on a CPU has a backward slower than the products themselves, in bf16 by half again.
+    explicit = q.device.type == "cpu" and q.requires_grad and (dropout or q.dtype == torch.bfloat16)
+    attend = _explicit_attention if explicit else F.scaled_dot_product_attention
     mask = batch.attended[:, None, None, :] if batch.ragged else None
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return unpad(out.transpose(1, 2), batch)
+    return unpad(attend(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling).transpose(1, 2), batch)
+
+
+def _explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, dropout_p: float, scale: float | None
+) -> Tensor:
+    """F.scaled_dot_product_attention of [B, H, S, D / H], product by product."""
+    heads, (length, size) = q.shape[:2], q.shape[2:]
+    q, k, v = (x.reshape(-1, length, size) for x in (q, k, v))
+    bias = q.new_zeros(1, 1, 1)
+    if attn_mask is not None:
+        bias = q.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(q.dtype).min)
+        bias = bias.expand(*heads, 1, length).reshape(-1, 1, length)
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=size**-0.5 if scale is None else scale)
+    weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p, training=dropout_p > 0)
+    return (weights @ v).view(*heads, length, size)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

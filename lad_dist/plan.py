@@ -4,7 +4,7 @@ make(config)   checks names, arguments, sizes, labels and vocabularies; raises U
 Plan           what was learnt by checking, and the method built from it
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,7 +60,7 @@ class Plan:
     teacher_shape: Shape | None
     layers: list[int] | None  # of the model that the student starts from
     objective: Callable[[], Objective]
-    surgeries: list[Callable[[models.PreTrainedModel], models.PreTrainedModel]]
+    surgeries: Sequence[Callable[[models.PreTrainedModel], models.PreTrainedModel]]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def make(config: TrainConfig) -> Plan:
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
     student, layers = _student_shape(config, head, task, len(tokenizer))
     teacher_head, teacher = _teacher_shape(config, kind, head, task, tokenizer)
-    build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[arg-type, call-arg]
+    build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]
     build()  # refuses shapes that do not go together
     return Plan(config, head, teacher_head, task, tokenizer, student, teacher, layers, build, surgeries)
 

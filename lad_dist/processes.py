@@ -18,6 +18,7 @@ import random
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -110,9 +111,12 @@ def _keep_memory() -> None:
 
 
 def catch_signals() -> None:
-    """SIGTERM and SIGUSR1 ask for a stop at the end of a step instead of ending the process."""
+    """SIGTERM and SIGUSR1 ask for a stop at the end of a step instead of ending the process. A search's trial runs in a
+    thread, where Tune decides on its end."""
     global _asked_to_stop
     _asked_to_stop = False
+    if threading.current_thread() is not threading.main_thread():
+        return
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _ask_to_stop)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from lad_dist.config import UserError
@@ -48,13 +48,13 @@ def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
     for index, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                module.layer_idx = index  # type: ignore[assignment]
     return model
 
 
 def random_embeddings(model: PreTrainedModel) -> PreTrainedModel:
     """The model with new embeddings: N(0, initializer_range), norms at identity."""
-    for module in model.base_model.embeddings.modules():
+    for module in model.base_model.get_submodule("embeddings").modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=model.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
@@ -63,8 +63,8 @@ def random_embeddings(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def set_dropout(model: PreTrainedModel, hidden: float | None, attention: float | None) -> PreTrainedModel:
-    """The model with other dropout probabilities, None leaving its own. Its config keeps the old ones, for those who train
-    on from the export."""
+    """The model with other dropout probabilities, None leaving its own. Its config keeps the old ones, for those who
+    train on from the export."""
     for parent in model.modules():
         probability = attention if type(parent).__name__.endswith("SelfAttention") else hidden
         for child in parent.children():
@@ -73,11 +73,21 @@ def set_dropout(model: PreTrainedModel, hidden: float | None, attention: float |
     return model
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return text
+
+
 def low_rank(
     model: PreTrainedModel,
     *,
     keep: Annotated[float, Field(gt=0, le=1, description="share of the linear maps' weights that stays")],
-    modules: Annotated[str, Field(description="regular expression over module names")] = r"\.layer\.",
+    modules: Annotated[
+        str, Field(description="regular expression over module names"), AfterValidator(_pattern)
+    ] = r"\.layer\.",
 ) -> PreTrainedModel:
     """Replaces linear maps W [out, in] by B A of rank keep · out · in / (out + in): LadaBERT's SVD (Mao et al., 2020,
     section 3.2)."""

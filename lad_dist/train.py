@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -206,7 +206,7 @@ class Loop:
                 self.engine.step()
             averages.add(batch, {"loss": loss.detach(), **terms})
 
-    def batches(self, first: int) -> Iterator[list[Batch]]:
+    def batches(self, first: int) -> Generator[list[Batch]]:
         """This process's slots of each step, made one step ahead by a thread."""
         mine = range(processes.rank(), self.feed.slots, processes.world())
 
@@ -235,6 +235,7 @@ class Loop:
     def _evaluate(self) -> dict[str, float]:
         self.engine.eval()
         if isinstance(self.feed, TaskFeed):
+            assert self.made.task is not None
             predictions = {name: evaluate.predict(self._logits, batches) for name, batches in self.feed.dev.items()}
             return evaluate.task_scores(self.made.task, predictions)
         return evaluate.mean_terms(self._terms, self.feed.held_out())
@@ -315,7 +316,8 @@ class Loop:
         self.engine.eval()
         if not isinstance(self.feed, TaskFeed):
             return {"student": evaluate.mean_terms(self._terms, self.feed.held_out())}
-        teacher = partial(_teacher_logits, self.teacher) if self.teacher else None
+        assert self.made.task is not None
+        teacher = partial(evaluate.logits_of, self.teacher) if self.teacher else None
         return evaluate.compare(self.made.task, self.feed.dev, self._logits, teacher)
 
     def _size(self, model: models.PreTrainedModel) -> dict[str, float]:
@@ -330,12 +332,6 @@ class Loop:
         if plan.zero_stage(self.config.deepspeed) < 3:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(list(self.method.parameters()))
-
-
-def _teacher_logits(teacher: models.Frozen, batch: Batch) -> Tensor:
-    logits = teacher(batch, evaluate.LOGITS).logits
-    assert logits is not None
-    return logits
 
 
 def _due(step: int, every: int) -> bool:

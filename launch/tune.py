@@ -14,8 +14,14 @@ def main(config: SearchConfig) -> int:
     from lad_dist.search import search
 
     found = search(config)
+    if found is None:
+        cli.say(f"{config.search.name}: stopped early; run the same command again to go on")
+        return cli.AGAIN
     header = list(found.trials[0])
     cli.print_table(config.search.name, header, [[row[key] for key in header] for row in found.trials])
+    if found.failed:
+        first = found.failed[0]
+        cli.say(f"{len(found.failed)} of {config.search.samples} trials failed; {first['trial']}: {first['error']}")
     cli.say(f"best config: {found.best}; python launch/task_distill.py {found.best}")
     return cli.DONE
 

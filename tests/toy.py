@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lad_dist import models
+from lad_dist.config import PretrainConfig, TaskConfig, TrainConfig, override, parse
 from lad_dist.data.batch import collate
 from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
 from lad_dist.flat import Batch
@@ -81,3 +82,24 @@ def task_config(work: Path, files: dict[str, str], teacher: Path, student: Path,
         "deepspeed": {},
         **tables,
     }
+
+
+def corpus_config(work: Path, shards: Path, teacher: Path, student: Path, **tables: Any) -> dict[str, Any]:
+    """Plain tables of a toy LAD run on a corpus: 4 steps of 2 slots of 256 tokens."""
+    return {
+        "run": {"name": "toy", "dir": str(work), "steps": 4, "log_every": 1},
+        "teacher": {"path": str(teacher)},
+        "student": {"path": str(student), "depth": 2},
+        "data": {"shards": str(shards), "max_length": 32, "tokens_per_slot": 256, "slots": 2},
+        "objective": {"name": "lad", "hidden": 1.0},
+        "optim": {"lr": 1e-3, "objective_lr": 1e-2},
+        "deepspeed": {},
+        **tables,
+    }
+
+
+def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> TrainConfig:
+    """The config of plain tables after changes {"a.b": value}; the data say of which kind. None takes a key away."""
+    changed = override(tables, (changes or {}).items())
+    schema: type[TrainConfig] = PretrainConfig if "shards" in changed["data"] else TaskConfig
+    return parse(schema, {key: value for key, value in changed.items() if value is not None}, where="toy")

@@ -7,10 +7,9 @@ from lad_dist.objectives import losses
 from lad_dist.objectives.objective import Objective
 
 
-class Task(Objective):
+class Labels(Objective):
     """L = CE(z, y), squared error for regression."""
 
-    runs_on = ("task",)
     taught = False
     student_needs = Needs(logits=True)
 
@@ -23,7 +22,9 @@ class Task(Objective):
         return {"hard": losses.hard(student.logits, batch.labels, self.head)}
 
 
-class MLM(Task):
-    """L = CE at the masked positions."""
+class Task(Labels):
+    runs_on = ("task",)
 
+
+class MLM(Labels):
     runs_on = ("corpus",)

@@ -1,0 +1,232 @@
+"""Text that every installation carries, and a labelled task made of it: which library does a passage document?
+
+    harvest(libraries)   passages of the docstrings of Python's standard library and of installed packages
+    split(passages)      passages to train on and to test on, no module in both
+    write(folder)        both as files: a corpus of .txt, train.jsonl and dev.jsonl, for a Source and for TaskData
+
+Sources are read by `ast` and never imported; `pydoc_data.topics`, the language reference behind `help()`, adds to the
+standard library. A passage is a paragraph of prose. The names of all libraries are replaced by one word, so that no
+passage says what it documents.
+
+What is written is a function of the installation: files are taken in the order of a hash of their module's name, never
+in that of a folder.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import re
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import NamedTuple
+
+from lad_dist.config import UserError
+
+# The libraries that lad_dist depends on and that document themselves in prose, with the names that would give them away.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "python": ("cpython", "python"),
+    "torch": ("pytorch", "torch"),
+    "numpy": ("numpy", "ndarray", "np."),
+    "scipy": ("scipy",),
+    "sklearn": ("sklearn", "scikit-learn", "scikit"),
+    "pandas": ("pandas", "dataframe", "pd."),
+    "matplotlib": ("matplotlib", "pyplot", "mpl", "plt."),
+    "transformers": ("transformers", "hugging face", "huggingface"),
+    "ray": ("ray", "rllib"),
+    "deepspeed": ("deepspeed",),
+}
+ANONYMOUS = "library"
+TESTS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+SHORTEST, LONGEST = 80, 400  # characters of a passage
+SECTION = re.compile(r"^\s*([-=~^*#\"'+`])\1{2,}\s*$")
+CODE = re.compile(r"^\s*(>>>|\.\.\.(\s|$)|\.\. |@|:\w+:`?$)")
+ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Passage(NamedTuple):
+    library: str
+    module: str
+    text: str
+
+
+def harvest(libraries: Mapping[str, tuple[str, ...]] = LIBRARIES, most: int = 4000) -> list[Passage]:
+    """About `most` passages of each library that is installed, names hidden, whole modules at a time. A passage that
+    occurs again, in whatever library, is left out."""
+    hide = hiding(libraries)
+    seen: set[str] = set()
+    found: list[Passage] = []
+    for library in libraries:
+        fresh = (
+            Passage(library, module, text)
+            for module, paragraphs in _documents(library)
+            for text in map(hide, paragraphs)
+            if _new(text, seen)
+        )
+        found += islice(fresh, most)
+    return found
+
+
+def hiding(libraries: Mapping[str, tuple[str, ...]]) -> Callable[[str], str]:
+    """A function that replaces the names of all the libraries in a text by one word. Names of four letters or more are
+    found inside words too ("torchvision"), shorter ones as words of their own."""
+    names = sorted({name for names in libraries.values() for name in names}, key=len, reverse=True)
+    pattern = re.compile("|".join(map(_name_pattern, names)), re.IGNORECASE)
+    return lambda text: pattern.sub(lambda found: ANONYMOUS + "." * found[0].endswith("."), text)
+
+
+def _name_pattern(name: str) -> str:
+    if len(name.rstrip(".")) > 3:
+        return re.escape(name)
+    return rf"\b{re.escape(name)}" + ("" if name.endswith(".") else r"\b")
+
+
+def _new(text: str, seen: set[str]) -> bool:
+    """Whether no passage with these letters was seen; what differs in digits and signs alone is the same."""
+    letters = re.sub(r"[^a-z]+", "", text.lower())
+    if letters in seen:
+        return False
+    seen.add(letters)
+    return True
+
+
+def _documents(library: str) -> Iterator[tuple[str, list[str]]]:
+    """(module, paragraphs) of a library, in the order of a hash of the module's name; none if it is not installed."""
+    sources = _sources(library)
+    for module in sorted(sources, key=_hash):
+        source = sources[module]
+        texts = docstrings(source) if isinstance(source, Path) else [source]
+        yield module, [paragraph for text in texts for paragraph in paragraphs(text)]
+
+
+def _sources(library: str) -> dict[str, Path | str]:
+    """Of each module its file; of each topic of the language reference its text."""
+    root = _root(library)
+    if root is None:
+        return {}
+    files = (file for file in root.rglob("*.py") if not _is_test(file.relative_to(root)))
+    found: dict[str, Path | str] = {f"{library}.{_module(root, file)}": file for file in files}
+    if library == "python":
+        found |= {f"pydoc_data.topics.{topic}": text for topic, text in topics.items()}
+    return found
+
+
+def _root(library: str) -> Path | None:
+    if library == "python":
+        return Path(sysconfig.get_paths()["stdlib"])
+    found = importlib.util.find_spec(library)
+    return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
+
+
+def _is_test(path: Path) -> bool:
+    return not TESTS.isdisjoint(path.parts) or path.name.startswith("test_")
+
+
+def _module(root: Path, file: Path) -> str:
+    parts = file.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def docstrings(file: Path) -> Iterator[str]:
+    """The docstrings of a source file, read without importing it; none of a file that this Python cannot parse."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about escapes in other people's strings
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED):
+            yield ast.get_docstring(node) or ""
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs of prose in a docstring: without code, headings and markup, cut to LONGEST characters."""
+    for block in re.split(r"\n\s*\n", text):
+        lines = [line for line in block.splitlines() if not CODE.match(line)]
+        kept = [line for line, after in zip_longest(lines, lines[1:], fillvalue="") if not _heading(line, after)]
+        prose = " ".join(ROLE.sub(r"\1", " ".join(kept)).replace("`", "").replace("*", "").split())
+        if len(prose) >= SHORTEST and _reads(prose):
+            yield prose if len(prose) <= LONGEST else prose[:LONGEST].rsplit(" ", 1)[0]
+
+
+def _heading(line: str, after: str) -> bool:
+    return bool(SECTION.match(line) or SECTION.match(after))
+
+
+def _reads(prose: str) -> bool:
+    words = prose.split()
+    return sum(word.strip(".,;:()'\"").isalpha() for word in words) >= 0.75 * len(words)
+
+
+def split(passages: Iterable[Passage], share: float) -> tuple[list[Passage], list[Passage]]:
+    """(to train on, to test on): the modules whose hash falls into `share` are tested on, with all they say."""
+    train: list[Passage] = []
+    test: list[Passage] = []
+    for passage in passages:
+        (test if _hash("test " + passage.module) < share * 2**64 else train).append(passage)
+    return train, test
+
+
+def balanced(passages: Sequence[Passage], each: int) -> list[Passage]:
+    """`each` passages of every library that has as many, in an order that mixes them."""
+    by_library: dict[str, list[Passage]] = {}
+    for passage in sorted(passages, key=lambda passage: _hash(passage.text)):
+        by_library.setdefault(passage.library, []).append(passage)
+    chosen = [passage for group in by_library.values() if len(group) >= each for passage in group[:each]]
+    return sorted(chosen, key=lambda passage: _hash(passage.text))
+
+
+def write(
+    folder: Path, *, most: int = 2000, train_each: int = 200, dev_each: int = 100, held_out: float = 0.2
+) -> dict[str, int]:
+    """Writes corpus/*.txt (a file per module that is trained on), train.jsonl and dev.jsonl with columns text and label:
+    `train_each` and `dev_each` passages of every library. Returns counts for a person to read.
+
+    A folder that is complete is left as it is. Raises UserError where fewer than two libraries document themselves
+    enough."""
+    counts = folder / "counts.json"
+    if counts.exists():
+        return json.loads(counts.read_text())
+    train, test = split(harvest(most=most), held_out)
+    rows, dev = balanced(train, train_each), balanced(test, dev_each)
+    labels = {row.library for row in rows} & {row.library for row in dev}
+    if len(labels) < 2:
+        raise UserError(f"{folder}: only {len(labels)} of {', '.join(LIBRARIES)} with enough documentation are installed")
+    modules = _by_module(train)
+    (folder / "corpus").mkdir(parents=True, exist_ok=True)
+    for module, texts in modules.items():
+        (folder / "corpus" / f"{module}.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    _write_rows(folder / "train.jsonl", (row for row in rows if row.library in labels))
+    _write_rows(folder / "dev.jsonl", (row for row in dev if row.library in labels))
+    found = {
+        "libraries": len(labels),
+        "modules": len(modules),
+        "passages": len(train),
+        "characters": sum(len(passage.text) for passage in train),
+        "train": train_each * len(labels),
+        "dev": dev_each * len(labels),
+    }
+    counts.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def _by_module(passages: Iterable[Passage]) -> dict[str, list[str]]:
+    modules: dict[str, list[str]] = {}
+    for passage in passages:
+        modules.setdefault(passage.module, []).append(passage.text)
+    return modules
+
+
+def _write_rows(file: Path, passages: Iterable[Passage]) -> None:
+    rows = ({"text": passage.text, "label": passage.library} for passage in passages)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

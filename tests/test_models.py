@@ -1,0 +1,239 @@
+"""A flat forward is the padded forward that transformers does itself; it leaves what was asked for and nothing else."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy
+import torch
+import torch.nn.functional as F
+from conftest import World
+from torch import Tensor
+
+from lad_dist import models
+from lad_dist.config import UserError
+from lad_dist.data.batch import collate, span_starts
+from lad_dist.flat import Batch, Head, Needs, pad, unpad
+
+VOCABULARY = 90
+LENGTHS = [7, 3, 12, 1, 12]
+DISTILBERT = {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": toy.SIZES,
+    "roberta": {**toy.SIZES, "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 66},
+    "electra": {**toy.SIZES, "embedding_size": 16},
+    "distilbert": {**DISTILBERT, "dropout": 0.0, "attention_dropout": 0.0},
+}
+EVERY_LAYER = Needs(logits=True, hidden=(0, 1, 2, 3, 4))
+
+
+def made(folder: Path, family: str, head: Head) -> Path:
+    """A folder with a model of the family, its weights far from the tiny ones of a new model."""
+    torch.manual_seed(1)
+    architecture = {"model_type": family, **FAMILIES[family]}
+    labels = ("a", "b", "c") if head == "classification" else ()
+    model = models.create(architecture, head, vocabulary=VOCABULARY, labels=labels)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    models.save(model, folder)
+    return folder
+
+
+def batch_of(lengths: list[int], head: Head, *, pad_to: int | None = None) -> Batch:
+    """Pairs of random tokens: the second segment begins in the middle. MLM reads two places of each sequence."""
+    random = np.random.default_rng(3)
+    sequences = [random.integers(5, VOCABULARY, n) for n in lengths]
+    segments = [(np.arange(n) >= n // 2).astype(np.uint8) for n in lengths]
+    starts = span_starts(sequences, pad_to)[:-1]
+    rows = starts
+    if head == "mlm":
+        rows = np.unique(np.concatenate([starts, starts + np.array(lengths) - 1]))
+    return collate(sequences, segments, rows, np.zeros(len(rows), dtype=np.int64), pad_to)
+
+
+def padded_forward(folder: Path, head: Head, batch: Batch) -> Any:
+    """transformers' own forward over the padded batch, in its own attention."""
+    model = models.CLASSES[head].from_pretrained(folder, attn_implementation="sdpa").eval()
+    inputs = {"input_ids": pad(batch.input_ids, batch), "attention_mask": batch.attended.long()}
+    if model.config.model_type in ("bert", "electra"):
+        inputs["token_type_ids"] = pad(batch.token_type_ids, batch)
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True)
+
+
+def real(x: Tensor, batch: Batch) -> Tensor:
+    """[N, ...] without the tokens that pad_to added."""
+    return x[unpad(batch.attended, batch)]
+
+
+@pytest.mark.parametrize("pad_to", [None, 16])
+@pytest.mark.parametrize("head", ["classification", "mlm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flat_is_padded(family: str, head: Head, pad_to: int | None, tmp_path: Path) -> None:
+    folder, batch = made(tmp_path, family, head), batch_of(LENGTHS, head, pad_to=pad_to)
+    model = models.load(str(folder), head, labels=("a", "b", "c")).eval()
+    with torch.no_grad():
+        seen = models.trace(model, batch, EVERY_LAYER)
+    expected = padded_forward(folder, head, batch)
+    logits = unpad(expected.logits, batch)[batch.rows] if head == "mlm" else expected.logits
+    assert seen.logits is not None
+    assert seen.logits.std() > 0.1
+    torch.testing.assert_close(seen.logits, logits, rtol=1e-5, atol=1e-5)
+    assert list(seen.hidden) == [0, 1, 2, 3, 4]
+    for layer, hidden in seen.hidden.items():
+        theirs = unpad(expected.hidden_states[layer], batch)
+        torch.testing.assert_close(real(hidden, batch), real(theirs, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
+    model = models.load(str(made(tmp_path, "bert", "none")), "none").eval()
+    together, alone = batch_of([5, 9], "none"), batch_of([5], "none")
+    assert together.input_ids[:5].tolist() == alone.input_ids.tolist()
+    with torch.no_grad():
+        hidden = [models.trace(model, batch, Needs(hidden=(4,))).hidden[4] for batch in (together, alone)]
+    torch.testing.assert_close(hidden[0][:5], hidden[1], rtol=1e-5, atol=1e-5)
+
+
+def test_segments_matter(tmp_path: Path) -> None:
+    model = models.load(str(made(tmp_path, "bert", "none")), "none").eval()
+    batch = batch_of(LENGTHS, "none")
+    plain = batch._replace(token_type_ids=torch.zeros_like(batch.token_type_ids))
+    with torch.no_grad():
+        one, other = (models.trace(model, b, Needs(hidden=(4,))).hidden[4] for b in (batch, plain))
+    assert (one - other).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "needs", [Needs(), Needs(logits=True), Needs(hidden=(0, 3)), Needs(qkv=(2,)), Needs(True, (4,), (1, 4))]
+)
+def test_a_trace_holds_what_was_needed(needs: Needs, tmp_path: Path) -> None:
+    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
+    batch = batch_of(LENGTHS, "mlm")
+    seen = models.trace(model, batch, needs)
+    assert (seen.logits is not None) is needs.logits
+    assert tuple(seen.hidden) == needs.hidden
+    assert tuple(seen.qkv) == needs.qkv
+    assert all(x.shape == (35, 32) for x in seen.hidden.values())
+    assert all(x.shape == (35, 4, 8) for qkv in seen.qkv.values() for x in qkv)
+
+
+def test_the_mlm_head_runs_on_masked_rows_alone(tmp_path: Path) -> None:
+    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
+    seen: list[int] = []
+    model.cls.register_forward_hook(lambda _, args, __: seen.append(args[0].numel() // 32))
+    batch = batch_of(LENGTHS, "mlm")
+    models.trace(model, batch, Needs(logits=True))
+    models.trace(model, batch, Needs(hidden=(1,)))  # and not at all where no logits are needed
+    assert seen == [len(batch.rows)]
+
+
+def test_hooks_are_gone_after_a_forward(tmp_path: Path) -> None:
+    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
+    before = models.trace(model, batch_of(LENGTHS, "mlm"), EVERY_LAYER)
+    after = models.trace(model, batch_of([4], "mlm"), EVERY_LAYER)
+    assert before.hidden[1].shape == (35, 32)
+    assert after.hidden[1].shape == (4, 32)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def varlen_by_hand(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention with varlen_attn's signature, sequence by sequence. The kernel's own demands are asserted."""
+    call = inspect.signature(VARLEN).bind(*args, **kwargs).arguments
+    q, k, v, begin, begin_k = (call[name] for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k"))
+    used = call.get("seqused_k")
+    spans = begin.diff().tolist()
+    assert begin.dtype == begin_k.dtype == torch.int32
+    assert used is None or used.dtype == torch.int32
+    assert begin.tolist() == begin_k.tolist()
+    assert all(x.is_contiguous() and x.shape == (int(begin[-1]), 4, 8) for x in (q, k, v))
+    assert call["max_q"] == call["max_k"] == max(spans)
+    out = torch.empty_like(q)
+    for number, (start, span) in enumerate(zip(begin.tolist(), spans, strict=False)):
+        keys = slice(start, start + (span if used is None else int(used[number])))
+        one = [x.transpose(0, 1) for x in (q[start : start + span], k[keys], v[keys])]
+        out[start : start + span] = F.scaled_dot_product_attention(*one, scale=call["scale"]).transpose(0, 1)
+    return out
+
+
+VARLEN = models.varlen_attn
+
+
+@pytest.mark.parametrize(("lengths", "pad_to"), [(LENGTHS, None), ([6, 6], None), (LENGTHS, 16), ([8, 8], 8)])
+def test_the_kernel_is_called_for_the_same_attention(
+    lengths: list[int], pad_to: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel needs a GPU; on a CPU its arguments and layout are held against the padded way."""
+    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
+    batch = batch_of(lengths, "mlm", pad_to=pad_to)
+    with torch.no_grad():
+        padded = models.trace(model, batch, EVERY_LAYER)
+        monkeypatch.setattr(models, "varlen_attn", varlen_by_hand)
+        monkeypatch.setattr(models, "_padded_attention", models._kernel_attention)
+        kernel = models.trace(model, batch, EVERY_LAYER)
+    torch.testing.assert_close(kernel.logits, padded.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(real(kernel.hidden[4], batch), real(padded.hidden[4], batch), rtol=1e-5, atol=1e-5)
+
+
+def test_save_and_load_keep_every_bit(world: World, tmp_path: Path) -> None:
+    model = models.load(str(world.pretrained), "mlm")
+    models.save(model, tmp_path)
+    assert models.digest(models.load(str(tmp_path), "mlm")) == models.digest(model)
+
+
+def test_digest_sees_one_bit(world: World) -> None:
+    model = models.load(str(world.headless), "none")
+    before = models.digest(model)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-6
+    assert models.digest(model) != before
+
+
+def test_a_new_head_on_pretrained_layers(world: World) -> None:
+    """Layers are those of the folder, the head is the seed's."""
+    torch.manual_seed(5)
+    model = models.load(str(world.pretrained), "classification", labels=("x", "y", "z"))
+    source = models.load(str(world.pretrained), "mlm")
+    assert models.digest(models.layers(model)) == models.digest(models.layers(source))
+    assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
+    torch.manual_seed(5)
+    again = models.load(str(world.pretrained), "classification", labels=("x", "y", "z"))
+    assert models.digest(again) == models.digest(model)
+    assert model.classifier.weight.abs().max() > 0
+
+
+def test_a_frozen_model_answers_in_the_tasks_order_of_labels(world: World) -> None:
+    device = torch.device("cpu")
+    straight = models.Frozen(str(world.teacher), "classification", device=device, labels=("no", "yes"))
+    turned = models.Frozen(str(world.teacher), "classification", device=device, labels=("yes", "no"))
+    batch = toy.batch(LENGTHS)
+    one, other = (m(batch, Needs(logits=True)).logits for m in (straight, turned))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one, other.flip(1))
+    assert not torch.equal(one, other)
+    assert not any(p.requires_grad for p in straight.model.parameters())
+    assert not straight.model.training
+
+
+def test_a_frozen_model_needs_the_head_it_is_asked_for(world: World) -> None:
+    with pytest.raises(UserError, match="this model has no mlm head"):
+        models.Frozen(str(world.headless), "mlm", device=torch.device("cpu"))
+
+
+def test_a_family_that_cannot_run_flat_is_refused() -> None:
+    sizes = {"model_type": "deberta-v2", **toy.SIZES}
+    with pytest.raises(UserError, match="deberta-v2: this family's attention cannot run on flat batches"):
+        models.create(sizes, "none", vocabulary=VOCABULARY)
+
+
+def test_flops_of_a_forward_by_hand(world: World) -> None:
+    config = models.configuration(str(world.teacher))
+    batch = toy.batch([3, 5])
+    linear = 2 * 8 * (4 * 32 * 32 + 2 * 32 * 64)
+    attention = 2 * 2 * 32 * (3 * 3 + 5 * 5)
+    head = 2 * 2 * 32 * (32 + 2)
+    assert models.flops(config, "classification", batch) == 4 * (linear + attention) + head
+    assert models.flops(config, "none", toy.batch([3, 5], pad_to=16)) == 4 * (linear + attention)

@@ -1,0 +1,160 @@
+"""Surgeries keep what they say they keep; Parts fold into plain modules with the same function."""
+
+import pytest
+import toy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lad_dist import models, parts, surgery
+from lad_dist.config import UserError, arguments
+from lad_dist.flat import Needs
+from lad_dist.parts import LowRank
+
+FAMILIES = {
+    "bert": toy.SIZES,
+    "roberta": {**toy.SIZES, "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 66},
+    "electra": {**toy.SIZES, "embedding_size": 16},
+    "distilbert": {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
+}
+
+
+def made(family: str = "bert") -> models.PreTrainedModel:
+    torch.manual_seed(0)
+    architecture = {"model_type": family, **FAMILIES[family]}
+    return models.create(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
+
+
+def outputs(model: models.PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = toy.batch([5, 3, 9])
+    with torch.no_grad():
+        seen = models.trace(model, batch, Needs(logits=True, hidden=(layer,)))
+    assert seen.logits is not None
+    return seen.logits, seen.hidden[layer]
+
+
+@pytest.mark.parametrize(
+    ("rule", "depth", "kept"),
+    [
+        ("even", 6, [2, 4, 6, 8, 10, 12]),
+        ("even", 5, [2, 4, 7, 9, 12]),
+        ("even", None, list(range(1, 13))),
+        ("first", 3, [1, 2, 3]),
+        ("last", 3, [10, 11, 12]),
+        ([1, 12], None, [1, 12]),
+    ],
+)
+def test_layer_numbers(rule: str | list[int], depth: int | None, kept: list[int]) -> None:
+    assert surgery.layer_numbers(rule, depth, 12) == kept
+
+
+@given(st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
+def test_even_layers_rise_and_end_with_the_last(sizes: tuple[int, int]) -> None:
+    available, depth = sizes
+    kept = surgery.layer_numbers("even", depth, available)
+    assert len(kept) == len(set(kept)) == depth
+    assert kept == sorted(kept)
+    assert kept[-1] == available
+    assert kept[0] >= 1
+
+
+@pytest.mark.parametrize(("rule", "depth"), [("even", 13), ([0], None), ([13], None)])
+def test_layers_that_are_not_there(rule: str | list[int], depth: int | None) -> None:
+    with pytest.raises(UserError, match="12 layers|layers 1 to 12"):
+        surgery.layer_numbers(rule, depth, 12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_layers_are_those_of_the_model(family: str) -> None:
+    """Its first two layers compute what they computed in the whole model, and its config counts two."""
+    model = made(family)
+    digests = [models.digest(layer) for layer in models.layers(model)]
+    _, second = outputs(model, 2)
+    small = surgery.keep_layers(model, [1, 2])
+    assert [models.digest(layer) for layer in models.layers(small)] == digests[:2]
+    assert small.config.num_hidden_layers == 2
+    torch.testing.assert_close(outputs(small, 2)[1], second)
+
+
+def test_layers_may_be_listed_in_any_order() -> None:
+    model = made()
+    digests = [models.digest(layer) for layer in models.layers(model)]
+    kept = surgery.keep_layers(model, [4, 2])
+    assert [models.digest(layer) for layer in models.layers(kept)] == [digests[3], digests[1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_embeddings_are_new_and_the_rest_is_not(family: str) -> None:
+    model = made(family)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    surgery.random_embeddings(model)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[-2] for name in changed} >= {"word_embeddings", "position_embeddings"}
+    assert all("embeddings" in name for name in changed)
+    assert model.get_input_embeddings().weight.std() == pytest.approx(model.config.initializer_range, rel=0.2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_set_dropout_by_kind(family: str) -> None:
+    model = surgery.set_dropout(made(family), 0.25, 0.5)
+    attention = {m.dropout.p for name, m in model.named_modules() if type(m).__name__.endswith("SelfAttention")}
+    others = {
+        child.p
+        for m in model.modules()
+        if not type(m).__name__.endswith("SelfAttention")
+        for child in m.children()
+        if isinstance(child, nn.Dropout)
+    }
+    assert attention == {0.5}
+    assert others == {0.25}
+    surgery.set_dropout(model, None, 0.0)
+    assert {m.dropout.p for m in model.modules() if type(m).__name__.endswith("SelfAttention")} == {0.0}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 12), st.integers(2, 12), st.booleans(), st.data())
+def test_low_rank_is_the_nearest_of_its_rank(rows: int, columns: int, bias: bool, data: st.DataObject) -> None:
+    """Its error is what the dropped singular values hold (Eckart and Young), and folding changes nothing."""
+    torch.manual_seed(rows * columns)
+    linear = nn.Linear(columns, rows, bias=bias)
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    part, x = LowRank.of(linear, rank), torch.randn(7, columns)
+    folded = part.fold()
+    assert isinstance(folded, nn.Linear)
+    dropped = torch.linalg.svdvals(linear.weight.detach())[rank:]
+    error = (folded.weight - linear.weight).norm()
+    assert error.item() == pytest.approx(dropped.norm().item(), abs=1e-5)
+    torch.testing.assert_close(folded(x), part(x), rtol=1e-5, atol=1e-5)
+
+
+def test_low_rank_replaces_the_maps_that_match_and_keeps_the_share() -> None:
+    model = made()
+    before = models.parameters(models.layers(model))
+    surgery.low_rank(model, keep=0.5)
+    found = parts.parts(model)
+    assert len(found) == 4 * 6  # query, key, value, output, intermediate, output
+    assert 0.4 < models.parameters(models.layers(model)) / before < 0.6
+    assert isinstance(model.classifier, nn.Linear)
+    some = surgery.low_rank(made(), keep=0.5, modules=r"layer\.0\..*query")
+    assert len(parts.parts(some)) == 1
+
+
+def test_folding_leaves_a_plain_model_with_the_same_function() -> None:
+    model = surgery.low_rank(made(), keep=0.5)
+    logits, hidden = outputs(model, 4)
+    folded = parts.fold(model)
+    assert not parts.parts(folded)
+    assert set(folded.state_dict()) == set(made().state_dict())
+    again = outputs(model, 4)
+    torch.testing.assert_close(again, (logits, hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_low_rank_that_matches_nothing() -> None:
+    with pytest.raises(UserError, match="no linear map's name matches 'nowhere'"):
+        surgery.low_rank(made(), keep=0.5, modules="nowhere")
+
+
+def test_low_rank_with_a_broken_pattern() -> None:
+    with pytest.raises(UserError, match=r"surgery low_rank: modules: not a regular expression \(missing \)"):
+        arguments("surgery low_rank", surgery.low_rank, {"keep": 0.5, "modules": "("})
