@@ -31,7 +31,7 @@ class UserError(ValueError):
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -61,7 +61,9 @@ class Run(Table):
 
 class Teacher(Table):
     path: str = Field(description="model folder or hub name")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision of the frozen teacher")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="precision of the frozen teacher; default: the student's"
+    )
 
 
 class Student(Table):
@@ -128,7 +130,7 @@ class TaskData(Data):
 class Named(Table):
     """A name and the keyword arguments that go with it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
     name: str = Field(description="name, beside it the keyword arguments that go with it")
 
     @property
@@ -140,7 +142,9 @@ class Optim(Table):
     lr: Rate = Field(description="peak learning rate of the student")
     objective_lr: Rate | None = Field(None, description="peak learning rate of what the objective learns; default: lr")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, not on biases and norms")
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="AdamW's"
+    )
     eps: Rate = Field(1e-8, description="AdamW's")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
@@ -200,8 +204,8 @@ class Search(Table):
     base: str = Field(description="config of a task distillation; the search changes it")
     samples: Positive = Field(description="number of trials")
     concurrent: int = Field(0, ge=0, description="trials at once; 0: as many as the cluster holds")
-    cpus: Rate = Field(1, description="CPU cores of one trial")
-    gpus: float = Field(0, ge=0, description="GPUs of one trial; a fraction shares one")
+    cpus: Rate = Field(1.0, description="CPU cores of one trial")
+    gpus: float = Field(0.0, ge=0, description="GPUs of one trial; a fraction shares one")
     metric: str = Field(description="metric of the dev set to maximise, such as accuracy")
     grace: Positive = Field(1, description="evaluations before ASHA may stop a trial")
     reduction: int = Field(3, ge=2, description="ASHA keeps one in so many at each rung")

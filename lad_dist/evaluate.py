@@ -24,7 +24,7 @@ from lad_dist import models, processes
 from lad_dist.config import EvaluateConfig
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import Task, check_task, load_task
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.tokenizers import check_vocabulary, load_tokenizer
 from lad_dist.flat import Batch, Needs
 from lad_dist.metrics import loyalty, score
 
@@ -117,10 +117,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     task = load_task(config.data)
     paths = [words.path for words in (config.model, config.teacher) if words is not None]
     for path in paths:
-        models.label_order(path, task.label_names)
+        models.label_order(path, task.outputs)
+        models.check_length(models.configuration(path), path, config.data.max_length)
+    tokenizer = load_tokenizer(config.model.path)
+    if config.teacher is not None:
+        check_vocabulary(config.teacher.path, tokenizer)
     device = processes.start()
-    feed = TaskFeed(config.data, task, load_tokenizer(config.model.path), seed=0)
-    frozen = [models.Frozen(path, task.kind, device=device, labels=task.label_names) for path in paths]
+    feed = TaskFeed(config.data, task, tokenizer, seed=0)
+    frozen = [models.Frozen(path, task.kind, device=device, labels=task.outputs) for path in paths]
     forwards = [partial(logits_of, model) for model in frozen]
     found = compare(task, feed.dev, forwards[0], forwards[1] if len(forwards) > 1 else None)
     result = {

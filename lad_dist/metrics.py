@@ -48,7 +48,7 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
     the share of equal decisions, `probability_loyalty` 1 - the Jensen-Shannon distance (base 2) of their
     distributions, mean over examples. For regression the correlation of their outputs, `teacher_pearson`."""
     if student.shape[1] == 1:
-        return {"teacher_pearson": _pearson(teacher[:, 0], student[:, 0])}
+        return {"teacher_pearson": float(_pearson(teacher[:, 0], student[:, 0]))}
     distance = jensenshannon(softmax(student, axis=1), softmax(teacher, axis=1), base=2, axis=1)
     return {
         "label_loyalty": float((student.argmax(axis=1) == teacher.argmax(axis=1)).mean()),

@@ -55,6 +55,10 @@ CLASSES = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
 }
+# Families whose table of positions begins after the padding token's id.
+POSITIONS_AFTER_PADDING = frozenset(
+    "roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert data2vec-text mpnet".split()
+)
 
 
 def configuration(path: str) -> PreTrainedConfig:
@@ -194,6 +198,15 @@ def shape(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | 
     """What an objective needs to know of a model's sizes."""
     outputs = {"none": 0, "mlm": config.vocab_size}.get(head, labels)
     return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head, outputs, span)
+
+
+def check_length(config: PreTrainedConfig, name: str, longest: int) -> None:
+    """Raises UserError when the model has no positions for sequences of `longest` tokens."""
+    room = getattr(config, "max_position_embeddings", longest)
+    if config.model_type in POSITIONS_AFTER_PADDING:
+        room -= config.pad_token_id + 1
+    if longest > room:
+        raise UserError(f"data.max_length: {longest} tokens, but {name} has {room} positions")
 
 
 def has_mlm_head(config: PreTrainedConfig) -> bool:

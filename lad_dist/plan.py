@@ -26,7 +26,7 @@ from lad_dist.config import (
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task, check_task, load_task
-from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer
+from lad_dist.data.tokenizers import PreTrainedTokenizerFast, check_vocabulary, load_tokenizer
 from lad_dist.flat import Head, Shape
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES, Objective
@@ -38,6 +38,7 @@ OURS = {
     "optimizer": "[optim]",
     "scheduler": "optim.schedule",
 }
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 DEEPSPEED_KEYS = frozenset(
     """
     activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
@@ -47,6 +48,11 @@ DEEPSPEED_KEYS = frozenset(
     zero_optimization
     """.split()
 )
+# What DeepSpeed itself would take as it comes, and fail on much later.
+DEEPSPEED_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("zero_optimization", "bf16", "fp16", "comms_logger", "flops_profiler"), (dict, "table")),
+    **dict.fromkeys(("gradient_clipping", "gradient_predivide_factor"), (int | float, "number")),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,13 @@ class Plan:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return () if self.task is None else self.task.label_names
+        return () if self.task is None else self.task.outputs
+
+    @property
+    def precision(self) -> str:
+        """What the student computes in."""
+        table = self.config.deepspeed
+        return next((name for key, name in PRECISIONS.items() if table.get(key, {}).get("enabled")), "float32")
 
     def feed(self) -> CorpusFeed | TaskFeed:
         """The data, opened."""
@@ -77,7 +89,7 @@ class Plan:
     def teacher(self, device: torch.device) -> models.Frozen | None:
         if self.config.teacher is None:
             return None
-        dtype = getattr(torch, self.config.teacher.dtype)
+        dtype = getattr(torch, self.config.teacher.dtype or self.precision)
         return models.Frozen(
             self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels
         )
@@ -136,7 +148,12 @@ def _check_deepspeed(table: dict[str, Any]) -> None:
             raise UserError(f"deepspeed.{key}: this is decided by {OURS[key]}")
         if key not in DEEPSPEED_KEYS:
             raise UserError(f"deepspeed.{key}: DeepSpeed has no such key; {did_you_mean(key, DEEPSPEED_KEYS)}")
-    stage = zero_stage(table)
+        kind, name = DEEPSPEED_KINDS.get(key, (object, ""))
+        if not isinstance(table[key], kind):
+            raise UserError(f"deepspeed.{key}: must be a {name}, not {table[key]!r}")
+    stage = table.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {stage!r}")
     if table.get("bf16", {}).get("enabled") and stage == 0:
         raise UserError(
             "deepspeed.bf16: needs deepspeed.zero_optimization.stage = 1 or more, whose weights keep an fp32 copy"
@@ -190,7 +207,7 @@ def _student_shape(
 ) -> tuple[Shape, list[int] | None]:
     words = config.student
     span = config.data.pad_to if isinstance(config.data, TaskData) else None
-    size = partial(models.shape, head=head, labels=len(task.label_names) if task else 0, span=span)
+    size = partial(models.shape, head=head, labels=len(task.outputs) if task else 0, span=span)
     if words.path is None:
         assert words.architecture is not None
         origin = models.architecture_config(words.architecture, vocabulary)
@@ -207,10 +224,8 @@ def _student_shape(
 
 
 def _check_length(config: TrainConfig, model: models.PreTrainedConfig, name: str) -> None:
-    longest = max(config.data.max_length, getattr(config.data, "pad_to", None) or 0)
-    room = getattr(model, "max_position_embeddings", longest)
-    if longest > room:
-        raise UserError(f"data.max_length: {longest} tokens, but {name} has {room} positions")
+    pad_to = config.data.pad_to if isinstance(config.data, TaskData) else None
+    models.check_length(model, name, max(config.data.max_length, pad_to or 0))
 
 
 def _teacher_shape(
@@ -221,20 +236,10 @@ def _teacher_shape(
     path = config.teacher.path
     model = models.configuration(path)
     _check_length(config, model, path)
-    _check_vocabulary(path, tokenizer)
+    check_vocabulary(path, tokenizer)
     if task is not None:
-        models.label_order(path, task.label_names)
+        models.label_order(path, task.outputs)
     elif head == "mlm" and not models.has_mlm_head(model):
         head = "none"
     span = config.data.pad_to if isinstance(config.data, TaskData) else None
-    return head, models.shape(model, head, labels=len(task.label_names) if task else 0, span=span)
-
-
-def _check_vocabulary(teacher: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    its, ours = load_tokenizer(teacher).get_vocab(), tokenizer.get_vocab()
-    if its != ours:
-        differing = next(iter(sorted(set(its.items()) ^ set(ours.items()))))[0]
-        raise UserError(
-            f"{teacher}: the teacher's vocabulary ({len(its)} tokens) is not the student's ({len(ours)}), "
-            f"they differ at {differing!r}; both read the same token ids, so they must be equal"
-        )
+    return head, models.shape(model, head, labels=len(task.outputs) if task else 0, span=span)

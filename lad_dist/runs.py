@@ -12,6 +12,7 @@ renamed. Loading verifies the manifest; a damaged newest one is reported and the
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -74,7 +75,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self._config, self._text)
         rows = self._metrics.read_text().splitlines() if self._metrics.exists() else []
-        kept = [row for row in rows if json.loads(row)["step"] <= step]
+        kept = [row for row in rows if _step_of(row) <= step]
         _write(self._metrics, "".join(f"{row}\n" for row in kept))
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
@@ -120,6 +121,14 @@ class Run:
         return processes.from_main(_newest_valid(self.checkpoints) if processes.main() else None)
 
 
+def _step_of(row: str) -> float:
+    """Never, for a row that a crash cut off."""
+    try:
+        return json.loads(row)["step"]
+    except ValueError:
+        return math.inf
+
+
 def facts_of(checkpoint: Path) -> dict[str, Any]:
     """What was recorded with a checkpoint."""
     return json.loads((checkpoint / "manifest.json").read_text())["facts"]
@@ -158,7 +167,7 @@ def _fault(checkpoint: Path) -> str | None:
     try:
         files = json.loads((checkpoint / "manifest.json").read_text())["files"]
         wrong = [name for name, digest in files.items() if _sha256(checkpoint / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{wrong[0]} is not what was written" if wrong else None
 

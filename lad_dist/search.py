@@ -13,7 +13,7 @@ training step.
                  results.json   all trials, best first; written last: its presence says that the search is complete
 
 A complete search is not run twice. A partial one goes on: finished trials stay as they are, unfinished and failed ones
-run again, from their checkpoints where run.save_every left any.
+run again, from their checkpoints where run.save_every left any; ASHA then compares anew.
 """
 
 import json
@@ -35,6 +35,7 @@ import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run folders have it all
 
 import ray
@@ -71,9 +72,11 @@ def search(config: SearchConfig) -> Found | None:
     folder = Path(words.dir) / words.name
     trials = draw(config, base)
     _check(words, trials[0].config)
-    _check_same(folder, config, base)
+    searched = config.model_dump(exclude_none=True) | {"base": base}
+    _check_same(folder, searched)
     if not (folder / "results.json").exists():
         with _ray(words):
+            _write(folder / "search.toml", tomli_w.dumps(searched))
             grid = _tuner(words, trials, folder).fit()
             results = [grid[index] for index in range(len(grid))]
         if not _complete(results, words):
@@ -153,14 +156,11 @@ def _check(words: Search, config: TaskConfig) -> None:
         raise UserError("run.eval_every: trials are compared at their evaluations; set override.run.eval_every")
 
 
-def _check_same(folder: Path, config: SearchConfig, base: Mapping[str, Any]) -> None:
-    """Writes down what is searched, or compares it with what was. Raises UserError."""
-    now = config.model_dump(exclude_none=True) | {"base": dict(base)}
-    file = folder / "search.toml"
-    if not file.exists():
-        _write(file, tomli_w.dumps(now))
+def _check_same(folder: Path, searched: Mapping[str, Any]) -> None:
+    """Raises UserError when the folder holds another search."""
+    if not (folder / "search.toml").exists():
         return
-    old, new = (dict(_dotted(tables)) for tables in (read(file), now))
+    old, new = (dict(_dotted(tables)) for tables in (read(folder / "search.toml"), searched))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         key = changed[0]
@@ -230,13 +230,15 @@ def _tuner(words: Search, trials: list[Trial], folder: Path) -> tune.Tuner:
         scheduler=scheduler,
         trial_dirname_creator=lambda trial: configs[trial.config["number"]].run.name,
     )
-    place = tune.RunConfig(name=state.name, storage_path=str(state.parent), verbose=0, callbacks=[_Progress(words, configs)])
+    place = tune.RunConfig(
+        name=state.name, storage_path=str(state.parent), verbose=0, callbacks=[_Progress(words, configs)]
+    )
     space = {"number": tune.grid_search(list(range(len(trials))))}
     return tune.Tuner(trainable, param_space=space, tune_config=settings, run_config=place)
 
 
 class _Progress(tune.Callback):
-    """A line for every evaluation."""
+    """A line for every evaluation, and for a trial that failed."""
 
     def __init__(self, words: Search, configs: list[TaskConfig]):
         self.metric = words.metric
@@ -245,6 +247,9 @@ class _Progress(tune.Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         name = self.names[trial.config["number"]]
         print(f"{name} step {result['step']}  {self.metric} {result[self.metric]:.4g}", file=sys.stderr, flush=True)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        print(f"{self.names[trial.config['number']]} failed", file=sys.stderr, flush=True)
 
 
 def _train(words: Search, config: TaskConfig) -> None:
@@ -286,7 +291,7 @@ def _conclude(words: Search, trials: list[Trial], results: list[tune.Result], fo
             rows.append({"trial": name, **by_name[name].sample, **last})
     if not rows:
         raise UserError(f"{folder}: all {len(failed)} trials failed; {failed[0]['trial']}: {failed[0]['error']}")
-    rows.sort(key=lambda row: (row[words.metric], row["step"]), reverse=True)
+    rows.sort(key=lambda row: (-row[words.metric], -row["step"], row["trial"]))
     best = by_name[rows[0]["trial"]].config
     best = best.model_copy(update={"run": best.run.model_copy(update={"name": "best"})})
     command = f"# python launch/task_distill.py {folder / 'best.toml'}"

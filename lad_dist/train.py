@@ -159,6 +159,7 @@ class Loop:
     report: Report
     clock: Clock
     seconds: float = 0.0  # of earlier stretches of this run
+    tokens: int = 0  # of this stretch, this process
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -205,6 +206,7 @@ class Loop:
             with self.clock("optimizer"):
                 self.engine.step()
             averages.add(batch, {"loss": loss.detach(), **terms})
+            self.tokens += batch.tokens
 
     def batches(self, first: int) -> Generator[list[Batch]]:
         """This process's slots of each step, made one step ahead by a thread."""
@@ -284,8 +286,13 @@ class Loop:
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.began
 
+    def _tokens_per_second(self) -> float:
+        """Real tokens of all processes by the wall clock, over this stretch."""
+        tokens = torch.tensor(float(self.tokens), device=processes.device())
+        return processes.mean_of({"": tokens})[""] * processes.world() / (time.perf_counter() - self.began)
+
     def _finish(self) -> Outcome:
-        trained = self._elapsed()
+        trained, pace = self._elapsed(), self._tokens_per_second()
         found = self._compare()
         metrics = found["student"]
         self._report({"step": self.steps, **_prefixed("dev", metrics)})
@@ -302,6 +309,7 @@ class Loop:
                 },
                 "steps": self.steps,
                 "seconds": trained,
+                "tokens_per_second": pace,
                 "processes": processes.world(),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},

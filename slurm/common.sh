@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC1091,SC2016,SC2034
 # What the sbatch scripts share. They source it from the folder that the job runs in, the repository's root.
 #
 #   environment            Python's environment, threads, and where the processes of a step meet

@@ -25,7 +25,8 @@ class World:
     teacher: Path  # classification, labels no and yes
     pretrained: Path  # with an MLM head
     headless: Path  # an encoder alone
-    corpus: Path  # token shards
+    books: Path  # texts
+    corpus: Path  # token shards, of the books
     files: dict[str, str]  # a task's train and dev
 
 
@@ -47,6 +48,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         toy.model(folder / "teacher", words, "classification", toy.LABELS),
         toy.model(folder / "pretrained", words, "mlm"),
         toy.model(folder / "headless", words, "none"),
+        books,
         corpus,
         toy.task_files(folder / "task"),
     )

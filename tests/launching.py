@@ -30,22 +30,29 @@ def launcher(name: str, processes: int) -> list[str]:
     }[name]
 
 
-def launch(
-    command: Sequence[str | Path], *, by: str = "python", processes: int = 1, timeout: float = 300, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+def environment() -> dict[str, str]:
+    """What a user's shell would hold: this Python, and no launcher's variables."""
+    mine = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cpu",
     }
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+        mine.pop(name, None)
+    return mine
+
+
+def launch(
+    command: Sequence[str | Path], *, by: str = "python", processes: int = 1, timeout: float = 300, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     words = [*launcher(by, processes), *map(str, command)]
-    return subprocess.run(words, cwd=cwd, env=environment, timeout=timeout, text=True, capture_output=True)
+    return subprocess.run(words, cwd=cwd, env=environment(), timeout=timeout, text=True, capture_output=True)
 
 
-def curves(folder: Path, configs: dict[str, dict[str, Any]], *, by: str = "torchrun", processes: int) -> dict[str, list[dict]]:
+def curves(
+    folder: Path, configs: dict[str, dict[str, Any]], *, by: str = "torchrun", processes: int
+) -> dict[str, list[dict]]:
     """Trains the configs in `processes` processes; their rows by name."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import toy
 import torch
 import torch.nn.functional as F
+import toy
 from conftest import World
 from torch import Tensor
 

@@ -27,7 +27,9 @@ def traces(batch: Batch, seed: int = 0, student: Shape = STUDENT, teacher: Shape
     def of(shape: Shape) -> Trace:
         hidden = {layer: torch.randn(tokens, shape.width, requires_grad=True) for layer in range(shape.layers + 1)}
         split = (tokens, shape.heads, shape.width // shape.heads)
-        qkv = {layer: (torch.randn(split), torch.randn(split), torch.randn(split)) for layer in range(1, shape.layers + 1)}
+        qkv = {
+            layer: (torch.randn(split), torch.randn(split), torch.randn(split)) for layer in range(1, shape.layers + 1)
+        }
         return Trace(torch.randn(rows, shape.outputs), hidden, qkv)
 
     return of(student), of(teacher)
@@ -82,7 +84,9 @@ def test_lad_equals_its_equations(seed: int, affine: bool, whole: bool) -> None:
     batch = toy.batch(LENGTHS, pad_to=span)
     student, teacher = traces(batch, seed)
     torch.manual_seed(seed)
-    objective = LAD(STUDENT, TEACHER._replace(span=span), hidden=3.0, norm="sequence" if whole else "token", affine=affine)
+    objective = LAD(
+        STUDENT, TEACHER._replace(span=span), hidden=3.0, norm="sequence" if whole else "token", affine=affine
+    )
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -112,7 +116,9 @@ def test_lad_reads_every_teacher_layer_and_has_no_first_gate() -> None:
     assert {f"gate/{l}" for l in (2, 3, 4)} | {"target/1", "target/2"} == set(objective.observed)
 
 
-@pytest.mark.parametrize(("students", "teachers", "expected"), [(2, 4, [2, 4]), (6, 12, [2, 4, 6, 8, 10, 12]), (4, 6, [1, 3, 4, 6])])
+@pytest.mark.parametrize(
+    ("students", "teachers", "expected"), [(2, 4, [2, 4]), (6, 12, [2, 4, 6, 8, 10, 12]), (4, 6, [1, 3, 4, 6])]
+)
 def test_lad_matches_student_layers_to_teacher_layers(students: int, teachers: int, expected: list[int]) -> None:
     objective = LAD(STUDENT._replace(layers=students), TEACHER._replace(layers=teachers))
     assert [layer for _, layer in objective.matches] == expected
@@ -123,14 +129,18 @@ def test_soft_loss_by_hand() -> None:
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert losses.soft(student, teacher, "classification", 2.0).item() == pytest.approx(4 * divergence, rel=1e-6)
     assert losses.soft(teacher, teacher, "classification", 2.0).item() == pytest.approx(0.0, abs=1e-7)
-    assert losses.soft(student[:, :1], teacher[:, :1], "regression", 2.0).item() == pytest.approx((2 * math.log(3)) ** 2)
+    assert losses.soft(student[:, :1], teacher[:, :1], "regression", 2.0).item() == pytest.approx(
+        (2 * math.log(3)) ** 2
+    )
 
 
 def test_hard_loss_by_hand() -> None:
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
     expected = (-math.log(0.75) - math.log(0.5)) / 2
     assert losses.hard(logits, torch.tensor([0, 1]), "mlm").item() == pytest.approx(expected, rel=1e-6)
-    assert losses.hard(torch.tensor([[2.0], [0.0]]), torch.tensor([1.0, 3.0]), "regression").item() == pytest.approx(5.0)
+    assert losses.hard(torch.tensor([[2.0], [0.0]]), torch.tensor([1.0, 3.0]), "regression").item() == pytest.approx(
+        5.0
+    )
 
 
 def test_losses_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +214,9 @@ def test_cosine_of_equal_hidden_states_is_zero() -> None:
 def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None:
     """Same sequences in another order, and padded: the same terms, through a real model."""
     torch.manual_seed(0)
-    student, teacher = (models.create(toy.SIZES, "classification", vocabulary=50, labels=toy.LABELS).eval() for _ in range(2))
+    student, teacher = (
+        models.create(toy.SIZES, "classification", vocabulary=50, labels=toy.LABELS).eval() for _ in range(2)
+    )
     size = models.shape(student.config, "classification", labels=2)
     objective = OBJECTIVES[name](size, size)
     flat = toy.batch(LENGTHS, labels=[0, 1, 1])
@@ -232,7 +244,9 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
         ("minilm", {"teacher_layer": 9}, STUDENT, TEACHER, "there are 4 layers"),
     ],
 )
-def test_what_does_not_go_together_is_refused(name: str, options: dict, student: Shape, teacher: Shape, message: str) -> None:
+def test_what_does_not_go_together_is_refused(
+    name: str, options: dict, student: Shape, teacher: Shape, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         OBJECTIVES[name](student, teacher, **options)
 

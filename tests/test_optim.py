@@ -1,5 +1,7 @@
 """Every parameter is in one group; the learning rate is a function of the step."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import World
@@ -21,8 +23,8 @@ def test_factor_rises_and_then_never_does(steps: int, warmup: float, schedule: s
     shares = [optim.factor(step, steps, words) for step in range(steps)]
     rise = round(warmup * steps)
     assert all(0 < share <= 1 for share in shares)
-    assert all(a < b for a, b in zip(shares[:rise], shares[1:rise], strict=False))
-    assert all(a >= b for a, b in zip(shares[rise:], shares[rise + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(shares[:rise]))
+    assert all(a >= b for a, b in pairwise(shares[rise:]))
     assert max(shares) == pytest.approx(1)
 
 

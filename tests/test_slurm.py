@@ -1,16 +1,24 @@
 """The sbatch scripts on a real SLURM of two nodes.
 
 What they launch is replaced by small scripts: every test submits from a folder with the repository's slurm/ and a
-launch/ of its own.
+launch/ of its own. The last ones train the toy world with the real scripts.
 """
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomli_w
+import toy
+from conftest import World
 from slurm_cluster import SlurmCluster
+
+from lad_dist import models
+from lad_dist.config import TaskConfig, override, parse
+from lad_dist.train import train
 
 pytestmark = pytest.mark.slurm
 
@@ -65,7 +73,7 @@ def cluster() -> Iterator[SlurmCluster]:
 def folder(tmp_path: Path) -> Path:
     """A repository's root as the scripts see it, where every launch script ends well."""
     shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm")
-    
+
     (tmp_path / "launch").mkdir()
     (tmp_path / "run.toml").touch()
     for name in SCRIPTS.values():
@@ -180,9 +188,12 @@ def test_the_virtual_environment_of_the_folder_is_activated(cluster: SlurmCluste
     assert "environment other place\n" in cluster.run_job(job, 60, folder, {"LAD_DIST_ENV": "other place"}).output
 
 
-def pipeline(cluster: SlurmCluster, folder: Path, *words: str) -> dict[str, str]:
+def pipeline(
+    cluster: SlurmCluster, folder: Path, *words: str, extra: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Submits a chain; the jobs by stage."""
-    return dict(line.split() for line in cluster.run(["bash", "slurm/pipeline.sh", *words], folder).splitlines())
+    said = cluster.run(["bash", "slurm/pipeline.sh", *words], folder, extra)
+    return dict(line.split() for line in said.splitlines())
 
 
 WHOLE_CHAIN = [
@@ -296,7 +307,98 @@ def running_with(text: str) -> list[str]:
     return [line for line in lines if text in line]
 
 
+NO_WAITING = {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"}  # the nodes share this host's cores
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: SlurmCluster, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as the scripts see it, with a run of two processes on two nodes in runs/two."""
+    folder = tmp_path_factory.mktemp("repository")
+    shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
+    (folder / "launch").symlink_to(REPOSITORY / "launch")
+    (folder / "toy.toml").write_text(tomli_w.dumps(training(world)))
+    ended = cluster.run_job([*TWO_NODES, "slurm/task.sbatch", "toy.toml", "run.name=two"], 200, folder, NO_WAITING)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    return folder
+
+
+def training(world: World) -> dict[str, Any]:
+    tables = toy.task_config(Path("runs"), world.files, world.teacher, world.pretrained)
+    return override(tables, {"run.steps": 40}.items())
+
+
+def results(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "results.json").read_text())
+    return found
+
+
+def losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def exported(run: Path) -> str:
+    return models.digest(models.load(str(run / "export"), "classification", labels=toy.LABELS))
+
+
+def test_two_nodes_train_as_one_process_does(trained: Path, world: World) -> None:
+    alone = override(training(world), {"run.dir": str(trained / "runs"), "run.name": "one"}.items())
+    train(parse(TaskConfig, alone, "toy"))
+    two = trained / "runs" / "two"
+    assert results(two)["processes"] == 2
+    assert len(losses(two)) == 40
+    assert losses(two) == pytest.approx(losses(trained / "runs" / "one"), rel=1e-4)
+
+
+def test_a_preempted_training_ends_with_the_same_weights(cluster: SlurmCluster, trained: Path) -> None:
+    job = cluster.submit([*TWO_NODES, "slurm/task.sbatch", "toy.toml", "run.name=preempted"], trained, NO_WAITING)
+    cluster.wait_for_output(job, "preempted step 2/40", 120)
+    cluster.run(["scancel", "--batch", "--signal=USR1", job])
+    ended = cluster.wait(job, 200)
+    assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
+    assert "stopped early and saved" in ended.output
+    two, preempted = (trained / "runs" / name for name in ("two", "preempted"))
+    assert losses(preempted) == losses(two)
+    assert exported(preempted) == exported(two)
+
+
+def without_teacher(tables: dict[str, Any]) -> dict[str, Any]:
+    """The run's student whole, and from the labels alone."""
+    kept = {name: table for name, table in tables.items() if name != "teacher"}
+    return kept | {
+        "student": {"path": tables["student"]["path"]},
+        "objective": {"name": "task"},
+        "optim": {"lr": tables["optim"]["lr"]},
+    }
+
+
+def test_a_chain_distils_from_text_to_a_student(cluster: SlurmCluster, trained: Path, world: World) -> None:
+    books = {"kind": "text", "path": str(world.books)}
+    runs, parent = Path("runs"), world.pretrained
+    configs = {
+        "prepare": {"out": "corpus", "tokenizer": str(world.tokenizer), "held_out": 0.1, "source": [books]},
+        "pretrain": toy.corpus_config(runs, Path("corpus"), parent, parent),
+        "finetune": without_teacher(toy.task_config(runs, world.files, parent, parent)),
+        "task": toy.task_config(runs, world.files, runs / "finetune" / "export", runs / "pretrain" / "export"),
+    }
+    words = ["--cpus-per-task=1"]
+    for stage, tables in configs.items():
+        (trained / f"{stage}.toml").write_text(tomli_w.dumps(tables))
+        words += [stage, f"{stage}.toml", *([] if stage == "prepare" else [f"run.name={stage}"])]
+    jobs = pipeline(cluster, trained, *words, extra=NO_WAITING)
+    for job in jobs.values():
+        ended = cluster.wait(job, 200)
+        assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    found = results(trained / "runs" / "task")
+    assert found["config"]["student"]["path"] == "runs/pretrain/export"
+    assert found["config"]["teacher"]["path"] == "runs/finetune/export"
+    assert found["teacher"]["accuracy"] == results(trained / "runs" / "finetune")["metrics"]["accuracy"]
+    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    assert (trained / "runs" / "task" / "export" / "model.safetensors").exists()
+
+
 def test_scripts_name_no_site(folder: Path) -> None:
-    for script in (folder / "slurm").iterdir():
+    for script in (path for path in (folder / "slurm").iterdir() if path.is_file()):
         for option in ("--partition=", "--account=", "--qos=", "--constraint="):
             assert option not in script.read_text()

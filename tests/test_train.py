@@ -1,25 +1,346 @@
 """The loop, through its only entry."""
 
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tomli_w
+import torch
 import toy
 from conftest import World
+from launching import ROOT, environment
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lad_dist.config import TaskConfig, override, parse
-from lad_dist.train import train
+from lad_dist import models, processes
+from lad_dist.config import TrainConfig
+from lad_dist.method import Method
+from lad_dist.train import Outcome, train
+
+DROPOUT = {"student.dropout": 0.1, "student.attention_dropout": 0.1}
+HALF = {"deepspeed.bf16.enabled": True, "deepspeed.zero_optimization.stage": 1}
 
 
-def lad(world: World, work: Path, **changes: Any) -> TaskConfig:
-    tables = toy.task_config(work, world.files, world.teacher, world.pretrained)
-    dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return parse(TaskConfig, override(tables, dotted.items()), where="toy")
+def lad(world: World, work: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
+    return toy.parsed(toy.task_config(work, world.files, world.teacher, world.pretrained), changes)
+
+
+def on_corpus(world: World, work: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
+    return toy.parsed(toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained), changes)
+
+
+def stopped_at(config: TrainConfig, step: int, rows: list[dict[str, Any]] | None = None) -> Outcome:
+    """A run that is asked to stop while it reports `step`."""
+
+    def report(row: dict[str, Any]) -> None:
+        if rows is not None:
+            rows.append(row)
+        if row["step"] == step:
+            processes._ask_to_stop()
+
+    return train(config, report)
+
+
+def digest(export: Path) -> str:
+    return hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
+
+
+def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without what a clock measured."""
+    clocks = ("tokens_per_second", "dev/speedup")
+    return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
+
+
+def metrics_file(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_lad_learns(world: World, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
-    outcome = train(lad(world, tmp_path, run__steps=30), rows.append)
+    outcome = train(lad(world, tmp_path, {"run.steps": 30}), rows.append)
     assert outcome.results is not None
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
+
+
+TEACHERLESS: dict[str, Any] = {"teacher": None}
+ON_TASKS: list[dict[str, Any]] = [
+    TEACHERLESS | {"objective": {"name": "task"}},
+    {"objective": {"name": "kd", "cosine": 1.0}},
+    {"objective": {"name": "lad"}},
+    {"surgery": [{"name": "low_rank", "keep": 0.5}]},
+    {"student.embeddings": "random", "data.pad_to": 32, "objective.norm": "sequence", "objective.affine": True},
+    {"teacher.dtype": "bfloat16", **HALF},
+]
+ON_CORPORA: list[dict[str, Any]] = [
+    TEACHERLESS | {"objective": {"name": "mlm"}},
+    {"objective": {"name": "kd", "cosine": 1.0}},
+    {"objective": {"name": "lad"}},
+    {"teacher.path": "{headless}", "objective": {"name": "lad", "soft": 0.0}},
+    {"teacher.path": "{headless}", "objective": {"name": "kd", "soft": 0.0, "cosine": 1.0}},
+    {"objective": {"name": "minilm"}},
+    {"teacher.path": "{headless}", "student.path": "{headless}", "objective": {"name": "minilm", "heads": 8}},
+    {"student": {"architecture": {**toy.SIZES, "hidden_size": 16}}, "objective": {"name": "minilm"}},
+    {"surgery": [{"name": "low_rank", "keep": 0.5}], "objective": {"name": "kd"}},
+]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "changes"), [(False, changes) for changes in ON_TASKS] + [(True, changes) for changes in ON_CORPORA]
+)
+def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path: Path) -> None:
+    """Finite losses that are the sum of their terms, student weights that move, and an export that loads."""
+    filled = {k: v.format_map(vars(world)) if isinstance(v, str) else v for k, v in changes.items()}
+    config = (on_corpus if corpus else lad)(world, tmp_path, filled | {"run.steps": 2})
+    rows: list[dict[str, Any]] = []
+    outcome = train(config, rows.append)
+    assert outcome.results is not None
+    terms = ("hard", "soft", "hidden", "cosine", "query", "key", "value")
+    for row in rows[:2]:
+        assert math.isfinite(row["loss"])
+        assert row["loss"] == pytest.approx(sum(row.get(term, 0.0) for term in terms), rel=2e-2)
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    exported = AutoModel.from_pretrained(outcome.folder / "export")
+    assert exported.config.num_hidden_layers == (config.student.depth or 4)
+    if config.student.path is not None and config.student.embeddings == "copy":
+        start = AutoModel.from_pretrained(config.student.path).embeddings.word_embeddings.weight
+        now = exported.embeddings.word_embeddings.weight
+        assert 0 < (start - now).abs().max() < 0.1
+    assert outcome.results["metrics"]
+    assert all(math.isfinite(value) for value in outcome.results["metrics"].values())
+
+
+def test_regression(world: World, tmp_path: Path) -> None:
+    """Own .jsonl and .tsv with numbers; the teacher is a regression's own export."""
+    rows = [(toy.sentence(n), n % 7 / 2) for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
+    (tmp_path / "dev.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows[:20]))
+    files = {"train": str(tmp_path / "train.jsonl"), "dev": str(tmp_path / "dev.tsv"), "kind": "regression"}
+    tables = toy.task_config(tmp_path, files, world.teacher, world.pretrained)
+    alone = {"run.name": "teacher", "run.steps": 2, "teacher": None, "objective": {"name": "task"}}
+    teacher = train(toy.parsed(tables, alone))
+    outcome = train(toy.parsed(tables, {"run.steps": 2, "teacher.path": str(teacher.folder / "export")}))
+    assert outcome.results is not None
+    assert set(outcome.results["metrics"]) == {"pearson", "spearman", "teacher_pearson", "speedup"}
+    model = AutoModelForSequenceClassification.from_pretrained(outcome.folder / "export")
+    assert model.config.problem_type == "regression"
+    assert model.classifier.out_features == 1
+
+
+def test_results_say_how_good_small_fast_and_faithful(world: World, tmp_path: Path) -> None:
+    config = lad(world, tmp_path, {"run.steps": 2})
+    outcome = train(config)
+    found = json.loads((outcome.folder / "results.json").read_text())
+    assert found == json.loads(json.dumps(outcome.results))
+    assert set(found) >= {
+        "command", "config", "metrics", "student", "teacher", "steps", "seconds", "tokens_per_second", "processes",
+        "device", "versions",
+    }  # fmt: skip
+    assert set(found["metrics"]) >= {"accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty", "speedup"}
+    assert found["teacher"]["parameters"] > found["student"]["parameters"]
+    assert found["teacher"]["forward_flops_per_token"] > found["student"]["forward_flops_per_token"]
+    assert found["config"]["objective"]["temperature"] == 2.0  # defaults are written out
+    assert found["steps"] == 2
+    assert found["seconds"] > 0
+    assert (outcome.folder / "config.toml").read_text().count("temperature") == 1
+
+
+def padded(tokenizer_folder: Path) -> dict[str, torch.Tensor]:
+    words = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return dict(words([toy.sentence(n) for n in range(5)], padding=True, return_tensors="pt"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "surgery"),
+    [("classification", False), ("classification", True), ("mlm", False), ("mlm", True), ("none", False)],
+)
+def test_the_export_is_the_trained_model(
+    kind: str, surgery: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights bit for bit, logits through transformers' own forward; Parts are folded, nothing of the objective is in
+    it, tokenizer and model card lie beside."""
+    trained: dict[str, Any] = {}
+    export = Method.export
+
+    def watched(method: Method) -> models.PreTrainedModel:
+        trained["before"] = dev_logits(method)
+        student = export(method)
+        trained["weights"] = {name: weight.clone() for name, weight in student.state_dict().items()}
+        return student
+
+    def dev_logits(method: Method) -> torch.Tensor:
+        from lad_dist.data.batch import collate, span_starts
+        from lad_dist.flat import Needs
+
+        method.eval()
+        inputs = padded(world.tokenizer)
+        ids = [
+            row[mask.bool()].numpy() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        starts = span_starts(ids)
+        rows = np.arange(starts[-1]) if kind == "mlm" else starts[:-1]
+        needs = Needs(hidden=(2,)) if kind == "none" else Needs(logits=True)
+        with torch.no_grad():
+            seen = models.trace(method.student, collate(ids, None, rows, rows), needs)
+        return seen.hidden[2] if seen.logits is None else seen.logits
+
+    monkeypatch.setattr(Method, "export", watched)
+    changes: dict[str, Any] = {"run.steps": 3}
+    changes |= {"surgery": [{"name": "low_rank", "keep": 0.5}]} if surgery else {}
+    changes |= {"objective": {"name": "minilm"}} if kind == "none" else {}
+    folder = train((lad if kind == "classification" else on_corpus)(world, tmp_path, changes)).folder / "export"
+    auto = {"classification": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM, "none": AutoModel}[kind]
+    model = auto.from_pretrained(folder, attn_implementation="sdpa").eval()
+    weights = model.state_dict()
+    assert set(weights) == set(trained["weights"])
+    assert all(torch.equal(weights[name], weight) for name, weight in trained["weights"].items())
+    assert not any("gate" in name or "objective" in name or "inner" in name for name in weights)
+    inputs = padded(folder)
+    with torch.no_grad():
+        output = model(**inputs)
+    found = output.last_hidden_state if kind == "none" else output.logits
+    if kind != "classification":
+        found = found[inputs["attention_mask"].bool()]
+    limit = 1e-5 if surgery else 2e-6
+    torch.testing.assert_close(found, trained["before"], rtol=limit, atol=limit)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| parameters |" in card
+    assert sorted(path.name for path in folder.iterdir() if "token" not in path.name) == [
+        "README.md", "config.json", "model.safetensors"
+    ]  # fmt: skip
+
+
+PRECISIONS = [{}, {"deepspeed.zero_optimization.stage": 1}, HALF]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32-zero0", "fp32-zero1", "bf16-zero1"])
+@pytest.mark.parametrize("corpus", [False, True], ids=["task", "corpus"])
+def test_a_run_that_stopped_half_way_ends_as_one_that_did_not(
+    corpus: bool, precision: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    """Bit for bit, with dropout on: weights, and every row."""
+    make = on_corpus if corpus else lad
+    changes = {**precision, **DROPOUT, "run.steps": 6, "run.eval_every": 2}
+    whole: list[dict[str, Any]] = []
+    straight = train(make(world, tmp_path / "a", changes), whole.append)
+    config, rows = make(world, tmp_path / "b", changes), list[dict[str, Any]]()
+    stopped = stopped_at(config, 3, rows)
+    assert stopped.results is None
+    assert not (stopped.folder / "results.json").exists()
+    resumed = train(config, rows.append)
+    assert resumed.results is not None
+    assert curve(rows) == curve(whole)
+    assert digest(resumed.folder / "export") == digest(straight.folder / "export")
+    written = metrics_file(resumed.folder)
+    assert curve(written) == curve(metrics_file(straight.folder))
+    keys = [(row["step"], "loss" in row) for row in written]
+    assert len(keys) == len(set(keys))
+
+
+def test_dropout_is_on_in_that_comparison(world: World, tmp_path: Path) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {"with": [], "without": []}
+    train(lad(world, tmp_path / "a", {"run.steps": 1, **DROPOUT}), rows["with"].append)
+    train(lad(world, tmp_path / "b", {"run.steps": 1}), rows["without"].append)
+    assert rows["with"][0]["loss"] != rows["without"][0]["loss"]
+
+
+def test_rows_of_a_lost_stretch_are_written_once(world: World, tmp_path: Path) -> None:
+    """A run that dies after its checkpoint reports the steps in between again."""
+    config = lad(world, tmp_path, {"run.save_every": 2, "run.steps": 6})
+
+    def die(row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, die)
+    folder = config.run.folder
+    assert [row["step"] for row in metrics_file(folder)] == [1, 2, 3, 4, 5]
+    rows: list[dict[str, Any]] = []
+    train(config, rows.append)
+    assert [row["step"] for row in rows] == [5, 6, 6]
+    assert [row["step"] for row in metrics_file(folder)] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_complete_run_is_not_run_twice(world: World, tmp_path: Path) -> None:
+    config = lad(world, tmp_path, {"run.steps": 2})
+    first = train(config)
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    rows: list[dict[str, Any]] = []
+    again = train(config, rows.append)
+    assert again.results == json.loads(json.dumps(first.results))
+    assert rows == []
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(world: World, tmp_path: Path) -> None:
+    """A real process: exit code 75 and one line; run again it ends with the weights of a run that was let be."""
+    changes = {**DROPOUT, "run.steps": 80, "data.examples_per_slot": 2}
+    tables = lad(world, tmp_path / "a", changes).model_dump(exclude_none=True)
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(tables))
+    command = [sys.executable, str(ROOT / "launch" / "task_distill.py"), str(file)]
+    first = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    metrics = tmp_path / "a" / "toy" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    out, error = first.communicate(timeout=120)
+    assert first.returncode == 75, error
+    assert out == f"{tmp_path / 'a' / 'toy'}: stopped early and saved; run the same command again to go on\n"
+    assert all(line.startswith("toy step ") for line in error.splitlines()), error
+    assert len(list((tmp_path / "a" / "toy" / "checkpoints").glob("step-*"))) == 1
+    steps = len(metrics_file(tmp_path / "a" / "toy"))
+    assert steps < 80
+    second = subprocess.run(command, cwd=ROOT, env=environment(), timeout=300, text=True, capture_output=True)
+    assert second.returncode == 0, second.stderr
+    assert second.stderr.startswith(f"toy step {steps + 1}/80")
+    straight = train(lad(world, tmp_path / "b", changes))
+    assert digest(tmp_path / "a" / "toy" / "export") == digest(straight.folder / "export")
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> None:
+    """Also where its manifest vouches for it."""
+    from lad_dist import runs
+
+    config = lad(world, tmp_path, {"deepspeed.zero_optimization.stage": 1})
+    folder = stopped_at(config, 2).folder
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    files = sorted(path for path in checkpoint.rglob("*.pt"))
+    assert len(files) == 2  # the module's and the optimizer's
+    kept = tmp_path / "kept"
+    shutil.copytree(checkpoint, kept)
+    for number, file in enumerate(files):
+        shutil.rmtree(checkpoint)
+        shutil.copytree(kept, checkpoint)
+        torch.save({"module": Bomb(tmp_path / f"exploded{number}")}, file)
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["files"][str(file.relative_to(checkpoint))] = runs._sha256(file)
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(Exception, match=r"(?i)weights.only|unsupported|checkpoint"):
+            train(config)
+        assert not (tmp_path / f"exploded{number}").exists()

@@ -1,4 +1,4 @@
-"""Toy models, texts and configs that tests share: 4 x 32 teachers over a vocabulary of a few hundred words, dropout 0."""
+"""Toy models, texts and configs that tests share: 4 x 32 teachers over a few hundred words, dropout 0."""
 
 import json
 import random
@@ -14,7 +14,9 @@ from lad_dist.data.batch import collate
 from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
 from lad_dist.flat import Batch
 
-WORDS = [a + b for a in ("ba", "de", "fi", "go", "lu", "ma", "ne", "po") for b in ("n", "rt", "sk", "l", "mp", "st", "d")]
+WORDS = [
+    a + b for a in ("ba", "de", "fi", "go", "lu", "ma", "ne", "po") for b in ("n", "rt", "sk", "l", "mp", "st", "d")
+]
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -55,12 +57,16 @@ def task_files(folder: Path, train: int = 64, dev: int = 24) -> dict[str, str]:
         text = sentence(seed, most=6)
         return {"text": text, "label": LABELS["ba" in text]}
 
-    (folder / "train.csv").write_text("text,label\n" + "".join("{text},{label}\n".format(**row(n)) for n in range(train)))
+    (folder / "train.csv").write_text(
+        "text,label\n" + "".join("{text},{label}\n".format(**row(n)) for n in range(train))
+    )
     (folder / "dev.jsonl").write_text("".join(json.dumps(row(10_000 + n)) + "\n" for n in range(dev)))
     return {"train": str(folder / "train.csv"), "dev": str(folder / "dev.jsonl")}
 
 
-def batch(lengths: list[int], *, pad_to: int | None = None, vocabulary: int = 50, seed: int = 0, labels: Any = None) -> Batch:
+def batch(
+    lengths: list[int], *, pad_to: int | None = None, vocabulary: int = 50, seed: int = 0, labels: Any = None
+) -> Batch:
     """A flat batch of random tokens, the first token of each sequence as its row."""
     random_state = np.random.default_rng(seed)
     sequences = [random_state.integers(5, vocabulary, n) for n in lengths]
@@ -99,7 +105,12 @@ def corpus_config(work: Path, shards: Path, teacher: Path, student: Path, **tabl
 
 
 def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> TrainConfig:
-    """The config of plain tables after changes {"a.b": value}; the data say of which kind. None takes a key away."""
-    changed = override(tables, (changes or {}).items())
+    """The config of plain tables after changes {"a.b": value}, None taking a key away; the data say of which kind."""
+    changed = _without_none(override(tables, (changes or {}).items()))
     schema: type[TrainConfig] = PretrainConfig if "shards" in changed["data"] else TaskConfig
-    return parse(schema, {key: value for key, value in changed.items() if value is not None}, where="toy")
+    return parse(schema, changed, where="toy")
+
+
+def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in tables.items() if value is not None}
+    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in kept.items()}

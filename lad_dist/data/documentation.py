@@ -27,22 +27,19 @@ from typing import NamedTuple
 
 from lad_dist.config import UserError
 
-# The libraries that lad_dist depends on and that document themselves in prose, with the names that would give them away.
+# Libraries that lad_dist depends on and that differ in what they are for, with the names that would give them away.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "python": ("cpython", "python"),
-    "torch": ("pytorch", "torch"),
-    "numpy": ("numpy", "ndarray", "np."),
-    "scipy": ("scipy",),
-    "sklearn": ("sklearn", "scikit-learn", "scikit"),
-    "pandas": ("pandas", "dataframe", "pd."),
     "matplotlib": ("matplotlib", "pyplot", "mpl", "plt."),
-    "transformers": ("transformers", "hugging face", "huggingface"),
+    "pandas": ("pandas", "dataframe", "pd."),
     "ray": ("ray", "rllib"),
-    "deepspeed": ("deepspeed",),
+    "scipy": ("scipy", "numpy", "np."),
+    "transformers": ("transformers", "hugging face", "huggingface"),
 }
 ANONYMOUS = "library"
 TESTS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 SHORTEST, LONGEST = 80, 400  # characters of a passage
+SHORTEST_LABELLED = 150  # shorter ones often fit any library
 SECTION = re.compile(r"^\s*([-=~^*#\"'+`])\1{2,}\s*$")
 CODE = re.compile(r"^\s*(>>>|\.\.\.(\s|$)|\.\. |@|:\w+:`?$)")
 ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
@@ -55,7 +52,7 @@ class Passage(NamedTuple):
     text: str
 
 
-def harvest(libraries: Mapping[str, tuple[str, ...]] = LIBRARIES, most: int = 4000) -> list[Passage]:
+def harvest(libraries: Mapping[str, tuple[str, ...]] = LIBRARIES, most: int = 2500) -> list[Passage]:
     """About `most` passages of each library that is installed, names hidden, whole modules at a time. A passage that
     occurs again, in whatever library, is left out."""
     hide = hiding(libraries)
@@ -178,16 +175,17 @@ def split(passages: Iterable[Passage], share: float) -> tuple[list[Passage], lis
 
 
 def balanced(passages: Sequence[Passage], each: int) -> list[Passage]:
-    """`each` passages of every library that has as many, in an order that mixes them."""
+    """`each` of the longer passages of every library that has as many, in an order that mixes them."""
     by_library: dict[str, list[Passage]] = {}
-    for passage in sorted(passages, key=lambda passage: _hash(passage.text)):
+    long_enough = [passage for passage in passages if len(passage.text) >= SHORTEST_LABELLED]
+    for passage in sorted(long_enough, key=lambda passage: _hash(passage.text)):
         by_library.setdefault(passage.library, []).append(passage)
     chosen = [passage for group in by_library.values() if len(group) >= each for passage in group[:each]]
     return sorted(chosen, key=lambda passage: _hash(passage.text))
 
 
 def write(
-    folder: Path, *, most: int = 2000, train_each: int = 200, dev_each: int = 100, held_out: float = 0.2
+    folder: Path, *, most: int = 2500, train_each: int = 600, dev_each: int = 150, held_out: float = 0.2
 ) -> dict[str, int]:
     """Writes corpus/*.txt (a file per module that is trained on), train.jsonl and dev.jsonl with columns text and label:
     `train_each` and `dev_each` passages of every library. Returns counts for a person to read.

@@ -52,6 +52,11 @@ class Task(NamedTuple):
     train: Examples
     dev: dict[str, Examples]
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of a head's outputs: the labels, or a regression's one number."""
+        return self.label_names or ("score",)
+
 
 class Columns(NamedTuple):
     """Names of the columns; pair is None where there is one text."""

@@ -6,6 +6,7 @@
     vocabulary_size(tokenizer)  one more than the largest id
     frame(tokenizer)            the special tokens around a sequence
     encode_plain, encode_framed text -> ids without special tokens (corpora), with them and truncated (tasks)
+    check_vocabulary(…)         two models that read the same token ids must mean the same by them
     refuse_unknown(…)           a tokenizer that does not know the text is the user's mistake, and trains in silence
 
 Everything that depends on a tokenizer's special tokens goes through here.
@@ -70,6 +71,17 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of normaliser, vocabulary, merges and post-processor; not of the transient padding and truncation."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def check_vocabulary(teacher: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises UserError when the teacher at that path has another vocabulary than the student's `tokenizer`."""
+    its, ours = load_tokenizer(teacher).get_vocab(), tokenizer.get_vocab()
+    if its != ours:
+        differing = next(iter(sorted(set(its.items()) ^ set(ours.items()))))[0]
+        raise UserError(
+            f"{teacher}: the teacher's vocabulary ({len(its)} tokens) is not the student's ({len(ours)}), "
+            f"they differ at {differing!r}; both read the same token ids, so they must be equal"
+        )
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -1,0 +1,248 @@
+"""A config is strict: every misspelt key is named with the right one, every value has its type."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lad_dist import config as c
+from lad_dist.config import UserError, assignment, load, override, parse
+from lad_dist.objectives import OBJECTIVES
+from lad_dist.surgery import SURGERIES
+
+TASK: dict[str, Any] = {
+    "run": {"name": "n", "steps": 1},
+    "teacher": {"path": "t"},
+    "student": {"path": "s"},
+    "data": {"task": "rte"},
+    "objective": {"name": "kd"},
+    "optim": {"lr": 1e-4},
+}
+PRETRAIN = {**TASK, "data": {"shards": "c"}}
+PREPARE: dict[str, Any] = {"out": "o", "tokenizer": "t", "source": [{"kind": "text", "path": "p"}]}
+EVALUATE: dict[str, Any] = {"model": {"path": "m"}, "teacher": {"path": "t"}, "data": {"task": "rte"}}
+SEARCH: dict[str, Any] = {
+    "search": {"name": "n", "base": "b", "samples": 1, "metric": "accuracy"},
+    "space": {"optim.lr": {"uniform": [0, 1]}},
+}
+SCHEMAS: list[tuple[type[c.Table], dict[str, Any]]] = [
+    (c.TaskConfig, TASK),
+    (c.PretrainConfig, PRETRAIN),
+    (c.PrepareConfig, PREPARE),
+    (c.EvaluateConfig, EVALUATE),
+    (c.SearchConfig, SEARCH),
+]
+
+
+def misspelt(name: str) -> str:
+    """Two neighbours swapped, as fingers do; one letter doubled where that is not enough."""
+    swapped = name[:1] + name[2:3] + name[1:2] + name[3:]
+    return swapped if swapped != name else name + name[-1]
+
+
+def every_key() -> list[Any]:
+    """(schema, tables, path of a table, key) for every key of every schema, written out from `describe`."""
+    found = []
+    for schema, tables in SCHEMAS:
+        rows = [row[0] for row in c.describe(schema)]
+        names = {tuple(row.replace("[]", "").split(".")) for row in rows}
+        names |= {path[:1] for path in names}
+        names -= {("objective", "name"), ("surgery", "name")}  # beside these, keys are arguments: tested below
+        found += [
+            pytest.param(schema, tables, path, id=f"{schema.__name__}-{'.'.join(path)}") for path in sorted(names)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("schema", "tables", "path"), every_key())
+def test_every_misspelt_key_is_named_with_the_right_one(
+    schema: type[c.Table], tables: dict[str, Any], path: tuple[str, ...]
+) -> None:
+    *outer, key = path
+    wrong = misspelt(key)
+    changed = tomllib.loads(tomli_w.dumps(tables))
+    table: Any = changed
+    for name in outer:
+        table = table.setdefault(name, {})
+    if isinstance(table, list):
+        table = table[0]
+    table[wrong] = table.pop(key, {"x": 1} if not outer else "x")
+    with pytest.raises(UserError) as caught:
+        parse(schema, changed, "here.toml")
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith("here.toml: ")
+    assert wrong in line
+    assert f'did you mean "{key}"?' in line
+
+
+NAMED = [(f"objective {name}", kind) for name, kind in OBJECTIVES.items()]
+NAMED += [(f"surgery {name}", function) for name, function in SURGERIES.items()]
+
+
+@pytest.mark.parametrize(("where", "function", "key"), [(where, f, key) for where, f in NAMED for key in c.keywords(f)])
+def test_every_misspelt_argument_is_named_with_the_right_one(where: str, function: Any, key: str) -> None:
+    with pytest.raises(UserError, match=f'{misspelt(key)}: no such key; did you mean "{key}"') as caught:
+        c.arguments(where, function, {misspelt(key): 1})
+    assert str(caught.value).startswith(f"{where}: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run.steps": "8"}, "run.steps: input should be a valid integer, not '8'"),
+        ({"run.steps": 1.5}, "run.steps: input should be a valid integer, not 1.5"),
+        ({"run.steps": True}, "run.steps: input should be a valid integer, not True"),
+        ({"run.steps": 0}, "run.steps: input should be greater than or equal to 1, not 0"),
+        ({"run.epochs": 1.0}, "run: give exactly one of steps and epochs"),
+        ({"run": {"name": "x"}}, "run: give exactly one of steps and epochs"),
+        ({"run": {"steps": 1}}, "run.name: missing, and it has no default"),
+        ({"run.name": ""}, "run.name: string should have at least 1 character, not ''"),
+        ({"run": 1}, "run: input should be a valid dictionary or instance of Run, not 1"),
+        ({"optim.lr": "fast"}, "optim.lr: input should be a valid number, not 'fast'"),
+        ({"optim.lr": 0.0}, "optim.lr: input should be greater than 0, not 0.0"),
+        ({"optim.lr": float("nan")}, "optim.lr: input should be"),
+        ({"optim.lr": float("inf")}, "optim.lr: input should be a finite number, not inf"),
+        ({"optim.betas": [0.9]}, "optim.betas: "),
+        ({"optim.betas": [0.9, 1.5]}, "optim.betas.1: "),
+        ({"optim.schedule": "cosinus"}, "optim.schedule: input should be 'linear', 'cosine' or 'constant'"),
+        ({"optim.warmup": 1.0}, "optim.warmup: input should be less than 1"),
+        ({"data.max_length": 4}, "data.max_length: input should be greater than or equal to 8"),
+        ({"data.task": None}, "data: give a GLUE task, or both train and dev files"),
+        ({"data.train": "a.csv"}, "data: give a GLUE task or train and dev files, not both"),
+        ({"data.pad_to": 64}, "data: pad_to = 64 is shorter than max_length = 128"),
+        ({"student.path": None}, "student: give exactly one of path and architecture"),
+        ({"student.architecture": {}}, "student: give exactly one of path and architecture"),
+        ({"student.layers": "odd"}, "student.layers: "),
+        ({"student.layers": [1, 0]}, "student.layers: "),
+        ({"student.layers": [1, 2], "student.depth": 3}, "student: depth = 3 contradicts the 2 layers listed"),
+        ({"teacher.dtype": "float16"}, "teacher.dtype: input should be 'float32' or 'bfloat16', not 'float16'"),
+        ({"surgery": {"name": "low_rank"}}, "surgery: input should be a valid list"),
+        ({"surgery": [{"keep": 0.5}]}, "surgery.0.name: missing, and it has no default"),
+        ({"model": {"path": "x"}}, "model: no such table; "),
+    ],
+)
+def test_values_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(c.TaskConfig, override(TASK, changes.items()), "here.toml")
+    line = str(caught.value)
+    assert line.startswith(f"here.toml: {message}")
+    assert "\n" not in line
+
+
+def test_what_is_frozen_stays() -> None:
+    config = parse(c.TaskConfig, TASK, "x")
+    with pytest.raises(ValidationError):
+        config.run.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("schema", "tables"), SCHEMAS)
+def test_dump_is_read_back_as_the_same_config(schema: type[c.Table], tables: dict[str, Any]) -> None:
+    config = parse(schema, tables, "x")
+    text = c.dump(config)
+    assert parse(schema, tomllib.loads(text), "dump") == config
+    assert c.dump(parse(schema, tomllib.loads(text), "dump")) == text
+
+
+def test_dump_writes_every_default_out() -> None:
+    written = tomllib.loads(c.dump(parse(c.TaskConfig, TASK, "x")))
+    for key, _, default, _ in c.describe(c.TaskConfig):
+        if default in ("required", "-") or "[]" in key:
+            continue
+        value: Any = written
+        for name in key.split("."):
+            value = value[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.b=1", ("a.b", 1)),
+        ("a.b = 1e-4", ("a.b", 1e-4)),
+        ("a=true", ("a", True)),
+        ("a=rte", ("a", "rte")),
+        ('a="1"', ("a", "1")),
+        ("a=[1, 2]", ("a", [1, 2])),
+        ("a={x = 1}", ("a", {"x": 1})),
+        ("a=runs/x=y", ("a", "runs/x=y")),
+        ("a=google-bert/bert-base-uncased", ("a", "google-bert/bert-base-uncased")),
+        ("a=", ("a", "")),
+    ],
+)
+def test_overrides_are_toml_and_a_bare_word_is_a_string(text: str, expected: tuple[str, Any]) -> None:
+    assert assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "=1", " =1", "--steps", "a=[1,", 'a="x', "a={x}"])
+def test_overrides_that_are_none(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        assignment(text)
+    assert str(caught.value).startswith(repr(text))
+    assert "\n" not in str(caught.value)
+
+
+words = st.text(st.characters(min_codepoint=97, max_codepoint=122), min_size=1, max_size=3)
+tables_of = st.recursive(st.integers(), lambda inner: st.dictionaries(words, inner, max_size=3), max_leaves=8)
+
+
+@given(st.dictionaries(words, tables_of, max_size=3), st.lists(words, min_size=1, max_size=3), st.integers())
+def test_an_override_sets_its_key_and_nothing_else(tables: dict[str, Any], path: list[str], value: int) -> None:
+    before = repr(tables)
+    try:
+        changed = override(tables, [(".".join(path), value)])
+    except UserError:
+        return  # a value stands where a table should
+    finally:
+        assert repr(tables) == before
+    inner: Any = changed
+    for name in path:
+        inner = inner[name]
+    assert inner == value
+    assert {k: v for k, v in changed.items() if k != path[0]} == {k: v for k, v in tables.items() if k != path[0]}
+
+
+def test_an_override_inside_a_value() -> None:
+    with pytest.raises(UserError, match=r"run\.name\.x: name is not a table"):
+        override(TASK, [("run.name.x", 1)])
+
+
+def test_load_reads_a_file_and_applies_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(tomli_w.dumps(TASK))
+    config = load(c.TaskConfig, file, ["run.steps=3", "data.task=cola", "deepspeed.bf16.enabled=true"])
+    assert (config.run.steps, config.data.task, config.deepspeed) == (3, "cola", {"bf16": {"enabled": True}})
+
+
+@pytest.mark.parametrize("content", [b"[run\n", b"a = \xff", None, b"a = 1\na = 2"])
+def test_a_file_that_is_no_config(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load(c.TaskConfig, file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_describe_says_type_default_and_meaning_of_every_key() -> None:
+    for schema, _ in SCHEMAS:
+        for key, kind, default, text in c.describe(schema):
+            assert text, f"{schema.__name__} {key} has no description"
+            assert kind
+            assert default
+            assert "typing" not in kind, key
+
+
+def test_arguments_are_completed_by_their_defaults() -> None:
+    def function(x: int, *, a: int, b: float = 0.5) -> None: ...
+
+    assert c.arguments("f", function, {"a": 1}) == {"a": 1, "b": 0.5}
+    with pytest.raises(UserError, match=r"f: a: missing"):
+        c.arguments("f", function, {})
+    with pytest.raises(UserError, match=r"f: x: no such key"):
+        c.arguments("f", function, {"a": 1, "x": 1})

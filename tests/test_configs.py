@@ -1,0 +1,102 @@
+"""Every file in configs/ is read by its schema, and every training config takes a step once its places exist."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from conftest import World
+from launching import ROOT
+
+from lad_dist import plan
+from lad_dist.config import EvaluateConfig, PrepareConfig, PretrainConfig, SearchConfig, Table, TaskConfig, parse, read
+from lad_dist.search import draw
+from lad_dist.train import train
+
+FILES = sorted((ROOT / "configs").rglob("*.toml"))
+
+
+def schema_of(tables: dict[str, Any]) -> type[Table]:
+    """A file's content says what it is for."""
+    if "run" in tables:
+        return PretrainConfig if "shards" in tables["data"] else TaskConfig
+    names: dict[str, type[Table]] = {"source": PrepareConfig, "search": SearchConfig, "model": EvaluateConfig}
+    return next(schema for key, schema in names.items() if key in tables)
+
+
+def ids(files: list[Path]) -> list[str]:
+    return [str(file.relative_to(ROOT / "configs")) for file in files]
+
+
+TRAINING = [file for file in FILES if "run" in read(file)]
+SEARCHES = [file for file in FILES if "search" in read(file)]
+
+
+def test_there_are_configs_of_every_kind() -> None:
+    assert {schema_of(read(file)) for file in FILES} == {
+        PretrainConfig, TaskConfig, PrepareConfig, SearchConfig, EvaluateConfig
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids(FILES))
+def test_it_is_read(file: Path) -> None:
+    parse(schema_of(read(file)), read(file), str(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids(FILES))
+def test_its_first_line_is_the_command_that_runs_it(file: Path) -> None:
+    words = file.read_text().splitlines()[0].removeprefix("# ").partition("   (")[0].split()
+    script, path = next((words[n], words[n + 1]) for n, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / script).is_file()
+    assert ROOT / path == file
+    assert all("=" in word for word in words[words.index(path) + 1 :])
+
+
+def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, Any]:
+    """What a toy machine has to change in a training config: places and sizes."""
+    pretraining = "shards" in tables["data"]
+    changes: dict[str, Any] = {"run.dir": str(work), "run.steps": 1, "run.epochs": None, "run.eval_every": 0}
+    if "teacher" in tables:
+        changes["teacher.path"] = str(world.pretrained if pretraining else world.teacher)
+    if "path" in tables["student"]:
+        changes["student.path"] = str(world.pretrained)
+    else:
+        changes["student.architecture"] = {**tables["student"]["architecture"], **toy.SIZES}
+    if tables["student"].get("depth"):
+        changes["student.depth"] = 2
+    if isinstance(tables["student"].get("layers"), list):
+        changes["student.layers"] = [1, 3]
+    if pretraining:
+        changes |= {"data.shards": str(world.corpus), "data.tokens_per_slot": 128}
+    else:
+        changes |= {"data.task": None, "data.path": None}
+        changes |= {f"data.{name}": path for name, path in world.files.items()}
+        changes["data.examples_per_slot"] = 2
+    if "pad_to" in tables["data"]:
+        changes["data.pad_to"] = 32
+    if tables["objective"].get("heads"):
+        changes["objective.heads"] = 8
+    return changes | {"data.max_length": 32}
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=ids(TRAINING))
+def test_a_training_config_takes_a_step(file: Path, world: World, tmp_path: Path) -> None:
+    tables = read(file)
+    rows: list[dict[str, Any]] = []
+    outcome = train(toy.parsed(tables, toy_places(tables, world, tmp_path)), rows.append)
+    assert outcome.results is not None
+    assert outcome.results["steps"] == 1
+    assert [row["step"] for row in rows if "loss" in row] == [1]
+
+
+@pytest.mark.parametrize("file", SEARCHES, ids=ids(SEARCHES))
+def test_a_search_draws_trials_that_its_base_can_run(file: Path, world: World, tmp_path: Path) -> None:
+    config = parse(SearchConfig, read(file), str(file))
+    trials = draw(config, read(ROOT / config.search.base))
+    assert len(trials) == config.search.samples
+    assert {key.split(".")[0] for key in trials[0].sample} == {key.split(".")[0] for key in config.space}
+    for trial in trials[:2]:
+        tables = trial.config.model_dump(exclude_none=True)
+        assert tables["run"]["eval_every"] > 0
+        made = plan.make(toy.parsed(tables, toy_places(tables, world, tmp_path)))
+        assert made.task is not None

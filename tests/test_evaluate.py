@@ -1,0 +1,116 @@
+"""An evaluation sees every example once, in order, on any number of processes, and says the same as the run did."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+from conftest import World
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lad_dist import evaluate, processes
+from lad_dist.config import EvaluateConfig, parse
+from lad_dist.data.tasks import Examples, Task
+from lad_dist.evaluate import Predictions
+from lad_dist.flat import Batch
+from lad_dist.train import train
+
+
+def batches(count: int) -> list[Any]:
+    """Batch n holds n + 1 examples."""
+    return [lambda n=n: toy.batch([4] * (n + 1), labels=np.arange(n + 1) + 100 * n) for n in range(count)]
+
+
+@given(st.integers(1, 7), st.integers(1, 5))
+def test_every_batch_counts_once_and_all_processes_make_as_many(world_size: int, count: int) -> None:
+    shares = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "world", lambda: world_size)
+        for rank in range(world_size):
+            patch.setattr(processes, "rank", lambda rank=rank: rank)
+            shares.append([(len(batch.lengths), counts) for batch, counts in evaluate.share(batches(count))])
+    assert len({len(share) for share in shares}) == 1
+    counted = [size for share in shares for size, counts in share if counts]
+    assert sorted(counted) == list(range(1, count + 1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_predictions_come_in_order(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are played one after the other; what they hand in is gathered when the last one has."""
+
+    def forward(batch: Batch) -> torch.Tensor:
+        return batch.labels[:, None].double()
+
+    handed: list[Any] = []
+    monkeypatch.setattr(processes, "world", lambda: world_size)
+
+    def gather(value: Any) -> list[Any]:
+        handed.append(value)
+        if len(handed) < world_size:
+            raise InterruptedError
+        return handed
+
+    monkeypatch.setattr(processes, "gather", gather)
+    for rank in range(world_size):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        if rank < world_size - 1:
+            with pytest.raises(InterruptedError):
+                evaluate.predict(forward, batches(4))
+    found = evaluate.predict(forward, batches(4))
+    expected = [100 * n + k for n in range(4) for k in range(n + 1)]
+    assert found.labels.tolist() == expected
+    assert found.logits[:, 0].tolist() == expected
+
+
+def test_mean_terms_is_the_mean_over_batches() -> None:
+    found = evaluate.mean_terms(lambda batch: {"size": torch.tensor(float(len(batch.lengths)))}, batches(4))
+    assert found == {"size": pytest.approx(2.5)}
+    assert evaluate.mean_terms(lambda batch: {}, []) == {}
+
+
+def test_scores_of_a_second_dev_set_carry_its_name() -> None:
+    nothing = Examples([], None, np.array([]))
+    task = Task("mnli", "classification", ("a", "b"), ("accuracy",), nothing, {})
+    logits = np.array([[1.0, 0.0], [1.0, 0.0]])
+    seen = {
+        "dev": Predictions(logits, np.array([0, 0]), 1.0),
+        "dev_mismatched": Predictions(logits, np.array([0, 1]), 1.0),
+    }
+    assert evaluate.task_scores(task, seen) == {"accuracy": 1.0, "accuracy_mismatched": 0.5}
+
+
+def tables(world: World, model: Path, **more: Any) -> EvaluateConfig:
+    data = {**world.files, "max_length": 32}
+    return parse(EvaluateConfig, {"model": {"path": str(model)}, "data": data, **more}, "toy")
+
+
+def test_an_export_scores_what_its_run_said(world: World, tmp_path: Path) -> None:
+    config = toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained), {"run.steps": 3})
+    run = train(config)
+    assert run.results is not None
+    out = tmp_path / "deep" / "result.json"
+    more = {"teacher": {"path": str(world.teacher)}, "out": str(out)}
+    found = evaluate.evaluate(tables(world, run.folder / "export", **more))
+    assert json.loads(out.read_text()) == found
+    for name in ("accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty"):
+        assert found["model"][name] == pytest.approx(run.results["metrics"][name], abs=1e-6)
+    assert found["model"]["parameters"] == run.results["student"]["parameters"]
+    assert found["teacher"]["accuracy"] == run.results["teacher"]["accuracy"]
+    assert found["teacher"]["path"] == str(world.teacher)
+
+
+def test_a_model_is_loyal_to_itself(world: World) -> None:
+    found = evaluate.evaluate(tables(world, world.teacher, teacher={"path": str(world.teacher)}))
+    assert found["model"]["label_loyalty"] == 1
+    assert found["model"]["probability_loyalty"] == pytest.approx(1, abs=1e-3)
+    assert found["model"]["accuracy"] == found["teacher"]["accuracy"]
+
+
+def test_without_a_teacher_there_is_no_loyalty(world: World) -> None:
+    found = evaluate.evaluate(tables(world, world.teacher))
+    assert set(found) == {"model"}
+    assert set(found["model"]) == {"path", "parameters", "accuracy", "f1", "matthews"}

@@ -1,0 +1,94 @@
+"""The scripts: what they say of themselves, and real launches by both launchers."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import tomli_w
+import toy
+from conftest import World
+from launching import ROOT, launch
+
+from lad_dist import config as c
+from lad_dist.objectives import OBJECTIVES
+from lad_dist.surgery import SURGERIES
+
+SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
+SCHEMAS: dict[str, type[c.Table]] = {
+    "prepare_corpus.py": c.PrepareConfig,
+    "pretrain_distill.py": c.PretrainConfig,
+    "finetune_teacher.py": c.TaskConfig,
+    "task_distill.py": c.TaskConfig,
+    "evaluate.py": c.EvaluateConfig,
+    "tune.py": c.SearchConfig,
+}
+
+
+def run(script: str, *words: str) -> int:
+    """The script's exit code, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [script, *words])
+        try:
+            runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_how_to_call_it(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(script, "--help") == 0
+    seen = capsys.readouterr()
+    assert seen.err == ""
+    assert f"usage: python launch/{script}" in seen.out
+    assert f"example: python launch/{script}" in seen.out or f"example: deepspeed launch/{script}" in seen.out
+
+
+@pytest.mark.parametrize("script", SCHEMAS)
+def test_help_names_every_key(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(script, "-h") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for key, *_ in c.describe(SCHEMAS[script]):
+        assert any(line.startswith(f"{key} (") for line in lines), key
+    if issubclass(SCHEMAS[script], c.TrainConfig):
+        for kind, choices in (("objective", OBJECTIVES), ("surgery", SURGERIES)):
+            for name, function in choices.items():
+                assert f'With {kind}.name = "{name}":' in lines
+                keys = [f"{kind}.{key} (" for key in c.keywords(function)]
+                assert all(any(line.startswith(key) for line in lines) for key in keys)
+
+
+@pytest.mark.parametrize("script", SCHEMAS)
+def test_without_arguments_it_says_how_to_call_it(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(script) == 2
+    assert "usage: python launch/" in capsys.readouterr().out
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("by", ["deepspeed", "torchrun"])
+def test_a_launcher_starts_a_run_of_two_processes(by: str, world: World, tmp_path: Path) -> None:
+    tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained)
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(tables))
+    done = launch([ROOT / "launch" / "pretrain_distill.py", file, "run.steps=2"], by=by, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "toy" / "results.json").read_text())
+    assert results["processes"] == 2
+    assert results["steps"] == 2
+    everything = done.stdout + done.stderr
+    for line in ("toy step 1/2", f"model in {tmp_path / 'toy' / 'export'}"):
+        assert everything.count(line) == 1, everything
+    rows = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    assert (tmp_path / "toy" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.processes
+def test_a_mistake_is_said_once_by_two_processes(tmp_path: Path) -> None:
+    command = [ROOT / "launch" / "pretrain_distill.py", "configs/pretrain/kd.toml", "data.shards=/nowhere"]
+    done = launch([*command, f"run.dir={tmp_path}"], by="torchrun", processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: /nowhere: no token shards there") == 1
+    assert "Traceback" not in done.stderr.split("error: /nowhere")[0]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,258 @@
+"""A user's mistake: one line on stderr, exit code 2, no traceback, nothing left behind, before a weight is read."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import toy
+from conftest import World
+from launching import ROOT, launch
+
+from lad_dist import cli, models
+from lad_dist.config import EvaluateConfig, PretrainConfig, TaskConfig, load
+from lad_dist.data.tokenizers import train_wordpiece
+
+TASK, CORPUS = "task", "corpus"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the things are that mistakes point to."""
+
+    world: World
+    other_words: Path  # a teacher with another vocabulary
+    three: Path  # a teacher with three labels
+    renamed: Path  # a teacher with two other labels
+    bad_dev: Path  # its fourth line has a label that training does not have
+    short_roberta: Path  # 34 positions, of which its family leaves 32
+
+
+@pytest.fixture(scope="module")
+def places(world: World, tmp_path_factory: pytest.TempPathFactory) -> Places:
+    folder = tmp_path_factory.mktemp("mistakes")
+    train_wordpiece((f"xx{n} yy{n}" for n in range(200)), 150, folder / "words")
+    rows = [{"text": toy.sentence(n), "label": label} for n, label in enumerate(["no", "yes", "no", "yess"])]
+    (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    roberta = {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 34}
+    return Places(
+        world,
+        toy.model(folder / "other", folder / "words", "classification", toy.LABELS),
+        toy.model(folder / "three", world.tokenizer, "classification", ("a", "b", "c")),
+        toy.model(folder / "renamed", world.tokenizer, "classification", ("left", "right")),
+        folder / "bad.jsonl",
+        toy.model(folder / "roberta", world.tokenizer, "mlm", **roberta),
+    )
+
+
+def tables_of(kind: str, places: Places, work: Path) -> dict[str, Any]:
+    world = places.world
+    if kind == TASK:
+        return toy.task_config(work, world.files, world.teacher, world.pretrained)
+    return toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained)
+
+
+def fill(value: Any, places: Places) -> Any:
+    """`{three}` in a value stands for that place."""
+    names = {"headless": places.world.headless, "teacher": places.world.teacher, **vars(places)}
+    return value.format_map(names) if isinstance(value, str) else value
+
+
+MISTAKES: list[tuple[str, dict[str, Any], str]] = [
+    # names
+    (TASK, {"objective.name": "ladd"}, 'objective.name "ladd" is unknown: did you mean "lad"?'),
+    (TASK, {"objective.hiden": 1.0}, 'objective: hiden: no such key; did you mean "hidden"?'),
+    (TASK, {"objective.hidden": -1.0}, "objective: hidden: input should be greater than or equal to 0"),
+    (TASK, {"objective.temperature": 0.0}, "objective: temperature: input should be greater than 0"),
+    (
+        TASK,
+        {"surgery": [{"name": "lowrank", "keep": 0.5}]},
+        'surgery.name "lowrank" is unknown: did you mean "low_rank"?',
+    ),
+    (TASK, {"surgery": [{"name": "low_rank"}]}, "surgery low_rank: keep: missing"),
+    (TASK, {"surgery": [{"name": "low_rank", "keep": 2.0}]}, "surgery low_rank: keep: input should be less than"),
+    (TASK, {"data.train": None, "data.dev": None, "data.task": "rtee"}, 'task "rtee" is unknown: did you mean "rte"?'),
+    (TASK, {"optim.lrr": 1.0}, 'optim.lrr: no such key; did you mean "lr"?'),
+    (TASK, {"optims": {"lr": 1.0}}, 'optims: no such table; did you mean "optim"?'),
+    # DeepSpeed
+    (TASK, {"deepspeed.zero_optimisation": {}}, 'DeepSpeed has no such key; did you mean "zero_optimization"?'),
+    (TASK, {"deepspeed.zero_optimization.stagee": 1}, 'deepspeed.zero_optimization.stagee: did you mean "stage"?'),
+    (TASK, {"deepspeed.zero_optimization.stage": 7}, "deepspeed.zero_optimization.stage: "),
+    (TASK, {"deepspeed.zero_optimization.stage": "two"}, "deepspeed.zero_optimization.stage: "),
+    (TASK, {"deepspeed.zero_optimization": 1}, "deepspeed.zero_optimization: "),
+    (TASK, {"deepspeed.bf16": True}, "deepspeed.bf16: "),
+    (TASK, {"deepspeed.bf16.enable": True}, 'deepspeed.bf16.enable: did you mean "enabled"?'),
+    (TASK, {"deepspeed.bf16.enabled": True}, "needs deepspeed.zero_optimization.stage = 1 or more"),
+    (TASK, {"deepspeed.gradient_clipping": "one"}, "deepspeed.gradient_clipping: "),
+    (TASK, {"deepspeed.train_batch_size": 8}, "deepspeed.train_batch_size: this is decided by data.slots"),
+    (TASK, {"deepspeed.optimizer": {"type": "Adam"}}, "deepspeed.optimizer: this is decided by [optim]"),
+    # what is not there
+    (TASK, {"data.train": "nowhere.csv"}, "nowhere.csv: no such file"),
+    (TASK, {"data.dev": "nowhere.xls"}, 'nowhere.xls: file type ".xls" is unknown'),
+    (TASK, {"teacher.path": "/nowhere"}, "/nowhere: no model can be read there"),
+    (TASK, {"student.path": "/nowhere"}, "/nowhere: no "),
+    (TASK, {"student.tokenizer": "/nowhere"}, "/nowhere: no tokenizer there"),
+    (CORPUS, {"data.shards": "/nowhere"}, "/nowhere: no token shards there"),
+    # what does not go together
+    (TASK, {"teacher.path": "{other_words}"}, "the teacher's vocabulary"),
+    (TASK, {"teacher.path": "{three}"}, "its head has 3 outputs (a, b, c), the task has 2 labels (no, yes)"),
+    (TASK, {"teacher.path": "{renamed}"}, "its labels are left, right, the task's are no, yes"),
+    (TASK, {"data.dev": "{bad_dev}"}, 'bad.jsonl:4: label "yess" is unknown: did you mean "yes"?'),
+    (TASK, {"teacher": None}, 'objective.name "lad" needs a teacher: set teacher.path'),
+    (TASK, {"objective": {"name": "task"}}, 'objective.name "task" learns from no teacher: take [teacher] away'),
+    (TASK, {"objective": {"name": "mlm"}}, 'objective.name "mlm" does not run on a task'),
+    (TASK, {"objective": {"name": "minilm"}}, 'objective.name "minilm" does not run on a task'),
+    (CORPUS, {"objective": {"name": "task"}}, 'objective.name "task" does not run on a corpus'),
+    (CORPUS, {"teacher.path": "{headless}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
+    (CORPUS, {"teacher.path": "{teacher}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
+    (CORPUS, {"objective": {"name": "minilm", "heads": 5}}, "objective.heads = 5 does not divide a width of 32"),
+    (CORPUS, {"objective": {"name": "minilm", "teacher_layer": 5}}, "objective.teacher_layer = 5, but there are 4"),
+    (TASK, {"student.depth": 5}, "student.depth = 5, but the model it starts from has 4 layers"),
+    (TASK, {"student.depth": None, "student.layers": [1, 9]}, "student.layers: there is no layer 9"),
+    (TASK, {"data.max_length": 65}, "data.max_length: 65 tokens, but"),
+    (TASK, {"data.pad_to": 128}, "data.max_length: 128 tokens, but"),
+    (CORPUS, {"student.path": "{short_roberta}", "data.max_length": 33}, "data.max_length: 33 tokens, but"),
+    (CORPUS, {"data.max_length": 64, "data.tokens_per_slot": 60}, "data.tokens_per_slot = 60 is less than max_length"),
+    (TASK, {"objective.norm": "sequence"}, "it normalises over whole sequences, so set data.pad_to"),
+    (TASK, {"student": {"architecture": toy.SIZES}}, "student.tokenizer: a new model for a task needs one"),
+    # lengths
+    (TASK, {"run.steps": None}, "run: give exactly one of steps and epochs"),
+    (TASK, {"run.epochs": 1.0}, "run: give exactly one of steps and epochs"),
+    # architectures
+    (
+        CORPUS,
+        {"student": {"architecture": {"hidden_sise": 32}}},
+        'bert has no such setting; did you mean "hidden_size"?',
+    ),
+    (
+        CORPUS,
+        {"student": {"architecture": {"model_type": "robreta"}}},
+        'model_type "robreta" is unknown; did you mean "roberta"?',
+    ),
+    (
+        CORPUS,
+        {"student": {"architecture": {**toy.SIZES, "num_attention_heads": 5}}},
+        "5 heads do not divide a width of 32",
+    ),
+    (CORPUS, {"student": {"architecture": {**toy.SIZES, "hidden_size": "big"}}}, "student.architecture: "),
+    (
+        CORPUS,
+        {"student": {"architecture": {**toy.SIZES, "hidden_size": 16}}},
+        "the student is 16 wide and the teacher 32",
+    ),
+    (CORPUS, {"student": {"architecture": {**toy.SIZES, "num_hidden_layers": 5}}}, "5 student layers, only 4 teacher"),
+]
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights were read or drawn before the mistake was found")
+
+    monkeypatch.setattr(models, "load", forbidden)
+    monkeypatch.setattr(models, "create", forbidden)
+
+
+def written(folder: Path, tables: dict[str, Any], changes: dict[str, Any]) -> Path:
+    """A config file: the tables after changes {"a.b": value}, None taking a key away."""
+    for dotted, value in changes.items():
+        table: Any = tables
+        *outer, key = dotted.split(".")
+        for name in outer:
+            table = table.setdefault(name, {})
+        table[key] = value
+        if value is None:
+            del table[key]
+    (folder / "mistake.toml").write_text(tomli_w.dumps(tables))
+    return folder / "mistake.toml"
+
+
+def assert_one_line(error: str, expected: str) -> None:
+    assert error.count("\n") == 1, error
+    assert error.startswith("error: ")
+    assert expected in error
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(("kind", "changes", "expected"), MISTAKES)
+def test_a_mistake_ends_in_one_line(
+    kind: str, changes: dict[str, Any], expected: str, places: Places, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lad_dist.jobs import train_job
+
+    work = tmp_path / "runs"
+    filled = {key: fill(value, places) for key, value in changes.items()}
+    path = written(tmp_path, tables_of(kind, places, work), filled)
+    schema = TaskConfig if kind == TASK else PretrainConfig
+    code = cli.guarded(lambda: train_job(load(schema, path)))
+    seen = capfd.readouterr()
+    assert code == 2
+    assert seen.out == ""
+    assert_one_line(seen.err, expected)
+    assert not work.exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_slots_are_shared_out_evenly(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lad_dist.jobs import train_job
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    path = written(tmp_path, tables_of(TASK, places, tmp_path / "runs"), {})
+    assert cli.guarded(lambda: train_job(load(TaskConfig, path))) == 2
+    assert_one_line(capfd.readouterr().err, "data.slots = 4: cannot be shared out over 3 processes; 3 can")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model.path": "/nowhere"}, "/nowhere: no model can be read there"),
+        ({"model.path": "{three}"}, "its head has 3 outputs"),
+        ({"teacher.path": "{renamed}"}, "its labels are left, right"),
+        ({"data.dev": "nowhere.csv"}, "nowhere.csv: no such file"),
+        ({"data.max_length": 65}, "data.max_length: 65 tokens, but"),
+        ({"teacher.path": "{other_words}"}, "the teacher's vocabulary"),
+        ({"models": {"path": "x"}}, 'models: no such table; did you mean "model"?'),
+    ],
+)
+def test_mistakes_of_an_evaluation(
+    changes: dict[str, Any], expected: str, places: Places, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lad_dist.jobs import evaluate_job
+
+    data = {**places.world.files, "max_length": 32}
+    model = {"path": str(places.world.teacher)}
+    tables = {"model": model, "teacher": dict(model), "data": data, "out": str(tmp_path / "result.json")}
+    path = written(tmp_path, tables, {key: fill(value, places) for key, value in changes.items()})
+    assert cli.guarded(lambda: evaluate_job(load(EvaluateConfig, path))) == 2
+    assert_one_line(capfd.readouterr().err, expected)
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        ("task_distill", ["nowhere.toml"], "nowhere.toml: cannot read the config (No such file or directory)"),
+        ("task_distill", ["configs/task/lad.toml", "optim.lr"], "an override is written key.subkey=value"),
+        (
+            "finetune_teacher",
+            ["configs/task/teacher.toml", "run.step=1"],
+            'run.step: no such key; did you mean "steps"?',
+        ),
+        ("pretrain_distill", ["configs/pretrain/kd.toml", "data.shards=/nowhere"], "/nowhere: no token shards there"),
+        ("prepare_corpus", ["configs/pretrain/corpus.toml", "source=[]"], "source: "),
+        ("evaluate", ["configs/task/evaluate.toml", "data.task=rtee", "data.path=x"], 'task "rtee" is unknown'),
+        ("tune", ["configs/tune/lad.toml", "search.metric=1"], "search.metric: "),
+        ("benchmark", ["stepp", "configs/task/lad.toml"], "benchmark: say what to time"),
+    ],
+)
+def test_mistakes_through_the_real_scripts(script: str, words: list[str], expected: str) -> None:
+    done = launch([ROOT / "launch" / f"{script}.py", *words])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert_one_line(done.stderr, expected)
+    assert not (ROOT / "runs" / "lad").exists()

@@ -1,0 +1,34 @@
+"""The README tells the truth about what exists: keys, files, scripts."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lad_dist.config import (
+    EvaluateConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SearchConfig,
+    Table,
+    TaskConfig,
+    describe,
+)
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SCHEMAS = (PretrainConfig, TaskConfig, PrepareConfig, EvaluateConfig, SearchConfig)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_every_key_stands_in_the_table_as_it_is(schema: type[Table]) -> None:
+    for key, kind, default, text in describe(schema):
+        assert f"| `{key}` | {kind}, {default} | {text} |" in README.replace("\\|", "|"), key
+
+
+NAMED = set(re.findall(r"\b(?:launch|configs|slurm|tests)/[\w/]+\.(?:py|toml|sh|sbatch)", README)) - {"launch/NAME.py"}
+
+
+@pytest.mark.parametrize("path", sorted(NAMED))
+def test_every_file_named_exists(path: str) -> None:
+    assert (ROOT / path).exists()

@@ -1,0 +1,261 @@
+"""Searches: what is refused before Ray starts, what trials draw, and real searches on the toy world."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import tomli_w
+import toy
+from conftest import World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launching import ROOT, environment, launch
+
+from lad_dist.config import SearchConfig, TaskConfig, UserError, load, parse
+from lad_dist.search import draw, search
+
+TUNE = ROOT / "launch" / "tune.py"
+GOOD, HOPELESS = 6e-3, 1e-9
+DEEPER_THAN_THE_MODEL = 9
+SEED_SEARCHED = 13
+
+
+def tables(work: Path, **changes: Any) -> dict[str, Any]:
+    """Four trials, two at once; the changes by table."""
+    words = {"name": "s", "dir": str(work), "base": str(work / "base.toml"), "metric": "accuracy", "samples": 4}
+    default: dict[str, Any] = {
+        "search": {**words, "concurrent": 2, "cpus": 0.5, "reduction": 2},
+        "override": {"run.eval_every": 2},
+        "space": {"optim.lr": {"choice": [HOPELESS, GOOD]}},
+    }
+    return {name: {**table, **changes.get(name, {})} for name, table in default.items()}
+
+
+@pytest.fixture
+def work(world: World, tmp_path: Path) -> Path:
+    return with_base(world, tmp_path)
+
+
+def with_base(world: World, folder: Path) -> Path:
+    base = toy.task_config(folder, world.files, world.teacher, world.pretrained)
+    (folder / "base.toml").write_text(tomli_w.dumps(base))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"optim.rl": {"uniform": [0.1, 0.2]}}}, "optim.rl: no such key; did you mean"),
+        ({"space": {"objective.hiden": {"choice": [1.0]}}}, 'hiden: no such key; did you mean "hidden"'),
+        ({"override": {"data": {"slot": 2}}}, 'data.slot: no such key; did you mean "slots"'),
+        ({"space": {"optim.lr": {"loguniforn": [0.1, 0.2]}}}, 'unknown: did you mean "loguniform"'),
+        ({"space": {"optim.lr": {"loguniform": [0.0, 0.2]}}}, "the low end must be above 0"),
+        ({"space": {"optim.lr": {"uniform": [0.2, 0.1]}}}, r"give \[low, high\] with low < high"),
+        ({"space": {"data.slots": {"randint": [1, 2.5]}}}, r"give \[low, high\] with low < high"),
+        ({"space": {"optim.lr": {"choice": []}}}, "give a list"),
+        ({"space": {"optim.lr": {"choice": ["much"]}}}, "optim.lr: input should be a valid number, not 'much'"),
+        ({"search": {"metric": "pearson"}}, 'no "pearson", it has accuracy, f1, matthews'),
+        ({"search": {"base": "nowhere.toml"}}, "nowhere.toml: cannot read the config"),
+        ({"override": {"run.eval_every": 0}}, "set override.run.eval_every"),
+    ],
+)
+def test_mistakes_are_refused_before_ray_starts(
+    work: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    with pytest.raises(UserError, match=message) as caught:
+        search(parse(SearchConfig, tables(work, **changes), "toy"))
+    assert "\n" not in str(caught.value)
+    assert not (work / "s").exists()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), low=st.floats(1e-9, 1.0), ratio=st.floats(1.01, 1e6), count=st.integers(2, 12))
+def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, ratio: float, count: int) -> None:
+    base = toy.task_config(Path("runs"), {"train": "a.csv", "dev": "b.csv"}, Path("teacher"), Path("student"))
+
+    def drawn(samples: int, **more: Any) -> list[dict[str, Any]]:
+        space = {
+            "optim.lr": {"loguniform": [low, low * ratio]},
+            "data": {"slots": {"randint": [1, 4]}},
+            "student.layers": {"choice": [[1, 3], [2, 4], "first"]},
+            **more,
+        }
+        words = tables(Path("runs"), search={"samples": samples, "seed": seed})
+        return [trial.sample for trial in draw(parse(SearchConfig, {**words, "space": space}, "toy"), base)]
+
+    samples = drawn(count)
+    assert samples == drawn(count + 3)[:count]
+    wider = drawn(count, **{"optim.warmup": {"uniform": [0.1, 0.2]}})
+    assert samples == [{key: row[key] for key in row if key != "optim.warmup"} for row in wider]
+    assert all(low <= row["optim.lr"] * (1 + 1e-9) and row["optim.lr"] <= low * ratio * (1 + 1e-9) for row in samples)
+    assert {row["data.slots"] for row in samples} <= {1, 2, 3}
+
+
+def test_tables_and_dotted_keys_say_the_same(work: Path) -> None:
+    (work / "search.toml").write_text(tomli_w.dumps(tables(work)))
+    overrides = ["override.data.slots=2", "space.optim.lr={uniform=[0.25,0.5]}"]
+    config = load(SearchConfig, work / "search.toml", overrides)
+    for trial in draw(config, load(TaskConfig, work / "base.toml").model_dump(exclude_none=True)):
+        assert (trial.config.data.slots, trial.config.run.eval_every) == (2, 2)
+        assert trial.config.data.examples_per_slot == 4
+        assert 0.25 <= trial.config.optim.lr == trial.sample["optim.lr"] <= 0.5
+
+
+@dataclass
+class Searched:
+    folder: Path
+    config: Path
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def searched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """Two trials that learn, then one that does not, and one that cannot start."""
+    work = with_base(world, tmp_path_factory.mktemp("search"))
+    space = {"student.depth": {"choice": [2, DEEPER_THAN_THE_MODEL]}}
+    config = tables(work, search={"seed": SEED_SEARCHED}, space=space)
+    base = load(TaskConfig, work / "base.toml").model_dump(exclude_none=True)
+    samples = [trial.sample for trial in draw(parse(SearchConfig, config, "toy"), base)]
+    assert [row["optim.lr"] for row in samples[:3]] == [GOOD, GOOD, HOPELESS]
+    assert [row["student.depth"] for row in samples] == [2, 2, 2, DEEPER_THAN_THE_MODEL]
+    (work / "tune.toml").write_text(tomli_w.dumps(config))
+    return Searched(work / "s", work / "tune.toml", launch([TUNE, work / "tune.toml"]))
+
+
+@pytest.mark.ray
+def test_trials_are_compared_at_their_training_steps(searched: Searched) -> None:
+    assert searched.done.returncode == 0, searched.done.stderr
+    rows = searched.results["trials"]
+    assert {row["trial"]: row["step"] for row in rows} == {"trial-0": 8, "trial-1": 8, "trial-2": 2}
+    assert rows[-1]["trial"] == "trial-2"
+    assert [row["accuracy"] for row in rows] == sorted((row["accuracy"] for row in rows), reverse=True)
+
+
+@pytest.mark.ray
+def test_a_failed_trial_is_counted_and_said(searched: Searched) -> None:
+    (failed,) = searched.results["failed"]
+    assert failed["trial"] == "trial-3"
+    assert "student.depth = 9" in failed["error"]
+    assert f"1 of 4 trials failed; trial-3: {failed['error']}" in searched.done.stdout
+    assert "UserError" in (searched.folder / "ray" / "trial-3" / "error.txt").read_text()
+
+
+@pytest.mark.ray
+def test_a_person_reads_the_evaluations_and_the_table_and_nothing_of_ray(searched: Searched) -> None:
+    for line in searched.done.stderr.splitlines():
+        assert re.fullmatch(r"trial-\d (step \d  accuracy \S+|failed)", line), searched.done.stderr
+    title, *table = searched.done.stdout.strip().splitlines()
+    assert title.strip() == "s"
+    assert "optim.lr" in table[1]
+    assert table[-1].startswith("best config: ")
+    assert len(table) == 4 + 3 + 2  # rules and header, three trials, what failed and what is best
+
+
+@pytest.mark.ray
+def test_trials_are_ordinary_runs(searched: Searched) -> None:
+    for name in ("trial-0", "trial-1"):
+        results = json.loads((searched.folder / name / "results.json").read_text())
+        (row,) = (row for row in searched.results["trials"] if row["trial"] == name)
+        assert (results["metrics"]["accuracy"], results["steps"]) == (row["accuracy"], row["step"])
+        assert (searched.folder / name / "export" / "model.safetensors").exists()
+    stopped = searched.folder / "trial-2"
+    assert [json.loads(row)["step"] for row in (stopped / "metrics.jsonl").read_text().splitlines()][-1] < 8
+    assert not (stopped / "results.json").exists()
+
+
+@pytest.mark.ray
+def test_the_best_config_runs_and_scores_as_its_trial_did(searched: Searched) -> None:
+    done = launch([ROOT / "launch" / "task_distill.py", searched.folder / "best.toml"])
+    assert done.returncode == 0, done.stderr
+    results = json.loads((searched.folder / "best" / "results.json").read_text())
+    best = searched.results["trials"][0]
+    assert results["metrics"]["accuracy"] == best["accuracy"]
+    assert results["config"]["optim"]["lr"] == best["optim.lr"]
+
+
+@pytest.mark.ray
+def test_a_complete_search_is_not_run_twice(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    found = search(load(SearchConfig, searched.config))
+    assert found is not None
+    assert {"trials": found.trials, "failed": found.failed} == searched.results
+    with pytest.raises(UserError, match=r"holds a search with search.samples = 4, now it is 5"):
+        search(load(SearchConfig, searched.config, ["search.samples=5"]))
+
+
+def test_a_trial_that_fits_nowhere_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}]
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    with pytest.raises(UserError, match="no node can hold such a trial, the largest has 8 CPUs and 1 GPUs"):
+        search(parse(SearchConfig, tables(work, search={"cpus": 4, "gpus": 1}), "toy"))
+    assert not (work / "s").exists()
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of this host's processes that inherited the variable MARK=`mark`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MARK={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.mark.ray
+def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path) -> None:
+    config = tables(work, search={"samples": 2, "concurrent": 1}, space={"optim.lr": {"choice": [GOOD]}})
+    config["override"] |= {"run.save_every": 2, "run.steps": 16}
+    (work / "tune.toml").write_text(tomli_w.dumps(config))
+    command = [TUNE, work / "tune.toml"]
+
+    words = [sys.executable, *map(str, command)]
+    running = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=environment() | {"MARK": str(work)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert running.stderr is not None
+    assert running.stderr.readline().startswith("trial-0 step 2 ")
+    (ray_folder,) = set(re.findall(r"/tmp/ray-\w+", " ".join(marked(str(work)))))
+    assert running.stderr.readline().startswith("trial-0 step 4 ")
+    running.send_signal(signal.SIGUSR1)
+    out, error = running.communicate(timeout=120)
+    assert (running.returncode, out) == (75, "s: stopped early; run the same command again to go on\n"), error
+    wait_until(lambda: not marked(str(work)), 20)
+    assert not Path(ray_folder).exists()
+    assert not (work / "s" / "trial-0" / "results.json").exists()
+
+    done = launch(command)
+    assert done.returncode == 0, done.stderr
+    assert "trial-0 step 2 " not in done.stderr  # it went on from a checkpoint
+    trials = json.loads((work / "s" / "results.json").read_text())["trials"]
+    assert [(row["trial"], row["step"]) for row in trials] == [("trial-0", 16), ("trial-1", 16)]
+    assert trials[0]["accuracy"] == trials[1]["accuracy"]
