@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     padded_index: Tensor  # [N], place of each token in [B * S]
     rows: Tensor  # [R], tokens that the head reads: first tokens for tasks, masked ones for MLM
     labels: Tensor  # [R], what the head should say there
-    longest: int  # S
+    longest: int  # S: of the longest sequence, or a little more where that lets shapes recur
     ragged: bool  # whether any sequence attends to fewer than S tokens
     tokens: int  # sum of lengths: real tokens
 

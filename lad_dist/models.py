@@ -49,6 +49,9 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 ATTENTION = "lad_dist_flat"
+# Linear layers see the tokens of a batch filled up to a multiple of this, so that shapes recur: for every new one a
+# CPU's bf16 kernels are generated and kept, and a GPU's tensor cores want multiples. Nothing else sees the filler.
+MULTIPLE = 64
 CLASSES = {
     "none": AutoModel,
     "mlm": AutoModelForMaskedLM,
@@ -260,12 +263,14 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query, key, value [1, H, N, D / H] -> [1, N, H, D / H]: every token attends to the tokens of its own sequence."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    tokens = len(flat.batch.input_ids)
+    q, k, v = (x[0].transpose(0, 1)[:tokens] for x in (query, key, value))
     flat.record(q, k, v)
     # The kernel knows neither fp32 nor dropout; both go the padded way.
     kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout
     attend = _kernel_attention if kernel else _padded_attention
-    return attend(q, k, v, flat.batch, scaling, dropout)[None], None
+    out = attend(q, k, v, flat.batch, scaling, dropout)
+    return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 
 def _kernel_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float | None, _: float) -> Tensor:
@@ -312,9 +317,13 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 def trace(model: PreTrainedModel, batch: Batch, needs: Needs) -> Trace:
     """One forward over a flat batch, leaving what is needed."""
     base = model.base_model
-    inputs = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None] + _first_position(base)}
+    filler = -len(batch.input_ids) % MULTIPLE
+    ids, positions, types = (
+        F.pad(x, (0, filler))[None] for x in (batch.input_ids, batch.position_ids, batch.token_type_ids)
+    )
+    inputs = {"input_ids": ids, "position_ids": positions + _first_position(base)}
     if "token_type_ids" in inspect.signature(base.forward).parameters:
-        inputs["token_type_ids"] = batch.token_type_ids[None].clamp(max=model.config.type_vocab_size - 1)
+        inputs["token_type_ids"] = types.clamp(max=model.config.type_vocab_size - 1)
     flat = _Flat(batch, needs.qkv)
     hidden: dict[int, Tensor] = {}
     with _hooks(model, batch, needs, hidden):
@@ -337,7 +346,7 @@ def _hooks(model: PreTrainedModel, batch: Batch, needs: Needs, hidden: dict[int,
 
     def keep(layer: int, x: Tensor) -> None:
         if layer in needs.hidden:
-            hidden[layer] = x[0]
+            hidden[layer] = x[0, : len(batch.input_ids)]
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(0, args[0] if args else kwargs["hidden_states"])

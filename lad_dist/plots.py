@@ -1,6 +1,6 @@
 """Plots of run folders: what `metrics.jsonl` holds, as pictures.
 
-    curves(folders, out)   metric.png, terms.png and gates.png of one or more runs
+curves(folders, out)   metric.png, terms.png and gates.png of one or more runs
 """
 
 import json

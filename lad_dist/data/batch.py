@@ -7,6 +7,8 @@ import torch
 
 from lad_dist.flat import Batch
 
+MULTIPLE = 16  # S is rounded up to it, so that the shapes of padded attention recur; `models.MULTIPLE` says why
+
 
 def span_starts(sequences: Sequence[np.ndarray], pad_to: int | None = None) -> np.ndarray:
     """int64 [B + 1]: where each sequence's span begins in the flat batch, and where the last one ends."""
@@ -31,7 +33,7 @@ def collate(
     lengths = np.array([len(sequence) for sequence in sequences])
     spans = np.diff(starts)
     assert (lengths <= spans).all()
-    longest = int(spans.max())
+    longest = int(spans.max()) if pad_to is not None else -(-int(spans.max()) // MULTIPLE) * MULTIPLE
     positions = np.arange(starts[-1]) - np.repeat(starts[:-1], spans)
     return Batch(
         input_ids=torch.from_numpy(_lay_out(sequences, starts, pad_id)),

@@ -199,7 +199,9 @@ def write(
     rows, dev = balanced(train, train_each), balanced(test, dev_each)
     labels = {row.library for row in rows} & {row.library for row in dev}
     if len(labels) < 2:
-        raise UserError(f"{folder}: only {len(labels)} of {', '.join(LIBRARIES)} with enough documentation are installed")
+        raise UserError(
+            f"{folder}: only {len(labels)} of {', '.join(LIBRARIES)} with enough documentation are installed"
+        )
     modules = _by_module(train)
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     for module, texts in modules.items():
