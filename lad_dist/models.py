@@ -266,8 +266,9 @@ def _attention(
     tokens = len(flat.batch.input_ids)
     q, k, v = (x[0].transpose(0, 1)[:tokens] for x in (query, key, value))
     flat.record(q, k, v)
-    # The kernel knows neither fp32 nor dropout; both go the padded way.
-    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout
+    # The kernel knows neither fp32 nor dropout, nor keys inside a span that do not count; these go the padded way.
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    kernel = q.is_cuda and half and not dropout and flat.batch.tokens == tokens
     attend = _kernel_attention if kernel else _padded_attention
     out = attend(q, k, v, flat.batch, scaling, dropout)
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
@@ -275,9 +276,8 @@ def _attention(
 
 def _kernel_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float | None, _: float) -> Tensor:
     spans, longest = batch.cu_seqlens, batch.longest
-    used = batch.lengths.to(torch.int32) if batch.ragged else None
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scaling, seqused_k=used)
+    out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scaling)
     assert isinstance(out, Tensor)
     return out
 

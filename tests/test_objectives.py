@@ -229,7 +229,7 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
             seen = models.trace(student, batch, objective.student_needs)
             target = models.trace(teacher, batch, objective.teacher_needs)
             values.append({key: term.item() for key, term in objective(seen, target, batch).items()})
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-7)  # fp32 rounds logits near 1 by that
 
 
 @pytest.mark.parametrize(
