@@ -10,6 +10,7 @@ needs one integer.
 
 import contextlib
 import os
+import pickle
 import shlex
 import sys
 import time
@@ -265,10 +266,14 @@ class Loop:
                 f"{checkpoint}: saved by {before['processes']} processes under ZeRO {before['zero']}, now there are "
                 f"{here['processes']} under ZeRO {here['zero']}; resume with what it was saved with"
             )
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-        with torch.serialization.safe_globals(SAFE):
-            self.engine.load_checkpoint(str(checkpoint), tag="state")
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks for whatever the pickle holds
+        try:
+            with torch.serialization.safe_globals(SAFE):
+                self.engine.load_checkpoint(str(checkpoint), tag="state")
+        except pickle.UnpicklingError:
+            raise UserError(f"{checkpoint}: holds more than tensors, and nothing of it was run; remove it") from None
+        finally:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         self.seconds = facts["seconds"]
         return int(facts["step"])
 

@@ -11,7 +11,7 @@ from lad_dist.config import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
-text.most=60 text.train_each=8 text.dev_each=4 text.held_out=0.4
+text.most=300 text.train_each=8 text.dev_each=4 text.held_out=0.4
 pretrain.run.steps=2 pretrain.student.architecture.hidden_size=32 pretrain.student.architecture.num_attention_heads=2
 pretrain.student.architecture.intermediate_size=64
 teacher.run.epochs=1.0 lad.run.epochs=1.0 alone.run.epochs=1.0 lad.run.log_every=1 alone.run.log_every=1

@@ -29,7 +29,7 @@ PROSE = "Returns the index of the first row that holds the value, searching from
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    write(folder, most=150, train_each=20, dev_each=5, held_out=0.4)
+    write(folder, most=300, train_each=20, dev_each=5, held_out=0.4)
     return folder
 
 
@@ -119,14 +119,14 @@ def test_nothing_that_is_tested_on_was_read_before(written: Path) -> None:
 
 
 def test_the_same_installation_gives_the_same_files(written: Path, tmp_path: Path) -> None:
-    write(tmp_path, most=150, train_each=20, dev_each=5, held_out=0.4)
+    write(tmp_path, most=300, train_each=20, dev_each=5, held_out=0.4)
     for name in ("train.jsonl", "dev.jsonl"):
         assert (tmp_path / name).read_text() == (written / name).read_text()
 
 
 def test_what_is_complete_is_left_alone(written: Path) -> None:
     before = (written / "train.jsonl").stat().st_mtime_ns
-    assert write(written, most=150, train_each=20, dev_each=5)["libraries"] == len(LIBRARIES)
+    assert write(written, most=300, train_each=20, dev_each=5)["libraries"] == len(LIBRARIES)
     assert (written / "train.jsonl").stat().st_mtime_ns == before
 
 
