@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
@@ -275,6 +274,8 @@ def _attention(
 
 
 def _kernel_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float | None, _: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (brings the compiler: seconds at every start)
+
     spans, longest = batch.cu_seqlens, batch.longest
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scaling)

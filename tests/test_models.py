@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import toy
 from conftest import World
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from lad_dist import models
 from lad_dist.config import UserError
@@ -157,7 +158,7 @@ def varlen_by_hand(*args: Any, **kwargs: Any) -> Tensor:
     return out
 
 
-VARLEN = models.varlen_attn
+VARLEN = varlen.varlen_attn
 
 
 @pytest.mark.parametrize(("lengths", "pad_to"), [(LENGTHS, None), ([6, 6], None), ([8, 8], 8)])
@@ -169,7 +170,7 @@ def test_the_kernel_is_called_for_the_same_attention(
     batch = batch_of(lengths, "mlm", pad_to=pad_to)
     with torch.no_grad():
         padded = models.trace(model, batch, EVERY_LAYER)
-        monkeypatch.setattr(models, "varlen_attn", varlen_by_hand)
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
         monkeypatch.setattr(models, "_padded_attention", models._kernel_attention)
         kernel = models.trace(model, batch, EVERY_LAYER)
     torch.testing.assert_close(kernel.logits, padded.logits, rtol=1e-5, atol=1e-5)

@@ -3,8 +3,8 @@
 import math
 
 import pytest
-import toy
 import torch
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,19 +38,19 @@ def traces(batch: Batch, seed: int = 0, student: Shape = STUDENT, teacher: Shape
 def naive_lad(objective: LAD, student: Trace, teacher: Trace, batch: Batch, span: int | None) -> float:
     """LAD's hidden term from the equations: token by token, dimension by dimension, in Python floats."""
     layers, width = len(teacher.hidden) - 1, TEACHER.width
-    values = {l: teacher.hidden[l].detach().double().tolist() for l in range(1, layers + 1)}
+    values = {layer: teacher.hidden[layer].detach().double().tolist() for layer in range(1, layers + 1)}
     aggregate = values[1]
     chain = {1: aggregate}
-    for l in range(2, layers + 1):
-        gate = objective.gates[l - 2]
+    for layer in range(2, layers + 1):
+        gate = objective.gates[layer - 2]
         weight, bias = gate.linear.weight.double().tolist(), gate.linear.bias.double().tolist()
         mixed = []
-        for old, new in zip(aggregate, values[l], strict=True):
+        for old, new in zip(aggregate, values[layer], strict=True):
             sums = [bias[d] + sum(weight[d][e] * old[e] for e in range(width)) for d in range(width)]
             opens = [1 / (1 + math.exp(-x)) for x in sums]
             mixed.append([g * h + (1 - g) * a for g, h, a in zip(opens, new, old, strict=True)])
         aggregate = normalised(mixed, gate.norm, span)
-        chain[l] = aggregate
+        chain[layer] = aggregate
     total = 0.0
     for m in (1, 2):
         target, mine = chain[m * layers // 2], student.hidden[m].double().tolist()
@@ -111,9 +111,9 @@ def test_lad_reads_every_teacher_layer_and_has_no_first_gate() -> None:
     objective = LAD(STUDENT, TEACHER)
     assert len(objective.gates) == TEACHER.layers - 1
     loss = objective(student, teacher, batch)["hidden"]
-    grads = torch.autograd.grad(loss, [teacher.hidden[l] for l in range(1, 5)])
+    grads = torch.autograd.grad(loss, [teacher.hidden[layer] for layer in range(1, 5)])
     assert all(g.abs().sum() > 0 for g in grads)
-    assert {f"gate/{l}" for l in (2, 3, 4)} | {"target/1", "target/2"} == set(objective.observed)
+    assert {f"gate/{layer}" for layer in (2, 3, 4)} | {"target/1", "target/2"} == set(objective.observed)
 
 
 @pytest.mark.parametrize(

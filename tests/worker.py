@@ -1,4 +1,4 @@
-"""A process of a multi-process test: trains the configs it is given, one after the other. Rank 0 leaves the rows of each.
+"""A process of a multi-process test: trains the configs it is given, one after the other. Rank 0 leaves their rows.
 
 usage: (torchrun|deepspeed|python) tests/worker.py ROWS.json CONFIG.toml …
 """
