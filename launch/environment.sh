@@ -9,7 +9,7 @@ if [[ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]]; then
     [[ -f .venv/bin/activate ]] || python3 -m venv .venv
     source .venv/bin/activate
 fi
-# First on PATH also if the environment was activated long ago: DeepSpeed compiles anew when it meets another ninja.
+# First on PATH, also if something came before it since: the launchers start the python that they find there.
 export PATH="${VIRTUAL_ENV:-$CONDA_PREFIX}/bin:$PATH"
 
 install_lad_dist() {

@@ -18,7 +18,6 @@ fi
 source launch/environment.sh
 install_lad_dist "[dev]"
 
-export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${VIRTUAL_ENV:-$CONDA_PREFIX}/torch_extensions}"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 
