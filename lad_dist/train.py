@@ -356,8 +356,6 @@ def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def communication_seconds() -> float:
-    """What DeepSpeed's `comms_logger` measured in collectives so far, and forgets by being read."""
-    log = deepspeed.comm.comm.comms_logger
-    total = sum(sum(latencies) for sizes in log.comms_dict.values() for _, latencies, *_ in sizes.values())
-    log.reset_data()
-    return total / 1000
+    """What DeepSpeed's timers measured in collectives so far, under its `comms_logger`; reading resets them. (The
+    logger's own table adds up running totals.)"""
+    return sum(timer.elapsed() for timer in deepspeed.comm.comm.timers.get_timers().values()) / 1000
