@@ -4,6 +4,7 @@
     random_embeddings  embeddings drawn anew
     set_dropout        other dropout while training
     low_rank           linear maps as thin products (Part: LowRank)
+    quiet_positions    position and segment embeddings made small beside those of words
 
 `SURGERIES` names those that a config may list under `[[surgery]]`; the keyword-only arguments are their schema.
 """
@@ -105,4 +106,15 @@ def low_rank(
     return model
 
 
-SURGERIES: dict[str, Callable[..., PreTrainedModel]] = {"low_rank": low_rank}
+def quiet_positions(
+    model: PreTrainedModel, *, share: Annotated[float, Field(gt=0, le=1, description="of their size that stays")]
+) -> PreTrainedModel:
+    """Scales position and segment embeddings. A new model draws them as large as those of words, and the words drown:
+    from nothing, a few hundred steps teach it much more when they start small."""
+    for name, module in model.base_model.get_submodule("embeddings").named_modules():
+        if isinstance(module, nn.Embedding) and not name.startswith("word"):
+            module.weight.data *= share
+    return model
+
+
+SURGERIES: dict[str, Callable[..., PreTrainedModel]] = {"low_rank": low_rank, "quiet_positions": quiet_positions}

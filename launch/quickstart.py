@@ -8,7 +8,7 @@ passage document? A small BERT is pre-trained on the corpus (stage pretrain), fi
 distilled by LAD into a student of half the depth (lad); the same student is trained without a teacher (alone). The
 configs are configs/quickstart/STAGE.toml. Everything goes to runs/quickstart; what is complete there is not run again.
 
-example: bash launch/quickstart.sh lad.objective.hidden=10.0
+example: python launch/quickstart.py lad.objective.hidden=10.0
 """
 
 import json
@@ -66,7 +66,7 @@ def journey(folder: Path, changes: Changes) -> Results | None:
         if not trained(configured(stage.schema, name, folder, changes)):
             return None
     cli.say("\n6/6 Comparing on passages of modules that none of them has seen.")
-    results = compare(folder)
+    results = compare(folder, changes)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -124,12 +124,12 @@ def trained(config: TrainConfig) -> bool:
         console.close()
 
 
-def compare(folder: Path) -> Results:
+def compare(folder: Path, changes: Changes) -> Results:
     """Teacher and both students on the dev set, the students also against the teacher."""
     from lad_dist.evaluate import evaluate
 
-    data = configured(TaskConfig, "lad", folder, {}).data.model_dump()
-    found = {}
+    data = configured(TaskConfig, "lad", folder, changes).data.model_dump()
+    found: Results = {}
     for name in ("lad", "alone"):
         paths = {
             "model": {"path": str(folder / name / "export")},
@@ -146,10 +146,8 @@ def show(folder: Path, results: Results) -> None:
 
     plots = curves([folder / "lad", folder / "alone"], folder / "plots")
     cli.print_table("which library?", ("", *(RUNS[name].called for name in results)), list(rows(results)))
-    best = folder / "lad"
     cli.say(
-        f"same decision: share of the test passages on which a student decides as the teacher does. Times faster: measured.\n"
-        f"\nthe student      {best / 'export'}   (an ordinary Hugging Face folder)\n"
+        f"\nthe student      {folder / 'lad' / 'export'}   (an ordinary Hugging Face folder)\n"
         f"numbers          {folder / 'results.json'}\n"
         f"plots            {' '.join(map(str, plots))}\n"
         f"curves           tensorboard --logdir {folder}\n"

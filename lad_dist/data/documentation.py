@@ -187,8 +187,8 @@ def balanced(passages: Sequence[Passage], each: int) -> list[Passage]:
 def write(
     folder: Path, *, most: int = 2500, train_each: int = 600, dev_each: int = 150, held_out: float = 0.2
 ) -> dict[str, int]:
-    """Writes corpus/*.txt (a file per module that is trained on), train.jsonl and dev.jsonl with columns text and label:
-    `train_each` and `dev_each` passages of every library. Returns counts for a person to read.
+    """Writes corpus/*.txt (a file per module that is trained on), train.jsonl and dev.jsonl with columns text and
+    label: `train_each` and `dev_each` passages of every library. Returns counts for a person to read.
 
     A folder that is complete is left as it is. Raises UserError where fewer than two libraries document themselves
     enough."""
