@@ -1,6 +1,7 @@
 """The command line that all launch scripts share: `NAME.py CONFIG.toml [dotted.key=value …]`.
 
     run(doc, schema, function)   parses, calls function(config), ends with the documented exit code
+    train_script(doc, schema)    the whole of a script that trains
     say, print_table             what a person reads on standard output
     Console                      a report: a progress bar with time left on a terminal, plain lines elsewhere
 
@@ -36,6 +37,24 @@ def run(
         print(help_text(doc, schema, named()))
         sys.exit(DONE if words else MISTAKE)
     sys.exit(guarded(lambda: function(load(schema, words[0], words[1:]))))
+
+
+def train_script(doc: str, schema: type[Table]) -> None:
+    """The whole of a script that trains."""
+    run(doc, schema, _train, _choices)
+
+
+def _train(config: Any) -> int:
+    from lad_dist.jobs import train_job
+
+    return train_job(config)
+
+
+def _choices() -> Named:
+    from lad_dist.objectives import OBJECTIVES
+    from lad_dist.surgery import SURGERIES
+
+    return {"objective": OBJECTIVES, "surgery": SURGERIES}
 
 
 def guarded(work: Callable[[], int | None]) -> int:

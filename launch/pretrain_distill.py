@@ -9,19 +9,5 @@ example: deepspeed launch/pretrain_distill.py configs/pretrain/kd.toml data.shar
 from lad_dist import cli
 from lad_dist.config import PretrainConfig
 
-
-def main(config: PretrainConfig) -> int:
-    from lad_dist.jobs import train_job
-
-    return train_job(config)
-
-
-def named() -> cli.Named:
-    from lad_dist.objectives import OBJECTIVES
-    from lad_dist.surgery import SURGERIES
-
-    return {"objective": OBJECTIVES, "surgery": SURGERIES}
-
-
 if __name__ == "__main__":
-    cli.run(__doc__, PretrainConfig, main, named)
+    cli.train_script(__doc__, PretrainConfig)

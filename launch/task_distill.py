@@ -9,19 +9,5 @@ example: deepspeed launch/task_distill.py configs/task/lad.toml data.task=rte
 from lad_dist import cli
 from lad_dist.config import TaskConfig
 
-
-def main(config: TaskConfig) -> int:
-    from lad_dist.jobs import train_job
-
-    return train_job(config)
-
-
-def named() -> cli.Named:
-    from lad_dist.objectives import OBJECTIVES
-    from lad_dist.surgery import SURGERIES
-
-    return {"objective": OBJECTIVES, "surgery": SURGERIES}
-
-
 if __name__ == "__main__":
-    cli.run(__doc__, TaskConfig, main, named)
+    cli.train_script(__doc__, TaskConfig)
