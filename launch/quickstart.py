@@ -52,3 +52,145 @@ RUNS = {
 }
 # On two cores, to tell people what to expect.
 TIMES = {"pretrain": "a minute", "teacher": "a minute and a half", "lad": "a minute and a half", "alone": "a minute"}
+STAGES = ("text", "corpus", *RUNS)
+
+Changes = Mapping[str, list[tuple[str, Any]]]
+Results = dict[str, Any]
+
+
+def journey(folder: Path, changes: Changes) -> Results | None:
+    """All stages, below `folder`, each with its changes. Returns what results.json holds; None when a stage was stopped
+    early."""
+    say_text(prepare(folder, changes))
+    for number, (name, stage) in enumerate(RUNS.items(), start=2):
+        cli.say(f"\n{number}/6 {stage.what}: about {TIMES[name]} on two cores.")
+        if not trained(configured(stage.schema, name, folder, changes)):
+            return None
+    cli.say("\n6/6 Comparing on passages of modules that none of them has seen.")
+    results = compare(folder, changes)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def prepare(folder: Path, changes: Changes) -> dict[str, int]:
+    """Text, tokenizer and token shards. Returns counts for a person to read."""
+    from lad_dist.data import documentation
+    from lad_dist.data.prepare import prepare
+    from lad_dist.data.tokenizers import train_wordpiece
+
+    cli.say("1/6 Reading the documentation of this installation: about half a minute.")
+    options = arguments("text", documentation.write, dict(changes.get("text", [])))
+    counts = documentation.write(folder / "text", **options)
+    if not (folder / "tokenizer" / "tokenizer_config.json").exists():
+        files = sorted((folder / "text" / "corpus").glob("*.txt"))
+        train_wordpiece((file.read_text(encoding="utf-8") for file in files), VOCABULARY, folder / "tokenizer")
+    prepare(configured(PrepareConfig, "corpus", folder, changes), progress=lambda line: None)
+    return counts
+
+
+def say_text(counts: Mapping[str, int]) -> None:
+    cli.say(
+        f"    {counts['passages']:,} passages of {counts['modules']:,} modules. The task: which of "
+        f"{counts['libraries']} libraries does a passage document, all names hidden?\n"
+        f"    {counts['train']:,} labelled passages to learn from, {counts['dev']:,} of other modules to test on; "
+        f"guessing scores {1 / counts['libraries']:.3f}."
+    )
+
+
+def configured(schema: type[Schema], stage: str, folder: Path, changes: Changes) -> Schema:
+    """The stage's config file with its paths moved to `folder`, then changed."""
+    file = CONFIGS / f"{stage}.toml"
+    moved = override(moved_to(folder, read(file)), changes.get(stage, []))
+    return parse(schema, moved, where=str(file))
+
+
+def moved_to(folder: Path, value: Any) -> Any:
+    """The tables with FOLDER at the front of every path replaced."""
+    if isinstance(value, dict):
+        return {key: moved_to(folder, inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [moved_to(folder, inner) for inner in value]
+    inside = isinstance(value, str) and Path(value).is_relative_to(FOLDER)
+    return str(folder / Path(value).relative_to(FOLDER)) if inside else value
+
+
+def trained(config: TrainConfig) -> bool:
+    """Trains with progress on the terminal; whether it came to its end."""
+    from lad_dist.train import train
+
+    console = cli.Console(config.run.name)
+    try:
+        return train(config, report=console).results is not None
+    finally:
+        console.close()
+
+
+def compare(folder: Path, changes: Changes) -> Results:
+    """Teacher and both students on the dev set, the students also against the teacher."""
+    from lad_dist.evaluate import evaluate
+
+    data = configured(TaskConfig, "lad", folder, changes).data.model_dump()
+    found: Results = {}
+    for name in ("lad", "alone"):
+        paths = {
+            "model": {"path": str(folder / name / "export")},
+            "teacher": {"path": str(folder / "teacher" / "export")},
+        }
+        result = evaluate(parse(EvaluateConfig, {**paths, "data": data}, where="quickstart"))
+        found |= {name: result["model"], "teacher": result["teacher"]}
+    return {name: found[name] for name in ("teacher", "lad", "alone")}
+
+
+def show(folder: Path, results: Results) -> None:
+    """The table, and where everything is."""
+    from lad_dist.plots import curves
+
+    plots = curves([folder / "lad", folder / "alone"], folder / "plots")
+    cli.print_table("which library?", ("", *(RUNS[name].called for name in results)), list(rows(results)))
+    cli.say(
+        f"\nthe student      {folder / 'lad' / 'export'}   (an ordinary Hugging Face folder)\n"
+        f"numbers          {folder / 'results.json'}\n"
+        f"plots            {' '.join(map(str, plots))}\n"
+        f"curves           tensorboard --logdir {folder}\n"
+        f"\nNext, real BERT on a GLUE task, from the hub:\n"
+        f"  deepspeed launch/finetune_teacher.py configs/task/teacher.toml data.task=rte run.name=teacher-rte\n"
+        f"  deepspeed launch/task_distill.py configs/task/lad.toml data.task=rte "
+        f"teacher.path=runs/teacher-rte/export run.name=lad-rte"
+    )
+
+
+def rows(results: Results) -> Iterable[tuple[str, ...]]:
+    cells = {
+        "accuracy": ("accuracy", "{:.3f}"),
+        "same decision as the teacher": ("label_loyalty", "{:.3f}"),
+        "parameters": ("parameters", "{:,}"),
+        "times faster than the teacher": ("speedup", "{:.1f}"),
+    }
+    for title, (key, form) in cells.items():
+        yield title, *(form.format(one[key]) if key in one else "" for one in results.values())
+
+
+def sorted_changes(words: Iterable[str]) -> Changes:
+    """`stage.key=value` words by stage. Raises UserError for a stage that is none."""
+    changes: dict[str, list[tuple[str, Any]]] = {}
+    for key, value in map(assignment, words):
+        stage, _, rest = key.partition(".")
+        pick("stage", stage, dict.fromkeys(STAGES))
+        changes.setdefault(stage, []).append((rest, value))
+    return changes
+
+
+def main() -> int:
+    results = journey(FOLDER, sorted_changes(sys.argv[1:]))
+    if results is None:
+        cli.say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
+        return cli.AGAIN
+    show(FOLDER, results)
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    else:
+        sys.exit(cli.guarded(main))
