@@ -96,6 +96,17 @@ def test_random_embeddings_are_new_and_the_rest_is_not(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_quiet_positions_leave_words_and_layers_alone(family: str) -> None:
+    model = made(family)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    surgery.quiet_positions(model, share=0.1)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[-2] for name in changed} <= {"position_embeddings", "token_type_embeddings"}
+    assert any("position_embeddings" in name for name in changed)
+    assert all(torch.equal(model.state_dict()[name], 0.1 * before[name]) for name in changed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_set_dropout_by_kind(family: str) -> None:
     model = surgery.set_dropout(made(family), 0.25, 0.5)
     attention = {m.dropout.p for name, m in model.named_modules() if type(m).__name__.endswith("SelfAttention")}
