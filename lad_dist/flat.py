@@ -4,10 +4,10 @@
     Shape   the sizes of a model that an objective needs to know
     Needs   which parts of a forward an objective wants to see
     Trace   what one forward left behind, and only what was needed
-    pad, unpad   flat [N, ...] to [B, S, ...] and back, for what must know where sequences end
+    pad, unpad   flat [N, ...] to [U, S, ...] and back, for what must know where sequences end
 
-B sequences, N tokens of all of them, S tokens of the longest, R rows that the head reads, D width, H heads, V outputs
-of the head.
+B sequences, N tokens of all of them, U spans of S places, R rows that the head reads, D width, H heads, V outputs of
+the head.
 """
 
 from typing import Any, Literal, NamedTuple, Self
@@ -19,42 +19,58 @@ Head = Literal["none", "mlm", "classification", "regression"]
 
 
 class Batch(NamedTuple):
-    """Sequences end to end. `lengths` are the attended tokens of each: shorter than its span only where `pad_to`
-    pads."""
+    """Sequences end to end. Where attention cannot work on flat tokens, it works on U spans of S places: a span holds
+    one sequence of a task, or those of one window of a corpus. `lengths` are the attended tokens of each sequence:
+    shorter than what it takes up only where `pad_to` pads."""
 
     input_ids: Tensor  # [N]
     token_type_ids: Tensor  # [N]
     position_ids: Tensor  # [N], from 0 in each sequence
-    cu_seqlens: Tensor  # [B + 1], where the sequences' spans begin and end
+    cu_seqlens: Tensor  # [B + 1], where the sequences begin and end
     lengths: Tensor  # [B]
-    padded_index: Tensor  # [N], place of each token in [B * S]
+    padded_index: Tensor  # [N], place of each token in [U * S]
+    sequence: Tensor  # [U, S], the sequence that each place belongs to; -1 where there is nothing to attend to
     rows: Tensor  # [R], tokens that the head reads: first tokens for tasks, masked ones for MLM
     labels: Tensor  # [R], what the head should say there
-    longest: int  # S: of the longest sequence, or a little more where that lets shapes recur
-    ragged: bool  # whether any sequence attends to fewer than S tokens
+    ragged: bool  # whether there is any place with nothing to attend to
+    packed: bool  # whether any span holds more or less than one sequence
     tokens: int  # sum of lengths: real tokens
+    filled: int  # N or a little more: so many tokens a model computes on, so that shapes recur
 
     def to(self, device: torch.device | str) -> Self:
         tensors = {name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         return self._replace(**tensors)  # type: ignore[arg-type]
 
     @property
+    def longest(self) -> int:
+        """S."""
+        return self.sequence.shape[1]
+
+    @property
     def attended(self) -> Tensor:
-        """Boolean [B, S]: which places of the padded layout are real tokens."""
-        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+        """Boolean [U, S]: which places of the padded layout are real tokens."""
+        return self.sequence >= 0
+
+    @property
+    def visible(self) -> Tensor:
+        """Boolean [U, S, S], or [U, 1, S] where that says it all: which places a place attends to. One without a token
+        attends to its like, so that no softmax is over nothing."""
+        if not self.packed:
+            return self.attended[:, None, :]
+        return self.sequence[:, :, None] == self.sequence[:, None, :]
 
 
 def pad(x: Tensor, batch: Batch) -> Tensor:
-    """[N, ...] to [B, S, ...], zeros in the gaps."""
-    count = batch.lengths.shape[0]
-    if x.shape[0] == count * batch.longest:
-        return x.view(count, batch.longest, *x.shape[1:])
-    padded = x.new_zeros(count * batch.longest, *x.shape[1:])
-    return padded.index_copy(0, batch.padded_index, x).view(count, batch.longest, *x.shape[1:])
+    """[N, ...] to [U, S, ...], zeros in the gaps."""
+    spans, places = batch.sequence.shape
+    if len(x) == spans * places:
+        return x.view(spans, places, *x.shape[1:])
+    padded = x.new_zeros(spans * places, *x.shape[1:])
+    return padded.index_copy(0, batch.padded_index, x).view(spans, places, *x.shape[1:])
 
 
 def unpad(x: Tensor, batch: Batch) -> Tensor:
-    """[B, S, ...] to [N, ...]: the inverse of `pad`."""
+    """[U, S, ...] to [N, ...]: the inverse of `pad`."""
     flat = x.reshape(-1, *x.shape[2:])
     return flat if len(flat) == len(batch.padded_index) else flat.index_select(0, batch.padded_index)
 

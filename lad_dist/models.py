@@ -14,7 +14,7 @@ records q, k and v where they are needed, and keeps sequences apart. On a GPU th
 elsewhere it pads, inside attention only. A hook on the encoder picks the rows that the head reads, so that an MLM head
 works on masked positions alone.
 
-B sequences, N tokens of all, S tokens of the longest, R rows that the head reads, D width, H heads, V outputs.
+N tokens of all sequences, U spans of S places, R rows that the head reads, D width, H heads, V outputs.
 """
 
 import contextlib
@@ -48,9 +48,6 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 ATTENTION = "lad_dist_flat"
-# Linear layers see the tokens of a batch filled up to a multiple of this, so that shapes recur: for every new one a
-# CPU's bf16 kernels are generated and kept, and a GPU's tensor cores want multiples. Nothing else sees the filler.
-MULTIPLE = 64
 CLASSES = {
     "none": AutoModel,
     "mlm": AutoModelForMaskedLM,
@@ -241,12 +238,20 @@ class _Flat:
     batch: Batch
     wanted: tuple[int, ...]
     calls: int = 0
+    bias: Tensor | None = None  # of attention's scores; the same in every layer
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def record(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.calls += 1  # layers are counted, not asked for their number: some families run one layer many times
         if self.calls in self.wanted:
             self.qkv[self.calls] = (q, k, v)
+
+    def bias_like(self, q: Tensor) -> Tensor | None:
+        """[U, 1, S or 1, S] in the type of q: 0 where a place attends to another, the least number elsewhere."""
+        if self.bias is None and (self.batch.ragged or self.batch.packed):
+            visible = self.batch.visible[:, None]
+            self.bias = q.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(q.dtype).min)
+        return self.bias
 
 
 def _attention(
@@ -269,39 +274,38 @@ def _attention(
     half = q.dtype in (torch.bfloat16, torch.float16)
     kernel = q.is_cuda and half and not dropout and flat.batch.tokens == tokens
     attend = _kernel_attention if kernel else _padded_attention
-    out = attend(q, k, v, flat.batch, scaling, dropout)
+    out = attend(q, k, v, flat, scaling, dropout)
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 
-def _kernel_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float | None, _: float) -> Tensor:
+def _kernel_attention(q: Tensor, k: Tensor, v: Tensor, flat: _Flat, scaling: float | None, _: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (brings the compiler: seconds at every start)
 
-    spans, longest = batch.cu_seqlens, batch.longest
+    spans, longest = flat.batch.cu_seqlens, flat.batch.longest
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scaling)
     assert isinstance(out, Tensor)
     return out
 
 
-def _padded_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float | None, dropout: float) -> Tensor:
-    q, k, v = (pad(x, batch).transpose(1, 2) for x in (q, k, v))
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, flat: _Flat, scaling: float | None, dropout: float) -> Tensor:
+    q, k, v = (pad(x, flat.batch).transpose(1, 2) for x in (q, k, v))
     # PyTorch's fused attention on a CPU has a backward slower than the products themselves, in bf16 by half again.
     explicit = q.device.type == "cpu" and q.requires_grad and (dropout or q.dtype == torch.bfloat16)
     attend = _explicit_attention if explicit else F.scaled_dot_product_attention
-    mask = batch.attended[:, None, None, :] if batch.ragged else None
-    return unpad(attend(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling).transpose(1, 2), batch)
+    out = attend(q, k, v, attn_mask=flat.bias_like(q), dropout_p=dropout, scale=scaling)
+    return unpad(out.transpose(1, 2), flat.batch)
 
 
 def _explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, dropout_p: float, scale: float | None
 ) -> Tensor:
-    """F.scaled_dot_product_attention of [B, H, S, D / H], product by product."""
+    """F.scaled_dot_product_attention of [U, H, S, D / H], product by product."""
     heads, (length, size) = q.shape[:2], q.shape[2:]
     q, k, v = (x.reshape(-1, length, size) for x in (q, k, v))
     bias = q.new_zeros(1, 1, 1)
     if attn_mask is not None:
-        bias = q.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(q.dtype).min)
-        bias = bias.expand(*heads, 1, length).reshape(-1, 1, length)
+        bias = attn_mask.expand(*heads, -1, -1).reshape(-1, *attn_mask.shape[2:])
     scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=size**-0.5 if scale is None else scale)
     weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p, training=dropout_p > 0)
     return (weights @ v).view(*heads, length, size)
@@ -318,7 +322,7 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 def trace(model: PreTrainedModel, batch: Batch, needs: Needs) -> Trace:
     """One forward over a flat batch, leaving what is needed."""
     base = model.base_model
-    filler = -len(batch.input_ids) % MULTIPLE
+    filler = batch.filled - len(batch.input_ids)  # linear layers see it, nothing else does
     ids, positions, types = (
         F.pad(x, (0, filler))[None] for x in (batch.input_ids, batch.position_ids, batch.token_type_ids)
     )

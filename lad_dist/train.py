@@ -15,7 +15,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,8 @@ from pydantic import ValidationError
 from lad_dist import evaluate, models, optim, plan, processes
 from lad_dist.config import TrainConfig, UserError, did_you_mean
 from lad_dist.data.feed import TaskFeed
+from lad_dist.data.loader import load
+from lad_dist.data.order import share
 from lad_dist.flat import Batch, Needs
 from lad_dist.method import Method
 from lad_dist.runs import Run, facts_of
@@ -210,19 +211,15 @@ class Loop:
             self.tokens += batch.tokens
 
     def batches(self, first: int) -> Generator[list[Batch]]:
-        """This process's slots of each step, made one step ahead by a thread."""
-        mine = range(processes.rank(), self.feed.slots, processes.world())
-
-        def make(step: int) -> list[Batch]:
-            return [self.feed.batch(step, slot) for slot in mine]
-
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(make, first)
-            for step in range(first, self.steps):
-                with self.clock("data"):
-                    batches = ahead.result()
-                ahead = pool.submit(make, min(step + 1, self.steps - 1))
-                yield batches
+        """This process's slots of each step, made ahead of it."""
+        mine = share(self.feed.slots, processes.rank(), processes.world())
+        loaded = load(self.feed, range(first, self.steps), mine, self.config.data.workers)
+        while True:
+            with self.clock("data"):
+                batches = next(loaded, None)
+            if batches is None:
+                return
+            yield batches
 
     def _pace(self) -> dict[str, float]:
         rates = {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}

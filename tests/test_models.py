@@ -98,6 +98,41 @@ def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
     torch.testing.assert_close(hidden[0][:5], hidden[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("span", [12, 16, 40])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_that_share_a_span_do_not_see_each_other(family: str, span: int, tmp_path: Path) -> None:
+    model = models.load(str(made(tmp_path, family, "mlm")), "mlm").eval()
+    apart = batch_of(LENGTHS, "mlm")
+    apart = apart._replace(token_type_ids=torch.zeros_like(apart.token_type_ids))
+    together = toy.packed(apart, span)
+    assert together.packed
+    with torch.no_grad():
+        one, other = (models.trace(model, batch, EVERY_LAYER) for batch in (apart, together))
+    assert one.logits is not None
+    torch.testing.assert_close(other.logits, one.logits, rtol=1e-5, atol=1e-5)
+    for layer in EVERY_LAYER.hidden:
+        torch.testing.assert_close(other.hidden[layer], one.hidden[layer], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
+    """In bf16 and with dropout attention is computed product by product: it keeps the same sequences apart."""
+    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm", dtype=torch.bfloat16).train()
+    for layer in models.layers(model):
+        layer.attention.self.dropout.p = dropout
+    apart = batch_of([12, 9, 3], "mlm")
+    together = toy.packed(apart._replace(token_type_ids=torch.zeros_like(apart.token_type_ids)), 12)
+    model.get_input_embeddings().weight.grad = None
+    hidden = models.trace(model, together, Needs(hidden=(4,))).hidden[4]
+    others = together.input_ids[:12].unique()
+    alone = set(range(VOCABULARY)) - set(others.tolist())
+    hidden[:12].float().pow(2).sum().backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient is not None
+    assert (gradient[others].abs().sum(dim=1) > 0).all()
+    assert gradient[list(alone)].abs().max() == 0
+
+
 def test_segments_matter(tmp_path: Path) -> None:
     model = models.load(str(made(tmp_path, "bert", "none")), "none").eval()
     batch = batch_of(LENGTHS, "none")
@@ -161,13 +196,13 @@ def varlen_by_hand(*args: Any, **kwargs: Any) -> Tensor:
 VARLEN = varlen.varlen_attn
 
 
-@pytest.mark.parametrize(("lengths", "pad_to"), [(LENGTHS, None), ([6, 6], None), ([8, 8], 8)])
+@pytest.mark.parametrize(("lengths", "pad_to"), [(LENGTHS, None), ([6, 6], None), ([8, 8], 8), ([9, 2, 3, 12], -1)])
 def test_the_kernel_is_called_for_the_same_attention(
     lengths: list[int], pad_to: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel needs a GPU; on a CPU its arguments and layout are held against the padded way."""
+    """The kernel needs a GPU; on a CPU its arguments and layout are held against the padded way. -1: packed spans."""
     model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
-    batch = batch_of(lengths, "mlm", pad_to=pad_to)
+    batch = batch_of(lengths, "mlm", pad_to=pad_to) if pad_to != -1 else toy.packed(batch_of(lengths, "mlm"), 12)
     with torch.no_grad():
         padded = models.trace(model, batch, EVERY_LAYER)
         monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)

@@ -184,6 +184,16 @@ def test_relations_equal_their_equations(heads: int) -> None:
     assert losses.relation(teacher, teacher, batch, heads).item() == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("span", [8, 10, 20])
+def test_relations_stay_within_a_sequence(span: int) -> None:
+    batch = toy.packed(toy.batch(LENGTHS), span)
+    assert batch.packed
+    torch.manual_seed(0)
+    student, teacher = torch.randn(15, 2, 4), torch.randn(15, 4, 4)
+    mine = losses.relation(student, teacher, batch, 2).item()
+    assert mine == pytest.approx(naive_relation(student, teacher, LENGTHS, 2), rel=1e-5)
+
+
 def test_relations_ignore_padding() -> None:
     padded, flat = toy.batch(LENGTHS, pad_to=9), toy.batch(LENGTHS)
     torch.manual_seed(0)
@@ -212,7 +222,7 @@ def test_cosine_of_equal_hidden_states_is_zero() -> None:
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None:
-    """Same sequences in another order, and padded: the same terms, through a real model."""
+    """Same sequences in another order, and in shared spans: the same terms, through a real model."""
     torch.manual_seed(0)
     student, teacher = (
         models.create(toy.SIZES, "classification", vocabulary=50, labels=toy.LABELS).eval() for _ in range(2)
@@ -224,12 +234,13 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
     ids = flat.input_ids.split(LENGTHS)
     other = toy.batch(lengths, labels=[1, 0, 1])._replace(input_ids=torch.cat([ids[2], ids[0], ids[1]]))
     values = []
-    for batch in (flat, other):
+    for batch in (flat, other, toy.packed(flat, 9)):
         with torch.no_grad():
             seen = models.trace(student, batch, objective.student_needs)
             target = models.trace(teacher, batch, objective.teacher_needs)
             values.append({key: term.item() for key, term in objective(seen, target, batch).items()})
-    assert values[0] == pytest.approx(values[1], rel=1e-5, abs=1e-7)  # fp32 rounds logits near 1 by that
+    for others in values[1:]:
+        assert others == pytest.approx(values[0], rel=1e-5, abs=1e-7)  # fp32 rounds logits near 1 by that
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from lad_dist import models
 from lad_dist.config import PretrainConfig, TaskConfig, TrainConfig, override, parse
-from lad_dist.data.batch import collate
+from lad_dist.data.batch import collate, pack
 from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
 from lad_dist.flat import Batch
 
@@ -73,7 +73,25 @@ def batch(
     spans = [pad_to or n for n in lengths]
     rows = np.cumsum([0, *spans[:-1]])
     chosen = np.arange(len(lengths)) % 2 if labels is None else np.asarray(labels)
-    return collate(sequences, None, rows, chosen, pad_to=pad_to)
+    return collate(sequences, [np.zeros(n, dtype=np.uint8) for n in lengths], rows, chosen, pad_to=pad_to)
+
+
+def packed(batch: Batch, span: int, shortest: int = 1) -> Batch:
+    """The same sequences, rows and labels as of a batch without padding, one after another in spans of `span` places:
+    as many in each as fit."""
+    starts, at = [], 0
+    lengths = batch.lengths.tolist()
+    for length in lengths:
+        at = at if at % span + length <= span else -(-at // span) * span
+        starts.append(at)
+        at += length
+    place = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+    ids, hidden, labels = (np.zeros(-(-at // span) * span, dtype=np.int64) for _ in range(3))
+    ids[place] = batch.input_ids
+    hidden[place[batch.rows]] = 1
+    labels[place[batch.rows]] = batch.labels
+    ids, hidden, labels = (x.reshape(-1, span) for x in (ids, hidden, labels))
+    return pack(ids, np.array(starts), np.array(lengths), hidden > 0, labels, shortest)
 
 
 def task_config(work: Path, files: dict[str, str], teacher: Path, student: Path, **tables: Any) -> dict[str, Any]:

@@ -1,4 +1,10 @@
-"""Sequences laid end to end: `flat.Batch` out of numpy arrays."""
+"""`flat.Batch` out of numpy arrays.
+
+    collate   examples of a task: a span each
+    pack      windows of a corpus: a span each, in which the sequences lie end to end
+
+B sequences, U spans, S tokens of a span, N tokens of the batch.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +13,9 @@ import torch
 
 from lad_dist.flat import Batch
 
-MULTIPLE = 16  # S is rounded up to it, so that the shapes of padded attention recur; `models.MULTIPLE` says why
+# S and the tokens that a model computes on are rounded up to multiples, so that shapes recur: for every new one a CPU's
+# bf16 kernels are generated and kept, and a GPU's tensor cores want multiples.
+SPAN_MULTIPLE, MULTIPLE = 16, 64
 
 
 def span_starts(sequences: Sequence[np.ndarray], pad_to: int | None = None) -> np.ndarray:
@@ -18,7 +26,7 @@ def span_starts(sequences: Sequence[np.ndarray], pad_to: int | None = None) -> n
 
 def collate(
     sequences: Sequence[np.ndarray],
-    segments: Sequence[np.ndarray] | None,
+    segments: Sequence[np.ndarray],
     rows: np.ndarray,
     labels: np.ndarray,
     pad_to: int | None = None,
@@ -26,32 +34,75 @@ def collate(
 ) -> Batch:
     """The sequences (int [length] each, special tokens included) as one flat batch.
 
-    segments: their token type ids, zeros when None. rows: int [R], places in the flat batch that the head reads (see
-    `span_starts`); labels: int64 or float32 [R]. With pad_to, at least the longest length, every span has pad_to
-    tokens, the last ones pad_id."""
+    segments: their token type ids. rows: int [R], places in the flat batch that the head reads (see `span_starts`);
+    labels: int64 or float32 [R]. With pad_to, at least the longest length, every span has pad_to tokens, the last ones
+    pad_id."""
     starts = span_starts(sequences, pad_to)
     lengths = np.array([len(sequence) for sequence in sequences])
     spans = np.diff(starts)
     assert (lengths <= spans).all()
-    longest = int(spans.max()) if pad_to is not None else -(-int(spans.max()) // MULTIPLE) * MULTIPLE
+    longest = pad_to if pad_to is not None else _round_up(int(spans.max()), SPAN_MULTIPLE)
     positions = np.arange(starts[-1]) - np.repeat(starts[:-1], spans)
+    sequence = np.where(np.arange(longest) < lengths[:, None], np.arange(len(lengths))[:, None], -1)
     return Batch(
         input_ids=torch.from_numpy(_lay_out(sequences, starts, pad_id)),
-        token_type_ids=torch.from_numpy(_lay_out(segments if segments is not None else [], starts, 0)),
+        token_type_ids=torch.from_numpy(_lay_out(segments, starts, 0)),
         position_ids=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         lengths=torch.from_numpy(lengths),
         padded_index=torch.from_numpy(np.repeat(np.arange(len(lengths)) * longest, spans) + positions),
+        sequence=torch.from_numpy(sequence.astype(np.int32)),
         rows=torch.from_numpy(np.asarray(rows)),
         labels=torch.from_numpy(np.asarray(labels)),
-        longest=longest,
         ragged=bool((lengths < longest).any()),
+        packed=False,
         tokens=int(lengths.sum()),
+        filled=_round_up(int(starts[-1]), MULTIPLE),
+    )
+
+
+def pack(
+    ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, hidden: np.ndarray, labels: np.ndarray, shortest: int
+) -> Batch:
+    """Spans of sequences as one flat batch, whose shapes depend on [U, S] alone, but for N and where less can be hidden
+    than was asked for.
+
+    ids: int64 [U, S]; starts, lengths: int64 [B], where each sequence begins in the U * S places and how long it is;
+    hidden: bool [U, S], tokens that the head reads; labels: int64 [U, S], what it should say there; shortest: tokens of
+    the shortest sequence that can occur. `cu_seqlens` and `lengths` end in empty sequences, as many as could be."""
+    count = int(lengths.sum())
+    cu_seqlens = np.full(ids.size // shortest + 1, count, dtype=np.int32)
+    cu_seqlens[0] = 0
+    cu_seqlens[1 : len(lengths) + 1] = np.cumsum(lengths)
+    first = np.repeat(cu_seqlens[: len(lengths)], lengths)
+    positions = np.arange(count) - first
+    index = np.repeat(starts, lengths) + positions
+    sequence = np.full(ids.size, -1, dtype=np.int32)
+    sequence[index] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    rows = np.flatnonzero(hidden.ravel()[index])
+    return Batch(
+        input_ids=torch.from_numpy(ids.ravel()[index]),
+        token_type_ids=torch.zeros(count, dtype=torch.int64),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        lengths=torch.from_numpy(np.diff(cu_seqlens).astype(np.int64)),
+        padded_index=torch.from_numpy(index),
+        sequence=torch.from_numpy(sequence.reshape(ids.shape)),
+        rows=torch.from_numpy(rows),
+        labels=torch.from_numpy(labels.ravel()[index[rows]]),
+        ragged=count < ids.size,
+        packed=bool((np.bincount(starts // ids.shape[1], minlength=len(ids)) != 1).any()),
+        tokens=count,
+        filled=_round_up(ids.size, MULTIPLE),
     )
 
 
 def _lay_out(parts: Sequence[np.ndarray], starts: np.ndarray, filler: int) -> np.ndarray:
     flat = np.full(starts[-1], filler, dtype=np.int64)
-    for start, part in zip(starts.tolist(), parts, strict=False):  # starts has the end as well; no parts: all filler
+    for start, part in zip(starts[:-1].tolist(), parts, strict=True):
         flat[start : start + len(part)] = part
     return flat
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -11,16 +11,18 @@ from functools import partial
 
 import numpy as np
 
-from lad_dist.config import CorpusData, TaskData, UserError
+from lad_dist.config import CorpusData, TaskData, UserError, did_you_mean
 from lad_dist.data import tokenizers
-from lad_dist.data.batch import collate, span_starts
-from lad_dist.data.masking import mask_tokens
-from lad_dist.data.order import CorpusOrder, TaskOrder, sequences_of
+from lad_dist.data.batch import collate, pack, span_starts
+from lad_dist.data.keyed import key, keys
+from lad_dist.data.masking import Vocabulary, mask_windows
+from lad_dist.data.order import CorpusOrder, Reading, TaskOrder, window_span, windows
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Examples, Task
 from lad_dist.data.tokenizers import Encoded, PreTrainedTokenizerFast
 from lad_dist.flat import Batch
 
+MASK = 2  # what a key is for: `order` has the other
 HELD_OUT_SLOTS = 32
 DEV_EXAMPLES = 64
 UNKNOWN_EXAMPLES = 500
@@ -29,75 +31,119 @@ Batches = list[Callable[[], Batch]]
 
 
 class CorpusFeed:
-    """Pieces of documents between the tokenizer's special tokens, some of their tokens masked."""
+    """Windows of the corpus between the tokenizer's special tokens, some of their tokens masked."""
 
     def __init__(self, data: CorpusData, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Raises UserError when the shards are damaged or made with another tokenizer, the tokenizer has no mask
-        token, or a sequence does not fit a slot."""
-        if data.tokens_per_slot < data.max_length:
-            raise UserError(
-                f"data.tokens_per_slot = {data.tokens_per_slot} is less than max_length = {data.max_length}"
-            )
+        token, or data.weights names a source that is not there."""
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
-        self._train = _Pieces(data, tokenizer, "train")
-        self._order = CorpusOrder(self._train.lengths, data.tokens_per_slot, data.slots, seed)
+        self._train = _Windows(data, tokenizer, "train")
+        self._order = CorpusOrder(self._train.counts, self._train.weights, self._windows_per_slot, data.slots, seed)
         self.slots = data.slots
 
     @property
     def steps_per_epoch(self) -> float:
         return self._order.steps_per_epoch
 
+    @property
+    def _windows_per_slot(self) -> int:
+        return self._data.tokens_per_slot // self._data.max_length
+
     def batch(self, step: int, slot: int) -> Batch:
         """Micro-batch `slot` of step `step`: rows are the masked tokens, labels their ids."""
-        epoch = self._order.epoch(step, slot)
-        return self._train.batch(self._order.slot(step, slot), self._seed, epoch)
+        return self._train.batch(self._order.slot(step, slot), self._seed)
 
     def held_out(self) -> Batches:
         """At most 32 slots of the held-out documents, the same and with the same masks in every run; empty when the
         corpus was prepared with nothing held out."""
-        pieces = _Pieces(self._data, self._tokenizer, "held_out")
-        if not len(pieces.lengths):
+        held_out = _Windows(self._data, self._tokenizer, "held_out")
+        if not held_out.counts:
             return []
-        order = CorpusOrder(pieces.lengths, self._data.tokens_per_slot, slots=1, seed=0)
-        slots = [order.slot(number, 0) for number in range(min(HELD_OUT_SLOTS, order.slots_per_epoch))]
-        return [partial(pieces.batch, slot, 0, 0) for slot in slots]
+        order = CorpusOrder(held_out.counts, [1.0] * len(held_out.counts), self._windows_per_slot, slots=1, seed=0)
+        slots = min(HELD_OUT_SLOTS, int(order.steps_per_epoch) or 1)
+        return [partial(held_out.batch, order.slot(number, 0), 0) for number in range(slots)]
 
 
-class _Pieces:
-    """One split of the shards, cut into sequences."""
+class _Windows:
+    """One split of the shards, cut into windows. U windows, L = max_length places."""
 
     def __init__(self, data: CorpusData, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
-        self._shards = Shards(data.shards, split)
-        if self._shards.manifest["tokenizer"]["fingerprint"] != tokenizers.fingerprint(tokenizer):
-            raise UserError(
-                f"{data.shards}: made with another tokenizer; use the one in {self._shards.tokenizer_folder}"
-            )
+        shards = Shards(data.shards, split)
+        if shards.manifest["tokenizer"]["fingerprint"] != tokenizers.fingerprint(tokenizer):
+            raise UserError(f"{data.shards}: made with another tokenizer; use the one in {shards.tokenizer_folder}")
         self._frame = tokenizers.frame(tokenizer)
-        if tokenizer.mask_token_id is None:
-            raise UserError("the tokenizer has no mask token: masked language modelling needs one")
-        self._mask_id: int = tokenizer.mask_token_id
-        self._mask_share = data.mask
-        self._vocabulary = tokenizers.vocabulary_size(tokenizer)
-        room = data.max_length - self._frame.size
-        self._documents, self._begins, self._sizes = sequences_of(self._shards.lengths, room)
+        self._room = data.max_length - self._frame.size
+        self._length, self._joined = data.max_length, data.cross_documents
+        self._streams = shards.streams
+        self.counts = [windows(stream.length, self._room) for stream in self._streams]
+        self.weights = _weights(data, shards)
+        self._vocabulary = _vocabulary(tokenizer, data.whole_words)
+        self._ordinary = np.ones(tokenizers.vocabulary_size(tokenizer), dtype=bool)
+        self._ordinary[[*self._frame.before, *self._frame.after]] = False
+        self._hidden = max(1, round(data.mask * self._tokens_per_window()))
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return self._sizes + self._frame.size
+    def _tokens_per_window(self) -> float:
+        """On the average, separators not counted."""
+        tokens = sum(stream.tokens * weight for stream, weight in zip(self._streams, self.weights, strict=True))
+        return tokens / (sum(c * weight for c, weight in zip(self.counts, self.weights, strict=True)) or 1)
 
-    def batch(self, sequences: np.ndarray, seed: int, epoch: int) -> Batch:
-        masked = [self._masked(int(sequence), seed, epoch) for sequence in sequences]
-        ids, positions, labels = zip(*masked, strict=True)
-        rows = [start + each for start, each in zip(span_starts(ids), positions, strict=False)]
-        return collate(ids, None, np.concatenate(rows), np.concatenate(labels))
+    def batch(self, reading: Reading, seed: int) -> Batch:
+        ids = np.stack([self._row(*place) for place in zip(reading.source, reading.window, strict=True)])
+        content = self._ordinary[ids]
+        starts, lengths = self._sequences(content)
+        self._put_frames(ids, starts, lengths)
+        masked, hidden = mask_windows(ids, content, self._hidden, self._vocabulary, self._mask_keys(reading, seed))
+        return pack(masked, starts, lengths, hidden, ids, self._frame.size + 1)
 
-    def _masked(self, sequence: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        frame, begin, size = self._frame, int(self._begins[sequence]), int(self._sizes[sequence])
-        piece = self._shards.tokens(int(self._documents[sequence]), begin, begin + size)
-        ids = np.concatenate([frame.before, piece, frame.after])
-        special = np.ones(len(ids), dtype=bool)
-        special[len(frame.before) : len(frame.before) + size] = False
-        return mask_tokens(ids, special, self._mask_share, self._mask_id, self._vocabulary, (seed, epoch, sequence))
+    def _row(self, source: int, window: int) -> np.ndarray:
+        """int64 [L]: the window after the tokens that come before a text, and special tokens to the end."""
+        stream = self._streams[source]
+        begin, end = window_span(window, stream.length, self._room)
+        row = np.full(self._length, [*self._frame.after, *self._frame.before][0], dtype=np.int64)
+        first = len(self._frame.before)
+        row[:first] = self._frame.before
+        row[first : first + end - begin] = stream.read(int(begin), int(end))
+        return row
+
+    def _sequences(self, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the sequences begin in the U * L places, and their lengths: a run of content with its special tokens,
+        or all runs of a window where documents are joined."""
+        edges = np.diff(np.concatenate([[False], content.ravel(), [False]]).astype(np.int8))
+        begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        if self._joined:
+            _, first = np.unique(begins // self._length, return_index=True)
+            begins, ends = begins[first], ends[[*(first[1:] - 1), -1]]
+        return begins - len(self._frame.before), ends - begins + self._frame.size
+
+    def _put_frames(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """Writes each sequence's own special tokens: where a window cuts a separator, only a part of them is there."""
+        before, after = self._frame.before, self._frame.after
+        flat = ids.reshape(-1)
+        flat[starts[:, None] + np.arange(len(before))] = before
+        flat[(starts + lengths)[:, None] - len(after) + np.arange(len(after))] = after
+
+    def _mask_keys(self, reading: Reading, seed: int) -> np.ndarray:
+        """uint64 [U]: a function of the seed, the window, and how often it was read before."""
+        found = np.empty(len(reading.window), dtype=np.uint64)
+        for source, turn in sorted(set(zip(reading.source.tolist(), reading.turn.tolist(), strict=True))):
+            mine = (reading.source == source) & (reading.turn == turn)
+            found[mine] = keys(key(MASK, seed, source, turn), reading.window[mine])
+        return found
+
+
+def _weights(data: CorpusData, shards: Shards) -> list[float]:
+    names = [source["name"] for source in shards.manifest["sources"]]
+    for name in data.weights:
+        if name not in names:
+            raise UserError(f'data.weights: no source "{name}" in {data.shards}; {did_you_mean(name, names)}')
+    return [data.weights.get(stream.name, stream.weight) for stream in shards.streams]
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerFast, whole_words: bool) -> Vocabulary:
+    if tokenizer.mask_token_id is None:
+        raise UserError("the tokenizer has no mask token: masked language modelling needs one")
+    starts = tokenizers.word_starts(tokenizer) if whole_words else None
+    return Vocabulary(tokenizer.mask_token_id, tokenizers.ordinary_ids(tokenizer), starts)
 
 
 class TaskFeed:

@@ -1,29 +1,87 @@
-"""What MLM hides: BERT's rule, drawn from a source of randomness that belongs to (seed, epoch, sequence)."""
+"""What MLM hides: BERT's rule, a function of the key of each window alone.
+
+U windows of L places, K places hidden in each.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
-from lad_dist.data.order import Purpose, random_source
+from lad_dist.data.keyed import draws
 
-MASKED, REPLACED = 0.8, 0.1  # of the chosen tokens; the rest stays as it is
+MASKED, REPLACED = 0.8, 0.1  # of the hidden tokens; the rest stays as it is
 
 
-def mask_tokens(
-    ids: np.ndarray, special: np.ndarray, probability: float, mask_id: int, vocabulary: int, key: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(masked ids [n], positions [r], labels [r]), all int64, positions ascending, r >= 1.
+class Vocabulary(NamedTuple):
+    """What masking needs to know of a tokenizer."""
 
-    ids [n]: the sequence; special: bool [n], tokens that are never chosen, not all of them. Every other one is chosen
-    with `probability`, one of them when chance chose none; of the chosen 80 % become mask_id, 10 % a random id below
-    `vocabulary`. key: (seed, epoch, sequence)."""
-    random = random_source(Purpose.MASK, *key)
-    draws = random.random(len(ids))
-    draws[special] = 1
-    positions = np.flatnonzero(draws < probability)
-    if not len(positions):
-        positions = np.array([draws.argmin()])
-    labels = ids[positions]
-    fate = random.random(len(positions))
-    replaced = np.where(fate < MASKED + REPLACED, random.integers(vocabulary, size=len(positions)), labels)
-    masked = ids.copy()
-    masked[positions] = np.where(fate < MASKED, mask_id, replaced)
-    return masked, positions, labels
+    mask: int  # the id of its mask token
+    ordinary: np.ndarray  # int64: the ids that are no special tokens
+    starts: np.ndarray | None = None  # bool [V]: whether a token begins a word; None: each token is hidden by itself
+
+
+def mask_windows(
+    ids: np.ndarray, content: np.ndarray, count: int, vocabulary: Vocabulary, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(masked ids [U, L], hidden: bool [U, L]): exactly `count` tokens of each window are hidden, or all where it has
+    fewer. Of the hidden 80 % become the mask token, 10 % an ordinary one.
+
+    ids: int64 [U, L]; content: bool [U, L], the tokens that may be hidden; keys: uint64 [U]. With `vocabulary.starts`
+    whole words are hidden, in a random order, as far as they fit into the count (so short ones a little more often, as
+    in BERT's own data); what is left when none fits any more is taken from the beginning of one."""
+    length = ids.shape[1]
+    chances = draws(keys, 0, length)
+    if vocabulary.starts is not None:
+        chances = _by_words(chances, vocabulary.starts[ids], content, count)
+    hidden = _lowest(chances, content, count)
+    fate = (draws(keys, length, 2 * length) >> np.uint64(11)) * 2.0**-53
+    other = vocabulary.ordinary[(draws(keys, 2 * length, 3 * length) % np.uint64(len(vocabulary.ordinary))).astype(int)]
+    masked = np.where(hidden & (fate < MASKED), vocabulary.mask, ids)
+    return np.where(hidden & (fate >= MASKED) & (fate < MASKED + REPLACED), other, masked), hidden
+
+
+def _lowest(chances: np.ndarray, content: np.ndarray, count: int) -> np.ndarray:
+    """bool [U, L]: the `count` places of content with the lowest chances."""
+    chances = np.where(content, chances, np.uint64(2**64 - 1))
+    count = min(count, chances.shape[1])
+    chosen = np.zeros(content.shape, dtype=bool)
+    np.put_along_axis(chosen, np.argpartition(chances, count - 1, axis=1)[:, :count], True, axis=1)
+    return chosen & content
+
+
+def _by_words(chances: np.ndarray, starts: np.ndarray, content: np.ndarray, count: int) -> np.ndarray:
+    """Chances in which the tokens of a word stand together: the words that are to be hidden first, in order."""
+    ranks = np.full(chances.shape, 2**63, dtype=np.uint64)
+    before = np.zeros(content.shape, dtype=bool)
+    before[:, 1:] = content[:, :-1]
+    starts = content & (starts | ~before)  # a word that a window or a document cuts begins there
+    for row in range(len(chances)):
+        places = np.flatnonzero(content[row])
+        if len(places):
+            ranks[row, places] = _ranks(chances[row, places], starts[row, places], count)
+    return ranks
+
+
+def _ranks(chances: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
+    """int [n]: ranks of the tokens of one window, content only, such that the lowest `count` are whole words."""
+    word = np.cumsum(starts) - 1
+    begins = np.flatnonzero(starts)
+    sizes = np.diff([*begins, len(starts)])
+    order = np.argsort(chances[begins], kind="stable")
+    fitting = _fitting(sizes[order], count)
+    place = np.empty(len(order), dtype=np.int64)
+    place[order[np.argsort(~fitting, kind="stable")]] = np.arange(len(order))
+    return place[word] * len(starts) + np.arange(len(starts))
+
+
+def _fitting(sizes: np.ndarray, count: int) -> np.ndarray:
+    """bool: which of the words, taken in order, still fit into the count."""
+    fits = np.cumsum(sizes) <= count
+    left = count - int(sizes[fits].sum())
+    for word in np.flatnonzero(~fits):
+        if left == 0:
+            break
+        if sizes[word] <= left:
+            fits[word] = True
+            left -= int(sizes[word])
+    return fits

@@ -1,19 +1,26 @@
 """Token shards: a prepared corpus on disk.
 
-manifest.json                     format, tokenizer, sources, counts, and sha256 of every file
-tokenizer/                        the tokenizer that made the tokens
-train/00000.bin                   tokens of whole documents end to end, without special tokens
-train/00000.offsets.npy           int64 [documents + 1]: where each begins in the .bin
-held_out/…                        the same for evaluation
+manifest.json                        format, tokenizer, sources, counts, and sha256 of every file
+tokenizer/                           the tokenizer that made the tokens
+SOURCE/train-00000.bin               token ids: whole documents end to end, a separator after each
+SOURCE/train-00000.offsets.npy       int64 [documents + 1]: where each begins in the .bin
+SOURCE/held_out-00000.bin …          the same for evaluation
 
-Shards        reads one split through memory maps
-ShardWriter   writes one
+A separator is what the tokenizer puts after a text and what it puts before one ([SEP] [CLS]). Special tokens occur
+nowhere else, so a window of the stream, put between such a pair, is a row of whole sequences wherever it is cut.
+
+    Shards         one split of a corpus: a stream for each source
+    Stream         all ids of a source, end to end over its files
+    read_manifest  the manifest, checked
+    verify         every file against the manifest
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +28,11 @@ import numpy as np
 
 from lad_dist.config import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
+OPEN_FILES = 64
+CHUNK = 1 << 22  # bytes read at a time when verifying
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -42,92 +51,121 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class Shards:
-    """One split of a prepared corpus. Documents are numbered from 0 through all shards."""
+    """One split of a prepared corpus. `streams` are those of its sources that have documents in this split."""
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
         """Raises UserError when the folder holds no shards, or files of other sizes than its manifest says."""
         assert split in SPLITS
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        shards = self.manifest["splits"][split]["shards"]
         dtype = np.dtype(self.manifest["dtype"])
-        self._tokens = [self._open(shard, dtype) for shard in shards]
-        self._offsets = [np.load(self.folder / shard["offsets"]) for shard in shards]
-        self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
-        self.lengths = np.concatenate([np.empty(0, dtype=np.int64), *(np.diff(each) for each in self._offsets)])
+        streams = [Stream(self.folder, source, split, dtype) for source in self.manifest["sources"]]
+        self.streams = [stream for stream in streams if stream.length]
 
     @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
 
-    def tokens(self, document: int, begin: int, end: int) -> np.ndarray:
-        """Tokens begin … end - 1 of a document, int64."""
-        shard = int(np.searchsorted(self._first, document, side="right")) - 1
-        start = self._offsets[shard][document - self._first[shard]]
-        return self._tokens[shard][start + begin : start + end].astype(np.int64)
 
-    def _open(self, shard: dict[str, Any], dtype: np.dtype) -> np.ndarray:
-        self._require_size(shard["file"], shard["tokens"] * dtype.itemsize)
-        self._require_size(shard["offsets"], shard["offsets_bytes"])
-        return np.memmap(self.folder / shard["file"], dtype=dtype, mode="r")
+class Stream:
+    """The ids of one source and split, end to end. Reading costs no memory, whatever the size."""
 
-    def _require_size(self, name: str, size: int) -> None:
-        file = self.folder / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            state = "missing" if found is None else f"{found} bytes, not {size}"
-            raise UserError(f"{file}: {state}; copy the folder again or prepare the corpus again")
+    def __init__(self, folder: Path, source: dict[str, Any], split: str, dtype: np.dtype) -> None:
+        counts = source["splits"][split]
+        self.name: str = source["name"]
+        self.weight: float = source["weight"]
+        self.tokens: int = counts["tokens"]  # without separators
+        self._shards = counts["shards"]
+        self._folder, self._dtype = folder, dtype
+        for shard in self._shards:
+            _require_size(folder / shard["file"], shard["length"] * dtype.itemsize)
+            _require_size(folder / shard["offsets"], shard["offsets_bytes"])
+        self._begins = np.cumsum([0, *(shard["length"] for shard in self._shards)])
+        self.length = int(self._begins[-1])  # ids, separators included
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the last used at the end
 
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Ids begin … end - 1 of the stream, in the shards' own type."""
+        shard = int(np.searchsorted(self._begins, begin, side="right")) - 1
+        parts = []
+        while begin < end:
+            until = min(end, int(self._begins[shard + 1]))
+            parts.append(self._read(shard, begin - int(self._begins[shard]), until - begin))
+            begin, shard = until, shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-class ShardWriter:
-    """Writes one split into `folder/split`, a new shard when the next document would make one longer than
-    tokens_per_shard."""
+    def documents(self) -> Iterator[np.ndarray]:
+        """The documents in order, each with the separator after it."""
+        for number, shard in enumerate(self._shards):
+            offsets = np.load(self._folder / shard["offsets"], mmap_mode="r")
+            for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+                yield self._read(number, begin, end - begin)
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, tokens_per_shard: int) -> None:
-        self._folder, self._split, self._dtype, self._most = folder, split, dtype, tokens_per_shard
-        self._documents: list[np.ndarray] = []
-        self._size = 0
-        self.shards: list[dict[str, Any]] = []
-        (folder / split).mkdir()
+    def _read(self, shard: int, begin: int, count: int) -> np.ndarray:
+        # Not a memory map: its pages would count as this process's memory, and grow with all that it has read.
+        width = self._dtype.itemsize
+        data = os.pread(self._descriptor(shard), count * width, begin * width)
+        if len(data) < count * width:
+            raise UserError(f"{self._folder / self._shards[shard]['file']}: has become shorter while it was read")
+        return np.frombuffer(data, dtype=self._dtype)
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Appends a document, int [n >= 1]."""
-        if self._size and self._size + len(tokens) > self._most:
-            self.close()
-        self._documents.append(tokens.astype(self._dtype))
-        self._size += len(tokens)
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) == OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = os.open(self._folder / self._shards[shard]["file"], os.O_RDONLY | os.O_CLOEXEC)
+        self._open.move_to_end(shard)
+        return self._open[shard]
 
-    def close(self) -> None:
-        """Writes what is left."""
-        if not self._documents:
-            return
-        name = f"{self._split}/{len(self.shards):05d}"
-        offsets = np.cumsum([0, *map(len, self._documents)], dtype=np.int64)
-        sha256 = _write(self._folder / f"{name}.bin", self._documents)
-        np.save(self._folder / f"{name}.offsets.npy", offsets)
-        written = (self._folder / f"{name}.offsets.npy").read_bytes()
-        self.shards.append(
-            {
-                "file": f"{name}.bin",
-                "sha256": sha256,
-                "tokens": self._size,
-                "documents": len(self._documents),
-                "offsets": f"{name}.offsets.npy",
-                "offsets_sha256": hashlib.sha256(written).hexdigest(),
-                "offsets_bytes": len(written),
-            }
-        )
-        self._documents, self._size = [], 0
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
 
 
-def _write(file: Path, arrays: Sequence[np.ndarray]) -> str:
-    """Writes the arrays end to end, down to the disk; sha256 of the file."""
-    digest = hashlib.sha256()
-    with open(file, "wb") as stream:
-        for array in arrays:
-            data = array.tobytes()
-            digest.update(data)
-            stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return digest.hexdigest()
+def _require_size(file: Path, size: int) -> None:
+    found = file.stat().st_size if file.exists() else None
+    if found != size:
+        state = "missing" if found is None else f"{found} bytes, not {size}"
+        raise UserError(f"{file}: {state}; copy the folder again or prepare the corpus again")
+
+
+def verify(folder: str | Path, progress: Callable[[str], None] = print) -> int:
+    """Compares every file with the manifest: size, sha256, offsets, and ids within the vocabulary. Returns the bytes
+    that were read. Raises UserError naming the first file that differs."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    dtype = np.dtype(manifest["dtype"])
+    sources = manifest["sources"]
+    shards = [shard for source in sources for split in SPLITS for shard in source["splits"][split]["shards"]]
+    for shard in shards:
+        _require_size(folder / shard["file"], shard["length"] * dtype.itemsize)
+        _require_size(folder / shard["offsets"], shard["offsets_bytes"])
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        read = sum(pool.map(lambda shard: _verify(folder, shard, dtype, manifest["vocabulary"]), shards))
+    progress(f"{folder}: {len(shards)} shards are as their manifest says")
+    return read
+
+
+def _verify(folder: Path, shard: dict[str, Any], dtype: np.dtype, vocabulary: int) -> int:
+    file, offsets_file = folder / shard["file"], folder / shard["offsets"]
+    largest = _read_through(file, shard["sha256"], dtype)
+    if largest >= vocabulary:
+        raise UserError(f"{file}: holds id {largest}, the vocabulary has {vocabulary}; prepare the corpus again")
+    _read_through(offsets_file, shard["offsets_sha256"], np.dtype(np.uint8))
+    offsets = np.load(offsets_file, mmap_mode="r")
+    ends = (len(offsets) - 1, int(offsets[0]), int(offsets[-1]))
+    if ends != (shard["documents"], 0, shard["length"]) or (np.diff(offsets) <= 0).any():
+        raise UserError(f"{offsets_file}: does not fit its .bin; prepare the corpus again")
+    return int(shard["length"] * dtype.itemsize + shard["offsets_bytes"])
+
+
+def _read_through(file: Path, sha256: str, dtype: np.dtype) -> int:
+    """The largest number in the file, whose sum is checked."""
+    digest, largest = hashlib.sha256(), 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
+    if digest.hexdigest() != sha256:
+        raise UserError(f"{file}: damaged, its sha256 is not the manifest's; copy it again or prepare the corpus again")
+    return largest

@@ -1,6 +1,6 @@
 """Losses as plain functions of tensors, each a mean over what is real. Computed in fp32 whatever the model computes in.
 
-N tokens, R rows that the head read, D width, V outputs, B sequences, S tokens of the longest, H heads.
+N tokens, R rows that the head read, D width, V outputs, U spans of S places, H heads.
 """
 
 from collections.abc import Callable
@@ -49,16 +49,16 @@ def relation(student: Tensor, teacher: Tensor, batch: Batch, heads: int) -> Tens
     """KL between the teacher's and the student's self-relations softmax(X Xᵀ / √d) of [N, *] and [N, *], split into
     `heads`; mean over heads and tokens (MiniLMv2, Wang et al., 2021, equations 2 to 4). Widths may differ."""
     s, t = _log_relation(student, batch, heads), _log_relation(teacher, batch, heads)
-    real = batch.attended[:, None, :, None]
-    divergence = (t.exp() * (t - s)).masked_fill(~(real & batch.attended[:, None, None, :]), 0.0)
-    return divergence.sum() / (heads * batch.lengths.sum())
+    real = batch.attended[:, None, :, None] & batch.visible[:, None]
+    divergence = (t.exp() * (t - s)).masked_fill(~real, 0.0)
+    return divergence.sum() / (heads * batch.tokens)
 
 
 def _log_relation(x: Tensor, batch: Batch, heads: int) -> Tensor:
-    """[N, *] -> log of [B, heads, S, S], over the real keys."""
+    """[N, *] -> log of [U, heads, S, S], over the tokens of the same sequence."""
     split = pad(x.float().reshape(len(x), heads, -1), batch).transpose(1, 2)
     scores = split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
-    scores = scores.masked_fill(~batch.attended[:, None, None, :], torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~batch.visible[:, None], torch.finfo(scores.dtype).min)
     return F.log_softmax(scores, dim=-1)
 
 

@@ -1,9 +1,11 @@
+from itertools import pairwise
+
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist.data.batch import collate, span_starts
+from lad_dist.data.batch import collate, pack, span_starts
 from lad_dist.flat import pad, unpad
 
 ragged = st.lists(st.integers(1, 9), min_size=1, max_size=6)
@@ -13,13 +15,20 @@ def sequences_for(lengths: list[int]) -> list[np.ndarray]:
     return [np.arange(1, n + 1) + 10 * i for i, n in enumerate(lengths)]
 
 
+def zeros_like(sequences: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.zeros(len(sequence), dtype=np.uint8) for sequence in sequences]
+
+
 @given(ragged)
 def test_flat_and_padded_layouts_agree(lengths: list[int]) -> None:
     sequences = sequences_for(lengths)
-    batch = collate(sequences, None, span_starts(sequences)[:-1], np.zeros(len(lengths), dtype=np.int64))
+    rows = span_starts(sequences)[:-1]
+    batch = collate(sequences, zeros_like(sequences), rows, np.zeros(len(lengths), dtype=np.int64))
     assert batch.longest % 16 == 0
     assert 0 <= batch.longest - max(lengths) < 16
     assert batch.tokens == sum(lengths) == len(batch.input_ids)
+    assert 0 <= batch.filled - batch.tokens < 64
+    assert batch.filled % 64 == 0
     assert batch.ragged == (min(lengths) < batch.longest)
     padded = pad(batch.input_ids, batch)
     assert (padded != 0).equal(batch.attended)
@@ -29,6 +38,7 @@ def test_flat_and_padded_layouts_agree(lengths: list[int]) -> None:
     assert batch.position_ids.tolist() == [i for n in lengths for i in range(n)]
     assert batch.cu_seqlens.tolist() == np.cumsum([0, *lengths]).tolist()
     assert batch.input_ids[batch.rows].tolist() == [s[0] for s in sequences]
+    assert batch.visible.equal(batch.attended[:, None])
 
 
 @given(ragged, st.integers(9, 12))
@@ -51,19 +61,72 @@ def test_padded_spans(lengths: list[int], pad_to: int) -> None:
     assert batch.attended.sum() == sum(lengths)
 
 
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, int]]]:
+    """(U, S, sequences of at least two tokens as (place, length)), which do not overlap or leave their span."""
+    spans, places = draw(st.integers(1, 4)), draw(st.integers(2, 12))
+    sequences = []
+    for span in range(spans):
+        at = draw(st.integers(0, 1))
+        while at + 2 <= places:
+            length = draw(st.integers(2, places - at))
+            sequences.append((span * places + at, length))
+            at += length + draw(st.integers(0, 2))
+    return spans, places, sequences
+
+
+@given(layouts())
+def test_packed_spans(layout: tuple[int, int, list[tuple[int, int]]]) -> None:
+    spans, places, sequences = layout
+    ids = np.arange(1, spans * places + 1).reshape(spans, places)
+    starts, lengths = np.array(sequences, dtype=np.int64).reshape(-1, 2).T
+    hidden = np.zeros(ids.shape, dtype=bool)
+    hidden.reshape(-1)[starts] = True
+    batch = pack(ids, starts, lengths, hidden, -ids, shortest=2)
+    expected = [list(range(at + 1, at + 1 + n)) for at, n in sequences]
+    bounds = batch.cu_seqlens.tolist()
+    found = [batch.input_ids[a:b].tolist() for a, b in pairwise(bounds) if b > a]
+    assert found == expected
+    assert len(bounds) == spans * places // 2 + 1
+    assert batch.lengths.tolist() == np.diff(bounds).tolist()
+    assert batch.position_ids.tolist() == [i for _, n in sequences for i in range(n)]
+    assert batch.labels.tolist() == (-batch.input_ids[batch.rows]).tolist() == [-s[0] for s in expected]
+    assert batch.tokens == len(batch.input_ids) == lengths.sum()
+    assert batch.filled >= spans * places
+    assert pad(batch.input_ids, batch)[batch.attended].tolist() == batch.input_ids.tolist()
+    assert unpad(pad(batch.input_ids, batch), batch).equal(batch.input_ids)
+    assert batch.ragged == (lengths.sum() < spans * places)
+    assert batch.packed == ([at // places for at, _ in sequences] != list(range(spans)))
+    owner = {place: n for n, (at, length) in enumerate(sequences) for place in range(at, at + length)}
+    for span in range(spans):
+        for query in range(places):
+            mine = owner.get(span * places + query)
+            for at in range(places):
+                its = owner.get(span * places + at)
+                if mine is not None:
+                    visible = batch.visible[span, min(query, batch.visible.shape[1] - 1), at]
+                    assert bool(visible) == (its == mine)
+    assert batch.visible.any(dim=-1).all()
+
+
 def test_types() -> None:
     sequences = [np.array([1, 2], dtype=np.int32), np.array([3], dtype=np.int32)]
-    batch = collate(sequences, None, np.array([0, 2]), np.array([0.5, 1.5], dtype=np.float32))
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.labels.dtype == torch.float32
-    integers = (
-        batch.input_ids,
-        batch.token_type_ids,
-        batch.position_ids,
-        batch.lengths,
-        batch.padded_index,
-        batch.rows,
-    )
-    assert {tensor.dtype for tensor in integers} == {torch.int64}
-    assert type(batch.longest) is type(batch.tokens) is int
-    assert type(batch.ragged) is bool
+    labels = np.array([0.5, 1.5], dtype=np.float32)
+    task = collate(sequences, zeros_like(sequences), np.array([0, 2]), labels)
+    assert task.labels.dtype == torch.float32
+    ids = np.array([[1, 2, 3]])
+    corpus = pack(ids, np.array([0]), np.array([3]), ids == 2, ids, shortest=3)
+    assert corpus.labels.dtype == torch.int64
+    for batch in (task, corpus):
+        assert batch.cu_seqlens.dtype == batch.sequence.dtype == torch.int32
+        integers = (
+            batch.input_ids,
+            batch.token_type_ids,
+            batch.position_ids,
+            batch.lengths,
+            batch.padded_index,
+            batch.rows,
+        )
+        assert {tensor.dtype for tensor in integers} == {torch.int64}
+        assert type(batch.longest) is type(batch.tokens) is type(batch.filled) is int
+        assert type(batch.ragged) is type(batch.packed) is bool

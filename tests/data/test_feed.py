@@ -1,32 +1,40 @@
+import json
+import subprocess
+import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toy_shards import Documents, write_shards
 from toy_text import WORDS, sentence
 
-from lad_dist.config import CorpusData, PrepareConfig, TaskData, UserError
+from lad_dist.config import CorpusData, TaskData, UserError
 from lad_dist.data import tokenizers
 from lad_dist.data.feed import CorpusFeed, TaskFeed
-from lad_dist.data.prepare import prepare
-from lad_dist.data.shards import Shards
+from lad_dist.data.order import windows
 from lad_dist.data.tasks import Examples, Task, load_task
 from lad_dist.flat import Batch
 
 pytest_plugins = ["data_fixtures"]
 
 
+def documents_of(lengths: list[int]) -> list[list[int]]:
+    """No two tokens that follow each other occur together again nearby."""
+    stream = iter(range(10**6))
+    return [[5 + next(stream) % 100 for _ in range(length)] for length in lengths]
+
+
+MANY = documents_of([1, 30, 7, 14, 2, 90, 3, 3, 1, 28, 12, 44, 5, 61, 16])
+
+
 @pytest.fixture
-def shards(tmp_path: Path, toy_corpus: Path, toy_tokenizer_folder: Path) -> Path:
-    config = {
-        "out": str(tmp_path / "shards"),
-        "tokenizer": str(toy_tokenizer_folder),
-        "held_out": 0.2,
-        "source": [{"kind": "text", "path": str(toy_corpus)}],
-    }
-    prepare(PrepareConfig.model_validate(config), lambda _: None)
-    return tmp_path / "shards"
+def shards(tmp_path: Path, toy_tokenizer) -> Path:
+    return write_shards(tmp_path / "shards", toy_tokenizer, {"a": MANY, "b": documents_of([33, 8])}, MANY[:6])
 
 
 def corpus_data(shards: Path, **rest: object) -> CorpusData:
@@ -58,26 +66,88 @@ def sequences_in(batch: Batch) -> list[list[int]]:
     """The batch's sequences with the masks undone."""
     ids = batch.input_ids.clone()
     ids[batch.rows] = batch.labels
-    bounds = batch.cu_seqlens.tolist()
-    return [ids[begin:end].tolist() for begin, end in pairwise(bounds)]
+    return [ids[begin:end].tolist() for begin, end in pairwise(batch.cu_seqlens.tolist()) if end > begin]
 
 
-def test_an_epoch_of_a_corpus_is_the_corpus_with_some_tokens_masked(shards: Path, toy_tokenizer) -> None:
-    feed = CorpusFeed(corpus_data(shards), toy_tokenizer, seed=1)
+def pairs_of(documents: Documents) -> Counter[tuple[int, int]]:
+    return Counter(pair for document in documents for pair in pairwise(document))
+
+
+def epoch_of(feed: CorpusFeed, epoch: int = 0) -> list[Batch]:
     slots = round(feed.steps_per_epoch * feed.slots)
-    batches = [feed.batch(*divmod(number, 3)) for number in range(slots)]
-    assert all(batch.tokens <= 64 for batch in batches)
-    read = sorted(sequence for batch in batches for sequence in sequences_in(batch))
-    documents = Shards(shards)
-    expected = []
-    for number, length in enumerate(documents.lengths.tolist()):
-        pieces = [documents.tokens(number, at, min(at + 14, length)).tolist() for at in range(0, length, 14)]
-        expected += [[toy_tokenizer.cls_token_id, *piece, toy_tokenizer.sep_token_id] for piece in pieces]
-    assert read == sorted(expected)
-    share = sum(len(batch.rows) for batch in batches) / sum(batch.tokens for batch in batches)
-    assert 0.1 < share < 0.25
+    return [feed.batch(*divmod(number, feed.slots)) for number in range(epoch * slots, (epoch + 1) * slots)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    max_length=st.integers(8, 20),
+    seed=st.integers(0, 99),
+)
+def test_an_epoch_of_a_corpus_is_the_corpus(
+    lengths: list[int], max_length: int, seed: int, tmp_path_factory: pytest.TempPathFactory, toy_tokenizer
+) -> None:
+    """Each token once, in pieces of documents that hold nothing else, in their order, cut as seldom as windows are."""
+    documents = documents_of(lengths)
+    folder = write_shards(tmp_path_factory.mktemp("shards"), toy_tokenizer, {"a": documents})
+    feed = CorpusFeed(corpus_data(folder, max_length=max_length, tokens_per_slot=max_length), toy_tokenizer, seed)
+    batches = epoch_of(feed)
+    pieces = [sequence for batch in batches for sequence in sequences_in(batch)]
+    assert all((piece[0], piece[-1]) == (2, 3) for piece in pieces)
+    content = [piece[1:-1] for piece in pieces]
+    assert all(0 < len(piece) <= max_length - 2 for piece in content)
+    assert not {2, 3} & {token for piece in content for token in piece}
+    assert Counter(t for piece in content for t in piece) == Counter(t for document in documents for t in document)
+    missing = pairs_of(documents) - pairs_of(content)
+    assert not pairs_of(content) - pairs_of(documents)
+    assert missing.total() == len(pieces) - len(documents) < len(batches)
+    for batch in batches:
+        assert batch.tokens <= max_length
+
+
+def test_slots_hold_windows_and_masks(shards: Path, toy_tokenizer) -> None:
+    batches = epoch_of(CorpusFeed(corpus_data(shards), toy_tokenizer, seed=1))
+    assert all(50 < batch.tokens <= 64 for batch in batches)
+    assert {len(batch.rows) for batch in batches} == {4 * 2}  # 15 % of the 12 to 13 tokens in a window
     hidden = torch.cat([batch.input_ids[batch.rows] for batch in batches])
     assert (hidden == toy_tokenizer.mask_token_id).float().mean() > 0.7
+    for batch in batches:
+        bounds = set(batch.cu_seqlens.tolist()) | {end - 1 for end in batch.cu_seqlens.tolist()}
+        assert not bounds & set(batch.rows.tolist())
+
+
+def test_batches_have_one_shape(tmp_path: Path, toy_tokenizer) -> None:
+    """Compiled code that sees them is compiled once."""
+    documents = documents_of(list(np.random.default_rng(0).integers(1, 200, 60)))
+    folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": documents, "b": MANY})
+    batches = epoch_of(CorpusFeed(corpus_data(folder, slots=1), toy_tokenizer, seed=0))
+    assert len(batches) > 50
+    shapes = {
+        (b.filled, *(len(x) for x in (b.cu_seqlens, b.lengths, b.rows, b.labels)), *b.sequence.shape) for b in batches
+    }
+    assert len(shapes) == 1
+
+    def model(batch: Batch) -> torch.Tensor:
+        ids = torch.nn.functional.pad(batch.input_ids, (0, batch.filled - batch.tokens))
+        return torch.nn.functional.embedding(ids, weight)[batch.rows] + batch.labels[:, None]
+
+    weight = torch.randn(200, 4)
+    full = [b for b in batches if b.tokens == b.filled] + [b for b in batches if b.tokens < b.filled]
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in full[:5]:
+            assert compiled(batch).equal(model(batch))
+
+
+def test_a_sequence_may_run_on_into_the_next_document(shards: Path, toy_tokenizer) -> None:
+    data = corpus_data(shards, cross_documents=True)
+    batches = epoch_of(CorpusFeed(data, toy_tokenizer, seed=1))
+    pieces = [sequence for batch in batches for sequence in sequences_in(batch)]
+    assert {int((batch.lengths > 0).sum()) for batch in batches} == {4}
+    assert all((piece[0], piece[-1]) == (2, 3) for piece in pieces)
+    apart = [s for batch in epoch_of(CorpusFeed(corpus_data(shards), toy_tokenizer, 1)) for s in sequences_in(batch)]
+    assert sum(map(len, pieces)) == sum(map(len, apart))
+    assert Counter(t for piece in pieces for t in piece) == Counter(t for piece in apart for t in piece)
 
 
 def test_corpus_batches_are_functions_of_seed_step_and_slot(shards: Path, toy_tokenizer) -> None:
@@ -90,20 +160,54 @@ def test_corpus_batches_are_functions_of_seed_step_and_slot(shards: Path, toy_to
     assert not same(CorpusFeed(corpus_data(shards), toy_tokenizer, seed=2).batch(0, 0), first[1])
 
 
-def test_masks_change_from_epoch_to_epoch(shards: Path, toy_tokenizer) -> None:
-    feed = CorpusFeed(corpus_data(shards, tokens_per_slot=100_000, slots=1), toy_tokenizer, seed=0)
-    assert feed.steps_per_epoch == 1
-    masks = []
-    for epoch in (0, 1):
-        batch = feed.batch(epoch, 0)
-        hidden = torch.zeros_like(batch.input_ids)
-        hidden[batch.rows] = 1
-        bounds = batch.cu_seqlens.tolist()
-        spans = [hidden[a:b].tolist() for a, b in pairwise(bounds)]
-        masks.append(dict(zip(map(tuple, sequences_in(batch)), spans, strict=True)))
-    assert masks[0].keys() == masks[1].keys()
-    changed = sum(masks[0][sequence] != masks[1][sequence] for sequence in masks[0])
-    assert changed > 0.7 * len(masks[0])
+def masks_of(batches: list[Batch]) -> dict[tuple[int, ...], list[int]]:
+    hidden = [torch.zeros_like(batch.input_ids).index_fill(0, batch.rows, 1) for batch in batches]
+    return {
+        tuple(sequence): mask[a:b].tolist()
+        for batch, mask in zip(batches, hidden, strict=True)
+        for sequence, (a, b) in zip(sequences_in(batch), pairwise(batch.cu_seqlens.tolist()), strict=False)
+    }
+
+
+def test_masks_belong_to_the_window_and_change_from_epoch_to_epoch(tmp_path: Path, toy_tokenizer) -> None:
+    folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": documents_of([14 * 20 - 2])})
+    one, other = (
+        CorpusFeed(corpus_data(folder, tokens_per_slot=16 * n, slots=20 // n), toy_tokenizer, seed=0) for n in (1, 4)
+    )
+    first, second = (masks_of(epoch_of(one, epoch)) for epoch in (0, 1))
+    assert len(first) == 20
+    assert first == masks_of(epoch_of(other))
+    assert first.keys() == second.keys()
+    assert sum(first[sequence] != second[sequence] for sequence in first) > 14
+
+
+def test_whole_words_are_masked(tmp_path: Path, toy_tokenizer) -> None:
+    text = toy_tokenizer.encode(" ".join(["zebra fox"] * 40), add_special_tokens=False)  # z ##e ##b ##r ##a fox
+    folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": [text]})
+    data = corpus_data(folder, max_length=62, tokens_per_slot=62, mask=0.2, whole_words=True)
+    for batch in epoch_of(CorpusFeed(data, toy_tokenizer, seed=0)):
+        (whole,) = sequences_in(batch)
+        words = [set(range(at, at + 5)) for at in range(len(whole) - 5) if whole[at] == text[0]]
+        chosen = set(batch.rows.tolist())
+        cut = [word for word in words if chosen & word and not word <= chosen]
+        assert len(cut) <= 1
+
+
+@pytest.mark.parametrize("weights", [{}, {"b": 3.0}, {"a": 0.5, "b": 2.0}])
+def test_weights_say_how_often_a_source_is_read(tmp_path: Path, toy_tokenizer, weights: dict[str, float]) -> None:
+    one, two = [5, 6] * 7 * 50, [7, 8] * 7 * 20
+    folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": [one], "b": [two]}, weights={"b": 2.0})
+    data = corpus_data(folder, max_length=16, tokens_per_slot=16, slots=1, weights=weights)
+    batches = epoch_of(CorpusFeed(data, toy_tokenizer, seed=0))
+    sources = Counter(5 in sequences_in(batch)[0] for batch in batches)
+    wanted = {"a": 1.0, "b": 2.0, **weights}
+    assert sources[True] == round(windows(len(one) + 2, 14) * wanted["a"])
+    assert sources[False] == round(windows(len(two) + 2, 14) * wanted["b"])
+
+
+def test_a_weight_for_no_source_is_refused(shards: Path, toy_tokenizer) -> None:
+    with pytest.raises(UserError, match=r'data\.weights: no source "c" in .*shards; choose from a, b'):
+        CorpusFeed(corpus_data(shards, weights={"c": 1.0}), toy_tokenizer, 0)
 
 
 def test_held_out_batches_are_the_same_in_every_run(shards: Path, toy_tokenizer) -> None:
@@ -111,24 +215,17 @@ def test_held_out_batches_are_the_same_in_every_run(shards: Path, toy_tokenizer)
     assert len(first) > 1
     assert all(same(a(), b()) for a, b in zip(first, second, strict=True))
     assert same(first[0](), first[0]())
-    tokens = sum(sum(len(sequence) - 2 for sequence in sequences_in(batch())) for batch in first)
-    assert tokens == Shards(shards, "held_out").lengths.sum()
 
 
-def test_at_most_32_held_out_slots(shards: Path, toy_tokenizer) -> None:
-    feed = CorpusFeed(corpus_data(shards, max_length=8, tokens_per_slot=8), toy_tokenizer, seed=0)
+def test_at_most_32_held_out_slots(tmp_path: Path, toy_tokenizer) -> None:
+    folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": MANY}, documents_of([1000]))
+    feed = CorpusFeed(corpus_data(folder, max_length=8, tokens_per_slot=8), toy_tokenizer, seed=0)
     assert len(feed.held_out()) == 32
 
 
-def test_nothing_held_out(tmp_path: Path, toy_corpus: Path, toy_tokenizer_folder: Path, toy_tokenizer) -> None:
-    config = {
-        "out": str(tmp_path / "all"),
-        "tokenizer": str(toy_tokenizer_folder),
-        "held_out": 0.0,
-        "source": [{"kind": "text", "path": str(toy_corpus)}],
-    }
-    prepare(PrepareConfig.model_validate(config), lambda _: None)
-    assert CorpusFeed(corpus_data(tmp_path / "all"), toy_tokenizer, seed=0).held_out() == []
+def test_nothing_held_out(tmp_path: Path, toy_tokenizer) -> None:
+    folder = write_shards(tmp_path / "all", toy_tokenizer, {"a": MANY})
+    assert CorpusFeed(corpus_data(folder), toy_tokenizer, seed=0).held_out() == []
 
 
 def test_another_tokenizer_is_refused(shards: Path, tmp_path: Path) -> None:
@@ -136,13 +233,47 @@ def test_another_tokenizer_is_refused(shards: Path, tmp_path: Path) -> None:
     other = tokenizers.load_tokenizer(tmp_path / "other")
     with pytest.raises(UserError, match=r"shards: made with another tokenizer; use the one in .*tokenizer"):
         CorpusFeed(corpus_data(shards), other, seed=0)
-    its_own = tokenizers.load_tokenizer(Shards(shards).tokenizer_folder)
-    CorpusFeed(corpus_data(shards), its_own, seed=0)
 
 
-def test_a_slot_too_small_for_a_sequence_is_refused(shards: Path, toy_tokenizer) -> None:
-    with pytest.raises(UserError, match="tokens_per_slot = 64 is less than max_length = 65"):
-        CorpusFeed(corpus_data(shards, max_length=65), toy_tokenizer, seed=0)
+def test_a_slot_that_is_no_multiple_of_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens_per_slot = 64 is no multiple of max_length = 20; 60 is"):
+        corpus_data(Path("nowhere"), max_length=20)
+
+
+BILLION = """
+import sys, time
+from lad_dist.config import CorpusData
+from lad_dist.data import tokenizers
+from lad_dist.data.feed import CorpusFeed
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+tokenizer = tokenizers.load_tokenizer(sys.argv[2])
+data = CorpusData(shards=sys.argv[1], max_length=128, tokens_per_slot=4096, slots=64)
+before, began = peak(), time.perf_counter()
+feed = CorpusFeed(data, tokenizer, seed=1)
+feed.batch(400_000, 63)
+print(feed.steps_per_epoch * 64 * 32, time.perf_counter() - began, peak() - before)
+"""
+
+
+def test_a_billion_sequences_start_anywhere_within_a_second_and_100_megabytes(
+    tmp_path: Path, toy_tokenizer, toy_tokenizer_folder: Path
+) -> None:
+    """Files with holes: 250 GB of zeros, which occupy nothing."""
+    folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": [[5]] * 4}, shard=1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    split = manifest["sources"][0]["splits"]["train"]
+    for shard in split["shards"]:
+        shard["length"] = 126 * 250_000_000
+        with open(folder / shard["file"], "r+b") as file:
+            file.truncate(2 * shard["length"])
+    split["tokens"] = 126 * 10**9
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    command = [sys.executable, "-c", BILLION, str(folder), str(toy_tokenizer_folder)]
+    sequences, seconds, kilobytes = map(float, subprocess.check_output(command, text=True).split())
+    assert sequences == 10**9
+    assert seconds < 1
+    assert kilobytes < 100_000
 
 
 @pytest.mark.parametrize("pairs", [True, False])

@@ -1,73 +1,130 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist.data.masking import mask_tokens
+from lad_dist.data.keyed import keys
+from lad_dist.data.masking import Vocabulary, mask_windows
 
-MASK, VOCABULARY = 4, 30_000
+MASK, SIZE = 4, 30_000
+PLAIN = Vocabulary(MASK, np.arange(5, SIZE))
 
 
-@given(st.integers(1, 40), st.floats(0.001, 0.999), st.integers(0, 2**40), st.integers(0, 2**40), st.data())
-def test_what_is_masked_and_what_is_left(size: int, probability: float, seed: int, sequence: int, data) -> None:
-    ids = np.array(data.draw(st.lists(st.integers(5, 50), min_size=size, max_size=size)))
-    special = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
-    special[data.draw(st.integers(0, size - 1))] = False
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and what of them is content."""
+    shape = draw(st.integers(1, 4)), draw(st.integers(1, 40))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return random.integers(5, 50, shape), random.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+
+
+@given(rows(), st.integers(1, 12), st.integers(0, 2**40), st.booleans())
+def test_what_is_masked_and_what_is_left(
+    row: tuple[np.ndarray, np.ndarray], count: int, seed: int, whole_words: bool
+) -> None:
+    ids, content = row
     before = ids.copy()
-    masked, positions, labels = mask_tokens(ids, special, probability, MASK, 60, (seed, 0, sequence))
+    vocabulary = PLAIN._replace(starts=np.arange(SIZE) % 3 > 0) if whole_words else PLAIN
+    of = keys(seed, np.arange(len(ids)))
+    masked, hidden = mask_windows(ids, content, count, vocabulary, of)
     assert (ids == before).all()
-    assert len(positions) >= 1
-    assert (np.diff(positions) > 0).all()
-    assert not special[positions].any()
-    assert (labels == ids[positions]).all()
-    untouched = np.ones(size, dtype=bool)
-    untouched[positions] = False
-    assert (masked[untouched] == ids[untouched]).all()
-    again = mask_tokens(ids, special, probability, MASK, 60, (seed, 0, sequence))
-    assert all((a == b).all() for a, b in zip((masked, positions, labels), again, strict=True))
+    assert (masked[~hidden] == ids[~hidden]).all()
+    assert not (hidden & ~content).any()
+    assert (hidden.sum(axis=1) == np.minimum(count, content.sum(axis=1))).all()
+    for i in range(len(ids)):
+        mine = slice(i, i + 1)
+        alone = mask_windows(ids[mine], content[mine], count, vocabulary, of[mine])
+        assert (alone[0] == masked[mine]).all()
+        assert (alone[1] == hidden[mine]).all()
 
 
 def test_shares_over_a_million_tokens() -> None:
-    ids = np.full(1000, 77)
-    special = np.zeros(1000, dtype=bool)
-    special[[0, -1]] = True
-    per_place = np.zeros(1000)
-    fate = {"mask": 0, "same": 0, "other": 0}
-    replacements = []
-    for sequence in range(1000):
-        masked, positions, _ = mask_tokens(ids, special, 0.15, MASK, VOCABULARY, (0, 0, sequence))
-        per_place[positions] += 1
-        found = masked[positions]
-        other = found[(found != MASK) & (found != 77)]
-        replacements.append(other)
-        fate["mask"] += int((found == MASK).sum())
-        fate["same"] += int((found == 77).sum())
-        fate["other"] += len(other)
-    chosen = sum(fate.values())
-    assert abs(chosen / 998_000 - 0.15) < 0.002  # 5.6 standard errors
-    assert abs(fate["mask"] / chosen - 0.8) < 0.006
-    assert abs(fate["same"] / chosen - 0.1) < 0.005
-    assert abs(fate["other"] / chosen - 0.1) < 0.005
-    assert per_place[[0, -1]].sum() == 0
-    assert per_place[1:-1].min() > 90
-    assert per_place[1:-1].max() < 215
-    random = np.concatenate(replacements)
-    assert abs(random.mean() / VOCABULARY - 0.5) < 0.02
-    assert random.max() < VOCABULARY
+    ids = np.full((8000, 128), 77)
+    content = np.ones(ids.shape, dtype=bool)
+    content[:, [0, 50, -1]] = False
+    masked, hidden = mask_windows(ids, content, 19, PLAIN, keys(0, np.arange(len(ids))))
+    found = masked[hidden]
+    assert len(found) == 8000 * 19
+    other = found[(found != MASK) & (found != 77)]
+    assert abs((found == MASK).mean() - 0.8) < 0.005  # five standard errors
+    assert abs((found == 77).mean() - 0.1) < 0.004
+    assert abs(len(other) / len(found) - 0.1) < 0.004
+    per_place = hidden.sum(axis=0)
+    assert per_place[[0, 50, -1]].sum() == 0
+    expected = 8000 * 19 / 125
+    assert abs(per_place[content[0]] - expected).max() < 5.5 * np.sqrt(expected * (1 - 19 / 125))
+    assert abs((other.mean() - 5) / (SIZE - 5) - 0.5) < 0.015
+    assert other.min() >= 5
+    assert other.max() < SIZE
+    together = (hidden[:, 1:50][:, :-1] & hidden[:, 1:50][:, 1:]).mean()  # neighbours are hidden independently
+    assert abs(together - 19 / 125 * 18 / 124) < 0.001
 
 
-def test_masks_differ_by_seed_epoch_and_sequence() -> None:
-    ids, special = np.arange(10, 138), np.zeros(128, dtype=bool)
-    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    chosen = {tuple(mask_tokens(ids, special, 0.15, MASK, VOCABULARY, key)[1].tolist()) for key in keys}
-    assert len(chosen) == 4
+def test_only_ordinary_tokens_replace() -> None:
+    ids, content = np.full((2000, 20), 9), np.ones((2000, 20), dtype=bool)
+    few = Vocabulary(MASK, np.array([7, 9, 13]))
+    masked, hidden = mask_windows(ids, content, 10, few, keys(0, np.arange(2000)))
+    assert set(masked[hidden].tolist()) == {MASK, 7, 9, 13}
 
 
-def test_the_single_token_masked_by_force_meets_the_same_fates() -> None:
-    """One in a thousand is chosen by chance, so nearly all here are the one that every sequence must have."""
-    ids, special = np.array([2, 9, 8, 7, 3]), np.array([True, False, False, False, True])
-    results = [mask_tokens(ids, special, 0.001, MASK, VOCABULARY, (0, 0, sequence)) for sequence in range(3000)]
-    hidden = np.mean([masked[positions[0]] == MASK for masked, positions, _ in results])
-    places = np.bincount([positions[0] for _, positions, _ in results], minlength=5)
-    assert abs(hidden - 0.8) < 0.04
-    assert places[[0, 4]].sum() == 0
-    assert places[1:4].min() > 850
+def test_masks_differ_from_key_to_key() -> None:
+    ids, content = np.tile(np.arange(10, 138), (1000, 1)), np.ones((1000, 128), dtype=bool)
+    _, hidden = mask_windows(ids, content, 19, PLAIN, keys(3, np.arange(1000)))
+    assert len(np.unique(hidden, axis=0)) == 1000
+
+
+# Words of one, two and three tokens: 10; 20 21; 30 31 32.
+WORDS = [[10], [20, 21], [30, 31, 32]]
+STARTS = np.isin(np.arange(SIZE), [10, 20, 30])
+
+
+def text_of_words(count: int, length: int) -> np.ndarray:
+    random = np.random.default_rng(1)
+    text = [token for word in random.integers(3, size=count) for token in WORDS[word]]
+    return np.array(text[: len(text) // length * length]).reshape(-1, length)
+
+
+def words_in(row: np.ndarray) -> list[np.ndarray]:
+    """Places of each word; the first may lack its beginning."""
+    begins = np.unique([0, *np.flatnonzero(np.isin(row, [10, 20, 30]))])
+    return np.split(np.arange(len(row)), begins[1:])
+
+
+def test_whole_words_are_hidden_over_a_million_tokens() -> None:
+    ids = text_of_words(520_000, 128)
+    assert ids.size > 1_000_000
+    content = np.ones(ids.shape, dtype=bool)
+    vocabulary = PLAIN._replace(starts=STARTS)
+    masked, hidden = mask_windows(ids, content, 19, vocabulary, keys(0, np.arange(len(ids))))
+    assert (hidden.sum(axis=1) == 19).all()
+    chosen, whole = {1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0}
+    for row, mask in zip(ids[:2000], hidden[:2000], strict=True):
+        words = words_in(row)
+        cut = [word for word in words if 0 < mask[word].sum() < len(word)]
+        assert not cut or (len(cut) == 1 and min((len(w) for w in words if not mask[w].any()), default=9) > 1)
+        for word in words[1:-1]:
+            chosen[len(word)] += 1
+            whole[len(word)] += bool(mask[word].all())
+    shares = [whole[size] / chosen[size] for size in (1, 2, 3)]
+    assert all(abs(share - 19 / 128) < 0.035 for share in shares), shares
+    assert shares == sorted(shares, reverse=True)  # short words fit into the end of the count
+    found = masked[hidden]
+    assert abs((found == MASK).mean() - 0.8) < 0.002
+
+
+def test_a_word_ends_where_content_does() -> None:
+    ids = np.array([[20, 21, 2, 21, 32]])
+    content = ids != 2
+    for seed in range(50):
+        _, hidden = mask_windows(ids, content, 2, PLAIN._replace(starts=STARTS), keys(seed, np.arange(1)))
+        assert hidden[0, :2].all() or hidden[0, 3:5].all()
+        assert hidden.sum() == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_word_that_does_not_fit_is_hidden_in_part_when_nothing_else_is_left(count: int) -> None:
+    ids = np.array([[30, 31, 32, 30, 31, 32]])
+    _, hidden = mask_windows(ids, ids > 0, count, PLAIN._replace(starts=STARTS), keys(0, np.arange(1)))
+    assert hidden.sum() == count
+    parts = sorted([hidden[0, :3].tolist(), hidden[0, 3:].tolist()], reverse=True)
+    assert parts[0] == [True] * min(count, 3) + [False] * (3 - min(count, 3))

@@ -1,113 +1,129 @@
+import os
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.data.order import CorpusOrder, TaskOrder, random_source, sequences_of
+from lad_dist.data.order import CorpusOrder, Reading, TaskOrder, share, window_span, windows
 
-lengths_and_capacity = st.integers(1, 60).flatmap(
-    lambda longest: st.tuples(
-        st.lists(st.integers(1, longest), min_size=1, max_size=200).map(np.array), st.integers(longest, 4 * longest)
-    )
-)
+EXAMPLES = int(os.environ.get("LAD_DIST_EXAMPLES", "400"))
+
+Window = tuple[int, int]
 
 
-def slots_from(order: CorpusOrder | TaskOrder, first: int, count: int) -> list[np.ndarray]:
-    return [order.slot(*divmod(number, order.slots)) for number in range(first, first + count)]
+def read_by(order: CorpusOrder, numbers: range) -> list[tuple[int, int, int]]:
+    """(source, window, turn) of these slots, counted through all steps."""
+    readings = [order.slot(*divmod(number, order.slots)) for number in numbers]
+    return [place for reading in readings for place in zip(*(part.tolist() for part in reading), strict=True)]
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 20))
-def test_pieces_cover_every_document_once(lengths: list[int], room: int) -> None:
-    document, begin, length = sequences_of(np.array(lengths, dtype=np.int64), room)
-    tokens = [(d, t) for d, b, n in zip(document, begin, length, strict=True) for t in range(int(b), int(b) + int(n))]
-    assert tokens == [(d, t) for d, n in enumerate(lengths) for t in range(n)]
-    assert all(1 <= n <= room for n in length)
-    assert len(length) == sum(-(-n // room) for n in lengths)
+@given(st.integers(1, 10**6), st.integers(1, 600))
+def test_windows_cover_a_stream(length: int, room: int) -> None:
+    count = windows(length, room)
+    begin, end = window_span(np.arange(count), length, room)
+    assert begin[0] == 0
+    assert end[-1] == length
+    assert (begin[1:] == end[:-1]).all()
+    sizes = end - begin
+    assert sizes.max() <= room
+    assert sizes.max() - sizes.min() <= 1
+    assert sizes.min() >= 1
 
 
-@given(lengths_and_capacity, st.integers(1, 5), st.integers(0, 2**31), st.integers(0, 3))
-def test_each_epoch_of_a_corpus_has_every_sequence_once_in_slots_that_fit(
-    corpus: tuple[np.ndarray, int], slots: int, seed: int, epoch: int
-) -> None:
-    lengths, capacity = corpus
-    order = CorpusOrder(lengths, capacity, slots, seed)
-    read = slots_from(order, epoch * order.slots_per_epoch, order.slots_per_epoch)
-    assert sorted(np.concatenate(read)) == list(range(len(lengths)))
-    assert all(0 < lengths[ids].sum() <= capacity for ids in read)
-    assert order.steps_per_epoch == order.slots_per_epoch / slots
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.data())
+def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_of_resume(data: st.DataObject) -> None:
+    """Processes share the slots of each step, the run stops at a step and goes on with another number of them."""
+    counts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    size = data.draw(st.integers(1, 7))
+    slots, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 2**40))
+    worlds = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=3))
+    total = sum(counts)
+    steps = -(-2 * total // (size * slots)) + 1
+    cuts = sorted(data.draw(st.lists(st.integers(0, steps), min_size=len(worlds) - 1, max_size=len(worlds) - 1)))
+    read: dict[tuple[int, int], Reading] = {}
+    for (first, last), world in zip(pairwise([0, *cuts, steps]), worlds, strict=True):
+        for rank in range(world):
+            order = CorpusOrder(counts, [1.0] * len(counts), size, slots, seed)
+            for step in range(first, last):
+                for slot in share(slots, rank, world):
+                    assert (step, slot) not in read
+                    read[step, slot] = order.slot(step, slot)
+    assert len(read) == steps * slots
+    row = [(s, w) for place in sorted(read) for s, w in zip(*map(np.ndarray.tolist, read[place][:2]), strict=True)]
+    everything = sorted((s, w) for s, count in enumerate(counts) for w in range(count))
+    for epoch in range(2):
+        assert sorted(row[epoch * total : (epoch + 1) * total]) == everything
 
 
-@given(lengths_and_capacity, st.integers(1, 5), st.integers(0, 2**31), st.randoms(use_true_random=False))
-def test_a_corpus_slot_does_not_depend_on_what_was_asked_before(
-    corpus: tuple[np.ndarray, int], slots: int, seed: int, chance
-) -> None:
-    order = CorpusOrder(*corpus, slots, seed)
-    count = 2 * order.slots_per_epoch + 3
-    in_turn = slots_from(order, 0, count)
-    asked = list(range(count))
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_a_slot_does_not_depend_on_what_was_asked_before(count: int, size: int, slots: int, chance) -> None:
+    order = CorpusOrder([count, 5], [1.0, 2.5], size, slots, 3)
+    in_turn = [read_by(order, range(n, n + 1)) for n in range(20)]
+    asked = list(range(20))
     chance.shuffle(asked)
-    for number in asked:
-        assert order.slot(*divmod(number, slots)).tolist() == in_turn[number].tolist()
-    last = count - 1
-    assert CorpusOrder(*corpus, slots, seed).slot(*divmod(last, slots)).tolist() == in_turn[last].tolist()
+    assert all(read_by(order, range(n, n + 1)) == in_turn[n] for n in asked)
 
 
 def test_the_split_of_slots_into_steps_does_not_change_their_row() -> None:
-    lengths = np.arange(1, 60)
-    one, four = (CorpusOrder(lengths, 64, slots, seed=5) for slots in (1, 4))
-    for number in range(80):
-        assert one.slot(number, 0).tolist() == four.slot(*divmod(number, 4)).tolist()
+    one, four = (CorpusOrder([59], [1.0], 3, slots, seed=5) for slots in (1, 4))
+    assert read_by(one, range(80)) == read_by(four, range(80))
 
 
-def test_corpus_epochs_and_seeds_differ() -> None:
-    lengths = np.tile(np.arange(1, 33), 20)
-    order = CorpusOrder(lengths, 128, 1, seed=0)
-    first, second = (np.concatenate(slots_from(order, e * order.slots_per_epoch, 5)).tolist() for e in (0, 1))
-    other = np.concatenate(slots_from(CorpusOrder(lengths, 128, 1, seed=1), 0, 5)).tolist()
-    assert first != second
-    assert first != other
-    assert order.epoch(order.slots_per_epoch - 1) == 0
-    assert order.epoch(order.slots_per_epoch) == 1
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (3.0, 0.5, 1.0), (0.31, 7.7, 0.01)])
+def test_weights_are_respected_in_every_stretch(weights: tuple[float, ...]) -> None:
+    counts = (100_000, 17_001, 3999)
+    order = CorpusOrder(counts, weights, 50, 1, 0)
+    shares = np.array([c * w for c, w in zip(counts, weights, strict=True)])
+    shares /= shares.sum()
+    for first in (0, 777):
+        sources = np.array([s for s, _, _ in read_by(order, range(first, first + 400))])
+        found = np.bincount(sources, minlength=3) / len(sources)
+        assert abs(found - shares).max() < 0.001
 
 
-def test_an_epoch_ends_inside_a_step() -> None:
-    order = CorpusOrder(np.full(10, 8), 8, slots=4, seed=0)
-    assert order.steps_per_epoch == 2.5
-    assert [order.epoch(2, slot) for slot in range(4)] == [0, 0, 1, 1]
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 4)), min_size=1, max_size=3), st.integers(0, 9))
+def test_a_weighted_source_is_read_evenly(sources: list[tuple[int, float]], seed: int) -> None:
+    """Each time through it every window comes once, and only then any of them again."""
+    counts, weights = zip(*sources, strict=True)
+    order = CorpusOrder(counts, weights, 1, 1, seed)
+    read = read_by(order, range(300))
+    for source, count in enumerate(counts):
+        mine = [(window, turn) for s, window, turn in read if s == source]
+        for turn in range(len(mine) // count):
+            assert sorted(mine[turn * count : (turn + 1) * count]) == [(window, turn) for window in range(count)]
 
 
-@pytest.mark.parametrize("longest", [128, 512])
-def test_slots_are_full_and_quickly_planned(longest: int) -> None:
-    """A corpus of a million sequences, 60 % of them full, in slots of 4096 tokens."""
-    random = np.random.default_rng(0)
-    lengths = np.where(random.random(1_000_000) < 0.6, longest, random.integers(3, longest + 1, 1_000_000))
+def test_epochs_and_seeds_differ() -> None:
+    def windows_of(seed: int, epoch: int) -> list[int]:
+        return [w for _, w, _ in read_by(CorpusOrder([640], [1.0], 1, 1, seed), range(640 * epoch, 640 * epoch + 30))]
+
+    assert len({tuple(windows_of(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_steps_per_epoch_and_an_epoch_that_ends_inside_a_slot() -> None:
+    order = CorpusOrder([10], [1.0], 4, slots=2, seed=0)
+    assert order.steps_per_epoch == 10 / 8
+    assert [turn for _, _, turn in read_by(order, range(3))] == [0] * 10 + [1] * 2
+
+
+def test_a_billion_windows_start_at_any_step_at_once() -> None:
     began = time.perf_counter()
-    order = CorpusOrder(lengths, 4096, 8, seed=0)
-    order.slot(0, 0)
-    assert time.perf_counter() - began < 10
-    assert order.fill > 0.99
-    assert order.fill == lengths.sum() / (4096 * order.slots_per_epoch)
+    order = CorpusOrder([700_000_000, 300_000_000], [1.0, 1.5], 32, 64, seed=1)
+    reading = order.slot(400_000, 63)
+    assert time.perf_counter() - began < 0.5
+    assert len(set(zip(reading.source.tolist(), reading.window.tolist(), strict=True))) == 32
 
 
-def test_slots_mix_long_and_short_sequences() -> None:
-    random = np.random.default_rng(0)
-    lengths = np.where(random.random(50_000) < 0.5, 128, random.integers(3, 128, 50_000))
-    order = CorpusOrder(lengths, 4096, 1, seed=0)
-    share = np.array([(lengths[ids] == 128).mean() for ids in slots_from(order, 0, order.slots_per_epoch)])
-    expected_spread = np.sqrt(0.25 / 43)  # of draws by chance: 43 sequences in a slot
-    assert abs(share.mean() - 0.5) < 0.02
-    assert share.std() < 2 * expected_spread
+def test_slots_are_shared_out() -> None:
+    assert [list(share(5, rank, 2)) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
 
 
-def test_sequences_of_one_length_meet_others_in_every_epoch() -> None:
-    order = CorpusOrder(np.full(400, 16), 64, 1, seed=0)
-    company = [
-        {frozenset(ids.tolist()) for ids in slots_from(order, e * order.slots_per_epoch, order.slots_per_epoch)}
-        for e in (0, 1)
-    ]
-    assert len(company[0] & company[1]) < 5
+def slots_from(order: TaskOrder, first: int, count: int) -> list[np.ndarray]:
+    return [order.slot(*divmod(number, order.slots)) for number in range(first, first + count)]
 
 
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**31))
@@ -134,10 +150,3 @@ def test_a_task_slot_does_not_depend_on_what_was_asked_before(count: int, size: 
 
 def test_task_seeds_differ() -> None:
     assert TaskOrder(100, 10, 1, 0).slot(0, 0).tolist() != TaskOrder(100, 10, 1, 1).slot(0, 0).tolist()
-
-
-def test_random_sources_share_no_stream() -> None:
-    keys = [(p, s, e, i) for p in (0, 1, 2) for s in (0, 1) for e in (0, 1, 2) for i in (0, 1, 2)]
-    draws = {tuple(random_source(*key).integers(2**63, size=4).tolist()) for key in keys}
-    assert len(draws) == len(keys)
-    assert len({number for draw in draws for number in draw}) == 4 * len(keys)

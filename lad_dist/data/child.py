@@ -1,0 +1,14 @@
+"""Processes that work for another one: they outlive its signals, but not itself."""
+
+import ctypes
+import signal
+
+PR_SET_PDEATHSIG = 1
+
+
+def begin() -> None:
+    """Called first in a child process: signals meant for the parent leave it alone, and it dies with the parent,
+    however that ends. Linux counts the thread that started the child as the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,107 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_shards import write_shards
+
+from lad_dist.config import UserError
+from lad_dist.data import shards as module
+from lad_dist.data.shards import Shards, verify
+
+pytest_plugins = ["data_fixtures"]
+DOCUMENTS = {"a": [list(range(5, 5 + n)) for n in (4, 1, 7, 2, 3, 9, 1)], "b": [[30, 31], [32]]}
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def folder(tmp_path: Path, toy_tokenizer) -> Path:
+    return write_shards(tmp_path / "shards", toy_tokenizer, DOCUMENTS, [[7, 8]], {"b": 2.5})
+
+
+def test_a_source_is_one_stream_over_its_files(folder: Path) -> None:
+    streams = Shards(folder).streams
+    assert [(s.name, s.weight, s.tokens) for s in streams] == [("a", 1.0, 27), ("b", 2.5, 3)]
+    for stream, documents in zip(streams, DOCUMENTS.values(), strict=True):
+        whole = [token for document in documents for token in (*document, 3, 2)]
+        assert stream.length == len(whole)
+        for begin in range(len(whole)):
+            for end in range(begin + 1, len(whole) + 1):
+                assert stream.read(begin, end).tolist() == whole[begin:end]
+        assert [d.tolist()[:-2] for d in stream.documents()] == documents
+
+
+def test_a_split_has_the_sources_with_documents_in_it(folder: Path) -> None:
+    (held_out,) = Shards(folder, "held_out").streams
+    assert (held_out.name, held_out.read(0, 4).tolist()) == ("a", [7, 8, 3, 2])
+
+
+def test_few_files_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "OPEN_FILES", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    stream = Shards(folder).streams[0]
+    for begin in [0, 20, 39, 1, 21, 38, 0]:
+        stream.read(begin, begin + 1)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    del stream
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_verify_finds_every_kind_of_damage(folder: Path) -> None:
+    said: list[str] = []
+    files = [*folder.glob("*/*.bin"), *folder.glob("*/*.npy")]
+    assert verify(folder, said.append) == sum(file.stat().st_size for file in files)
+    assert said == [f"{folder}: 5 shards are as their manifest says"]
+    for file in files:
+        whole = file.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(UserError, match=rf"{file.name}: damaged, its sha256"):
+                verify(folder, quiet)
+        file.write_bytes(whole[:-1])
+        with pytest.raises(UserError, match=rf"{file.name}: \d+ bytes, not \d+"):
+            verify(folder, quiet)
+        file.unlink()
+        with pytest.raises(UserError, match=rf"{file.name}: missing"):
+            Shards(folder, file.name.split("-")[0])
+        file.write_bytes(whole)
+    verify(folder, quiet)
+
+
+def test_verify_reads_what_the_sums_cannot_tell(folder: Path, tmp_path: Path, toy_tokenizer) -> None:
+    other = write_shards(tmp_path / "other", toy_tokenizer, {"a": [[5, 60_000]]})
+    with pytest.raises(UserError, match=r"train-00000\.bin: holds id 60000, the vocabulary has \d+"):
+        verify(other, quiet)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sources"][0]["splits"]["train"]["shards"][1]["documents"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"a/train-00001\.offsets\.npy: does not fit its \.bin"):
+        verify(folder, quiet)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", r"manifest\.json: damaged"), ('{"format": 1}', r"not format 2"), ("[]", "not format 2")],
+)
+def test_manifests_that_cannot_be_read(folder: Path, content: str, message: str) -> None:
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        Shards(folder)
+
+
+def test_a_folder_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no token shards there"):
+        Shards(tmp_path / "nowhere")
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
+    stream = Shards(folder).streams[0]
+    with open(folder / "a" / "train-00000.bin", "r+b") as file:
+        file.truncate(4)
+    with pytest.raises(UserError, match="has become shorter"):
+        stream.read(0, 5)
+    assert stream.read(0, 2).dtype == np.uint16
