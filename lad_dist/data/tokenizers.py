@@ -1,11 +1,15 @@
 """Tokenizers: the one room of transformers in lad_dist.data.
 
     load_tokenizer(path)        folder or hub name -> fast tokenizer
-    train_wordpiece(…)          texts -> folder with an uncased BERT-style WordPiece tokenizer
+    train_wordpiece(…)          texts -> folder with a BERT-style WordPiece tokenizer
+    train_unigram(…)            texts -> folder with a sentencepiece model and the fast tokenizer equal to it
     fingerprint(tokenizer)      equal for tokenizers that give the same ids
     vocabulary_size(tokenizer)  one more than the largest id
+    special_ids, ordinary_ids   the ids of special tokens, and all others
+    word_starts(tokenizer)      which tokens begin a word
     frame(tokenizer)            the special tokens around a sequence
-    encode_plain, encode_framed text -> ids without special tokens (corpora), with them and truncated (tasks)
+    encode_flat, encode_plain   text -> ids without special tokens (corpora)
+    encode_framed               text -> ids with special tokens, truncated (tasks)
     check_vocabulary(…)         two models that read the same token ids must mean the same by them
     refuse_unknown(…)           a tokenizer that does not know the text is the user's mistake, and trains in silence
 
@@ -13,22 +17,31 @@ Everything that depends on a tokenizer's special tokens goes through here.
 """
 
 import hashlib
+import io
 import json
-import string
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+import sentencepiece
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import is_protobuf_available, logging
 
 from lad_dist.config import UserError
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# The trainer numbers continuations as it meets them, in the order of a hash map that differs from process to process,
-# and breaks ties between pieces by number: naming them first gives the same tokenizer every time.
-CONTINUATIONS = tuple(f"##{character}" for character in string.ascii_lowercase + string.digits)
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of the tokenizers trained here: ids 0 to 4
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+ALPHABET = 1000  # WordPiece keeps so many characters, as BERT's trainers do
+MODEL_FILE = "spiece.model"
+SCORES_PER_UNIT = 256
+UNIGRAM_THREADS = 16  # whatever the machine: which floats are added up first depends on it
+WITHOUT_LIMIT = 2**30  # bytes
+# What sentencepiece deletes. The fast tokenizer's own map does too, except for a text's first character.
+DELETED = r"\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f"
 MOST_UNKNOWN = 0.2
 UNKNOWN_SAMPLE = 5000  # tokens looked at
 ENCODED_AT_ONCE = 10_000  # texts: the lists that the library returns are large
@@ -46,6 +59,13 @@ class Frame(NamedTuple):
         return len(self.before) + len(self.after)
 
 
+class Flat(NamedTuple):
+    """Texts as ids, end to end."""
+
+    ids: np.ndarray  # int64 [N]
+    lengths: np.ndarray  # int64, one per text; their sum is N
+
+
 class Encoded(NamedTuple):
     """Sequences with their special tokens. `segments` are the token type ids."""
 
@@ -54,17 +74,31 @@ class Encoded(NamedTuple):
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder or of a hub name. Raises UserError when there is none, or none that is fast."""
+    """The tokenizer in a folder or of a hub name: WordPiece, BPE, or sentencepiece, also where only its model file is
+    there. Raises UserError when there is none, or none that is fast."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what goes wrong is said below, in one line
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except Exception as error:  # transformers raises anything from OSError to KeyError here: the user gets one line
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: no tokenizer there, neither a folder nor a hub name ({reason})") from None
+        raise UserError(f"{path}: {_why_none(path, error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{path}: only a slow tokenizer there; save it with a tokenizer.json first")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one up from a config.json alone
         raise UserError(f"{path}: a tokenizer without a vocabulary; the folder lacks tokenizer.json or vocab.txt")
     return tokenizer
+
+
+def _why_none(path: str | Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    # A sentencepiece model that transformers cannot read it takes for tiktoken's, and complains of that.
+    if "tiktoken" not in reason and not any(Path(path).glob("*.model")):
+        return f"no tokenizer there, neither a folder nor a hub name ({reason})"
+    if not is_protobuf_available():
+        return "its sentencepiece model cannot be read without protobuf; pip install protobuf"
+    return "its sentencepiece model cannot be read; the .model file is damaged, or of another kind"
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -88,17 +122,218 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def train_wordpiece(texts: Iterable[str], vocabulary: int, out: Path) -> None:
-    """Trains an uncased WordPiece tokenizer of `vocabulary` tokens into the folder `out`, for AutoTokenizer.
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """int64, ascending: the ids of padding, mask, unknown and whatever else stands for no text.
 
-    Text that does not hold that many distinct pieces gives a smaller one; single characters are always in."""
-    learner = _wordpiece({})
+    Not `all_special_ids`: transformers counts the punctuation that ALBERT's sentencepiece model defines among those."""
+    flagged = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = {getattr(tokenizer, f"{role}_token_id") for role in ROLES} - {None}
+    return np.array(sorted(flagged | named), dtype=np.int64)
+
+
+def _framing_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """The ids of the special tokens that are no content: all but the unknown token."""
+    special = special_ids(tokenizer)
+    return special if tokenizer.unk_token_id is None else special[special != tokenizer.unk_token_id]
+
+
+def ordinary_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """int64, ascending: the ids of the vocabulary that are no special tokens."""
+    return np.setdiff1d(np.array(list(tokenizer.get_vocab().values()), dtype=np.int64), special_ids(tokenizer))
+
+
+def word_starts(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """bool [V]: whether each token begins a word. The first token after a special one begins a word in any case.
+
+    A word is what its tokenizer takes for one. To WordPiece a punctuation mark is a word of its own. To byte-level BPE
+    and sentencepiece a word is what stands between spaces, with the punctuation that touches it; line breaks and tabs
+    that are tokens begin the word that follows. Special tokens and tokens added to the vocabulary are words.
+
+    Raises UserError for a tokenizer of another kind."""
+    begins = _begins_word(tokenizer)
+    starts = np.ones(vocabulary_size(tokenizer), dtype=bool)
+    added = tokenizer.added_tokens_decoder
+    for token, number in tokenizer.get_vocab().items():
+        starts[number] = number in added or begins(token)
+    starts[special_ids(tokenizer)] = True
+    return starts
+
+
+def _begins_word(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], bool]:
+    """Whether a token begins a word, by what the backend says of itself."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    prefix = state["model"].get("continuing_subword_prefix")
+    if state["model"]["type"] == "WordPiece" and prefix:
+        return lambda token: not token.startswith(prefix)
+    parts = [part for place in ("normalizer", "pre_tokenizer", "decoder") for part in _parts(state[place])]
+    if any(part["type"] == "ByteLevel" for part in parts):
+        decode = decoders.ByteLevel().decode
+        return lambda token: decode([token])[:1].isspace()
+    mark = next(filter(None, map(_space_mark, parts)), None)
+    if mark is not None:
+        return lambda token: token.startswith(mark) or token[:1].isspace()
+    raise UserError(
+        f"{tokenizer.name_or_path}: whole words cannot be told from its tokens ({state['model']['type']}); "
+        "they can for WordPiece, byte-level BPE and sentencepiece"
+    )
+
+
+def _parts(description: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, sequences unrolled."""
+    if description is None:
+        return []
+    inner = next((description[key] for key in ("normalizers", "pretokenizers", "decoders") if key in description), None)
+    return [description] if inner is None else [part for step in inner for part in _parts(step)]
+
+
+def _space_mark(part: dict[str, Any]) -> str | None:
+    """What a step writes for a space, if it is one that does."""
+    if part["type"] == "Metaspace":
+        return part["replacement"]
+    if part["type"] == "Replace" and part["pattern"] == {"String": " "}:
+        return part["content"]
+    return None
+
+
+def train_wordpiece(texts: Iterable[str], vocabulary: int, out: Path, lowercase: bool = True) -> None:
+    """Trains a WordPiece tokenizer of `vocabulary` tokens into the folder `out`, for AutoTokenizer. With `lowercase`
+    it reads text in lower case and without accents, as uncased BERT's does.
+
+    Of the characters the ALPHABET most frequent ones are in. Text that does not hold enough distinct pieces gives a
+    smaller vocabulary. The same texts give the same files. Raises UserError for a vocabulary that is too small for the
+    characters."""
+    texts = list(texts)
+    alphabet = _alphabet(texts, lowercase)
+    # The trainer numbers continuations as it meets them, in the order of a hash map that differs from process to
+    # process, and breaks ties between pieces by number: naming them first gives the same tokenizer every time.
+    known = [*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet if _continues(character, lowercase))]
+    if vocabulary < len(known) + len(alphabet):
+        raise UserError(_too_small(vocabulary, len(known) + len(alphabet)))
+    learner = _wordpiece({}, lowercase)
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=[*SPECIAL_TOKENS, *CONTINUATIONS], show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=known,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
     pieces = [*SPECIAL_TOKENS, *sorted(learner.get_vocab().keys() - set(SPECIAL_TOKENS))]
-    tokenizer = _wordpiece({piece: number for number, piece in enumerate(pieces)})
+    _save(_wordpiece({piece: number for number, piece in enumerate(pieces)}, lowercase), out)
+
+
+def _wordpiece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _alphabet(texts: Iterable[str], lowercase: bool) -> list[str]:
+    """The ALPHABET most frequent characters as BERT's normaliser leaves them, ties broken by code point."""
+    raw: Counter[str] = Counter()
+    for text in texts:
+        raw.update(text)
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    counts: Counter[str] = Counter()
+    for character, count in raw.items():
+        counts.update(dict.fromkeys(normalizer.normalize_str(character).replace(" ", ""), count))
+    return sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET]
+
+
+def _continues(character: str, lowercase: bool) -> bool:
+    """Whether it can stand inside a word, where BERT splits text into words."""
+    word = normalizers.BertNormalizer(lowercase=lowercase).normalize_str(f"a{character}")
+    return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(word)) == 1
+
+
+def _too_small(vocabulary: int, needed: int) -> str:
+    return f"vocabulary = {vocabulary} is too small: characters and special tokens alone are {needed}"
+
+
+def train_unigram(texts: Iterable[str], vocabulary: int, out: Path, lowercase: bool = False) -> None:
+    """Trains a sentencepiece unigram model of `vocabulary` pieces into the folder `out`: MODEL_FILE for sentencepiece,
+    and the fast tokenizer made from it for AutoTokenizer. Both give the same ids. Special tokens have the ids of
+    SPECIAL_TOKENS; [CLS], [SEP] and [MASK] are control symbols, which no text yields. Text is normalised by NFKC; with
+    `lowercase` also by case folding.
+
+    The characters that make up 99.95 % of the text are in; others are [UNK]. Text that does not hold enough distinct
+    pieces gives a smaller vocabulary. The same texts give the same files. Raises UserError for a vocabulary that is
+    too small for the characters, and where protobuf is not installed."""
+    model = _sentencepiece_model(texts, vocabulary, lowercase)
+    # Multiples of 1/256 are added without rounding, in sentencepiece's 32 bits as in the fast tokenizer's 64: pieces
+    # of equal sums are then equal for both, and both take the same.
+    for piece in model.pieces:
+        piece.score = round(piece.score * SCORES_PER_UNIT) / SCORES_PER_UNIT
+    _save(_unigram(model), out)
+    (out / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _sentencepiece_model(texts: Iterable[str], vocabulary: int, lowercase: bool) -> Any:
+    """What sentencepiece learns from the texts, as the message that its file holds."""
+    if not is_protobuf_available():
+        raise UserError("a unigram tokenizer cannot be trained without protobuf; pip install protobuf")
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # noqa: PLC0415  needs protobuf
+
+    pad, unknown, *control = SPECIAL_TOKENS
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=written,
+            model_type="unigram",
+            vocab_size=vocabulary,
+            hard_vocab_limit=False,
+            normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+            # A text that spells "[SEP]" must be made of other pieces.
+            required_chars="" if lowercase else "".join(sorted(set("".join(SPECIAL_TOKENS)))),
+            max_sentence_length=WITHOUT_LIMIT,
+            num_threads=UNIGRAM_THREADS,
+            minloglevel=2,
+            **{"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1},
+            pad_piece=pad,
+            unk_piece=unknown,
+            control_symbols=control,
+        )
+    except RuntimeError as error:
+        raise UserError(_why_untrained(vocabulary, str(error))) from None
+    return ModelProto.FromString(written.getvalue())
+
+
+def _why_untrained(vocabulary: int, error: str) -> str:
+    too_small = re.search(r"required_chars\. \d+ vs (\d+)", error)
+    if too_small:
+        return _too_small(vocabulary, int(too_small[1]))
+    return f"sentencepiece cannot learn from this text ({error.rpartition(']')[2].strip() or 'there is none'})"
+
+
+def _unigram(model: Any) -> Tokenizer:
+    """The fast tokenizer that gives the ids of a sentencepiece model."""
+    learnt = model.SentencePiece.NORMAL
+    lowest = min(piece.score for piece in model.pieces if piece.type == learnt)
+    # The fast tokenizer knows no control symbols: a score below that of any other way to spell one keeps it out.
+    never = (lowest - 10) * 8
+    pieces = [(piece.piece, piece.score if piece.type == learnt else never) for piece in model.pieces]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1, byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            # The fast tokenizer looks a character up together with its accents, and loses those that it does not find:
+            # composed first and then kept apart by a character that the map deletes, each is looked up by itself.
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"(?=[\p{M}\p{Cf}])"), "\x01"),
+            normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap),
+            normalizers.Replace(Regex(rf"\A[ {DELETED}]+| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return tokenizer
+
+
+def _save(tokenizer: Tokenizer, out: Path) -> None:
+    """The folder for AutoTokenizer, with BERT's template and special tokens."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -106,14 +341,6 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int, out: Path) -> None:
     )
     names = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(out)
-
-
-def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
 
 
 def frame(tokenizer: PreTrainedTokenizerFast) -> Frame:
@@ -126,14 +353,28 @@ def frame(tokenizer: PreTrainedTokenizerFast) -> Frame:
     return Frame(ids[: content[0]], ids[content[-1] + 1 :], pad)
 
 
-def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
-    """int64 ids of each whole text, without special tokens: neither added, nor read out of a text that spells one.
-    Runs on the library's threads; the result does not depend on them."""
+def encode_flat(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Flat:
+    """The ids of each whole text without special tokens: neither added, nor read out of a text that spells one. Only
+    the unknown token occurs. Runs on the library's threads; the result does not depend on them."""
     backend = _backend(tokenizer)
     backend.encode_special_tokens = True
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     backend.encode_special_tokens = False
-    return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+    rows = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *rows])
+    # Sentencepiece vocabularies hold "</s>" as a piece like any other: a text that spells it yields its id.
+    spelt = np.isin(ids, _framing_ids(tokenizer))
+    if spelt.any():
+        lengths -= np.bincount(np.repeat(np.arange(len(rows)), lengths)[spelt], minlength=len(rows))
+        ids = ids[~spelt]
+    return Flat(ids, lengths)
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    """int64 ids of each whole text, as encode_flat gives them end to end."""
+    ids, lengths = encode_flat(tokenizer, texts)
+    return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 def encode_framed(
@@ -171,7 +412,7 @@ def refuse_unknown(tokenizer: PreTrainedTokenizerFast, sequences: Iterable[np.nd
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return
-    framing = [token for token in tokenizer.all_special_ids if token != unknown]
+    framing = _framing_ids(tokenizer)
     seen = bad = 0
     for sequence in sequences:
         content = sequence[~np.isin(sequence, framing)]
