@@ -97,12 +97,31 @@ class Student(Table):
 class Data(Table):
     max_length: int = Field(128, ge=8, description="tokens of the longest sequence, special ones included")
     slots: Positive = Field(1, description="micro-batches of one step, shared out over the processes")
+    workers: int = Field(
+        1, ge=0, description="processes that load ahead of each training process; 0: load in it, when data are needed"
+    )
 
 
 class CorpusData(Data):
     shards: str = Field(description="folder written by prepare_corpus")
-    tokens_per_slot: Positive = Field(4096, description="tokens of one micro-batch")
+    tokens_per_slot: Positive = Field(4096, description="tokens of one micro-batch, a multiple of max_length")
     mask: float = Field(0.15, gt=0, lt=1, description="share of the tokens that MLM masks")
+    whole_words: bool = Field(False, description="mask whole words, not single tokens")
+    cross_documents: bool = Field(
+        False, description="let a sequence run on into the next document, and attention with it"
+    )
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="how often an epoch reads a source, by its name; default: as prepared"
+    )
+
+    @model_validator(mode="after")
+    def _whole_windows(self) -> Self:
+        if self.tokens_per_slot % self.max_length:
+            near = max(1, round(self.tokens_per_slot / self.max_length)) * self.max_length
+            raise ValueError(
+                f"tokens_per_slot = {self.tokens_per_slot} is no multiple of max_length = {self.max_length}; {near} is"
+            )
+        return self
 
 
 class TaskData(Data):
@@ -169,14 +188,53 @@ class TaskConfig(TrainConfig):
     data: TaskData
 
 
+KINDS_WITH = {
+    "column": ("jsonl", "parquet", "arrow", "hub"),
+    "config": ("hub",),
+    "split": ("hub",),
+    "document": ("text",),
+}
+ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")
+
+
 class Source(Table):
-    kind: Literal["wikiextractor", "text", "hub"] = Field(
-        description="WikiExtractor folder, .txt files, or hub dataset"
+    kind: Literal["wikiextractor", "text", "jsonl", "parquet", "arrow", "hub"] = Field(
+        description="WikiExtractor's output, .txt files, tables with a text column, or a hub dataset; "
+        "the first three may be .gz, .bz2, .xz or .zst"
     )
-    path: str = Field(description="folder, file or dataset name")
+    path: str = Field(description="file, folder searched for the kind's files, or dataset name", min_length=1)
+    name: str | None = Field(
+        None, pattern=r"^\w[\w.-]*$", description="its folder in out; default: the last part of path without endings"
+    )
+    weight: Rate = Field(1.0, description="how often an epoch reads it")
+    column: str = Field("text", description="tables and hub: the column with the text")
     config: str | None = Field(None, description="hub: the dataset's configuration, such as 20231101.en")
     split: str = Field("train", description="hub: the split")
-    column: str = Field("text", description="hub: the column with the text")
+    document: Literal["file", "block"] = Field(
+        "file", description="text: what a document is, a file or a block between blank lines"
+    )
+
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> Self:
+        for key, kinds in KINDS_WITH.items():
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'{key} does not go with kind = "{self.kind}", only with {", ".join(kinds)}')
+        if self.folder in ("", "..", "tokenizer", "manifest.json"):
+            raise ValueError(f'"{self.folder}" cannot be the name of a source; set name')
+        return self
+
+    @property
+    def folder(self) -> str:
+        """The name, given or taken from the path."""
+        name = Path(self.path).name
+        while self.name is None and name.endswith(ENDINGS):
+            name = name.rpartition(".")[0]
+        return self.name or name
+
+    def settings(self) -> dict[str, Any]:
+        """The keys that its kind reads, the name among them."""
+        idle = {key for key, kinds in KINDS_WITH.items() if self.kind not in kinds}
+        return {"name": self.folder} | self.model_dump(exclude=idle | {"name"}, exclude_none=True)
 
 
 class PrepareConfig(Table):
@@ -184,6 +242,37 @@ class PrepareConfig(Table):
     tokenizer: str = Field(description="tokenizer folder or hub name")
     held_out: float = Field(0.005, ge=0, lt=1, description="share of the documents kept for evaluation")
     tokens_per_shard: Positive = Field(100_000_000, description="tokens of one shard")
+    min_tokens: Positive = Field(8, description="shorter documents are dropped")
+    deduplicate: bool = Field(True, description="drop documents with the same text as an earlier one")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="what to do about a damaged document: stop, or skip it and list it in the manifest"
+    )
+    workers: int = Field(0, ge=0, description="processes; 0: one for each core it may use")
+    part: int | None = Field(None, ge=0, description="do only this share of the tokenizing, from 0; needs parts")
+    parts: Positive | None = Field(None, description="number of shares; a run without part and parts then finishes")
+    source: list[Source] = Field(min_length=1, description="where the text comes from")
+
+    @model_validator(mode="after")
+    def _shares_and_names(self) -> Self:
+        if (self.part is None) != (self.parts is None):
+            raise ValueError("give both of part and parts, or none")
+        if self.part is not None and self.parts is not None and self.part >= self.parts:
+            raise ValueError(f"part = {self.part}, but parts = {self.parts} are numbered from 0")
+        folders = [source.folder for source in self.source]
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise ValueError(f'two sources are called "{folder}"; give one of them another name')
+        return self
+
+
+class TokenizerConfig(Table):
+    out: str = Field(description="folder for the tokenizer")
+    kind: Literal["wordpiece", "unigram"] = Field(description="BERT's WordPiece, or sentencepiece's unigram model")
+    vocabulary: Positive = Field(description="number of tokens, special ones included")
+    lowercase: bool = Field(description="read text in lower case; WordPiece then drops accents too")
+    characters: int = Field(
+        100_000_000, ge=1, le=1_000_000_000, description="text to learn from, shared out over the sources by weight"
+    )
     source: list[Source] = Field(min_length=1, description="where the text comes from")
 
 

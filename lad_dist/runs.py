@@ -10,14 +10,12 @@ A checkpoint is committed, not written: into a temporary folder, a manifest with
 renamed. Loading verifies the manifest; a damaged newest one is reported and the one before it is used.
 """
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lad_dist import processes
 from lad_dist.config import TrainConfig, UserError, dump
+from lad_dist.disk import commit, files, sha256, write_text
 
 KEEP = 2
 RHYTHM = ("log_every", "eval_every", "save_every")  # of [run]: may differ when a run is taken up again
@@ -73,10 +72,10 @@ class Run:
         if not processes.main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self._config, self._text)
+        write_text(self._config, self._text)
         rows = self._metrics.read_text().splitlines() if self._metrics.exists() else []
         kept = [row for row in rows if _step_of(row) <= step]
-        _write(self._metrics, "".join(f"{row}\n" for row in kept))
+        write_text(self._metrics, "".join(f"{row}\n" for row in kept))
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -93,8 +92,8 @@ class Run:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Marks the run complete."""
         if processes.main():
-            _write(self._results, json.dumps(results, indent=2) + "\n")
-            _write(self.export / "README.md", _card(results))
+            write_text(self._results, json.dumps(results, indent=2) + "\n")
+            write_text(self.export / "README.md", _card(results))
         if self._board is not None:
             self._board.close()
         processes.barrier()
@@ -139,14 +138,12 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _commit(draft: Path, final: Path, facts: Mapping[str, Any]) -> None:
-    files = {str(path.relative_to(draft)): _sha256(path) for path in _files(draft)}
-    _write(draft / "manifest.json", json.dumps({"facts": facts, "files": files}, indent=1))
-    for path in [*_files(draft), *_folders(draft)]:
-        _sync(path)
+    digests = {str(path.relative_to(draft)): sha256(path) for path in files(draft)}
+    write_text(draft / "manifest.json", json.dumps({"facts": facts, "files": digests}, indent=1))
     if final.exists():
         shutil.rmtree(final)
-    os.rename(draft, final)
-    _write(final.parent / "latest", final.name)
+    commit(draft, final)
+    write_text(final.parent / "latest", final.name)
 
 
 def _newest_valid(folder: Path) -> Path | None:
@@ -165,42 +162,11 @@ def _newest_valid(folder: Path) -> Path | None:
 
 def _fault(checkpoint: Path) -> str | None:
     try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-        wrong = [name for name, digest in files.items() if _sha256(checkpoint / name) != digest]
+        digests = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        wrong = [name for name, digest in digests.items() if sha256(checkpoint / name) != digest]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{wrong[0]} is not what was written" if wrong else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    return (path for path in [folder, *folder.rglob("*")] if path.is_dir())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    _sync(draft)
-    os.replace(draft, path)
-    _sync(path.parent)
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -44,6 +44,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from lad_dist import plan
 from lad_dist.config import Search, SearchConfig, TaskConfig, UserError, dump, override, parse, pick, read
+from lad_dist.disk import write_text
 
 OBJECT_STORE = 100_000_000  # bytes: trials exchange nothing but numbers
 
@@ -76,7 +77,7 @@ def search(config: SearchConfig) -> Found | None:
     _check_same(folder, searched)
     if not (folder / "results.json").exists():
         with _ray(words):
-            _write(folder / "search.toml", tomli_w.dumps(searched))
+            write_text(folder / "search.toml", tomli_w.dumps(searched))
             grid = _tuner(words, trials, folder).fit()
             results = [grid[index] for index in range(len(grid))]
         if not _complete(results, words):
@@ -296,13 +297,5 @@ def _conclude(words: Search, trials: list[Trial], results: list[tune.Result], fo
     best = best.model_copy(update={"run": best.run.model_copy(update={"name": "best"})})
     command = f"# python launch/task_distill.py {folder / 'best.toml'}"
     found = f"# {rows[0]['trial']}, the best of {words.samples} trials by {words.metric} on the dev set"
-    _write(folder / "best.toml", f"{command}\n{found}\n{dump(best)}")
-    _write(folder / "results.json", json.dumps({"trials": rows, "failed": failed}, indent=2) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    """The whole file or none of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".draft")
-    draft.write_text(text)
-    os.replace(draft, file)
+    write_text(folder / "best.toml", f"{command}\n{found}\n{dump(best)}")
+    write_text(folder / "results.json", json.dumps({"trials": rows, "failed": failed}, indent=2) + "\n")

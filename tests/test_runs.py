@@ -10,7 +10,7 @@ import pytest
 import toy
 from conftest import World
 
-from lad_dist import cli, runs
+from lad_dist import cli, disk
 from lad_dist.config import TrainConfig, UserError
 from lad_dist.runs import NothingToResume, Run, facts_of
 
@@ -209,12 +209,13 @@ def test_a_row_that_was_cut_off_does_not_hinder(config: TrainConfig) -> None:
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.json"
-    runs._write(file, "before")
+    disk.write_text(file, "before")
 
     def fail(*_: Any) -> None:
         raise OSError("pulled the plug")
 
-    monkeypatch.setattr(runs.os, "replace", fail)
+    monkeypatch.setattr(disk.os, "replace", fail)
     with pytest.raises(OSError, match="pulled the plug"):
-        runs._write(file, "after")
+        disk.write_text(file, "after")
     assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]

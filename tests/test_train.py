@@ -325,7 +325,7 @@ class Bomb:
 
 def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> None:
     """Also where its manifest vouches for it."""
-    from lad_dist import runs
+    from lad_dist import disk
 
     config = lad(world, tmp_path, {"deepspeed.zero_optimization.stage": 1})
     folder = stopped_at(config, 2).folder
@@ -339,7 +339,7 @@ def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> N
         shutil.copytree(kept, checkpoint)
         torch.save({"module": Bomb(tmp_path / f"exploded{number}")}, file)
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        manifest["files"][str(file.relative_to(checkpoint))] = runs._sha256(file)
+        manifest["files"][str(file.relative_to(checkpoint))] = disk.sha256(file)
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(Exception, match=r"(?i)weights.only|unsupported|checkpoint"):
             train(config)

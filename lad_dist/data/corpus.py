@@ -1,83 +1,230 @@
-"""Text sources: whatever the corpus is made of, as one stream of documents.
+"""Text sources: whatever a corpus is made of, as documents.
 
-    documents(source)   the texts, one after another: paragraphs on lines of their own
-    check(source)       the mistakes that can be seen without reading the text
+    documents(source)    the texts, one after another: paragraphs on lines of their own
+    check(source)        the mistakes that can be seen without reading the text
+    files(source)        its files, sorted by path
+    read(source, span)   the documents that begin in a part of one file; what cannot be read comes as a Bad
 
-A document of `wikiextractor` is what stands between `<doc …>` and `</doc>`, of `text` a .txt file, of `hub` a row.
+A document of `wikiextractor` is what stands between `<doc …>` and `</doc>`, of `text` a file or a block between blank
+lines, of the others a row.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from lad_dist.config import Source, UserError
-from lad_dist.data import hub
-from lad_dist.data.lines import numbered_lines
+from lad_dist.config import Source, UserError, did_you_mean
+from lad_dist.data import hub, tables
+from lad_dist.data.lines import Damaged, Lines, Span, is_compressed
 
-WIKIEXTRACTOR_FILE = re.compile(r"wiki_\d+")
+COMPRESSED = r"(\.(gz|bz2|xz|zst))?"
+FILES = {
+    "wikiextractor": (re.compile(r"wiki_\d+" + COMPRESSED), "WikiExtractor files (AA/wiki_00 …)"),
+    "text": (re.compile(r".+\.txt" + COMPRESSED), ".txt files"),
+    "jsonl": (re.compile(r".+\.jsonl?" + COMPRESSED), ".jsonl files"),
+    "parquet": (re.compile(r".+\.parquet"), ".parquet files"),
+    "arrow": (re.compile(r".+\.arrow"), ".arrow files"),
+}
+LINE = re.compile(rb"\n")
+BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*\n")
+ARTICLE_END = re.compile(rb"\n</doc>\r?\n")
+
+
+class Bad(NamedTuple):
+    """A document, or the rest of a file, that cannot be read: where and what, in one line."""
+
+    message: str
+
+
+Documents = Iterator[str | Bad]
 
 
 def documents(source: Source) -> Iterator[str]:
     """The documents in a fixed order: files sorted by path. Raises UserError naming file and line where one is
     damaged."""
-    if source.kind == "hub":
-        for row in hub.load(source.path, source.config, source.split, [source.column], streaming=True):
-            yield row[source.column] or ""
-    else:
-        for file in _files(source):
-            yield from _articles(file) if source.kind == "wikiextractor" else [_text(file)]
+    for span in spans(source):
+        for document in read(source, span):
+            if isinstance(document, Bad):
+                raise UserError(f"{document.message}; mend or remove it")
+            yield document
 
 
 def check(source: Source) -> None:
-    """Raises UserError when the path is missing or holds no documents of its kind; asks nothing of a hub dataset."""
-    if source.kind != "hub":
-        _files(source)
+    """Raises UserError when the path is missing, holds no documents of its kind, or when its first table has no such
+    column; asks nothing of a hub dataset."""
+    if source.kind in ("parquet", "arrow"):
+        tables.check_column(files(source)[0], source.column, source.kind)
+    elif source.kind != "hub":
+        files(source)
 
 
-def _files(source: Source) -> list[Path]:
+def files(source: Source) -> list[Path]:
+    """Of every kind but hub. Raises UserError when there are none."""
     root = Path(source.path)
     if not root.exists():
         raise UserError(f"{root}: no such file or folder")
-    if source.kind == "text":
-        files = [root] if root.is_file() else sorted(root.rglob("*.txt"))
-        wanted = ".txt files"
-    else:
-        files = sorted(file for file in root.rglob("wiki_*") if WIKIEXTRACTOR_FILE.fullmatch(file.name))
-        wanted = "WikiExtractor files (AA/wiki_00 …)"
-    if not files:
+    if root.is_file():
+        return [root]
+    pattern, wanted = FILES[source.kind]
+    found = sorted(file for file in root.rglob("*") if pattern.fullmatch(file.name) and file.is_file())
+    if not found:
         raise UserError(f"{root}: no {wanted} in it")
-    return files
+    return found
 
 
-def _articles(file: Path) -> Iterator[str]:
+def spans(source: Source) -> list[Span]:
+    """The whole source, a span for each file."""
+    if source.kind == "hub":
+        return [Span(Path(source.path), 0, 1)]
+    return [Span(file, 0, file.stat().st_size) for file in files(source)]
+
+
+def can_be_cut(source: Source, file: Path) -> bool:
+    """Whether spans of this file may begin and end anywhere in it."""
+    if source.kind == "text" and source.document == "file":
+        return False
+    return source.kind != "arrow" and not is_compressed(file)
+
+
+def read(source: Source, span: Span) -> Documents:
+    """The documents of the span in order. Spans that divide a file give its documents once each, and in order. Raises
+    UserError for what cannot be skipped: a file that the system does not hand out, a missing column."""
+    if source.kind == "hub":
+        yield from _hub(source, span)
+        return
+    if span.end == 0:
+        yield Bad(f"{span.file}: empty")
+        return
+    try:
+        yield from _tables(source, span) if source.kind in ("parquet", "arrow") else _lines(source, span)
+    except Damaged as damage:
+        yield Bad(str(damage))
+
+
+def _hub(source: Source, span: Span) -> Documents:
+    data = hub.load(source.path, source.config, source.split, [source.column], streaming=True)
+    values = hub.values(data, source.path, source.column, span.begin, span.end)
+    place = f"{source.path}, shard {span.begin + 1} of {span.end}, row"
+    yield from (_placed(value, source.column, f"{place} {row}") for row, value in enumerate(values, 1))
+
+
+def _tables(source: Source, span: Span) -> Documents:
+    for row, value in tables.values(span, source.column, source.kind):
+        yield _placed(value, source.column, f"{span.file}:{row}")
+
+
+def _lines(source: Source, span: Span) -> Documents:
+    if source.kind == "wikiextractor":
+        return _articles(Lines(span, ARTICLE_END))
+    if source.kind == "jsonl":
+        return _objects(Lines(span, LINE), source.column)
+    return _blocks(Lines(span, BLANK_LINE)) if source.document == "block" else _whole(Lines(span, LINE))
+
+
+def _articles(lines: Lines) -> Documents:
     """One text per <doc>, its lines as they are, empty ones left out."""
     opened = 0
-    lines: list[str] = []
-    for number, line in numbered_lines(file):
-        if line.startswith("<doc "):
-            _require_closed(file, opened)
-            opened, lines = number, []
-        elif line == "</doc>":
+    outside = False
+    body: list[bytes] = []
+    for number, line in lines:
+        if line.startswith(b"<doc "):
+            yield from _unclosed(lines, opened)
+            opened, outside, body = number, False, []
+        elif opened and line.rstrip() == b"</doc>":
+            yield _decoded(lines, opened + 1, body, _without_empty_lines)
             opened = 0
-            yield "\n".join(lines)
-        elif line.strip():
-            if not opened:
-                raise UserError(f"{file}:{number}: text outside <doc …>; this is not WikiExtractor's output")
-            lines.append(line)
-    _require_closed(file, opened)
+        elif opened:
+            body.append(line)
+        elif line.strip() and not outside:
+            outside = True
+            yield Bad(f"{lines.where(number)}: text outside <doc …>; this is not WikiExtractor's output")
+    yield from _unclosed(lines, opened)
 
 
-def _require_closed(file: Path, opened: int) -> None:
+def _unclosed(lines: Lines, opened: int) -> Iterator[Bad]:
     if opened:
-        raise UserError(f"{file}:{opened}: this <doc …> is not closed; the file is damaged")
+        yield Bad(f"{lines.where(opened)}: this <doc …> is not closed")
 
 
-def _text(file: Path) -> str:
-    return "\n".join(_paragraphs(line for _, line in numbered_lines(file)))
+def _objects(lines: Lines, column: str) -> Documents:
+    for number, line in lines:
+        if line.strip():
+            yield _object(lines, number, line, column)
 
 
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+def _object(lines: Lines, number: int, line: bytes, column: str) -> str | Bad:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return _decoded(lines, number, [line], str)
+    except (ValueError, RecursionError) as error:
+        return Bad(f"{lines.where(number)}: not valid JSON ({error})")
+    if not isinstance(row, dict):
+        return Bad(f"{lines.where(number)}: not a JSON object")
+    if column not in row:
+        return Bad(f'{lines.where(number)}: no "{column}": {did_you_mean(column, row)}')
+    text = _value(row[column], column)
+    return Bad(f"{lines.where(number)}: {text.message}") if isinstance(text, Bad) else text
+
+
+def _placed(value: Any, column: str, place: str) -> str | Bad:
+    text = _value(value, column)
+    return Bad(f"{place}: {text.message}") if isinstance(text, Bad) else text
+
+
+def _value(value: Any, column: str) -> str | Bad:
+    if isinstance(value, bytes):
+        return Bad(f"{column} is not UTF-8")
+    if not isinstance(value, str):
+        return Bad(f"{column} is {json.dumps(value, default=str)[:50]}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return Bad(f"{column} holds half a surrogate pair")
+    return value
+
+
+def _whole(lines: Lines) -> Documents:
+    yield _decoded(lines, 1, [line for _, line in lines], _paragraphs)
+
+
+def _blocks(lines: Lines) -> Documents:
+    """One text per block of lines between blank ones, its lines joined into one paragraph."""
+    first = 0
+    block: list[bytes] = []
+    for number, line in lines:
+        if line.strip():
+            first = number if not block else first
+            block.append(line)
+        elif block:
+            yield _decoded(lines, first, block, _paragraphs)
+            block = []
+    if block:
+        yield _decoded(lines, first, block, _paragraphs)
+
+
+def _decoded(lines: Lines, first: int, parts: list[bytes], clean: Callable[[str], str]) -> str | Bad:
+    """The lines, the first of which has number `first`, as clean text."""
+    data = b"".join(parts)
+    try:
+        return clean(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        number = first + data.count(b"\n", 0, error.start)
+        return Bad(f"{lines.where(number)}: not UTF-8 (byte 0x{data[error.start]:02x})")
+
+
+def _without_empty_lines(text: str) -> str:
+    return "\n".join(line.removesuffix("\r") for line in text.split("\n") if line.strip())
+
+
+def _paragraphs(text: str) -> str:
     """Hard-wrapped lines joined into paragraphs, which blank lines separate."""
+    return "\n".join(_joined(text.split("\n")))
+
+
+def _joined(lines: Iterable[str]) -> Iterator[str]:
     paragraph: list[str] = []
     for line in lines:
         if line.strip():

@@ -1,6 +1,6 @@
 """Datasets of the Hugging Face hub. `datasets` is imported when a config names one, not before: it takes a second."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lad_dist.config import UserError, did_you_mean
@@ -14,9 +14,37 @@ def load(path: str, config: str | None, split: str, columns: Sequence[str], stre
     try:
         data = datasets.load_dataset(path, config, split=split, streaming=streaming)
     except Exception as error:  # whatever network, cache and parsers raise: the user gets one line
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot load {config or 'the dataset'}, split {split}: {reason}") from None
-    for column in columns:
-        if data.column_names is not None and column not in data.column_names:
-            raise UserError(f'{path}: no column "{column}": {did_you_mean(column, data.column_names)}')
+        raise UserError(f"{path}: cannot load {config or 'the dataset'}, split {split}: {_reason(error)}") from None
+    if data.column_names is not None:
+        for column in columns:
+            _require(path, column, data.column_names)
     return data
+
+
+def shards(data: Any) -> int:
+    """Into how many parts a streamed split can be divided; 1 where it cannot."""
+    return int(getattr(data, "num_shards", 1))
+
+
+def values(data: Any, path: str, column: str, shard: int, shards: int) -> Iterator[Any]:
+    """The column's values in shard number `shard` of a streamed split. Raises UserError when reading fails on the
+    way."""
+    rows = iter(data.shard(shards, shard) if shards > 1 else data)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever network and parsers raise: the user gets one line
+            raise UserError(f"{path}: reading stopped ({_reason(error)}); run again to go on") from None
+        _require(path, column, row)
+        yield row[column]
+
+
+def _require(path: str, column: str, names: Sequence[str]) -> None:
+    if column not in names:
+        raise UserError(f'{path}: no column "{column}": {did_you_mean(column, names)}')
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

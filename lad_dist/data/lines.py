@@ -1,11 +1,121 @@
-"""Lines of a UTF-8 file with their numbers, so that every complaint about a file can say where."""
+"""Lines of a file with their numbers, so that every complaint about a file can say where.
 
-from collections.abc import Iterator
+numbered_lines(file)   the text of a UTF-8 file, line by line
+Lines(span, boundary)  the bytes of the lines of a part of a file, which may be compressed
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import mmap
+import re
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
 
 from lad_dist.config import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
+COUNTED_AT_ONCE = 1 << 22  # bytes
+
+
+def _open_zstd(file: Path) -> Any:
+    return pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")
+
+
+DECOMPRESS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+
+
+class Damaged(Exception):
+    """The rest of a file cannot be read; one line says why."""
+
+
+class Span(NamedTuple):
+    """The part of a file in which documents begin at bytes begin … end - 1, or shard `begin` of `end` of a hub
+    dataset."""
+
+    file: Path
+    begin: int
+    end: int
+
+
+def is_compressed(file: Path) -> bool:
+    return file.suffix in DECOMPRESS
+
+
+class Lines:
+    """The lines of a span, widened and narrowed to whole documents: both ends move forward to where `boundary`, a
+    pattern that ends where a document may begin, next ends. So neighbouring spans have every line once. A compressed
+    file is read whole."""
+
+    def __init__(self, span: Span, boundary: re.Pattern[bytes]) -> None:
+        self._span, self._boundary = span, boundary
+        self._skipped = 0  # bytes before the first line
+        self._before: int | None = None  # lines in them, counted when a complaint asks
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """(number from 1 within the span, line with its end); only \\n ends one, and a byte order mark is dropped.
+        Raises Damaged in the middle of a broken file, UserError for one that the system does not hand out."""
+        try:
+            yield from self._compressed() if is_compressed(self._span.file) else self._plain()
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise refused(self._span.file, error) from None
+
+    def where(self, number: int) -> str:
+        """FILE:LINE of a line of this span, counted in the whole file."""
+        if self._before is None:
+            with open(self._span.file, "rb") as stream:
+                sizes = (min(COUNTED_AT_ONCE, self._skipped - at) for at in range(0, self._skipped, COUNTED_AT_ONCE))
+                self._before = sum(stream.read(size).count(b"\n") for size in sizes)
+        return f"{self._span.file}:{self._before + number}"
+
+    def _compressed(self) -> Iterator[tuple[int, bytes]]:
+        with io.BufferedReader(DECOMPRESS[self._span.file.suffix](self._span.file)) as stream:
+            for number, line in enumerate(stream, 1):
+                yield number, _without_mark(line) if number == 1 else line
+
+    def _plain(self) -> Iterator[tuple[int, bytes]]:
+        with open(self._span.file, "rb") as stream:
+            at, end = self._ends(stream)
+            self._skipped = at
+            stream.seek(at)
+            for number, line in enumerate(stream, 1):
+                if at >= end:
+                    return
+                yield number, _without_mark(line) if at == 0 else line
+                at += len(line)
+
+    def _ends(self, stream: IO[bytes]) -> tuple[int, int]:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return self._boundary_at(content, self._span.begin), self._boundary_at(content, self._span.end)
+
+    def _boundary_at(self, content: mmap.mmap, place: int) -> int:
+        """The first place at or after `place` where a document may begin."""
+        if place == 0:
+            return 0
+        found = self._boundary.search(content, place - 1)
+        return found.end() if found else len(content)
+
+
+def refused(file: Path, error: Exception) -> Damaged | UserError:
+    """What to raise for an exception of a reader: the user's mistake when it is the system's, as for a file that may
+    not be read or a disk that fails."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"{file}: cannot be read ({error.strerror})")
+    return Damaged(f"{file}: damaged, the rest cannot be read ({' '.join(str(error).split())[:200]})")
+
+
+def _without_mark(line: bytes) -> bytes:
+    return line.removeprefix(BYTE_ORDER_MARK.encode())
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:

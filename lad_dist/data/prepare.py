@@ -1,153 +1,307 @@
 """Text to token shards, once, before training: `prepare(config)`.
 
-documents -> batches -> the tokenizer's threads -> train or held-out by a hash of the text -> shards -> manifest, then
-a rename: the folder `out` is there as a whole or not at all. What a document becomes depends on its text and the
-tokenizer alone.
+plan -> pieces, tokenized by processes, kept in `.NAME.pieces` beside the folder `out` -> merge -> manifest, then a
+rename: `out` is there as a whole or not at all. What it holds is a function of the text, the tokenizer and the config,
+whatever the processes and however often the work was stopped and taken up again: a finished piece is never done twice.
 """
 
-import hashlib
+import contextlib
+import errno
+import fcntl
 import json
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import __version__ as tokenizers_version
 
-from lad_dist.config import PrepareConfig, Source, UserError
-from lad_dist.data import corpus, tokenizers
-from lad_dist.data.shards import FORMAT, MANIFEST, SPLITS, ShardWriter, read_manifest
+from lad_dist.config import PrepareConfig, UserError
+from lad_dist.data import child, corpus, pieces, tokenizers
+from lad_dist.data.merge import Merge, merge
+from lad_dist.data.pieces import Job, Piece, Stopped
+from lad_dist.data.shards import FORMAT, MANIFEST, SPLITS, read_manifest
+from lad_dist.disk import commit, write_text
 
-BATCH_CHARACTERS = 1_000_000  # encoded at once: enough to keep every thread busy
-REPORT_TOKENS = 10_000_000
 UINT16_IDS = 65536
+RUNNING = {"out", "workers", "part", "parts"}  # settings that leave no trace in the shards
+
+Said = dict[str, Any]
+Report = Callable[[Mapping[str, Any]], None]
 
 
-def prepare(config: PrepareConfig, progress: Callable[[str], None] = print) -> dict[str, Any]:
-    """Writes the shards into config.out and returns their manifest. `progress` is called with lines for people.
+def silent(row: Mapping[str, Any]) -> None:
+    pass
 
-    A finished folder made by the same request is left as it is. Raises UserError for one made by another, for sources
-    that are missing, damaged or empty, and for a tokenizer that does not know the text."""
-    for source in config.source:
-        corpus.check(source)
+
+def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, report: Report = silent) -> bool:
+    """Writes the shards into config.out, or with config.part a share of the pieces that a later run makes them of.
+    Returns False when SIGINT, SIGTERM or SIGUSR1 ended it early: run again to go on.
+
+    `progress` is called with lines for people, `report` with {"step", "steps", …} in pieces. A finished folder made by
+    the same request is left as it is, but for the weights of its sources. Raises UserError for one made by another, for
+    sources that are missing, damaged or empty, and for a tokenizer that does not know the text."""
     tokenizer = tokenizers.load_tokenizer(config.tokenizer)
     request = _request(config, tokenizers.fingerprint(tokenizer))
-    out = Path(config.out)
+    out = Path(config.out).absolute()
+    work = out.with_name(f".{out.name}.pieces")
     if (out / MANIFEST).exists():
-        return _finished(out, request, progress)
+        _finished(config, request, progress)
+        shutil.rmtree(work, ignore_errors=True)  # there when the run before was killed after its last step
+        return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and holds no token shards; give another folder for out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        folder = Path(scratch) / "shards"
-        folder.mkdir()
-        manifest = _write(config, request, tokenizer, folder, progress)
-        folder.rename(out)
-    train, held_out = (manifest["splits"][split] for split in SPLITS)
-    progress(f"{out}: {_summary(train)} to train on, {_summary(held_out)} held out")
-    return manifest
-
-
-def is_held_out(text: str, share: float) -> bool:
-    """Whether the document with this text is kept for evaluation: by a hash, so whatever the order and the other
-    documents."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+        raise UserError(f"{config.out}: exists and holds no token shards; give another folder for out")
+    for source in config.source:
+        corpus.check(source)
+    try:
+        with _locked(work, alone=config.part is None), _stop_flag() as flag:
+            _prepare(config, request, tokenizer, work, flag, progress, report)
+    except Stopped:
+        return False
+    except OSError as error:
+        raise UserError(f"{error.filename or work}: {error.strerror}; what is finished is kept, run again") from None
+    return True
 
 
 def _request(config: PrepareConfig, fingerprint: str) -> dict[str, Any]:
     """What the shards are a function of."""
-    settings = config.model_dump(exclude={"out", "tokenizer"}, exclude_none=True)
-    return settings | {"tokenizer": fingerprint}
+    settings = config.model_dump(exclude=RUNNING | {"tokenizer", "source"})
+    return settings | {"tokenizer": fingerprint, "source": [source.settings() for source in config.source]}
 
 
-def _finished(out: Path, request: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+def _finished(config: PrepareConfig, request: dict[str, Any], progress: Callable[[str], None]) -> None:
+    out = Path(config.out)
     manifest = read_manifest(out)
-    differing = sorted(key for key in request if manifest["request"].get(key) != request[key])
+    before = manifest["request"]
+    differing = sorted(key for key in request if _unweighted(before).get(key) != _unweighted(request)[key])
     if differing:
         raise UserError(f"{out}: made with another {', '.join(differing)}; remove it or give another folder for out")
-    progress(f"{out}: already prepared with this tokenizer and these sources; nothing to do")
-    return manifest
+    if before == request:
+        progress(f"{out}: already prepared with this tokenizer and these sources; nothing to do")
+        return
+    for source, asked in zip(manifest["sources"], request["source"], strict=True):
+        source["weight"] = asked["weight"]
+    write_text(out / MANIFEST, _json(manifest | {"request": request}))
+    progress(f"{out}: already prepared; the weights of its sources are now those of the config")
 
 
-def _write(
-    config: PrepareConfig, request: dict[str, Any], tokenizer: Any, folder: Path, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """Everything of the folder; the manifest."""
-    vocabulary = tokenizers.vocabulary_size(tokenizer)
-    dtype = np.dtype(np.uint16 if vocabulary <= UINT16_IDS else np.uint32)
-    writers = {split: ShardWriter(folder, split, dtype, config.tokens_per_shard) for split in SPLITS}
-    sources = []
-    for source in config.source:
-        counts = _write_source(source, tokenizer, config.held_out, writers, progress)
-        sources.append(source.model_dump(exclude_none=True) | counts)
-    for writer in writers.values():
-        writer.close()
-    if not writers["train"].shards:
-        raise UserError(f"{config.source[0].path}: no document left to train on; add text or lower held_out")
-    tokenizer.save_pretrained(folder / "tokenizer")
+def _unweighted(request: Mapping[str, Any]) -> dict[str, Any]:
+    sources = [{**source, "weight": None} for source in request["source"]]
+    return {**request, "source": sources}
+
+
+def _json(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
+
+
+@contextlib.contextmanager
+def _locked(work: Path, alone: bool) -> Iterator[None]:
+    """The folder of the pieces, to itself or beside others that do other parts."""
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "ab+") as file:
+        try:
+            fcntl.lockf(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{work}: another process is preparing this corpus; wait for its end") from None
+            # A file system without locks: then nobody is kept from starting it twice.
+        try:
+            yield
+        finally:
+            if alone and not any(work.glob("[0-9]*.json")):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stop_flag() -> Iterator[Any]:
+    """A flag, shared with processes forked inside the block, whose value is set when this process is asked to stop."""
+    flag = RawValue("b", 0)
+
+    def ask(*_: Any) -> None:
+        flag.value = 1
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, ask) for number in numbers} if in_main else {}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare(
+    config: PrepareConfig,
+    request: dict[str, Any],
+    tokenizer: tokenizers.PreTrainedTokenizerFast,
+    work: Path,
+    flag: Any,
+    progress: Callable[[str], None],
+    report: Report,
+) -> None:
+    planned = pieces.plan(config.source)
+    _claim(work, pieces.identity(config.source, planned, request["tokenizer"], tokenizers_version))
+    frame = tokenizers.frame(tokenizer)
+    if frame.size == 0:
+        raise UserError(f"{config.tokenizer}: puts no special tokens around a text, so nothing would part documents")
+    dtype = np.dtype(np.uint16 if tokenizers.vocabulary_size(tokenizer) <= UINT16_IDS else np.uint32)
+    separator = np.concatenate([frame.after, frame.before])
+    job = Job(config.source, tokenizer, work, dtype, separator, config.on_error == "skip", lambda: bool(flag.value))
+    mine = [piece for piece in planned if config.part is None or piece.number % (config.parts or 1) == config.part]
+    said = _tokenize(job, mine, config.workers or len(os.sched_getaffinity(0)), flag, report)
+    if config.part is not None:
+        progress(f"{config.out}: part {config.part} of {config.parts} is done; run without part and parts to merge")
+        return
+    progress(f"{config.out}: {len(planned)} pieces are tokenized; merging them")
+    _merge(config, request, job, planned, said, progress)
+
+
+def _claim(work: Path, identity: dict[str, str]) -> None:
+    """Raises UserError when the folder holds pieces of something else."""
+    file = work / "identity"
+    if not file.exists():
+        write_text(file, json.dumps(identity))
+    found = json.loads(file.read_text(encoding="utf-8"))
+    differing = sorted(key for key in identity if found.get(key) != identity[key])
+    if differing:
+        raise UserError(
+            f"{work}: holds pieces made with another {', '.join(differing)}; remove it, or give another folder for out"
+        )
+
+
+def _tokenize(job: Job, mine: Sequence[Piece], workers: int, flag: Any, report: Report) -> list[Said]:
+    """Does what is not done; what is said of each piece, in order. Raises the UserError of the first piece that has
+    one."""
+    found = {piece.number: pieces.written(job.folder, piece, job.dtype) for piece in mine}
+    missing = [piece for piece in mine if found[piece.number] is None]
+    ids, done = sum(each["ids"] for each in found.values() if each), len(mine) - len(missing)
+    report({"step": done, "steps": len(mine), "million tokens": ids / 1e6})
+    with _one_thread_each(), _written(job, missing, min(workers, len(missing)), flag) as finished:
+        for piece in finished:
+            said = found[piece.number] = pieces.written(job.folder, piece, job.dtype)
+            assert said is not None
+            ids, done = ids + said["ids"], done + 1
+            report({"step": done, "steps": len(mine), "million tokens": ids / 1e6})
+    return [_accepted(said, job) for said in found.values() if said is not None]
+
+
+def _accepted(said: Said, job: Job) -> Said:
+    """Raises UserError for a piece in which an earlier run skipped what this one may not."""
+    if said["skipped"] and not job.skip:
+        raise pieces.stop_at(said["errors"][0])
+    return said
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keeps the tokenizer from threads of its own: processes are the parallelism, and threads do not survive a fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+@contextlib.contextmanager
+def _written(job: Job, missing: Sequence[Piece], workers: int, flag: Any) -> Iterator[Iterator[Piece]]:
+    """The pieces in order, each when it is written."""
+    if workers <= 1:
+        yield (_write(job, piece) for piece in missing)
+        return
+    context = multiprocessing.get_context("fork")  # the tokenizer is loaded once, and handed over as it is
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job,)) as pool:
+        futures = [pool.submit(_write_in_child, piece) for piece in missing]
+        try:
+            yield (future.result() for future in futures)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that tokenized was ended from outside, as by the system when memory is short; what is "
+                "finished is kept: run again, with fewer workers"
+            ) from None
+        except BaseException:
+            flag.value = 1
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write(job: Job, piece: Piece) -> Piece:
+    pieces.write(piece, job)
+    return piece
+
+
+_job: Job | None = None  # of a child
+
+
+def _begin(job: Job) -> None:
+    global _job
+    child.begin()
+    _job = job
+
+
+def _write_in_child(piece: Piece) -> Piece:
+    assert _job is not None
+    return _write(_job, piece)
+
+
+def _merge(
+    config: PrepareConfig,
+    request: dict[str, Any],
+    job: Job,
+    planned: Sequence[Piece],
+    said: Sequence[Said],
+    progress: Callable[[str], None],
+) -> None:
+    """The pieces into the folder `out`."""
+
+    def tick() -> None:
+        if job.stopping():
+            raise Stopped
+
+    out = Path(config.out)
+    draft = job.folder / "merged"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    merged = merge(Merge(config, planned, said, job.folder, draft, job.dtype, len(job.separator), tick))
+    totals = {split: _total(merged["sources"], split) for split in SPLITS}
+    if not totals["train"]["documents"]:
+        raise UserError(
+            f"{config.source[0].path}: no document left to train on; add text, or lower held_out or min_tokens"
+        )
+    job.tokenizer.save_pretrained(draft / "tokenizer")
+    frame = tokenizers.frame(job.tokenizer)
     manifest = {
         "format": FORMAT,
         "request": request,
         "tokenizer": {"path": config.tokenizer, "fingerprint": request["tokenizer"], "library": tokenizers_version},
-        "vocabulary": vocabulary,
-        "dtype": dtype.name,
-        "dropped": sum(source["dropped"] for source in sources),
-        "splits": {split: _totals(sources, split) | {"shards": writers[split].shards} for split in SPLITS},
-        "sources": sources,
+        "vocabulary": tokenizers.vocabulary_size(job.tokenizer),
+        "dtype": job.dtype.name,
+        "frame": {"before": frame.before.tolist(), "after": frame.after.tolist()},
+        **merged,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    (draft / MANIFEST).write_text(_json(manifest), encoding="utf-8")
+    commit(draft, out)
+    shutil.rmtree(job.folder)
+    train, held_out = ("{documents:,} documents, {tokens:,} tokens".format(**totals[split]) for split in SPLITS)
+    progress(f"{config.out}: {train} to train on; {held_out} held out; {_left_out(merged['sources'])}")
 
 
-def _write_source(
-    source: Source,
-    tokenizer: Any,
-    held_out: float,
-    writers: dict[str, ShardWriter],
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
-    """The source's documents into the writers; the counts of each split, and of the empty documents that were
-    dropped."""
-    counts = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
-    dropped = reported = 0
-    for number, texts in enumerate(_batches(corpus.documents(source))):
-        encoded = tokenizers.encode_plain(tokenizer, texts)
-        if number == 0:
-            tokenizers.refuse_unknown(tokenizer, encoded, source.path)
-        for text, tokens in zip(texts, encoded, strict=True):
-            if not len(tokens):
-                dropped += 1
-                continue
-            split = "held_out" if is_held_out(text, held_out) else "train"
-            writers[split].add(tokens)
-            counts[split].update(documents=1, tokens=len(tokens), bytes=len(text.encode()))
-        done = sum(count["tokens"] for count in counts.values())
-        if done - reported >= REPORT_TOKENS:
-            reported = done
-            progress(f"{source.path}: {done / 1e6:.0f} million tokens")
-    return {split: dict(count) for split, count in counts.items()} | {"dropped": dropped}
+def _total(sources: Sequence[Said], split: str) -> dict[str, int]:
+    return {key: sum(source["splits"][split][key] for source in sources) for key in ("documents", "tokens")}
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of at least BATCH_CHARACTERS, but for the last."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _totals(sources: list[dict[str, Any]], split: str) -> dict[str, int]:
-    return {key: sum(source[split][key] for source in sources) for key in ("documents", "tokens", "bytes")}
-
-
-def _summary(split: dict[str, Any]) -> str:
-    return f"{split['documents']} documents, {split['tokens']} tokens"
+def _left_out(sources: Sequence[Said]) -> str:
+    counts = {reason: sum(source["dropped"][reason] for source in sources) for reason in ("duplicate", "short")}
+    skipped = sum(source["skipped"] for source in sources)
+    return f"{counts['duplicate']:,} duplicates and {counts['short']:,} short ones dropped, {skipped:,} damaged skipped"

@@ -1,0 +1,209 @@
+"""Finished pieces to shards: short and repeated documents dropped, the rest divided into splits.
+
+    merge(job)               writes the shards of every source; what the manifest says of them
+    held_out(high, share)    which documents are kept for evaluation
+    find_repeated(job)       which documents have the same text as an earlier one
+    ShardWriter              one source and split on disk
+
+Documents are taken in the order of the pieces. One that is too short is dropped as such and never counts as repeated;
+of the others with equal texts the first stays, whatever its source. Memory does not grow with the corpus: documents
+pass through in chunks, and repeated ones are found among those whose hashes begin alike, some at a time.
+"""
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from lad_dist.config import PrepareConfig
+from lad_dist.data.pieces import Complaints, Piece, chunks, records_of
+from lad_dist.data.shards import SPLITS
+from lad_dist.disk import sha256
+
+# A document that is looked for among the others: its hash, and its number in the order of the corpus.
+KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
+BUCKET_BYTES = 1 << 26
+MOST_BUCKETS = 512  # files open at once
+
+
+class Merge(NamedTuple):
+    """What is merged, from where to where."""
+
+    config: PrepareConfig
+    pieces: Sequence[Piece]
+    said: Sequence[Mapping[str, Any]]  # of each piece, by `pieces.written`
+    work: Path  # folder of the pieces
+    out: Path  # folder for the shards
+    dtype: np.dtype
+    separator: int  # ids of one
+    tick: Callable[[], None]  # called now and then
+
+
+def merge(job: Merge) -> dict[str, Any]:
+    """{"sources", "errors"} of the manifest."""
+    repeated = find_repeated(job)
+    complaints = Complaints()
+    sources = []
+    begin = 0
+    for number, source in enumerate(job.config.source):
+        mine = [piece for piece in job.pieces if piece.source == number]
+        skipped = complaints.count
+        for piece in mine:
+            complaints.add(job.said[piece.number]["errors"], job.said[piece.number]["skipped"])
+        passed = _merge_source(job, mine, source.folder, repeated[begin:])
+        begin += passed["documents_read"]
+        sources.append(source.settings() | passed | {"skipped": complaints.count - skipped})
+    return {"sources": sources, "errors": complaints.messages}
+
+
+def held_out(high: np.ndarray, share: float) -> np.ndarray:
+    """Whether each document is kept for evaluation, bool [n], from the first halves of the hashes of the texts, uint64
+    [n]: so whatever the order and the other documents."""
+    return high < np.uint64(int(share * 2**64))
+
+
+def find_repeated(job: Merge) -> np.ndarray:
+    """bool [documents], whether each has the text of an earlier one: a file in the folder of the pieces, mapped."""
+    documents = sum(each["documents"] for each in job.said)
+    repeated = np.memmap(job.work / "repeated", dtype=bool, mode="w+", shape=max(1, documents))
+    if job.config.deduplicate:
+        for file in _buckets(job, documents):
+            keys = np.fromfile(file, dtype=KEY)
+            file.unlink()
+            keys = keys[np.lexsort((keys["low"], keys["high"]))]  # stable: equal ones stay in the corpus's order
+            same = (keys["high"][1:] == keys["high"][:-1]) & (keys["low"][1:] == keys["low"][:-1])
+            repeated[keys["number"][1:][same]] = True
+            job.tick()
+    return repeated
+
+
+def _buckets(job: Merge, documents: int) -> list[Path]:
+    """Files of KEYs: every document that is long enough in the one that the first bits of its hash say."""
+    bits = 1
+    while 2**bits < min(MOST_BUCKETS, documents * KEY.itemsize / BUCKET_BYTES):
+        bits += 1
+    files = [job.work / f"bucket-{number}" for number in range(2**bits)]
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(open(file, "wb")) for file in files]
+        for keys in _keys(job):
+            buckets = keys["high"] >> np.uint64(64 - bits)
+            for bucket in np.unique(buckets).tolist():
+                keys[buckets == bucket].tofile(streams[bucket])
+    return files
+
+
+def _keys(job: Merge) -> Iterator[np.ndarray]:
+    begin = 0
+    for piece in job.pieces:
+        for records in records_of(job.work, piece):
+            keys = np.empty(len(records), dtype=KEY)
+            keys["high"], keys["low"] = records["high"], records["low"]
+            keys["number"] = np.arange(begin, begin + len(records))
+            begin += len(records)
+            yield keys[~_short(records, job)]
+        job.tick()
+
+
+def _short(records: np.ndarray, job: Merge) -> np.ndarray:
+    return records["ids"] - job.separator < job.config.min_tokens
+
+
+def _merge_source(job: Merge, pieces: Sequence[Piece], name: str, repeated: np.ndarray) -> dict[str, Any]:
+    """Counts and shards of one source; `repeated` begins at its first document."""
+    writers = {
+        split: ShardWriter(job.out, f"{name}/{split}", job.dtype, job.config.tokens_per_shard) for split in SPLITS
+    }
+    read = Counter(documents=0, bytes=0)
+    dropped = Counter(duplicate=0, short=0)
+    kept = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
+    for piece in pieces:
+        for records, ids in chunks(job.work, piece, job.dtype):
+            short, again = _short(records, job), repeated[read["documents"] :][: len(records)]
+            read.update(documents=len(records), bytes=int(records["bytes"].sum()))
+            dropped.update(duplicate=int(again.sum()), short=int(short.sum()))
+            held = held_out(records["high"], job.config.held_out)
+            for split, chosen in zip(SPLITS, (~held, held), strict=True):
+                chosen &= ~short & ~again
+                mine = records[chosen]
+                writers[split].add(ids[np.repeat(chosen, records["ids"])], mine["ids"])
+                tokens = int(mine["ids"].sum()) - job.separator * len(mine)
+                kept[split].update(documents=len(mine), tokens=tokens, bytes=int(mine["bytes"].sum()))
+        job.tick()
+    splits = {split: dict(kept[split]) | {"shards": writers[split].close()} for split in SPLITS}
+    counts = {"documents_read": read["documents"], "bytes_read": read["bytes"], "dropped": dict(dropped)}
+    return counts | {"splits": splits}
+
+
+class ShardWriter:
+    """Writes documents into `folder/NAME-00000.bin`, a new file when the next document would make one longer than
+    `most` ids, and their offsets beside it."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, most: int) -> None:
+        self._folder, self._name, self._dtype, self._most = folder, name, dtype, most
+        self._shards: list[dict[str, Any]] = []
+        self._stream: IO[bytes] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._length = 0
+        self._lengths: list[np.ndarray] = []
+        self._digest = hashlib.sha256()
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents: their ids end to end, separators included, and the number of ids of each, int64 [n]."""
+        ends = np.cumsum(lengths)
+        document = start = 0
+        while document < len(lengths):
+            fitting = int(np.searchsorted(ends, start + self._most - self._length, side="right"))
+            if self._length == 0:
+                fitting = max(fitting, document + 1)  # a document longer than a shard
+            if fitting > document:
+                end = int(ends[fitting - 1])
+                self._append(ids[start:end], lengths[document:fitting])
+                document, start = fitting, end
+            if document < len(lengths):
+                self._finish()
+
+    def close(self) -> list[dict[str, Any]]:
+        """What the manifest says of the shards."""
+        if self._stream is not None:
+            self._finish()
+        return self._shards
+
+    def _append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        if self._stream is None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open(self._file, "wb")  # noqa: SIM115  closed when the shard is full
+        data = np.ascontiguousarray(ids, dtype=self._dtype).data
+        self._digest.update(data)
+        self._stream.write(data)
+        self._length += len(ids)
+        self._lengths.append(lengths.copy())  # not a view, which would keep all that is known of the documents
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"{self._name}-{len(self._shards):05d}.bin"
+
+    def _finish(self) -> None:
+        assert self._stream is not None
+        self._stream.close()
+        self._stream = None
+        offsets_file = self._file.with_suffix(".offsets.npy")
+        offsets = np.concatenate([[0], *self._lengths]).cumsum(dtype=np.int64)
+        np.save(offsets_file, offsets)
+        self._shards.append(
+            {
+                "file": str(self._file.relative_to(self._folder)),
+                "sha256": self._digest.hexdigest(),
+                "length": self._length,
+                "documents": len(offsets) - 1,
+                "offsets": str(offsets_file.relative_to(self._folder)),
+                "offsets_sha256": sha256(offsets_file),
+                "offsets_bytes": offsets_file.stat().st_size,
+            }
+        )
+        self._begin()

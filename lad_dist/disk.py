@@ -1,0 +1,50 @@
+"""Files that are there whole or not at all, whenever the machine stops.
+
+write_text(path, text)   a small file, in place of an older one
+commit(draft, final)     a folder, by its new name
+sha256(path)             of a file of any size
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Makes the folders above it. Two processes that write the same file do not meet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        sync(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def commit(draft: Path, final: Path) -> None:
+    """Renames a folder after all that is in it has reached the disk. `final` must not exist, or be empty."""
+    for path in [*files(draft), *(path for path in [draft, *draft.rglob("*")] if path.is_dir())]:
+        sync(path)
+    os.rename(draft, final)
+    sync(final.parent)
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Those of all folders in it, sorted."""
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
