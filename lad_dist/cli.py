@@ -11,7 +11,9 @@ Exit codes: 0 done, 2 the user's mistake, 3 nothing valid to resume from, 75 sto
 import inspect
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console as Terminal
@@ -91,10 +93,15 @@ def _description(note: Any) -> str | None:
 
 
 class Console:
-    """Reports rows to a person. On processes other than the main one it is silent."""
+    """Reports rows to a person. On processes other than the main one it is silent.
 
-    def __init__(self, name: str):
-        self.name = name
+    every: seconds at least between two lines where there is no terminal, and these lines tell the time left; None: a
+    line for each row."""
+
+    def __init__(self, name: str, every: float | None = None):
+        self.name, self.every = name, every
+        self.begun: tuple[float, int] | None = None  # when, and the step of the first row
+        self.said = 0.0
         self.terminal = Terminal(stderr=True)
         self.bar: Progress | None = None
 
@@ -107,8 +114,22 @@ class Console:
         dev = "  ".join(f"{key} {_short(value)}" for key, value in row.items() if key.startswith("dev/"))
         if self.terminal.is_terminal:
             self._advance(row, line or dev)
-        else:
+        elif self.every is None:
             print(f"{self.name} step {row['step']}/{row['steps']}  {line or dev}", file=sys.stderr, flush=True)
+        else:
+            self._say_now_and_then(row, line, self.every)
+
+    def _say_now_and_then(self, row: Mapping[str, Any], line: str, every: float) -> None:
+        now = time.monotonic()
+        if self.begun is None:
+            self.begun = now, row["step"]
+        begin, first = self.begun
+        if now - max(begin, self.said) < every or row["step"] == first:
+            return
+        self.said = now
+        left = timedelta(seconds=round((now - begin) / (row["step"] - first) * (row["steps"] - row["step"])))
+        share = row["step"] / row["steps"]
+        print(f"{self.name} {share:.1%} done, {left} left  {line}", file=sys.stderr, flush=True)
 
     def _advance(self, row: Mapping[str, Any], line: str) -> None:
         if self.bar is None:

@@ -1,20 +1,50 @@
-"""Turns text into token shards for pretrain_distill: WikiExtractor folders, .txt files, Hugging Face datasets by name.
+"""Turns text into token shards for pretrain_distill: WikiExtractor's output, .txt, JSON lines, Parquet, Arrow, and
+Hugging Face datasets by name.
 
 usage: python launch/prepare_corpus.py CONFIG.toml [dotted.key=value …]
+       python launch/prepare_corpus.py --verify FOLDER     (compares shards with their manifest)
+
+It takes up its work where it was stopped or killed. With part and parts, several machines share the tokenizing
+(slurm/prepare.sbatch does); a run without them then merges. The shards do not depend on any of this.
 
 example: python launch/prepare_corpus.py configs/pretrain/corpus.toml out=corpora/wikipedia
 """
 
+import sys
+import time
+
 from lad_dist import cli
-from lad_dist.config import PrepareConfig
+from lad_dist.config import PrepareConfig, UserError
+
+LINE_EVERY = 10  # seconds
 
 
 def main(config: PrepareConfig) -> int:
     from lad_dist.data.prepare import prepare
 
-    prepare(config)
+    console = cli.Console(config.out, every=LINE_EVERY)
+    try:
+        complete = prepare(config, progress=cli.say, report=console)
+    finally:
+        console.close()
+    if not complete:
+        cli.say(f"{config.out}: stopped early; run again to go on")
+        return cli.AGAIN
+    return cli.DONE
+
+
+def verify(words: list[str]) -> int:
+    from lad_dist.data.shards import verify
+
+    if len(words) != 1:
+        raise UserError("--verify: give the folder of one corpus")
+    begin = time.monotonic()
+    size = verify(words[0], cli.say) / 1e9
+    cli.say(f"{size:.2f} GB in {time.monotonic() - begin:.1f} s")
     return cli.DONE
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--verify"]:
+        sys.exit(cli.guarded(lambda: verify(sys.argv[2:])))
     cli.run(__doc__, PrepareConfig, main)

@@ -61,7 +61,10 @@ Results = dict[str, Any]
 def journey(folder: Path, changes: Changes) -> Results | None:
     """All stages, below `folder`, each with its changes. Returns what results.json holds; None when a stage was stopped
     early."""
-    say_text(prepare(folder, changes))
+    counts = prepare(folder, changes)
+    if counts is None:
+        return None
+    say_text(counts)
     for number, (name, stage) in enumerate(RUNS.items(), start=2):
         cli.say(f"\n{number}/6 {stage.what}: about {TIMES[name]} on two cores.")
         if not trained(configured(stage.schema, name, folder, changes)):
@@ -72,8 +75,8 @@ def journey(folder: Path, changes: Changes) -> Results | None:
     return results
 
 
-def prepare(folder: Path, changes: Changes) -> dict[str, int]:
-    """Text, tokenizer and token shards. Returns counts for a person to read."""
+def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
+    """Text, tokenizer and token shards. Returns counts for a person to read; None when it was stopped early."""
     from lad_dist.data import documentation
     from lad_dist.data.prepare import prepare
     from lad_dist.data.tokenizers import train_wordpiece
@@ -84,8 +87,8 @@ def prepare(folder: Path, changes: Changes) -> dict[str, int]:
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         files = sorted((folder / "text" / "corpus").glob("*.txt"))
         train_wordpiece((file.read_text(encoding="utf-8") for file in files), VOCABULARY, folder / "tokenizer")
-    prepare(configured(PrepareConfig, "corpus", folder, changes), progress=lambda line: None)
-    return counts
+    complete = prepare(configured(PrepareConfig, "corpus", folder, changes), progress=lambda line: None)
+    return counts if complete else None
 
 
 def say_text(counts: Mapping[str, int]) -> None:

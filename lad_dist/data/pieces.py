@@ -139,10 +139,10 @@ def write(piece: Piece, job: Job) -> None:
     documents = ids = 0
     with _committed(job.folder, piece.number) as (id_file, document_file):
         for texts in _batches(_texts(piece, job, complaints)):
-            encoded = tokenizers.encode_plain(job.tokenizer, texts)
+            encoded = tokenizers.encode_flat(job.tokenizer, texts)
             if piece.first and documents == 0:
-                tokenizers.refuse_unknown(job.tokenizer, encoded, job.sources[piece.source].path)
-            records = _records(texts, encoded, len(job.separator))
+                tokenizers.refuse_unknown(job.tokenizer, [encoded.ids], job.sources[piece.source].path)
+            records = _records(texts, encoded.lengths + len(job.separator))
             _with_separators(encoded, job).tofile(id_file)
             records.tofile(document_file)
             documents, ids = documents + len(records), ids + int(records["ids"].sum())
@@ -181,20 +181,26 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _records(texts: Sequence[str], encoded: Sequence[np.ndarray], separator: int) -> np.ndarray:
+def _records(texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
     data = [text.encode() for text in texts]
     digests = b"".join(hashlib.blake2b(each, digest_size=16).digest() for each in data)
     halves = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
     records = np.empty(len(texts), dtype=RECORD)
-    records["ids"] = [len(ids) + separator for ids in encoded]
-    records["bytes"] = [len(each) for each in data]
+    records["ids"], records["bytes"] = lengths, [len(each) for each in data]
     records["high"], records["low"] = halves[:, 0], halves[:, 1]
     return records
 
 
-def _with_separators(encoded: Sequence[np.ndarray], job: Job) -> np.ndarray:
-    parts = [part for ids in encoded for part in (ids, job.separator)]
-    return np.concatenate(parts).astype(job.dtype)
+def _with_separators(encoded: tokenizers.Flat, job: Job) -> np.ndarray:
+    """The ids, a separator after those of each text."""
+    size = len(job.separator)
+    places = np.cumsum(encoded.lengths + size)[:, None] + np.arange(-size, 0)
+    ids = np.empty(len(encoded.ids) + places.size, dtype=job.dtype)
+    content = np.ones(len(ids), dtype=bool)
+    content[places] = False
+    ids[content] = encoded.ids
+    ids[places] = job.separator
+    return ids
 
 
 @contextlib.contextmanager
