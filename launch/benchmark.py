@@ -1,37 +1,50 @@
-"""Times what the product does, on this machine.
+"""Times what the product does, on this machine. All figures of one call come from one run: read their ratios.
 
 usage: python launch/benchmark.py step CONFIG.toml [dotted.key=value …]
+       python launch/benchmark.py data CONFIG.toml [dotted.key=value …]
        deepspeed launch/benchmark.py step …   (or torchrun, or srun python)
 
 step: a training step of the run that the config describes: real tokens per second, FLOP/s and their share of the
-matrix-product peak
-      measured in the same run, and where the time goes.
+      matrix-product peak measured in the same run, and where the time goes.
+data: the first 32 million characters of the sources of a config of prepare_corpus: how fast they become token shards,
+      against the tokenizer alone and against datasets.map, and how fast these become batches; memory of both, also at
+      ten times the text; whether a small student waits for data.
 
 example: python launch/benchmark.py step configs/task/lad.toml data.task=rte
+         python launch/benchmark.py data configs/pretrain/corpus.toml
 """
 
 import sys
 
 from lad_dist import cli
-from lad_dist.config import PretrainConfig, TaskConfig, TrainConfig, UserError, read
+from lad_dist.config import PrepareConfig, PretrainConfig, TaskConfig, TrainConfig, UserError, read
 
 
-def step(config: TrainConfig) -> int:
-    from lad_dist.benchmark import step
+def step(path: str, overrides: list[str]) -> None:
+    schema: type[TrainConfig] = PretrainConfig if "shards" in read(path).get("data", {}) else TaskConfig
+    config = cli.load(schema, path, overrides)
+    from lad_dist.benchmarks.step import measure
 
-    cli.print_table(f"a step of {config.run.name}", ("", ""), step(config).rows)
-    return cli.DONE
+    cli.print_table(f"a step of {config.run.name}", ("", ""), measure(config).rows)
+
+
+def data(path: str, overrides: list[str]) -> None:
+    config = cli.load(PrepareConfig, path, overrides)
+    from lad_dist.benchmarks.data import measure
+
+    cli.print_table(f"the data of {path}", ("", ""), measure(config))
+
+
+TIMED = {"step": step, "data": data}
 
 
 def main() -> int:
     words = [word for word in sys.argv[1:] if not cli.LAUNCHERS_OWN.fullmatch(word)]
-    if words[:1] != ["step"] or len(words) < 2:
-        raise UserError(
-            f"benchmark: say what to time, benchmark.py step CONFIG.toml, not {' '.join(words) or 'nothing'}"
-        )
-    path, *overrides = words[1:]
-    schema: type[TrainConfig] = PretrainConfig if "shards" in read(path).get("data", {}) else TaskConfig
-    return step(cli.load(schema, path, overrides))
+    if len(words) < 2 or words[0] not in TIMED:
+        given = " ".join(words) or "nothing"
+        raise UserError(f"benchmark: say what to time, {' or '.join(TIMED)}, and give a CONFIG.toml, not {given}")
+    TIMED[words[0]](words[1], words[2:])
+    return cli.DONE
 
 
 if __name__ == "__main__":

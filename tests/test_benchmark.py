@@ -7,7 +7,8 @@ import toy
 from conftest import World
 from launching import ROOT, launch
 
-from lad_dist import benchmark, models
+from lad_dist import models
+from lad_dist.benchmarks import step
 from lad_dist.config import TaskConfig, parse
 
 
@@ -27,7 +28,7 @@ def test_padding_is_no_arithmetic() -> None:
 def test_a_step_is_taken_apart(world: World, tmp_path: Path) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
     tables["deepspeed"] = {"zero_optimization": {"stage": 1}}
-    figures = benchmark.step(parse(TaskConfig, tables, "toy"), steps=8)
+    figures = step.measure(parse(TaskConfig, tables, "toy"), steps=8)
     assert set(figures.phases) == {"data", "teacher", "forward", "backward", "optimizer"}
     assert all(value > 0 for value in figures.phases.values())
     assert 0.5 * figures.seconds < sum(figures.phases.values()) <= figures.seconds

@@ -31,8 +31,8 @@ def windows(length: int, room: int) -> int:
 
 
 def window_span(window: Any, length: int, room: int) -> tuple[Any, Any]:
-    """(begin, end) of a window, or of windows int64 [n], in their stream. Windows differ by at most one token in size and
-    cover the stream without overlap."""
+    """(begin, end) of a window, or of windows int64 [n], in their stream. Windows differ by at most one token in size
+    and cover the stream without overlap."""
     size, longer = divmod(length, windows(length, room))
     begin = window * size + np.minimum(window, longer)
     return begin, begin + size + (window < longer)

@@ -37,7 +37,7 @@ def test_windows_cover_a_stream(length: int, room: int) -> None:
 @given(st.data())
 def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_of_resume(data: st.DataObject) -> None:
     """Processes share the slots of each step, the run stops at a step and goes on with another number of them."""
-    counts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    counts = data.draw(st.lists(st.integers(1, 15), min_size=1, max_size=3))
     size = data.draw(st.integers(1, 7))
     slots, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 2**40))
     worlds = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=3))

@@ -1,6 +1,6 @@
 """Benchmark of a training step: real tokens per second, FLOP/s against the measured peak, and where the time goes.
 
-    step(config, steps)   runs the real loop's steps, without evaluation or export -> StepFigures
+    measure(config, steps)   runs the real loop's steps, without evaluation or export -> StepFigures
 
 FLOPs are those of the linear maps, attention and head over real tokens: one forward of the teacher, one of the student
 and twice that for its backward. The peak is the best of several large matrix products on the same device, in the
@@ -67,7 +67,7 @@ class StepFigures:
         ]
 
 
-def step(config: TrainConfig, steps: int = 10) -> StepFigures:
+def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
     """Times `steps` steps of the run that the config describes, after a warm-up."""
     logged = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}, **config.deepspeed}
     config = config.model_copy(update={"deepspeed": logged})
