@@ -17,9 +17,11 @@ Everything that depends on a tokenizer's special tokens goes through here.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -40,6 +42,7 @@ MODEL_FILE = "spiece.model"
 SCORES_PER_UNIT = 256
 UNIGRAM_THREADS = 16  # whatever the machine: which floats are added up first depends on it
 WITHOUT_LIMIT = 2**30  # bytes
+COMBINING = r"\p{M}\p{Cf}\u0e33\u0eb3\uff9e\uff9f"
 # What sentencepiece deletes. The fast tokenizer's own map does too, except for a text's first character.
 DELETED = r"\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f"
 MOST_UNKNOWN = 0.2
@@ -254,9 +257,12 @@ def _too_small(vocabulary: int, needed: int) -> str:
 
 def train_unigram(texts: Iterable[str], vocabulary: int, out: Path, lowercase: bool = False) -> None:
     """Trains a sentencepiece unigram model of `vocabulary` pieces into the folder `out`: MODEL_FILE for sentencepiece,
-    and the fast tokenizer made from it for AutoTokenizer. Both give the same ids. Special tokens have the ids of
-    SPECIAL_TOKENS; [CLS], [SEP] and [MASK] are control symbols, which no text yields. Text is normalised by NFKC; with
-    `lowercase` also by case folding.
+    and the fast tokenizer made from it for AutoTokenizer. Special tokens have the ids of SPECIAL_TOKENS; [CLS], [SEP]
+    and [MASK] are control symbols, which no text yields. Text is normalised by NFKC; with `lowercase` also by case
+    folding.
+
+    Both give the same ids for text in NFC, Unicode's composed form, that has no accents on compatibility characters
+    (as in halfwidth katakana). Other text the fast tokenizer composes first, and sentencepiece takes as it is.
 
     The characters that make up 99.95 % of the text are in; others are [UNK]. Text that does not hold enough distinct
     pieces gives a smaller vocabulary. The same texts give the same files. Raises UserError for a vocabulary that is
@@ -274,31 +280,33 @@ def _sentencepiece_model(texts: Iterable[str], vocabulary: int, lowercase: bool)
     """What sentencepiece learns from the texts, as the message that its file holds."""
     if not is_protobuf_available():
         raise UserError("a unigram tokenizer cannot be trained without protobuf; pip install protobuf")
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # noqa: PLC0415  needs protobuf
-
     pad, unknown, *control = SPECIAL_TOKENS
+    options: dict[str, Any] = {
+        "model_type": "unigram",
+        "vocab_size": vocabulary,
+        "hard_vocab_limit": False,
+        "normalization_rule_name": "nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+        # A text that spells "[SEP]" must be made of other pieces.
+        "required_chars": "" if lowercase else "".join(sorted(set("".join(SPECIAL_TOKENS)))),
+        "max_sentence_length": WITHOUT_LIMIT,
+        "num_threads": UNIGRAM_THREADS,
+        "minloglevel": 2,
+        "pad_id": 0,
+        "unk_id": 1,
+        "bos_id": -1,
+        "eos_id": -1,
+        "pad_piece": pad,
+        "unk_piece": unknown,
+        "control_symbols": control,
+    }
+    composed = (unicodedata.normalize("NFC", text) for text in texts)
     written = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=written,
-            model_type="unigram",
-            vocab_size=vocabulary,
-            hard_vocab_limit=False,
-            normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
-            # A text that spells "[SEP]" must be made of other pieces.
-            required_chars="" if lowercase else "".join(sorted(set("".join(SPECIAL_TOKENS)))),
-            max_sentence_length=WITHOUT_LIMIT,
-            num_threads=UNIGRAM_THREADS,
-            minloglevel=2,
-            **{"pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1},
-            pad_piece=pad,
-            unk_piece=unknown,
-            control_symbols=control,
-        )
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=composed, model_writer=written, **options)
     except RuntimeError as error:
         raise UserError(_why_untrained(vocabulary, str(error))) from None
-    return ModelProto.FromString(written.getvalue())
+    messages = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # needs protobuf
+    return messages.ModelProto.FromString(written.getvalue())
 
 
 def _why_untrained(vocabulary: int, error: str) -> str:
@@ -321,7 +329,7 @@ def _unigram(model: Any) -> Tokenizer:
             # The fast tokenizer looks a character up together with its accents, and loses those that it does not find:
             # composed first and then kept apart by a character that the map deletes, each is looked up by itself.
             normalizers.NFC(),
-            normalizers.Replace(Regex(r"(?=[\p{M}\p{Cf}])"), "\x01"),
+            normalizers.Replace(Regex(rf"(?=[{COMBINING}])"), "\x01"),
             normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap),
             normalizers.Replace(Regex(rf"\A[ {DELETED}]+| +\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),

@@ -1,0 +1,20 @@
+"""Trains a tokenizer on the sources of a corpus, WordPiece or sentencepiece's unigram model: before prepare_corpus.
+
+usage: python launch/train_tokenizer.py CONFIG.toml [dotted.key=value …]
+
+example: python launch/train_tokenizer.py configs/pretrain/tokenizer_unigram.toml vocabulary=16000
+"""
+
+from lad_dist import cli
+from lad_dist.config import TokenizerConfig
+
+
+def main(config: TokenizerConfig) -> int:
+    from lad_dist.data.train_tokenizer import train
+
+    train(config)
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(__doc__, TokenizerConfig, main)
