@@ -129,17 +129,19 @@ def _articles(lines: Lines) -> Documents:
     outside = False
     body: list[bytes] = []
     for number, line in lines:
+        closing = line.rstrip() == b"</doc>"
         if line.startswith(b"<doc "):
             yield from _unclosed(lines, opened)
             opened, outside, body = number, False, []
-        elif opened and line.rstrip() == b"</doc>":
+        elif opened and closing:
             yield _decoded(lines, opened + 1, body, _without_empty_lines)
             opened = 0
         elif opened:
             body.append(line)
-        elif line.strip() and not outside:
-            outside = True
-            yield Bad(f"{lines.where(number)}: text outside <doc …>; this is not WikiExtractor's output")
+        elif line.strip():
+            if not outside:
+                yield Bad(f"{lines.where(number)}: text outside <doc …>; this is not WikiExtractor's output")
+            outside = not closing  # after it a span may begin: there too, what comes next is complained of anew
     yield from _unclosed(lines, opened)
 
 

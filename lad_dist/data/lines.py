@@ -9,6 +9,7 @@ import gzip
 import io
 import lzma
 import mmap
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -110,7 +111,7 @@ def refused(file: Path, error: Exception) -> Damaged | UserError:
     """What to raise for an exception of a reader: the user's mistake when it is the system's, as for a file that may
     not be read or a disk that fails."""
     if isinstance(error, OSError) and error.errno is not None:
-        return UserError(f"{file}: cannot be read ({error.strerror})")
+        return UserError(f"{file}: cannot be read ({os.strerror(error.errno)})")
     return Damaged(f"{file}: damaged, the rest cannot be read ({' '.join(str(error).split())[:200]})")
 
 

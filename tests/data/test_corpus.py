@@ -1,17 +1,42 @@
+"""Documents out of files and hub datasets, sound and damaged."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from toy_text import WORDS
+from pydantic import ValidationError
+from toy_text import sentence
 
 from lad_dist.config import Source, UserError
-from lad_dist.data import corpus, tokenizers
+from lad_dist.data import corpus
+from lad_dist.data.corpus import Bad
+from lad_dist.data.lines import Span
 
 pytest_plugins = ["data_fixtures"]
 
 
 def source(kind: str, path: Path | str, **rest: str) -> Source:
     return Source(kind=kind, path=str(path), **rest)
+
+
+def everything(source: Source) -> list[str | Bad]:
+    return [document for span in corpus.spans(source) for document in corpus.read(source, span)]
+
+
+def complaints(source: Source) -> list[str]:
+    return [document.message for document in everything(source) if isinstance(document, Bad)]
+
+
+def texts(source: Source) -> list[str]:
+    return [document for document in everything(source) if isinstance(document, str)]
 
 
 def wiki_file(folder: Path, name: str, text: str) -> Path:
@@ -25,6 +50,21 @@ def article(title: str, *paragraphs: str) -> str:
     return f'<doc id="1" url="u" title="{title}">\n{title}\n\n' + "".join(f"{p}\n" for p in paragraphs) + "</doc>\n"
 
 
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
+
+
 def test_wikiextractor_folders_are_walked_in_sorted_order(tmp_path: Path) -> None:
     wiki_file(tmp_path, "AB/wiki_00", article("Last", "x"))
     wiki_file(tmp_path, "AA/wiki_10", article("Third", "x"))
@@ -36,9 +76,14 @@ def test_wikiextractor_folders_are_walked_in_sorted_order(tmp_path: Path) -> Non
 
 def test_a_book_is_a_document_with_its_hard_wrapped_lines_joined(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes("\ufeffCHAPTER I\r\n\r\n\r\nIt was\r\na dark night.\r\n \r\nThe end\r\n".encode())
-    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "a.txt").write_text("\n")
     assert list(corpus.documents(source("text", tmp_path))) == ["", "CHAPTER I\nIt was a dark night.\nThe end"]
     assert len(list(corpus.documents(source("text", tmp_path / "b.txt")))) == 1
+
+
+def test_a_block_is_a_document_where_the_config_says_so(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("\ufeff\r\n\r\nIt was\r\n a dark night.\r\n \t\r\n\nThe end".encode())
+    assert texts(source("text", tmp_path, document="block")) == ["It was a dark night.", "The end"]
 
 
 def test_only_newlines_end_a_line(tmp_path: Path) -> None:
@@ -46,21 +91,100 @@ def test_only_newlines_end_a_line(tmp_path: Path) -> None:
     assert list(corpus.documents(source("text", tmp_path))) == ["one\u2028still one\x0cstill\ntwo"]
 
 
-def test_hub_rows_come_from_the_named_column(monkeypatch: pytest.MonkeyPatch) -> None:
+def write_arrow(file: Path, table: pa.Table, stream: bool) -> None:
+    opened = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with pa.OSFile(str(file), "wb") as sink, opened(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+
+
+def write_all(folder: Path, documents: list[str]) -> dict[str, Source]:
+    """The documents in every form."""
+    names = {"wikiextractor": "wiki_00", "jsonl": "a.jsonl", "text": "a.txt"}
+    content = {
+        "wikiextractor": "\n".join(f'<doc id="1">\n{text}\n</doc>\n' for text in documents),
+        "jsonl": "\n\n".join(json.dumps({"id": 1, "text": text}) for text in documents),
+        "text": "\n\n".join(documents),
+    }
+    found = {}
+    for kind, name in names.items():
+        for ending, compress in {"": bytes, **COMPRESS}.items():
+            place = folder / f"{kind}{ending}"
+            place.mkdir()
+            (place / f"{name}{ending}").write_bytes(compress(content[kind].encode()))
+            rest = {"document": "block"} if kind == "text" else {}
+            found[place.name] = source(kind, place, **rest)
+    table = pa.table({"text": documents, "id": range(len(documents))})
+    large = pa.table({"text": pa.array(documents, pa.large_string()).dictionary_encode()})
+    for kind, name, write in (
+        ("parquet", "a", lambda file: pq.write_table(table, file, row_group_size=4)),
+        ("parquet", "large", lambda file: pq.write_table(large, file)),
+        ("arrow", "file", lambda file: write_arrow(file, table, stream=False)),
+        ("arrow", "stream", lambda file: write_arrow(file, table, stream=True)),
+    ):
+        (folder / name).mkdir()
+        write(folder / name / f"a.{kind}")
+        found[name] = source(kind, folder / name)
+    return found
+
+
+def test_all_kinds_and_compressions_give_the_same_documents(tmp_path: Path) -> None:
+    documents = [f"{sentence(n, n + 1)} ζωή {n}" for n in range(20)]
+    forms = write_all(tmp_path, documents)
+    assert len(forms) == 3 * 5 + 4
+    for name, form in forms.items():
+        corpus.check(form)
+        assert list(corpus.documents(form)) == documents, name
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_an_archive_of_several_frames_is_read_whole_and_a_truncated_one_complained_of(
+    tmp_path: Path, ending: str
+) -> None:
+    compress = COMPRESS[ending]
+    lines = [json.dumps({"text": sentence(n, 30)}) for n in range(3000)]
+    halves = [compress("".join(f"{line}\n" for line in part).encode()) for part in (lines[:100], lines[100:])]
+    file = tmp_path / f"a.jsonl{ending}"
+    file.write_bytes(b"".join(halves))
+    whole = texts(source("jsonl", tmp_path))
+    assert len(whole) == 3000
+    file.write_bytes(b"".join(halves)[:-20])
+    *read, last = everything(source("jsonl", tmp_path))
+    assert isinstance(last, Bad)
+    assert last.message.startswith(f"{file}: damaged, the rest cannot be read (")
+    assert read == whole[: len(read)]
+    with pytest.raises(UserError, match="damaged"):
+        list(corpus.documents(source("jsonl", tmp_path)))
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, shards: int = 1, **columns: list[Any]) -> dict[str, Any]:
     import datasets
 
-    asked = {}
+    asked: dict[str, Any] = {}
 
-    def load_dataset(path: str, config: str, **options: object) -> object:
+    def load_dataset(path: str, config: str, **options: Any) -> Any:
         asked.update(path=path, config=config, **options)
-        return datasets.Dataset.from_dict({"id": [1, 2, 3], "body": ["a", None, "b"]}).to_iterable_dataset()
+        return datasets.Dataset.from_dict(columns).to_iterable_dataset(num_shards=shards)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    texts = list(corpus.documents(source("hub", "w/pedia", config="20231101.en", split="train", column="body")))
-    assert texts == ["a", "", "b"]
+    return asked
+
+
+def test_hub_rows_come_from_the_named_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_hub(monkeypatch, id=[1, 2, 3], body=["a", None, "b"])
+    wanted = source("hub", "w/pedia", config="20231101.en", split="train", column="body")
+    assert everything(wanted) == ["a", Bad("w/pedia, shard 1 of 1, row 2: body is null, not text"), "b"]
     assert asked == {"path": "w/pedia", "config": "20231101.en", "split": "train", "streaming": True}
     with pytest.raises(UserError, match=r'w/pedia: no column "bodi": did you mean "body"\?'):
-        list(corpus.documents(source("hub", "w/pedia", column="bodi")))
+        everything(source("hub", "w/pedia", column="bodi"))
+
+
+def test_shards_of_a_hub_dataset_are_its_rows_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [str(n) for n in range(17)]
+    fake_hub(monkeypatch, shards=3, text=rows)
+    wanted = source("hub", "w/pedia")
+    parts = [list(corpus.read(wanted, Span(Path("w/pedia"), shard, 3))) for shard in range(3)]
+    assert all(parts)
+    assert [row for part in parts for row in part] == rows == texts(wanted)
 
 
 def test_a_hub_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +196,25 @@ def test_a_hub_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         list(corpus.documents(source("hub", "w/pedia")))
 
 
-@pytest.mark.parametrize("kind", ["wikiextractor", "text"])
+def test_a_hub_that_fails_on_the_way_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Any:
+        yield {"text": "a"}
+        raise ConnectionError("reset\nby peer")
+
+    class Data:
+        column_names = None
+
+        def __iter__(self) -> Any:
+            return rows()
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Data())
+    documents = corpus.documents(source("hub", "w/pedia"))
+    assert next(documents) == "a"
+    with pytest.raises(UserError, match=r"w/pedia: reading stopped \(reset by peer\); run again to go on"):
+        next(documents)
+
+
+@pytest.mark.parametrize("kind", ["wikiextractor", "text", "jsonl", "parquet", "arrow"])
 def test_check_refuses_what_is_missing_or_empty(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         corpus.check(source(kind, tmp_path / "nowhere"))
@@ -81,29 +223,132 @@ def test_check_refuses_what_is_missing_or_empty(tmp_path: Path, kind: str) -> No
 
 
 def test_check_does_not_read(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff")
-    corpus.check(source("text", tmp_path))
+    for name in ("a.txt", "a.jsonl", "a.parquet", "a.arrow", "wiki_00"):
+        (tmp_path / name).write_bytes(b"\xff")
+    for kind in ("wikiextractor", "text", "jsonl", "parquet", "arrow"):
+        corpus.check(source(kind, tmp_path))
     corpus.check(source("hub", "no/such"))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_missing_column_is_refused_before_anything_is_read(tmp_path: Path, kind: str) -> None:
+    table = pa.table({"title": ["a"], "texts": ["b"], "id": [1]})
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        write_arrow(tmp_path / "a.arrow", table, stream=True)
+    with pytest.raises(UserError, match=rf'a\.{kind}: no column "text": did you mean "texts"\?'):
+        corpus.check(source(kind, tmp_path))
+    with pytest.raises(UserError, match=rf'a\.{kind}: no column "text"'):
+        everything(source(kind, tmp_path))
+    with pytest.raises(UserError, match=r"column id is int64, not text"):
+        corpus.check(source(kind, tmp_path, column="id"))
+
+
+WIKI, ROW = article("A", "x").encode(), b'{"text": "a"}\n'
+LONE = json.dumps({"text": "\ud800"}).encode()
+DAMAGED = [
+    ("wikiextractor", WIKI + b'<doc id="2">\ntext\n', ["A\nx"], [":6: this <doc …> is not closed"]),
+    ("wikiextractor", b'<doc id="2">\ntext\n' + WIKI, ["A\nx"], [":1: this <doc …> is not closed"]),
+    (
+        "wikiextractor",
+        b"\nplain text\nmore\n" + WIKI + b"rest",
+        ["A\nx"],
+        [":2: text outside <doc …>; this is not WikiExtractor's output", ":9: text outside"],
+    ),
+    ("wikiextractor", b'<doc id="1">\na\nb\xff\n</doc>\n' + WIKI, ["A\nx"], [":3: not UTF-8 (byte 0xff)"]),
+    ("text", b"fine\nfine\nna\xefve\n", [], [":3: not UTF-8 (byte 0xef)"]),
+    ("jsonl", ROW + b'\n{"text": "b"\n' + ROW, ["a", "a"], [":3: not valid JSON ("]),
+    ("jsonl", ROW + b'["b"]\n', ["a"], [":2: not a JSON object"]),
+    ("jsonl", ROW + b'{"texts": "b"}\n', ["a"], [':2: no "text": did you mean "texts"?']),
+    ("jsonl", ROW + b'{"text": 3}\n', ["a"], [":2: text is 3, not text"]),
+    ("jsonl", ROW + b'{"text": "\xff"}\n', ["a"], [":2: not UTF-8 (byte 0xff)"]),
+    ("jsonl", ROW + LONE, ["a"], [":2: text holds half a surrogate pair"]),
+    ("jsonl", ROW + b"[" * 100_000, ["a"], [":2: not valid JSON ("]),
+    ("jsonl", b"", [], [": empty"]),
+    ("parquet", b"", [], [": empty"]),
+    ("parquet", b"PAR1" * 100, [], [": damaged, the rest cannot be read ("]),
+    ("arrow", b"ARROW1" * 100, [], [": damaged, the rest cannot be read ("]),
+    ("arrow", b"arrow" * 100, [], [": damaged, the rest cannot be read ("]),
+]
+NAMES = {"wikiextractor": "wiki_00", "text": "a.txt", "jsonl": "a.jsonl", "parquet": "a.parquet", "arrow": "a.arrow"}
+
+
+@pytest.mark.parametrize(("kind", "content", "sound", "expected"), DAMAGED)
+def test_what_is_damaged_is_named_with_the_line_and_the_rest_is_read(
+    tmp_path: Path, kind: str, content: bytes, sound: list[str], expected: list[str]
+) -> None:
+    file = tmp_path / NAMES[kind]
+    file.write_bytes(content)
+    found = complaints(source(kind, tmp_path))
+    assert len(found) == len(expected)
+    for message, part in zip(found, expected, strict=True):
+        assert message.startswith(f"{file}{part}")
+        assert "\n" not in message
+    assert texts(source(kind, tmp_path)) == sound
+    with pytest.raises(UserError, match="mend or remove it"):
+        list(corpus.documents(source(kind, tmp_path)))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_truncated_arrow_file_is_complained_of(tmp_path: Path, stream: bool) -> None:
+    documents = [sentence(n, 20) for n in range(50)]
+    write_arrow(tmp_path / "a.arrow", pa.table({"text": documents}), stream)
+    (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-500])
+    *read, last = everything(source("arrow", tmp_path))
+    assert isinstance(last, Bad)
+    assert read == documents[: len(read)]
+
+
+def test_rows_of_a_table_that_are_no_text(tmp_path: Path) -> None:
+    raw = pa.array([b"fine", None, b"\xff", b"fine too"], pa.binary())
+    rows = pa.StringArray.from_buffers(4, raw.buffers()[1], raw.buffers()[2], raw.buffers()[0], 1)
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=2)
+    assert everything(source("parquet", tmp_path)) == [
+        "fine",
+        Bad(f"{tmp_path}/a.parquet:2: text is null, not text"),
+        Bad(f"{tmp_path}/a.parquet:3: text is not UTF-8"),
+        "fine too",
+    ]
+
+
+def test_a_file_that_may_not_be_read_is_never_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    span = Span(tmp_path / "gone.jsonl", 0, 10)
+    for kind in ("jsonl", "parquet", "arrow"):
+        with pytest.raises(UserError, match=r"gone\.jsonl: cannot be read \(No such file or directory\)"):
+            list(corpus.read(source(kind, tmp_path), span))
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("path", "name"),
     [
-        (article("A", "x") + '<doc id="2">\ntext\n', "wiki_00:6: this <doc …> is not closed"),
-        ('<doc id="2">\ntext\n' + article("A", "x"), "wiki_00:1: this <doc …> is not closed"),
-        ("\nplain text\n", "wiki_00:2: text outside <doc …>"),
+        ("data/wikipedia", "wikipedia"),
+        ("a/b.jsonl.gz", "b"),
+        ("wiki_00.bz2", "wiki_00"),
+        ("wikimedia/wikipedia", "wikipedia"),
+        ("data/20231101.en/", "20231101.en"),
     ],
 )
-def test_damaged_wikiextractor_files_are_named_with_the_line(tmp_path: Path, text: str, message: str) -> None:
-    wiki_file(tmp_path, "AA/wiki_00", text)
-    with pytest.raises(UserError, match=message):
-        list(corpus.documents(source("wikiextractor", tmp_path)))
+def test_a_source_is_called_by_the_last_part_of_its_path(path: str, name: str) -> None:
+    assert source("text", path).folder == name
+    assert source("text", path, name="mine").folder == "mine"
 
 
-def test_invalid_utf8_is_named_with_file_line_and_byte(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"fine\nfine\nna\xefve\n")
-    with pytest.raises(UserError, match=r"a\.txt:3: not UTF-8 \(byte 0xef\)"):
-        list(corpus.documents(source("text", tmp_path)))
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kind": "text", "column": "body"}, 'column does not go with kind = "text", only with jsonl, parquet'),
+        ({"kind": "jsonl", "config": "en"}, 'config does not go with kind = "jsonl", only with hub'),
+        ({"kind": "wikiextractor", "document": "block"}, 'document does not go with kind = "wikiextractor"'),
+        ({"kind": "text", "path": "."}, "set name"),
+        ({"kind": "text", "path": "data/tokenizer"}, '"tokenizer" cannot be the name of a source; set name'),
+        ({"kind": "text", "name": "a/b"}, "pattern"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(keys: dict[str, str], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Source.model_validate({"path": "p"} | keys)
 
 
 @pytest.mark.data
@@ -117,46 +362,3 @@ def test_real_wikipedia_and_books_are_read_whole(real_data: Path) -> None:
     books = list(corpus.documents(source("text", real_data / "books")))
     assert len(books) == 10
     assert "Alice was beginning to get very tired of sitting by her sister on the bank, and of" in "".join(books)
-
-
-def test_trained_wordpiece_is_uncased_and_framed_like_berts(toy_tokenizer) -> None:
-    encoded = toy_tokenizer("The FOX", "dog", return_token_type_ids=True)
-    tokens = toy_tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    assert tokens == ["[CLS]", "the", "fox", "[SEP]", "dog", "[SEP]"]
-    assert encoded["token_type_ids"] == [0, 0, 0, 0, 1, 1]
-    assert toy_tokenizer.mask_token == "[MASK]"
-    assert toy_tokenizer.pad_token_id == 0
-    assert toy_tokenizer.tokenize("zebra ζωή") == ["z", "##e", "##b", "##r", "##a", "[UNK]"]
-
-
-def test_training_again_gives_the_same_tokenizer(toy_tokenizer, tmp_path: Path) -> None:
-    tokenizers.train_wordpiece([" ".join(WORDS)] * 50, 200, tmp_path)
-    assert tokenizers.fingerprint(tokenizers.load_tokenizer(tmp_path)) == tokenizers.fingerprint(toy_tokenizer)
-
-
-def test_fingerprint_depends_on_the_tokens_alone(toy_tokenizer, toy_tokenizer_folder: Path, tmp_path: Path) -> None:
-    before = tokenizers.fingerprint(toy_tokenizer)
-    toy_tokenizer("the fox", truncation=True, max_length=8, padding="max_length")
-    assert tokenizers.fingerprint(toy_tokenizer) == before
-    toy_tokenizer.save_pretrained(tmp_path / "copy")
-    assert tokenizers.fingerprint(tokenizers.load_tokenizer(tmp_path / "copy")) == before
-    toy_tokenizer.add_tokens(["extra"])
-    assert tokenizers.fingerprint(toy_tokenizer) != before
-
-
-def test_frame_and_plain_encoding_ignore_what_an_earlier_call_left_behind(toy_tokenizer) -> None:
-    toy_tokenizer("the fox", truncation=True, max_length=4, padding="max_length")
-    frame = tokenizers.frame(toy_tokenizer)
-    assert (frame.before.tolist(), frame.after.tolist(), frame.size) == ([2], [3], 2)
-    (ids,) = tokenizers.encode_plain(toy_tokenizer, ["the quick [SEP] fox jumps over"])
-    assert not set(ids.tolist()) & {toy_tokenizer.sep_token_id, toy_tokenizer.cls_token_id, toy_tokenizer.pad_token_id}
-    assert len(ids) >= 6
-
-
-def test_a_missing_or_empty_tokenizer_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tokenizer there") as caught:
-        tokenizers.load_tokenizer(tmp_path / "nowhere")
-    assert "\n" not in str(caught.value)
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "vocab_size": 200}')
-    with pytest.raises(UserError, match="without a vocabulary"):
-        tokenizers.load_tokenizer(tmp_path)

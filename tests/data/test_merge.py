@@ -1,0 +1,169 @@
+"""Merging against a few lines of plain Python that do the same."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lad_dist.config import PrepareConfig
+from lad_dist.data import merge as merging
+from lad_dist.data import pieces
+from lad_dist.data.merge import Merge, ShardWriter, held_out, merge
+from lad_dist.data.pieces import RECORD, Piece
+
+SEPARATOR = [3, 2]
+
+
+class Document(NamedTuple):
+    text: int  # equal texts, equal hashes and ids
+    length: int
+
+    @property
+    def ids(self) -> list[int]:
+        return [10 + self.text, *range(100, 100 + self.length)][: self.length]
+
+    @property
+    def halves(self) -> tuple[int, int]:
+        digest = hashlib.blake2b(str(self.text).encode(), digest_size=16).digest()
+        # Some differ in one half alone.
+        high = 7 << 40 if self.text % 5 == 0 else int.from_bytes(digest[:8], "big")
+        return high, 9 if self.text % 5 == 1 else int.from_bytes(digest[8:], "big")
+
+
+Corpus = list[list[list[Document]]]  # of sources, of pieces
+documents = st.integers(0, 60).map(lambda text: Document(text, text % 7))
+corpora: st.SearchStrategy[Corpus] = st.lists(
+    st.lists(st.lists(documents, max_size=12), min_size=1, max_size=4), min_size=1, max_size=3
+)
+
+
+def job_of(folder: Path, corpus: Corpus, **settings: Any) -> Merge:
+    """Pieces on disk, written by hand."""
+    work, out = folder / "work", folder / "out"
+    for place in (work, out):
+        place.mkdir(parents=True)
+    planned, said = [], []
+    for number, source in enumerate(corpus):
+        for nth, piece in enumerate(source):
+            ids = [i for document in piece for i in (*document.ids, *SEPARATOR)]
+            records = [(len(d.ids) + len(SEPARATOR), 5, *d.halves) for d in piece]
+            np.array(ids, dtype=np.uint16).tofile(work / f"{len(planned)}.ids")
+            np.array(records, dtype=RECORD).tofile(work / f"{len(planned)}.documents")
+            skipped = len(planned) % 2
+            errors = [f"piece {len(planned)}"] * skipped
+            said.append({"documents": len(piece), "ids": len(ids), "skipped": skipped, "errors": errors})
+            planned.append(Piece(len(planned), number, nth == 0, ()))
+    sources = [{"kind": "text", "path": f"s{number}"} for number in range(len(corpus))]
+    config = PrepareConfig.model_validate({"out": str(out), "tokenizer": "t", "source": sources} | settings)
+    return Merge(config, planned, said, work, out, np.dtype(np.uint16), len(SEPARATOR), lambda: None)
+
+
+def expected(corpus: Corpus, config: PrepareConfig) -> list[dict[str, Any]]:
+    seen: set[int] = set()
+    found = []
+    for source in corpus:
+        counts: dict[str, Any] = {"read": 0, "duplicate": 0, "short": 0, "train": [], "held_out": []}
+        for document in (document for piece in source for document in piece):
+            counts["read"] += 1
+            if document.length < config.min_tokens:
+                counts["short"] += 1
+            elif config.deduplicate and document.text in seen:
+                counts["duplicate"] += 1
+            else:
+                counts["held_out" if document.halves[0] / 2**64 < config.held_out else "train"].append(document.ids)
+            if document.length >= config.min_tokens:
+                seen.add(document.text)
+        found.append(counts)
+    return found
+
+
+def read_back(out: Path, shards: list[dict[str, Any]]) -> list[list[int]]:
+    found = []
+    for shard in shards:
+        ids = np.fromfile(out / shard["file"], dtype=np.uint16)
+        offsets = np.load(out / shard["offsets"])
+        assert (len(ids), len(offsets) - 1) == (shard["length"], shard["documents"])
+        assert (offsets[0], offsets[-1]) == (0, len(ids))
+        parts = np.split(ids, offsets[1:-1])
+        assert all(part[-2:].tolist() == SEPARATOR for part in parts)
+        found += [part[:-2].tolist() for part in parts]
+        for file, digest in ((shard["file"], shard["sha256"]), (shard["offsets"], shard["offsets_sha256"])):
+            assert hashlib.sha256((out / file).read_bytes()).hexdigest() == digest
+        assert (out / shard["offsets"]).stat().st_size == shard["offsets_bytes"]
+    return found
+
+
+@given(
+    corpora,
+    st.sampled_from([0.0, 0.3, 0.9]),
+    st.integers(1, 5),
+    st.booleans(),
+    st.integers(1, 40),
+    st.integers(1, 30),
+    st.sampled_from([24, 240, 1 << 26]),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_document_is_in_one_split_or_dropped_for_one_reason(
+    tmp_path_factory: pytest.TempPathFactory,
+    corpus: Corpus,
+    share: float,
+    min_tokens: int,
+    deduplicate: bool,
+    tokens_per_shard: int,
+    chunk: int,
+    bucket: int,
+) -> None:
+    options = {"held_out": share, "min_tokens": min_tokens, "deduplicate": deduplicate}
+    job = job_of(tmp_path_factory.mktemp("merge"), corpus, tokens_per_shard=tokens_per_shard, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "CHUNK_IDS", chunk)
+        patch.setattr(pieces, "CHUNK_DOCUMENTS", chunk)
+        patch.setattr(merging, "BUCKET_BYTES", bucket)
+        merged = merge(job)
+    for source, wanted in zip(merged["sources"], expected(corpus, job.config), strict=True):
+        assert source["documents_read"] == wanted["read"]
+        assert source["bytes_read"] == 5 * wanted["read"]
+        assert source["dropped"] == {"duplicate": wanted["duplicate"], "short": wanted["short"]}
+        for split in ("train", "held_out"):
+            counts = source["splits"][split]
+            assert read_back(job.out, counts["shards"]) == wanted[split]
+            assert counts["documents"] == len(wanted[split])
+            assert counts["tokens"] == sum(map(len, wanted[split]))
+            assert counts["bytes"] == 5 * len(wanted[split])
+            assert all(shard["length"] <= tokens_per_shard or shard["documents"] == 1 for shard in counts["shards"])
+    assert merged["errors"] == [f"piece {n}" for n in range(1, len(job.pieces), 2)]
+    assert sum(source["skipped"] for source in merged["sources"]) == len(merged["errors"])
+
+
+def test_buckets_are_gone_after_the_merge(tmp_path: Path) -> None:
+    job = job_of(tmp_path, [[[Document(n, 6) for n in range(30)]]], min_tokens=1)
+    merge(job)
+    assert sorted(file.name for file in job.work.iterdir()) == ["0.documents", "0.ids", "repeated"]
+
+
+def test_what_is_held_out_depends_on_the_hash_alone() -> None:
+    texts = [str(number).encode() for number in range(4000)]
+    high = np.array([int.from_bytes(hashlib.blake2b(text, digest_size=16).digest()[:8], "big") for text in texts])
+    held = held_out(high, 0.1)
+    assert 300 < held.sum() < 500
+    assert not (held & ~held_out(high, 0.2)).any()
+    assert not held_out(high, 0.0).any()
+
+
+def test_shards_are_filled_as_far_as_whole_documents_allow(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "s/train", np.dtype(np.uint16), 10)
+    lengths = np.array([4, 6, 3, 12, 5, 5, 1])
+    ids = np.arange(lengths.sum())
+    writer.add(ids[:10], lengths[:2])
+    writer.add(ids[10:], lengths[2:])
+    shards = writer.close()
+    assert [shard["length"] for shard in shards] == [10, 3, 12, 10, 1]
+    assert [shard["file"] for shard in shards] == [f"s/train-{n:05d}.bin" for n in range(5)]
+    read = np.concatenate([np.fromfile(tmp_path / shard["file"], dtype=np.uint16) for shard in shards])
+    assert read.tolist() == ids.tolist()
+    assert json.dumps(shards)  # plain numbers

@@ -1,0 +1,215 @@
+"""Work in pieces: files are cut between documents, a finished piece is whole, a stopped one is not there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_text import sentence
+
+from lad_dist.config import Source, UserError
+from lad_dist.data import corpus, pieces, tokenizers
+from lad_dist.data.lines import Span
+from lad_dist.data.pieces import Job, Piece, Stopped, plan
+
+pytest_plugins = ["data_fixtures"]
+
+FORMS = {
+    "jsonl": ('{"text": "ab"}', '{"text": "é"}', '{"text": "b\\n\\nc"}', '{"tex": 1}', "[1]", "", " ", "{"),
+    "text": ("one", " two", "ζωή", "", "", " \t", "\x0b", "</doc>"),
+    "wikiextractor": ('<doc id="1">', '<doc id="1">', "</doc>", "</doc>", "</doc> ", "", "one", "ζωή", " "),
+}
+
+
+@st.composite
+def files(draw: st.DrawFn) -> tuple[Source, bytes]:
+    """Text of one kind, sound or not, with every sort of line end."""
+    kind = draw(st.sampled_from(sorted(FORMS)))
+    lines = draw(st.lists(st.sampled_from(FORMS[kind]), min_size=1, max_size=30))
+    ends = draw(st.lists(st.sampled_from(["\n", "\n", "\r\n"]), min_size=len(lines), max_size=len(lines)))
+    text = draw(st.sampled_from(["", "\ufeff"])) + "".join(map(str.__add__, lines, ends))
+    broken = text.encode().replace(b"\xce", b"\xff") if draw(st.booleans()) else text.encode()
+    rest = {"document": "block"} if kind == "text" else {}
+    return Source.model_validate({"kind": kind, "path": "p", **rest}), broken[: draw(st.integers(1, len(broken)))]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cut") / "file"
+
+
+@given(files(), st.integers(1, 50))
+@settings(max_examples=500, deadline=None)
+def test_a_file_cut_anywhere_gives_the_documents_and_complaints_of_the_whole(
+    scratch: Path, form: tuple[Source, bytes], size: int
+) -> None:
+    source, content = form
+    scratch.write_bytes(content)
+    whole = Span(scratch, 0, len(content))
+    parts = list(pieces._cut(source, [whole], size))
+    assert len(parts) == -(-len(content) // size)
+    assert [d for part in parts for d in corpus.read(source, part)] == list(corpus.read(source, whole))
+
+
+@given(st.integers(1, 9), st.integers(50, 3000), st.integers(0, 40))
+@settings(max_examples=50, deadline=None)
+def test_a_parquet_file_cut_anywhere_gives_the_rows_of_the_whole(
+    scratch: Path, group: int, size: int, rows: int
+) -> None:
+    documents = [None if n % 7 == 3 else sentence(n, 20) for n in range(rows)]
+    pq.write_table(
+        pa.table({"id": range(rows), "text": pa.array(documents, pa.string())}), scratch, row_group_size=group
+    )
+    source = Source(kind="parquet", path=str(scratch))
+    whole = Span(scratch, 0, scratch.stat().st_size)
+    parts = pieces._cut(source, [whole], size)
+    assert [d for part in parts for d in corpus.read(source, part)] == list(corpus.read(source, whole))
+
+
+def test_a_damaged_parquet_file_is_complained_of_once(scratch: Path) -> None:
+    scratch.write_bytes(b"PAR1" * 100)
+    source = Source(kind="parquet", path=str(scratch))
+    parts = pieces._cut(source, [Span(scratch, 0, 400)], 100)
+    assert len([d for part in parts for d in corpus.read(source, part)]) == 1
+
+
+def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "SMALLEST", 100)
+    sizes = {"a": 30, "b": 30, "c": 30, "d": 450, "e": 30, "f": 0}
+    for name, size in sizes.items():
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n" * size)
+        (tmp_path / f"{name}.txt").write_bytes(b"\n" * size)
+    rows, books = Source(kind="jsonl", path=str(tmp_path)), Source(kind="text", path=str(tmp_path), name="books")
+    planned = plan([rows, books])
+    assert [piece.number for piece in planned] == list(range(len(planned)))
+    spans = [[(span.file.stem, span.begin, span.end) for span in piece.spans] for piece in planned]
+    assert spans == [
+        [("a", 0, 30), ("b", 0, 30), ("c", 0, 30), ("d", 0, 100)],
+        [("d", 100, 200)],
+        [("d", 200, 300)],
+        [("d", 300, 400)],
+        [("d", 400, 450), ("e", 0, 30), ("f", 0, 0)],
+        [("a", 0, 30), ("b", 0, 30), ("c", 0, 30), ("d", 0, 450)],
+        [("e", 0, 30), ("f", 0, 0)],
+    ]
+    assert [(piece.source, piece.first) for piece in planned] == [
+        (0, True), (0, False), (0, False), (0, False), (0, False), (1, True), (1, False)
+    ]  # fmt: skip
+
+
+def test_pieces_have_a_five_hundredth_of_the_text_within_limits(tmp_path: Path) -> None:
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.truncate(4 << 30)  # no disk is used
+    planned = plan([Source(kind="jsonl", path=str(tmp_path))])
+    assert {span.end - span.begin for piece in planned for span in piece.spans} == {8 << 20}
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.truncate(100 << 30)
+    planned = plan([Source(kind="jsonl", path=str(tmp_path))])
+    assert {span.end - span.begin for piece in planned for span in piece.spans} == {64 << 20}
+
+
+def test_a_hub_dataset_has_a_piece_for_each_shard_or_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": list("abcdef")}).to_iterable_dataset(num_shards=3)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    planned = plan([Source(kind="hub", path="w/pedia")])
+    assert [piece.spans for piece in planned] == [(Span(Path("w/pedia"), n, 3),) for n in range(3)]
+
+    class Unsharded:
+        column_names = None
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Unsharded())
+    assert [piece.spans for piece in plan([Source(kind="hub", path="w/pedia")])] == [(Span(Path("w/pedia"), 0, 1),)]
+
+
+def test_identity_depends_on_text_and_tokenizer_and_not_on_names_and_weights(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n')
+
+    def identity(tokenizer: str = "t", **rest: object) -> dict[str, str]:
+        source = Source.model_validate({"kind": "jsonl", "path": str(tmp_path), **rest})
+        return pieces.identity([source], plan([source]), tokenizer, "1.0")
+
+    first = identity()
+    assert identity(name="other", weight=2.0) == first
+    assert identity(column="body") != first
+    assert identity("u") != first
+    file.write_text('{"text": "ab"}\n')
+    assert identity() != first
+
+
+@pytest.fixture
+def job(tmp_path: Path, toy_tokenizer) -> Job:
+    source = Source(kind="jsonl", path=str(tmp_path / "text.jsonl"))
+    texts = [sentence(n, n % 13) for n in range(90)]
+    Path(source.path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "work").mkdir()
+    separator = np.array([toy_tokenizer.sep_token_id, toy_tokenizer.cls_token_id])
+    return Job([source], toy_tokenizer, tmp_path / "work", np.dtype(np.uint16), separator, False, lambda: False)
+
+
+def whole(job: Job) -> Piece:
+    file = Path(job.sources[0].path)
+    return Piece(0, 0, True, (Span(file, 0, file.stat().st_size),))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
+def test_a_piece_is_read_back_in_chunks(job: Job, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(pieces, "CHUNK_DOCUMENTS", chunk)
+    monkeypatch.setattr(pieces, "CHUNK_IDS", chunk)
+    pieces.write(whole(job), job)
+    assert sorted(file.name for file in job.folder.iterdir()) == ["0.documents", "0.ids", "0.json"]
+    texts = list(corpus.documents(job.sources[0]))
+    expected = [[*ids, *job.separator] for ids in tokenizers.encode_plain(job.tokenizer, texts)]
+    read = list(pieces.chunks(job.folder, whole(job), job.dtype))
+    assert [list(part) for records, ids in read for part in np.split(ids, np.cumsum(records["ids"])[:-1])] == expected
+    assert all(len(ids) <= chunk or len(records) == 1 for records, ids in read)
+    records = np.concatenate([records for records, _ in read])
+    assert records["bytes"].tolist() == [len(text.encode()) for text in texts]
+    digests = {text: (high, low) for text, high, low in zip(texts, records["high"], records["low"], strict=True)}
+    assert len(set(digests.values())) == len(set(texts)) < len(texts)
+    said = pieces.written(job.folder, whole(job), job.dtype)
+    assert said == {"documents": 90, "ids": sum(map(len, expected)), "skipped": 0, "errors": []}
+
+
+@pytest.mark.parametrize("kind", ["ids", "documents", "json"])
+def test_a_piece_that_lacks_something_is_not_there(job: Job, kind: str) -> None:
+    pieces.write(whole(job), job)
+    file = job.folder / f"0.{kind}"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert pieces.written(job.folder, whole(job), job.dtype) is None
+    file.unlink()
+    assert pieces.written(job.folder, whole(job), job.dtype) is None
+
+
+def test_a_piece_that_is_stopped_or_damaged_leaves_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 300)
+    answers = iter([False] * 50)
+    with pytest.raises(Stopped):
+        pieces.write(whole(job), job._replace(stopping=lambda: next(answers, True)))
+    assert list(job.folder.iterdir()) == []
+    with open(job.sources[0].path, "a") as file:
+        file.write("{\n")
+    with pytest.raises(
+        UserError, match=r'text\.jsonl:91: not valid JSON .*; mend or remove it, or set on_error = "skip"'
+    ):
+        pieces.write(whole(job), job)
+    assert list(job.folder.iterdir()) == []
+
+
+def test_what_is_skipped_is_counted_and_the_first_of_it_listed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "LISTED", 3)
+    with open(job.sources[0].path, "a") as file:
+        file.write("[]\n" * 5)
+    pieces.write(whole(job), job._replace(skip=True))
+    said = pieces.written(job.folder, whole(job), job.dtype)
+    assert said is not None
+    assert (said["documents"], said["skipped"]) == (90, 5)
+    place = job.sources[0].path
+    assert said["errors"] == [f"{place}:{line}: not a JSON object" for line in (91, 92, 93)]
