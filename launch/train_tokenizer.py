@@ -12,7 +12,7 @@ from lad_dist.config import TokenizerConfig
 def main(config: TokenizerConfig) -> int:
     from lad_dist.data.train_tokenizer import train
 
-    train(config)
+    train(config, cli.say)
     return cli.DONE
 
 

@@ -9,7 +9,17 @@ from conftest import World
 from launching import ROOT
 
 from lad_dist import plan
-from lad_dist.config import EvaluateConfig, PrepareConfig, PretrainConfig, SearchConfig, Table, TaskConfig, parse, read
+from lad_dist.config import (
+    EvaluateConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SearchConfig,
+    Table,
+    TaskConfig,
+    TokenizerConfig,
+    parse,
+    read,
+)
 from lad_dist.search import draw
 from lad_dist.train import train
 
@@ -20,7 +30,12 @@ def schema_of(tables: dict[str, Any]) -> type[Table]:
     """A file's content says what it is for."""
     if "run" in tables:
         return PretrainConfig if "shards" in tables["data"] else TaskConfig
-    names: dict[str, type[Table]] = {"source": PrepareConfig, "search": SearchConfig, "model": EvaluateConfig}
+    names: dict[str, type[Table]] = {
+        "vocabulary": TokenizerConfig,
+        "source": PrepareConfig,
+        "search": SearchConfig,
+        "model": EvaluateConfig,
+    }
     return next(schema for key, schema in names.items() if key in tables)
 
 
@@ -34,7 +49,7 @@ SEARCHES = [file for file in FILES if "search" in read(file)]
 
 def test_there_are_configs_of_every_kind() -> None:
     assert {schema_of(read(file)) for file in FILES} == {
-        PretrainConfig, TaskConfig, PrepareConfig, SearchConfig, EvaluateConfig
+        PretrainConfig, TaskConfig, TokenizerConfig, PrepareConfig, SearchConfig, EvaluateConfig
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from lad_dist.surgery import SURGERIES
 
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
 SCHEMAS: dict[str, type[c.Table]] = {
+    "train_tokenizer.py": c.TokenizerConfig,
     "prepare_corpus.py": c.PrepareConfig,
     "pretrain_distill.py": c.PretrainConfig,
     "finetune_teacher.py": c.TaskConfig,
@@ -64,6 +65,18 @@ def test_help_names_every_key(script: str, capsys: pytest.CaptureFixture[str]) -
 def test_without_arguments_it_says_how_to_call_it(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(script) == 2
     assert "usage: python launch/" in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_trained_once(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = {"kind": "text", "path": str(world.books)}
+    tables = {"out": str(tmp_path / "words"), "kind": "unigram", "vocabulary": 100, "lowercase": True}
+    (tmp_path / "tokenizer.toml").write_text(tomli_w.dumps(tables | {"source": [source]}))
+    said = []
+    for _ in range(2):
+        assert run("train_tokenizer.py", str(tmp_path / "tokenizer.toml")) == 0
+        said.append(capsys.readouterr().out.splitlines()[-1])
+    assert "tokens, learnt from" in said[0]
+    assert said[1].endswith("already trained by this request; nothing to do")
 
 
 @pytest.mark.processes

@@ -149,8 +149,9 @@ def word_starts(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """bool [V]: whether each token begins a word. The first token after a special one begins a word in any case.
 
     A word is what its tokenizer takes for one. To WordPiece a punctuation mark is a word of its own. To byte-level BPE
-    and sentencepiece a word is what stands between spaces, with the punctuation that touches it; line breaks and tabs
-    that are tokens begin the word that follows. Special tokens and tokens added to the vocabulary are words.
+    and sentencepiece a word is what stands between spaces, with the punctuation that touches it (text without spaces is
+    one word); line breaks and tabs that are tokens begin the word that follows. Special tokens and tokens added to the
+    vocabulary are words.
 
     Raises UserError for a tokenizer of another kind."""
     begins = _begins_word(tokenizer)
