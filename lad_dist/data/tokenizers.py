@@ -42,6 +42,7 @@ MODEL_FILE = "spiece.model"
 SCORES_PER_UNIT = 256
 UNIGRAM_THREADS = 16  # whatever the machine: which floats are added up first depends on it
 WITHOUT_LIMIT = 2**30  # bytes
+# What the fast tokenizer looks up together with the character before it.
 COMBINING = r"\p{M}\p{Cf}\u0e33\u0eb3\uff9e\uff9f"
 # What sentencepiece deletes. The fast tokenizer's own map does too, except for a text's first character.
 DELETED = r"\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f"
