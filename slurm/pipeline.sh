@@ -11,6 +11,7 @@
 # config and the config's overrides; options before the first stage are for all jobs. Leave out the stages that are done
 # already. Pre-training waits for the preparation, the task for pre-training and fine-tuning. When a stage fails, those
 # that wait for it are cancelled; a stage that goes back to the queue keeps them waiting. Prints each stage's job id.
+# `prepare --array=0-15 CONFIG` is two jobs: an array, printed as "parts", and after it the one that merges.
 set -euo pipefail
 
 stages="prepare pretrain finetune task "
@@ -39,6 +40,22 @@ wait_for() {
     if [[ -n "$ids" ]]; then
         dependency=("--dependency=afterok$ids" --kill-on-invalid-dep=yes)
     fi
+}
+
+# Submits stage $1 as the job $2 with the present options and arguments, after $dependency.
+submit() {
+    local job
+    job="$(sbatch --parsable "${dependency[@]}" "${common[@]}" "${options[@]}" "slurm/$1.sbatch" "${arguments[@]}")"
+    jobs[$2]="${job%%;*}" # a federation's sbatch adds the cluster's name
+    echo "$2 ${jobs[$2]}"
+}
+
+without_array() {
+    local option kept=()
+    for option in "${options[@]}"; do
+        [[ "$option" == --array=* ]] || kept+=("$option")
+    done
+    options=("${kept[@]}")
 }
 
 common=()
@@ -70,7 +87,10 @@ while (($#)); do
     done
 
     wait_for "${needs[$stage]}"
-    job="$(sbatch --parsable "${dependency[@]}" "${common[@]}" "${options[@]}" "slurm/$stage.sbatch" "${arguments[@]}")"
-    jobs[$stage]="${job%%;*}" # a federation's sbatch adds the cluster's name
-    echo "$stage ${jobs[$stage]}"
+    if [[ "$stage" == prepare && " ${options[*]}" == *" --array="* ]]; then
+        submit prepare parts
+        wait_for parts
+        without_array
+    fi
+    submit "$stage" "$stage"
 done

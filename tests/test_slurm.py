@@ -17,7 +17,8 @@ from conftest import World
 from slurm_cluster import SlurmCluster
 
 from lad_dist import models
-from lad_dist.config import TaskConfig, override, parse
+from lad_dist.config import PrepareConfig, TaskConfig, override, parse
+from lad_dist.data.prepare import prepare
 from lad_dist.train import train
 
 pytestmark = pytest.mark.slurm
@@ -106,7 +107,8 @@ def test_every_argument_arrives_as_it_was_written(cluster: SlurmCluster, folder:
     launch(folder, SCRIPTS[script], RECORD)
     ended = cluster.run_job([f"slurm/{script}.sbatch", "run.toml", *AWKWARD], 60, folder)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
-    assert seen(folder, 0)["arguments"] == ["run.toml", *AWKWARD]
+    added = ["workers=4"] if script == "prepare" else []
+    assert seen(folder, 0)["arguments"] == ["run.toml", *added, *AWKWARD]
     assert not (folder / "harmed").exists()
 
 
@@ -223,7 +225,11 @@ def test_a_chain_runs_in_order_with_the_overrides_of_each_stage(cluster: SlurmCl
         assert cluster.wait(job, 60).state == "COMPLETED"
         assert cluster.shown(job)["NumCPUs"] == "1"
     order = (folder / "order").read_text().splitlines()
-    steps = ["prepare_corpus['run.toml']", "pretrain_distill['run.toml', 'a.b=x y']", "task_distill['run.toml', 'c=1']"]
+    steps = [
+        "prepare_corpus['run.toml', 'workers=1']",
+        "pretrain_distill['run.toml', 'a.b=x y']",
+        "task_distill['run.toml', 'c=1']",
+    ]
     assert [line for line in order if not line.startswith("finetune")] == steps
     assert order.index("finetune_teacher['run.toml']") < order.index(steps[-1])
 
@@ -245,6 +251,26 @@ def test_a_requeued_stage_keeps_the_next_one_waiting(cluster: SlurmCluster, fold
     ended = cluster.wait(jobs["task"], 60)
     assert (ended.state, cluster.shown(jobs["task"])["NumCPUs"]) == ("COMPLETED", "2"), ended.output
     assert "checkpoint True" in ended.output
+
+
+def test_tasks_of_an_array_do_a_share_each_and_the_merge_waits_for_them(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "prepare_corpus", "import sys, time; time.sleep(.5); open('order', 'a').write(f'{sys.argv[1:]}\\n')")
+    launch(folder, "pretrain_distill", "open('order', 'a').write('pretrain\\n')")
+    chain = ["prepare", "--array=3-5", "--cpus-per-task=2", "run.toml", "a.b=x y", "pretrain", "run.toml"]
+    jobs = pipeline(cluster, folder, *chain)
+    assert list(jobs) == ["parts", "prepare", "pretrain"]
+    for job in ("prepare", "pretrain"):
+        assert cluster.wait(jobs[job], 90).state == "COMPLETED"
+    *parts, merge, last = (folder / "order").read_text().splitlines()
+    whole = ["run.toml", "workers=2", "a.b=x y"]
+    assert sorted(parts) == [str([*whole[:2], f"part={part}", "parts=3", whole[2]]) for part in range(3)]
+    assert (merge, last) == (str(whole), "pretrain")
+
+
+def test_an_array_that_fails_cancels_the_merge(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "prepare_corpus", "import sys; sys.exit('part=1' in sys.argv)")
+    jobs = pipeline(cluster, folder, "prepare", "--array=0-1", "run.toml", "pretrain", "run.toml")
+    assert [cluster.wait(jobs[job], 60).state for job in ("prepare", "pretrain")] == ["CANCELLED", "CANCELLED"]
 
 
 @pytest.mark.parametrize(
@@ -361,6 +387,28 @@ def test_a_preempted_training_ends_with_the_same_weights(cluster: SlurmCluster, 
     two, preempted = (trained / "runs" / name for name in ("two", "preempted"))
     assert losses(preempted) == losses(two)
     assert exported(preempted) == exported(two)
+
+
+def test_a_corpus_from_an_array_is_the_corpus_from_one_process(
+    cluster: SlurmCluster, trained: Path, world: World
+) -> None:
+    rows = [json.dumps({"text": f"{toy.sentence(n % 300, most=60)} {n % 9000}"}) for n in range(16_000)]
+    (trained / "rows.jsonl").write_text("\n".join(rows))
+    source = {"kind": "jsonl", "path": str(trained / "rows.jsonl")}
+    tables = {"out": "array", "tokenizer": str(world.tokenizer), "source": [source]}
+    (trained / "array.toml").write_text(tomli_w.dumps(tables))
+    jobs = pipeline(cluster, trained, "prepare", "--array=0-1", "--cpus-per-task=1", "array.toml", extra=NO_WAITING)
+    ended = cluster.wait(jobs["prepare"], 200)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert "array: 3 pieces are tokenized; merging them" in ended.output
+    prepare(parse(PrepareConfig, {**tables, "out": str(trained / "alone"), "workers": 1}, "toy"))
+    array, alone = (files_in(trained / name) for name in ("array", "alone"))
+    assert len(array) >= 7
+    assert array == alone
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def without_teacher(tables: dict[str, Any]) -> dict[str, Any]:
