@@ -26,7 +26,8 @@ from lad_dist.config import TrainConfig, UserError, dump
 from lad_dist.disk import commit, files, sha256, write_text
 
 KEEP = 2
-RHYTHM = ("log_every", "eval_every", "save_every")  # of [run]: may differ when a run is taken up again
+# What changes nothing of what is learnt may differ when a run is taken up again.
+FREE = {"run.log_every", "run.eval_every", "run.save_every", "data.workers"}
 
 
 class NothingToResume(UserError):
@@ -53,8 +54,7 @@ class Run:
         if not self._config.exists():
             return
         before, now = (_flatten(tomllib.loads(text)) for text in (self._config.read_text(), dump(config)))
-        ignored = {f"run.{key}" for key in RHYTHM}
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in ignored)
+        changed = sorted(k for k in (before.keys() | now.keys()) - FREE if before.get(k) != now.get(k))
         if changed:
             key = changed[0]
             raise UserError(

@@ -12,12 +12,13 @@ from lad_dist.config import (
     SearchConfig,
     Table,
     TaskConfig,
+    TokenizerConfig,
     describe,
 )
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCHEMAS = (PretrainConfig, TaskConfig, PrepareConfig, EvaluateConfig, SearchConfig)
+SCHEMAS = (PretrainConfig, TaskConfig, PrepareConfig, TokenizerConfig, EvaluateConfig, SearchConfig)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)

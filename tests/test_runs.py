@@ -178,10 +178,11 @@ def test_a_folder_with_another_config_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_the_rhythm_of_reports_may_change(world: World, tmp_path: Path, config: TrainConfig) -> None:
+def test_what_changes_nothing_of_what_is_learnt_may_change(world: World, tmp_path: Path, config: TrainConfig) -> None:
     Run(config).begin(0)
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
-    Run(toy.parsed(tables, {"run.log_every": 3, "run.eval_every": 2, "run.save_every": 2}))
+    changes = {"run.log_every": 3, "run.eval_every": 2, "run.save_every": 2, "data.workers": 3}
+    Run(toy.parsed(tables, changes))
 
 
 def test_rows_after_the_checkpoint_are_dropped_when_a_run_is_taken_up(config: TrainConfig) -> None:

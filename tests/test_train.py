@@ -189,8 +189,9 @@ def test_the_export_is_the_trained_model(
         starts = span_starts(ids)
         rows = np.arange(starts[-1]) if kind == "mlm" else starts[:-1]
         needs = Needs(hidden=(2,)) if kind == "none" else Needs(logits=True)
+        segments = [np.zeros(len(row), dtype=np.uint8) for row in ids]
         with torch.no_grad():
-            seen = models.trace(method.student, collate(ids, [np.zeros(len(row), dtype=np.uint8) for row in ids], rows, rows), needs)
+            seen = models.trace(method.student, collate(ids, segments, rows, rows), needs)
         return seen.hidden[2] if seen.logits is None else seen.logits
 
     monkeypatch.setattr(Method, "export", watched)

@@ -70,7 +70,7 @@ def _serving(folder: Path) -> list[tuple[str, str]]:
         rows += [
             (f"a loader process at length {length}", f"{tokens / figure.seconds:,.0f} tokens/s"),
             ("", f"{sequences / figure.seconds:,.0f} sequences/s"),
-            ("  real tokens in a slot", f"{full:.2%}"),
+            ("  real tokens in a slot", f"{full:.3%}"),
         ]
     small, large = (_run(_serve, folder / name, 128) for name in ("once", "often"))
     waited = _run(_train, folder / "once").value
@@ -183,18 +183,15 @@ def _blocks(rows: Mapping[str, list[list[int]]], length: int = 128) -> dict[str,
 
 def _serve(clock: Any, shards: Path, length: int) -> tuple[int, int, float]:
     """(sequences, tokens, share of the slots that they fill)"""
-    data = CorpusData(shards=str(shards), max_length=length, tokens_per_slot=TOKENS_PER_SLOT)
-    batches = load(CorpusFeed(data, _tokenizer(shards), seed=0), range(BATCHES), range(1), workers=1)
+    tables = {"shards": str(shards), "max_length": length, "tokens_per_slot": TOKENS_PER_SLOT}
+    feed = CorpusFeed(CorpusData.model_validate(tables), tokenizers.load_tokenizer(shards / "tokenizer"), seed=0)
+    batches = load(feed, range(BATCHES), range(1), workers=1)
     next(batches)
     sequences = tokens = 0
     with clock():
         for (batch,) in batches:
             sequences, tokens = sequences + int((batch.lengths > 0).sum()), tokens + batch.tokens
     return sequences, tokens, tokens / (BATCHES - 1) / TOKENS_PER_SLOT
-
-
-def _tokenizer(shards: Path) -> Any:
-    return tokenizers.load_tokenizer(shards / "tokenizer")
 
 
 def _train(clock: Any, shards: Path) -> float:

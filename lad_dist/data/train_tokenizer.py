@@ -12,6 +12,7 @@ from typing import Any
 
 from lad_dist.config import Source, TokenizerConfig, UserError
 from lad_dist.data import corpus, tokenizers
+from lad_dist.disk import commit
 
 REQUEST = "request.json"
 TRAINERS = {"wordpiece": tokenizers.train_wordpiece, "unigram": tokenizers.train_unigram}
@@ -38,7 +39,7 @@ def train(config: TokenizerConfig, progress: Callable[[str], None] = print) -> N
     with scratch as name:
         folder = Path(name) / "tokenizer"
         characters = _write(config, request, folder, progress)
-        folder.rename(out)
+        commit(folder, out)
     size = tokenizers.vocabulary_size(tokenizers.load_tokenizer(out))
     progress(f"{out}: {size} tokens, learnt from {characters:,} characters")
 
