@@ -14,7 +14,7 @@ import numpy as np
 from lad_dist.config import CorpusData, TaskData, UserError, did_you_mean
 from lad_dist.data import tokenizers
 from lad_dist.data.batch import collate, pack, span_starts
-from lad_dist.data.keyed import key, keys
+from lad_dist.data.keyed import MASK, key, keys
 from lad_dist.data.masking import Vocabulary, mask_windows
 from lad_dist.data.order import CorpusOrder, Reading, TaskOrder, window_span, windows
 from lad_dist.data.shards import Shards
@@ -22,7 +22,6 @@ from lad_dist.data.tasks import Examples, Task
 from lad_dist.data.tokenizers import Encoded, PreTrainedTokenizerFast
 from lad_dist.flat import Batch
 
-MASK = 2  # what a key is for: `order` has the other
 HELD_OUT_SLOTS = 32
 DEV_EXAMPLES = 64
 UNKNOWN_EXAMPLES = 500

@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lad_dist.data.keyed import Permutation, key
-
-SHUFFLE = 1  # what a key is for: keys of no two purposes are equal
+from lad_dist.data.keyed import SHUFFLE, Permutation, key
 
 
 def share(slots: int, rank: int, world: int) -> range:
