@@ -7,7 +7,7 @@ usage: python launch/prepare_corpus.py CONFIG.toml [dotted.key=value …]
 It takes up its work where it was stopped or killed. With part and parts, several machines share the tokenizing
 (slurm/prepare.sbatch does); a run without them then merges. The shards do not depend on any of this.
 
-example: python launch/prepare_corpus.py configs/pretrain/corpus.toml out=corpora/wikipedia
+example: python launch/prepare_corpus.py configs/pretrain/corpus.toml out=corpora/wikipedia-books
 """
 
 import sys

@@ -3,7 +3,7 @@
 usage: python launch/pretrain_distill.py CONFIG.toml [dotted.key=value …]
        deepspeed launch/pretrain_distill.py …   (or torchrun, or srun python: the world comes from the environment)
 
-example: deepspeed launch/pretrain_distill.py configs/pretrain/kd.toml data.shards=corpora/wikipedia
+example: deepspeed launch/pretrain_distill.py configs/pretrain/kd.toml data.shards=corpora/wikipedia-books
 """
 
 from lad_dist import cli

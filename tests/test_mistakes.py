@@ -12,7 +12,8 @@ from conftest import World
 from launching import ROOT, launch
 
 from lad_dist import cli, models
-from lad_dist.config import EvaluateConfig, PretrainConfig, TaskConfig, load
+from lad_dist.config import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig, load
+from lad_dist.data.prepare import prepare
 from lad_dist.data.tokenizers import train_wordpiece
 
 TASK, CORPUS = "task", "corpus"
@@ -239,6 +240,45 @@ def test_mistakes_of_an_evaluation(
     assert not (tmp_path / "result.json").exists()
 
 
+ROWS = {"kind": "jsonl", "path": "{rows}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"source": [ROWS]}, 'rows.jsonl:2: no "text": did you mean "texts"?; mend or remove it, or set on_error'),
+        ({"source": [{**ROWS, "path": "{empty}"}]}, "empty: no .jsonl files in it"),
+        ({"source": [{**ROWS, "path": "/nowhere"}]}, "/nowhere: no such file or folder"),
+        ({"source": [{**ROWS, "kind": "parquett"}]}, "source.0.kind: input should be "),
+        ({"source": [{**ROWS, "splitt": "train"}]}, 'source.0.splitt: no such key; did you mean "split"?'),
+        ({"source": [{**ROWS, "split": "test"}]}, 'split does not go with kind = "jsonl", only with hub'),
+        ({"source": [ROWS, ROWS]}, 'two sources are called "rows"; give one of them another name'),
+        ({"part": 0}, "give both of part and parts, or none"),
+        ({"part": 2, "parts": 2}, "part = 2, but parts = 2 are numbered from 0"),
+        ({"tokenizer": "/nowhere"}, "/nowhere: no tokenizer there"),
+        ({"out": "{empty}/../rows.jsonl"}, "exists and holds no token shards; give another folder for out"),
+    ],
+)
+def test_mistakes_of_a_preparation(
+    changes: dict[str, Any], expected: str, places: Places, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"texts": "a"}\n')
+    (tmp_path / "empty").mkdir()
+    there = {"rows": tmp_path / "rows.jsonl", "empty": tmp_path / "empty"}
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [{key: filled(inner) for key, inner in source.items()} for source in value]
+        return value.format_map(there) if isinstance(value, str) else value
+
+    tables = {"out": str(tmp_path / "out"), "tokenizer": str(places.world.tokenizer), "source": filled([ROWS])}
+    path = written(tmp_path, tables, {key: filled(value) for key, value in changes.items()})
+    before = set(tmp_path.iterdir())
+    assert cli.guarded(lambda: not prepare(load(PrepareConfig, path))) == 2
+    assert_one_line(capfd.readouterr().err, expected)
+    assert set(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("script", "words", "expected"),
     [
@@ -251,6 +291,7 @@ def test_mistakes_of_an_evaluation(
         ),
         ("pretrain_distill", ["configs/pretrain/kd.toml", "data.shards=/nowhere"], "/nowhere: no token shards there"),
         ("prepare_corpus", ["configs/pretrain/corpus.toml", "source=[]"], "source: "),
+        ("prepare_corpus", ["--verify", "/nowhere"], "/nowhere: no token shards there"),
         ("train_tokenizer", ["configs/pretrain/tokenizer_unigram.toml", "kind=bpe"], "kind: input should be "),
         ("evaluate", ["configs/task/evaluate.toml", "data.task=rtee", "data.path=x"], 'task "rtee" is unknown'),
         ("tune", ["configs/tune/lad.toml", "search.metric=1"], "search.metric: "),

@@ -113,6 +113,9 @@ def _locked(work: Path, alone: bool) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{work}: another process is preparing this corpus; wait for its end") from None
             # A file system without locks: then nobody is kept from starting it twice.
+        if alone:
+            for draft in work.glob("*.draft"):
+                draft.unlink()  # of a process that was killed
         try:
             yield
         finally:
@@ -173,14 +176,15 @@ def _claim(work: Path, identity: dict[str, str]) -> None:
     differing = sorted(key for key in identity if found.get(key) != identity[key])
     if differing:
         raise UserError(
-            f"{work}: holds pieces made with another {', '.join(differing)}; remove it, or give another folder for out"
+            f"{work}: holds pieces of another corpus, differing in {', '.join(differing)}; "
+            "remove it, or give another folder for out"
         )
 
 
 def _tokenize(job: Job, mine: Sequence[Piece], workers: int, flag: Any, report: Report) -> list[Said]:
     """Does what is not done; what is said of each piece, in order. Raises the UserError of the first piece that has
     one."""
-    found = {piece.number: pieces.written(job.folder, piece, job.dtype) for piece in mine}
+    found = {piece.number: _accepted(pieces.written(job.folder, piece, job.dtype), job) for piece in mine}
     missing = [piece for piece in mine if found[piece.number] is None]
     ids, done = sum(each["ids"] for each in found.values() if each), len(mine) - len(missing)
     report({"step": done, "steps": len(mine), "million tokens": ids / 1e6})
@@ -190,12 +194,12 @@ def _tokenize(job: Job, mine: Sequence[Piece], workers: int, flag: Any, report: 
             assert said is not None
             ids, done = ids + said["ids"], done + 1
             report({"step": done, "steps": len(mine), "million tokens": ids / 1e6})
-    return [_accepted(said, job) for said in found.values() if said is not None]
+    return [said for said in found.values() if said is not None]
 
 
-def _accepted(said: Said, job: Job) -> Said:
+def _accepted(said: Said | None, job: Job) -> Said | None:
     """Raises UserError for a piece in which an earlier run skipped what this one may not."""
-    if said["skipped"] and not job.skip:
+    if said is not None and said["skipped"] and not job.skip:
         raise pieces.stop_at(said["errors"][0])
     return said
 
