@@ -12,6 +12,7 @@ pass through in chunks, and repeated ones are found among those whose hashes beg
 
 import contextlib
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,9 @@ def held_out(high: np.ndarray, share: float) -> np.ndarray:
 def find_repeated(job: Merge) -> np.ndarray:
     """bool [documents], whether each has the text of an earlier one: a file in the folder of the pieces, mapped."""
     documents = sum(each["documents"] for each in job.said)
-    repeated = np.memmap(job.work / "repeated", dtype=bool, mode="w+", shape=max(1, documents))
+    with open(job.work / "repeated", "wb") as made:
+        os.posix_fallocate(made.fileno(), 0, max(1, documents))  # a full disk is an error here, and a crash in the map
+    repeated = np.memmap(job.work / "repeated", dtype=bool, mode="r+")
     if job.config.deduplicate:
         for file in _buckets(job, documents):
             keys = np.fromfile(file, dtype=KEY)
@@ -92,7 +95,7 @@ def _buckets(job: Merge, documents: int) -> list[Path]:
         for keys in _keys(job):
             buckets = keys["high"] >> np.uint64(64 - bits)
             for bucket in np.unique(buckets).tolist():
-                keys[buckets == bucket].tofile(streams[bucket])
+                streams[bucket].write(keys[buckets == bucket].data)
     return files
 
 

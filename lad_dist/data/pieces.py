@@ -101,11 +101,13 @@ def _cut(source: Source, spans: Iterable[Span], size: int) -> Iterator[Span]:
 
 def _grouped(spans: Iterable[Span], size: int) -> Iterator[tuple[Span, ...]]:
     group: list[Span] = []
+    held = 0
     for span in spans:
         group.append(span)
-        if sum(each.end - each.begin for each in group) >= size:
+        held += span.end - span.begin
+        if held >= size:
             yield tuple(group)
-            group = []
+            group, held = [], 0
     if group:
         yield tuple(group)
 
@@ -143,8 +145,8 @@ def write(piece: Piece, job: Job) -> None:
             if piece.first and documents == 0:
                 tokenizers.refuse_unknown(job.tokenizer, [encoded.ids], job.sources[piece.source].path)
             records = _records(texts, encoded.lengths + len(job.separator))
-            _with_separators(encoded, job).tofile(id_file)
-            records.tofile(document_file)
+            id_file.write(_with_separators(encoded, job).data)
+            document_file.write(records.data)
             documents, ids = documents + len(records), ids + int(records["ids"].sum())
     said = {"documents": documents, "ids": ids, "skipped": complaints.count, "errors": complaints.messages}
     write_text(job.folder / f"{piece.number}.json", json.dumps(said))

@@ -67,7 +67,8 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, repo
     except Stopped:
         return False
     except OSError as error:
-        raise UserError(f"{error.filename or work}: {error.strerror}; what is finished is kept, run again") from None
+        reason = error.strerror or error
+        raise UserError(f"{error.filename or work}: {reason}; what is finished is kept, run again") from None
     return True
 
 

@@ -358,7 +358,9 @@ def test_other_weights_are_written_into_a_finished_manifest(config: PrepareConfi
 def test_pieces_of_something_else_are_refused(config: PrepareConfig, toy_corpus: Path) -> None:
     assert prepare.prepare(changed(config, part=0, parts=2), quiet)
     (toy_corpus / "more.txt").write_text("the fox")
-    with pytest.raises(UserError, match=r"\.shards\.pieces: holds pieces of another corpus, differing in sources; remove"):
+    with pytest.raises(
+        UserError, match=r"\.shards\.pieces: holds pieces of another corpus, differing in sources; remove"
+    ):
         prepare.prepare(config, quiet)
     (toy_corpus / "more.txt").unlink()
     prepared(changed(config, held_out=0.5, min_tokens=2, deduplicate=False, tokens_per_shard=10))
