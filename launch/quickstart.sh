@@ -10,8 +10,6 @@ if ! pip show --quiet lad_dist 2>/dev/null; then
     echo "Installing lad_dist and what it needs: a few minutes, once."
     install_lad_dist
 fi
-# Threads that spin while they wait slow a machine that others use too many times over.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # Threads that spin while they wait slow a busy machine down many times; sleeping ones cost an idle one little.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 exec python launch/quickstart.py "$@"
