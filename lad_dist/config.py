@@ -199,8 +199,8 @@ ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".gz", ".bz2", ".xz"
 
 class Source(Table):
     kind: Literal["wikiextractor", "text", "jsonl", "parquet", "arrow", "hub"] = Field(
-        description="WikiExtractor's output, .txt files, tables with a text column, or a hub dataset; "
-        "the first three may be .gz, .bz2, .xz or .zst"
+        description="WikiExtractor's output, .txt files, JSON lines (all three also .gz, .bz2, .xz, .zst), Parquet, "
+        "Arrow, or a hub dataset"
     )
     path: str = Field(description="file, folder searched for the kind's files, or dataset name", min_length=1)
     name: str | None = Field(
