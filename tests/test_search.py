@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import ray
 import tomli_w
+import torch
 import toy
 from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT, environment, launch
 
+from lad_dist import models
 from lad_dist.config import SearchConfig, TaskConfig, UserError, load, parse
 from lad_dist.search import draw, search
 
@@ -46,8 +48,24 @@ def work(world: World, tmp_path: Path) -> Path:
 
 
 def with_base(world: World, folder: Path) -> Path:
-    base = toy.task_config(folder, world.files, world.teacher, world.pretrained)
+    """A task in which nearly all say yes, and a student that says no until it learns anything at all."""
+    files = {"train": str(folder / "train.csv"), "dev": str(folder / "dev.csv")}
+    for file, count in zip(files.values(), (64, 24), strict=True):
+        rows = (f"{toy.sentence(count + n, most=6)},{toy.LABELS[n % 12 > 0]}\n" for n in range(count))
+        Path(file).write_text("text,label\n" + "".join(rows))
+    base = toy.task_config(folder, files, world.teacher, denying(world, folder / "student"))
+    base["objective"] = {"name": "lad", "hidden": 0.0, "soft": 0.0, "hard": 1.0}
     (folder / "base.toml").write_text(tomli_w.dumps(base))
+    return folder
+
+
+def denying(world: World, folder: Path) -> Path:
+    made = toy.model(folder, world.tokenizer, "classification", toy.LABELS)
+    student = models.load(str(made), "classification", labels=toy.LABELS)
+    with torch.no_grad():
+        student.classifier.weight.zero_()
+        student.classifier.bias.copy_(torch.tensor([1e-3, 0.0]))
+    models.save(student, folder)
     return folder
 
 
