@@ -23,6 +23,7 @@ class Method(nn.Module):
         pieces = parts.parts(self.student)
         for piece in pieces:
             piece.at(progress)
+        self.objective.at(progress)
         seen = trace(self.student, batch, self.objective.student_needs)
         if target is not None:
             target = trace_map(lambda x: x.to(self.student.dtype), target)

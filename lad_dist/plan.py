@@ -132,7 +132,7 @@ def make(config: TrainConfig) -> Plan:
         check_task(config.data)
     task = load_task(config.data) if isinstance(config.data, TaskData) else None
     corpus = Shards(config.data.shards) if isinstance(config.data, CorpusData) else None
-    head: Head = "none" if kind.headless else "mlm" if task is None else task.kind
+    head: Head = task.kind if task is not None else "none" if kind.headless else "mlm"
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
     student, layers = _student_shape(config, head, task, len(tokenizer))
     teacher_head, teacher = _teacher_shape(config, kind, head, task, tokenizer)

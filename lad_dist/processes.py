@@ -6,7 +6,7 @@ the world is this one process. This is the only module that reads SLURM_*.
 
     start()                      joins the group, once; returns the device
     rank, world, main, device    plain answers
-    barrier, any_of, mean_of, gather, from_main   what all processes agree on
+    barrier, any_of, average, mean_of, gather, from_main   what all processes agree on
     stopping()                   whether any of them was asked to stop (SIGTERM, SIGUSR1)
     seed_everything(*key)        randomness as a function of (seed, step, slot)
 """
@@ -152,6 +152,15 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_control)
     return box[0]
+
+
+def average(x: torch.Tensor) -> torch.Tensor:
+    """The tensor averaged over the processes, without waiting for the device."""
+    if world() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / world()
 
 
 def mean_of(values: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -108,8 +108,12 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (CORPUS, {"objective": {"name": "task"}}, 'objective.name "task" does not run on a corpus'),
     (CORPUS, {"teacher.path": "{headless}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
     (CORPUS, {"teacher.path": "{teacher}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
-    (CORPUS, {"objective": {"name": "minilm", "heads": 5}}, "objective.heads = 5 does not divide a width of 32"),
-    (CORPUS, {"objective": {"name": "minilm", "teacher_layer": 5}}, "objective.teacher_layer = 5, but there are 4"),
+    (CORPUS, {"objective": {"name": "minilm2", "heads": 5}}, "objective.heads = 5 does not divide a width of 32"),
+    (CORPUS, {"objective": {"name": "minilm2", "teacher_layer": 5}}, "objective.teacher_layer = 5, but there are 4"),
+    (CORPUS, {"objective": {"name": "minilm", "heads": 8}}, "objective: heads: no such key"),
+    (TASK, {"objective": {"name": "kd", "cosine": 1.0}}, "objective: cosine: no such key"),
+    (TASK, {"objective": {"name": "pkd", "mapping": "even"}}, "objective: mapping: input should be 'skip' or 'last'"),
+    (TASK, {"student.depth": 1, "objective": {"name": "pkd"}}, "a student of one layer has none before its last"),
     (TASK, {"student.depth": 5}, "student.depth = 5, but the model it starts from has 4 layers"),
     (TASK, {"student.depth": None, "student.layers": [1, 9]}, "student.layers: there is no layer 9"),
     (TASK, {"data.max_length": 65}, "data.max_length: 65 tokens, but"),
@@ -150,6 +154,14 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         "the student is 16 wide and the teacher 32",
     ),
     (CORPUS, {"student": {"architecture": {**toy.SIZES, "num_hidden_layers": 5}}}, "5 student layers, only 4 teacher"),
+    *[
+        (
+            CORPUS,
+            {"student": {"architecture": {**toy.SIZES, "num_attention_heads": 2}}, "objective": {"name": name}},
+            f"objective.name = {name}: the student has 2 heads and the teacher 4",
+        )
+        for name in ("emd", "minilm", "tinybert")
+    ],
 ]
 
 

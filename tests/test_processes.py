@@ -1,5 +1,6 @@
 """The same curve for any ZeRO stage and any number of processes."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import toy
 from conftest import World
 from launching import curves
+
+from lad_dist.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.processes
 STAGES = (0, 1, 2, 3)
@@ -23,6 +26,32 @@ def configs(world: World, work: Path) -> dict[str, dict[str, Any]]:
             half = {**tables, "run": {**tables["run"], "name": f"bf16-zero{stage}"}}
             half["deepspeed"] = {**tables["deepspeed"], "bf16": {"enabled": True}}
             result[f"bf16-zero{stage}"] = half
+    return result
+
+
+CURVES = {
+    **{name: {"name": name} for name in ("kd", "distilbert", "pkd", "alp", "tinybert", "lad")},
+    "emd": {"name": "emd", "attention": 1.0, "hidden": 1.0},
+    "minilm": {"name": "minilm"},
+    "minilm2": {"name": "minilm2", "heads": 8},
+}
+
+
+def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
+    """Three steps of each: of tinybert, emd and the relations with a student narrower than its teacher."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, stage in itertools.product(CURVES, STAGES):
+        key = f"{name}-zero{stage}"
+        corpus = "task" not in OBJECTIVES[name].runs_on
+        places = (world.corpus,) if corpus else (world.files,)
+        tables = (toy.corpus_config if corpus else toy.task_config)(work, *places, world.teacher, world.pretrained)
+        tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": CURVES[name]}
+        tables["deepspeed"] = {"zero_optimization": {"stage": stage}}
+        tables["data"] |= {"slots": 2, "workers": 0}
+        if name in ("emd", "tinybert", "minilm", "minilm2"):
+            architecture = {**toy.SIZES, "hidden_size": 16, "num_hidden_layers": 2}
+            tables["student"] = {"architecture": architecture, "tokenizer": str(world.tokenizer)}
+        result[key] = tables
     return result
 
 
@@ -59,3 +88,34 @@ def test_dev_metrics_are_the_same_on_any_number_of_processes(
         one, two = (all_curves[n][f"zero{stage}"][-1] for n in (1, 2))
         assert one["dev/accuracy"] == two["dev/accuracy"]
         assert one["dev/probability_loyalty"] == pytest.approx(two["dev/probability_loyalty"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def objective_curves(
+    world: World, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict[str, list[dict[str, Any]]]]:
+    work = tmp_path_factory.mktemp("objectives")
+    return {n: curves(work / f"{n}", every_objective(world, work / f"{n}"), processes=n) for n in (1, 2)}
+
+
+def test_every_taught_objective_is_among_the_curves() -> None:
+    assert set(CURVES) == {name for name, kind in OBJECTIVES.items() if kind.taught}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_every_objective_has_one_curve(name: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
+    """Whatever the stage and the number of processes: losses, and what the objective observed."""
+    expected = terms(objective_curves[1][f"{name}-zero0"])
+    assert len(expected) == 3
+    assert expected[0]["loss"] != expected[-1]["loss"]
+    for processes, stages in objective_curves.items():
+        for stage in STAGES:
+            found = terms(stages[f"{name}-zero{stage}"])
+            for mine, its in zip(found, expected, strict=True):
+                assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
+
+
+def terms(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of each step: the loss, its terms and the objective's observations."""
+    other = ("lr", "dev", "tokens_per_second", "grad_norm")
+    return [{key: x for key, x in row.items() if not key.startswith(other)} for row in rows if "loss" in row]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +76,27 @@ def test_lad_learns(world: World, tmp_path: Path) -> None:
 TEACHERLESS: dict[str, Any] = {"teacher": None}
 ON_TASKS: list[dict[str, Any]] = [
     TEACHERLESS | {"objective": {"name": "task"}},
-    {"objective": {"name": "kd", "cosine": 1.0}},
-    {"objective": {"name": "lad"}},
+    *[{"objective": {"name": name}} for name in ("kd", "distilbert", "pkd", "alp", "emd", "tinybert", "lad")],
+    {"student.path": "{narrow}", "objective": {"name": "emd"}},
+    {"student.path": "{narrow}", "objective": {"name": "tinybert"}},
     {"surgery": [{"name": "low_rank", "keep": 0.5}]},
     {"student.embeddings": "random", "data.pad_to": 32, "objective.norm": "sequence", "objective.affine": True},
     {"teacher.dtype": "bfloat16", **HALF},
 ]
 ON_CORPORA: list[dict[str, Any]] = [
     TEACHERLESS | {"objective": {"name": "mlm"}},
-    {"objective": {"name": "kd", "cosine": 1.0}},
-    {"objective": {"name": "lad"}},
-    {"teacher.path": "{headless}", "objective": {"name": "lad", "soft": 0.0}},
-    {"teacher.path": "{headless}", "objective": {"name": "kd", "soft": 0.0, "cosine": 1.0}},
-    {"objective": {"name": "minilm"}},
-    {"teacher.path": "{headless}", "student.path": "{headless}", "objective": {"name": "minilm", "heads": 8}},
-    {"student": {"architecture": {**toy.SIZES, "hidden_size": 16}}, "objective": {"name": "minilm"}},
+    *[{"objective": {"name": name}} for name in ("distilbert", "pkd", "alp", "emd", "lad")],
+    *[
+        {"teacher.path": "{headless}", "objective": {"name": name, "soft": 0.0}}
+        for name in ("distilbert", "pkd", "alp", "lad")
+    ],
+    {"teacher.path": "{headless}", "objective": {"name": "emd", "soft": 0.0, "hard": 1.0}},
+    *[{"teacher.path": "{headless}", "objective": {"name": name}} for name in ("tinybert", "minilm", "minilm2")],
+    {"teacher.path": "{headless}", "student.path": "{headless}", "objective": {"name": "minilm2", "heads": 8}},
+    *[
+        {"student": {"architecture": {**toy.SIZES, "hidden_size": 16}}, "objective": {"name": name}}
+        for name in ("emd", "tinybert", "minilm", "minilm2")
+    ],
     {"surgery": [{"name": "low_rank", "keep": 0.5}], "objective": {"name": "kd"}},
 ]
 
@@ -99,12 +106,16 @@ ON_CORPORA: list[dict[str, Any]] = [
 )
 def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path: Path) -> None:
     """Finite losses that are the sum of their terms, student weights that move, and an export that loads."""
-    filled = {k: v.format_map(vars(world)) if isinstance(v, str) else v for k, v in changes.items()}
+    narrow = tmp_path / "narrow"
+    if "{narrow}" in changes.values():
+        toy.model(narrow, world.tokenizer, "none", hidden_size=16)
+    places = {**vars(world), "narrow": narrow}
+    filled = {k: v.format_map(places) if isinstance(v, str) else v for k, v in changes.items()}
     config = (on_corpus if corpus else lad)(world, tmp_path, filled | {"run.steps": 2})
     rows: list[dict[str, Any]] = []
     outcome = train(config, rows.append)
     assert outcome.results is not None
-    terms = ("hard", "soft", "hidden", "cosine", "query", "key", "value")
+    terms = ("hard", "soft", "hidden", "embedding", "attention", "cosine", "query", "key", "value")
     for row in rows[:2]:
         assert math.isfinite(row["loss"])
         assert row["loss"] == pytest.approx(sum(row.get(term, 0.0) for term in terms), rel=2e-2)
@@ -197,7 +208,7 @@ def test_the_export_is_the_trained_model(
     monkeypatch.setattr(Method, "export", watched)
     changes: dict[str, Any] = {"run.steps": 3}
     changes |= {"surgery": [{"name": "low_rank", "keep": 0.5}]} if surgery else {}
-    changes |= {"objective": {"name": "minilm"}} if kind == "none" else {}
+    changes |= {"objective": {"name": "minilm2"}} if kind == "none" else {}
     folder = train((lad if kind == "classification" else on_corpus)(world, tmp_path, changes)).folder / "export"
     auto = {"classification": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM, "none": AutoModel}[kind]
     model = auto.from_pretrained(folder, attn_implementation="sdpa").eval()
@@ -230,8 +241,18 @@ def test_a_run_that_stopped_half_way_ends_as_one_that_did_not(
     corpus: bool, precision: dict[str, Any], world: World, tmp_path: Path
 ) -> None:
     """Bit for bit, with dropout on: weights, and every row."""
-    make = on_corpus if corpus else lad
-    changes = {**precision, **DROPOUT, "run.steps": 6, "run.eval_every": 2}
+    assert_it_goes_on(on_corpus if corpus else lad, precision, world, tmp_path)
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, {"deepspeed.zero_optimization.stage": 3}])
+def test_so_does_one_whose_objective_has_a_state(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
+    assert_it_goes_on(
+        lad, {**precision, "objective": {"name": "emd", "hidden": 1.0, "attention": 1.0}}, world, tmp_path
+    )
+
+
+def assert_it_goes_on(make: Callable[..., TrainConfig], changes: dict[str, Any], world: World, tmp_path: Path) -> None:
+    changes = {**changes, **DROPOUT, "run.steps": 6, "run.eval_every": 2}
     whole: list[dict[str, Any]] = []
     straight = train(make(world, tmp_path / "a", changes), whole.append)
     config, rows = make(world, tmp_path / "b", changes), list[dict[str, Any]]()

@@ -1,11 +1,29 @@
 """What a student can be taught, by name. A new method is one file here and one line in OBJECTIVES."""
 
+from lad_dist.objectives.alp import ALP
+from lad_dist.objectives.distilbert import DistilBERT
+from lad_dist.objectives.emd import EMD
 from lad_dist.objectives.kd import KD
 from lad_dist.objectives.labels import MLM, Task
 from lad_dist.objectives.lad import LAD
 from lad_dist.objectives.minilm import MiniLM
+from lad_dist.objectives.minilm2 import MiniLM2
 from lad_dist.objectives.objective import Objective
+from lad_dist.objectives.pkd import PKD
+from lad_dist.objectives.tinybert import TinyBERT
 
 __all__ = ["OBJECTIVES", "Objective"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"task": Task, "mlm": MLM, "kd": KD, "lad": LAD, "minilm": MiniLM}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "task": Task,
+    "mlm": MLM,
+    "kd": KD,
+    "distilbert": DistilBERT,
+    "pkd": PKD,
+    "alp": ALP,
+    "emd": EMD,
+    "tinybert": TinyBERT,
+    "minilm": MiniLM,
+    "minilm2": MiniLM2,
+    "lad": LAD,
+}

@@ -1,8 +1,8 @@
-"""Plain knowledge distillation (Hinton et al., 2015), and with `cosine` DistilBERT's three terms (Sanh et al., 2019):
+"""Plain knowledge distillation (Hinton et al., 2015):
 
-    L = hard · CE(z_s, y) + soft · T² KL(softmax(z_t / T) || softmax(z_s / T)) + cosine · (1 - cos(h_s, h_t))
+    L = hard · CE(z_s, y) + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
 
-z are logits: of a task, or of the MLM head at the masked positions. h are last hidden states, of equal width.
+z are logits: of a task, or of the MLM head at the masked positions.
 """
 
 from typing import Annotated
@@ -13,7 +13,7 @@ from torch import Tensor
 from lad_dist.config import UserError
 from lad_dist.flat import Batch, Needs, Shape, Trace
 from lad_dist.objectives import losses
-from lad_dist.objectives.objective import Objective, same_width
+from lad_dist.objectives.objective import Objective
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -27,20 +27,16 @@ class KD(Objective):
         soft: Weight = 0.5,
         hard: Weight = 0.5,
         temperature: Annotated[float, Field(gt=0)] = 2.0,
-        cosine: Weight = 0.0,
     ):
         super().__init__()
         if soft and teacher.head == "none":
             raise UserError(
-                "objective.soft: the teacher has no head to learn from; set objective.soft = 0 or take minilm"
+                "objective.soft: the teacher has no head to learn from; set objective.soft = 0 or take minilm2"
             )
-        if cosine:
-            same_width("kd with cosine", student, teacher)
-        self.soft, self.hard, self.temperature, self.cosine = soft, hard, temperature, cosine
+        self.soft, self.hard, self.temperature = soft, hard, temperature
         self.head = student.head
-        self.last = (student.layers, teacher.layers)
-        self.student_needs = Needs(logits=bool(soft or hard), hidden=(student.layers,) if cosine else ())
-        self.teacher_needs = Needs(logits=soft > 0, hidden=(teacher.layers,) if cosine else ())
+        self.student_needs = Needs(logits=bool(soft or hard))
+        self.teacher_needs = Needs(logits=soft > 0)
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
@@ -52,7 +48,4 @@ class KD(Objective):
             assert student.logits is not None
             assert teacher.logits is not None
             terms["soft"] = self.soft * losses.soft(student.logits, teacher.logits, self.head, self.temperature)
-        if self.cosine:
-            mine, its = self.last
-            terms["cosine"] = self.cosine * losses.cosine(student.hidden[mine], teacher.hidden[its])
         return terms

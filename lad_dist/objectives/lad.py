@@ -29,7 +29,7 @@ from lad_dist.config import UserError
 from lad_dist.flat import Batch, Shape, Trace
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import same_width
+from lad_dist.objectives.objective import same_width, uniform
 
 
 class Gate(nn.Module):
@@ -62,15 +62,11 @@ class LAD(KD):
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         same_width("lad", student, teacher)
-        if student.layers > teacher.layers:
-            raise UserError(
-                f"objective.name = lad: {student.layers} student layers, only {teacher.layers} teacher layers"
-            )
         if norm == "sequence" and teacher.span is None:
             raise UserError('objective.norm = "sequence": it normalises over whole sequences, so set data.pad_to')
         length = teacher.span if norm == "sequence" else None
         self.hidden = hidden
-        self.matches = [(m, m * teacher.layers // student.layers) for m in range(1, student.layers + 1)]
+        self.matches = uniform("lad", student, teacher)
         self.gates = nn.ModuleList(Gate(teacher.width, length, affine) for _ in range(2, teacher.layers + 1))
         every_layer = tuple(range(1, teacher.layers + 1))
         self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in self.matches))
@@ -79,7 +75,7 @@ class LAD(KD):
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         targets = self.aggregate(teacher.hidden)
-        distances = [losses.squared(student.hidden[m], targets[layer]) for m, layer in self.matches]
+        distances = [losses.squared(student.hidden[m], targets[layer]).mean() for m, layer in self.matches]
         self.observed |= {f"target/{m}": targets[layer].detach().var(dim=0).mean() for m, layer in self.matches}
         return super().forward(student, teacher, batch) | {"hidden": self.hidden * torch.stack(distances).mean()}
 

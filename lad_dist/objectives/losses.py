@@ -1,6 +1,6 @@
-"""Losses as plain functions of tensors, each a mean over what is real. Computed in fp32 whatever the model computes in.
+"""Losses as plain functions of tensors, in fp32 whatever the model computes in, and means over what is real.
 
-N tokens, R rows that the head read, D width, V outputs, U spans of S places, H heads.
+B sequences, N tokens, R rows that the head read, D width, V outputs, U spans of S places.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lad_dist.flat import Batch, Head, pad
+from lad_dist.flat import Batch, Head, pad, unpad
+
+Pair = tuple[Tensor, Tensor]
 
 CHUNK = 1 << 24  # elements: what a loss over the vocabulary may hold at a time beside the logits themselves
 
@@ -36,30 +38,78 @@ def soft(student: Tensor, teacher: Tensor, head: Head, temperature: float) -> Te
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine of [N, D] and [N, D], mean over tokens (DistilBERT, Sanh et al., 2019)."""
-    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+    """1 - cosine of [N, D] and [N, D], as [N] (DistilBERT, Sanh et al., 2019)."""
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 
 def squared(student: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of [N, D] and [N, D]."""
-    return F.mse_loss(student.float(), target.float())
+    """Squared error of [N, D] and [N, D], mean over the width, as [N]."""
+    return (student.float() - target.float()).square().mean(dim=-1)
 
 
-def relation(student: Tensor, teacher: Tensor, batch: Batch, heads: int) -> Tensor:
-    """KL between the teacher's and the student's self-relations softmax(X Xᵀ / √d) of [N, *] and [N, *], split into
-    `heads`; mean over heads and tokens (MiniLMv2, Wang et al., 2021, equations 2 to 4). Widths may differ."""
-    s, t = _log_relation(student, batch, heads), _log_relation(teacher, batch, heads)
-    real = batch.attended[:, None, :, None] & batch.visible[:, None]
-    divergence = (t.exp() * (t - s)).masked_fill(~real, 0.0)
-    return divergence.sum() / (heads * batch.tokens)
+def over_tokens(values: Tensor, batch: Batch) -> Tensor:
+    """Mean of values [N] over the real tokens."""
+    if batch.tokens == len(values):
+        return values.mean()
+    return values.masked_fill(~unpad(batch.attended, batch), 0.0).sum() / batch.tokens
 
 
-def _log_relation(x: Tensor, batch: Batch, heads: int) -> Tensor:
-    """[N, *] -> log of [U, heads, S, S], over the tokens of the same sequence."""
-    split = pad(x.float().reshape(len(x), heads, -1), batch).transpose(1, 2)
-    scores = split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
-    scores = scores.masked_fill(~batch.visible[:, None], torch.finfo(scores.dtype).min)
-    return F.log_softmax(scores, dim=-1)
+def first_tokens(x: Tensor, batch: Batch) -> Tensor:
+    """[N, ...] to [B, ...]: the first token of each sequence, and any for an empty one (see `over_sequences`)."""
+    return x.index_select(0, batch.cu_seqlens[:-1].clamp(max=len(x) - 1))
+
+
+def over_sequences(values: Tensor, batch: Batch) -> Tensor:
+    """Mean of values [B] over the sequences that are not empty."""
+    there = batch.lengths > 0
+    return values.masked_fill(~there, 0.0).sum() / there.sum()
+
+
+def relation(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
+    """KL between the teacher's and the student's relations softmax(X Yᵀ / √d) of X, Y [N, *], split into `heads`; mean
+    over heads and tokens. With queries and keys these are attention's distributions (MiniLM, Wang et al., 2020), with
+    X = Y self-relations (MiniLMv2, Wang et al., 2021, equations 2 to 4). Widths may differ."""
+
+    def divergence(*xs: Tensor) -> Tensor:
+        s, t = (_log_softmax(_scores(x, y, batch, heads), batch) for x, y in (xs[:2], xs[2:]))
+        return (t.exp() * (t - s)).masked_fill(~_pairs(batch), 0.0).sum() / (heads * batch.tokens)
+
+    return _recomputed(divergence, *student, *teacher)
+
+
+def scores(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
+    """Squared error between attention scores Q Kᵀ / √d before their softmax, of Q, K [N, *] split into `heads`; mean
+    over heads and over pairs of tokens of one sequence (TinyBERT, Jiao et al., 2020, equation 7). Widths may differ."""
+
+    def error(*xs: Tensor) -> Tensor:
+        s, t = (_scores(x, y, batch, heads) for x, y in (xs[:2], xs[2:]))
+        pairs = _pairs(batch)
+        return (s - t).masked_fill(~pairs, 0.0).square().sum() / (heads * pairs.sum())
+
+    return _recomputed(error, *student, *teacher)
+
+
+def _scores(x: Tensor, y: Tensor, batch: Batch, heads: int) -> Tensor:
+    """[N, *] and [N, *] to X Yᵀ / √d [U, heads, S, S]."""
+    x, y = (pad(z.float().reshape(len(z), heads, -1), batch).transpose(1, 2) for z in (x, y))
+    return x @ y.transpose(-1, -2) / x.shape[-1] ** 0.5
+
+
+def _log_softmax(scores: Tensor, batch: Batch) -> Tensor:
+    """[U, heads, S, S] over the tokens of the same sequence."""
+    return F.log_softmax(scores.masked_fill(~batch.visible[:, None], torch.finfo(scores.dtype).min), dim=-1)
+
+
+def _pairs(batch: Batch) -> Tensor:
+    """Boolean [U, 1, S, S]: whether both places are real tokens of one sequence."""
+    return batch.attended[:, None, :, None] & batch.visible[:, None]
+
+
+def _recomputed(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    """function(*xs), computed again in the backward: what is as large as [U, heads, S, S] is not kept until then."""
+    result = checkpoint(function, *xs, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _by_rows(sum_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:

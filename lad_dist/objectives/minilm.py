@@ -1,53 +1,36 @@
-"""MiniLMv2 (Wang et al., 2021): the student's last layer imitates how the teacher's tokens relate to each other.
+"""MiniLM (Wang et al., NeurIPS 2020): the student's last layer attends as the teacher's does.
 
-    L = 1/3 Σ_{X in Q, K, V} 1/(A |x|) Σ_{a, i} KL(R_t[a, i] || R_s[a, i]),     R = softmax(X Xᵀ / √d)
+    L = 1/(A |x|) Σ_{a, i} KL(P_t[a, i] || P_s[a, i]) + 1/(A |x|) Σ_{a, i} KL(R_t[a, i] || R_s[a, i])
+    P = softmax(Q Kᵀ / √d)    R = softmax(V Vᵀ / √d)
 
-Q, K and V are re-split into A relation heads, so widths and head counts may differ, and the teacher needs no head.
+over the A attention heads and the tokens of x, in the last layers. Widths may differ, numbers of heads may not; the
+teacher needs no head of its own.
 """
 
-from typing import Annotated
-
-from pydantic import Field
 from torch import Tensor
 
-from lad_dist.config import UserError
 from lad_dist.flat import Batch, Needs, Shape, Trace
 from lad_dist.objectives import losses
-from lad_dist.objectives.objective import Objective
-
-NAMES = ("query", "key", "value")
+from lad_dist.objectives.objective import Objective, same_heads
 
 
 class MiniLM(Objective):
     headless = True
     runs_on = ("corpus",)
 
-    def __init__(
-        self,
-        student: Shape,
-        teacher: Shape,
-        *,
-        teacher_layer: Annotated[int | None, Field(ge=1, description="default: the last")] = None,
-        student_layer: Annotated[int | None, Field(ge=1, description="default: the last")] = None,
-        heads: Annotated[int | None, Field(ge=1, description="relation heads; default: the teacher's heads")] = None,
-    ):
+    def __init__(self, student: Shape, teacher: Shape):
         super().__init__()
-        self.heads = teacher.heads if heads is None else heads
-        self.student_layer = _layer("student_layer", student_layer, student)
-        self.teacher_layer = _layer("teacher_layer", teacher_layer, teacher)
-        for shape in (student, teacher):
-            if shape.width % self.heads:
-                raise UserError(f"objective.heads = {self.heads} does not divide a width of {shape.width}")
-        self.student_needs = Needs(qkv=(self.student_layer,))
-        self.teacher_needs = Needs(qkv=(self.teacher_layer,))
+        same_heads("minilm", student, teacher)
+        self.heads = teacher.heads
+        self.last = (student.layers, teacher.layers)
+        self.student_needs = Needs(qkv=(student.layers,))
+        self.teacher_needs = Needs(qkv=(teacher.layers,))
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        pairs = zip(NAMES, student.qkv[self.student_layer], teacher.qkv[self.teacher_layer], strict=True)
-        return {name: losses.relation(s, t, batch, self.heads) / len(NAMES) for name, s, t in pairs}
-
-
-def _layer(key: str, number: int | None, shape: Shape) -> int:
-    if number is not None and number > shape.layers:
-        raise UserError(f"objective.{key} = {number}, but there are {shape.layers} layers")
-    return shape.layers if number is None else number
+        mine, its = self.last
+        (qs, ks, vs), (qt, kt, vt) = student.qkv[mine], teacher.qkv[its]
+        return {
+            "attention": losses.relation((qs, ks), (qt, kt), batch, self.heads),
+            "value": losses.relation((vs, vs), (vt, vt), batch, self.heads),
+        }

@@ -19,7 +19,7 @@ class Objective(nn.Module):
 
     runs_on: ClassVar[tuple[Literal["corpus", "task"], ...]] = ("corpus", "task")
     taught: ClassVar[bool] = True
-    headless: ClassVar[bool] = False  # trains no head, and asks none of the teacher
+    headless: ClassVar[bool] = False  # trains no head, and asks none of the teacher: a corpus's student has none
 
     student_needs: Needs
     teacher_needs: Needs = Needs()
@@ -29,8 +29,25 @@ class Objective(nn.Module):
         self.observed: dict[str, Tensor] = {}
         """Detached scalars of the last forward that are worth a curve."""
 
+    def at(self, progress: float) -> None:
+        """Told before each forward how much of the training lies behind, in [0, 1]: a new value is a new step."""
+
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
+
+
+def uniform(name: str, student: Shape, teacher: Shape) -> list[tuple[int, int]]:
+    """Student layers m = 1 … M with the teacher layers ⌊m L / M⌋. Raises UserError where M > L."""
+    if student.layers > teacher.layers:
+        raise UserError(
+            f"objective.name = {name}: {student.layers} student layers, only {teacher.layers} teacher layers"
+        )
+    return [(m, m * teacher.layers // student.layers) for m in range(1, student.layers + 1)]
+
+
+def projection(student: Shape, teacher: Shape) -> nn.Module:
+    """[N, D of the student] -> [N, D of the teacher]: learnt where they differ, nothing where they do not."""
+    return nn.Identity() if student.width == teacher.width else nn.Linear(student.width, teacher.width)
 
 
 def same_width(name: str, student: Shape, teacher: Shape) -> None:
@@ -38,5 +55,14 @@ def same_width(name: str, student: Shape, teacher: Shape) -> None:
     if student.width != teacher.width:
         raise UserError(
             f"objective.name = {name}: the student is {student.width} wide and the teacher {teacher.width}; "
-            "it compares hidden states one to one, take minilm or a student as wide as its teacher"
+            "it compares hidden states one to one, take tinybert, emd or minilm2, or a student as wide as its teacher"
+        )
+
+
+def same_heads(name: str, student: Shape, teacher: Shape) -> None:
+    """Raises UserError where an objective compares attention of different numbers of heads."""
+    if student.heads != teacher.heads:
+        raise UserError(
+            f"objective.name = {name}: the student has {student.heads} heads and the teacher {teacher.heads}; "
+            "it compares attention head by head, take minilm2 or a student with as many heads"
         )

@@ -1,0 +1,52 @@
+"""ALP-KD, attention-based layer projection (Passban et al., AAAI 2021): each student layer reads all teacher layers.
+
+    e_m = softmax over l of S_m · H_l        C_m = Σ_l e_ml H_l
+    L = hidden · Σ_m MSE(S_m, C_m) + hard · CE + soft · T² KL                              m = 1 … M, l = 1 … L
+
+S_m and H_l [B, D] are first tokens of student and teacher layers; MSE is a mean over sequences and width. The attention
+e has no weights of its own and is differentiated like the rest. Widths must be equal. `layer/m` is logged: the mean
+number of the teacher layer that student layer m reads.
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.objectives import losses
+from lad_dist.objectives.kd import KD, Weight
+from lad_dist.objectives.objective import same_width
+
+
+class ALP(KD):
+    def __init__(
+        self,
+        student: Shape,
+        teacher: Shape,
+        *,
+        hidden: Weight = 0.2,
+        soft: Weight = 0.7,
+        hard: Weight = 0.1,
+        temperature: Annotated[float, Field(gt=0)] = 20.0,
+    ):
+        super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
+        same_width("alp", student, teacher)
+        self.hidden = hidden
+        self.student_needs = self.student_needs._replace(hidden=tuple(range(1, student.layers + 1)))
+        self.teacher_needs = self.teacher_needs._replace(hidden=tuple(range(1, teacher.layers + 1)))
+
+    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        layers = [losses.first_tokens(teacher.hidden[layer], batch).float() for layer in self.teacher_needs.hidden]
+        target = torch.stack(layers, dim=1)  # [B, L, D]
+        numbers = torch.arange(1, len(layers) + 1, device=target.device)
+        distances = []
+        for m in self.student_needs.hidden:
+            mine = losses.first_tokens(student.hidden[m], batch).float()
+            attention = torch.softmax(torch.einsum("bd,bld->bl", mine, target), dim=-1)
+            mixed = torch.einsum("bl,bld->bd", attention, target)
+            distances.append(losses.over_sequences(losses.squared(mine, mixed), batch))
+            self.observed[f"layer/{m}"] = losses.over_sequences((attention.detach() * numbers).sum(dim=-1), batch)
+        return super().forward(student, teacher, batch) | {"hidden": self.hidden * torch.stack(distances).sum()}

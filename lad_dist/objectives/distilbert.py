@@ -1,0 +1,42 @@
+"""DistilBERT's three terms (Sanh et al., 2019):
+
+    L = soft · T² KL(softmax(z_t / T) || softmax(z_s / T)) + hard · CE(z_s, y) + cosine · (1 - cos(h_s, h_t))
+
+z are logits: of the MLM head at the masked positions, where CE is MLM's own loss, or of a task. h [N, D] are last
+hidden states, of equal width; their term is a mean over tokens. Weights and temperature are the authors'.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.objectives import losses
+from lad_dist.objectives.kd import KD, Weight
+from lad_dist.objectives.objective import same_width
+
+
+class DistilBERT(KD):
+    def __init__(
+        self,
+        student: Shape,
+        teacher: Shape,
+        *,
+        cosine: Weight = 1.0,
+        soft: Weight = 5.0,
+        hard: Weight = 2.0,
+        temperature: Annotated[float, Field(gt=0)] = 2.0,
+    ):
+        super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
+        same_width("distilbert", student, teacher)
+        self.cosine = cosine
+        self.last = (student.layers, teacher.layers)
+        self.student_needs = self.student_needs._replace(hidden=(student.layers,))
+        self.teacher_needs = self.teacher_needs._replace(hidden=(teacher.layers,))
+
+    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        mine, its = self.last
+        angles = losses.cosine(student.hidden[mine], teacher.hidden[its])
+        return super().forward(student, teacher, batch) | {"cosine": self.cosine * losses.over_tokens(angles, batch)}

@@ -1,0 +1,135 @@
+"""BERT-EMD, many-to-many layer mapping by the earth mover's distance (Li et al., EMNLP 2020).
+
+    D^H_ml = MSE(S_m W_h, H_l)       D^A_ml = MSE(A_m, A_l)                              m = 1 … M, l = 1 … L
+    F = argmin Σ F_ml D_ml           with row sums w_s, column sums w_t; one plan for each of D^H and D^A
+    L = hidden · Σ F^H D^H + attention · Σ F^A D^A + embedding · MSE(E_s W_e, E_t) + hard · CE + soft · T² KL
+
+S_m and H_l [N, D] are outputs of student and teacher layers, A attention scores Q Kᵀ / √d before the softmax (a mean
+over heads and pairs of tokens of one sequence), E [N, D] embedding outputs; W_h and W_e are learnt where widths differ.
+Numbers of heads must be equal. Masses w begin equal; cost attention then shifts them to layers that are cheap to reach:
+w_i ∝ exp(Σ_k C_k / (C_i · cost_temperature)), C_i the cost of a unit of w_i, averaged over both plans.
+
+Plans and masses are renewed once a step, from the mean costs of all micro-batches of all processes in the step before;
+in the first step every layer learns from every other in proportion to the masses. So a step has one plan, the same on
+all processes and however many they are, and the device is waited for once a step. The gradient flows through D alone.
+`layer/m` is logged: the mean number of the teacher layer that student layer m reads, by hidden states.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lad_dist import processes
+from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.objectives import losses, transport
+from lad_dist.objectives.kd import KD, Weight
+from lad_dist.objectives.objective import projection, same_heads
+from lad_dist.objectives.transport import Array
+
+KINDS = ("hidden", "attention")
+
+
+class EMD(KD):
+    def __init__(
+        self,
+        student: Shape,
+        teacher: Shape,
+        *,
+        hidden: Weight = 0.01,
+        attention: Weight = 0.01,
+        embedding: Weight = 0.01,
+        cost_temperature: Annotated[float, Field(gt=0, description="the higher, the more equal the masses")] = 1.0,
+        soft: Weight = 1.0,
+        hard: Weight = 0.0,
+        temperature: Annotated[float, Field(gt=0)] = 1.0,
+    ):
+        super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
+        same_heads("emd", student, teacher)
+        self.heads = teacher.heads
+        self.weights = {"hidden": hidden, "attention": attention}
+        self.embedding, self.cost_temperature = embedding, cost_temperature
+        self.hidden_projection = projection(student, teacher)
+        self.embedding_projection = projection(student, teacher)
+        mine, its = (tuple(range(1, shape.layers + 1)) for shape in (student, teacher))
+        self.student_needs = self.student_needs._replace(hidden=(0, *mine), qkv=mine)
+        self.teacher_needs = self.teacher_needs._replace(hidden=(0, *its), qkv=its)
+        self.masses: Sequence[Array] = [np.full(shape.layers, 1 / shape.layers) for shape in (student, teacher)]
+        self.plans = dict.fromkeys(KINDS, np.outer(*self.masses))
+        self.costs = torch.zeros(len(KINDS), student.layers, teacher.layers)
+        """Sums over the micro-batches of this step, means over the processes."""
+        self.count, self.progress = 0, -1.0
+
+    def at(self, progress: float) -> None:
+        if not self.training or progress == self.progress:
+            return
+        if self.count:
+            self.renew((self.costs / self.count).double().cpu().numpy())
+        self.costs, self.count, self.progress = torch.zeros_like(self.costs), 0, progress
+
+    def renew(self, costs: Array) -> None:
+        """New plans for costs [2, M, L], of hidden states and of attention, and the masses that they lead to."""
+        self.plans = {kind: transport.plan(cost, *self.masses) for kind, cost in zip(KINDS, costs, strict=True)}
+        sides = [
+            transport.masses(self.plans[kind], cost, self.cost_temperature)
+            for kind, cost in zip(KINDS, costs, strict=True)
+        ]
+        self.masses = [np.mean(side, axis=0) for side in zip(*sides, strict=True)]
+
+    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        projected = {m: self.hidden_projection(x) for m, x in student.hidden.items() if m}
+        mapped = self.embedding_projection(student.hidden[0])
+
+        def hidden(m: int, layer: int) -> Tensor:
+            return losses.over_tokens(losses.squared(projected[m], teacher.hidden[layer]), batch)
+
+        def attention(m: int, layer: int) -> Tensor:
+            return losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads)
+
+        distances = {"hidden": hidden, "attention": attention}
+        moved = {kind: _moved(self.plans[kind], distances[kind]) for kind in KINDS}
+        if self.training:
+            self._count(torch.stack([costs for _, costs in moved.values()]))
+        self._observe(mapped.device)
+        embedding = losses.over_tokens(losses.squared(mapped, teacher.hidden[0]), batch)
+        terms = {kind: self.weights[kind] * loss for kind, (loss, _) in moved.items()}
+        return super().forward(student, teacher, batch) | terms | {"embedding": self.embedding * embedding}
+
+    def _count(self, costs: Tensor) -> None:
+        self.costs = self.costs.to(costs.device) + processes.average(costs)
+        self.count += 1
+
+    def _observe(self, device: torch.device) -> None:
+        plan = self.plans["hidden"]
+        read = plan @ np.arange(1, plan.shape[1] + 1) / plan.sum(axis=1)
+        self.observed = {f"layer/{m}": torch.full((), x, device=device) for m, x in enumerate(read.tolist(), start=1)}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside parameters; buffers would be rounded with a model in half precision."""
+        return {
+            "masses": [torch.from_numpy(x) for x in self.masses],
+            "plans": {kind: torch.from_numpy(x) for kind, x in self.plans.items()},
+            "costs": self.costs.cpu(),
+            "count": self.count,
+            "progress": self.progress,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.masses = [x.cpu().numpy() for x in state["masses"]]
+        self.plans = {kind: x.cpu().numpy() for kind, x in state["plans"].items()}
+        self.costs, self.count, self.progress = state["costs"], state["count"], state["progress"]
+
+
+def _moved(plan: Array, distance: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
+    """Σ plan · distance(m, l), and all distances [M, L]. Only those that the plan uses are differentiated."""
+    used, every = [], []
+    for (m, layer), share in np.ndenumerate(plan):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(share)):
+            cost = distance(m + 1, layer + 1)
+        every.append(cost.detach())
+        used += [share.item() * cost] if share else []
+    return torch.stack(used).sum(), torch.stack(every).view(plan.shape)

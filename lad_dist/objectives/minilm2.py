@@ -1,0 +1,53 @@
+"""MiniLMv2 (Wang et al., Findings of ACL 2021): the tokens of one student layer relate as those of a teacher layer do.
+
+    L = 1/3 Σ_{X in Q, K, V} 1/(A |x|) Σ_{a, i} KL(R_t[a, i] || R_s[a, i]),     R = softmax(X Xᵀ / √d)
+
+Q, K and V are re-split into A relation heads, so widths and head counts may differ, and the teacher needs no head.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from lad_dist.config import UserError
+from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.objectives import losses
+from lad_dist.objectives.objective import Objective
+
+NAMES = ("query", "key", "value")
+
+
+class MiniLM2(Objective):
+    headless = True
+    runs_on = ("corpus",)
+
+    def __init__(
+        self,
+        student: Shape,
+        teacher: Shape,
+        *,
+        teacher_layer: Annotated[int | None, Field(ge=1, description="default: the last")] = None,
+        student_layer: Annotated[int | None, Field(ge=1, description="default: the last")] = None,
+        heads: Annotated[int | None, Field(ge=1, description="relation heads; default: the teacher's heads")] = None,
+    ):
+        super().__init__()
+        self.heads = teacher.heads if heads is None else heads
+        self.student_layer = _layer("student_layer", student_layer, student)
+        self.teacher_layer = _layer("teacher_layer", teacher_layer, teacher)
+        for shape in (student, teacher):
+            if shape.width % self.heads:
+                raise UserError(f"objective.heads = {self.heads} does not divide a width of {shape.width}")
+        self.student_needs = Needs(qkv=(self.student_layer,))
+        self.teacher_needs = Needs(qkv=(self.teacher_layer,))
+
+    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        pairs = zip(NAMES, student.qkv[self.student_layer], teacher.qkv[self.teacher_layer], strict=True)
+        return {name: losses.relation((s, s), (t, t), batch, self.heads) / len(NAMES) for name, s, t in pairs}
+
+
+def _layer(key: str, number: int | None, shape: Shape) -> int:
+    if number is not None and number > shape.layers:
+        raise UserError(f"objective.{key} = {number}, but there are {shape.layers} layers")
+    return shape.layers if number is None else number

@@ -1,0 +1,89 @@
+"""Random traces, and what their naive twins are made of: one sequence at a time, in fp64."""
+
+from typing import Any
+
+import torch
+import toy
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lad_dist.flat import Batch, Shape, Trace
+
+TEACHER = Shape(layers=4, width=8, heads=2, head="classification", outputs=2)
+STUDENT = TEACHER._replace(layers=2)
+NARROW = STUDENT._replace(width=4)
+LENGTHS = [5, 3, 7]
+
+
+def traces(batch: Batch, seed: int = 0, student: Shape = STUDENT, teacher: Shape = TEACHER) -> tuple[Trace, Trace]:
+    """Of a student and a teacher: every layer's hidden states, queries, keys and values, and logits."""
+    torch.manual_seed(seed)
+    tokens, rows = len(batch.input_ids), len(batch.rows)
+
+    def of(shape: Shape) -> Trace:
+        hidden = {layer: torch.randn(tokens, shape.width, requires_grad=True) for layer in range(shape.layers + 1)}
+        split = (tokens, shape.heads, shape.width // shape.heads)
+        qkv = {
+            layer: tuple(torch.randn(split, requires_grad=True) for _ in range(3))
+            for layer in range(1, shape.layers + 1)
+        }
+        return Trace(torch.randn(rows, shape.outputs), hidden, qkv)  # type: ignore[arg-type]
+
+    return of(student), of(teacher)
+
+
+@st.composite
+def batches(draw: Any) -> Batch:
+    """Sequences in each of the three layouts: a span each, spans of several with empty sequences at the end, padded."""
+    lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    layout = draw(st.sampled_from(["flat", "packed", "padded"]))
+    if layout == "padded":
+        return toy.batch(lengths, pad_to=max(lengths) + draw(st.integers(0, 2)))
+    flat = toy.batch(lengths)
+    return toy.packed(flat, max(lengths) + draw(st.integers(0, 6))) if layout == "packed" else flat
+
+
+def sequences(x: Tensor, batch: Batch) -> list[Tensor]:
+    """The real tokens of [N, ...], sequence by sequence, in fp64."""
+    starts, lengths = batch.cu_seqlens.tolist(), batch.lengths.tolist()
+    return [x[start : start + n].detach().double() for start, n in zip(starts, lengths, strict=False) if n]
+
+
+def tokens(x: Tensor, batch: Batch) -> Tensor:
+    """The real tokens of [N, ...], in fp64."""
+    return torch.cat(sequences(x, batch))
+
+
+def firsts(x: Tensor, batch: Batch) -> Tensor:
+    """The first token of each sequence in [N, ...], in fp64."""
+    return torch.stack([rows[0] for rows in sequences(x, batch)])
+
+
+def naive_scores(x: Tensor, y: Tensor, batch: Batch, heads: int) -> list[list[Tensor]]:
+    """x yᵀ / √d of each sequence and head."""
+    split = [z.reshape(len(z), heads, -1) for z in (x, y)]
+    return [
+        [(a[:, h] @ b[:, h].T) / a.shape[-1] ** 0.5 for h in range(heads)]
+        for a, b in zip(*(sequences(z, batch) for z in split), strict=True)
+    ]
+
+
+def naive_relation(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], batch: Batch, heads: int) -> float:
+    """KL of the teacher's softmax from the student's: head and query one at a time."""
+    total = 0.0
+    for s, t in zip(naive_scores(*student, batch, heads), naive_scores(*teacher, batch, heads), strict=True):
+        for head in range(heads):
+            p, q = torch.softmax(t[head], dim=1), torch.softmax(s[head], dim=1)
+            total += sum((p[i] * (p[i].log() - q[i].log())).sum().item() for i in range(len(p)))
+    return total / (heads * batch.tokens)
+
+
+def naive_score_error(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], batch: Batch, heads: int
+) -> float:
+    """Mean squared difference of scores over heads and pairs of tokens of one sequence."""
+    s, t = (
+        torch.cat([head.flatten() for heads_of in naive_scores(*pair, batch, heads) for head in heads_of])
+        for pair in (student, teacher)
+    )
+    return (s - t).square().mean().item()
