@@ -71,7 +71,7 @@ def relation(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
     X = Y self-relations (MiniLMv2, Wang et al., 2021, equations 2 to 4). Widths may differ."""
 
     def divergence(*xs: Tensor) -> Tensor:
-        s, t = (_log_softmax(_scores(x, y, batch, heads), batch) for x, y in (xs[:2], xs[2:]))
+        s, t = (_log_relation(x, y, batch, heads) for x, y in (xs[:2], xs[2:]))
         return (t.exp() * (t - s)).masked_fill(~_pairs(batch), 0.0).sum() / (heads * batch.tokens)
 
     return _recomputed(divergence, *student, *teacher)
@@ -82,22 +82,27 @@ def scores(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
     over heads and over pairs of tokens of one sequence (TinyBERT, Jiao et al., 2020, equation 7). Widths may differ."""
 
     def error(*xs: Tensor) -> Tensor:
-        s, t = (_scores(x, y, batch, heads) for x, y in (xs[:2], xs[2:]))
+        qs, ks, qt, kt = (_by_heads(x, batch, heads) for x in xs)
+        # The difference of two products of queries and keys is one product of longer ones.
+        queries = torch.cat([qs / qs.shape[-1] ** 0.5, qt / qt.shape[-1] ** 0.5], dim=-1)
+        keys = torch.cat([ks, -kt], dim=-1)
         pairs = _pairs(batch)
-        return (s - t).masked_fill(~pairs, 0.0).square().sum() / (heads * pairs.sum())
+        difference = (queries @ keys.transpose(-1, -2)).masked_fill_(~pairs, 0.0)
+        return difference.square().sum() / (heads * pairs.sum())
 
     return _recomputed(error, *student, *teacher)
 
 
-def _scores(x: Tensor, y: Tensor, batch: Batch, heads: int) -> Tensor:
-    """[N, *] and [N, *] to X Yᵀ / √d [U, heads, S, S]."""
-    x, y = (pad(z.float().reshape(len(z), heads, -1), batch).transpose(1, 2) for z in (x, y))
-    return x @ y.transpose(-1, -2) / x.shape[-1] ** 0.5
+def _by_heads(x: Tensor, batch: Batch, heads: int) -> Tensor:
+    """[N, *] to [U, heads, S, d]."""
+    return pad(x.float().reshape(len(x), heads, -1), batch).transpose(1, 2)
 
 
-def _log_softmax(scores: Tensor, batch: Batch) -> Tensor:
-    """[U, heads, S, S] over the tokens of the same sequence."""
-    return F.log_softmax(scores.masked_fill(~batch.visible[:, None], torch.finfo(scores.dtype).min), dim=-1)
+def _log_relation(x: Tensor, y: Tensor, batch: Batch, heads: int) -> Tensor:
+    """[N, *] and [N, *] to log softmax(X Yᵀ / √d) [U, heads, S, S], over the tokens of the same sequence."""
+    x, y = (_by_heads(z, batch, heads) for z in (x, y))
+    scores = (x / x.shape[-1] ** 0.5) @ y.transpose(-1, -2)
+    return F.log_softmax(scores.masked_fill_(~batch.visible[:, None], torch.finfo(scores.dtype).min), dim=-1)
 
 
 def _pairs(batch: Batch) -> Tensor:
