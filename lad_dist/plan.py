@@ -27,7 +27,7 @@ from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task, check_task, load_task
 from lad_dist.data.tokenizers import PreTrainedTokenizerFast, check_vocabulary, load_tokenizer
-from lad_dist.flat import Head, Shape
+from lad_dist.flat import Head, Needs, Shape
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES, Objective
 
@@ -137,7 +137,8 @@ def make(config: TrainConfig) -> Plan:
     student, layers = _student_shape(config, head, task, len(tokenizer))
     teacher_head, teacher = _teacher_shape(config, kind, head, task, tokenizer)
     build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]
-    build()  # refuses shapes that do not go together
+    if build().student_needs == Needs():  # build refuses shapes that do not go together
+        raise UserError("objective: all its weights are 0, so there is nothing to learn")
     return Plan(config, head, teacher_head, task, tokenizer, student, teacher, layers, build, surgeries)
 
 

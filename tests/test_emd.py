@@ -172,3 +172,17 @@ def test_its_state_goes_with_its_weights_unrounded() -> None:
         np.testing.assert_array_equal(one.plans[kind], other.plans[kind])
     for a, b in zip(one.masses, other.masses, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_step_that_overflowed_leaves_the_plan_as_it_was() -> None:
+    batch = toy.batch(LENGTHS)
+    objective = EMD(STUDENT, TEACHER)
+    student, teacher = traces(batch)
+    broken = teacher._replace(hidden={layer: x / 0 for layer, x in teacher.hidden.items()})
+    for step, seen in enumerate((teacher, broken, teacher)):
+        before = objective.plans
+        objective.at(step / 4)
+        objective(student, seen, batch)
+    assert objective.plans is before
+    objective.at(0.75)
+    assert objective.plans is not before

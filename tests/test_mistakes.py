@@ -112,6 +112,13 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (CORPUS, {"objective": {"name": "minilm2", "teacher_layer": 5}}, "objective.teacher_layer = 5, but there are 4"),
     (CORPUS, {"objective": {"name": "minilm", "heads": 8}}, "objective: heads: no such key"),
     (TASK, {"objective": {"name": "kd", "cosine": 1.0}}, "objective: cosine: no such key"),
+    (TASK, {"objective": {"name": "kd", "soft": 0.0, "hard": 0.0}}, "objective: all its weights are 0"),
+    (
+        CORPUS,
+        {"objective": {"name": "tinybert", "embedding": 0.0, "hidden": 0.0, "attention": 0.0}},
+        "objective: all its weights are 0",
+    ),
+    (TASK, {"objective": {"name": "emd", "hidden": 0.0, "attention": 0.0}}, "no layers are compared; take kd"),
     (TASK, {"objective": {"name": "pkd", "mapping": "even"}}, "objective: mapping: input should be 'skip' or 'last'"),
     (TASK, {"student.depth": 1, "objective": {"name": "pkd"}}, "a student of one layer has none before its last"),
     (TASK, {"student.depth": 5}, "student.depth = 5, but the model it starts from has 4 layers"),

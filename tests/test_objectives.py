@@ -152,6 +152,25 @@ def test_what_does_not_go_together_is_refused(
         OBJECTIVES[name](student, teacher, **options)
 
 
+@pytest.mark.parametrize("name", ["emd", "tinybert"])
+def test_a_weight_of_zero_leaves_its_term_away(name: str) -> None:
+    """The others stay as they are; without attention, heads may differ."""
+    batch = toy.batch(LENGTHS)
+    student, teacher = traces(batch)
+    terms = OBJECTIVES[name](STUDENT, TEACHER)(student, teacher, batch)
+    for gone in ("attention", "hidden", "embedding"):
+        objective = OBJECTIVES[name](STUDENT, TEACHER, **{gone: 0.0})
+        rest = objective(student, teacher, batch)
+        assert set(terms) - set(rest) == {gone}
+        assert {key: x.item() for key, x in rest.items()} == {key: terms[key].item() for key in rest}
+        needs = objective.student_needs
+        assert (gone == "attention", gone == "embedding") == (not needs.qkv, 0 not in needs.hidden)
+        assert (gone == "hidden") == (set(needs.hidden) <= {0})
+    other = STUDENT._replace(heads=4)
+    found = OBJECTIVES[name](other, TEACHER, attention=0.0)(*traces(batch, student=other), batch)
+    assert set(terms) - set(found) == {"attention"}
+
+
 def test_needs_name_only_what_is_used() -> None:
     assert OBJECTIVES["minilm2"](STUDENT, TEACHER).teacher_needs == Needs(qkv=(4,))
     assert OBJECTIVES["kd"](STUDENT, TEACHER, soft=0.0).teacher_needs == Needs()

@@ -6,13 +6,14 @@
 
 S_m and H_l [N, D] are outputs of student and teacher layers, A attention scores Q Kᵀ / √d before the softmax (a mean
 over heads and pairs of tokens of one sequence), E [N, D] embedding outputs; W_h and W_e are learnt where widths differ.
-Numbers of heads must be equal. Masses w begin equal; cost attention then shifts them to layers that are cheap to reach:
-w_i ∝ exp(Σ_k C_k / (C_i · cost_temperature)), C_i the cost of a unit of w_i, averaged over both plans.
+Numbers of heads must be equal, unless attention = 0. Masses w begin equal; cost attention then shifts them to layers
+that are cheap to reach: w_i ∝ exp(Σ_k C_k / (C_i · cost_temperature)), C_i the cost of a unit of w_i, averaged over
+both plans. Weights of 0.01 are the authors' 0.005 for two labels, whose soft term is half of ours.
 
 Plans and masses are renewed once a step, from the mean costs of all micro-batches of all processes in the step before;
 in the first step every layer learns from every other in proportion to the masses. So a step has one plan, the same on
 all processes and however many they are, and the device is waited for once a step. The gradient flows through D alone.
-`layer/m` is logged: the mean number of the teacher layer that student layer m reads, by hidden states.
+`layer/m` is logged: the mean number of the teacher layer that student layer m reads, by hidden states if they count.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +25,12 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist import processes
+from lad_dist.config import UserError
 from lad_dist.flat import Batch, Shape, Trace
 from lad_dist.objectives import losses, transport
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import projection, same_heads
 from lad_dist.objectives.transport import Array
-
-KINDS = ("hidden", "attention")
 
 
 class EMD(KD):
@@ -48,18 +48,23 @@ class EMD(KD):
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
-        same_heads("emd", student, teacher)
+        weights = {"hidden": hidden, "attention": attention}
+        self.weights = {kind: weight for kind, weight in weights.items() if weight}
+        if not self.weights:
+            raise UserError("objective.name = emd: hidden and attention are 0, so no layers are compared; take kd")
+        if attention:
+            same_heads("emd", student, teacher)
         self.heads = teacher.heads
-        self.weights = {"hidden": hidden, "attention": attention}
         self.embedding, self.cost_temperature = embedding, cost_temperature
         self.hidden_projection = projection(student, teacher)
         self.embedding_projection = projection(student, teacher)
         mine, its = (tuple(range(1, shape.layers + 1)) for shape in (student, teacher))
-        self.student_needs = self.student_needs._replace(hidden=(0, *mine), qkv=mine)
-        self.teacher_needs = self.teacher_needs._replace(hidden=(0, *its), qkv=its)
+        first = (0,) * bool(embedding)
+        self.student_needs = self.student_needs._replace(hidden=first + mine * bool(hidden), qkv=mine * bool(attention))
+        self.teacher_needs = self.teacher_needs._replace(hidden=first + its * bool(hidden), qkv=its * bool(attention))
         self.masses: Sequence[Array] = [np.full(shape.layers, 1 / shape.layers) for shape in (student, teacher)]
-        self.plans = dict.fromkeys(KINDS, np.outer(*self.masses))
-        self.costs = torch.zeros(len(KINDS), student.layers, teacher.layers)
+        self.plans = dict.fromkeys(self.weights, np.outer(*self.masses))
+        self.costs = torch.zeros(len(self.weights), student.layers, teacher.layers)
         """Sums over the micro-batches of this step, means over the processes."""
         self.count, self.progress = 0, -1.0
 
@@ -71,18 +76,18 @@ class EMD(KD):
         self.costs, self.count, self.progress = torch.zeros_like(self.costs), 0, progress
 
     def renew(self, costs: Array) -> None:
-        """New plans for costs [2, M, L], of hidden states and of attention, and the masses that they lead to."""
-        self.plans = {kind: transport.plan(cost, *self.masses) for kind, cost in zip(KINDS, costs, strict=True)}
-        sides = [
-            transport.masses(self.plans[kind], cost, self.cost_temperature)
-            for kind, cost in zip(KINDS, costs, strict=True)
-        ]
+        """New plans for costs [1 or 2, M, L], of hidden states and of attention, and the masses that they lead to. Costs
+        of a step that overflowed change nothing."""
+        if not np.isfinite(costs).all():
+            return
+        self.plans = {kind: transport.plan(cost, *self.masses) for kind, cost in zip(self.plans, costs, strict=True)}
+        found = zip(self.plans.values(), costs, strict=True)
+        sides = [transport.masses(plan, cost, self.cost_temperature) for plan, cost in found]
         self.masses = [np.mean(side, axis=0) for side in zip(*sides, strict=True)]
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        projected = {m: self.hidden_projection(x) for m, x in student.hidden.items() if m}
-        mapped = self.embedding_projection(student.hidden[0])
+        projected = {m: self.hidden_projection(x) for m, x in student.hidden.items() if m and "hidden" in self.plans}
 
         def hidden(m: int, layer: int) -> Tensor:
             return losses.over_tokens(losses.squared(projected[m], teacher.hidden[layer]), batch)
@@ -91,20 +96,23 @@ class EMD(KD):
             return losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads)
 
         distances = {"hidden": hidden, "attention": attention}
-        moved = {kind: _moved(self.plans[kind], distances[kind]) for kind in KINDS}
+        moved = {kind: _moved(plan, distances[kind]) for kind, plan in self.plans.items()}
         if self.training:
             self._count(torch.stack([costs for _, costs in moved.values()]))
-        self._observe(mapped.device)
-        embedding = losses.over_tokens(losses.squared(mapped, teacher.hidden[0]), batch)
-        terms = {kind: self.weights[kind] * loss for kind, (loss, _) in moved.items()}
-        return super().forward(student, teacher, batch) | terms | {"embedding": self.embedding * embedding}
+        self._observe(batch.input_ids.device)
+        terms = super().forward(student, teacher, batch)
+        terms |= {kind: self.weights[kind] * loss for kind, (loss, _) in moved.items()}
+        if self.embedding:
+            mapped = self.embedding_projection(student.hidden[0])
+            terms["embedding"] = self.embedding * losses.over_tokens(losses.squared(mapped, teacher.hidden[0]), batch)
+        return terms
 
     def _count(self, costs: Tensor) -> None:
         self.costs = self.costs.to(costs.device) + processes.average(costs)
         self.count += 1
 
     def _observe(self, device: torch.device) -> None:
-        plan = self.plans["hidden"]
+        plan = next(iter(self.plans.values()))
         read = plan @ np.arange(1, plan.shape[1] + 1) / plan.sum(axis=1)
         self.observed = {f"layer/{m}": torch.full((), x, device=device) for m, x in enumerate(read.tolist(), start=1)}
 

@@ -5,7 +5,7 @@
 E [N, D] are embedding outputs, S_m and H_l [N, D] the outputs of student layer m = 1 … M and teacher layer l, A the
 attention scores Q Kᵀ / √d before the softmax: a mean over heads and pairs of tokens of one sequence. One learnt map W
 with a bias serves all layers, as in the authors' code; where the widths are equal there is none. Numbers of heads must
-be equal.
+be equal, unless attention = 0.
 
 It trains no head: on a corpus it is general distillation, on a task the first of two phases, and kd with hard = 0 from
 its export the second.
@@ -33,27 +33,27 @@ class TinyBERT(Objective):
         attention: Weight = 1.0,
     ):
         super().__init__()
-        same_heads("tinybert", student, teacher)
+        if attention:
+            same_heads("tinybert", student, teacher)
         self.heads = teacher.heads
-        self.matches = uniform("tinybert", student, teacher)
         self.embedding, self.hidden, self.attention = embedding, hidden, attention
         self.projection = projection(student, teacher)
-        mine, its = (tuple(layers) for layers in zip(*self.matches, strict=True))
-        self.student_needs = Needs(hidden=(0, *mine), qkv=mine)
-        self.teacher_needs = Needs(hidden=(0, *its), qkv=its)
+        matches = uniform("tinybert", student, teacher)
+        self.states = [(0, 0)] * bool(embedding) + matches * bool(hidden)
+        self.scores = matches * bool(attention)
+        self.student_needs, self.teacher_needs = (
+            Needs(hidden=tuple(match[side] for match in self.states), qkv=tuple(match[side] for match in self.scores))
+            for side in (0, 1)
+        )
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        states = [self.states(student.hidden[m], teacher.hidden[layer], batch) for m, layer in self.matches]
-        scores = [
-            losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads) for m, layer in self.matches
-        ]
-        return {
-            "embedding": self.embedding * self.states(student.hidden[0], teacher.hidden[0], batch),
-            "hidden": self.hidden * torch.stack(states).sum(),
-            "attention": self.attention * torch.stack(scores).sum(),
-        }
-
-    def states(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """Mean squared error of hidden states, the student's mapped to the teacher's width."""
-        return losses.over_tokens(losses.squared(self.projection(student), teacher), batch)
+        sums: dict[str, list[Tensor]] = {"embedding": [], "hidden": [], "attention": []}
+        for m, layer in self.states:
+            mapped = self.projection(student.hidden[m])
+            error = losses.over_tokens(losses.squared(mapped, teacher.hidden[layer]), batch)
+            sums["hidden" if m else "embedding"].append(error)
+        for m, layer in self.scores:
+            error = losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads)
+            sums["attention"].append(error)
+        return {name: getattr(self, name) * torch.stack(errors).sum() for name, errors in sums.items() if errors}
