@@ -47,7 +47,7 @@ def test_neighbours_are_torn_apart_in_a_large_shuffle() -> None:
 def test_a_shuffle_of_a_billion_costs_nothing() -> None:
     began = time.perf_counter()
     Permutation(10**9, 1)(np.array([0, 10**9 - 1]))
-    assert time.perf_counter() - began < 0.1
+    assert time.perf_counter() - began < 1
 
 
 def test_keys_depend_on_each_number_and_on_their_order() -> None:

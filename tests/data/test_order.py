@@ -114,7 +114,7 @@ def test_a_billion_windows_start_at_any_step_at_once() -> None:
     began = time.perf_counter()
     order = CorpusOrder([700_000_000, 300_000_000], [1.0, 1.5], 32, 64, seed=1)
     reading = order.slot(400_000, 63)
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < 1
     assert len(set(zip(reading.source.tolist(), reading.window.tolist(), strict=True))) == 32
 
 
