@@ -76,8 +76,8 @@ class EMD(KD):
         self.costs, self.count, self.progress = torch.zeros_like(self.costs), 0, progress
 
     def renew(self, costs: Array) -> None:
-        """New plans for costs [1 or 2, M, L], of hidden states and of attention, and the masses that they lead to. A step
-        that overflowed changes nothing."""
+        """New plans for costs [1 or 2, M, L], of hidden states and of attention, and the masses that they lead to.
+        A step that overflowed changes nothing."""
         if not np.isfinite(costs).all():
             return
         self.plans = {kind: transport.plan(cost, *self.masses) for kind, cost in zip(self.plans, costs, strict=True)}
