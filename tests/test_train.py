@@ -130,6 +130,22 @@ def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path
     assert all(math.isfinite(value) for value in outcome.results["metrics"].values())
 
 
+def test_tinybert_goes_on_with_its_logits(world: World, tmp_path: Path) -> None:
+    """Two phases, two runs: the second begins with the weights of the first, the untrained head among them."""
+    first = train(lad(world, tmp_path, {"run.name": "first", "run.steps": 2, "objective": {"name": "tinybert"}}))
+    student = {"path": str(first.folder / "export")}
+    prediction = {"name": "kd", "soft": 1.0, "hard": 0.0, "temperature": 1.0}
+    changes = {"run.steps": 1, "student": student, "objective": prediction, "optim.lr": 1e-9}
+    second = train(lad(world, tmp_path, changes))
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(run.folder / "export").state_dict()
+        for run in (first, second)
+    )
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-6)
+
+
 def test_regression(world: World, tmp_path: Path) -> None:
     """Own .jsonl and .tsv with numbers; the teacher is a regression's own export."""
     rows = [(toy.sentence(n), n % 7 / 2) for n in range(40)]

@@ -36,7 +36,7 @@ class TinyBERT(Objective):
         if attention:
             same_heads("tinybert", student, teacher)
         self.heads = teacher.heads
-        self.embedding, self.hidden, self.attention = embedding, hidden, attention
+        self.weights = {"embedding": embedding, "hidden": hidden, "attention": attention}
         self.projection = projection(student, teacher)
         matches = uniform("tinybert", student, teacher)
         self.states = [(0, 0)] * bool(embedding) + matches * bool(hidden)
@@ -48,12 +48,12 @@ class TinyBERT(Objective):
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        sums: dict[str, list[Tensor]] = {"embedding": [], "hidden": [], "attention": []}
+        errors: dict[str, list[Tensor]] = {name: [] for name, weight in self.weights.items() if weight}
         for m, layer in self.states:
             mapped = self.projection(student.hidden[m])
             error = losses.over_tokens(losses.squared(mapped, teacher.hidden[layer]), batch)
-            sums["hidden" if m else "embedding"].append(error)
+            errors["hidden" if m else "embedding"].append(error)
         for m, layer in self.scores:
             error = losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads)
-            sums["attention"].append(error)
-        return {name: getattr(self, name) * torch.stack(errors).sum() for name, errors in sums.items() if errors}
+            errors["attention"].append(error)
+        return {name: self.weights[name] * torch.stack(each).sum() for name, each in errors.items()}
