@@ -4,6 +4,7 @@ import json
 import runpy
 from pathlib import Path
 
+import complete
 import pytest
 import tomli_w
 import toy
@@ -77,6 +78,17 @@ def test_a_tokenizer_is_trained_once(world: World, tmp_path: Path, capsys: pytes
         said.append(capsys.readouterr().out.splitlines()[-1])
     assert "tokens, learnt from" in said[0]
     assert said[1].endswith("already trained by this request; nothing to do")
+
+
+def test_a_report_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    complete.run(tmp_path / "kd", "kd", "rte", 0, 0.5)
+    complete.run(tmp_path / "lad", "lad", "rte", 0, 0.6)
+    assert run("report.py", str(tmp_path), "--baseline", "lad", "--out", str(tmp_path / "out")) == 0
+    said = capsys.readouterr().out
+    assert "## Against lad" in said
+    assert said == (tmp_path / "out" / "report.md").read_text()
+    assert run("report.py") == 2
+    assert capsys.readouterr().err == "error: report: the following arguments are required: FOLDER; see --help\n"
 
 
 @pytest.mark.processes

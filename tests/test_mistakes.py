@@ -315,6 +315,8 @@ def test_mistakes_of_a_preparation(
         ("evaluate", ["configs/task/evaluate.toml", "data.task=rtee", "data.path=x"], 'task "rtee" is unknown'),
         ("tune", ["configs/tune/lad.toml", "search.metric=1"], "search.metric: "),
         ("benchmark", ["stepp", "configs/task/lad.toml"], "benchmark: say what to time"),
+        ("report", ["/nowhere"], "/nowhere: no such folder"),
+        ("report", ["--base", "kd", "tests"], "report: unrecognized arguments: --base"),
     ],
 )
 def test_mistakes_through_the_real_scripts(script: str, words: list[str], expected: str) -> None:

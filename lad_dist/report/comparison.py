@@ -1,0 +1,180 @@
+"""Scores of methods on tasks, their order, and tests against a baseline."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import ttest_1samp
+
+from lad_dist.config import UserError, did_you_mean
+from lad_dist.report.found import Found, TaskRun
+from lad_dist.report.variants import Variant, generic, grouped, tails, variants
+
+BASELINE = "kd"
+EQUAL = 1e-12  # a difference of rounding
+FIGURES = {"parameters": "parameters", "forward_flops_per_token": "FLOPs per token", "seconds": "seconds"}
+
+
+class Tested(NamedTuple):
+    """Against the baseline: the mean difference over `pairs` of runs of one task and seed; p is that of a two-sided
+    paired t-test, None for fewer than two pairs or differences that are all equal."""
+
+    difference: float
+    pairs: int
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`methods` are best first, `tasks` are in the order of their names, {name: main metric}. `scores` has an index of
+    method, task and seed."""
+
+    methods: dict[str, Variant]
+    tasks: dict[str, str]
+    runs: pd.DataFrame  # one row per run, by folder
+    scores: pd.Series
+    shared: list[str]  # the tasks that all methods have
+    baselines: dict[str, str]  # by method
+    baseline: str
+    left_out: Mapping[str, Sequence[str]]
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """mean, sd (sample's; NaN for one seed) and n by method and task."""
+        groups = self.scores.groupby(level=["method", "task"])
+        return pd.DataFrame({"mean": groups.mean(), "sd": groups.std(ddof=1), "n": groups.count()})
+
+    @cached_property
+    def scale(self) -> pd.Series:
+        """By task the sd over seeds, pooled over methods: NaN where no method has two."""
+        cells = self.cells[self.cells["n"] > 1]
+        freedom = cells["n"] - 1
+        squares = (cells["sd"] ** 2 * freedom).groupby(level="task").sum()
+        return (squares / freedom.groupby(level="task").sum()) ** 0.5
+
+    def mean(self, method: str) -> tuple[float, float]:
+        """Over the shared tasks, and its standard error: NaN where a task has one seed."""
+        cells = self.cells.loc[method].loc[self.shared]
+        return cells["mean"].mean(), ((cells["sd"] ** 2 / cells["n"]).sum(skipna=False) ** 0.5) / len(cells)
+
+    def figures(self, method: str) -> pd.Series:
+        """Sizes and seconds: means over runs, then over the shared tasks."""
+        mine = self.runs[self.runs["method"] == method]
+        by_task = mine.groupby("task")[list(FIGURES)].mean()
+        return by_task.loc[self.shared or list(by_task.index)].mean()
+
+    def teachers(self, task: str) -> dict[str, float]:
+        """The teachers of a task's runs and what they score, by path; `path (n)` for one that was measured
+        differently."""
+        column = self.runs[(self.runs["task"] == task) & self.runs["teacher_score"].notna()]
+        pairs = column[["teacher", "teacher_score"]].drop_duplicates().sort_values(["teacher", "teacher_score"])
+        number = pairs.groupby("teacher").cumcount()
+        names = [path if not n else f"{path} ({n + 1})" for path, n in zip(pairs["teacher"], number, strict=True)]
+        return dict(zip(names, pairs["teacher_score"], strict=True))
+
+    def differences(self, method: str, task: str) -> np.ndarray:
+        """Method minus its baseline, by the seeds that both have."""
+        ours, theirs = (self.scores.xs(task, level="task").get(name) for name in (method, self.baselines[method]))
+        if ours is None or theirs is None:
+            return np.array([])
+        return (ours - theirs).dropna().to_numpy()
+
+    def test(self, method: str, task: str) -> Tested:
+        return _test(self.differences(method, task))
+
+    def test_all(self, method: str) -> Tested:
+        """Over all tasks, differences in units of their task's `scale`."""
+        scale = self.scale[self.scale > EQUAL]
+        return _test(np.concatenate([self.differences(method, task) / sd for task, sd in scale.items()] or [[]]))
+
+
+def _test(differences: np.ndarray) -> Tested:
+    count = len(differences)
+    varies = count > 1 and not np.allclose(differences, differences[0], rtol=0, atol=EQUAL)
+    p = float(ttest_1samp(differences, 0).pvalue) if varies else None
+    return Tested(float(differences.mean()) if count else math.nan, count, p)
+
+
+def compare(found: Found, baseline: str | None = None) -> Comparison:
+    """Raises UserError for a baseline that no method is called, and for runs that measure one task differently."""
+    names = tails({run.task for run in found.runs})
+    runs = generic([replace(run, task=names[run.task]) for run in found.runs])
+    tasks = _main_metrics(runs)
+    methods = variants(runs)
+    rows = [_row(name, run, tasks[run.task]) for name, variant in methods.items() for run in variant.runs]
+    frame = pd.DataFrame(rows).sort_values("folder", ignore_index=True)
+    scores = frame.groupby(["method", "task", "seed"])["score"].mean()
+    shared = [task for task in tasks if all(task in _tasks(variant) for variant in methods.values())]
+    means = scores.groupby(level=["method", "task"]).mean().unstack("task")[shared].mean(axis=1)
+    ordered = sorted(methods, key=lambda name: (-means[name] if shared else 0, name))
+    wanted = baseline or BASELINE
+    return Comparison(
+        {name: methods[name] for name in ordered},
+        tasks,
+        frame,
+        scores,
+        shared,
+        _baselines(methods, wanted, required=baseline is not None),
+        wanted,
+        found.left_out,
+    )
+
+
+def _tasks(variant: Variant) -> set[str]:
+    return {run.task for run in variant.runs}
+
+
+def _main_metrics(runs: Sequence[TaskRun]) -> dict[str, str]:
+    columns = grouped(runs, lambda run: run.task)
+    for column in columns.values():
+        for run in column:
+            if run.metric != column[0].metric:
+                raise UserError(
+                    f"{run.folder}: measures {run.task} by {run.metric}, {column[0].folder} by {column[0].metric}; "
+                    "report them apart"
+                )
+    return {task: columns[task][0].metric for task in sorted(columns)}
+
+
+def _row(method: str, run: TaskRun, metric: str) -> dict[str, Any]:
+    results = run.results
+    return {
+        "method": method,
+        "objective": run.objective,
+        "task": run.task,
+        "seed": run.seed,
+        "metric": metric,
+        "score": run.score,
+        "teacher": run.teacher,
+        "teacher_score": results.teacher.get(metric, math.nan),
+        "folder": run.folder,
+        **results.student.model_dump(),
+        "teacher_parameters": results.teacher.get("parameters", math.nan),
+        "teacher_forward_flops_per_token": results.teacher.get("forward_flops_per_token", math.nan),
+        **{key: getattr(results, key) for key in ("steps", "seconds", "tokens_per_second", "processes", "device")},
+    }
+
+
+def _baselines(methods: Mapping[str, Variant], wanted: str, required: bool) -> dict[str, str]:
+    """Of each other method the baseline: the one of this name; or of the objective's variants the only one with the
+    same settings outside [objective]."""
+    candidates = [wanted] if wanted in methods else [name for name in methods if methods[name].objective == wanted]
+    if required and not candidates:
+        known = {*methods, *(variant.objective for variant in methods.values())}
+        raise UserError(f'--baseline "{wanted}" is none of the methods: {did_you_mean(wanted, known)}')
+    found = {}
+    for name, variant in methods.items():
+        fitting = [other for other in candidates if len(candidates) == 1 or _alike(variant, methods[other])]
+        if name not in candidates and len(fitting) == 1:
+            found[name] = fitting[0]
+    return found
+
+
+def _alike(variant: Variant, baseline: Variant) -> bool:
+    """Whether all runs have what tells the baseline from its other variants, but for the objective's own keys."""
+    outer = [(key, value) for key, value in baseline.telling if not key.startswith("objective.")]
+    return all(run.settings.get(key) == value for run in variant.runs for key, value in outer)

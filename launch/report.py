@@ -1,0 +1,42 @@
+"""Many run folders as one comparison: methods by tasks, mean ± sd over seeds, best first, the teacher on top, and
+whether a method differs from plain distillation.
+
+usage: python launch/report.py FOLDER [FOLDER …] [--out DIR] [--baseline NAME]
+
+All complete runs on tasks below the folders are compared; the table is Markdown, on standard output.
+--out DIR        also writes report.md, report.csv (a row per run with every metric) and report.png to DIR
+--baseline NAME  the method that the others are tested against, an objective or a row of the table (default: kd)
+
+example: python launch/report.py runs/compare --out runs/compare/report
+"""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from lad_dist import cli
+from lad_dist.config import UserError
+
+
+class Words(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"report: {message}; see --help")
+
+
+def main() -> int:
+    words = Words(add_help=False, allow_abbrev=False)
+    words.add_argument("folders", metavar="FOLDER", nargs="+")
+    words.add_argument("--out", metavar="DIR")
+    words.add_argument("--baseline", metavar="NAME")
+    given = words.parse_intermixed_args()
+    from lad_dist.report import report
+
+    cli.say(report(given.folders, given.baseline, given.out).rstrip("\n"))
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    else:
+        sys.exit(cli.guarded(main))

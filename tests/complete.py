@@ -1,0 +1,44 @@
+"""Hand-made folders of complete runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+METRICS = {"rte": "accuracy", "cola": "matthews"}
+
+
+def run(folder: Path, objective: str, task: str, seed: int, score: float, **changes: Any) -> Path:
+    """The folder of a complete run; changes by dotted key, `__` for the dot."""
+    config: dict[str, Any] = {
+        "run": {"name": folder.name, "dir": str(folder.parent), "seed": seed, "steps": 8, "log_every": 10},
+        "teacher": {"path": f"runs/teacher-{task}/export"},
+        "student": {"path": "mini", "layers": "even", "depth": 3},
+        "data": {"task": task, "max_length": 128, "slots": 1},
+        "objective": {"name": objective},
+        "surgery": [],
+        "optim": {"lr": 1e-4, "betas": [0.9, 0.999]},
+        "deepspeed": {},
+    }
+    results: dict[str, Any] = {
+        "command": "python",
+        "config": config,
+        "metrics": {METRICS.get(task, "accuracy"): score, "label_loyalty": 0.9},
+        "student": {"parameters": 14_200_000, "forward_flops_per_token": 12.34e6},
+        "teacher": {"parameters": 28_000_000, "forward_flops_per_token": 23e6, METRICS.get(task, "accuracy"): 0.75},
+        "steps": 8,
+        "seconds": 100.0 + seed,
+        "tokens_per_second": 1e4,
+        "processes": 1,
+        "device": "cpu",
+        "versions": {},
+    }
+    for key, value in changes.items():
+        *outer, last = key.split("__")
+        table = results if outer[:1] == ["results"] else config
+        for name in outer[outer[:1] == ["results"] :]:
+            table = table[name]
+        table[last] = value
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("")
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
