@@ -53,8 +53,8 @@ class CorpusFeed:
         return self._train.batch(self._order.slot(step, slot), self._seed)
 
     def held_out(self) -> Batches:
-        """At most 32 slots of the held-out documents, the same and with the same masks in every run; empty when the
-        corpus was prepared with nothing held out."""
+        """At most 32 slots of the held-out documents, the same and with the same masks in every run: whole slots, or
+        one that repeats documents where they are fewer. Empty when the corpus was prepared with nothing held out."""
         held_out = _Windows(self._data, self._tokenizer, "held_out")
         if not held_out.counts:
             return []
