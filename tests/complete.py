@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lad_dist.config import override
+
 METRICS = {"rte": "accuracy", "cola": "matthews"}
 
 
 def run(folder: Path, objective: str, task: str, seed: int, score: float, **changes: Any) -> Path:
-    """The folder of a complete run; changes by dotted key, `__` for the dot."""
+    """The folder of a complete run; changes by dotted key, `__` for the dot: of its config, or of `results`."""
     config: dict[str, Any] = {
         "run": {"name": folder.name, "dir": str(folder.parent), "seed": seed, "steps": 8, "log_every": 10},
         "teacher": {"path": f"runs/teacher-{task}/export"},
@@ -32,13 +34,13 @@ def run(folder: Path, objective: str, task: str, seed: int, score: float, **chan
         "device": "cpu",
         "versions": {},
     }
-    for key, value in changes.items():
-        *outer, last = key.split("__")
-        table = results if outer[:1] == ["results"] else config
-        for name in outer[outer[:1] == ["results"] :]:
-            table = table[name]
-        table[last] = value
+    changed = override(results, ((_place(key), value) for key, value in changes.items()))
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
-    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(changed))
     return folder
+
+
+def _place(key: str) -> str:
+    dotted = key.replace("__", ".")
+    return dotted.removeprefix("results.") if dotted.startswith("results.") else f"config.{dotted}"
