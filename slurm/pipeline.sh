@@ -3,7 +3,7 @@
 #
 #   bash slurm/pipeline.sh \
 #       prepare  configs/pretrain/corpus.toml \
-#       pretrain --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 configs/pretrain/minilm.toml run.steps=100000 \
+#       pretrain --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 configs/pretrain/minilm2.toml run.steps=100000 \
 #       finetune --gpus-per-node=1 configs/task/teacher.toml data.task=rte \
 #       task     --gpus-per-node=1 configs/task/lad.toml data.task=rte
 #
