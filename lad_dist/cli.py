@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 the user's mistake, 3 nothing valid to resume from, 75 sto
 """
 
 import inspect
+import os
 import re
 import sys
 import time
@@ -158,9 +159,13 @@ def _short(value: float) -> str:
 
 
 def say(text: str) -> None:
-    """A line on standard output, from the main process."""
-    if processes.main():
+    """A line on standard output, from the main process, for as long as anyone reads it: `| head` is no mistake."""
+    if not processes.main():
+        return
+    try:
         print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -172,4 +177,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         table.add_column(name)
     for row in rows:
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    Terminal(width=None if sys.stdout.isatty() else 140).print(table)
+    terminal = Terminal(width=None if sys.stdout.isatty() else 140)
+    with terminal.capture() as text:
+        terminal.print(table)
+    say(text.get().rstrip("\n"))

@@ -1,5 +1,9 @@
 """What a person sees while it works."""
 
+import shlex
+import subprocess
+import sys
+
 import pytest
 
 from lad_dist import cli
@@ -18,3 +22,16 @@ def test_lines_come_now_and_then_with_the_time_left(
         "corpus 22.0% done, 0:06:30 left  million tokens 33",
         "corpus 60.0% done, 0:01:00 left  million tokens 90",
     ]
+
+
+@pytest.mark.parametrize("call", ["say('x' * 1000)", "print_table('t', ('a', 'b'), [('x' * 100, 1.0)] * 10)"])
+def test_a_reader_that_has_seen_enough_is_no_mistake(call: str) -> None:
+    script = f"from lad_dist import cli\nfor _ in range(500): cli.{call}\n"
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -n 1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
