@@ -1,6 +1,9 @@
-"""The benchmark of a step: its arithmetic by hand, its parts no more than the whole."""
+"""The benchmarks: a step's arithmetic by hand, its parts no more than the whole; what that of the data times."""
 
+import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import toy
@@ -8,8 +11,9 @@ from conftest import World
 from launching import ROOT, launch
 
 from lad_dist import models
-from lad_dist.benchmarks import step
-from lad_dist.config import TaskConfig, parse
+from lad_dist.benchmarks import data, step
+from lad_dist.config import PrepareConfig, TaskConfig, parse
+from lad_dist.data.shards import Shards, read_manifest
 
 
 def test_flops_by_hand() -> None:
@@ -61,3 +65,62 @@ def test_help(word: str) -> None:
     done = launch([ROOT / "launch/benchmark.py", word])
     assert done.returncode == 0
     assert "usage" in done.stdout
+
+
+def no_clock() -> Any:
+    return contextlib.nullcontext()
+
+
+@pytest.fixture
+def books(world: World) -> PrepareConfig:
+    source = {"kind": "text", "path": str(world.books)}
+    return PrepareConfig.model_validate({"out": "nowhere", "tokenizer": str(world.tokenizer), "source": [source]})
+
+
+def test_a_sample_is_cut_repeated_and_never_the_same_twice(
+    books: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    size = data._write_sample(books, file, 3)
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert len(texts) == len(set(texts)) == 3 * 40
+    assert sum(map(len, texts)) == size
+    monkeypatch.setattr(data, "SAMPLE", len(texts[0]) + 1)
+    data._write_sample(books, file, 1)
+    assert file.read_text().count("\n") == 2
+
+
+def test_all_three_read_the_whole_sample(books: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "texts.jsonl"
+    data._write_sample(books, file, 1)
+    encoded: list[str] = []
+    monkeypatch.setattr(data, "_encode", lambda tokenizer, texts: encoded.extend(texts))
+    data._tokenize(no_clock, books, file, 1)
+    assert encoded == data._texts(file)
+    data._prepare(no_clock, books, file, 2, tmp_path / "shards")
+    (source,) = read_manifest(tmp_path / "shards")["sources"]
+    assert source["documents_read"] == len(encoded) == 40
+    blocks = data._blocks({"input_ids": [[1, 2, 3], [4, 5], [6, 7]]}, length=3)
+    assert blocks == {"input_ids": [[1, 2, 3], [4, 5, 6]]}
+    data._map(no_clock, books, file, 1, tmp_path / "cache")
+    sequences, tokens, full = data._serve(no_clock, tmp_path / "shards", 32)
+    assert full > 0.9
+    assert sequences > 0
+    assert tokens == pytest.approx(full * data.TOKENS_PER_SLOT * (data.BATCHES - 1))
+    assert Shards(tmp_path / "shards").streams[0].length > 1000
+
+
+def test_what_a_process_says_it_took() -> None:
+    figure = data._run(_two, 21)
+    assert figure.value == 42
+    assert figure.seconds >= 0.05
+    assert figure.megabytes > 1
+
+
+def _two(clock: Any, number: int) -> int:
+    import time
+
+    time.sleep(0.2)
+    with clock():
+        time.sleep(0.05)
+    return 2 * number
