@@ -3,6 +3,7 @@
     load_tokenizer(path)        folder or hub name -> fast tokenizer
     train_wordpiece(…)          texts -> folder with a BERT-style WordPiece tokenizer
     train_unigram(…)            texts -> folder with a sentencepiece model and the fast tokenizer equal to it
+    save(tokenizer, out)        a folder that load_tokenizer reads
     fingerprint(tokenizer)      equal for tokenizers that give the same ids
     vocabulary_size(tokenizer)  one more than the largest id
     special_ids, ordinary_ids   the ids of special tokens, and all others
@@ -350,7 +351,17 @@ def _save(tokenizer: Tokenizer, out: Path) -> None:
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
     names = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(out)
+    save(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), out)
+
+
+def save(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Writes the folder for AutoTokenizer. Raises OSError when it cannot, as on a full disk."""
+    try:
+        tokenizer.save_pretrained(out)
+    except OSError:
+        raise
+    except Exception as error:  # what the Rust library raises when the disk is full has no class of its own
+        raise OSError(str(error)) from None
 
 
 def frame(tokenizer: PreTrainedTokenizerFast) -> Frame:

@@ -25,18 +25,23 @@ def train(config: TokenizerConfig, progress: Callable[[str], None] = print) -> N
     that are missing, damaged or empty, and for a vocabulary that is too small for the characters of the text."""
     out = Path(config.out)
     request = _request(config)
-    if (out / REQUEST).exists():
-        return _finished(out, request, progress)
+    try:
+        if (out / REQUEST).exists():
+            _finished(out, request, progress)
+        else:
+            _train(config, request, progress)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+
+
+def _train(config: TokenizerConfig, request: dict[str, Any], progress: Callable[[str], None]) -> None:
+    out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and holds no tokenizer trained here; give another folder for out")
     for source in config.source:
         corpus.check(source)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    with scratch as name:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         folder = Path(name) / "tokenizer"
         characters = _write(config, request, folder, progress)
         commit(folder, out)

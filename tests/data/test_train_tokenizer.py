@@ -89,6 +89,7 @@ def test_what_is_finished_is_left_alone_and_another_request_refused(toy_corpus: 
         ({"source": [{"kind": "text", "path": "/nowhere"}]}, "/nowhere: no such file or folder"),
         ({"out": "/proc/words"}, "/proc/words: cannot be written"),
         ({"out": "BLANK/words/words"}, "words: cannot be written"),
+        ({"out": "x" * 300}, r"x: cannot be written \(File name too long\)"),
     ],
 )
 def test_a_mistake_leaves_nothing_behind(
@@ -101,6 +102,19 @@ def test_a_mistake_leaves_nothing_behind(
     changes = json.loads(json.dumps(changes).replace("BLANK", str(tmp_path / "blank")))
     with pytest.raises(UserError, match=message):
         train(config(tmp_path / "words", toy_corpus, **changes), lambda _: None)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    toy_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # as the Rust library does
+
+    monkeypatch.setattr(tokenizers.PreTrainedTokenizerFast, "save_pretrained", full)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"words: cannot be written \(No space left"):
+        train(config(tmp_path / "words", toy_corpus), lambda _: None)
     assert sorted(tmp_path.rglob("*")) == before
 
 
