@@ -51,25 +51,39 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, repo
     sources that are missing, damaged or empty, and for a tokenizer that does not know the text."""
     tokenizer = tokenizers.load_tokenizer(config.tokenizer)
     request = _request(config, tokenizers.fingerprint(tokenizer))
-    out = Path(config.out).absolute()
-    work = out.with_name(f".{out.name}.pieces")
-    if (out / MANIFEST).exists():
-        _finished(config, request, progress)
-        shutil.rmtree(work, ignore_errors=True)  # there when the run before was killed after its last step
-        return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{config.out}: exists and holds no token shards; give another folder for out")
-    for source in config.source:
-        corpus.check(source)
     try:
-        with _locked(work, alone=config.part is None), _stop_flag() as flag:
-            _prepare(config, request, tokenizer, work, flag, progress, report)
+        if (Path(config.out) / MANIFEST).exists():
+            _finished(config, request, progress)
+        else:
+            _unfinished(config, request, tokenizer, progress, report)
     except Stopped:
         return False
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{error.filename or work}: {reason}; what is finished is kept, run again") from None
+        raise UserError(f"{error.filename or config.out}: {reason}; what is finished is kept, run again") from None
     return True
+
+
+def _work(config: PrepareConfig) -> Path:
+    out = Path(config.out).absolute()
+    return out.with_name(f".{out.name}.pieces")
+
+
+def _unfinished(
+    config: PrepareConfig,
+    request: dict[str, Any],
+    tokenizer: tokenizers.PreTrainedTokenizerFast,
+    progress: Callable[[str], None],
+    report: Report,
+) -> None:
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{config.out}: exists and holds no token shards; give another folder for out")
+    for source in config.source:
+        corpus.check(source)
+    work = _work(config)
+    with _locked(work, alone=config.part is None), _stop_flag() as flag:
+        _prepare(config, request, tokenizer, work, flag, progress, report)
 
 
 def _request(config: PrepareConfig, fingerprint: str) -> dict[str, Any]:
@@ -79,6 +93,7 @@ def _request(config: PrepareConfig, fingerprint: str) -> dict[str, Any]:
 
 
 def _finished(config: PrepareConfig, request: dict[str, Any], progress: Callable[[str], None]) -> None:
+    """A folder whose shards are there: refuses another request, and takes over other weights."""
     out = Path(config.out)
     manifest = read_manifest(out)
     before = manifest["request"]
@@ -87,11 +102,12 @@ def _finished(config: PrepareConfig, request: dict[str, Any], progress: Callable
         raise UserError(f"{out}: made with another {', '.join(differing)}; remove it or give another folder for out")
     if before == request:
         progress(f"{out}: already prepared with this tokenizer and these sources; nothing to do")
-        return
-    for source, asked in zip(manifest["sources"], request["source"], strict=True):
-        source["weight"] = asked["weight"]
-    write_text(out / MANIFEST, _json(manifest | {"request": request}))
-    progress(f"{out}: already prepared; the weights of its sources are now those of the config")
+    else:
+        for source, asked in zip(manifest["sources"], request["source"], strict=True):
+            source["weight"] = asked["weight"]
+        write_text(out / MANIFEST, _json(manifest | {"request": request}))
+        progress(f"{out}: already prepared; the weights of its sources are now those of the config")
+    shutil.rmtree(_work(config), ignore_errors=True)  # there when the run before was killed after its last step
 
 
 def _unweighted(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,7 +300,7 @@ def _merge(
         raise UserError(
             f"{config.source[0].path}: no document left to train on; add text, or lower held_out or min_tokens"
         )
-    job.tokenizer.save_pretrained(draft / "tokenizer")
+    tokenizers.save(job.tokenizer, draft / "tokenizer")
     frame = tokenizers.frame(job.tokenizer)
     manifest = {
         "format": FORMAT,
@@ -297,7 +313,7 @@ def _merge(
     }
     (draft / MANIFEST).write_text(_json(manifest), encoding="utf-8")
     commit(draft, out)
-    shutil.rmtree(job.folder)
+    shutil.rmtree(job.folder, ignore_errors=True)  # NFS keeps a folder until the lock in it is closed
     train, held_out = ("{documents:,} documents, {tokens:,} tokens".format(**totals[split]) for split in SPLITS)
     progress(f"{config.out}: {train} to train on; {held_out} held out; {_left_out(merged['sources'])}")
 

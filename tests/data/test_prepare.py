@@ -429,6 +429,44 @@ def test_a_full_disk_is_one_line(config: PrepareConfig, monkeypatch: pytest.Monk
             prepare.prepare(changed(config, workers=workers), quiet)
 
 
+def test_a_disk_that_is_full_only_for_the_tokenizer_is_one_line(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # as the Rust library does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizers.PreTrainedTokenizerFast, "save_pretrained", full)
+        with pytest.raises(UserError, match=r"shards: No space left on device .*; what is finished is kept, run again"):
+            prepare.prepare(config, quiet)
+    assert not Path(config.out).exists()
+    prepared(config)
+
+
+def test_a_finished_manifest_that_cannot_be_written_is_one_line(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(config)
+    before = content(config.out)
+
+    def refuse(path: Path, text: str) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(prepare, "write_text", refuse)
+    heavier = [config.source[0].model_dump() | {"weight": 2.5}]
+    with pytest.raises(UserError, match=r"manifest\.json: Read-only file system"):
+        prepare.prepare(changed(config, source=heavier), quiet)
+    assert content(config.out) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("/", "/: exists and holds no token shards"), ("x" * 300, "File name too long")]
+)
+def test_a_name_that_no_folder_can_have_is_one_line(config: PrepareConfig, out: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(changed(config, out=out), quiet)
+
+
 def test_a_process_that_is_ended_from_outside_is_one_line(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
