@@ -5,7 +5,8 @@
     say, print_table             what a person reads on standard output
     Console                      a report: a progress bar with time left on a terminal, plain lines elsewhere
 
-Exit codes: 0 done, 2 the user's mistake, 3 nothing valid to resume from, 75 stopped early and wants to be run again.
+Exit codes: 0 done, 2 the user's mistake, 3 nothing valid to resume from, 75 stopped early and wants to be run again,
+130 interrupted by Ctrl-C.
 """
 
 import inspect
@@ -24,7 +25,7 @@ from rich.table import Table as RichTable
 from lad_dist import processes
 from lad_dist.config import Table, UserError, describe, keywords, load, type_name
 
-DONE, MISTAKE, AGAIN = 0, 2, 75
+DONE, MISTAKE, AGAIN, INTERRUPTED = 0, 2, 75, 130
 LAUNCHERS_OWN = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # the environment says the same
 
 Named = Mapping[str, Mapping[str, Callable[..., Any]]]
@@ -61,13 +62,17 @@ def _choices() -> Named:
 
 
 def guarded(work: Callable[[], int | None]) -> int:
-    """The exit code of `work`; a UserError is one line on stderr."""
+    """The exit code of `work`; a UserError is one line on stderr, and so is Ctrl-C."""
     try:
         return work() or DONE
     except UserError as error:
         if processes.main():
             print(f"error: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        if processes.main():
+            print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def help_text(doc: str, schema: type[Table], named: Named) -> str:

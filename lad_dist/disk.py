@@ -1,12 +1,14 @@
 """Files that are there whole or not at all, whenever the machine stops.
 
 write_text(path, text)   a small file, in place of an older one
+draft_of(path)           a name for it until it is whole
 commit(draft, final)     a folder, by its new name
 sha256(path)             of a file of any size
 """
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from pathlib import Path
 def write_text(path: Path, text: str) -> None:
     """Makes the folders above it. Two processes that write the same file do not meet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    draft = draft_of(path)
     try:
         draft.write_text(text, encoding="utf-8")
         sync(draft)
@@ -22,6 +24,11 @@ def write_text(path: Path, text: str) -> None:
     finally:
         draft.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def draft_of(path: Path) -> Path:
+    """Where this process writes what is to be `path`: no other one does, on whatever machine."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.draft")
 
 
 def commit(draft: Path, final: Path) -> None:

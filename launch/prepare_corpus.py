@@ -5,7 +5,8 @@ usage: python launch/prepare_corpus.py CONFIG.toml [dotted.key=value …]
        python launch/prepare_corpus.py --verify FOLDER     (compares shards with their manifest)
 
 It takes up its work where it was stopped or killed. With part and parts, several machines share the tokenizing
-(slurm/prepare.sbatch does); a run without them then merges. The shards do not depend on any of this.
+(slurm/prepare.sbatch does); a run without them then merges. The shards do not depend on any of this. Finished pieces
+are good for the same files: those of the same names and sizes.
 
 example: python launch/prepare_corpus.py configs/pretrain/corpus.toml out=corpora/wikipedia-books
 """

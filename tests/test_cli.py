@@ -35,3 +35,11 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(call: str) -> None:
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert cli.guarded(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -256,7 +256,7 @@ def test_a_requeued_stage_keeps_the_next_one_waiting(cluster: SlurmCluster, fold
 def test_tasks_of_an_array_do_a_share_each_and_the_merge_waits_for_them(cluster: SlurmCluster, folder: Path) -> None:
     launch(folder, "prepare_corpus", "import sys, time; time.sleep(.5); open('order', 'a').write(f'{sys.argv[1:]}\\n')")
     launch(folder, "pretrain_distill", "open('order', 'a').write('pretrain\\n')")
-    chain = ["prepare", "--array=3-5", "--cpus-per-task=2", "run.toml", "a.b=x y", "pretrain", "run.toml"]
+    chain = ["prepare", "--array=3-7:2", "--cpus-per-task=2", "run.toml", "a.b=x y", "pretrain", "run.toml"]
     jobs = pipeline(cluster, folder, *chain)
     assert list(jobs) == ["parts", "prepare", "pretrain"]
     for job in ("prepare", "pretrain"):

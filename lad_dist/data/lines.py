@@ -80,9 +80,12 @@ class Lines:
         return f"{self._span.file}:{self._before + number}"
 
     def _compressed(self) -> Iterator[tuple[int, bytes]]:
+        number = 0
         with io.BufferedReader(DECOMPRESS[self._span.file.suffix](self._span.file)) as stream:
             for number, line in enumerate(stream, 1):
                 yield number, _without_mark(line) if number == 1 else line
+        if not number:
+            raise Damaged(f"{self._span.file}: empty")
 
     def _plain(self) -> Iterator[tuple[int, bytes]]:
         with open(self._span.file, "rb") as stream:

@@ -17,6 +17,8 @@ import numpy as np
 
 from lad_dist.data.keyed import SHUFFLE, Permutation, key
 
+EPOCHS = 1000  # after so many a weight that is no integer comes out even, to half a window
+
 
 def share(slots: int, rank: int, world: int) -> range:
     """The slots of a step that process `rank` of `world` computes."""
@@ -47,9 +49,9 @@ class Reading(NamedTuple):
 class CorpusOrder:
     """Windows of several sources, `windows_per_slot` in each slot.
 
-    An epoch reads a source `weight` times: on the average, when it is no integer. The sources take turns as evenly as
-    can be, so that any stretch of the row has each in its share, up to one window for each source. A source is read
-    through in a fresh shuffle each time. Nothing is stored: a shuffle is a keyed permutation.
+    An epoch reads a source `weight` times, on the average of EPOCHS epochs where it is no integer. The sources take
+    turns as evenly as can be, so that any stretch of the row has each in its share, up to one window for each source.
+    A source is read through in a fresh shuffle each time. Nothing is stored: a shuffle is a keyed permutation.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class CorpusOrder:
     ) -> None:
         """counts: windows of each source, >= 1."""
         self._counts, self._size, self._seed, self.slots = list(counts), windows_per_slot, seed, slots
-        self.quotas = [max(1, round(count * weight)) for count, weight in zip(counts, weights, strict=True)]
-        self._left = [sum(self.quotas[source:]) for source in range(len(counts))]
+        self._epochs = 1 if all(float(weight).is_integer() for weight in weights) else EPOCHS
+        shares = [count * weight * self._epochs for count, weight in zip(counts, weights, strict=True)]
+        self._quotas = [max(1, round(share)) for share in shares]
+        self._left = [sum(self._quotas[source:]) for source in range(len(counts))]
 
     @property
     def steps_per_epoch(self) -> float:
-        return self._left[0] / (self._size * self.slots)
+        return self._left[0] / (self._epochs * self._size * self.slots)
 
     def slot(self, step: int, slot: int) -> Reading:
         """What micro-batch `slot` of step `step` reads."""
@@ -77,11 +81,11 @@ class CorpusOrder:
 
     def _place(self, number: int) -> tuple[int, int, int]:
         """(source, how often it was read through before, position within its shuffle) of a place in the row."""
-        epoch, place = divmod(number, self._left[0])
-        for source, (quota, left) in enumerate(zip(self.quotas, self._left, strict=True)):
+        cycle, place = divmod(number, self._left[0])
+        for source, (quota, left) in enumerate(zip(self._quotas, self._left, strict=True)):
             before = place * quota // left  # of this source, among the places that the sources before it left
             if (place + 1) * quota // left > before:
-                return source, *divmod(epoch * quota + before, self._counts[source])
+                return source, *divmod(cycle * quota + before, self._counts[source])
             place -= before
         raise AssertionError("the last source takes what is left")
 

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 from lad_dist.config import Source, UserError
 from lad_dist.data import corpus, hub, tokenizers
 from lad_dist.data.lines import Span
-from lad_dist.disk import sync, write_text
+from lad_dist.disk import draft_of, sync, write_text
 
 PIECES = 512  # about as many, while they are neither too small to be worth a file nor too long to be lost when killed
 SMALLEST, LARGEST = 1 << 20, 1 << 26  # bytes of text
@@ -209,7 +208,7 @@ def _with_separators(encoded: tokenizers.Flat, job: Job) -> np.ndarray:
 def _committed(folder: Path, number: int) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The files of ids and of documents: on the disk and in their places after the block, gone when it fails."""
     finals = [folder / f"{number}.{kind}" for kind in ("ids", "documents")]
-    drafts = [final.with_name(f"{final.name}.{socket.gethostname()}-{os.getpid()}.draft") for final in finals]
+    drafts = [draft_of(final) for final in finals]
     try:
         with open(drafts[0], "wb") as ids, open(drafts[1], "wb") as documents:
             yield ids, documents

@@ -12,7 +12,7 @@ nowhere else, so a window of the stream, put between such a pair, is a row of wh
     Shards         one split of a corpus: a stream for each source
     Stream         all ids of a source, end to end over its files
     read_manifest  the manifest, checked
-    verify         every file against the manifest
+    verify         every shard against the manifest
 """
 
 import hashlib
@@ -47,7 +47,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: damaged ({error}); prepare the corpus again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{file}: not format {FORMAT} of token shards; prepare the corpus again")
+    try:
+        _touch(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged (it lacks {error}); prepare the corpus again") from None
     return manifest
+
+
+def _touch(manifest: dict[str, Any]) -> None:
+    """Looks at everything that is read later."""
+    np.dtype(manifest["dtype"])
+    _ = manifest["vocabulary"] + 0, manifest["tokenizer"]["fingerprint"]
+    for source in manifest["sources"]:
+        _ = source["name"], source["weight"] + 0.0
+        for counts in map(source["splits"].__getitem__, SPLITS):
+            _ = counts["tokens"] + 0
+            for shard in counts["shards"]:
+                _ = shard["length"] + shard["documents"] + shard["offsets_bytes"]
+                _ = shard["file"] + shard["sha256"] + shard["offsets"] + shard["offsets_sha256"]
 
 
 class Shards:
@@ -130,7 +147,7 @@ def _require_size(file: Path, size: int) -> None:
 
 
 def verify(folder: str | Path, progress: Callable[[str], None] = print) -> int:
-    """Compares every file with the manifest: size, sha256, offsets, and ids within the vocabulary. Returns the bytes
+    """Compares every shard with the manifest: size, sha256, offsets, and ids within the vocabulary. Returns the bytes
     that were read. Raises UserError naming the first file that differs."""
     folder = Path(folder)
     manifest = read_manifest(folder)

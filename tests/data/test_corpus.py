@@ -290,6 +290,14 @@ def test_what_is_damaged_is_named_with_the_line_and_the_rest_is_read(
         list(corpus.documents(source(kind, tmp_path)))
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("kind", ["wikiextractor", "text", "jsonl"])
+def test_a_compressed_file_of_nothing_is_empty(tmp_path: Path, kind: str, ending: str) -> None:
+    file = tmp_path / (NAMES[kind] + ending)
+    file.write_bytes(COMPRESS[ending](b""))
+    assert complaints(source(kind, tmp_path)) == [f"{file}: empty"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_truncated_arrow_file_is_complained_of(tmp_path: Path, stream: bool) -> None:
     documents = [sentence(n, 20) for n in range(50)]

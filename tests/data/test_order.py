@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.data.order import CorpusOrder, Reading, TaskOrder, share, window_span, windows
+from lad_dist.data.order import EPOCHS, CorpusOrder, Reading, TaskOrder, share, window_span, windows
 
 EXAMPLES = int(os.environ.get("LAD_DIST_EXAMPLES", "400"))
 
@@ -83,6 +83,16 @@ def test_weights_are_respected_in_every_stretch(weights: tuple[float, ...]) -> N
         sources = np.array([s for s, _, _ in read_by(order, range(first, first + 400))])
         found = np.bincount(sources, minlength=3) / len(sources)
         assert abs(found - shares).max() < 0.001
+
+
+def test_a_weight_that_is_no_integer_comes_out_even() -> None:
+    counts, weights = (3, 301), (0.1, 1.2345)
+    epoch = 3 * 0.1 + 301 * 1.2345
+    order = CorpusOrder(counts, weights, 5000, 1, 0)
+    assert order.steps_per_epoch == pytest.approx(epoch / 5000, rel=1e-5)
+    read = np.concatenate([order.slot(step, 0).source for step in range(round(EPOCHS * epoch / 5000))])
+    for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
+        assert (read == source).sum() == pytest.approx(len(read) * count * weight / epoch, abs=1)
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 4)), min_size=1, max_size=3), st.integers(0, 9))

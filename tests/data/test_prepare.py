@@ -260,8 +260,17 @@ def test_killed_at_any_moment_and_run_again_it_ends_the_same(mixed: PrepareConfi
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_asked_to_stop_it_keeps_what_is_finished(mixed: PrepareConfig, workers: int, number: signal.Signals) -> None:
+def test_asked_to_stop_it_keeps_what_is_finished(
+    mixed: PrepareConfig, workers: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = changed(mixed, workers=workers)
+    write = pieces.write
+
+    def slow(piece: pieces.Piece, job: pieces.Job) -> None:
+        write(piece, job)
+        time.sleep(0.1)  # or the children are done with all of them before the parent hears of the fourth
+
+    monkeypatch.setattr(pieces, "write", slow)
     handler = signal.getsignal(number)
     rows: list[dict[str, Any]] = []
 
@@ -276,6 +285,7 @@ def test_asked_to_stop_it_keeps_what_is_finished(mixed: PrepareConfig, workers: 
     kept = [file for file in work(config).iterdir() if file.suffix == ".json"]
     assert 4 <= len(kept) < rows[0]["steps"]
     assert not list(work(config).glob("*.draft"))
+    monkeypatch.setattr(pieces, "write", write)
     rows.clear()
     assert prepare.prepare(config, quiet, rows.append)
     assert rows[0]["step"] == len(kept)

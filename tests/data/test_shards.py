@@ -85,7 +85,17 @@ def test_verify_reads_what_the_sums_cannot_tell(folder: Path, tmp_path: Path, to
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", r"manifest\.json: damaged"), ('{"format": 1}', r"not format 2"), ("[]", "not format 2")],
+    [
+        ("{", r"manifest\.json: damaged"),
+        ('{"format": 1}', r"not format 2"),
+        ("[]", "not format 2"),
+        ('{"format": 2}', r"manifest\.json: damaged \(it lacks 'dtype'\)"),
+        ('{"format": 2, "dtype": "uint17"}', r"manifest\.json: damaged"),
+        (
+            '{"format": 2, "dtype": "uint16", "vocabulary": 9, "tokenizer": {"fingerprint": ""}, "sources": [{}]}',
+            "lacks",
+        ),
+    ],
 )
 def test_manifests_that_cannot_be_read(folder: Path, content: str, message: str) -> None:
     (folder / "manifest.json").write_text(content)
