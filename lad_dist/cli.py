@@ -2,6 +2,7 @@
 
     run(doc, schema, function)   parses, calls function(config), ends with the documented exit code
     train_script(doc, schema)    the whole of a script that trains
+    plain_script(doc, main)      the whole of one that reads its own words
     say, print_table             what a person reads on standard output
     Console                      a report: a progress bar with time left on a terminal, plain lines elsewhere
 
@@ -46,6 +47,14 @@ def run(
 def train_script(doc: str, schema: type[Table]) -> None:
     """The whole of a script that trains."""
     run(doc, schema, _train, _choices)
+
+
+def plain_script(doc: str, main: Callable[[], int | None]) -> None:
+    """The whole of a script whose command line is no config and overrides: `main` reads its own words."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(doc)
+        sys.exit(DONE)
+    sys.exit(guarded(main))
 
 
 def _train(config: Any) -> int:

@@ -238,7 +238,7 @@ class Loop:
             assert self.made.task is not None
             predictions = {name: evaluate.predict(self._logits, batches) for name, batches in self.feed.dev.items()}
             return evaluate.task_scores(self.made.task, predictions)
-        return evaluate.mean_terms(self._terms, self.feed.held_out())
+        return evaluate.mean_terms(self._terms, self.feed.held_out)
 
     def _logits(self, batch: Batch) -> Tensor:
         logits = models.trace(self.method.student, batch, evaluate.LOGITS).logits
@@ -325,7 +325,7 @@ class Loop:
     def _compare(self) -> dict[str, dict[str, float]]:
         self.engine.eval()
         if not isinstance(self.feed, TaskFeed):
-            return {"student": evaluate.mean_terms(self._terms, self.feed.held_out())}
+            return {"student": evaluate.mean_terms(self._terms, self.feed.held_out)}
         assert self.made.task is not None
         teacher = partial(evaluate.logits_of, self.teacher) if self.teacher else None
         return evaluate.compare(self.made.task, self.feed.dev, self._logits, teacher)

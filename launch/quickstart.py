@@ -193,7 +193,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-    else:
-        sys.exit(cli.guarded(main))
+    cli.plain_script(__doc__, main)

@@ -11,7 +11,6 @@ example: python launch/report.py runs/compare --out runs/compare/report
 """
 
 import argparse
-import sys
 from typing import NoReturn
 
 from lad_dist import cli
@@ -36,7 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-    else:
-        sys.exit(cli.guarded(main))
+    cli.plain_script(__doc__, main)

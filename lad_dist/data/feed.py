@@ -7,7 +7,7 @@ Both have `.slots`, `.steps_per_epoch` and `.batch(step, slot)`, a pure function
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class CorpusFeed:
         """Micro-batch `slot` of step `step`: rows are the masked tokens, labels their ids."""
         return self._train.batch(self._order.slot(step, slot), self._seed)
 
+    @cached_property
     def held_out(self) -> Batches:
         """At most 32 slots of the held-out documents, the same and with the same masks in every run: whole slots, or
         one that repeats documents where they are fewer. Empty when the corpus was prepared with nothing held out."""

@@ -9,7 +9,7 @@
     special_ids, ordinary_ids   the ids of special tokens, and all others
     word_starts(tokenizer)      which tokens begin a word
     frame(tokenizer)            the special tokens around a sequence
-    encode_flat, encode_plain   text -> ids without special tokens (corpora)
+    encode_flat                 text -> ids without special tokens (corpora)
     encode_framed               text -> ids with special tokens, truncated (tasks)
     check_vocabulary(…)         two models that read the same token ids must mean the same by them
     refuse_unknown(…)           a tokenizer that does not know the text is the user's mistake, and trains in silence
@@ -390,12 +390,6 @@ def encode_flat(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Fla
         lengths -= np.bincount(np.repeat(np.arange(len(rows)), lengths)[spelt], minlength=len(rows))
         ids = ids[~spelt]
     return Flat(ids, lengths)
-
-
-def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
-    """int64 ids of each whole text, as encode_flat gives them end to end."""
-    ids, lengths = encode_flat(tokenizer, texts)
-    return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
 def encode_framed(

@@ -211,7 +211,7 @@ def test_a_weight_for_no_source_is_refused(shards: Path, toy_tokenizer) -> None:
 
 
 def test_held_out_batches_are_the_same_in_every_run(shards: Path, toy_tokenizer) -> None:
-    first, second = (CorpusFeed(corpus_data(shards), toy_tokenizer, seed).held_out() for seed in (1, 2))
+    first, second = (CorpusFeed(corpus_data(shards), toy_tokenizer, seed).held_out for seed in (1, 2))
     assert len(first) > 1
     assert all(same(a(), b()) for a, b in zip(first, second, strict=True))
     assert same(first[0](), first[0]())
@@ -220,12 +220,12 @@ def test_held_out_batches_are_the_same_in_every_run(shards: Path, toy_tokenizer)
 def test_at_most_32_held_out_slots(tmp_path: Path, toy_tokenizer) -> None:
     folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": MANY}, documents_of([1000]))
     feed = CorpusFeed(corpus_data(folder, max_length=8, tokens_per_slot=8), toy_tokenizer, seed=0)
-    assert len(feed.held_out()) == 32
+    assert len(feed.held_out) == 32
 
 
 def test_nothing_held_out(tmp_path: Path, toy_tokenizer) -> None:
     folder = write_shards(tmp_path / "all", toy_tokenizer, {"a": MANY})
-    assert CorpusFeed(corpus_data(folder), toy_tokenizer, seed=0).held_out() == []
+    assert CorpusFeed(corpus_data(folder), toy_tokenizer, seed=0).held_out == []
 
 
 def test_another_tokenizer_is_refused(shards: Path, tmp_path: Path) -> None:

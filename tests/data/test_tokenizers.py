@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as backend_decoders
-from toy_text import WORDS, sentence
+from toy_text import WORDS, apart, sentence
 from transformers import PreTrainedTokenizerFast
 
 from lad_dist.config import Source, UserError
@@ -68,7 +68,7 @@ def source(kind: str, path: Path) -> Source:
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
-    (ids,) = tokenizers.encode_plain(tokenizer, [text])
+    (ids,) = apart(tokenizer, [text])
     return tokenizer.convert_ids_to_tokens(ids.tolist())
 
 
@@ -201,14 +201,14 @@ def test_frame_and_plain_encoding_ignore_what_an_earlier_call_left_behind(toy_to
     toy_tokenizer("the fox", truncation=True, max_length=4, padding="max_length")
     frame = tokenizers.frame(toy_tokenizer)
     assert (frame.before.tolist(), frame.after.tolist(), frame.size) == ([2], [3], 2)
-    (ids,) = tokenizers.encode_plain(toy_tokenizer, ["the quick [SEP] fox jumps over"])
+    (ids,) = apart(toy_tokenizer, ["the quick [SEP] fox jumps over"])
     assert not set(ids.tolist()) & {toy_tokenizer.sep_token_id, toy_tokenizer.cls_token_id, toy_tokenizer.pad_token_id}
     assert len(ids) >= 6
 
 
 def test_flat_encoding_is_the_plain_one_end_to_end(toy_tokenizer) -> None:
     texts = ["", sentence(1, 9), "", sentence(2, 3), "[SEP]", ""]
-    plain = tokenizers.encode_plain(toy_tokenizer, texts)
+    plain = apart(toy_tokenizer, texts)
     ids, lengths = tokenizers.encode_flat(toy_tokenizer, texts)
     assert ids.dtype == lengths.dtype == np.int64
     assert ids.tolist() == np.concatenate(plain).tolist()
@@ -217,7 +217,7 @@ def test_flat_encoding_is_the_plain_one_end_to_end(toy_tokenizer) -> None:
         toy_tokenizer.convert_tokens_to_ids(["[", "s", "##e", "##p", "]"]),
         [],
     ]
-    assert tokenizers.encode_plain(toy_tokenizer, []) == []
+    assert apart(toy_tokenizer, []) == []
 
 
 def test_ids_are_special_or_ordinary(toy_tokenizer) -> None:
@@ -234,7 +234,7 @@ def test_ids_are_special_or_ordinary(toy_tokenizer) -> None:
 
 def words_by(starts: np.ndarray, tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
     """The text of each word, as far as `starts` tells words apart, without spaces around it."""
-    (ids,) = tokenizers.encode_plain(tokenizer, [text])
+    (ids,) = apart(tokenizer, [text])
     begins = [n for n, token in enumerate(ids) if starts[token] or n == 0]
     groups = [ids[begin:end] for begin, end in pairwise([*begins, len(ids)])]
     return [word for word in (tokenizer.decode(group.tolist()).strip() for group in groups) if word]
@@ -247,7 +247,7 @@ def test_to_wordpiece_a_word_is_what_it_splits_text_into(toy_tokenizer) -> None:
     text = "the wwatch foxes\nanold-lazy dog while"
     words = [word for word, _ in toy_tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
     assert len(tokens_of(toy_tokenizer, text)) > len(words)
-    (ids,) = tokenizers.encode_plain(toy_tokenizer, [text])
+    (ids,) = apart(toy_tokenizer, [text])
     assert starts[ids].sum() == len(words)
     known = [word for word in words if word != "-"]
     assert [word for word in words_by(starts, toy_tokenizer, text) if word != "[UNK]"] == known
@@ -402,7 +402,7 @@ def test_sentencepiece_and_the_fast_tokenizer_are_equal(lowercase: bool, unigram
     @settings(max_examples=300, deadline=None)
     @given(st.one_of(UNICODE, SPELT, st.text(TRICKY), st.text(MANY_SCRIPTS)).map(composed))
     def holds(text: str) -> None:
-        (ids,) = tokenizers.encode_plain(fast, [text])
+        (ids,) = apart(fast, [text])
         assert ids.tolist() == slow.encode(text)
 
     holds()
@@ -417,5 +417,5 @@ def test_they_are_equal_on_every_real_line(lowercase: bool, real_data: Path, tmp
     assert len(lines) > 10_000
     tokenizers.train_unigram(lines[::10], 4000, tmp_path, lowercase)
     slow = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / tokenizers.MODEL_FILE))
-    ours = tokenizers.encode_plain(tokenizers.load_tokenizer(tmp_path), lines)
+    ours = apart(tokenizers.load_tokenizer(tmp_path), lines)
     assert [ids.tolist() for ids in ours] == slow.encode(lines)
