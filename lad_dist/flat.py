@@ -5,6 +5,7 @@
     Needs   which parts of a forward an objective wants to see
     Trace   what one forward left behind, and only what was needed
     pad, unpad   flat [N, ...] to [U, S, ...] and back, for what must know where sequences end
+    apart   the same batch with a span for each sequence, for what knows no sequences inside a span
 
 B sequences, N tokens of all of them, U spans of S places, R rows that the head reads, D width, H heads, V outputs of
 the head.
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
     ragged: bool  # whether there is any place with nothing to attend to
     packed: bool  # whether any span holds more or less than one sequence
     tokens: int  # sum of lengths: real tokens
+    count: int  # sequences that are not empty: the first ones
     filled: int  # N or a little more: so many tokens a model computes on, so that shapes recur
 
     def to(self, device: torch.device | str) -> Self:
@@ -73,6 +75,19 @@ def unpad(x: Tensor, batch: Batch) -> Tensor:
     """[U, S, ...] to [N, ...]: the inverse of `pad`."""
     flat = x.reshape(-1, *x.shape[2:])
     return flat if len(flat) == len(batch.padded_index) else flat.index_select(0, batch.padded_index)
+
+
+def apart(batch: Batch) -> Batch:
+    """The same tokens with one span of S places for each sequence that is not empty."""
+    if not batch.packed:
+        return batch
+    places = torch.arange(batch.longest, device=batch.lengths.device)
+    number = torch.arange(batch.count, dtype=batch.sequence.dtype, device=batch.lengths.device)[:, None]
+    sequence = torch.where(places < batch.lengths[: batch.count, None], number, -1)
+    mine = batch.sequence.flatten().index_select(0, batch.padded_index).long()
+    return batch._replace(
+        padded_index=mine * batch.longest + batch.position_ids, sequence=sequence, ragged=True, packed=False
+    )
 
 
 class Shape(NamedTuple):
