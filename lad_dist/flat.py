@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     ragged: bool  # whether there is any place with nothing to attend to
     packed: bool  # whether any span holds more or less than one sequence
     tokens: int  # sum of lengths: real tokens
-    count: int  # sequences that are not empty: the first ones
+    nonempty: int  # sequences that are not empty: the first ones
     filled: int  # N or a little more: so many tokens a model computes on, so that shapes recur
 
     def to(self, device: torch.device | str) -> Self:
@@ -82,8 +82,8 @@ def apart(batch: Batch) -> Batch:
     if not batch.packed:
         return batch
     places = torch.arange(batch.longest, device=batch.lengths.device)
-    number = torch.arange(batch.count, dtype=batch.sequence.dtype, device=batch.lengths.device)[:, None]
-    sequence = torch.where(places < batch.lengths[: batch.count, None], number, -1)
+    number = torch.arange(batch.nonempty, dtype=batch.sequence.dtype, device=batch.lengths.device)[:, None]
+    sequence = torch.where(places < batch.lengths[: batch.nonempty, None], number, -1)
     mine = batch.sequence.flatten().index_select(0, batch.padded_index).long()
     return batch._replace(
         padded_index=mine * batch.longest + batch.position_ids, sequence=sequence, ragged=True, packed=False

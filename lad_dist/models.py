@@ -11,16 +11,16 @@
 Batches are flat, so attention alone must know where sequences end. transformers lets a model run with an attention
 function of our own (`AttentionInterface`); ours takes the `_Flat` that `trace` hands through the forward as a keyword,
 records q, k and v where they are needed, and keeps sequences apart. On a GPU that is a variable-length kernel;
-elsewhere it pads, inside attention only. A hook on the encoder picks the rows that the head reads, so that an MLM head
-works on masked positions alone.
+elsewhere it pads, inside attention only. Families with an attention of their own (`families.py`) run padded as a whole
+(`_Padded`). A hook on the encoder picks the rows that the head reads, so that an MLM head works on masked positions
+alone.
 
 N tokens of all sequences, U spans of S places, R rows that the head reads, D width, H heads, V outputs.
 """
 
 import contextlib
 import hashlib
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
@@ -41,8 +42,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lad_dist import families
 from lad_dist.config import UserError, did_you_mean
-from lad_dist.flat import Batch, Head, Needs, Shape, Trace, pad, unpad
+from lad_dist.flat import Batch, Head, Needs, Shape, Trace, apart, pad, unpad
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -54,18 +56,16 @@ CLASSES = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
 }
-# Families whose table of positions begins after the padding token's id.
-POSITIONS_AFTER_PADDING = frozenset(
-    "roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert data2vec-text mpnet".split()
-)
 
 
 def configuration(path: str) -> PreTrainedConfig:
-    """The config of a model folder or hub name. Raises UserError when there is none."""
+    """The config of a model folder or hub name. Raises UserError when there is none, or none of a known family."""
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model can be read there ({_first_line(error)})") from None
+    families.check(config, path)
+    return config
 
 
 def load(
@@ -89,7 +89,7 @@ def load(
         raise UserError(f"{path}: this model has no {head} head ({missing[0]} is missing)")
     if not keep_head:
         _new_head(model)
-    return _flat(model)
+    return _ready(model)
 
 
 def _new_head(model: PreTrainedModel) -> None:
@@ -97,7 +97,8 @@ def _new_head(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module not in inside:
             nn.init.normal_(module.weight, std=model.config.initializer_range)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def create(architecture: dict[str, Any], head: Head, *, vocabulary: int, labels: Sequence[str] = ()) -> PreTrainedModel:
@@ -105,17 +106,17 @@ def create(architecture: dict[str, Any], head: Head, *, vocabulary: int, labels:
     config = architecture_config(architecture, vocabulary)
     if labels:
         _set_labels(config, head, labels)
-    return _flat(CLASSES[head].from_config(config))
+    return _ready(CLASSES[head].from_config(config))
 
 
 def architecture_config(architecture: dict[str, Any], vocabulary: int) -> PreTrainedConfig:
     """The config of a new model. Raises UserError for a setting that its family does not have."""
     words = {"vocab_size": vocabulary, **architecture}
     kind = words.pop("model_type", "bert")
-    if kind not in CONFIG_MAPPING:
-        raise UserError(f'student.architecture.model_type "{kind}" is unknown; {did_you_mean(kind, CONFIG_MAPPING)}')
+    if kind not in families.FAMILIES:
+        raise UserError(f'student.architecture.model_type "{kind}" is unknown; {did_you_mean(kind, families.FAMILIES)}')
     family = CONFIG_MAPPING[kind]
-    names = [name for name in family().to_dict() if not name.startswith("_")]
+    names = [name for name in family().to_dict() if not name.startswith("_")] + [*families.FAMILIES[kind].settings]
     for name in words:
         if name not in names:
             raise UserError(f"student.architecture.{name}: {kind} has no such setting; {did_you_mean(name, names)}")
@@ -127,6 +128,7 @@ def architecture_config(architecture: dict[str, Any], vocabulary: int) -> PreTra
         raise UserError(
             f"student.architecture: {config.num_attention_heads} heads do not divide a width of {config.hidden_size}"
         )
+    families.check(config, "student.architecture")
     return config
 
 
@@ -167,30 +169,17 @@ def label_order(path: str, labels: Sequence[str]) -> list[int] | None:
     return [names.index(label) for label in labels]
 
 
-def _flat(model: PreTrainedModel) -> PreTrainedModel:
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UserError(
-            f"{model.config.model_type}: this family's attention cannot run on flat batches; "
-            "BERT, RoBERTa, ELECTRA and DistilBERT can"
-        )
-    model.set_attn_implementation(ATTENTION)
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    if families.of(model.config).flat:
+        model.set_attn_implementation(ATTENTION)
     return model
 
 
-def encoder(model: PreTrainedModel) -> nn.Module:
-    """The module between embeddings and head."""
-    return next(child for child in model.base_model.children() if _layer_list(child) is not None)
-
-
-def _layer_list(module: nn.Module) -> nn.ModuleList | None:
-    return next((child for child in module.children() if isinstance(child, nn.ModuleList)), None)
-
-
 def layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's layers, first to last."""
-    found = _layer_list(encoder(model))
-    assert found is not None
-    return found
+    """The model's layers, first to last; one, where they share their weights."""
+    base = model.base_model
+    inside = (child for module in (base, *base.children()) for child in module.children())
+    return next(child for child in inside if isinstance(child, nn.ModuleList))
 
 
 def shape(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | None = None) -> Shape:
@@ -202,15 +191,15 @@ def shape(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | 
 def check_length(config: PreTrainedConfig, name: str, longest: int) -> None:
     """Raises UserError when the model has no positions for sequences of `longest` tokens."""
     room = getattr(config, "max_position_embeddings", longest)
-    if config.model_type in POSITIONS_AFTER_PADDING:
-        room -= config.pad_token_id + 1
+    room -= families.of(config).first_position(config)
     if longest > room:
         raise UserError(f"data.max_length: {longest} tokens, but {name} has {room} positions")
 
 
 def has_mlm_head(config: PreTrainedConfig) -> bool:
-    """Whether the folder says that it holds a masked-language-model head."""
-    return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in config.architectures or ())
+    """Whether the folder says that it holds a masked-language-model head. (ELECTRA's discriminator has none.)"""
+    names = [name for name in config.architectures or () if name != "ElectraForPreTraining"]
+    return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
 
 
 def parameters(model: nn.Module) -> int:
@@ -222,36 +211,147 @@ def flops(config: PreTrainedConfig, head: Head, batch: Batch) -> int:
     """Multiply-adds times two of one forward over the batch, padding not counted: linear maps, attention scores and
     sums, head."""
     width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or config.hidden_dim
-    linear = 2 * batch.tokens * (4 * width * width + 2 * width * inner)
-    attention = 4 * width * int((batch.lengths.double() ** 2).sum())
+    narrow = getattr(config, "embedding_size", width)
+    maps = 4 * width * width + families.of(config).inner_maps * width * inner
+    total = 2 * batch.tokens * (config.num_hidden_layers * maps + (narrow * width if narrow != width else 0))
+    total += sum(4 * width * _pairs(batch, window) for window in _windows(config))
+    total += _relative_flops(config, batch)
     rows = len(batch.rows)
-    heads = {"none": 0, "mlm": 2 * rows * width * (width + config.vocab_size)}
-    return config.num_hidden_layers * (linear + attention) + heads.get(
-        head, 2 * rows * width * (width + config.num_labels)
-    )
+    heads = {"none": 0, "mlm": 2 * rows * narrow * (width + config.vocab_size)}
+    return total + heads.get(head, 2 * rows * width * (width + config.num_labels))
+
+
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """Of each layer, how far a token sees; None: as far as its sequence goes."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _pairs(batch: Batch, window: int | None) -> int:
+    """Pairs of tokens of one sequence that see each other."""
+    lengths = batch.lengths.double()
+    everything = lengths**2
+    if window is None:
+        return int(everything.sum())
+    near = lengths * (2 * window + 1) - window * (window + 1)
+    return int(torch.where(lengths > window, near, everything).sum())
+
+
+def _relative_flops(config: PreTrainedConfig, batch: Batch) -> int:
+    """What DeBERTa adds: embeddings of relative positions through q's and k's maps, their products with each token, and
+    its convolution."""
+    width, tokens = config.hidden_size, batch.tokens
+    kernel, groups = getattr(config, "conv_kernel_size", 0), getattr(config, "conv_groups", 1)
+    total = 2 * tokens * width * width * kernel // groups
+    if not getattr(config, "relative_attention", False):
+        return total
+    longest = config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
+    buckets = getattr(config, "position_buckets", -1)
+    positions = 2 * (buckets if buckets > 0 else longest)
+    each = 2 * positions * width * width + 2 * tokens * positions * width
+    return total + config.num_hidden_layers * len(config.pos_att_type or ()) * each
 
 
 @dataclass
 class _Flat:
-    """What the attention function needs to know of the batch, and where it leaves q, k and v."""
+    """One forward over flat tokens: how the model sees them, what the attention function needs to know of the batch,
+    and where it leaves q, k and v."""
 
     batch: Batch
     wanted: tuple[int, ...]
     calls: int = 0
-    bias: Tensor | None = None  # of attention's scores; the same in every layer
+    biases: dict[int | None, Tensor | None] = field(default_factory=dict)  # of attention's scores, by window
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        return {"flat": self}
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """[N] to [1, N and filler], which linear layers see and nothing else does."""
+        return F.pad(x, (0, self.batch.filled - len(x)))[None]
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """[1, N and filler, D] to [N, D]."""
+        return x[0, : len(self.batch.input_ids)]
+
+    def recording(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """The attention function records by itself."""
+        return []
 
     def record(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.calls += 1  # layers are counted, not asked for their number: some families run one layer many times
         if self.calls in self.wanted:
             self.qkv[self.calls] = (q, k, v)
 
-    def bias_like(self, q: Tensor) -> Tensor | None:
-        """[U, 1, S or 1, S] in the type of q: 0 where a place attends to another, the least number elsewhere."""
-        if self.bias is None and (self.batch.ragged or self.batch.packed):
-            visible = self.batch.visible[:, None]
-            self.bias = q.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(q.dtype).min)
-        return self.bias
+    def bias_like(self, q: Tensor, window: int | None) -> Tensor | None:
+        """[U, 1, S or 1, S] in the type of q: 0 where a place attends to another, which is `window` places away at
+        most; the least number elsewhere."""
+        if window is not None and window >= self.batch.longest - 1:
+            window = None
+        if window not in self.biases:
+            self.biases[window] = self._bias_like(q, window)
+        return self.biases[window]
+
+    def _bias_like(self, q: Tensor, window: int | None) -> Tensor | None:
+        if window is None and not (self.batch.ragged or self.batch.packed):
+            return None
+        visible = self.batch.visible[:, None]
+        if window is not None:
+            places = torch.arange(self.batch.longest, device=q.device)
+            distance = (places[:, None] - places).abs()
+            visible = visible & (distance <= window) | (distance == 0)  # a place without a token too sees something
+        return q.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(q.dtype).min)
+
+
+@dataclass
+class _Padded:
+    """One forward of a family with an attention of its own: [B, S], a sequence a span, and a mask of two dimensions."""
+
+    batch: Batch
+    wanted: tuple[int, ...]
+    found: dict[int, list[Tensor]] = field(default_factory=dict)
+    heads: int = 0
+
+    def __post_init__(self) -> None:
+        self.batch = apart(self.batch)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        return {"attention_mask": self.batch.attended.long()}
+
+    @property
+    def qkv(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        split = {n: [self.flatten(x).unflatten(-1, (self.heads, -1)) for x in each] for n, each in self.found.items()}
+        return {number: (q, k, v) for number, (q, k, v) in split.items()}
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """[N] to [B, S]."""
+        return pad(x, self.batch)
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """[B, S, D] to [N, D]."""
+        return unpad(x, self.batch)
+
+    def recording(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Hooks on the maps to q, k and v of the layers wanted."""
+        names = families.of(model.config).projections
+        assert names is not None
+        self.heads = model.config.num_attention_heads
+        handles = []
+        for number in self.wanted:
+            layer = layers(model)[number - 1]
+            maps = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+            handles += [maps[name].register_forward_hook(self._keep(number, place)) for place, name in enumerate(names)]
+        return handles
+
+    def _keep(self, number: int, place: int) -> Callable[..., None]:
+        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+            kept = self.found.setdefault(number, [])
+            if len(kept) == place:  # DeBERTa sends its relative positions through the same maps afterwards
+                kept.append(output)
+
+        return keep
 
 
 def _attention(
@@ -264,9 +364,11 @@ def _attention(
     flat: _Flat,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value [1, H, N, D / H] -> [1, N, H, D / H]: every token attends to the tokens of its own sequence."""
+    """query, key, value [1, H, N, D / H] -> [1, N, H, D / H]: every token attends to the tokens of its own sequence,
+    those less than `sliding_window` away where it is given."""
     tokens = len(flat.batch.input_ids)
     q, k, v = (x[0].transpose(0, 1)[:tokens] for x in (query, key, value))
     flat.record(q, k, v)
@@ -274,26 +376,32 @@ def _attention(
     half = q.dtype in (torch.bfloat16, torch.float16)
     kernel = q.is_cuda and half and not dropout and flat.batch.tokens == tokens
     attend = _kernel_attention if kernel else _padded_attention
-    out = attend(q, k, v, flat, scaling, dropout)
+    window = None if sliding_window is None else sliding_window - 1
+    out = attend(q, k, v, flat, scaling, dropout, window)
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 
-def _kernel_attention(q: Tensor, k: Tensor, v: Tensor, flat: _Flat, scaling: float | None, _: float) -> Tensor:
+def _kernel_attention(
+    q: Tensor, k: Tensor, v: Tensor, flat: _Flat, scaling: float | None, _: float, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (brings the compiler: seconds at every start)
 
     spans, longest = flat.batch.cu_seqlens, flat.batch.longest
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scaling)
+    reach = (-1, -1) if window is None else (window, window)
+    out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scaling, window_size=reach)
     assert isinstance(out, Tensor)
     return out
 
 
-def _padded_attention(q: Tensor, k: Tensor, v: Tensor, flat: _Flat, scaling: float | None, dropout: float) -> Tensor:
+def _padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, flat: _Flat, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
     q, k, v = (pad(x, flat.batch).transpose(1, 2) for x in (q, k, v))
     # PyTorch's fused attention on a CPU has a backward slower than the products themselves, in bf16 by half again.
     explicit = q.device.type == "cpu" and q.requires_grad and (dropout or q.dtype == torch.bfloat16)
     attend = _explicit_attention if explicit else F.scaled_dot_product_attention
-    out = attend(q, k, v, attn_mask=flat.bias_like(q), dropout_p=dropout, scale=scaling)
+    out = attend(q, k, v, attn_mask=flat.bias_like(q, window), dropout_p=dropout, scale=scaling)
     return unpad(out.transpose(1, 2), flat.batch)
 
 
@@ -321,61 +429,67 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 def trace(model: PreTrainedModel, batch: Batch, needs: Needs) -> Trace:
     """One forward over a flat batch, leaving what is needed."""
-    base = model.base_model
-    filler = batch.filled - len(batch.input_ids)  # linear layers see it, nothing else does
-    ids, positions, types = (
-        F.pad(x, (0, filler))[None] for x in (batch.input_ids, batch.position_ids, batch.token_type_ids)
-    )
-    inputs = {"input_ids": ids, "position_ids": positions + _first_position(base)}
-    if "token_type_ids" in inspect.signature(base.forward).parameters:
-        inputs["token_type_ids"] = types.clamp(max=model.config.type_vocab_size - 1)
-    flat = _Flat(batch, needs.qkv)
+    base, family = model.base_model, families.of(model.config)
+    run = (_Flat if family.flat else _Padded)(batch, needs.qkv)
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids + family.first_position(model.config)}
+    segments = getattr(model.config, "type_vocab_size", 0)
+    if segments:
+        inputs["token_type_ids"] = batch.token_type_ids.clamp(max=segments - 1)
     hidden: dict[int, Tensor] = {}
-    with _hooks(model, batch, needs, hidden):
-        output = (model if needs.logits else base)(**inputs, flat=flat)
+    with _hooks(model, run, batch, needs, hidden):
+        output = (model if needs.logits else base)(**{k: run.lay_out(x) for k, x in inputs.items()}, **run.words)
     logits = output.logits.view(-1, output.logits.shape[-1]) if needs.logits else None
-    return Trace(logits, hidden, flat.qkv)
-
-
-def _first_position(base: nn.Module) -> int:
-    """RoBERTa's family counts positions from its padding index + 1, the others from 0."""
-    positions = next((m for name, m in base.named_modules() if name.endswith("position_embeddings")), None)
-    padding = getattr(positions, "padding_idx", None)
-    return 0 if padding is None else padding + 1
+    return Trace(logits, hidden, run.qkv)
 
 
 @contextlib.contextmanager
-def _hooks(model: PreTrainedModel, batch: Batch, needs: Needs, hidden: dict[int, Tensor]) -> Iterator[None]:
+def _hooks(
+    model: PreTrainedModel, run: _Flat | _Padded, batch: Batch, needs: Needs, hidden: dict[int, Tensor]
+) -> Iterator[None]:
     """Within it, a forward leaves the layers it `needs` in `hidden` and hands the head only its rows."""
     calls = 0
 
     def keep(layer: int, x: Tensor) -> None:
         if layer in needs.hidden:
-            hidden[layer] = x[0, : len(batch.input_ids)]
+            hidden[layer] = run.flatten(x)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(0, args[0] if args else kwargs["hidden_states"])
-
-    def after_layer(_: nn.Module, __: Any, output: Any) -> None:
+    def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal calls
+        keep(calls, args[0] if args else kwargs["hidden_states"])
         calls += 1
-        keep(calls, output[0] if isinstance(output, tuple) else output)
 
-    def pick_rows(_: nn.Module, __: Any, output: Any) -> Any:
-        # As sequences of one token: heads that read a sequence's first token and heads that read each token both fit.
-        output.last_hidden_state = output.last_hidden_state[0].index_select(0, batch.rows)[:, None]
+    def at_end(_: nn.Module, __: Any, output: Any) -> Any:
+        keep(calls, output.last_hidden_state)
+        if needs.logits:
+            # As sequences of one token: heads that read a sequence's first token and heads that read each both fit.
+            output.last_hidden_state = _read(model, run.flatten(output.last_hidden_state), batch)[:, None]
         return output
 
-    middle = encoder(model)
-    handles = [middle.register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [layer.register_forward_hook(after_layer) for layer in layers(model)]
-    if needs.logits:
-        handles.append(middle.register_forward_hook(pick_rows))
+    handles = [
+        layer.register_forward_pre_hook(before_layer, with_kwargs=True) for layer in dict.fromkeys(layers(model))
+    ]
+    handles += [_end(model).register_forward_hook(at_end), *run.recording(model)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _end(model: PreTrainedModel) -> nn.Module:
+    """The module whose output heads and poolers read."""
+    base = model.base_model
+    return base if getattr(base, "pooler", None) is None else base.get_submodule("encoder")
+
+
+def _read(model: PreTrainedModel, x: Tensor, batch: Batch) -> Tensor:
+    """[N, D] to [R, D]: what the head reads of it."""
+    averaged = getattr(model.config, "classifier_pooling", "cls") == "mean"
+    if not averaged or not type(model).__name__.endswith("ForSequenceClassification"):
+        return x.index_select(0, batch.rows)
+    spans = apart(batch)
+    real = pad(x, spans).masked_fill(~spans.attended[..., None], 0.0)
+    return real.sum(dim=1) / batch.lengths[: batch.nonempty, None]
 
 
 class Frozen:

@@ -258,10 +258,9 @@ def test_a_frozen_model_needs_the_head_it_is_asked_for(world: World) -> None:
         models.Frozen(str(world.headless), "mlm", device=torch.device("cpu"))
 
 
-def test_a_family_that_cannot_run_flat_is_refused() -> None:
-    sizes = {"model_type": "deberta-v2", **toy.SIZES}
-    with pytest.raises(UserError, match="deberta-v2: this family's attention cannot run on flat batches"):
-        models.create(sizes, "none", vocabulary=VOCABULARY)
+def test_a_family_of_which_nothing_is_known_is_refused() -> None:
+    with pytest.raises(UserError, match='student.architecture.model_type "t5" is unknown; choose from albert, bert'):
+        models.create({"model_type": "t5", **toy.SIZES}, "none", vocabulary=VOCABULARY)
 
 
 def test_flops_of_a_forward_by_hand(world: World) -> None:

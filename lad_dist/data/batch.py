@@ -57,7 +57,7 @@ def collate(
         ragged=bool((lengths < longest).any()),
         packed=False,
         tokens=int(lengths.sum()),
-        count=len(lengths),
+        nonempty=len(lengths),
         filled=_round_up(int(starts[-1]), MULTIPLE),
     )
 
@@ -94,7 +94,7 @@ def pack(
         ragged=count < ids.size,
         packed=bool((np.bincount(starts // ids.shape[1], minlength=len(ids)) != 1).any()),
         tokens=count,
-        count=len(lengths),
+        nonempty=len(lengths),
         filled=_round_up(ids.size, MULTIPLE),
     )
 
