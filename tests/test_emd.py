@@ -117,7 +117,7 @@ def test_a_student_that_is_its_teacher_learns_nothing() -> None:
     for name in ("hidden", "attention", "embedding"):
         assert terms[name].item() == pytest.approx(0.0, abs=1e-9)
     assert {name: x.item() for name, x in objective.observed.items()} == pytest.approx(
-        {f"layer/{m}": float(m) for m in (1, 2, 3, 4)}
+        {f"reads/{m}/{layer}": float(m == layer) for m in (1, 2, 3, 4) for layer in (1, 2, 3, 4)}
     )
 
 

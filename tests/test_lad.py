@@ -1,6 +1,7 @@
 """LAD against its equations, in Python floats."""
 
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,7 +11,23 @@ from hypothesis import strategies as st
 from twins import LENGTHS, STUDENT, TEACHER, traces
 
 from lad_dist.flat import Batch, Trace
-from lad_dist.objectives.lad import LAD
+from lad_dist.objectives.lad import LAD, VARIANTS, Gate
+
+MADE: list[dict[str, Any]] = [
+    {},
+    {"sees": "both"},
+    {"gates": "frozen", "openness": 0.9},
+    {"gates": "constant", "openness": 0.5},
+]
+
+
+def naive_openness(gate: Gate, old: list[float], new: list[float]) -> list[float]:
+    if gate.recipe.gates == "constant":
+        return [gate.recipe.openness or 0.0] * len(old)
+    weight, bias = gate.linear.weight.double().tolist(), gate.linear.bias.double().tolist()
+    seen = old if gate.recipe.sees == "aggregate" else old + new
+    sums = [b + sum(w * x for w, x in zip(row, seen, strict=True)) for row, b in zip(weight, bias, strict=True)]
+    return [1 / (1 + math.exp(-x)) for x in sums]
 
 
 def naive_lad(objective: LAD, student: Trace, teacher: Trace, batch: Batch, span: int | None) -> float:
@@ -20,14 +37,12 @@ def naive_lad(objective: LAD, student: Trace, teacher: Trace, batch: Batch, span
     aggregate = values[1]
     chain = {1: aggregate}
     for layer in range(2, layers + 1):
-        gate = objective.gates[layer - 2]
-        weight, bias = gate.linear.weight.double().tolist(), gate.linear.bias.double().tolist()
+        gate, norm = objective.gates[layer - 2], objective.norms[layer - 2]
         mixed = []
         for old, new in zip(aggregate, values[layer], strict=True):
-            sums = [bias[d] + sum(weight[d][e] * old[e] for e in range(width)) for d in range(width)]
-            opens = [1 / (1 + math.exp(-x)) for x in sums]
+            opens = naive_openness(gate, old, new)
             mixed.append([g * h + (1 - g) * a for g, h, a in zip(opens, new, old, strict=True)])
-        aggregate = normalised(mixed, gate.norm, span)
+        aggregate = normalised(mixed, norm, span)
         chain[layer] = aggregate
     total = 0.0
     for m in (1, 2):
@@ -56,15 +71,19 @@ def normalised(rows: list[list[float]], norm: torch.nn.LayerNorm, span: int | No
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 10_000), affine=st.booleans(), whole=st.booleans())
-def test_lad_equals_its_equations(seed: int, affine: bool, whole: bool) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    affine=st.booleans(),
+    whole=st.booleans(),
+    made=st.sampled_from(MADE),
+)
+def test_lad_equals_its_equations(seed: int, affine: bool, whole: bool, made: dict[str, Any]) -> None:
     span = 8 if whole else None
     batch = toy.batch(LENGTHS, pad_to=span)
     student, teacher = traces(batch, seed)
     torch.manual_seed(seed)
-    objective = LAD(
-        STUDENT, TEACHER._replace(span=span), hidden=3.0, norm="sequence" if whole else "token", affine=affine
-    )
+    norm: Literal["sequence", "token"] = "sequence" if whole else "token"
+    objective = LAD(STUDENT, TEACHER._replace(span=span), hidden=3.0, norm=norm, affine=affine, **made)
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -91,7 +110,60 @@ def test_lad_reads_every_teacher_layer_and_has_no_first_gate() -> None:
     loss = objective(student, teacher, batch)["hidden"]
     grads = torch.autograd.grad(loss, [teacher.hidden[layer] for layer in range(1, 5)])
     assert all(g.abs().sum() > 0 for g in grads)
-    assert {f"gate/{layer}" for layer in (2, 3, 4)} | {"target/1", "target/2"} == set(objective.observed)
+    gates, targets = {f"gate/{layer}" for layer in (2, 3, 4)}, {"target/1", "target/2"}
+    read = {f"reads/{m}/{layer}" for m, top in ((1, 2), (2, 4)) for layer in range(1, top + 1)}
+    assert gates | targets | read == set(objective.observed)
+
+
+def test_what_a_student_layer_reads_adds_up_to_one_and_follows_the_gates() -> None:
+    """Constant gates in between no norm that matters: all layers are of unit size and do not depend on each other."""
+    torch.manual_seed(0)
+    batch = toy.batch((400, 400))
+    layers = torch.nn.functional.layer_norm(torch.randn(5, 800, TEACHER.width), (TEACHER.width,))
+    teacher = Trace(torch.randn(2, 3), dict(enumerate(layers)))
+    student = Trace(torch.randn(2, 3), dict(enumerate(layers[:3])))
+    objective = LAD(STUDENT, TEACHER, gates="constant", openness=0.5)
+    objective(student, teacher, batch)
+    seen = [objective.observed[f"reads/2/{layer}"].item() for layer in (1, 2, 3, 4)]
+    assert sum(seen) == pytest.approx(1)
+    # A_2 = (H_1 + H_2) / √2, A_3 = (H_3 + A_2) / √2, …: each norm makes up for the half that the gate took.
+    sizes = [1 / 8**0.5, 1 / 8**0.5, 1 / 4**0.5, 1 / 2**0.5]
+    assert seen == pytest.approx([size / sum(sizes) for size in sizes], rel=0.03)
+    alone = LAD(STUDENT, TEACHER, gates="constant", openness=1.0)
+    alone(student, teacher, batch)
+    assert [alone.observed[f"reads/2/{layer}"].item() for layer in (1, 2, 3, 4)] == [0, 0, 0, 1]
+
+
+def test_wide_open_gates_leave_each_layer_normalised_by_itself() -> None:
+    batch = toy.batch(LENGTHS)
+    _, teacher = traces(batch)
+    found = LAD(STUDENT, TEACHER, gates="constant", openness=1.0).aggregate(teacher.hidden)
+    for layer in (2, 3, 4):
+        expected = torch.nn.functional.layer_norm(teacher.hidden[layer], (TEACHER.width,))
+        assert torch.allclose(found[layer], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("made", [{"gates": "frozen"}, {"gates": "constant", "openness": 0.5}])
+def test_gates_that_do_not_learn_are_not_trained(made: dict[str, Any]) -> None:
+    assert not [p for p in LAD(STUDENT, TEACHER, **made).parameters() if p.requires_grad]
+
+
+def test_a_gate_starts_as_open_as_it_is_told() -> None:
+    torch.manual_seed(0)
+    batch = toy.batch(LENGTHS)
+    student, teacher = traces(batch)
+    for openness in (0.1, 0.9):
+        objective = LAD(STUDENT, TEACHER, openness=openness)
+        for gate in objective.gates:
+            torch.nn.init.zeros_(gate.linear.weight)
+        objective(student, teacher, batch)
+        assert objective.observed["gate/3"].item() == pytest.approx(openness)
+
+
+def test_the_paper_is_a_variant() -> None:
+    paper = LAD(STUDENT, TEACHER._replace(span=8), variant="paper")
+    assert all(norm.weight.shape == (8, TEACHER.width) for norm in paper.norms)
+    assert all(gate.recipe == VARIANTS["paper"] for gate in paper.gates)
 
 
 @pytest.mark.parametrize(

@@ -160,17 +160,18 @@ def test_alp_equals_its_equations(batch: Batch, seed: int) -> None:
     student, teacher = traces(batch, seed)
     objective = ALP(STUDENT, TEACHER, hidden=3.0)
     layers = [twins.firsts(teacher.hidden[layer], batch) for layer in (1, 2, 3, 4)]
-    total, read = 0.0, {1: 0.0, 2: 0.0}
-    for m in read:
+    total, read = 0.0, dict[str, float]()
+    for m in (1, 2):
         rows = twins.firsts(student.hidden[m], batch)
         for b, row in enumerate(rows):
             energies = torch.stack([row @ layer[b] for layer in layers])
             shares = (energies - energies.logsumexp(0)).exp().tolist()
             mixed = sum(share * layer[b] for share, layer in zip(shares, layers, strict=True))
             total += (row - mixed).square().mean().item() / len(rows)
-            read[m] += sum(number * share for number, share in enumerate(shares, start=1)) / len(rows)
+            for layer, share in enumerate(shares, start=1):
+                read[f"reads/{m}/{layer}"] = read.get(f"reads/{m}/{layer}", 0.0) + share / len(rows)
     assert objective(student, teacher, batch)["hidden"].item() == close(3 * total)
-    assert {name: x.item() for name, x in objective.observed.items()} == {f"layer/{m}": close(read[m]) for m in read}
+    assert {name: x.item() for name, x in objective.observed.items()} == {name: close(x) for name, x in read.items()}
 
 
 def test_alp_of_equal_teacher_layers_that_the_student_has_is_zero() -> None:

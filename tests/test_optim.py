@@ -41,7 +41,7 @@ def test_factor_by_hand() -> None:
 def test_every_parameter_is_in_one_group(world: World) -> None:
     student = models.load(str(world.pretrained), "mlm")  # its decoder and its embeddings are one parameter
     shape = Shape(4, 32, 4, "mlm", 200, span=8)
-    objective = LAD(shape, shape, norm="sequence", affine=True)
+    objective = LAD(shape, shape, variant="paper")
     words = Optim(lr=1e-3, objective_lr=1e-2, weight_decay=0.1)
     rows = optim.groups(student, objective, words)
     members = [id(p) for row in rows for p in row["params"]]

@@ -80,7 +80,7 @@ ON_TASKS: list[dict[str, Any]] = [
     {"student.path": "{narrow}", "objective": {"name": "emd"}},
     {"student.path": "{narrow}", "objective": {"name": "tinybert"}},
     {"surgery": [{"name": "low_rank", "keep": 0.5}]},
-    {"student.embeddings": "random", "data.pad_to": 32, "objective.norm": "sequence", "objective.affine": True},
+    {"student.embeddings": "random", "data.pad_to": 32, "objective.variant": "paper"},
     {"teacher.dtype": "bfloat16", **HALF},
 ]
 ON_CORPORA: list[dict[str, Any]] = [

@@ -4,8 +4,8 @@
     L = hidden · Σ_m MSE(S_m, C_m) + hard · CE + soft · T² KL                              m = 1 … M, l = 1 … L
 
 S_m and H_l [B, D] are first tokens of student and teacher layers; MSE is a mean over sequences and width. The attention
-e has no weights of its own and is differentiated like the rest. Widths must be equal. `layer/m` is logged: the mean
-number of the teacher layer that student layer m reads.
+e has no weights of its own and is differentiated like the rest. Widths must be equal. `reads/m/l` is logged:
+the mean of e_ml.
 """
 
 from typing import Annotated
@@ -17,7 +17,7 @@ from torch import Tensor
 from lad_dist.flat import Batch, Shape, Trace
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import same_width
+from lad_dist.objectives.objective import reads, same_width
 
 
 class ALP(KD):
@@ -41,12 +41,11 @@ class ALP(KD):
         assert teacher is not None
         layers = [losses.first_tokens(teacher.hidden[layer], batch).float() for layer in self.teacher_needs.hidden]
         target = torch.stack(layers, dim=1)  # [B, L, D]
-        numbers = torch.arange(1, len(layers) + 1, device=target.device)
         distances = []
         for m in self.student_needs.hidden:
             mine = losses.first_tokens(student.hidden[m], batch).float()
             attention = torch.softmax(torch.einsum("bd,bld->bl", mine, target), dim=-1)
             mixed = torch.einsum("bl,bld->bd", attention, target)
             distances.append(losses.over_sequences(losses.squared(mine, mixed), batch))
-            self.observed[f"layer/{m}"] = losses.over_sequences((attention.detach() * numbers).sum(dim=-1), batch)
+            self.observed |= reads(m, (losses.over_sequences(e, batch) for e in attention.detach().unbind(dim=1)))
         return super().forward(student, teacher, batch) | {"hidden": self.hidden * torch.stack(distances).sum()}

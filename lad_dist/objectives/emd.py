@@ -13,7 +13,7 @@ both plans. Weights of 0.01 are the authors' 0.005 for two labels, whose soft te
 Plans and masses are renewed once a step, from the mean costs of all micro-batches of all processes in the step before;
 in the first step every layer learns from every other in proportion to the masses. So a step has one plan, the same on
 all processes and however many they are, and the device is waited for once a step. The gradient flows through D alone.
-`layer/m` is logged: the mean number of the teacher layer that student layer m reads, by hidden states if they count.
+`reads/m/l` is logged: the share of teacher layer l in what moves to student layer m, by hidden states if they count.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from lad_dist.config import UserError
 from lad_dist.flat import Batch, Shape, Trace
 from lad_dist.objectives import losses, transport
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import projection, same_heads
+from lad_dist.objectives.objective import projection, reads, same_heads
 from lad_dist.objectives.transport import Array
 
 
@@ -113,8 +113,9 @@ class EMD(KD):
 
     def _observe(self, device: torch.device) -> None:
         plan = next(iter(self.plans.values()))
-        read = plan @ np.arange(1, plan.shape[1] + 1) / plan.sum(axis=1)
-        self.observed = {f"layer/{m}": torch.full((), x, device=device) for m, x in enumerate(read.tolist(), start=1)}
+        shares = (plan / plan.sum(axis=1, keepdims=True)).tolist()
+        for m, row in enumerate(shares, start=1):
+            self.observed |= reads(m, (torch.full((), share, device=device) for share in row))
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside parameters; buffers would be rounded with a model in half precision."""

@@ -11,15 +11,21 @@ Student layer m of M is matched to A at teacher layer ⌊m L / M⌋, beside plai
     L = hidden · 1/M Σ_m MSE(S_m, A_⌊mL/M⌋) + hard · CE + soft · T² KL
 
 One chain runs over all layers and is never restarted. The gates learn from the hidden term alone, at
-`optim.objective_lr`. The first gate is bypassed, so it does not exist. The target is learnt, so it could collapse:
-`gate/l` (mean openness) and `target/m` (variance over tokens) are logged.
+`optim.objective_lr`. The first gate is bypassed, so it does not exist. On a corpus the same gates aggregate a
+pre-trained teacher.
 
-`norm = "sequence"` normalises over [S, D] jointly with S · D affine weights, as the authors' code does, and needs
-`data.pad_to`. `"token"` normalises over D alone: each token's target then has unit variance whatever the gates do, and
-no padding is needed. On a corpus the same gates aggregate a pre-trained teacher.
+`variant = "paper"` is the authors' code: a norm over [S, D] jointly with S · D affine weights, which needs
+`data.pad_to`, and gates that start at random. `"ours"` normalises over D alone: each token's target then has unit
+variance whatever the gates do, and no padding is needed. The other keys change one thing each, None leaving it as the
+variant has it; they are there to find out what the gates are worth. A detached target would leave the gates without a
+gradient, which is `gates = "frozen"`; a constant openness of 1 leaves LN(H_l) alone, without aggregation.
+
+The target is learnt, so it could collapse. Logged are `gate/l`, the mean openness; `target/m`, the variance over
+tokens; and `reads/m/l`, the share of H_l in what student layer m is matched to: openness times size, through all norms
+in between.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -29,22 +35,53 @@ from lad_dist.config import UserError
 from lad_dist.flat import Batch, Shape, Trace
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import same_width, uniform
+from lad_dist.objectives.objective import reads, same_width, uniform
+
+Gates = Literal["learnt", "frozen", "constant"]
+Sees = Literal["aggregate", "both"]
+Norm = Literal["token", "sequence"]
+
+
+class Recipe(NamedTuple):
+    """What a gate is made like. `openness` is where it starts or stays, None for a random start."""
+
+    gates: Gates
+    openness: float | None
+    sees: Sees
+    norm: Norm
+    affine: bool
+
+
+VARIANTS = {
+    "ours": Recipe("learnt", None, "aggregate", "token", False),
+    "paper": Recipe("learnt", None, "aggregate", "sequence", True),
+}
 
 
 class Gate(nn.Module):
-    """(aggregate, layer) -> (aggregate, openness), all [N, D]."""
+    """(aggregate, layer) -> (mixed, openness), all [N, D]."""
 
-    def __init__(self, width: int, length: int | None, affine: bool):
+    def __init__(self, width: int, recipe: Recipe):
         super().__init__()
-        self.linear = nn.Linear(width, width)
+        self.recipe = recipe
+        if recipe.gates == "constant":
+            return
+        self.linear = nn.Linear(width if recipe.sees == "aggregate" else 2 * width, width)
         nn.init.xavier_uniform_(self.linear.weight)
-        self.norm = nn.LayerNorm(width if length is None else [length, width], elementwise_affine=affine)
+        if recipe.openness is not None:
+            nn.init.constant_(self.linear.bias, torch.logit(torch.tensor(recipe.openness)).item())
+        self.linear.requires_grad_(recipe.gates == "learnt")
 
     def forward(self, aggregate: Tensor, layer: Tensor) -> tuple[Tensor, Tensor]:
-        openness = torch.sigmoid(self.linear(aggregate))
-        mixed = torch.lerp(aggregate, layer, openness)
-        return self.norm(mixed.view(-1, *self.norm.normalized_shape)).view_as(mixed), openness
+        openness = self.openness(aggregate, layer)
+        return torch.lerp(aggregate, layer, openness), openness
+
+    def openness(self, aggregate: Tensor, layer: Tensor) -> Tensor:
+        if self.recipe.gates == "constant":
+            assert self.recipe.openness is not None
+            return torch.full_like(layer, self.recipe.openness)
+        seen = aggregate if self.recipe.sees == "aggregate" else torch.cat([aggregate, layer], dim=-1)
+        return torch.sigmoid(self.linear(seen))
 
 
 class LAD(KD):
@@ -54,20 +91,29 @@ class LAD(KD):
         teacher: Shape,
         *,
         hidden: Weight = 1.0,
-        norm: Literal["token", "sequence"] = "token",
-        affine: Annotated[bool, Field(description="learnt scale and shift after the norm")] = False,
+        variant: Literal["ours", "paper"] = "ours",
+        gates: Annotated[Gates | None, Field(description="what becomes of their openness")] = None,
+        openness: Annotated[
+            float | None, Field(gt=0, le=1, description="where gates start, or stay if constant; default: random")
+        ] = None,
+        sees: Annotated[Sees | None, Field(description="what a gate looks at: A_{l-1}, or H_l too")] = None,
+        norm: Norm | None = None,
+        affine: Annotated[bool | None, Field(description="learnt scale and shift after the norm")] = None,
         soft: Weight = 0.5,
         hard: Weight = 0.5,
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         same_width("lad", student, teacher)
-        if norm == "sequence" and teacher.span is None:
-            raise UserError('objective.norm = "sequence": it normalises over whole sequences, so set data.pad_to')
-        length = teacher.span if norm == "sequence" else None
+        given = {"gates": gates, "openness": openness, "sees": sees, "norm": norm, "affine": affine}
+        recipe = VARIANTS[variant]._replace(**{name: x for name, x in given.items() if x is not None})
+        _check(recipe, teacher)
         self.hidden = hidden
         self.matches = uniform("lad", student, teacher)
-        self.gates = nn.ModuleList(Gate(teacher.width, length, affine) for _ in range(2, teacher.layers + 1))
+        shape = [teacher.width] if recipe.norm == "token" else [teacher.span, teacher.width]
+        above_first = range(2, teacher.layers + 1)
+        self.gates = nn.ModuleList(Gate(teacher.width, recipe) for _ in above_first)
+        self.norms = nn.ModuleList(nn.LayerNorm(shape, elementwise_affine=recipe.affine) for _ in above_first)
         every_layer = tuple(range(1, teacher.layers + 1))
         self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in self.matches))
         self.teacher_needs = self.teacher_needs._replace(hidden=every_layer)
@@ -81,9 +127,37 @@ class LAD(KD):
 
     def aggregate(self, hidden: dict[int, Tensor]) -> dict[int, Tensor]:
         """Teacher layers {l: H_l [N, D]} to aggregates {l: A_l [N, D]}."""
-        aggregates = {1: hidden[1]}
         self.observed = {}
-        for layer, gate in enumerate(self.gates, start=2):
-            aggregates[layer], openness = gate(aggregates[layer - 1], hidden[layer])
+        aggregates, shares = {1: hidden[1]}, {1: _size(hidden[1])[None]}
+        for layer, (gate, norm) in enumerate(zip(self.gates, self.norms, strict=True), start=2):
+            mixed, openness = gate(aggregates[layer - 1], hidden[layer])
+            aggregates[layer] = norm(mixed.view(-1, *norm.normalized_shape)).view_as(mixed)
+            shares[layer] = _shares(shares[layer - 1], openness, hidden[layer], mixed)
             self.observed[f"gate/{layer}"] = openness.detach().mean()
+        for m, layer in self.matches:
+            read = (shares[layer] / shares[layer].sum(dim=0)).mean(dim=1)
+            self.observed |= reads(m, read)
         return aggregates
+
+
+def _check(recipe: Recipe, teacher: Shape) -> None:
+    if recipe.norm == "sequence" and teacher.span is None:
+        raise UserError('objective.norm = "sequence": it normalises over whole sequences, so set data.pad_to')
+    if recipe.gates == "constant" and recipe.openness is None:
+        raise UserError('objective.gates = "constant": say how open they are, objective.openness = 0.5')
+    if recipe.gates != "constant" and recipe.openness == 1:
+        raise UserError('objective.openness = 1: a gate cannot start wide open and learn; take gates = "constant"')
+
+
+@torch.no_grad()
+def _shares(before: Tensor, openness: Tensor, layer: Tensor, mixed: Tensor) -> Tensor:
+    """Sizes [l, N] of what each teacher layer has in A_l, from those [l - 1, N] in A_{l-1}."""
+    opened = openness.float().mean(dim=-1)
+    sizes = torch.cat([before * (1 - opened), (opened * _size(layer))[None]])
+    return sizes / mixed.float().std(dim=-1)
+
+
+@torch.no_grad()
+def _size(x: Tensor) -> Tensor:
+    """Root mean square over the width, [N, D] to [N]."""
+    return x.float().square().mean(dim=-1).sqrt()

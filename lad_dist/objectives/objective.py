@@ -6,6 +6,7 @@ loop sums them and logs them by name without knowing either. What it learns itse
 parameters: clipped, sharded and saved with the student's.
 """
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -48,6 +49,11 @@ def uniform(name: str, student: Shape, teacher: Shape) -> list[tuple[int, int]]:
 def projection(student: Shape, teacher: Shape) -> nn.Module:
     """[N, D of the student] -> [N, D of the teacher]: learnt where they differ, nothing where they do not."""
     return nn.Identity() if student.width == teacher.width else nn.Linear(student.width, teacher.width)
+
+
+def reads(m: int, shares: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Student layer m's shares of teacher layers 1 … L, as observed: a run's heat map is drawn from them."""
+    return {f"reads/{m}/{layer}": share for layer, share in enumerate(shares, start=1)}
 
 
 def same_width(name: str, student: Shape, teacher: Shape) -> None:
