@@ -11,11 +11,12 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 from torch import nn
 
+from lad_dist import families
 from lad_dist.config import UserError
 from lad_dist.models import PreTrainedModel, layers
 from lad_dist.parts import LowRank
@@ -40,17 +41,37 @@ def layer_numbers(rule: str | Sequence[int], depth: int | None, available: int) 
 
 
 def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
-    """The model with only these layers, numbered from 1."""
+    """The model with only these layers, numbered from 1. Where all layers share their weights (ALBERT), the model runs
+    its one layer as many times as there are numbers."""
+    model.config.num_hidden_layers = len(numbers)
+    if families.of(model.config).shared_layers:
+        return model
     stack = layers(model)
     kept = [stack[n - 1] for n in numbers]
     del stack[:]
     stack.extend(kept)
-    model.config.num_hidden_layers = len(kept)
     for index, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index  # type: ignore[assignment]
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[n - 1] for n in numbers]
+    if hasattr(kept[0], "attn_norm"):
+        _norms_before_attention(model, kept)
     return model
+
+
+def _norms_before_attention(model: PreTrainedModel, kept: Sequence[Any]) -> None:
+    """ModernBERT has none in its first layer, which reads the embeddings' norm. Of another layer that comes first, the
+    scale goes into the map to q, k and v; the first one that comes later gets a new norm."""
+    first, config = kept[0], model.config
+    if isinstance(first.attn_norm, nn.LayerNorm):
+        before = model.base_model.get_parameter("embeddings.norm.weight")
+        first.attn.Wqkv.weight.data *= first.attn_norm.weight.data / before.data.square().mean().sqrt()
+        first.attn_norm = nn.Identity()
+    for layer in kept[1:]:
+        if isinstance(layer.attn_norm, nn.Identity):
+            layer.attn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def random_embeddings(model: PreTrainedModel) -> PreTrainedModel:
@@ -67,10 +88,15 @@ def set_dropout(model: PreTrainedModel, hidden: float | None, attention: float |
     """The model with other dropout probabilities, None leaving its own. Its config keeps the old ones, for those who
     train on from the export."""
     for parent in model.modules():
-        probability = attention if type(parent).__name__.endswith("SelfAttention") else hidden
-        for child in parent.children():
-            if isinstance(child, nn.Dropout) and probability is not None:
+        own = type(parent).__name__.endswith("SelfAttention")
+        if attention is not None and isinstance(getattr(parent, "attention_dropout", None), float | int):
+            parent.attention_dropout = attention  # type: ignore[assignment]  # ModernBERT's is a number
+        for name, child in parent.named_children():
+            probability = attention if name == "attention_dropout" or (own and name == "dropout") else hidden
+            if probability is not None and isinstance(child, nn.Dropout):
                 child.p = probability
+            elif hidden and name == "out_drop":
+                parent.out_drop = nn.Dropout(hidden)  # ModernBERT leaves it out where there is none
     return model
 
 
@@ -111,8 +137,8 @@ def quiet_positions(
 ) -> PreTrainedModel:
     """Scales position and segment embeddings. A new model draws them as large as those of words, and the words drown:
     from nothing, a few hundred steps teach it much more when they start small."""
-    for name, module in model.base_model.get_submodule("embeddings").named_modules():
-        if isinstance(module, nn.Embedding) and not name.startswith("word"):
+    for module in model.base_model.get_submodule("embeddings").modules():
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
             module.weight.data *= share
     return model
 

@@ -259,7 +259,7 @@ def test_a_frozen_model_needs_the_head_it_is_asked_for(world: World) -> None:
 
 
 def test_a_family_of_which_nothing_is_known_is_refused() -> None:
-    with pytest.raises(UserError, match='student.architecture.model_type "t5" is unknown; choose from albert, bert'):
+    with pytest.raises(UserError, match=r'student\.architecture\.model_type "t5" is unknown; choose from albert, bert'):
         models.create({"model_type": "t5", **toy.SIZES}, "none", vocabulary=VOCABULARY)
 
 
