@@ -20,9 +20,10 @@ N tokens of all sequences, U spans of S places, R rows that the head reads, D wi
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 ATTENTION = "lad_dist_flat"
+# Settings of a config that change nothing of what the model computes.
+UNHEARD = frozenset("_name_or_path architectures dtype id2label label2id problem_type transformers_version".split())
 CLASSES = {
     "none": AutoModel,
     "mlm": AutoModelForMaskedLM,
@@ -101,27 +104,39 @@ def _new_head(model: PreTrainedModel) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def create(architecture: dict[str, Any], head: Head, *, vocabulary: int, labels: Sequence[str] = ()) -> PreTrainedModel:
+def create(
+    architecture: dict[str, Any],
+    head: Head,
+    *,
+    vocabulary: int,
+    special: Mapping[str, int] = MappingProxyType({}),
+    labels: Sequence[str] = (),
+) -> PreTrainedModel:
     """A new model in the words of its Hugging Face config, weights from torch's global generator."""
-    config = architecture_config(architecture, vocabulary)
+    config = architecture_config(architecture, vocabulary, special)
     if labels:
         _set_labels(config, head, labels)
     return _ready(CLASSES[head].from_config(config))
 
 
-def architecture_config(architecture: dict[str, Any], vocabulary: int) -> PreTrainedConfig:
-    """The config of a new model. Raises UserError for a setting that its family does not have."""
-    words = {"vocab_size": vocabulary, **architecture}
-    kind = words.pop("model_type", "bert")
+def architecture_config(
+    architecture: dict[str, Any], vocabulary: int, special: Mapping[str, int] = MappingProxyType({})
+) -> PreTrainedConfig:
+    """The config of a new model for a tokenizer of `vocabulary` tokens, whose `special` ones have these numbers
+    (pad_token_id and so on). Raises UserError for a setting that its family does not have."""
+    kind = architecture.get("model_type", "bert")
     if kind not in families.FAMILIES:
         raise UserError(f'student.architecture.model_type "{kind}" is unknown; {did_you_mean(kind, families.FAMILIES)}')
     family = CONFIG_MAPPING[kind]
     names = [name for name in family().to_dict() if not name.startswith("_")] + [*families.FAMILIES[kind].settings]
+    words = {name: value for name, value in architecture.items() if name != "model_type"}
     for name in words:
         if name not in names:
             raise UserError(f"student.architecture.{name}: {kind} has no such setting; {did_you_mean(name, names)}")
     try:
-        config = family(**words)
+        config = family(
+            **{"vocab_size": vocabulary, **{k: v for k, v in special.items() if k in names}, **words},
+        )
     except Exception as error:  # the family's own validation, of many kinds
         raise UserError(f"student.architecture: {_first_line(error)}") from None
     if config.hidden_size % config.num_attention_heads:
@@ -515,6 +530,12 @@ class Frozen:
         if self.order is None or seen.logits is None:
             return seen
         return seen._replace(logits=seen.logits[:, self.order])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, beside the batch."""
+        config = {name: value for name, value in self.model.config.to_dict().items() if name not in UNHEARD}
+        return {"weights": digest(self.model), "config": config, "labels": self.order, "dtype": str(self.model.dtype)}
 
 
 def digest(model: nn.Module) -> str:

@@ -26,7 +26,7 @@ from lad_dist.config import (
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task, check_task, load_task
-from lad_dist.data.tokenizers import PreTrainedTokenizerFast, check_vocabulary, load_tokenizer
+from lad_dist.data.tokenizers import PreTrainedTokenizerFast, check_vocabulary, load_tokenizer, role_ids
 from lad_dist.flat import Head, Needs, Shape
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES, Objective
@@ -107,7 +107,10 @@ class Plan:
         words = self.config.student
         if words.path is None:
             assert words.architecture is not None
-            return models.create(words.architecture, self.head, vocabulary=len(self.tokenizer), labels=self.labels)
+            special = role_ids(self.tokenizer)
+            return models.create(
+                words.architecture, self.head, vocabulary=len(self.tokenizer), special=special, labels=self.labels
+            )
         model = models.load(words.path, self.head, labels=self.labels)
         assert self.layers is not None
         model = surgery.keep_layers(model, self.layers)
@@ -134,7 +137,7 @@ def make(config: TrainConfig) -> Plan:
     corpus = Shards(config.data.shards) if isinstance(config.data, CorpusData) else None
     head: Head = task.kind if task is not None else "none" if kind.headless else "mlm"
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
-    student, layers = _student_shape(config, head, task, len(tokenizer))
+    student, layers = _student_shape(config, head, task, tokenizer)
     teacher_head, teacher = _teacher_shape(config, kind, head, task, tokenizer)
     build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]
     if build().student_needs == Needs():  # build refuses shapes that do not go together
@@ -204,22 +207,22 @@ def _corpus_tokenizer(corpus: Shards | None) -> str:
 
 
 def _student_shape(
-    config: TrainConfig, head: Head, task: Task | None, vocabulary: int
+    config: TrainConfig, head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[Shape, list[int] | None]:
     words = config.student
     span = config.data.pad_to if isinstance(config.data, TaskData) else None
     size = partial(models.shape, head=head, labels=len(task.outputs) if task else 0, span=span)
     if words.path is None:
         assert words.architecture is not None
-        origin = models.architecture_config(words.architecture, vocabulary)
+        origin = models.architecture_config(words.architecture, len(tokenizer), role_ids(tokenizer))
         _check_length(config, origin, "student.architecture")
         return size(origin), None
     origin = models.configuration(words.path)
     _check_length(config, origin, words.path)
     numbers = surgery.layer_numbers(words.layers, words.depth, origin.num_hidden_layers)
-    if origin.vocab_size < vocabulary:
+    if origin.vocab_size < len(tokenizer):
         raise UserError(
-            f"student.tokenizer: has {vocabulary} tokens, the model at {words.path} only {origin.vocab_size}"
+            f"student.tokenizer: has {len(tokenizer)} tokens, the model at {words.path} only {origin.vocab_size}"
         )
     return size(origin)._replace(layers=len(numbers)), numbers
 

@@ -7,6 +7,7 @@
     fingerprint(tokenizer)      equal for tokenizers that give the same ids
     vocabulary_size(tokenizer)  one more than the largest id
     special_ids, ordinary_ids   the ids of special tokens, and all others
+    role_ids(tokenizer)         the ids of padding, mask and so on, as a model's config names them
     word_starts(tokenizer)      which tokens begin a word
     frame(tokenizer)            the special tokens around a sequence
     encode_flat                 text -> ids without special tokens (corpora)
@@ -132,14 +133,19 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 
     Not `all_special_ids`: transformers counts the punctuation that ALBERT's sentencepiece model defines among those."""
     flagged = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = {getattr(tokenizer, f"{role}_token_id") for role in ROLES} - {None}
-    return np.array(sorted(flagged | named), dtype=np.int64)
+    return np.array(sorted(flagged | set(role_ids(tokenizer).values())), dtype=np.int64)
 
 
 def _framing_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """The ids of the special tokens that are no content: all but the unknown token."""
     special = special_ids(tokenizer)
     return special if tokenizer.unk_token_id is None else special[special != tokenizer.unk_token_id]
+
+
+def role_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The ids of special tokens by the names that configs of models have for them: pad_token_id and so on."""
+    found = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
