@@ -64,6 +64,14 @@ class Teacher(Table):
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="precision of the frozen teacher; default: the student's"
     )
+    cache: str | None = Field(
+        None,
+        description="folder for what it says of a task's training examples, shared by runs; default: the run's own, "
+        "removed at its end",
+    )
+    cache_gb: float = Field(
+        20.0, ge=0, description="where that takes more than so many GB, the teacher is asked anew at each step"
+    )
 
 
 class Student(Table):
@@ -182,6 +190,12 @@ class TrainConfig(Table):
 
 class PretrainConfig(TrainConfig):
     data: CorpusData
+
+    @model_validator(mode="after")
+    def _no_answers_to_keep(self) -> Self:
+        if self.teacher is not None and self.teacher.cache is not None:
+            raise ValueError("teacher.cache is for tasks: a corpus is masked anew each time it is read")
+        return self
 
 
 class TaskConfig(TrainConfig):

@@ -3,6 +3,7 @@
     <dir>/<name>/config.toml      as resolved, every default written out
                  metrics.jsonl    one row per report; TensorBoard events in tensorboard/
                  checkpoints/     for resuming: step-…/ with a manifest, `latest` names the newest
+                 answers/         the teacher's, while the run lasts, where teacher.cache names no folder
                  export/          for people: config.json, model.safetensors, tokenizer, README.md
                  results.json     written last: its presence says that the run is complete
 
@@ -27,7 +28,7 @@ from lad_dist.disk import commit, files, sha256, write_text
 
 KEEP = 2
 # What changes nothing of what is learnt may differ when a run is taken up again.
-FREE = {"run.log_every", "run.eval_every", "run.save_every", "data.workers"}
+FREE = {"run.log_every", "run.eval_every", "run.save_every", "data.workers", "teacher.cache"}
 
 
 class NothingToResume(UserError):
@@ -43,6 +44,7 @@ class Run:
         self.folder = config.run.folder
         self.checkpoints = self.folder / "checkpoints"
         self.export = self.folder / "export"
+        self.answers = self.folder / "answers"
         self._metrics = self.folder / "metrics.jsonl"
         self._results = self.folder / "results.json"
         self._config = self.folder / "config.toml"
@@ -94,6 +96,7 @@ class Run:
         if processes.main():
             write_text(self._results, json.dumps(results, indent=2) + "\n")
             write_text(self.export / "README.md", _card(results))
+            shutil.rmtree(self.answers, ignore_errors=True)
         if self._board is not None:
             self._board.close()
         processes.barrier()

@@ -34,11 +34,12 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from pydantic import ValidationError
 
 from lad_dist import evaluate, models, optim, plan, processes
+from lad_dist.answers import Answers, bytes_of
 from lad_dist.config import TrainConfig, UserError, did_you_mean
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.loader import load
 from lad_dist.data.order import share
-from lad_dist.flat import Batch, Needs
+from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.method import Method
 from lad_dist.runs import Run, facts_of
 
@@ -116,7 +117,31 @@ def prepare(config: TrainConfig, run: Run, report: Report = silent, clock: Clock
     teacher = made.teacher(device)
     method = made.method().to(device)
     steps = config.run.steps or max(1, round((config.run.epochs or 0) * feed.steps_per_epoch))
-    return Loop(made, run, _engine(method, config), method, feed, teacher, steps, report, clock)
+    answers = _answers(made, run, feed, teacher, method.objective.teacher_needs, steps)
+    return Loop(made, run, _engine(method, config), method, feed, teacher, answers, steps, report, clock)
+
+
+def _answers(
+    made: plan.Plan, run: Run, feed: Any, teacher: models.Frozen | None, needs: Needs, steps: int
+) -> Answers | None:
+    """The teacher's, where they are worth keeping: examples are read more than once, or other runs read them too."""
+    words = made.config.teacher
+    if words is None or teacher is None or not isinstance(feed, TaskFeed):
+        return None
+    assert made.teacher_shape is not None
+    if words.cache is None and steps <= feed.steps_per_epoch:
+        return None
+    size = bytes_of(needs, made.teacher_shape, feed.train, teacher.model.dtype)
+    if size > words.cache_gb * 1e9:
+        if processes.main():
+            print(f"{run.folder}: the teacher is asked anew at each step; {_too_large(size)}", file=sys.stderr)
+        return None
+    folder = run.answers if words.cache is None else Path(words.cache)
+    return Answers(folder, teacher, teacher.identity, feed.train, needs, processes.device(), size)
+
+
+def _too_large(size: int) -> str:
+    return f"its answers would take {size / 1e9:.1f} GB, more than teacher.cache_gb allows"
 
 
 def _check_blocks(table: Mapping[str, Any]) -> None:
@@ -157,6 +182,7 @@ class Loop:
     method: Method
     feed: Any
     teacher: models.Frozen | None
+    answers: Answers | None
     steps: int
     report: Report
     clock: Clock
@@ -200,7 +226,7 @@ class Loop:
             with self.clock("data"):
                 batch = batch.to(device)
             with self.clock("teacher"):
-                target = self.teacher(batch, self.method.objective.teacher_needs) if self.teacher else None
+                target = self._target(batch, step, slot)
             with self.clock("forward"):
                 loss, terms = self.engine(batch, target, progress)
             with self.clock("backward"):
@@ -209,6 +235,12 @@ class Loop:
                 self.engine.step()
             averages.add(batch, {"loss": loss.detach(), **terms})
             self.tokens += batch.tokens
+
+    def _target(self, batch: Batch, step: int, slot: int) -> Trace | None:
+        """What the teacher says of a micro-batch."""
+        if self.answers is not None:
+            return self.answers(self.feed.numbers(step, slot))
+        return self.teacher(batch, self.method.objective.teacher_needs) if self.teacher else None
 
     def batches(self, first: int) -> Generator[list[Batch]]:
         """This process's slots of each step, made ahead of it."""

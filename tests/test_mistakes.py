@@ -134,6 +134,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (CORPUS, {"data.weights": {"novels": 2.0}}, 'data.weights: no source "novels" in'),
     (CORPUS, {"data.weights": {"books": 0.0}}, "data.weights.books: input should be greater than 0"),
     (TASK, {"objective.norm": "sequence"}, "it normalises over whole sequences, so set data.pad_to"),
+    (CORPUS, {"teacher.cache": "answers"}, "teacher.cache is for tasks"),
     (TASK, {"objective.gates": "constant"}, "say how open they are, objective.openness = 0.5"),
     (TASK, {"objective.openness": 1.0}, "a gate cannot start wide open and learn"),
     (TASK, {"student": {"architecture": toy.SIZES}}, "student.tokenizer: a new model for a task needs one"),

@@ -6,6 +6,7 @@
 Both have `.slots`, `.steps_per_epoch` and `.batch(step, slot)`, a pure function of its arguments and the seed.
 """
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property, partial
 
@@ -151,9 +152,8 @@ class TaskFeed:
 
     def __init__(self, data: TaskData, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Raises UserError when the tokenizer does not know the text."""
-        train = _Examples(task.train, tokenizer, data.max_length, f"{task.name}'s training data")
-        self._order = TaskOrder(len(task.train.labels), data.examples_per_slot, data.slots, seed)
-        self._train, self._pad_to = train, data.pad_to
+        self.train = _Examples(task.train, tokenizer, data.max_length, f"{task.name}'s training data", data.pad_to)
+        self._order = TaskOrder(self.train.count, data.examples_per_slot, data.slots, seed)
         self.slots = data.slots
         self.dev: dict[str, Batches] = {
             name: _Examples(examples, tokenizer, data.max_length, f"{task.name}'s {name} data").in_order()
@@ -166,24 +166,52 @@ class TaskFeed:
 
     def batch(self, step: int, slot: int) -> Batch:
         """Micro-batch `slot` of step `step`: rows are the sequences' first tokens, labels those of the examples."""
-        return self._train.batch(self._order.slot(step, slot), self._pad_to)
+        return self.train.batch(self.numbers(step, slot))
+
+    def numbers(self, step: int, slot: int) -> np.ndarray:
+        """int64 [examples_per_slot]: which examples of `train` the micro-batch consists of."""
+        return self._order.slot(step, slot)
 
 
 class _Examples:
-    """Tokenized examples and their labels."""
+    """Tokenized examples and their labels, numbered from 0."""
 
-    def __init__(self, examples: Examples, tokenizer: PreTrainedTokenizerFast, max_length: int, what: str) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        tokenizer: PreTrainedTokenizerFast,
+        max_length: int,
+        what: str,
+        pad_to: int | None = None,
+    ) -> None:
         self._encoded: Encoded = tokenizers.encode_framed(tokenizer, examples.texts, examples.pairs, max_length)
         self._labels = examples.labels
-        self._pad = tokenizers.frame(tokenizer).pad
+        self._pad, self._pad_to = tokenizers.frame(tokenizer).pad, pad_to
         tokenizers.refuse_unknown(tokenizer, self._encoded.ids[:UNKNOWN_EXAMPLES], what)
 
-    def batch(self, ids: np.ndarray, pad_to: int | None = None) -> Batch:
-        sequences = [self._encoded.ids[example] for example in ids]
-        segments = [self._encoded.segments[example] for example in ids]
-        rows = span_starts(sequences, pad_to)[:-1]
-        return collate(sequences, segments, rows, self._labels[ids], pad_to, self._pad)
+    @property
+    def count(self) -> int:
+        return len(self._labels)
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples, padding that was asked for included."""
+        return self.count * self._pad_to if self._pad_to else sum(map(len, self._encoded.ids))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that a model sees of them."""
+        total = hashlib.sha256(f"{self._pad_to} {self._pad}".encode())
+        for ids, segments in zip(self._encoded.ids, self._encoded.segments, strict=True):
+            total.update(len(ids).to_bytes(4, "little") + ids.tobytes() + segments.tobytes())
+        return total.hexdigest()
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        sequences = [self._encoded.ids[example] for example in numbers]
+        segments = [self._encoded.segments[example] for example in numbers]
+        rows = span_starts(sequences, self._pad_to)[:-1]
+        return collate(sequences, segments, rows, self._labels[numbers], self._pad_to, self._pad)
 
     def in_order(self) -> Batches:
-        everything = np.arange(len(self._labels))
+        everything = np.arange(self.count)
         return [partial(self.batch, everything[i : i + DEV_EXAMPLES]) for i in range(0, len(everything), DEV_EXAMPLES)]
