@@ -135,9 +135,22 @@ class CorpusData(Data):
 class TaskData(Data):
     task: str | None = Field(None, description="a GLUE task by name; or give train and dev")
     path: str | None = Field(None, description="folder in GLUE's layout (RTE/train.tsv …); default: from the hub")
-    train: str | None = Field(None, description="own .csv, .tsv, .jsonl or .parquet: text, text_pair (optional), label")
+    train: str | None = Field(
+        None,
+        description="own .csv, .tsv, .jsonl or .parquet: text, text_pair (optional), label; for tagging CoNLL or "
+        ".jsonl, for question answering SQuAD's .json",
+    )
     dev: str | None = Field(None, description="the same for evaluation")
-    kind: Literal["classification", "regression"] = Field("classification", description="of the user's own task")
+    kind: Literal["classification", "regression", "tagging", "question_answering"] = Field(
+        "classification", description="of the user's own task"
+    )
+    stride: Positive | None = Field(
+        None, description="tokens that neighbouring windows of a question's context share; default: max_length / 3"
+    )
+    answer_length: Positive = Field(30, description="tokens of the longest answer to a question")
+    null_threshold: float = Field(
+        0.0, description="by how much the score of no answer must exceed the best answer's, where some have none"
+    )
     examples_per_slot: Positive = Field(32, description="examples of one micro-batch")
     pad_to: int | None = Field(
         None, ge=8, description="pad every sequence to this many tokens, as LAD's reference does"
@@ -163,6 +176,22 @@ class Named(Table):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> Self:
+        if self.task is not None and self.kind in ("tagging", "question_answering"):
+            raise ValueError(f'kind = "{self.kind}" is for train and dev files; a GLUE task has its own')
+        for key in ("stride", "answer_length", "null_threshold"):
+            if self.kind != "question_answering" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'{key} goes with kind = "question_answering" alone')
+        if self.stride is not None and self.stride >= self.max_length // 2:
+            raise ValueError(f"stride = {self.stride} must be less than half of max_length = {self.max_length}")
+        return self
+
+    @property
+    def overlap(self) -> int:
+        """`stride`, or its default."""
+        return self.max_length // 3 if self.stride is None else self.stride
 
 
 class Optim(Table):

@@ -1,7 +1,7 @@
 """Evaluation: a model over a task's dev set, or an objective over held-out text, shared out over the processes.
 
-    predict(forward, batches)       logits [E, C] and labels [E] of all examples, in order, on every process
-    task_scores(task, predictions)  the task's metrics by name
+    predict(forward, batches)       logits [R, V] of all rows of all examples, in order, on every process
+    task_scores(dev, predictions)   the task's metrics by name
     compare(...)                    a model and perhaps its teacher: metrics, loyalty, measured speed-up
     evaluate(config)                the same for model folders: what launch/evaluate.py calls
 
@@ -22,20 +22,20 @@ from torch import Tensor
 
 from lad_dist import models, processes
 from lad_dist.config import EvaluateConfig
+from lad_dist.data.examples import TaskExamples
 from lad_dist.data.feed import TaskFeed
-from lad_dist.data.tasks import Task, check_task, load_task
-from lad_dist.data.tokenizers import check_vocabulary, load_tokenizer
+from lad_dist.data.tasks import check_task, load_task
+from lad_dist.data.tokenizers import load_tokenizer, tokenizer_of_teacher
 from lad_dist.flat import Batch, Needs
-from lad_dist.metrics import loyalty, score
 
 Batches = Sequence[Callable[[], Batch]]
+Dev = Mapping[str, TaskExamples]
 Forward = Callable[[Batch], Tensor]
 LOGITS = Needs(logits=True)
 
 
 class Predictions(NamedTuple):
-    logits: NDArray[np.floating]  # [E, C]
-    labels: NDArray[Any]  # [E]
+    logits: NDArray[np.floating]  # [R, V]
     seconds: float  # of this process's forwards
 
 
@@ -51,17 +51,17 @@ def share(batches: Batches) -> Iterator[tuple[Batch, bool]]:
 @torch.no_grad()
 def predict(forward: Forward, batches: Batches) -> Predictions:
     device, seconds = processes.device(), 0.0
-    mine: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    mine: list[NDArray[np.floating]] = []
     for batch, counts in share(batches):
         begin = time.perf_counter()
         logits = forward(batch.to(device)).float().cpu().numpy()
         seconds += time.perf_counter() - begin
         if counts:
-            mine.append((logits, batch.labels.numpy()))
+            mine.append(logits)
     everyone = processes.gather(mine)
     # Process r made batches r, r + world, …: reading round the processes restores their order.
     rows = [everyone[i % len(everyone)][i // len(everyone)] for i in range(len(batches))]
-    return Predictions(np.concatenate([x for x, _ in rows]), np.concatenate([y for _, y in rows]), seconds)
+    return Predictions(np.concatenate(rows), seconds)
 
 
 @torch.no_grad()
@@ -79,34 +79,38 @@ def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches)
     return {name: value / everything for name, value in means.items()}
 
 
-def task_scores(task: Task, predictions: Mapping[str, Predictions]) -> dict[str, float]:
+def task_scores(dev: Dev, predictions: Mapping[str, Predictions]) -> dict[str, float]:
     """The task's metrics; those of a second dev set (MNLI's mismatched) carry its name."""
     scores: dict[str, float] = {}
     for name, seen in predictions.items():
         suffix = name.removeprefix("dev")
-        scores |= {metric + suffix: value for metric, value in score(task.metrics, seen.logits, seen.labels).items()}
+        scores |= {metric + suffix: value for metric, value in dev[name].score(seen.logits).items()}
     return scores
 
 
 def compare(
-    task: Task, dev: Mapping[str, Batches], student: Forward, teacher: Forward | None
+    dev: Dev,
+    student: Forward,
+    teacher: Forward | None,
+    teacher_dev: Dev,
 ) -> dict[str, dict[str, float]]:
-    """{"student": metrics and loyalty, "teacher": metrics}. `speedup` is teacher seconds / student seconds over the
-    dev set, one process after a warm-up, the two measured in turn."""
-    predictions = {name: predict(student, batches) for name, batches in dev.items()}
-    result = {"student": task_scores(task, predictions)}
+    """{"student": metrics and loyalty, "teacher": metrics}. `teacher_dev` are the same examples as the teacher reads
+    them. `speedup` is teacher seconds / student seconds over the dev set, one process after a warm-up, the two measured
+    in turn."""
+    predictions = {name: predict(student, examples.in_order()) for name, examples in dev.items()}
+    result = {"student": task_scores(dev, predictions)}
     if teacher is None:
         return result
-    theirs = {name: predict(teacher, batches) for name, batches in dev.items()}
-    result["teacher"] = task_scores(task, theirs)
-    result["student"] |= loyalty(predictions["dev"].logits, theirs["dev"].logits)
-    result["student"]["speedup"] = _speedup(student, teacher, dev["dev"])
+    theirs = {name: predict(teacher, examples.in_order()) for name, examples in teacher_dev.items()}
+    result["teacher"] = task_scores(teacher_dev, theirs)
+    result["student"] |= dev["dev"].loyalty(predictions["dev"].logits, theirs["dev"].logits)
+    result["student"]["speedup"] = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     return result
 
 
-def _speedup(student: Forward, teacher: Forward, batches: Batches) -> float:
-    few = batches[: 8 * processes.world()]
-    ratios = [predict(teacher, few).seconds / predict(student, few).seconds for _ in range(3)]
+def _speedup(student: Forward, teacher: Forward, batches: Batches, teacher_batches: Batches) -> float:
+    mine, its = (some[: 8 * processes.world()] for some in (batches, teacher_batches))
+    ratios = [predict(teacher, its).seconds / predict(student, mine).seconds for _ in range(3)]
     return float(np.median(ratios))
 
 
@@ -117,16 +121,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     task = load_task(config.data)
     paths = [words.path for words in (config.model, config.teacher) if words is not None]
     for path in paths:
-        models.label_order(path, task.outputs)
+        models.label_order(path, task.kind, task.outputs)
         models.check_length(models.configuration(path), path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)
-    if config.teacher is not None:
-        check_vocabulary(config.teacher.path, tokenizer)
+    compared = None if task.kind in ("classification", "regression") else f"a task of {task.kind}"
+    its = tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, compared)
     device = processes.start()
-    feed = TaskFeed(config.data, task, tokenizer, seed=0)
+    dev = TaskFeed(config.data, task, tokenizer, seed=0).dev
+    teacher_dev = dev if its is tokenizer else TaskFeed(config.data, task, its, seed=0).dev
     frozen = [models.Frozen(path, task.kind, device=device, labels=task.outputs) for path in paths]
     forwards = [partial(logits_of, model) for model in frozen]
-    found = compare(task, feed.dev, forwards[0], forwards[1] if len(forwards) > 1 else None)
+    found = compare(dev, forwards[0], forwards[1] if len(forwards) > 1 else None, teacher_dev)
     result = {
         name: {"path": path, "parameters": models.parameters(model.model), **found[role]}
         for name, role, path, model in zip(("model", "teacher"), found, paths, frozen, strict=False)
@@ -138,7 +143,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def logits_of(model: models.Frozen, batch: Batch) -> Tensor:
-    """What a frozen model answers [E, C]."""
+    """What a frozen model answers [R, V]."""
     logits = model(batch, LOGITS).logits
     assert logits is not None
     return logits

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-Head = Literal["none", "mlm", "classification", "regression"]
+Head = Literal["none", "mlm", "classification", "regression", "tagging", "question_answering"]
 
 
 class Batch(NamedTuple):
@@ -31,8 +31,8 @@ class Batch(NamedTuple):
     lengths: Tensor  # [B]
     padded_index: Tensor  # [N], place of each token in [U * S]
     sequence: Tensor  # [U, S], the sequence that each place belongs to; -1 where there is nothing to attend to
-    rows: Tensor  # [R], tokens that the head reads: first tokens for tasks, masked ones for MLM
-    labels: Tensor  # [R], what the head should say there
+    rows: Tensor  # [R], tokens that the head reads: masked ones for MLM, first ones of sequences or words for tasks
+    labels: Tensor  # [R], what the head should say there; [R, 2] where an answer begins and ends
     ragged: bool  # whether there is any place with nothing to attend to
     packed: bool  # whether any span holds more or less than one sequence
     tokens: int  # sum of lengths: real tokens

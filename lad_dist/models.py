@@ -37,7 +37,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -58,6 +60,15 @@ CLASSES = {
     "mlm": AutoModelForMaskedLM,
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
+    "tagging": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+}
+# How the names of architectures end that have the head of a task.
+ENDINGS = {
+    "classification": "ForSequenceClassification",
+    "regression": "ForSequenceClassification",
+    "tagging": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
 }
 
 
@@ -78,7 +89,7 @@ def load(
     labels are others, is new, unless `whole` forbids it. Raises UserError when the folder cannot be read or lacks what
     `whole` wants."""
     config = configuration(path)
-    keep_head = whole or head in ("none", "mlm") or _label_names(config) == tuple(labels)
+    keep_head = whole or head in ("none", "mlm") or (_has_head(config, head) and _same_outputs(config, head, labels))
     if not keep_head:
         _set_labels(config, head, labels)
     try:
@@ -159,7 +170,8 @@ def _first_line(error: Exception) -> str:
 def _set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> None:
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: index for index, name in enumerate(labels)}
-    config.problem_type = "regression" if head == "regression" else "single_label_classification"
+    if ENDINGS[head] == "ForSequenceClassification":
+        config.problem_type = "regression" if head == "regression" else "single_label_classification"
 
 
 def _label_names(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -167,17 +179,32 @@ def _label_names(config: PreTrainedConfig) -> tuple[str, ...]:
     return tuple(str(names[index]) for index in range(len(names)))  # type: ignore[index]
 
 
-def label_order(path: str, labels: Sequence[str]) -> list[int] | None:
+def _has_head(config: PreTrainedConfig, head: Head) -> bool:
+    """Whether the folder may hold a head of that kind, as far as it says what it holds."""
+    return not config.architectures or any(name.endswith(ENDINGS[head]) for name in config.architectures)
+
+
+def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
+    names = _label_names(config)
+    # Heads for questions have two outputs of fixed meaning, whatever their folder calls them.
+    return len(names) == len(labels) and (head == "question_answering" or names == tuple(labels))
+
+
+def label_order(path: str, head: Head, labels: Sequence[str]) -> list[int] | None:
     """Where each of the task's labels stands among the outputs of the model at `path`; None when in the same order.
-    Raises UserError when the labels do not fit its head."""
-    names = _label_names(configuration(path))
+    Raises UserError when it has no such head, or the labels do not fit it."""
+    config = configuration(path)
+    if not _has_head(config, head):
+        found = ", ".join(config.architectures or ())
+        raise UserError(f"{path}: its architecture is {found}, which has no head for {head.replace('_', ' ')}")
+    names = _label_names(config)
     if len(names) != len(labels):
         raise UserError(
             f"{path}: its head has {len(names)} outputs ({', '.join(names)}), "
             f"the task has {len(labels)} labels ({', '.join(labels)})"
         )
     unnamed = all(name.startswith("LABEL_") for name in names)
-    if unnamed or names == tuple(labels):
+    if unnamed or _same_outputs(config, head, labels):
         return None
     if set(names) != set(labels):
         raise UserError(f"{path}: its labels are {', '.join(names)}, the task's are {', '.join(labels)}")
@@ -233,6 +260,7 @@ def flops(config: PreTrainedConfig, head: Head, batch: Batch) -> int:
     total += _relative_flops(config, batch)
     rows = len(batch.rows)
     heads = {"none": 0, "mlm": 2 * rows * narrow * (width + config.vocab_size)}
+    heads |= dict.fromkeys(("tagging", "question_answering"), 2 * rows * width * config.num_labels)
     return total + heads.get(head, 2 * rows * width * (width + config.num_labels))
 
 
@@ -453,8 +481,14 @@ def trace(model: PreTrainedModel, batch: Batch, needs: Needs) -> Trace:
     hidden: dict[int, Tensor] = {}
     with _hooks(model, run, batch, needs, hidden):
         output = (model if needs.logits else base)(**{k: run.lay_out(x) for k, x in inputs.items()}, **run.words)
-    logits = output.logits.view(-1, output.logits.shape[-1]) if needs.logits else None
-    return Trace(logits, hidden, run.qkv)
+    return Trace(_logits(output) if needs.logits else None, hidden, run.qkv)
+
+
+def _logits(output: Any) -> Tensor:
+    """What a head says of rows that it took for sequences of one token, as [R, V]."""
+    if "start_logits" in output:
+        return torch.cat([output.start_logits, output.end_logits], dim=-1)
+    return output.logits.view(-1, output.logits.shape[-1])
 
 
 @contextlib.contextmanager
@@ -520,7 +554,7 @@ class Frozen:
         dtype: torch.dtype = torch.float32,
         labels: Sequence[str] = (),
     ):
-        self.order = label_order(path, labels) if labels else None
+        self.order = label_order(path, head, labels) if labels else None
         self.model = load(path, head, dtype=dtype, labels=labels, whole=head != "none").eval().to(device)
         self.model.requires_grad_(False)
 

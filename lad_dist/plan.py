@@ -26,7 +26,7 @@ from lad_dist.config import (
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task, check_task, load_task
-from lad_dist.data.tokenizers import PreTrainedTokenizerFast, check_vocabulary, load_tokenizer, role_ids
+from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer, role_ids, tokenizer_of_teacher
 from lad_dist.flat import Head, Needs, Shape
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES, Objective
@@ -62,6 +62,7 @@ class Plan:
     teacher_head: Head
     task: Task | None
     tokenizer: PreTrainedTokenizerFast
+    teacher_tokenizer: PreTrainedTokenizerFast  # the same, where the vocabularies are
     student_shape: Shape
     teacher_shape: Shape | None
     layers: list[int] | None  # of the model that the student starts from
@@ -82,9 +83,16 @@ class Plan:
         """The data, opened."""
         if isinstance(self.config.data, CorpusData):
             return CorpusFeed(self.config.data, self.tokenizer, self.config.run.seed)
+        return self._task_feed(self.tokenizer)
+
+    def teacher_feed(self, feed: CorpusFeed | TaskFeed) -> CorpusFeed | TaskFeed:
+        """What the teacher reads: `feed`, or the same examples in its own tokens."""
+        return feed if self.teacher_tokenizer is self.tokenizer else self._task_feed(self.teacher_tokenizer)
+
+    def _task_feed(self, tokenizer: PreTrainedTokenizerFast) -> TaskFeed:
         assert isinstance(self.config.data, TaskData)
         assert self.task is not None
-        return TaskFeed(self.config.data, self.task, self.tokenizer, self.config.run.seed)
+        return TaskFeed(self.config.data, self.task, tokenizer, self.config.run.seed)
 
     def teacher(self, device: torch.device) -> models.Frozen | None:
         if self.config.teacher is None:
@@ -138,11 +146,13 @@ def make(config: TrainConfig) -> Plan:
     head: Head = task.kind if task is not None else "none" if kind.headless else "mlm"
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
     student, layers = _student_shape(config, head, task, tokenizer)
-    teacher_head, teacher = _teacher_shape(config, kind, head, task, tokenizer)
+    teacher_head, teacher = _teacher_shape(config, head, task)
     build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]
-    if build().student_needs == Needs():  # build refuses shapes that do not go together
+    objective = build()  # refuses shapes that do not go together
+    if objective.student_needs == Needs():
         raise UserError("objective: all its weights are 0, so there is nothing to learn")
-    return Plan(config, head, teacher_head, task, tokenizer, student, teacher, layers, build, surgeries)
+    its = _teacher_tokenizer(config, objective, head, tokenizer)
+    return Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, build, surgeries)
 
 
 def _check_deepspeed(table: dict[str, Any]) -> None:
@@ -232,17 +242,24 @@ def _check_length(config: TrainConfig, model: models.PreTrainedConfig, name: str
     models.check_length(model, name, max(config.data.max_length, pad_to or 0))
 
 
-def _teacher_shape(
-    config: TrainConfig, kind: type[Objective], head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Head, Shape | None]:
+def _teacher_tokenizer(
+    config: TrainConfig, objective: Objective, head: Head, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedTokenizerFast:
+    """The student's, or its own where no more is asked of it than one answer to each example."""
+    if config.teacher is None:
+        return tokenizer
+    answers = head in ("classification", "regression") and objective.teacher_needs in (Needs(), Needs(logits=True))
+    return tokenizer_of_teacher(config.teacher.path, tokenizer, None if answers else config.objective.name)
+
+
+def _teacher_shape(config: TrainConfig, head: Head, task: Task | None) -> tuple[Head, Shape | None]:
     if config.teacher is None:
         return "none", None
     path = config.teacher.path
     model = models.configuration(path)
     _check_length(config, model, path)
-    check_vocabulary(path, tokenizer)
     if task is not None:
-        models.label_order(path, task.outputs)
+        models.label_order(path, task.kind, task.outputs)
     elif head == "mlm" and not models.has_mlm_head(model):
         head = "none"
     span = config.data.pad_to if isinstance(config.data, TaskData) else None

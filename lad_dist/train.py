@@ -117,8 +117,10 @@ def prepare(config: TrainConfig, run: Run, report: Report = silent, clock: Clock
     teacher = made.teacher(device)
     method = made.method().to(device)
     steps = config.run.steps or max(1, round((config.run.epochs or 0) * feed.steps_per_epoch))
-    answers = _answers(made, run, feed, teacher, method.objective.teacher_needs, steps)
-    return Loop(made, run, _engine(method, config), method, feed, teacher, answers, steps, report, clock)
+    teacher_feed = made.teacher_feed(feed)
+    answers = _answers(made, run, teacher_feed, teacher, method.objective.teacher_needs, steps)
+    engine = _engine(method, config)
+    return Loop(made, run, engine, method, feed, teacher, teacher_feed, answers, steps, report, clock)
 
 
 def _answers(
@@ -182,6 +184,7 @@ class Loop:
     method: Method
     feed: Any
     teacher: models.Frozen | None
+    teacher_feed: Any
     answers: Answers | None
     steps: int
     report: Report
@@ -239,8 +242,12 @@ class Loop:
     def _target(self, batch: Batch, step: int, slot: int) -> Trace | None:
         """What the teacher says of a micro-batch."""
         if self.answers is not None:
-            return self.answers(self.feed.numbers(step, slot))
-        return self.teacher(batch, self.method.objective.teacher_needs) if self.teacher else None
+            return self.answers(self.teacher_feed.numbers(step, slot))
+        if self.teacher is None:
+            return None
+        if self.teacher_feed is not self.feed:
+            batch = self.teacher_feed.batch(step, slot).to(processes.device())
+        return self.teacher(batch, self.method.objective.teacher_needs)
 
     def batches(self, first: int) -> Generator[list[Batch]]:
         """This process's slots of each step, made ahead of it."""
@@ -267,9 +274,9 @@ class Loop:
     def _evaluate(self) -> dict[str, float]:
         self.engine.eval()
         if isinstance(self.feed, TaskFeed):
-            assert self.made.task is not None
-            predictions = {name: evaluate.predict(self._logits, batches) for name, batches in self.feed.dev.items()}
-            return evaluate.task_scores(self.made.task, predictions)
+            dev = self.feed.dev
+            predictions = {name: evaluate.predict(self._logits, dev[name].in_order()) for name in dev}
+            return evaluate.task_scores(dev, predictions)
         return evaluate.mean_terms(self._terms, self.feed.held_out)
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -358,9 +365,8 @@ class Loop:
         self.engine.eval()
         if not isinstance(self.feed, TaskFeed):
             return {"student": evaluate.mean_terms(self._terms, self.feed.held_out)}
-        assert self.made.task is not None
         teacher = partial(evaluate.logits_of, self.teacher) if self.teacher else None
-        return evaluate.compare(self.made.task, self.feed.dev, self._logits, teacher)
+        return evaluate.compare(self.feed.dev, self._logits, teacher, self.teacher_feed.dev)
 
     def _size(self, model: models.PreTrainedModel) -> dict[str, float]:
         batch = self.feed.batch(0, 0)

@@ -20,29 +20,74 @@ LENGTHS = twins.LENGTHS
 def test_soft_loss_by_hand() -> None:
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0) * 2, 0.0]])
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    assert losses.soft(student, teacher, "classification", 2.0).item() == pytest.approx(4 * divergence, rel=1e-6)
-    assert losses.soft(teacher, teacher, "classification", 2.0).item() == pytest.approx(0.0, abs=1e-7)
-    assert losses.soft(student[:, :1], teacher[:, :1], "regression", 2.0).item() == pytest.approx(
-        (2 * math.log(3)) ** 2
-    )
+    batch = toy.batch([3])
+    soft = losses.soft(student, teacher, batch, "classification", 2.0)
+    assert soft.item() == pytest.approx(4 * divergence, rel=1e-6)
+    assert losses.soft(teacher, teacher, batch, "classification", 2.0).item() == pytest.approx(0.0, abs=1e-7)
+    squared = losses.soft(student[:, :1], teacher[:, :1], batch, "regression", 2.0)
+    assert squared.item() == pytest.approx((2 * math.log(3)) ** 2)
 
 
 def test_hard_loss_by_hand() -> None:
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
     expected = (-math.log(0.75) - math.log(0.5)) / 2
-    assert losses.hard(logits, torch.tensor([0, 1]), "mlm").item() == pytest.approx(expected, rel=1e-6)
-    assert losses.hard(torch.tensor([[2.0], [0.0]]), torch.tensor([1.0, 3.0]), "regression").item() == pytest.approx(
-        5.0
+    batch = toy.batch([3, 2], labels=[0, 1])
+    assert losses.hard(logits, batch, "mlm").item() == pytest.approx(expected, rel=1e-6)
+    numbers = toy.batch([3, 2], labels=[1.0, 3.0])
+    assert losses.hard(torch.tensor([[2.0], [0.0]]), numbers, "regression").item() == pytest.approx(5.0)
+
+
+def answers_batch(rows: list[list[int]]) -> Batch:
+    """Sequences of 3, 5 and 4 tokens, of which the head reads these; of each the answer begins in the second row and
+    ends in the last."""
+    lengths, starts = [3, 5, 4], [0, 3, 8]
+    labels = [[[0, n == 1], [n == len(mine) - 1]] for mine in rows for n in range(len(mine))]
+    flat = [start + row for start, mine in zip(starts, rows, strict=True) for row in mine]
+    batch = toy.batch(lengths)
+    return batch._replace(rows=torch.tensor(flat), labels=torch.tensor([[x[0][1], x[1][0]] for x in labels]).float())
+
+
+def test_losses_of_answers_equal_their_equations() -> None:
+    """A distribution over the rows of each sequence, for both ends; sequence by sequence, in fp64."""
+    rows = [[0, 2], [0, 1, 2, 4], [0, 1, 3]]
+    batch = answers_batch(rows)
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(9, 2, requires_grad=True) for _ in range(2))
+    hard = soft = 0.0
+    for s, t in zip(student.double().split([2, 4, 3]), teacher.double().split([2, 4, 3]), strict=True):
+        for column, right in ((0, 1), (1, len(s) - 1)):
+            hard -= math.log(torch.softmax(s[:, column], 0)[right].item())
+            p, q = (torch.softmax(x[:, column] / 2, 0) for x in (t, s))
+            soft += 4 * (p * (p / q).log()).sum().item()
+    found = losses.hard(student, batch, "question_answering"), losses.soft(
+        student, teacher, batch, "question_answering", 2.0
     )
+    assert [x.item() for x in found] == pytest.approx([hard / 6, soft / 6], rel=1e-5)
+    gradient = torch.autograd.grad(sum(found), student)[0]
+    assert gradient.isfinite().all()
+    assert gradient.split([2, 4, 3])[1].sum(dim=0).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert losses.soft(teacher, teacher, batch, "question_answering", 2.0).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_losses_of_answers_know_no_layout() -> None:
+    batch = answers_batch([[0, 2], [0, 1, 2, 4], [0, 1, 3]])
+    logits = torch.randn(9, 2)
+    spans = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2])
+    padded = toy.batch([3, 5, 4], pad_to=7)
+    shifted = padded._replace(rows=batch.rows + spans[batch.rows] * 7 - torch.tensor([0, 3, 8])[spans[batch.rows]])
+    shifted = shifted._replace(labels=batch.labels)
+    packed = toy.packed(toy.batch([3, 5, 4]), 8)._replace(rows=batch.rows, labels=batch.labels)
+    values = [losses.hard(logits, b, "question_answering").item() for b in (batch, shifted, packed)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
 def test_losses_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(10, 7, requires_grad=True), torch.randn(10, 7)
-    labels = torch.arange(10) % 7
+    batch = toy.batch([1] * 10, labels=[n % 7 for n in range(10)])
 
     def both() -> tuple[Tensor, ...]:
-        loss = losses.soft(student, teacher, "mlm", 2.0) + losses.hard(student, labels, "mlm")
+        loss = losses.soft(student, teacher, batch, "mlm", 2.0) + losses.hard(student, batch, "mlm")
         return loss, *torch.autograd.grad(loss, student)
 
     whole = both()

@@ -6,28 +6,23 @@
 Both have `.slots`, `.steps_per_epoch` and `.batch(step, slot)`, a pure function of its arguments and the seed.
 """
 
-import hashlib
-from collections.abc import Callable
 from functools import cached_property, partial
 
 import numpy as np
 
 from lad_dist.config import CorpusData, TaskData, UserError, did_you_mean
 from lad_dist.data import tokenizers
-from lad_dist.data.batch import collate, pack, span_starts
+from lad_dist.data.batch import pack
+from lad_dist.data.examples import Batches, tokenize
 from lad_dist.data.keyed import MASK, key, keys
 from lad_dist.data.masking import Vocabulary, mask_windows
 from lad_dist.data.order import CorpusOrder, Reading, TaskOrder, window_span, windows
 from lad_dist.data.shards import Shards
-from lad_dist.data.tasks import Examples, Task
-from lad_dist.data.tokenizers import Encoded, PreTrainedTokenizerFast
+from lad_dist.data.tasks import Task
+from lad_dist.data.tokenizers import PreTrainedTokenizerFast
 from lad_dist.flat import Batch
 
 HELD_OUT_SLOTS = 32
-DEV_EXAMPLES = 64
-UNKNOWN_EXAMPLES = 500
-
-Batches = list[Callable[[], Batch]]
 
 
 class CorpusFeed:
@@ -152,12 +147,11 @@ class TaskFeed:
 
     def __init__(self, data: TaskData, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Raises UserError when the tokenizer does not know the text."""
-        self.train = _Examples(task.train, tokenizer, data.max_length, f"{task.name}'s training data", data.pad_to)
+        self.train = tokenize(task, task.train, tokenizer, data, f"{task.name}'s training data", data.pad_to)
         self._order = TaskOrder(self.train.count, data.examples_per_slot, data.slots, seed)
         self.slots = data.slots
-        self.dev: dict[str, Batches] = {
-            name: _Examples(examples, tokenizer, data.max_length, f"{task.name}'s {name} data").in_order()
-            for name, examples in task.dev.items()
+        self.dev = {
+            name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()
         }
 
     @property
@@ -165,53 +159,9 @@ class TaskFeed:
         return self._order.steps_per_epoch
 
     def batch(self, step: int, slot: int) -> Batch:
-        """Micro-batch `slot` of step `step`: rows are the sequences' first tokens, labels those of the examples."""
+        """Micro-batch `slot` of step `step`: rows and labels are those of its examples."""
         return self.train.batch(self.numbers(step, slot))
 
     def numbers(self, step: int, slot: int) -> np.ndarray:
         """int64 [examples_per_slot]: which examples of `train` the micro-batch consists of."""
         return self._order.slot(step, slot)
-
-
-class _Examples:
-    """Tokenized examples and their labels, numbered from 0."""
-
-    def __init__(
-        self,
-        examples: Examples,
-        tokenizer: PreTrainedTokenizerFast,
-        max_length: int,
-        what: str,
-        pad_to: int | None = None,
-    ) -> None:
-        self._encoded: Encoded = tokenizers.encode_framed(tokenizer, examples.texts, examples.pairs, max_length)
-        self._labels = examples.labels
-        self._pad, self._pad_to = tokenizers.frame(tokenizer).pad, pad_to
-        tokenizers.refuse_unknown(tokenizer, self._encoded.ids[:UNKNOWN_EXAMPLES], what)
-
-    @property
-    def count(self) -> int:
-        return len(self._labels)
-
-    @property
-    def tokens(self) -> int:
-        """Of all examples, padding that was asked for included."""
-        return self.count * self._pad_to if self._pad_to else sum(map(len, self._encoded.ids))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of all that a model sees of them."""
-        total = hashlib.sha256(f"{self._pad_to} {self._pad}".encode())
-        for ids, segments in zip(self._encoded.ids, self._encoded.segments, strict=True):
-            total.update(len(ids).to_bytes(4, "little") + ids.tobytes() + segments.tobytes())
-        return total.hexdigest()
-
-    def batch(self, numbers: np.ndarray) -> Batch:
-        sequences = [self._encoded.ids[example] for example in numbers]
-        segments = [self._encoded.segments[example] for example in numbers]
-        rows = span_starts(sequences, self._pad_to)[:-1]
-        return collate(sequences, segments, rows, self._labels[numbers], self._pad_to, self._pad)
-
-    def in_order(self) -> Batches:
-        everything = np.arange(self.count)
-        return [partial(self.batch, everything[i : i + DEV_EXAMPLES]) for i in range(0, len(everything), DEV_EXAMPLES)]

@@ -1,12 +1,14 @@
 """Lines of a file with their numbers, so that every complaint about a file can say where.
 
 numbered_lines(file)   the text of a UTF-8 file, line by line
+numbered_objects(file) the objects of a .jsonl file
 Lines(span, boundary)  the bytes of the lines of a part of a file, which may be compressed
 """
 
 import bz2
 import gzip
 import io
+import json
 import lzma
 import mmap
 import os
@@ -140,3 +142,18 @@ def _decode(file: Path, number: int, line: bytes) -> str:
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise UserError(f"{file}:{number}: not UTF-8 (byte 0x{byte:02x}); convert the file first") from None
+
+
+def numbered_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, object) for each line of a .jsonl file that is not blank. Raises UserError naming file and
+    line."""
+    for number, line in numbered_lines(file):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{file}:{number}: not a JSON object")
+        yield number, value

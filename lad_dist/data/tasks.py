@@ -5,13 +5,14 @@
     check_task(data)   the mistakes that can be seen without reading the data
 
 Own files have columns text, text_pair (optional) and label. In .tsv files, the user's too, quoting is off: a line is
-a row and a quotation mark a character, as in GLUE's. In .csv files quoting is on.
+a row and a quotation mark a character, as in GLUE's. In .csv files quoting is on. Those for tagging are read in
+`tagging.py`, those for question answering in `squad.py`.
 """
 
 import csv
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,20 +22,26 @@ import numpy as np
 import pandas as pd
 
 from lad_dist.config import TaskData, UserError, did_you_mean, pick
-from lad_dist.data import hub
-from lad_dist.data.lines import numbered_lines
+from lad_dist.data import hub, squad, tagging
+from lad_dist.data.labels import class_id, label_name, sorted_names
+from lad_dist.data.lines import numbered_lines, numbered_objects
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "tagging", "question_answering"]
 HUB = "nyu-mll/glue"
 OWN_COLUMNS = ("text", "label")
 OWN_PAIR = "text_pair"
 OWN_METRICS: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
+    "tagging": ("f1", "precision", "recall", "accuracy"),
+    "question_answering": ("f1", "exact_match"),
 }
+PARTS_OF_ENTITIES = re.compile(r"O|[BIMELSU](-.+)?")  # BIO (IOB1, IOB2), IOBES and BILOU
+WITHOUT_ENTITIES = ("accuracy",)
+UNANSWERABLE = ("f1_answerable", "f1_unanswerable")  # SQuAD 2.0 has both kinds of questions
 
 
-class Examples(NamedTuple):
+class Texts(NamedTuple):
     """n texts, or pairs of texts, and their labels."""
 
     texts: list[str]
@@ -42,20 +49,24 @@ class Examples(NamedTuple):
     labels: np.ndarray  # [n]: int64 class ids, or float32
 
 
+Raw = Texts | tagging.Sentences | squad.Questions
+
+
 class Task(NamedTuple):
-    """Label names are in the order of the class ids, none for regression; the first metric is the one to maximise."""
+    """Label names are in the order of the class ids, none where outputs are numbers; the first metric is the one to
+    maximise."""
 
     name: str
     kind: Kind
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
-    train: Examples
-    dev: dict[str, Examples]
+    train: Raw
+    dev: Mapping[str, Raw]
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of a head's outputs: the labels, or a regression's one number."""
-        return self.label_names or ("score",)
+        """Names of a head's outputs: the labels, a regression's one number, or where an answer begins and ends."""
+        return self.label_names or {"regression": ("score",), "question_answering": ("start", "end")}[self.kind]
 
 
 class Columns(NamedTuple):
@@ -136,8 +147,9 @@ GLUE = {
 def check_task(data: TaskData) -> None:
     """Raises UserError for an unknown task, a missing file, or a kind of file that cannot be read."""
     if data.task is None:
+        find_reader = {"tagging": tagging.reader, "question_answering": squad.reader}.get(data.kind, _reader)
         for file in _own_files(data):
-            _reader(file)
+            find_reader(file)
             _require_file(file)
     else:
         task = pick("task", data.task, GLUE)
@@ -149,7 +161,8 @@ def load_task(data: TaskData) -> Task:
     """The task's data, from GLUE's files, the hub or the user's own files. Raises UserError naming file and line."""
     check_task(data)
     if data.task is None:
-        return _own_task(*_own_files(data), data.kind)
+        load_own = {"tagging": _own_tagging, "question_answering": _own_questions}.get(data.kind, _own_task)
+        return load_own(*_own_files(data), data.kind)
     task = GLUE[data.task]
     if data.path is None:
         train, *dev = [_from_hub(task, data.task, split) for split in ("train", *(split for *_, split in task.dev))]
@@ -201,25 +214,25 @@ class _Rows(NamedTuple):
         return np.array(result, dtype=dtype)
 
 
-def _from_tsv(task: GlueTask, file: Path) -> Examples:
+def _from_tsv(task: GlueTask, file: Path) -> Texts:
     rows = _tsv(file, task.tsv.present, header=task.header, skip_torn=task.torn_rows)
     if not task.label_names:
         return _examples(rows, task.tsv, _number, np.float32)
     ids = {str(number): number for number in range(len(task.label_names))}
     ids |= {name: number for number, name in enumerate(task.label_names)}
-    return _examples(rows, task.tsv, partial(_class_id, ids), np.int64)
+    return _examples(rows, task.tsv, partial(class_id, ids), np.int64)
 
 
-def _examples(rows: _Rows, columns: Columns, convert: Callable[[Any], Any], dtype: Any) -> Examples:
+def _examples(rows: _Rows, columns: Columns, convert: Callable[[Any], Any], dtype: Any) -> Texts:
     pairs = None if columns.pair is None else rows.texts(columns.pair)
-    return Examples(rows.texts(columns.text), pairs, rows.labels(columns.label, convert, dtype))
+    return Texts(rows.texts(columns.text), pairs, rows.labels(columns.label, convert, dtype))
 
 
-def _from_hub(task: GlueTask, name: str, split: str) -> Examples:
+def _from_hub(task: GlueTask, name: str, split: str) -> Texts:
     rows = hub.load(HUB, name, split, task.hub.present)
     pairs = None if task.hub.pair is None else list(rows[task.hub.pair])
     dtype = np.int64 if task.label_names else np.float32
-    return Examples(list(rows[task.hub.text]), pairs, np.array(rows[task.hub.label], dtype=dtype))
+    return Texts(list(rows[task.hub.text]), pairs, np.array(rows[task.hub.label], dtype=dtype))
 
 
 def _own_task(train_file: Path, dev_file: Path, kind: Kind) -> Task:
@@ -232,12 +245,24 @@ def _own_task(train_file: Path, dev_file: Path, kind: Kind) -> Task:
         names: tuple[str, ...] = ()
         examples = [_examples(rows, columns, _number, np.float32) for rows in (train, dev)]
     else:
-        names = _sorted_names(train.labels("label", _label_name, object).tolist())
+        names = sorted_names(train.labels("label", label_name, object).tolist())
         if len(names) < 2:
             raise UserError(f"{train_file}: every label is {names[0]}; a classification needs at least two")
         ids = {name: number for number, name in enumerate(names)}
-        examples = [_examples(rows, columns, partial(_class_id, ids), np.int64) for rows in (train, dev)]
+        examples = [_examples(rows, columns, partial(class_id, ids), np.int64) for rows in (train, dev)]
     return Task(train_file.stem, kind, names, OWN_METRICS[kind], examples[0], {"dev": examples[1]})
+
+
+def _own_tagging(train_file: Path, dev_file: Path, kind: Kind) -> Task:
+    train, dev, names = tagging.load_tagging(train_file, dev_file)
+    entities = all(PARTS_OF_ENTITIES.fullmatch(name) for name in names)
+    return Task(train_file.stem, kind, names, OWN_METRICS[kind] if entities else WITHOUT_ENTITIES, train, {"dev": dev})
+
+
+def _own_questions(train_file: Path, dev_file: Path, kind: Kind) -> Task:
+    train, dev = squad.load_squad(train_file, dev_file)
+    metrics = OWN_METRICS[kind] + (UNANSWERABLE if train.unanswerable else ())
+    return Task(train_file.stem, kind, (), metrics, train, {"dev": dev})
 
 
 def _number(value: Any) -> float:
@@ -245,28 +270,6 @@ def _number(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"label {value!r} is not a number")
     return number
-
-
-def _class_id(ids: dict[str, int], label: Any) -> int:
-    name = _label_name(label)
-    if name not in ids:
-        raise ValueError(f'label "{name}" is unknown: {did_you_mean(name, ids)}')
-    return ids[name]
-
-
-def _label_name(value: Any) -> str:
-    """A label as a string. Raises ValueError for what is no label."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, str | int | np.integer) or value == "":
-        raise ValueError(f"label {value!r} is neither a word nor a whole number")
-    return str(value)
-
-
-def _sorted_names(labels: list[str]) -> tuple[str, ...]:
-    """The distinct labels: as numbers when all are, 2 before 10."""
-    names = set(labels)
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))
 
 
 def _reader(file: Path) -> Callable[..., _Rows]:
@@ -325,7 +328,7 @@ def _table(
 
 
 def _jsonl(file: Path, wanted: Sequence[str], optional: str | None = None) -> _Rows:
-    rows = ((number, _object(file, number, line)) for number, line in numbered_lines(file) if line.strip())
+    rows = numbered_objects(file)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{file}: empty")
@@ -338,16 +341,6 @@ def _jsonl(file: Path, wanted: Sequence[str], optional: str | None = None) -> _R
                 raise UserError(f"{file}:{line}: no {name}")
             result.columns[name].append(row[name])
     return result
-
-
-def _object(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{file}:{number}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}:{number}: not a JSON object")
-    return value
 
 
 def _parquet(file: Path, wanted: Sequence[str], optional: str | None = None) -> _Rows:

@@ -12,7 +12,9 @@
     frame(tokenizer)            the special tokens around a sequence
     encode_flat                 text -> ids without special tokens (corpora)
     encode_framed               text -> ids with special tokens, truncated (tasks)
-    check_vocabulary(…)         two models that read the same token ids must mean the same by them
+    encode_words                words of a sentence -> ids without special tokens, and where each word begins
+    encode_windows              question and context -> windows of the context, with special tokens
+    tokenizer_of_teacher(…)     the student's, which must be its own where they are compared token by token
     refuse_unknown(…)           a tokenizer that does not know the text is the user's mistake, and trains in silence
 
 Everything that depends on a tokenizer's special tokens goes through here.
@@ -51,6 +53,7 @@ DELETED = r"\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f"
 MOST_UNKNOWN = 0.2
 UNKNOWN_SAMPLE = 5000  # tokens looked at
 ENCODED_AT_ONCE = 10_000  # texts: the lists that the library returns are large
+WINDOWED_AT_ONCE = 1000  # contexts, which are longer
 
 
 class Frame(NamedTuple):
@@ -77,6 +80,22 @@ class Encoded(NamedTuple):
 
     ids: list[np.ndarray]  # int32, one per text
     segments: list[np.ndarray]  # uint8, as long
+
+
+class Words(NamedTuple):
+    """A sentence as ids without special tokens, and the first token of each of its words."""
+
+    ids: np.ndarray  # int32
+    firsts: np.ndarray  # int64, strictly ascending
+
+
+class Windows(NamedTuple):
+    """Sequences with their special tokens, each of a question and as much of its context as there is room for."""
+
+    encoded: Encoded
+    question: np.ndarray  # int64, which question each is of, ascending
+    context: list[slice]  # its tokens of the context
+    characters: list[np.ndarray]  # int64 [tokens of the context, 2], which characters of the context they stand for
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -113,15 +132,23 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def check_vocabulary(teacher: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises UserError when the teacher at that path has another vocabulary than the student's `tokenizer`."""
-    its, ours = load_tokenizer(teacher).get_vocab(), tokenizer.get_vocab()
-    if its != ours:
-        differing = next(iter(sorted(set(its.items()) ^ set(ours.items()))))[0]
-        raise UserError(
-            f"{teacher}: the teacher's vocabulary ({len(its)} tokens) is not the student's ({len(ours)}), "
-            f"they differ at {differing!r}; both read the same token ids, so they must be equal"
-        )
+def tokenizer_of_teacher(
+    path: str, tokenizer: PreTrainedTokenizerFast, compared: str | None
+) -> PreTrainedTokenizerFast:
+    """What the teacher at that path reads: the student's `tokenizer` where they have one vocabulary, or else its own.
+    Raises UserError where they do not and `compared`, which goes token by token through what they say."""
+    teacher = load_tokenizer(path)
+    its, ours = teacher.get_vocab(), tokenizer.get_vocab()
+    if its == ours:
+        return tokenizer
+    if compared is None:
+        return teacher
+    differing = next(iter(sorted(set(its.items()) ^ set(ours.items()))))[0]
+    raise UserError(
+        f"{path}: the teacher's vocabulary ({len(its)} tokens) is not the student's ({len(ours)}), they differ at "
+        f"{differing!r}, and {compared} compares them token by token; take a student with the teacher's tokenizer, "
+        "or on a task objective.name = kd"
+    )
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -418,6 +445,83 @@ def encode_framed(
         ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
         segments += [np.array(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
     return Encoded(ids, segments)
+
+
+def encode_words(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sequence[str]]) -> list[Words]:
+    """Each sentence as the text that its words and blanks between them make. A word that has no token of its own (a
+    control character, or one joined to the word before it) becomes the unknown token: every word has a first token."""
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else frame(tokenizer).pad
+    found = []
+    for begin in range(0, len(sentences), ENCODED_AT_ONCE):
+        chunk = sentences[begin : begin + ENCODED_AT_ONCE]
+        encodings = _backend(tokenizer).encode_batch([" ".join(words) for words in chunk], add_special_tokens=False)
+        for words, encoding in zip(chunk, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            characters = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            found.append(_first_tokens(ids, characters, words, unknown))
+    return found
+
+
+def _first_tokens(ids: np.ndarray, characters: np.ndarray, words: Sequence[str], unknown: int) -> Words:
+    """characters: int64 [tokens, 2], begin and end of each token in the text."""
+    lengths = np.array([len(word) for word in words], dtype=np.int64)
+    ends = np.cumsum(lengths + 1) - 1
+    begins = ends - lengths
+    token = np.searchsorted(np.maximum.accumulate(characters[:, 1]), begins, side="right")
+    starts = np.append(characters[:, 0], len(" ".join(words)) + 1)[token]
+    of_earlier = starts < begins - 1  # some tokens begin with the blank before their word
+    lacking = of_earlier | (starts >= ends)
+    place = token + of_earlier
+    inserted_before: np.ndarray = np.cumsum(lacking) - lacking
+    return Words(np.insert(ids, place[lacking], unknown), place + inserted_before)
+
+
+def encode_windows(
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[str],
+    contexts: Sequence[str],
+    max_length: int,
+    stride: int,
+) -> Windows:
+    """Each question with its context, in as many windows of max_length tokens as hold the whole of it; neighbours
+    share `stride` tokens, less than half of max_length. Of a question there is at most what fills half a window."""
+    ids: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    found = Windows(Encoded(ids, segments), np.empty(0, dtype=np.int64), [], [])
+    numbers: list[int] = []
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    questions = _cut(tokenizer, questions, max(1, max_length // 2 - special))
+    for begin in range(0, len(questions), WINDOWED_AT_ONCE):
+        chunk = slice(begin, begin + WINDOWED_AT_ONCE)
+        encoded = tokenizer(
+            list(questions[chunk]),
+            list(contexts[chunk]),
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+        )
+        ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
+        segments += [np.array(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
+        numbers += [begin + number for number in encoded["overflow_to_sample_mapping"]]
+        for window, characters in enumerate(encoded["offset_mapping"]):
+            mine = np.flatnonzero([side == 1 for side in encoded.sequence_ids(window)])
+            context = slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
+            found.context.append(context)
+            found.characters.append(np.array(characters[context], dtype=np.int64).reshape(-1, 2))
+    return found._replace(question=np.array(numbers, dtype=np.int64))
+
+
+def _cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], most: int) -> list[str]:
+    """The texts, each to the end of its token number `most`."""
+    encodings = _backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
+    return [
+        text if len(encoding) <= most else text[: encoding.offsets[most - 1][1]]
+        for text, encoding in zip(texts, encodings, strict=True)
+    ]
 
 
 def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

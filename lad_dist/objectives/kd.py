@@ -2,7 +2,8 @@
 
     L = hard · CE(z_s, y) + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
 
-z are logits: of a task, or of the MLM head at the masked positions.
+z are logits: of a task (for tagging at each word; for question answering over the tokens of a sequence, where the
+answer begins and where it ends), or of the MLM head at the masked positions.
 """
 
 from typing import Annotated
@@ -43,9 +44,10 @@ class KD(Objective):
         terms = {}
         if self.hard:
             assert student.logits is not None
-            terms["hard"] = self.hard * losses.hard(student.logits, batch.labels, self.head)
+            terms["hard"] = self.hard * losses.hard(student.logits, batch, self.head)
         if self.soft:
             assert student.logits is not None
             assert teacher.logits is not None
-            terms["soft"] = self.soft * losses.soft(student.logits, teacher.logits, self.head, self.temperature)
+            distance = losses.soft(student.logits, teacher.logits, batch, self.head, self.temperature)
+            terms["soft"] = self.soft * distance
         return terms

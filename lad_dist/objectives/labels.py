@@ -19,7 +19,7 @@ class Labels(Objective):
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert student.logits is not None
-        return {"hard": losses.hard(student.logits, batch.labels, self.head)}
+        return {"hard": losses.hard(student.logits, batch, self.head)}
 
 
 class Task(Labels):

@@ -4,37 +4,56 @@ B sequences, N tokens, R rows that the head read, D width, V outputs, U spans of
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lad_dist.flat import Batch, Head, pad, unpad
+from lad_dist.flat import Batch, Head, apart, pad, unpad
 
 Pair = tuple[Tensor, Tensor]
 
 CHUNK = 1 << 24  # elements: what a loss over the vocabulary may hold at a time beside the logits themselves
 
 
-def hard(logits: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Against labels [R]: cross-entropy of logits [R, V], or squared error of [R, 1] for regression."""
+def hard(logits: Tensor, batch: Batch, head: Head) -> Tensor:
+    """Against the batch's labels: cross-entropy of logits [R, V], mean over rows; squared error of [R, 1] for
+    regression. For question answering the cross-entropy of the rows of each sequence where the answer begins, and of
+    those where it ends, mean over both and over sequences (Devlin et al., 2019, section 4.2)."""
     if head == "regression":
-        return F.mse_loss(logits.float().squeeze(-1), labels.float())
-    return _by_rows(lambda x, y: F.cross_entropy(x.float(), y, reduction="sum"), logits, labels) / len(labels)
+        return F.mse_loss(logits.float().squeeze(-1), batch.labels.float())
+    if head == "question_answering":
+        return -(batch.labels * over_rows(logits, batch)).sum() / (2 * batch.nonempty)
+    sum_of = partial(F.cross_entropy, reduction="sum")
+    return _by_rows(lambda x, y: sum_of(x.float(), y), logits, batch.labels) / len(batch.labels)
 
 
-def soft(student: Tensor, teacher: Tensor, head: Head, temperature: float) -> Tensor:
+def soft(student: Tensor, teacher: Tensor, batch: Batch, head: Head, temperature: float) -> Tensor:
     """Against the teacher's logits [R, V]: T² KL(teacher || student) of the tempered distributions, mean over rows
-    (Hinton et al., 2015); squared error for regression."""
+    (Hinton et al., 2015); squared error for regression. For question answering the distributions are over the rows of
+    a sequence, one for where the answer begins and one for where it ends, and the mean over both and over sequences."""
     if head == "regression":
         return F.mse_loss(student.float(), teacher.float())
+    if head == "question_answering":
+        s, t = (over_rows(x.float() / temperature, batch) for x in (student, teacher))
+        return temperature**2 * F.kl_div(s, t, log_target=True, reduction="sum") / (2 * batch.nonempty)
 
     def divergence(s: Tensor, t: Tensor) -> Tensor:
         s, t = (F.log_softmax(x.float() / temperature, dim=-1) for x in (s, t))
         return F.kl_div(s, t, log_target=True, reduction="sum")
 
     return temperature**2 * _by_rows(divergence, student, teacher) / len(student)
+
+
+def over_rows(logits: Tensor, batch: Batch) -> Tensor:
+    """Each column of [R, V] as the logarithms of a distribution over the rows of the same sequence, fp32 [R, V]."""
+    batch = apart(batch)
+    places = batch.padded_index.index_select(0, batch.rows)
+    spans = logits.new_full((batch.sequence.numel(), logits.shape[1]), -torch.inf, dtype=torch.float32)
+    spans = spans.index_copy(0, places, logits.float()).view(*batch.sequence.shape, -1)
+    return F.log_softmax(spans, dim=1).flatten(0, 1).index_select(0, places)
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lad_dist.config import CorpusData, TaskData, UserError
 from lad_dist.data import tokenizers
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.order import windows
-from lad_dist.data.tasks import Examples, Task, load_task
+from lad_dist.data.tasks import Task, Texts, load_task
 from lad_dist.flat import Batch
 
 pytest_plugins = ["data_fixtures"]
@@ -44,9 +44,9 @@ def corpus_data(shards: Path, **rest: object) -> CorpusData:
 
 
 def toy_task(count: int, pairs: bool = True) -> Task:
-    def examples(count: int) -> Examples:
+    def examples(count: int) -> Texts:
         texts = [sentence(i, 1 + i % 9) for i in range(count)]
-        return Examples(texts, [sentence(i + 5, 3) for i in range(count)] if pairs else None, np.arange(count) % 2)
+        return Texts(texts, [sentence(i + 5, 3) for i in range(count)] if pairs else None, np.arange(count) % 2)
 
     return Task("toy", "classification", ("no", "yes"), ("accuracy",), examples(count), {"dev": examples(150)})
 
@@ -297,11 +297,11 @@ def test_task_batches_are_what_the_tokenizer_says(toy_tokenizer, pairs: bool) ->
 def test_dev_batches_are_in_order_flat_and_small(toy_tokenizer) -> None:
     task = toy_task(10)
     feed = TaskFeed(task_data(pad_to=20), task, toy_tokenizer, seed=0)
-    batches = [make() for make in feed.dev["dev"]]
+    batches = [make() for make in feed.dev["dev"].in_order()]
     assert [len(batch.labels) for batch in batches] == [64, 64, 22]
     assert torch.cat([batch.labels for batch in batches]).tolist() == task.dev["dev"].labels.tolist()
     assert all(batch.tokens == len(batch.input_ids) for batch in batches)
-    assert same(feed.dev["dev"][1](), batches[1])
+    assert same(feed.dev["dev"].in_order()[1](), batches[1])
 
 
 def test_padding_as_a_data_option(toy_tokenizer) -> None:
@@ -322,7 +322,7 @@ def test_task_batches_are_functions_of_seed_step_and_slot(toy_tokenizer) -> None
 
 
 def test_a_task_that_the_tokenizer_does_not_know_is_refused(toy_tokenizer) -> None:
-    unknown = Examples(["ζωή και the"] * 20, None, np.arange(20) % 2)
+    unknown = Texts(["ζωή και the"] * 20, None, np.arange(20) % 2)
     task = toy_task(10)._replace(train=unknown)
     with pytest.raises(UserError, match=r"toy's training data: 40 of the first 60 tokens are \[UNK\]"):
         TaskFeed(task_data(), task, toy_tokenizer, seed=0)
@@ -336,4 +336,4 @@ def test_real_task_through_a_tokenizer_of_its_own(real_data: Path, tmp_path: Pat
     feed = TaskFeed(data, task, tokenizers.load_tokenizer(tmp_path / "tokenizer"), seed=0)
     assert feed.steps_per_epoch == 5749 / 32
     assert feed.batch(0, 0).labels.dtype == torch.float32
-    assert sum(len(make().labels) for make in feed.dev["dev"]) == 1500
+    assert sum(len(make().labels) for make in feed.dev["dev"].in_order()) == 1500

@@ -1,0 +1,36 @@
+"""Labels as files spell them: words or whole numbers.
+
+label_name    a cell or JSON value -> the label as a string
+sorted_names  the distinct labels in the order of their class ids
+class_id      a label -> its class id, or what was probably meant
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lad_dist.config import did_you_mean
+
+
+def label_name(value: Any) -> str:
+    """A label as a string. Raises ValueError for what is no label."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, str | int | np.integer) or value == "":
+        raise ValueError(f"label {value!r} is neither a word nor a whole number")
+    return str(value)
+
+
+def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """The distinct labels: as numbers when all are, 2 before 10."""
+    names = set(labels)
+    if all(name.lstrip("-").isdecimal() for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
+
+
+def class_id(ids: Mapping[str, int], label: Any) -> int:
+    """Raises ValueError for a label that is not among them."""
+    name = label_name(label)
+    if name not in ids:
+        raise ValueError(f'label "{name}" is unknown: {did_you_mean(name, ids)}')
+    return ids[name]

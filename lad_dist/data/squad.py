@@ -1,0 +1,148 @@
+"""Questions about texts, in SQuAD's JSON (Rajpurkar et al., 2016, version 1.1; 2018, version 2.0).
+
+    load_squad(train, dev)   -> Questions of both
+    find_answers(…)          logits of windows -> the answer to each question
+
+A file is {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text", "answer_start"}]}]}]}]}. A
+question without answers, or with "is_impossible": true, has none in its context, as in version 2.0.
+
+R rows that the head reads: of each window its first token, which stands for "no answer", and the context's tokens.
+"""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lad_dist.config import UserError, pick
+
+
+class Answer(NamedTuple):
+    text: str
+    begin: int  # its first character in the context
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.text)
+
+
+class Questions(NamedTuple):
+    """n questions, each with its context and the answers that people gave."""
+
+    questions: list[str]
+    contexts: list[str]
+    answers: list[list[Answer]]
+    unanswerable: bool  # whether some question of the task has no answer
+
+
+class Rows(NamedTuple):
+    """The rows of all windows, end to end."""
+
+    question: np.ndarray  # int64 [windows], which question each is of, ascending
+    starts: np.ndarray  # int64 [windows + 1], where each window's rows begin
+    characters: np.ndarray  # int64 [R, 2], which characters of the context each stands for
+
+
+def reader(file: Path) -> Any:
+    """What reads files of that ending. Raises UserError when nothing does."""
+    return pick(f"{file}: file type", file.suffix, {".json": _read})
+
+
+def load_squad(train_file: Path, dev_file: Path) -> tuple[Questions, Questions]:
+    """Raises UserError naming the file and the place in it."""
+    train, dev = (_read(file) for file in (train_file, dev_file))
+    unanswerable = any(not answers for questions in (train, dev) for answers in questions.answers)
+    return train._replace(unanswerable=unanswerable), dev._replace(unanswerable=unanswerable)
+
+
+def _read(file: Path) -> Questions:
+    found = Questions([], [], [], False)
+    where = f"{file}: "
+    for a, article in enumerate(_list(_parsed(file), "data", where)):
+        in_article = f"{where}data[{a}]"
+        for p, paragraph in enumerate(_list(article, "paragraphs", in_article)):
+            in_paragraph = f"{in_article}.paragraphs[{p}]"
+            context = _text(paragraph, "context", in_paragraph)
+            for q, entry in enumerate(_list(paragraph, "qas", in_paragraph)):
+                in_entry = f"{in_paragraph}.qas[{q}]"
+                found.questions.append(_text(entry, "question", in_entry).strip())
+                found.contexts.append(context)
+                found.answers.append(_answers(entry, context, in_entry))
+    if not found.questions:
+        raise UserError(f"{file}: no questions")
+    return found
+
+
+def _parsed(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (at byte {error.start}); convert the file first") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def _list(table: Any, key: str, where: str) -> list[Any]:
+    if not isinstance(table, dict) or not isinstance(table.get(key), list):
+        raise UserError(f'{where}: no list "{key}" there; SQuAD\'s JSON has one')
+    return table[key]
+
+
+def _text(table: Any, key: str, where: str) -> str:
+    if not isinstance(table, dict) or not isinstance(table.get(key), str) or not table[key].strip():
+        raise UserError(f'{where}: no text "{key}" there; SQuAD\'s JSON has one')
+    return table[key]
+
+
+def _answers(entry: dict[str, Any], context: str, where: str) -> list[Answer]:
+    if entry.get("is_impossible", False) is True:
+        return []
+    answers = _list(entry, "answers", where)
+    return [_answer(answer, context, f"{where}.answers[{n}]") for n, answer in enumerate(answers)]
+
+
+def _answer(answer: Any, context: str, where: str) -> Answer:
+    text = _text(answer, "text", where)
+    begin = answer.get("answer_start")
+    if not isinstance(begin, int) or isinstance(begin, bool) or begin < 0:
+        raise UserError(f"{where}: answer_start is {begin!r}, not a place in the context")
+    if context[begin : begin + len(text)] != text:
+        there = context[begin : begin + len(text)]
+        raise UserError(f'{where}: at answer_start {begin} the context has "{there}", not "{text}"')
+    return Answer(text.strip(), begin + len(text) - len(text.lstrip()))
+
+
+def find_answers(
+    logits: NDArray[np.floating], rows: Rows, questions: Questions, longest: int, threshold: float
+) -> list[str]:
+    """The answer to each question, from logits [R, 2] of its begin and its end: the stretch of at most `longest` tokens
+    with the greatest sum of both in any window. Where questions may lack answers, none ("") when the least sum of any
+    window's first token exceeds that by more than `threshold` (Devlin et al., 2019, section 4.3)."""
+    best = np.full(len(questions.questions), -np.inf)
+    none = np.full(len(questions.questions), np.inf)
+    answers = [""] * len(questions.questions)
+    for question, (first, end) in zip(rows.question.tolist(), pairwise(rows.starts.tolist()), strict=True):
+        none[question] = min(none[question], float(logits[first].sum()))
+        score, begin, last = _best_stretch(logits[first + 1 : end], longest)
+        if score > best[question]:
+            best[question] = score
+            span = rows.characters[first + 1 + begin, 0], rows.characters[first + 1 + last, 1]
+            answers[question] = questions.contexts[question][slice(*span)].strip()
+    lacking = none - best > threshold if questions.unanswerable else np.zeros(len(best), dtype=bool)
+    return ["" if lacks else answer for lacks, answer in zip(lacking.tolist(), answers, strict=True)]
+
+
+def _best_stretch(logits: NDArray[np.floating], longest: int) -> tuple[float, int, int]:
+    """(sum, first token, last token) of the best stretch of logits [T, 2]."""
+    best = (-np.inf, 0, 0)
+    for more in range(min(longest, len(logits))):
+        sums = logits[: len(logits) - more, 0] + logits[more:, 1]
+        begin = int(sums.argmax())
+        if sums[begin] > best[0]:
+            best = (float(sums[begin]), begin, begin + more)
+    return best

@@ -1,0 +1,111 @@
+"""Sentences whose words have tags, as for named entities and parts of speech.
+
+    load_tagging(train, dev)   -> Sentences of both, and the names of the tags
+
+A .jsonl file has a sentence a line: {"tokens": ["Ada", …], "tags": ["B-PER", …]}. A CoNLL file (.conll, .bio, .iob,
+.txt or .tsv) has a word a line, its columns separated by tabs or else blanks, the word first and its tag last, and an
+empty line between sentences; lines that begin with -DOCSTART- are left out.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lad_dist.config import UserError, pick
+from lad_dist.data.labels import class_id, label_name, sorted_names
+from lad_dist.data.lines import numbered_lines, numbered_objects
+
+DOCUMENT = "-DOCSTART-"
+
+
+class Sentences(NamedTuple):
+    """n sentences, none without words."""
+
+    words: list[list[str]]
+    tags: list[np.ndarray]  # int64 class ids, one for each word
+
+
+class _Sentence(NamedTuple):
+    lines: list[int]  # where each word stands
+    words: list[str]
+    tags: list[Any]
+
+
+def reader(file: Path) -> Any:
+    """What reads files of that ending. Raises UserError when nothing does."""
+    conll = dict.fromkeys((".conll", ".bio", ".iob", ".txt", ".tsv"), _conll)
+    return pick(f"{file}: file type", file.suffix, {**conll, ".jsonl": _jsonl})
+
+
+def load_tagging(train_file: Path, dev_file: Path) -> tuple[Sentences, Sentences, tuple[str, ...]]:
+    """Names are those of the training file, in the order of the class ids. Raises UserError naming file and line."""
+    train, dev = (list(reader(file)(file)) for file in (train_file, dev_file))
+    for file, sentences in ((train_file, train), (dev_file, dev)):
+        if not sentences:
+            raise UserError(f"{file}: no sentences")
+    names = sorted_names(_each(train_file, train, label_name))
+    if len(names) < 2:
+        raise UserError(f"{train_file}: every tag is {names[0]}; tagging needs at least two")
+    ids = {name: number for number, name in enumerate(names)}
+    return _numbered(train_file, train, ids), _numbered(dev_file, dev, ids), names
+
+
+def _numbered(file: Path, sentences: list[_Sentence], ids: dict[str, int]) -> Sentences:
+    numbers = np.array(list(_each(file, sentences, lambda tag: class_id(ids, tag))), dtype=np.int64)
+    ends = np.cumsum([len(sentence.words) for sentence in sentences])
+    return Sentences([sentence.words for sentence in sentences], np.split(numbers, ends[:-1]))
+
+
+def _each(file: Path, sentences: list[_Sentence], convert: Any) -> Iterator[Any]:
+    """`convert` of each tag; what its ValueError says is given with file and line."""
+    for sentence in sentences:
+        for line, tag in zip(sentence.lines, sentence.tags, strict=True):
+            try:
+                yield convert(tag)
+            except ValueError as error:
+                raise UserError(f"{file}:{line}: {error}") from None
+
+
+def _conll(file: Path) -> Iterator[_Sentence]:
+    columns = 0
+    sentence = _Sentence([], [], [])
+    for number, line in numbered_lines(file):
+        if line.startswith(DOCUMENT):
+            continue
+        if not line.strip():
+            if sentence.words:
+                yield sentence
+            sentence = _Sentence([], [], [])
+            continue
+        fields = line.rstrip().split("\t") if "\t" in line else line.split()
+        columns = columns or len(fields)
+        _check_fields(f"{file}:{number}", fields, columns)
+        sentence.lines.append(number)
+        sentence.words.append(fields[0])
+        sentence.tags.append(fields[-1])
+    if sentence.words:
+        yield sentence
+
+
+def _check_fields(where: str, fields: list[str], columns: int) -> None:
+    if len(fields) != columns:
+        raise UserError(f"{where}: {len(fields)} columns, not {columns}")
+    if columns < 2:
+        raise UserError(f"{where}: one column; a word and its tag are needed")
+
+
+def _jsonl(file: Path) -> Iterator[_Sentence]:
+    for number, row in numbered_objects(file):
+        words, tags = (row.get(name) for name in ("tokens", "tags"))
+        for name, value in (("tokens", words), ("tags", tags)):
+            if not isinstance(value, list):
+                raise UserError(f"{file}:{number}: {name} is {value!r}, not a list")
+        assert isinstance(words, list)
+        assert isinstance(tags, list)
+        if not all(isinstance(word, str) for word in words):
+            raise UserError(f"{file}:{number}: tokens are not all texts")
+        if len(words) != len(tags) or not words:
+            raise UserError(f"{file}:{number}: {len(words)} tokens and {len(tags)} tags")
+        yield _Sentence([number] * len(words), words, tags)

@@ -1,0 +1,64 @@
+"""Learnable tagging and question answering at toy size, as files of the user's own."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from toy import WORDS
+
+NAMES = [word for word in WORDS if word.startswith("ba")]
+PLACES = [word for word in WORDS if word.startswith("fi")]
+OTHERS = [word for word in WORDS if word not in NAMES + PLACES]
+TAGGING = {"kind": "tagging"}
+QUESTIONS = {"kind": "question_answering"}
+
+
+def tagged(seed: int, most: int = 8) -> tuple[list[str], list[str]]:
+    """Words and tags: a run of names is one entity, a place is one by itself."""
+    pick = random.Random(seed)
+    words = pick.choices(NAMES + PLACES + OTHERS[:12], k=pick.randint(1, most))
+    tags = ["B-LOC" if word in PLACES else "O" for word in words]
+    for n, word in enumerate(words):
+        if word in NAMES:
+            tags[n] = "I-PER" if n and words[n - 1] in NAMES else "B-PER"
+    return words, tags
+
+
+def tagging_files(folder: Path, train: int = 120, dev: int = 30, most: int = 8) -> dict[str, str]:
+    """A CoNLL file to train on, a .jsonl to evaluate on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["-DOCSTART- -X- O", ""]
+    for seed in range(train):
+        lines += [f"{word} X {tag}" for word, tag in zip(*tagged(seed, most), strict=True)] + [""]
+    (folder / "train.conll").write_text("\n".join(lines))
+    rows = [dict(zip(("tokens", "tags"), tagged(10_000 + n, most), strict=True)) for n in range(dev)]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {**TAGGING, "train": str(folder / "train.conll"), "dev": str(folder / "dev.jsonl")}
+
+
+def entry(seed: int, length: int, unanswerable: bool) -> dict[str, Any]:
+    """A paragraph: who is in the text? A run of at most two names, or nobody."""
+    pick = random.Random(seed)
+    words = pick.choices(OTHERS, k=length)
+    names = pick.choices(NAMES, k=pick.randint(1, 2))
+    place = pick.randint(0, len(words))
+    absent = unanswerable and seed % 3 == 0
+    context = " ".join(words if absent else words[:place] + names + words[place:])
+    text = " ".join(names)
+    found = [] if absent else [{"text": text, "answer_start": context.index(text)}]
+    question = {"id": str(seed), "question": " ".join(pick.choices(OTHERS, k=2)), "answers": found}
+    return {"context": context, "qas": [question]}
+
+
+def squad(seeds: range, length: int = 14, unanswerable: bool = False) -> dict[str, Any]:
+    return {"data": [{"title": "", "paragraphs": [entry(seed, length, unanswerable) for seed in seeds]}]}
+
+
+def question_files(
+    folder: Path, train: int = 120, dev: int = 30, length: int = 14, unanswerable: bool = False
+) -> dict[str, str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, seeds in (("train", range(train)), ("dev", range(10_000, 10_000 + dev))):
+        (folder / f"{name}.json").write_text(json.dumps(squad(seeds, length, unanswerable)))
+    return {**QUESTIONS, "train": str(folder / "train.json"), "dev": str(folder / "dev.json")}
