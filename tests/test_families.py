@@ -20,10 +20,11 @@ from toy_families import LIKE, SIZES
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from lad_dist import families, models, surgery
-from lad_dist.config import PrepareConfig, UserError
+from lad_dist.config import EvaluateConfig, PrepareConfig, UserError
 from lad_dist.data.batch import collate, span_starts
 from lad_dist.data.prepare import prepare
 from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.evaluate import evaluate
 from lad_dist.flat import Batch, Head, Needs, pad, unpad
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES
@@ -398,3 +399,58 @@ def test_a_family_is_distilled_on_a_corpus(family: str, words: Any, corpora: Any
     assert outcome.results is not None
     assert 0 < outcome.results["metrics"]["loss"] < 10
     assert models.load(str(tmp_path / "toy" / "export"), "none").config.num_hidden_layers == 2
+
+
+# From one family to another
+
+
+def test_roberta_teaches_bert_that_reads_its_tokens(words: Any, tmp_path: Path) -> None:
+    """LAD compares hidden states token by token: the new model of another family takes the teacher's tokenizer."""
+    teacher = saved(
+        toy_families.made("roberta", "classification", words("roberta"), toy.LABELS), words("roberta"), tmp_path / "t"
+    )
+    files = toy.task_files(tmp_path / "task", train=16, dev=8)
+    tables = toy.task_config(tmp_path, files, teacher, teacher)
+    architecture = toy_families.architecture("bert", num_hidden_layers=2)
+    tables["student"] = {"architecture": architecture, "tokenizer": str(teacher)}
+    assert train(toy.parsed(tables, {"run.steps": 2})).results is not None
+    student = models.configuration(str(tmp_path / "toy" / "export"))
+    assert (student.model_type, student.pad_token_id) == ("bert", words("roberta").pad_token_id)
+
+
+def test_answers_to_a_task_may_come_from_a_teacher_with_another_tokenizer(words: Any, tmp_path: Path) -> None:
+    """Each reads the examples in its own tokens, asked once or at each step; token by token they are not compared."""
+    teacher, student = (
+        saved(toy_families.made(family, "classification", words(family), toy.LABELS), words(family), tmp_path / family)
+        for family in ("modernbert", "bert")
+    )
+    files = toy.task_files(tmp_path / "task", train=16, dev=24)
+    tables = toy.task_config(tmp_path, files, teacher, student, objective={"name": "kd"})
+    kept, asked = (
+        train(toy.parsed(tables, {"run.steps": 3, "run.name": name, "teacher.cache_gb": size})).results
+        for name, size in (("kept", 1.0), ("asked", 0.0))
+    )
+    assert kept is not None
+    assert asked is not None
+    assert kept["metrics"]["accuracy"] == asked["metrics"]["accuracy"]
+    curves = [[row["soft"] for row in losses(tmp_path / name)] for name in ("kept", "asked")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+    alone = evaluate(evaluation(teacher, None, files))["model"]
+    both = evaluate(evaluation(tmp_path / "kept" / "export", teacher, files))
+    assert kept["teacher"]["accuracy"] == both["teacher"]["accuracy"] == alone["accuracy"]
+    assert both["model"]["accuracy"] == kept["metrics"]["accuracy"]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (teacher / name).unlink(missing_ok=True)  # refused before it is read
+    with pytest.raises(UserError, match=r"the teacher's vocabulary .* and lad compares them token by token"):
+        train(toy.parsed(tables, {"run.name": "lad", "objective": {"name": "lad"}}))
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "soft" in row]
+
+
+def evaluation(model: Path, teacher: Path | None, files: dict[str, str]) -> EvaluateConfig:
+    tables: dict[str, Any] = {"model": {"path": str(model)}, "data": files | {"max_length": 32}}
+    return EvaluateConfig.model_validate(tables | ({} if teacher is None else {"teacher": {"path": str(teacher)}}))
