@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import jensenshannon
+from scipy.special import softmax
 
-from lad_dist.metrics import loyalty, score
+from lad_dist.metrics import answers, entities, likeness, loyalty, score
 
 
 def one_hot(classes: list[int], width: int = 2) -> np.ndarray:
@@ -67,3 +69,74 @@ def test_loyalty_of_a_regression_is_a_correlation() -> None:
     found = loyalty(-outputs, outputs)
     assert found == {"teacher_pearson": pytest.approx(-1)}
     assert type(found["teacher_pearson"]) is float  # results.json holds it
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "right", "there", "said"),
+    [
+        ("B-A I-A O B-B", "B-A I-A O B-B", 2, 2, 2),
+        ("B-A I-A O B-B", "B-A O O B-A", 0, 2, 2),  # a wrong border, a wrong kind
+        ("I-A I-A O I-B", "B-A I-A O B-B", 2, 2, 2),  # IOB1 says the same as IOB2
+        ("B-A B-A", "I-A I-A", 0, 2, 1),  # neighbours of a kind are two, or one
+        ("I-A I-B", "B-A B-B", 2, 2, 2),  # another kind begins another entity
+        ("B-A I-A E-A S-B", "B-A I-A I-A B-B", 2, 2, 2),  # IOBES
+        ("B-A L-A U-A U-B", "B-A I-A B-A B-B", 3, 3, 3),  # BILOU
+        ("B-A E-A I-A", "B-A I-A B-A", 2, 2, 2),  # after an end the inside begins anew
+        ("B-x-y I-x-y", "B-x-y I-x-z", 0, 1, 2),
+        ("O O", "O B-A", 0, 0, 1),
+        ("B I O", "B I O", 1, 1, 1),  # without kinds
+    ],
+)
+def test_entities_by_hand(gold: str, predicted: str, right: int, there: int, said: int) -> None:
+    """As conlleval counts; a sentence's end ends an entity."""
+    found = entities([gold.split(), ["O"]], [predicted.split(), ["O"]])
+    assert found["precision"] == (right / said if said else 0)
+    assert found["recall"] == (right / there if there else 0)
+    assert found["f1"] == pytest.approx(2 * right / (there + said))
+    split = entities([["B-A"], ["I-A"]], [["B-A"], ["I-A"]])
+    assert split == {"precision": 1, "recall": 1, "f1": 1}
+    assert entities([["B-A"], ["I-A"]], [["B-A"], ["O"]])["recall"] == 0.5
+
+
+def test_nothing_found_where_nothing_is() -> None:
+    assert entities([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0}
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "exact", "f1"),
+    [
+        ("The  Ada-Lovelace!", ["ada lovelace", "adalovelace"], 1, 1),
+        ("Ada Lovelace", ["Lovelace", "Ada"], 0, 2 / 3),
+        ("in the year 1843", ["1843 in London"], 0, 2 * 2 / (3 + 3)),
+        ("a", ["Rome"], 0, 0),
+        ("Rome Rome", ["Rome"], 0, 2 / 3),  # words count as often as they occur
+    ],
+)
+def test_answers_by_hand(predicted: str, gold: list[str], exact: float, f1: float) -> None:
+    assert answers([predicted], [gold], False) == {"exact_match": exact, "f1": pytest.approx(f1)}
+
+
+def test_answers_that_are_not_there_by_hand() -> None:
+    """SQuAD 2.0: an empty answer is right where there is none, and there alone."""
+    golds = [["Rome"], ["Rome"], [], [], ["the", "Ada Lovelace"]]
+    found = answers(["Rome", "", "", "Rome", "Ada"], golds, True)
+    assert found == {
+        "exact_match": pytest.approx(2 / 5),
+        "f1": pytest.approx((1 + 0 + 1 + 0 + 2 / 3) / 5),
+        "f1_answerable": pytest.approx((1 + 0 + 2 / 3) / 3),
+        "f1_unanswerable": pytest.approx(1 / 2),
+    }
+    assert answers(["the"], [["the"]], False) == {"exact_match": 1, "f1": 0}  # version 1.1: no word in common
+
+
+def test_likeness_is_that_of_each_window() -> None:
+    """Against scipy, window by window and column by column."""
+    random = np.random.default_rng(0)
+    student, teacher = (random.normal(size=(9, 2)) * 3 for _ in range(2))
+    starts, distances = np.array([0, 4, 5]), []
+    for first, end in ((0, 4), (4, 5), (5, 9)):
+        for column in (0, 1):
+            p, q = (softmax(x[first:end, column]) for x in (student, teacher))
+            distances.append(jensenshannon(p, q, base=2))
+    assert likeness(student, teacher, starts) == pytest.approx(1 - np.mean(distances))
+    assert likeness(student, student + 7, starts) == pytest.approx(1)

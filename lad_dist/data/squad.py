@@ -60,9 +60,8 @@ def load_squad(train_file: Path, dev_file: Path) -> tuple[Questions, Questions]:
 
 def _read(file: Path) -> Questions:
     found = Questions([], [], [], False)
-    where = f"{file}: "
-    for a, article in enumerate(_list(_parsed(file), "data", where)):
-        in_article = f"{where}data[{a}]"
+    for a, article in enumerate(_list(_parsed(file), "data", str(file))):
+        in_article = f"{file}: data[{a}]"
         for p, paragraph in enumerate(_list(article, "paragraphs", in_article)):
             in_paragraph = f"{in_article}.paragraphs[{p}]"
             context = _text(paragraph, "context", in_paragraph)

@@ -30,15 +30,7 @@ Kind = Literal["classification", "regression", "tagging", "question_answering"]
 HUB = "nyu-mll/glue"
 OWN_COLUMNS = ("text", "label")
 OWN_PAIR = "text_pair"
-OWN_METRICS: dict[Kind, tuple[str, ...]] = {
-    "classification": ("accuracy", "f1", "matthews"),
-    "regression": ("pearson", "spearman"),
-    "tagging": ("f1", "precision", "recall", "accuracy"),
-    "question_answering": ("f1", "exact_match"),
-}
 PARTS_OF_ENTITIES = re.compile(r"O|[BIMELSU](-.+)?")  # BIO (IOB1, IOB2), IOBES and BILOU
-WITHOUT_ENTITIES = ("accuracy",)
-UNANSWERABLE = ("f1_answerable", "f1_unanswerable")  # SQuAD 2.0 has both kinds of questions
 
 
 class Texts(NamedTuple):
@@ -147,9 +139,8 @@ GLUE = {
 def check_task(data: TaskData) -> None:
     """Raises UserError for an unknown task, a missing file, or a kind of file that cannot be read."""
     if data.task is None:
-        find_reader = {"tagging": tagging.reader, "question_answering": squad.reader}.get(data.kind, _reader)
         for file in _own_files(data):
-            find_reader(file)
+            OWN_KINDS[data.kind].reader(file)
             _require_file(file)
     else:
         task = pick("task", data.task, GLUE)
@@ -161,8 +152,7 @@ def load_task(data: TaskData) -> Task:
     """The task's data, from GLUE's files, the hub or the user's own files. Raises UserError naming file and line."""
     check_task(data)
     if data.task is None:
-        load_own = {"tagging": _own_tagging, "question_answering": _own_questions}.get(data.kind, _own_task)
-        return load_own(*_own_files(data), data.kind)
+        return OWN_KINDS[data.kind].load(*_own_files(data))
     task = GLUE[data.task]
     if data.path is None:
         train, *dev = [_from_hub(task, data.task, split) for split in ("train", *(split for *_, split in task.dev))]
@@ -235,7 +225,7 @@ def _from_hub(task: GlueTask, name: str, split: str) -> Texts:
     return Texts(list(rows[task.hub.text]), pairs, np.array(rows[task.hub.label], dtype=dtype))
 
 
-def _own_task(train_file: Path, dev_file: Path, kind: Kind) -> Task:
+def _own_task(kind: Kind, train_file: Path, dev_file: Path) -> Task:
     train, dev = (_reader(file)(file, OWN_COLUMNS, optional=OWN_PAIR) for file in (train_file, dev_file))
     if (OWN_PAIR in train.columns) != (OWN_PAIR in dev.columns):
         lacking = dev_file if OWN_PAIR in train.columns else train_file
@@ -250,19 +240,21 @@ def _own_task(train_file: Path, dev_file: Path, kind: Kind) -> Task:
             raise UserError(f"{train_file}: every label is {names[0]}; a classification needs at least two")
         ids = {name: number for number, name in enumerate(names)}
         examples = [_examples(rows, columns, partial(class_id, ids), np.int64) for rows in (train, dev)]
-    return Task(train_file.stem, kind, names, OWN_METRICS[kind], examples[0], {"dev": examples[1]})
+    metrics = ("pearson", "spearman") if kind == "regression" else ("accuracy", "f1", "matthews")
+    return Task(train_file.stem, kind, names, metrics, examples[0], {"dev": examples[1]})
 
 
-def _own_tagging(train_file: Path, dev_file: Path, kind: Kind) -> Task:
+def _own_tagging(train_file: Path, dev_file: Path) -> Task:
     train, dev, names = tagging.load_tagging(train_file, dev_file)
     entities = all(PARTS_OF_ENTITIES.fullmatch(name) for name in names)
-    return Task(train_file.stem, kind, names, OWN_METRICS[kind] if entities else WITHOUT_ENTITIES, train, {"dev": dev})
+    metrics = ("f1", "precision", "recall", "accuracy") if entities else ("accuracy",)
+    return Task(train_file.stem, "tagging", names, metrics, train, {"dev": dev})
 
 
-def _own_questions(train_file: Path, dev_file: Path, kind: Kind) -> Task:
+def _own_questions(train_file: Path, dev_file: Path) -> Task:
     train, dev = squad.load_squad(train_file, dev_file)
-    metrics = OWN_METRICS[kind] + (UNANSWERABLE if train.unanswerable else ())
-    return Task(train_file.stem, kind, (), metrics, train, {"dev": dev})
+    both = ("f1_answerable", "f1_unanswerable") if train.unanswerable else ()
+    return Task(train_file.stem, "question_answering", (), ("f1", "exact_match", *both), train, {"dev": dev})
 
 
 def _number(value: Any) -> float:
@@ -366,3 +358,16 @@ def _not_empty(rows: _Rows) -> _Rows:
     if not rows.lines:
         raise UserError(f"{rows.file}: no rows")
     return rows
+
+
+class OwnKind(NamedTuple):
+    reader: Callable[[Path], Any]  # of a file; raises UserError where none reads files of that ending
+    load: Callable[[Path, Path], Task]
+
+
+OWN_KINDS: dict[Kind, OwnKind] = {
+    "classification": OwnKind(_reader, partial(_own_task, "classification")),
+    "regression": OwnKind(_reader, partial(_own_task, "regression")),
+    "tagging": OwnKind(tagging.reader, _own_tagging),
+    "question_answering": OwnKind(squad.reader, _own_questions),
+}

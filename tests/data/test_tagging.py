@@ -1,0 +1,146 @@
+"""Sentences with tags: files read, every word with a row of its own, long sentences cut between words."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_families
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lad_dist.config import TaskData, UserError
+from lad_dist.data.examples import TaggingExamples, pieces, tokenize
+from lad_dist.data.tasks import Task, check_task, load_task
+from lad_dist.data.tokenizers import Words, encode_words, frame, load_tokenizer
+
+pytest_plugins = ["data_fixtures"]
+
+FAMILIES = ["bert", "roberta", "albert", "xlm-roberta"]
+GOOD = "Ada B-PER\nwent O\n\nto O\nRome B-LOC\n"
+
+
+def own(train: Path, dev: Path, **rest: object) -> Task:
+    return load_task(TaskData.model_validate({"train": str(train), "dev": str(dev), "kind": "tagging", **rest}))
+
+
+def written(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
+
+
+def test_conll_and_jsonl_say_the_same(tmp_path: Path) -> None:
+    """Columns by blanks or tabs, empty lines that hold blanks, no empty line at the end, marks between documents."""
+    conll = written(
+        tmp_path / "a.conll",
+        "-DOCSTART- -X- O\n\nAda NNP B-PER\nwent VBD O\n\n\n-DOCSTART- -X- O\n \nto\tTO\tO\nNew York\tNNP\tB-LOC",
+    )
+    rows = [{"tokens": ["Ada", "went"], "tags": ["B-PER", "O"]}, {"tokens": ["to", "New York"], "tags": ["O", "B-LOC"]}]
+    lines = written(tmp_path / "b.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    task = own(conll, lines)
+    assert task.label_names == ("B-LOC", "B-PER", "O")
+    for found in (task.train, task.dev["dev"]):
+        assert found.words == [["Ada", "went"], ["to", "New York"]]
+        assert [tags.tolist() for tags in found.tags] == [[1, 2], [2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("tags", "metrics"),
+    [
+        ("B-PER I-PER O", ("f1", "precision", "recall", "accuracy")),
+        ("S-PER B-X I-X E-X O", ("f1", "precision", "recall", "accuracy")),
+        ("U-PER L-geo-loc O", ("f1", "precision", "recall", "accuracy")),
+        ("B I O", ("f1", "precision", "recall", "accuracy")),
+        ("NOUN VERB O", ("accuracy",)),
+        ("0 1 2", ("accuracy",)),
+    ],
+)
+def test_entities_are_counted_where_tags_mark_them(tags: str, metrics: tuple[str, ...], tmp_path: Path) -> None:
+    file = written(tmp_path / "a.txt", "".join(f"word {tag}\n" for tag in tags.split()))
+    assert own(file, file).metrics == metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.conll", "Ada B-PER\nwent\n", r"a\.conll:2: 1 columns, not 2"),
+        ("a.conll", "Ada\nwent\n", r"a\.conll:1: one column; a word and its tag are needed"),
+        ("a.conll", "Ada B-PER\nwent X O\n", r"a\.conll:2: 3 columns, not 2"),
+        ("a.conll", "\n-DOCSTART- O\n\n", r"a\.conll: no sentences"),
+        ("a.conll", "Ada O\nwent O\n", r"a\.conll: every tag is O; tagging needs at least two"),
+        ("a.tsv", "Ada\t\n", r"a\.tsv:1: one column|a\.tsv:1: label '' is neither"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n{"tokens": ["a", "b"], "tags": ["O"]}\n', "a.jsonl:2: 2 tokens"),
+        ("a.jsonl", '{"tokens": [], "tags": []}\n', r"a\.jsonl:1: 0 tokens and 0 tags"),
+        ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}\n', r"a\.jsonl:1: tokens is 'a b', not a list"),
+        ("a.jsonl", '{"tokens": ["a"], "labels": ["O"]}\n', r"a\.jsonl:1: tags is None, not a list"),
+        ("a.jsonl", '{"tokens": [1], "tags": ["O"]}\n', r"a\.jsonl:1: tokens are not all texts"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": [0.5]}\n', r"a\.jsonl:1: label 0\.5 is neither"),
+        ("a.jsonl", '\n{"tokens": ["a"\n', r"a\.jsonl:2: not valid JSON"),
+        ("a.jsonl", "[]\n", r"a\.jsonl:1: not a JSON object"),
+        ("a.csv", GOOD, r'a\.csv: file type "\.csv" is unknown'),
+    ],
+)
+def test_malformed_files_are_refused_with_their_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    dev = written(tmp_path / "dev.bio", GOOD)
+    with pytest.raises(UserError, match=message) as caught:
+        own(written(tmp_path / name, text), dev)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tag_that_training_does_not_have_is_refused(tmp_path: Path) -> None:
+    train = written(tmp_path / "train.bio", GOOD)
+    dev = written(tmp_path / "dev.bio", "Ada B-PERS\n")
+    with pytest.raises(UserError, match=r'dev\.bio:1: label "B-PERS" is unknown: did you mean "B-PER"\?'):
+        own(train, dev)
+    with pytest.raises(UserError, match=r"nowhere\.bio: no such file"):
+        check_task(TaskData(train=str(train), dev=str(tmp_path / "nowhere.bio"), kind="tagging"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_word_has_a_first_token_of_its_own(family: str, tmp_path: Path) -> None:
+    """Also words that a tokenizer leaves out, and long ones: decoded from its first token to the next word's, each
+    reads as it was written."""
+    words = load_tokenizer(toy_families.tokenizer(family, tmp_path))
+    sentences = [["ban", "dert"], ["\x01", "fisk", "\x01", "\x02"], ["gompban" * 4, "ne"], ["lud"] * 30, [" "]]
+    for sentence, found in zip(sentences, encode_words(words, sentences), strict=True):
+        assert len(found.firsts) == len(sentence)
+        assert (np.diff(found.firsts) > 0).all()
+        assert found.firsts[-1] < len(found.ids)
+        for word, (begin, end) in zip(sentence, pairwise([*found.firsts.tolist(), len(found.ids)]), strict=True):
+            text = words.decode(found.ids[begin:end]).replace(" ", "").replace("##", "")
+            assert text.strip() == word.strip() or found.ids[begin] == words.unk_token_id
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 12))
+def test_pieces_cover_all_words_and_fit(sizes: list[int], room: int) -> None:
+    """A piece is longer than the room only where it is one word."""
+    firsts = np.cumsum([0, *sizes])
+    borders = pieces(Words(np.zeros(firsts[-1], dtype=np.int32), firsts[:-1]), room)
+    assert (borders[0], borders[-1]) == (0, len(sizes))
+    for begin, end in pairwise(borders):
+        assert begin < end
+        assert sum(sizes[begin:end]) <= room or end - begin == 1
+
+
+def test_long_sentences_are_cut_between_words_and_none_is_lost(toy_tokenizer, tmp_path: Path) -> None:
+    long = [("the", "O"), ("and", "B-X")] * 40 + [("andthe" * 20, "O")] + [("and", "B-X")]
+    file = written(tmp_path / "a.bio", "".join(f"{word} {tag}\n" for word, tag in long) + "\nthe O\n")
+    data = TaskData(train=str(file), dev=str(file), kind="tagging", max_length=16)
+    task = load_task(data)
+    examples = tokenize(task, task.train, toy_tokenizer, data, "it")
+    assert isinstance(examples, TaggingExamples)
+    special = frame(toy_tokenizer)
+    tags = [tag for _, tag in long] + ["O"]
+    assert examples.labels.tolist() == [task.label_names.index(tag) for tag in tags]
+    batch = examples.batch(np.arange(examples.count))
+    assert batch.lengths.max() <= 16
+    assert len(batch.rows) == len(tags)
+    assert (np.diff(batch.rows.numpy()) > 0).all()
+    read = batch.input_ids[batch.rows]
+    expected = [toy_tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "and")]
+    assert read[:80].tolist() == expected * 40
+    ends = batch.cu_seqlens[1:].long() - 1
+    assert (batch.input_ids[ends] == int(special.after[0])).all()
+    assert examples.score(np.eye(2)[examples.labels]) == {"f1": 1.0, "precision": 1.0, "recall": 1.0, "accuracy": 1.0}
