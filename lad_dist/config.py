@@ -12,6 +12,7 @@ names the nearest right name.
 
 import difflib
 import inspect
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +37,9 @@ class Table(BaseModel):
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
+
+
+TEACHERS_OWN = "teacher"  # as student.path
 
 
 class Run(Table):
@@ -75,7 +79,9 @@ class Teacher(Table):
 
 
 class Student(Table):
-    path: str | None = Field(None, description="model folder or hub name to start from")
+    path: str | None = Field(
+        None, description='model folder or hub name to start from; "teacher": what teacher.path names'
+    )
     architecture: dict[str, Any] | None = Field(
         None,
         description="instead of path: a new model, in its Hugging Face config's words (model_type, hidden_size, …)",
@@ -166,17 +172,6 @@ class TaskData(Data):
             raise ValueError(f"pad_to = {self.pad_to} is shorter than max_length = {self.max_length}")
         return self
 
-
-class Named(Table):
-    """A name and the keyword arguments that go with it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-    name: str = Field(description="name, beside it the keyword arguments that go with it")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
     @model_validator(mode="after")
     def _keys_of_the_kind(self) -> Self:
         if self.task is not None and self.kind in ("tagging", "question_answering"):
@@ -192,6 +187,17 @@ class Named(Table):
     def overlap(self) -> int:
         """`stride`, or its default."""
         return self.max_length // 3 if self.stride is None else self.stride
+
+
+class Named(Table):
+    """A name and the keyword arguments that go with it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    name: str = Field(description="name, beside it the keyword arguments that go with it")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
 class Optim(Table):
@@ -215,6 +221,16 @@ class TrainConfig(Table):
     surgery: list[Named] = Field([], description="changes to the student, in order: a name and its arguments")
     optim: Optim
     deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own config: zero_optimization, bf16, …")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _student_of_its_teacher(cls, tables: dict[str, Any]) -> dict[str, Any]:
+        student, teacher = tables.get("student"), tables.get("teacher")
+        if not isinstance(student, dict) or student.get("path") != TEACHERS_OWN:
+            return tables
+        if not isinstance(teacher, dict) or "path" not in teacher:
+            raise ValueError(f'student.path = "{TEACHERS_OWN}": there is no teacher, set teacher.path')
+        return {**tables, "student": {**student, "path": teacher["path"]}}
 
 
 class PretrainConfig(TrainConfig):
@@ -334,11 +350,11 @@ class Search(Table):
     name: str = Field(description="name of the search's folder", min_length=1)
     dir: str = Field("runs", description="folder of the search folders")
     base: str = Field(description="config of a task distillation; the search changes it")
-    samples: Positive = Field(description="number of trials")
+    samples: Positive = Field(1, description="trials drawn from the space, for each combination of the grid")
     concurrent: int = Field(0, ge=0, description="trials at once; 0: as many as the cluster holds")
     cpus: Rate = Field(1.0, description="CPU cores of one trial")
     gpus: float = Field(0.0, ge=0, description="GPUs of one trial; a fraction shares one")
-    metric: str = Field(description="metric of the dev set to maximise, such as accuracy")
+    metric: str | None = Field(None, description="metric of the dev set to maximise; default: the task's first")
     grace: Positive = Field(1, description="evaluations before ASHA may stop a trial")
     reduction: int = Field(3, ge=2, description="ASHA keeps one in so many at each rung")
     seed: int = Field(0, ge=0, description="of the samples drawn")
@@ -347,10 +363,24 @@ class Search(Table):
 class SearchConfig(Table):
     search: Search
     override: dict[str, Any] = Field({}, description='fixed changes to base: "data.task" = "rte"')
-    space: dict[str, dict[str, Any]] = Field(
-        min_length=1,
-        description='what is searched: "optim.lr" = {loguniform = [1e-5, 1e-3]}; uniform, choice, randint too',
+    grid: dict[str, dict[str, dict[str, Any]]] = Field(
+        {}, description='what is compared: axis.choice = {"data.task" = "rte"}; base = FILE in a choice: another config'
     )
+    space: dict[str, dict[str, Any]] = Field(
+        {}, description='what is searched: "optim.lr" = {loguniform = [1e-5, 1e-3]}; uniform, choice, randint too'
+    )
+
+    @model_validator(mode="after")
+    def _something_to_try(self) -> Self:
+        if not self.grid and not self.space:
+            raise ValueError("give [grid], [space] or both: there is nothing to try")
+        if not self.space and self.search.samples > 1:
+            raise ValueError(f"search.samples = {self.search.samples}: there is no [space] to draw them from")
+        for axis, choices in self.grid.items():
+            wrong = [name for name in choices if not re.fullmatch(r"\w[\w.]*", name)]
+            if not choices or wrong:
+                raise ValueError(f"grid.{axis}: give choices whose names are letters, digits, _ and dots")
+        return self
 
 
 Schema = TypeVar("Schema", bound=Table)

@@ -1,10 +1,14 @@
-"""Searches the hyper-parameters of a task distillation with Ray Tune, and writes the best config for task_distill.
+"""Searches the hyper-parameters of a task distillation with Ray Tune, and writes the best config for task_distill; or
+runs a grid of methods, tasks and seeds for launch/report.py to compare.
 
 usage: python launch/tune.py CONFIG.toml [dotted.key=value …]
        With RAY_ADDRESS set it joins that cluster, otherwise it starts Ray on this machine.
 
 example: python launch/tune.py configs/tune/lad.toml search.samples=8
+         python launch/tune.py configs/tune/compare.toml
 """
+
+from pathlib import Path
 
 from lad_dist import cli
 from lad_dist.config import SearchConfig
@@ -21,8 +25,11 @@ def main(config: SearchConfig) -> int:
     cli.print_table(config.search.name, header, [[row[key] for key in header] for row in found.trials])
     if found.failed:
         first = found.failed[0]
-        cli.say(f"{len(found.failed)} of {config.search.samples} trials failed; {first['trial']}: {first['error']}")
-    cli.say(f"best config: {found.best}; python launch/task_distill.py {found.best}")
+        count = len(found.trials) + len(found.failed)
+        cli.say(f"{len(found.failed)} of {count} trials failed; {first['trial']}: {first['error']}")
+    folder = Path(config.search.dir) / config.search.name
+    best = f"best config: {found.best}; python launch/task_distill.py {found.best}"
+    cli.say(best if found.best else f"compare them: python launch/report.py {folder} --out {folder}/report")
     return cli.DONE
 
 

@@ -1,10 +1,12 @@
 """Searches: what is refused before Ray starts, what trials draw, and real searches on the toy world."""
 
+import itertools
 import json
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +25,17 @@ from launching import ROOT, environment, launch
 
 from lad_dist import models
 from lad_dist.config import SearchConfig, TaskConfig, UserError, load, parse
-from lad_dist.search import draw, search
+from lad_dist.search import search
+from lad_dist.trials import draw
 
 TUNE = ROOT / "launch" / "tune.py"
 GOOD, HOPELESS = 6e-3, 1e-9
 DEEPER_THAN_THE_MODEL = 9
 SEED_SEARCHED = 13
+GRID = {
+    "method": {"pkd": {"objective.name": "pkd"}, "lad": {}},
+    "seed": {"0": {"run.seed": 0}, "1": {"run.seed": 1}},
+}
 
 
 def tables(work: Path, **changes: Any) -> dict[str, Any]:
@@ -39,7 +46,8 @@ def tables(work: Path, **changes: Any) -> dict[str, Any]:
         "override": {"run.eval_every": 2},
         "space": {"optim.lr": {"choice": [HOPELESS, GOOD]}},
     }
-    return {name: {**table, **changes.get(name, {})} for name, table in default.items()}
+    made = {name: {**default.get(name, {}), **(changes.get(name) or {})} for name in default | changes}
+    return {name: table for name, table in made.items() if changes.get(name, {}) is not None}
 
 
 @pytest.fixture
@@ -84,6 +92,12 @@ def denying(world: World, folder: Path) -> Path:
         ({"search": {"metric": "pearson"}}, 'no "pearson", it has accuracy, f1, matthews'),
         ({"search": {"base": "nowhere.toml"}}, "nowhere.toml: cannot read the config"),
         ({"override": {"run.eval_every": 0}}, "set override.run.eval_every"),
+        ({"space": None}, r"give \[grid\], \[space\] or both"),
+        ({"space": None, "grid": GRID}, r"samples = 4: there is no \[space\] to draw them from"),
+        ({"grid": {"method": {}}}, "grid.method: give choices"),
+        ({"grid": {"method": {"a/b": {}}}}, "grid.method: give choices whose names are letters"),
+        ({"grid": {"method": {"kd": {"base": "nowhere.toml"}}}}, "nowhere.toml: cannot read the config"),
+        ({"grid": {"method": {"kd": {"objective.sort": 0.5}}}}, 'sort: no such key; did you mean "soft"'),
     ],
 )
 def test_mistakes_are_refused_before_ray_starts(
@@ -100,6 +114,8 @@ def test_mistakes_are_refused_before_ray_starts(
 @given(seed=st.integers(0, 2**32), low=st.floats(1e-9, 1.0), ratio=st.floats(1.01, 1e6), count=st.integers(2, 12))
 def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, ratio: float, count: int) -> None:
     base = toy.task_config(Path("runs"), {"train": "a.csv", "dev": "b.csv"}, Path("teacher"), Path("student"))
+    folder = Path(tempfile.mkdtemp())
+    (folder / "base.toml").write_text(tomli_w.dumps(base))
 
     def drawn(samples: int, **more: Any) -> list[dict[str, Any]]:
         space = {
@@ -108,8 +124,8 @@ def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, rat
             "student.layers": {"choice": [[1, 3], [2, 4], "first"]},
             **more,
         }
-        words = tables(Path("runs"), search={"samples": samples, "seed": seed})
-        return [trial.sample for trial in draw(parse(SearchConfig, {**words, "space": space}, "toy"), base)]
+        words = tables(folder, search={"samples": samples, "seed": seed})
+        return [trial.sample for trial in draw(parse(SearchConfig, {**words, "space": space}, "toy"))]
 
     samples = drawn(count)
     assert samples == drawn(count + 3)[:count]
@@ -123,10 +139,47 @@ def test_tables_and_dotted_keys_say_the_same(work: Path) -> None:
     (work / "search.toml").write_text(tomli_w.dumps(tables(work)))
     overrides = ["override.data.slots=2", "space.optim.lr={uniform=[0.25,0.5]}"]
     config = load(SearchConfig, work / "search.toml", overrides)
-    for trial in draw(config, load(TaskConfig, work / "base.toml").model_dump(exclude_none=True)):
+    for trial in draw(config):
         assert (trial.config.data.slots, trial.config.run.eval_every) == (2, 2)
         assert trial.config.data.examples_per_slot == 4
         assert 0.25 <= trial.config.optim.lr == trial.sample["optim.lr"] <= 0.5
+
+
+def test_a_grid_is_every_combination_each_with_the_same_samples(work: Path) -> None:
+    (work / "other.toml").write_text(tomli_w.dumps(load(TaskConfig, work / "base.toml").model_dump(exclude_none=True)))
+    grid = {**GRID, "start": {"own": {"student.path": "teacher"}, "other": {"base": str(work / "other.toml")}}}
+    space = {"optim.lr": {"uniform": [0.1, 0.2]}}
+    config = parse(SearchConfig, tables(work, search={"samples": 2}, space=None, grid=grid) | {"space": space}, "toy")
+    trials = {trial.config.run.name: trial for trial in draw(config)}
+    combinations = itertools.product(("pkd", "lad"), "01", ("own", "other"), "01")
+    assert list(trials) == ["-".join(choices) for choices in combinations]
+    for name, trial in trials.items():
+        method, seed, start, number = name.split("-")
+        assert trial.sample | {"method": method, "seed": seed, "start": start} == trial.sample
+        assert (trial.config.objective.name, trial.config.run.seed) == (method, int(seed))
+        assert trial.config.teacher is not None
+        assert (trial.config.student.path == trial.config.teacher.path) == (start == "own")
+        assert trial.config.teacher.cache == str(work / "s" / "answers")
+        assert trial.sample["optim.lr"] == trials[f"pkd-0-own-{number}"].sample["optim.lr"]
+    assert trials["pkd-0-own-0"].sample["optim.lr"] != trials["pkd-0-own-1"].sample["optim.lr"]
+
+
+@pytest.mark.ray
+def test_a_grid_runs_all_its_trials_to_the_end_and_is_compared(work: Path) -> None:
+    tested = tables(work, search={"samples": 1}, override={"run.eval_every": 0}, space=None, grid=GRID)
+    (work / "tune.toml").write_text(tomli_w.dumps(tested))
+    done = launch([TUNE, work / "tune.toml"])
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((work / "s" / "results.json").read_text())["trials"]
+    assert sorted((row["trial"], row["metric"], row["step"]) for row in rows) == [
+        (f"{method}-{seed}", "accuracy", 8) for method in ("lad", "pkd") for seed in (0, 1)
+    ]
+    assert not (work / "s" / "best.toml").exists()
+    assert not (work / "s" / "answers").exists()
+    assert f"python launch/report.py {work}/s --out {work}/s/report" in done.stdout
+    compared = launch([ROOT / "launch" / "report.py", work / "s"])
+    assert compared.returncode == 0, compared.stderr
+    assert re.search(r"\| pkd .*\n\| lad |\| lad .*\n\| pkd ", compared.stdout), compared.stdout
 
 
 @dataclass
@@ -147,8 +200,7 @@ def searched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Searched
     work = with_base(world, tmp_path_factory.mktemp("search"))
     space = {"student.depth": {"choice": [2, DEEPER_THAN_THE_MODEL]}}
     config = tables(work, search={"seed": SEED_SEARCHED}, space=space)
-    base = load(TaskConfig, work / "base.toml").model_dump(exclude_none=True)
-    samples = [trial.sample for trial in draw(parse(SearchConfig, config, "toy"), base)]
+    samples = [trial.sample for trial in draw(parse(SearchConfig, config, "toy"))]
     assert [row["optim.lr"] for row in samples[:3]] == [GOOD, GOOD, HOPELESS]
     assert [row["student.depth"] for row in samples] == [2, 2, 2, DEEPER_THAN_THE_MODEL]
     (work / "tune.toml").write_text(tomli_w.dumps(config))
@@ -161,7 +213,7 @@ def test_trials_are_compared_at_their_training_steps(searched: Searched) -> None
     rows = searched.results["trials"]
     assert {row["trial"]: row["step"] for row in rows} == {"trial-0": 8, "trial-1": 8, "trial-2": 2}
     assert rows[-1]["trial"] == "trial-2"
-    assert [row["accuracy"] for row in rows] == sorted((row["accuracy"] for row in rows), reverse=True)
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
 
 
 @pytest.mark.ray
@@ -189,7 +241,7 @@ def test_trials_are_ordinary_runs(searched: Searched) -> None:
     for name in ("trial-0", "trial-1"):
         results = json.loads((searched.folder / name / "results.json").read_text())
         (row,) = (row for row in searched.results["trials"] if row["trial"] == name)
-        assert (results["metrics"]["accuracy"], results["steps"]) == (row["accuracy"], row["step"])
+        assert (results["metrics"]["accuracy"], results["steps"]) == (row["score"], row["step"])
         assert (searched.folder / name / "export" / "model.safetensors").exists()
     stopped = searched.folder / "trial-2"
     assert [json.loads(row)["step"] for row in (stopped / "metrics.jsonl").read_text().splitlines()][-1] < 8
@@ -202,7 +254,7 @@ def test_the_best_config_runs_and_scores_as_its_trial_did(searched: Searched) ->
     assert done.returncode == 0, done.stderr
     results = json.loads((searched.folder / "best" / "results.json").read_text())
     best = searched.results["trials"][0]
-    assert results["metrics"]["accuracy"] == best["accuracy"]
+    assert results["metrics"]["accuracy"] == best["score"]
     assert results["config"]["optim"]["lr"] == best["optim.lr"]
 
 
@@ -276,4 +328,4 @@ def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path) -> 
     assert "trial-0 step 2 " not in done.stderr  # it went on from a checkpoint
     trials = json.loads((work / "s" / "results.json").read_text())["trials"]
     assert [(row["trial"], row["step"]) for row in trials] == [("trial-0", 16), ("trial-1", 16)]
-    assert trials[0]["accuracy"] == trials[1]["accuracy"]
+    assert trials[0]["score"] == trials[1]["score"]
