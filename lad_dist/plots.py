@@ -1,6 +1,7 @@
 """Plots of run folders: what `metrics.jsonl` holds, as pictures.
 
 curves(folders, out)   metric.png, terms.png and gates.png of one or more runs
+reading(rows)          a heat map of which teacher layers each student layer read in the end
 """
 
 import json
@@ -66,6 +67,31 @@ def _gates(name: str, rows: Rows) -> tuple[str, Figure]:
     axes.set_ylim(0, 1)
     axes.legend()
     return f"{name}-gates", figure
+
+
+def reading(rows: Rows) -> Figure | None:
+    """The last `reads/m/l` as a heat map, student layers upwards, each a row that adds up to 1; None where an objective
+    reports none."""
+    shares = next((found for row in reversed(rows) if (found := _reads(row))), None)
+    if shares is None:
+        return None
+    students, teachers = (sorted({place[side] for place in shares}) for side in (0, 1))
+    values = [[shares.get((m, layer), 0.0) for layer in teachers] for m in students]
+    figure, axes = _figure("what each student layer reads of the teacher's")
+    axes.grid(visible=False)
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
+    axes.set(xlabel="teacher layer", ylabel="student layer")
+    axes.set_xticks(range(len(teachers)), [str(layer) for layer in teachers])
+    axes.set_yticks(range(len(students)), [str(m) for m in students])
+    for (m, layer), share in shares.items():
+        colour = "white" if share > 0.5 else "black"
+        axes.text(layer - teachers[0], m - students[0], f"{share:.2f}", ha="center", va="center", color=colour)
+    return figure
+
+
+def _reads(row: dict[str, Any]) -> dict[tuple[int, int], float]:
+    places = {key: key.split("/")[1:] for key in row if key.startswith("reads/")}
+    return {(int(m), int(layer)): row[key] for key, (m, layer) in places.items()}
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:

@@ -2,6 +2,7 @@
 
     <dir>/<name>/config.toml      as resolved, every default written out
                  metrics.jsonl    one row per report; TensorBoard events in tensorboard/
+                 reads.png        which teacher layers each student layer read in the end, of lad, alp and emd
                  checkpoints/     for resuming: step-…/ with a manifest, `latest` names the newest
                  answers/         the teacher's, while the run lasts, where teacher.cache names no folder
                  export/          for people: config.json, model.safetensors, tokenizer, README.md
@@ -94,12 +95,23 @@ class Run:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Marks the run complete."""
         if processes.main():
-            write_text(self._results, json.dumps(results, indent=2) + "\n")
+            self._draw()
             write_text(self.export / "README.md", _card(results))
+            write_text(self._results, json.dumps(results, indent=2) + "\n")
             shutil.rmtree(self.answers, ignore_errors=True)
         if self._board is not None:
             self._board.close()
         processes.barrier()
+
+    def _draw(self) -> None:
+        from lad_dist.plots import reading  # noqa: PLC0415 (matplotlib: a second at every start)
+
+        rows = [json.loads(row) for row in self._metrics.read_text().splitlines()]
+        figure = reading(rows)
+        if figure is not None:
+            figure.savefig(self.folder / "reads.png", dpi=120)
+            assert self._board is not None
+            self._board.add_figure("reads", figure, rows[-1]["step"])
 
     def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
         """Commits a checkpoint: `write` puts its files into the folder it is given, on all processes."""
