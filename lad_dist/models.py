@@ -260,7 +260,8 @@ def flops(config: PreTrainedConfig, head: Head, batch: Batch) -> int:
     total += _relative_flops(config, batch)
     rows = len(batch.rows)
     heads = {"none": 0, "mlm": 2 * rows * narrow * (width + config.vocab_size)}
-    heads |= dict.fromkeys(("tagging", "question_answering"), 2 * rows * width * config.num_labels)
+    mapped = width if families.of(config).head_map else 0
+    heads |= dict.fromkeys(("tagging", "question_answering"), 2 * rows * width * (mapped + config.num_labels))
     return total + heads.get(head, 2 * rows * width * (width + config.num_labels))
 
 

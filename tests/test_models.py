@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
+import toy_families
 from conftest import World
 from torch import Tensor
 from torch.nn.attention import varlen
@@ -16,24 +17,17 @@ from torch.nn.attention import varlen
 from lad_dist import models
 from lad_dist.config import UserError
 from lad_dist.data.batch import collate, span_starts
-from lad_dist.flat import Batch, Head, Needs, pad, unpad
+from lad_dist.flat import Batch, Head, Needs, unpad
 
 VOCABULARY = 90
 LENGTHS = [7, 3, 12, 1, 12]
-DISTILBERT = {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "bert": toy.SIZES,
-    "roberta": {**toy.SIZES, "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 66},
-    "electra": {**toy.SIZES, "embedding_size": 16},
-    "distilbert": {**DISTILBERT, "dropout": 0.0, "attention_dropout": 0.0},
-}
+WINDOWS = toy_families.architecture("modernbert", pad_token_id=0)
 EVERY_LAYER = Needs(logits=True, hidden=(0, 1, 2, 3, 4))
 
 
-def made(folder: Path, family: str, head: Head) -> Path:
-    """A folder with a model of the family, its weights far from the tiny ones of a new model."""
+def made(folder: Path, head: Head, architecture: dict[str, Any] = toy.SIZES) -> Path:
+    """A folder with a BERT, its weights far from the tiny ones of a new model. Other families: test_families.py."""
     torch.manual_seed(1)
-    architecture = {"model_type": family, **FAMILIES[family]}
     labels = ("a", "b", "c") if head == "classification" else ()
     model = models.create(architecture, head, vocabulary=VOCABULARY, labels=labels)
     with torch.no_grad():
@@ -55,42 +49,13 @@ def batch_of(lengths: list[int], head: Head, *, pad_to: int | None = None) -> Ba
     return collate(sequences, segments, rows, np.zeros(len(rows), dtype=np.int64), pad_to)
 
 
-def padded_forward(folder: Path, head: Head, batch: Batch) -> Any:
-    """transformers' own forward over the padded batch, in its own attention."""
-    model = models.CLASSES[head].from_pretrained(folder, attn_implementation="sdpa").eval()
-    inputs = {"input_ids": pad(batch.input_ids, batch), "attention_mask": batch.attended.long()}
-    if model.config.model_type in ("bert", "electra"):
-        inputs["token_type_ids"] = pad(batch.token_type_ids, batch)
-    with torch.no_grad():
-        return model(**inputs, output_hidden_states=True)
-
-
 def real(x: Tensor, batch: Batch) -> Tensor:
     """[N, ...] without the tokens that pad_to added."""
     return x[unpad(batch.attended, batch)]
 
 
-@pytest.mark.parametrize("pad_to", [None, 16])
-@pytest.mark.parametrize("head", ["classification", "mlm"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_flat_is_padded(family: str, head: Head, pad_to: int | None, tmp_path: Path) -> None:
-    folder, batch = made(tmp_path, family, head), batch_of(LENGTHS, head, pad_to=pad_to)
-    model = models.load(str(folder), head, labels=("a", "b", "c")).eval()
-    with torch.no_grad():
-        seen = models.trace(model, batch, EVERY_LAYER)
-    expected = padded_forward(folder, head, batch)
-    logits = unpad(expected.logits, batch)[batch.rows] if head == "mlm" else expected.logits
-    assert seen.logits is not None
-    assert seen.logits.std() > 0.1
-    torch.testing.assert_close(seen.logits, logits, rtol=1e-5, atol=1e-5)
-    assert list(seen.hidden) == [0, 1, 2, 3, 4]
-    for layer, hidden in seen.hidden.items():
-        theirs = unpad(expected.hidden_states[layer], batch)
-        torch.testing.assert_close(real(hidden, batch), real(theirs, batch), rtol=1e-5, atol=1e-5)
-
-
 def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "bert", "none")), "none").eval()
+    model = models.load(str(made(tmp_path, "none")), "none").eval()
     together, alone = batch_of([5, 9], "none"), batch_of([5], "none")
     assert together.input_ids[:5].tolist() == alone.input_ids.tolist()
     with torch.no_grad():
@@ -98,26 +63,10 @@ def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
     torch.testing.assert_close(hidden[0][:5], hidden[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("span", [12, 16, 40])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sequences_that_share_a_span_do_not_see_each_other(family: str, span: int, tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, family, "mlm")), "mlm").eval()
-    apart = batch_of(LENGTHS, "mlm")
-    apart = apart._replace(token_type_ids=torch.zeros_like(apart.token_type_ids))
-    together = toy.packed(apart, span)
-    assert together.packed
-    with torch.no_grad():
-        one, other = (models.trace(model, batch, EVERY_LAYER) for batch in (apart, together))
-    assert one.logits is not None
-    torch.testing.assert_close(other.logits, one.logits, rtol=1e-5, atol=1e-5)
-    for layer in EVERY_LAYER.hidden:
-        torch.testing.assert_close(other.hidden[layer], one.hidden[layer], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
     """In bf16 and with dropout attention is computed product by product: it keeps the same sequences apart."""
-    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm", dtype=torch.bfloat16).train()
+    model = models.load(str(made(tmp_path, "mlm")), "mlm", dtype=torch.bfloat16).train()
     for layer in models.layers(model):
         layer.attention.self.dropout.p = dropout
     apart = batch_of([12, 9, 3], "mlm")
@@ -134,7 +83,7 @@ def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
 
 
 def test_segments_matter(tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "bert", "none")), "none").eval()
+    model = models.load(str(made(tmp_path, "none")), "none").eval()
     batch = batch_of(LENGTHS, "none")
     plain = batch._replace(token_type_ids=torch.zeros_like(batch.token_type_ids))
     with torch.no_grad():
@@ -146,7 +95,7 @@ def test_segments_matter(tmp_path: Path) -> None:
     "needs", [Needs(), Needs(logits=True), Needs(hidden=(0, 3)), Needs(qkv=(2,)), Needs(True, (4,), (1, 4))]
 )
 def test_a_trace_holds_what_was_needed(needs: Needs, tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
+    model = models.load(str(made(tmp_path, "mlm")), "mlm").eval()
     batch = batch_of(LENGTHS, "mlm")
     seen = models.trace(model, batch, needs)
     assert (seen.logits is not None) is needs.logits
@@ -157,7 +106,7 @@ def test_a_trace_holds_what_was_needed(needs: Needs, tmp_path: Path) -> None:
 
 
 def test_the_mlm_head_runs_on_masked_rows_alone(tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
+    model = models.load(str(made(tmp_path, "mlm")), "mlm").eval()
     seen: list[int] = []
     model.cls.register_forward_hook(lambda _, args, __: seen.append(args[0].numel() // 32))
     batch = batch_of(LENGTHS, "mlm")
@@ -167,7 +116,7 @@ def test_the_mlm_head_runs_on_masked_rows_alone(tmp_path: Path) -> None:
 
 
 def test_hooks_are_gone_after_a_forward(tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
+    model = models.load(str(made(tmp_path, "mlm")), "mlm").eval()
     before = models.trace(model, batch_of(LENGTHS, "mlm"), EVERY_LAYER)
     after = models.trace(model, batch_of([4], "mlm"), EVERY_LAYER)
     assert before.hidden[1].shape == (35, 32)
@@ -189,7 +138,10 @@ def varlen_by_hand(*args: Any, **kwargs: Any) -> Tensor:
     for start, span in zip(begin.tolist(), spans, strict=False):
         rows = slice(start, start + span)
         one = [x[rows].transpose(0, 1) for x in (q, k, v)]
-        out[rows] = F.scaled_dot_product_attention(*one, scale=call["scale"]).transpose(0, 1)
+        places = torch.arange(span)
+        before, after = (span if reach < 0 else reach for reach in call["window_size"])
+        near = (places[:, None] - places <= before) & (places - places[:, None] <= after)
+        out[rows] = F.scaled_dot_product_attention(*one, attn_mask=near, scale=call["scale"]).transpose(0, 1)
     return out
 
 
@@ -197,11 +149,12 @@ VARLEN = varlen.varlen_attn
 
 
 @pytest.mark.parametrize(("lengths", "pad_to"), [(LENGTHS, None), ([6, 6], None), ([8, 8], 8), ([9, 2, 3, 12], -1)])
+@pytest.mark.parametrize("windows", [False, True])
 def test_the_kernel_is_called_for_the_same_attention(
-    lengths: list[int], pad_to: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], pad_to: int | None, windows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel needs a GPU; on a CPU its arguments and layout are held against the padded way. -1: packed spans."""
-    model = models.load(str(made(tmp_path, "bert", "mlm")), "mlm").eval()
+    model = models.load(str(made(tmp_path, "mlm", WINDOWS if windows else toy.SIZES)), "mlm").eval()
     batch = batch_of(lengths, "mlm", pad_to=pad_to) if pad_to != -1 else toy.packed(batch_of(lengths, "mlm"), 12)
     with torch.no_grad():
         padded = models.trace(model, batch, EVERY_LAYER)
