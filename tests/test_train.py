@@ -382,3 +382,18 @@ def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> N
         with pytest.raises(Exception, match=r"(?i)weights.only|unsupported|checkpoint"):
             train(config)
         assert not (tmp_path / f"exploded{number}").exists()
+
+
+@pytest.mark.parametrize(("precision", "able", "said"), [(HALF, False, True), (HALF, True, False), ({}, False, False)])
+def test_a_cpu_without_bf16_says_so(
+    precision: dict[str, Any],
+    able: bool,
+    said: bool,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    train(lad(world, tmp_path, {"run.steps": 1, **precision}))
+    assert ("far faster with deepspeed.bf16.enabled=false" in capsys.readouterr().err) == said
