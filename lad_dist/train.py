@@ -127,8 +127,12 @@ def prepare(config: TrainConfig, run: Run, report: Report = silent, clock: Clock
 def _warn_of_slow_precision(made: plan.Plan, device: torch.device) -> None:
     """A CPU that multiplies no bf16 does so number by number, some forty times as slowly as in fp32."""
     half = made.precision == "bfloat16"
-    if half and device.type == "cpu" and processes.main() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if half and device.type == "cpu" and processes.main() and not _cpu_has_bf16():
         print("this CPU has no bf16 arithmetic and is far faster with deepspeed.bf16.enabled=false", file=sys.stderr)
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _answers(

@@ -394,6 +394,6 @@ def test_a_cpu_without_bf16_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    monkeypatch.setattr("lad_dist.train._cpu_has_bf16", lambda: able)
     train(lad(world, tmp_path, {"run.steps": 1, **precision}))
     assert ("far faster with deepspeed.bf16.enabled=false" in capsys.readouterr().err) == said
