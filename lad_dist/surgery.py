@@ -114,7 +114,7 @@ def low_rank(
     keep: Annotated[float, Field(gt=0, le=1, description="share of the linear maps' weights that stays")],
     modules: Annotated[
         str, Field(description="regular expression over module names"), AfterValidator(_pattern)
-    ] = r"\.layer\.",
+    ] = r"\.(layers?|albert_layer_groups)\.",
 ) -> PreTrainedModel:
     """Replaces linear maps W [out, in] by B A of rank keep · out · in / (out + in): LadaBERT's SVD (Mao et al., 2020,
     section 3.2)."""

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_families import LIKE, SIZES
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lad_dist import families, models, surgery
+from lad_dist import families, models, parts, surgery
 from lad_dist.config import EvaluateConfig, PrepareConfig, UserError
 from lad_dist.data.batch import collate, span_starts
 from lad_dist.data.prepare import prepare
@@ -235,6 +235,18 @@ def test_embeddings_drawn_anew_are_new_and_the_rest_is_not(family: str, words: A
     words_before = model.get_input_embeddings().weight.clone()
     surgery.quiet_positions(model, share=0.1)
     assert torch.equal(model.get_input_embeddings().weight, words_before)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_layers_as_thin_products_leave_the_same_trace_when_folded(family: str, words: Any) -> None:
+    """q, k and v are recorded through them too."""
+    model, batch = toy_families.made(family, "mlm", words(family)), batch_of(LENGTHS, "mlm", words(family))
+    surgery.low_rank(model, keep=0.5)
+    assert len(parts.parts(models.layers(model))) == len(parts.parts(model)) > 0
+    with torch.no_grad():
+        thin = models.trace(model, batch, EVERYTHING)
+        folded = models.trace(parts.fold(model), batch, EVERYTHING)
+    torch.testing.assert_close(folded, thin, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", SIZES)
