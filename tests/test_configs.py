@@ -1,5 +1,6 @@
 """Every file in configs/ is read by its schema, and every training config takes a step once its places exist."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from lad_dist.config import (
     parse,
     read,
 )
-from lad_dist.search import draw
 from lad_dist.train import train
+from lad_dist.trials import draw
 
 FILES = sorted((ROOT / "configs").rglob("*.toml"))
 
@@ -105,13 +106,19 @@ def test_a_training_config_takes_a_step(file: Path, world: World, tmp_path: Path
 
 
 @pytest.mark.parametrize("file", SEARCHES, ids=ids(SEARCHES))
-def test_a_search_draws_trials_that_its_base_can_run(file: Path, world: World, tmp_path: Path) -> None:
+def test_a_search_draws_trials_that_its_base_can_run(
+    file: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     config = parse(SearchConfig, read(file), str(file))
-    trials = draw(config, read(ROOT / config.search.base))
-    assert len(trials) == config.search.samples
-    assert {key.split(".")[0] for key in trials[0].sample} == {key.split(".")[0] for key in config.space}
-    for trial in trials[:2]:
+    trials = draw(config)
+    assert len(trials) == config.search.samples * math.prod(map(len, config.grid.values()))
+    assert {key.split(".")[0] for key in trials[0].sample} == {
+        key.split(".")[0] for key in [*config.space, *config.grid]
+    }
+    one_of_each = {str(trial.sample.get("method", trial.sample.get("variant"))): trial for trial in trials}
+    for trial in one_of_each.values():
         tables = trial.config.model_dump(exclude_none=True)
-        assert tables["run"]["eval_every"] > 0
+        assert config.grid or tables["run"]["eval_every"] > 0
         made = plan.make(toy.parsed(tables, toy_places(tables, world, tmp_path)))
         assert made.task is not None

@@ -106,8 +106,9 @@ def _time(loop: Loop, watch: Stopwatch, steps: int) -> tuple[float, float]:
 
 def _flops(loop: Loop, batch: models.Batch) -> int:
     student = 3 * models.flops(loop.method.student.config, loop.made.head, batch)
-    teacher = models.flops(loop.teacher.model.config, loop.made.teacher_head, batch) if loop.teacher else 0
-    return student + teacher
+    if loop.teacher is None or loop.answers is not None:
+        return student
+    return student + models.flops(loop.teacher.model.config, loop.made.teacher_head, batch)
 
 
 def peak(loop: Loop) -> float:
