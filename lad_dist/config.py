@@ -98,6 +98,14 @@ class Student(Table):
         None, ge=0, lt=1, description="of attention; default: the model's; 0 lets fast attention kernels run"
     )
     embeddings: Literal["copy", "random"] = Field("copy", description="keep the embeddings, or draw them anew")
+    width: Positive | None = Field(None, description="of hidden states, where less than the model's at path")
+    heads: Positive | None = Field(None, description="attention heads that stay; they divide width; default: all")
+    inner: Positive | None = Field(
+        None, description="units of feed-forward blocks that stay; default: the model's share of width"
+    )
+    directions: Literal["principal", "random"] = Field(
+        "principal", description="which directions of hidden states a smaller width keeps"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -105,7 +113,15 @@ class Student(Table):
             raise ValueError("give exactly one of path and architecture")
         if isinstance(self.layers, list) and self.depth not in (None, len(self.layers)):
             raise ValueError(f"depth = {self.depth} contradicts the {len(self.layers)} layers listed")
+        for key in ("width", "heads", "inner"):
+            if self.path is None and getattr(self, key) is not None:
+                raise ValueError(f"{key} narrows the model at path; say the sizes of a new one in architecture")
         return self
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether any size of the model at path is named."""
+        return (self.width, self.heads, self.inner) != (None, None, None)
 
 
 class Data(Table):

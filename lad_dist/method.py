@@ -1,5 +1,8 @@
 """Method: all that trains, in one module with one forward and one loss. It is what the DeepSpeed engine holds."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -10,10 +13,13 @@ from lad_dist.objectives import Objective
 
 
 class Method(nn.Module):
-    """A student and its objective."""
+    """A student and its objective. `initial_error`: what a narrower student lost when it was made, by name."""
 
-    def __init__(self, student: PreTrainedModel, objective: Objective):
+    def __init__(
+        self, student: PreTrainedModel, objective: Objective, initial_error: Mapping[str, float] = MappingProxyType({})
+    ):
         super().__init__()
+        self.initial_error = dict(initial_error)
         self.student = student
         self.objective = objective
 

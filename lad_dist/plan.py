@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lad_dist import models, processes, surgery
+from lad_dist import models, narrow, processes, surgery
 from lad_dist.config import (
     CorpusData,
     Named,
@@ -27,7 +27,7 @@ from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task, check_task, load_task
 from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer, role_ids, tokenizer_of_teacher
-from lad_dist.flat import Head, Needs, Shape
+from lad_dist.flat import Batch, Head, Needs, Shape
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES, Objective
 
@@ -39,6 +39,7 @@ OURS = {
     "scheduler": "optim.schedule",
 }
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+SAMPLE_TOKENS, SAMPLE_BATCHES = 16384, 256  # that a narrower student is fitted to
 DEEPSPEED_KEYS = frozenset(
     """
     activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
@@ -66,6 +67,7 @@ class Plan:
     student_shape: Shape
     teacher_shape: Shape | None
     layers: list[int] | None  # of the model that the student starts from
+    size: narrow.Size | None  # where it is to be smaller than that model
     objective: Callable[[], Objective]
     surgeries: Sequence[Callable[[models.PreTrainedModel], models.PreTrainedModel]]
 
@@ -102,14 +104,22 @@ class Plan:
             self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels
         )
 
-    def method(self) -> Method:
-        """Student and objective, weights drawn from the run's seed."""
+    def method(self, feed: CorpusFeed | TaskFeed) -> Method:
+        """Student and objective, weights drawn from the run's seed; a narrower student is fitted to the first batches
+        of the feed."""
         processes.seed_everything(self.config.run.seed)
         words = self.config.student
-        student = surgery.set_dropout(self._origin(), words.dropout, words.attention_dropout)
+        student = self._origin()
+        error: dict[str, float] = {}
+        if self.size is not None:
+            student.to(device=processes.device())  # type: ignore[call-arg]
+            student, error = narrow.narrow(student, _sample(feed), self.size, words.directions)
+        if words.path is not None and words.embeddings == "random":
+            student = surgery.random_embeddings(student)
+        student = surgery.set_dropout(student, words.dropout, words.attention_dropout)
         for operate in self.surgeries:
             student = operate(student)
-        return Method(student, self.objective())
+        return Method(student, self.objective(), error)
 
     def _origin(self) -> models.PreTrainedModel:
         words = self.config.student
@@ -121,8 +131,15 @@ class Plan:
             )
         model = models.load(words.path, self.head, labels=self.labels)
         assert self.layers is not None
-        model = surgery.keep_layers(model, self.layers)
-        return surgery.random_embeddings(model) if words.embeddings == "random" else model
+        return surgery.keep_layers(model, self.layers)
+
+
+def _sample(feed: CorpusFeed | TaskFeed) -> list[Batch]:
+    """The first batches of the training data: the same on every process."""
+    batches: list[Batch] = []
+    while sum(batch.tokens for batch in batches) < SAMPLE_TOKENS and len(batches) < SAMPLE_BATCHES:
+        batches.append(feed.batch(*divmod(len(batches), feed.slots)))
+    return batches
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -145,14 +162,14 @@ def make(config: TrainConfig) -> Plan:
     corpus = Shards(config.data.shards) if isinstance(config.data, CorpusData) else None
     head: Head = task.kind if task is not None else "none" if kind.headless else "mlm"
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
-    student, layers = _student_shape(config, head, task, tokenizer)
+    student, layers, thin = _student_shape(config, head, task, tokenizer)
     teacher_head, teacher = _teacher_shape(config, head, task)
     build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]
     objective = build()  # refuses shapes that do not go together
     if objective.student_needs == Needs():
         raise UserError("objective: all its weights are 0, so there is nothing to learn")
     its = _teacher_tokenizer(config, objective, head, tokenizer)
-    return Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, build, surgeries)
+    return Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
 
 
 def _check_deepspeed(table: dict[str, Any]) -> None:
@@ -218,7 +235,7 @@ def _corpus_tokenizer(corpus: Shards | None) -> str:
 
 def _student_shape(
     config: TrainConfig, head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Shape, list[int] | None]:
+) -> tuple[Shape, list[int] | None, narrow.Size | None]:
     words = config.student
     span = config.data.pad_to if isinstance(config.data, TaskData) else None
     size = partial(models.shape, head=head, labels=len(task.outputs) if task else 0, span=span)
@@ -226,7 +243,7 @@ def _student_shape(
         assert words.architecture is not None
         origin = models.architecture_config(words.architecture, len(tokenizer), role_ids(tokenizer))
         _check_length(config, origin, "student.architecture")
-        return size(origin), None
+        return size(origin), None, None
     origin = models.configuration(words.path)
     _check_length(config, origin, words.path)
     numbers = surgery.layer_numbers(words.layers, words.depth, origin.num_hidden_layers)
@@ -234,7 +251,11 @@ def _student_shape(
         raise UserError(
             f"student.tokenizer: has {len(tokenizer)} tokens, the model at {words.path} only {origin.vocab_size}"
         )
-    return size(origin)._replace(layers=len(numbers)), numbers
+    thin = None
+    if words.narrowed:
+        thin = narrow.check(origin, words.width, words.heads, words.inner, words.path)
+        origin = narrow.resized(origin, thin)
+    return size(origin)._replace(layers=len(numbers)), numbers, thin
 
 
 def _check_length(config: TrainConfig, model: models.PreTrainedConfig, name: str) -> None:

@@ -1,0 +1,174 @@
+"""Narrower models: nothing lost at full width, the least that can be lost below it, and refused where it cannot be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from conftest import World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lad_dist import models, narrow, plan
+from lad_dist.config import UserError
+from lad_dist.flat import Needs
+from lad_dist.narrow import Size
+from lad_dist.train import train
+
+WIDE = Size(width=32, heads=4, inner=64)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": toy.SIZES,
+    "roberta": {**toy.SIZES, "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 66},
+    "electra": {**toy.SIZES, "embedding_size": 12},
+    "distilbert": {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
+}
+SAMPLE = [toy.batch([9, 30, 5, 17], seed=seed, labels=[0, 1, 1, 0]) for seed in range(20)]
+ELSEWHERE = toy.batch([7, 12], seed=99, labels=[0, 1])
+
+
+def made(family: str = "bert", head: Any = "classification", **sizes: Any) -> models.PreTrainedModel:
+    torch.manual_seed(0)
+    labels = toy.LABELS if head == "classification" else ()
+    architecture = {"model_type": family, "initializer_range": 0.2, **FAMILIES[family], **sizes}
+    return models.create(architecture, head, vocabulary=50, labels=labels).eval()
+
+
+@pytest.mark.parametrize("head", ["classification", "mlm", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_lost_at_full_width(family: str, head: str) -> None:
+    """Neither on the sample nor elsewhere."""
+    model = made(family, head)
+    same, errors = narrow.narrow(model, SAMPLE[:3], WIDE, "principal")
+    assert errors == pytest.approx(dict.fromkeys(errors, 0.0), abs=1e-5)
+    assert ("logits" in errors) == (head != "none")
+    needs = Needs(logits=head != "none", hidden=(0, 1, 4))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            models.trace(same, ELSEWHERE, needs), models.trace(model, ELSEWHERE, needs), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("head", ["classification", "mlm", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrow_model_is_an_ordinary_one(family: str, head: Any, tmp_path: Path) -> None:
+    small, errors = narrow.narrow(made(family, head), SAMPLE[:3], Size(16, 2, 20), "principal")
+    models.save(small, tmp_path)
+    again = models.load(str(tmp_path), head, labels=toy.LABELS if head == "classification" else ())
+    assert models.shape(again.config, head).width == 16
+    assert models.shape(again.config, head).heads == 2
+    assert max(errors.values()) < 1.5
+    needs = Needs(hidden=(4,))
+    with torch.no_grad():
+        found = models.trace(again.eval(), ELSEWHERE, needs).hidden[4]
+        torch.testing.assert_close(found, models.trace(small, ELSEWHERE, needs).hidden[4])
+
+
+def test_what_is_lost_falls_with_width_and_faster_along_principal_directions() -> None:
+    losses: dict[str, list[float]] = {"principal": [], "random": []}
+    errors: dict[str, list[float]] = {"principal": [], "random": []}
+    for width in (8, 16, 24, 28):
+        for directions in losses:
+            torch.manual_seed(1)
+            size = Size(width, 4, 2 * width)
+            found = narrow.narrow(made(), SAMPLE, size, directions)[1]  # type: ignore[arg-type]
+            losses[directions].append(sum(value**2 for name, value in found.items() if name.startswith("lost")))
+            errors[directions].append(sum(value**2 for name, value in found.items() if name.startswith("hidden")))
+    for directions in losses:
+        assert losses[directions] == sorted(losses[directions], reverse=True)
+    assert all(p < r for p, r in zip(losses["principal"], losses["random"], strict=True))
+    assert sum(errors["principal"]) < sum(errors["random"])
+    assert errors["principal"][-1] < errors["principal"][0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 1000))
+def test_heads_are_cut_to_the_largest_singular_values(size: int, seed: int) -> None:
+    """Scores after the softmax's own freedom, and values in the stream, err by what the dropped values hold."""
+    torch.manual_seed(seed)
+    x = torch.randn(40, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 1
+    covariance, mean = torch.cov(x.T, correction=0), x.mean(dim=0)
+    query, key, value = (
+        narrow._Map(torch.randn(6, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)) for _ in range(3)
+    )
+
+    def of(maps: narrow._Map) -> torch.Tensor:
+        return x @ maps.weight.T + maps.bias
+
+    def centred(scores: torch.Tensor) -> torch.Tensor:
+        return scores - scores.mean(dim=1, keepdim=True)
+
+    q, k = narrow._cut_scores(query, key, covariance, mean, size)
+    wanted, found = centred(of(query) @ of(key).T / 6**0.5), centred(of(q) @ of(k).T / size**0.5)
+    dropped = torch.linalg.svdvals(wanted)[size:]
+    assert (wanted - found).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
+    out = torch.randn(7, 6, dtype=torch.float64)
+    v, thin = narrow._cut_values(value, out, covariance, size)
+    wanted, found = ((y - y.mean(dim=0)) for y in (of(value) @ out.T, of(v) @ thin.T))
+    dropped = torch.linalg.svdvals(wanted)[size:]
+    assert (wanted - found).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 7), st.integers(0, 1000))
+def test_axes_are_orthonormal_and_span_what_they_were_given(width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    span = torch.linalg.qr(torch.randn(7, width, dtype=torch.float64)).Q
+    axes = narrow._near_coordinates(span)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(width, dtype=torch.float64))
+    torch.testing.assert_close(axes @ axes.T, span @ span.T)
+    chosen = axes.abs().argmax(dim=0)
+    assert (axes[chosen, range(width)] > 0).all()
+
+
+def test_axes_of_coordinates_are_these_coordinates() -> None:
+    span = torch.eye(5, dtype=torch.float64)[:, [1, 3]]
+    turned = span @ torch.linalg.qr(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)).Q
+    torch.testing.assert_close(narrow._near_coordinates(turned), span)
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+def test_a_run_says_what_its_student_lost(corpus: bool, world: World, tmp_path: Path) -> None:
+    tables = (
+        toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained)
+        if corpus
+        else toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
+    )
+    config = toy.parsed(tables, {"run.steps": 1, "student.width": 16, "objective": {"name": "kd"}})
+    rows: list[dict[str, Any]] = []
+    results = train(config, rows.append).results
+    assert results is not None
+    assert rows[0]["step"] == 0
+    lost = {name: value for name, value in rows[0].items() if name.startswith("initial_error/")}
+    assert set(lost) == {
+        f"initial_error/{name}" for name in ("logits", *(f"{k}/{n}" for k in ("hidden", "lost") for n in (0, 1, 2)))
+    }
+    assert lost.items() <= results["student"].items()
+    exported = models.configuration(str(config.run.folder / "export"))
+    assert (exported.hidden_size, exported.intermediate_size, exported.num_hidden_layers) == (16, 32, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student.width": 64}, "student.width = 64, but .* has 32"),
+        ({"student.width": 30}, "4 heads do not divide a width of 30 .* take"),
+        ({"student.width": 16, "student.heads": 1}, "at most 8, as .* take 2 or 4"),
+        ({"student.inner": 65}, "student.inner = 65, but .* has 64"),
+        ({"student": {"architecture": toy.SIZES, "width": 16}}, "width narrows the model at path"),
+        ({"student.width": 16, "objective": {"name": "lad"}}, "16 wide"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(changes: dict[str, Any], message: str, world: World, tmp_path: Path) -> None:
+    tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
+    with pytest.raises(UserError, match=message):
+        plan.make(toy.parsed(tables, {"objective": {"name": "kd"}} | changes))
+
+
+def test_models_that_cannot_be_narrowed_say_so() -> None:
+    config = models.architecture_config({"model_type": "albert", "hidden_size": 32, "num_attention_heads": 4}, 50)
+    with pytest.raises(UserError, match="albert cannot be narrowed, only bert"):
+        narrow.check(config, 16, None, None, "here")
+    config = models.architecture_config({"model_type": "electra", **FAMILIES["electra"]}, 50)
+    with pytest.raises(UserError, match="as wide as here's embeddings"):
+        narrow.check(config, 12, None, None, "here")
