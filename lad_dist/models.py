@@ -244,6 +244,11 @@ def has_mlm_head(config: PreTrainedConfig) -> bool:
     return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
 
 
+def tells_segments(config: PreTrainedConfig) -> bool:
+    """Whether the model sees which tokens are those of the second text."""
+    return getattr(config, "type_vocab_size", 0) > 1
+
+
 def parameters(model: nn.Module) -> int:
     """Number of weights, shared ones counted once."""
     return sum(p.numel() for p in model.parameters())

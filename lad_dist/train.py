@@ -39,6 +39,7 @@ from lad_dist.config import TrainConfig, UserError, did_you_mean
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.loader import load
 from lad_dist.data.order import share
+from lad_dist.data.tokenizers import save_beside
 from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.method import Method
 from lad_dist.runs import Run, facts_of
@@ -371,7 +372,7 @@ class Loop:
             }
             if processes.main():
                 models.save(student, self.run.export)
-                self.made.tokenizer.save_pretrained(self.run.export)
+                save_beside(self.made.tokenizer, self.run.export, models.tells_segments(student.config))
         self.run.finish(results)
         return Outcome(self.run.folder, results)
 

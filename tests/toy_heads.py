@@ -38,10 +38,10 @@ def tagging_files(folder: Path, train: int = 120, dev: int = 30, most: int = 8) 
 
 
 def entry(seed: int, length: int, unanswerable: bool) -> dict[str, Any]:
-    """A paragraph: who is in the text? A run of at most two names, or nobody."""
+    """A paragraph: who is where in the text? A name and a place, or nobody."""
     pick = random.Random(seed)
     words = pick.choices(OTHERS, k=length)
-    names = pick.choices(NAMES, k=pick.randint(1, 2))
+    names = [pick.choice(NAMES), pick.choice(PLACES)]
     place = pick.randint(0, len(words))
     absent = unanswerable and seed % 3 == 0
     context = " ".join(words if absent else words[:place] + names + words[place:])

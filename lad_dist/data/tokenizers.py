@@ -4,6 +4,7 @@
     train_wordpiece(…)          texts -> folder with a BERT-style WordPiece tokenizer
     train_unigram(…)            texts -> folder with a sentencepiece model and the fast tokenizer equal to it
     save(tokenizer, out)        a folder that load_tokenizer reads
+    save_beside(…)              the same beside a model, whose inputs it gives
     fingerprint(tokenizer)      equal for tokenizers that give the same ids
     vocabulary_size(tokenizer)  one more than the largest id
     special_ids, ordinary_ids   the ids of special tokens, and all others
@@ -395,6 +396,15 @@ def save(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
         raise
     except Exception as error:  # what the Rust library raises when the disk is full has no class of its own
         raise OSError(str(error)) from None
+
+
+def save_beside(tokenizer: PreTrainedTokenizerFast, folder: Path, segments: bool) -> None:
+    """Writes the folder for AutoTokenizer beside a model. Whoever calls it there gets token type ids if the model tells
+    `segments` apart, and none if it does not know them."""
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = [names[0], *(["token_type_ids"] if segments else []), *names[1:]]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
+    save(tokenizer, folder)
 
 
 def frame(tokenizer: PreTrainedTokenizerFast) -> Frame:

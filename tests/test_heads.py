@@ -1,0 +1,205 @@
+"""Tagging and question answering through the whole loop: learnt, distilled by every objective, exported, evaluated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+import toy_heads
+from conftest import World
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    TokenClassificationPipeline,
+)
+
+from lad_dist import models, plan
+from lad_dist.config import EvaluateConfig, TrainConfig, UserError, parse
+from lad_dist.data.examples import QuestionExamples
+from lad_dist.data.feed import TaskFeed
+from lad_dist.data.tasks import load_task
+from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.evaluate import evaluate, predict
+from lad_dist.flat import Needs
+from lad_dist.objectives import OBJECTIVES
+from lad_dist.train import Outcome, train
+
+HEADS = ["tagging", "question_answering"]
+AUTO = {"tagging": AutoModelForTokenClassification, "question_answering": AutoModelForQuestionAnswering}
+Files = dict[str, dict[str, Any]]
+SIZES = {"max_length": 32, "examples_per_slot": 16, "slots": 1}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Some sentences and contexts are longer than a sequence may be, some questions have no answer."""
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        "tagging": toy_heads.tagging_files(folder / "tagging", train=400, dev=40),
+        "question_answering": toy_heads.question_files(folder / "qa", 400, 40, unanswerable=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def taught(world: World, files: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """A fine-tuned teacher of each kind."""
+    work = tmp_path_factory.mktemp("teachers")
+    learning = {"run.steps": 250, "run.log_every": 250, "optim.lr": 5e-3, "student.depth": 2}
+    alone = {"teacher": None, "objective": {"name": "task"}, **learning}
+    return {head: train(run(head, world, files, work, world.headless, {"run.name": head, **alone})) for head in HEADS}
+
+
+def run(head: str, world: World, files: Files, work: Path, teacher: Path, changes: dict[str, Any]) -> TrainConfig:
+    tables = toy.task_config(work, files[head], teacher, world.headless)
+    tables["data"] |= SIZES
+    return toy.parsed(tables, changes)
+
+
+def export(outcome: Outcome) -> Path:
+    return outcome.folder / "export"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_toy_task_is_learnt(head: str, taught: dict[str, Outcome]) -> None:
+    results = taught[head].results
+    assert results is not None
+    assert results["metrics"]["f1"] > 0.95
+    assert results["metrics"]["accuracy" if head == "tagging" else "exact_match"] > 0.9
+
+
+TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.taught and "task" in kind.runs_on)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("head", HEADS)
+def test_every_objective_distils_it(
+    head: str, name: str, world: World, files: Files, taught: dict[str, Outcome], tmp_path: Path
+) -> None:
+    """Two steps: finite terms, metrics and loyalty, and an export that loads with its head."""
+    rows: list[dict[str, Any]] = []
+    changes = {"run.steps": 2, "student.depth": 2, "objective": {"name": name}, "run.name": "student"}
+    outcome = train(run(head, world, files, tmp_path, export(taught[head]), changes), rows.append)
+    assert outcome.results is not None
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    own = {"tagging": {"f1", "precision", "recall", "accuracy"}}
+    own["question_answering"] = {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
+    assert set(outcome.results["metrics"]) == own[head] | {"label_loyalty", "probability_loyalty", "speedup"}
+    model = AUTO[head].from_pretrained(export(outcome))
+    labels = {"tagging": ["B-LOC", "B-PER", "I-PER", "O"], "question_answering": ["start", "end"]}[head]
+    assert list(model.config.id2label.values()) == labels
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_distilling_what_the_teacher_says_makes_a_loyal_student(
+    head: str, world: World, files: Files, taught: dict[str, Outcome], tmp_path: Path
+) -> None:
+    """From its logits alone, whether the teacher is asked anew or what it said is kept."""
+    objective = {"name": "kd", "soft": 1.0, "hard": 0.0}
+    changes = {"run.steps": 60, "optim.lr": 5e-3, "objective": objective, "student.depth": 2, "run.log_every": 60}
+    found = []
+    for cache in (20.0, 0.0):
+        mine = {**changes, "teacher.cache_gb": cache, "run.name": f"{cache}"}
+        config = run(head, world, files, tmp_path, export(taught[head]), mine)
+        found.append(train(config).results)
+    for results in found:
+        assert results is not None
+        assert results["metrics"]["label_loyalty"] > 0.7
+        assert results["metrics"]["probability_loyalty"] > 0.5
+    for name in ("label_loyalty", "probability_loyalty", "f1"):
+        assert found[0]["metrics"][name] == pytest.approx(found[1]["metrics"][name], abs=0.05)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_an_export_scores_what_its_run_said(head: str, files: Files, taught: dict[str, Outcome]) -> None:
+    folder = str(export(taught[head]))
+    data = {**files[head], **SIZES}
+    tables = {"model": {"path": folder}, "teacher": {"path": folder}, "data": data}
+    found = evaluate(parse(EvaluateConfig, tables, "toy"))
+    results = taught[head].results
+    assert results is not None
+    for name, value in results["metrics"].items():
+        assert found["model"][name] == pytest.approx(value, abs=1e-6)
+    assert found["model"]["label_loyalty"] == 1
+    assert found["model"]["probability_loyalty"] == pytest.approx(1, abs=1e-3)
+
+
+def test_transformers_tags_as_the_run_did(files: Files, taught: dict[str, Outcome]) -> None:
+    """Its own pipeline on the dev set's text, word by word."""
+    folder = export(taught["tagging"])
+    words = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForTokenClassification.from_pretrained(folder)
+    pipeline = TokenClassificationPipeline(model=model, tokenizer=words, ignore_labels=[])
+    rows = [json.loads(line) for line in Path(files["tagging"]["dev"]).read_text().splitlines()]
+    right = count = 0
+    for row in rows:
+        text = " ".join(row["tokens"])
+        starts = np.cumsum([0, *(len(word) + 1 for word in row["tokens"][:-1])]).tolist()
+        said = {token["start"]: token["entity"] for token in pipeline(text)}
+        right += sum(said[start] == tag for start, tag in zip(starts, row["tags"], strict=True))
+        count += len(starts)
+    results = taught["tagging"].results
+    assert results is not None
+    assert right / count == pytest.approx(results["metrics"]["accuracy"])
+
+
+def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, Outcome]) -> None:
+    """Its own padded forward over question and context: the logits of every row."""
+    folder = export(taught["question_answering"])
+    words = load_tokenizer(folder)
+    tables = {"model": {"path": str(folder)}, "data": {**files["question_answering"], **SIZES}}
+    data = parse(EvaluateConfig, tables, "toy").data
+    dev = TaskFeed(data, load_task(data), words, seed=0).dev["dev"]
+    assert isinstance(dev, QuestionExamples)
+    frozen = models.load(str(folder), "question_answering", whole=True).eval()
+    with torch.no_grad():
+        found = predict(lambda batch: models.trace(frozen, batch, Needs(logits=True)).logits, dev.in_order()).logits
+    raw = load_task(data).dev["dev"]
+    inputs = words(raw.questions, raw.contexts, padding=True, return_tensors="pt", return_offsets_mapping=True)
+    assert dev.count == len(raw.questions)  # every context fits
+    sides = [[n == 0 or side == 1 for n, side in enumerate(inputs.sequence_ids(i))] for i in range(dev.count)]
+    inputs.pop("offset_mapping")
+    model = AutoModelForQuestionAnswering.from_pretrained(folder, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        output = model(**inputs)
+    expected = torch.stack([output.start_logits, output.end_logits], dim=-1)[torch.tensor(sides)]
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
+    world: World, files: Files, taught: dict[str, Outcome], tmp_path: Path
+) -> None:
+    """A head of the same kind is kept, whatever the outputs for questions are called."""
+    labels = ("B-LOC", "B-PER", "I-PER", "O")
+    classifier = toy.model(tmp_path / "classifier", world.tokenizer, "classification", labels)
+    loaded = models.load(str(classifier), "tagging", labels=labels)
+    before = models.load(str(classifier), "classification", labels=labels).classifier.weight
+    assert not torch.equal(loaded.classifier.weight, before)
+    config = run("tagging", world, files, tmp_path, classifier, {})
+    with pytest.raises(UserError, match="is BertForSequenceClassification, which has no head for tagging"):
+        plan.make(config)
+    unnamed = toy.model(tmp_path / "unnamed", world.tokenizer, "question_answering")
+    first, second = (models.load(str(unnamed), "question_answering", labels=("start", "end")) for _ in range(2))
+    assert torch.equal(first.qa_outputs.weight, second.qa_outputs.weight)
+    plan.make(run("question_answering", world, files, tmp_path, unnamed, {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.stride": 16}, "stride = 16 must be less than half of max_length = 32"),
+        ({"data.kind": "tagging", "data.stride": 8}, 'stride goes with kind = "question_answering" alone'),
+        ({"data.kind": "classification", "data.null_threshold": 1.0}, "null_threshold goes with kind"),
+        ({"data.kind": "tagging"}, r'train\.json: file type "\.json" is unknown'),
+        ({"data.kind": "question_answring"}, "data.kind: input should be 'classification', 'regression', 'tagging' or"),
+        ({"data.task": "rte", "data.train": None, "data.dev": None}, "is for train and dev files; a GLUE task has its"),
+        ({"teacher.path": "{teacher}"}, "has no head for question answering"),
+    ],
+)
+def test_mistakes(changes: dict[str, Any], message: str, world: World, files: Files, tmp_path: Path) -> None:
+    filled = {k: v.format_map(vars(world)) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(UserError, match=message):
+        plan.make(run("question_answering", world, files, tmp_path, world.headless, filled))
