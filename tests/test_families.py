@@ -272,6 +272,17 @@ def test_flops_within_windows_by_hand(words: Any) -> None:
     assert models.flops(config, "none", batch) == maps + attention
 
 
+@pytest.mark.parametrize("family", SIZES)
+def test_the_longest_sequence_is_the_longest_that_runs(family: str, words: Any) -> None:
+    model = toy_families.made(family, "none", words(family))
+    models.check_length(model.config, "it", 64)
+    with torch.no_grad():
+        seen = models.trace(model, batch_of([64], "none", words(family)), Needs(hidden=(4,)))
+    assert seen.hidden[4].isfinite().all()
+    with pytest.raises(UserError, match="65 tokens, but it has 64 positions"):
+        models.check_length(model.config, "it", 65)
+
+
 def test_only_generators_of_electra_have_an_mlm_head() -> None:
     def has(family: str, architecture: str) -> bool:
         config = models.architecture_config(toy_families.architecture(family), 90)
