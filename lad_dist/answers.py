@@ -56,6 +56,9 @@ class Examples(Protocol):
     def tokens(self) -> int: ...
 
     @property
+    def labels(self) -> np.ndarray: ...  # of all rows that the head reads
+
+    @property
     def fingerprint(self) -> str: ...
 
     def batch(self, numbers: np.ndarray) -> Batch: ...
@@ -87,11 +90,9 @@ def _trace(found: Mapping[str, Tensor], needs: Needs) -> Trace:
 
 
 def bytes_of(needs: Needs, teacher: Shape, examples: Examples, dtype: torch.dtype) -> int:
-    """What the answers will take on disk; where a head reads more than one row of an example, all its tokens are
-    counted."""
-    rows = examples.count if teacher.head in ("classification", "regression") else examples.tokens
+    """What the answers take on disk."""
     states = examples.tokens * teacher.width * (len(needs.hidden) + 3 * len(needs.qkv))
-    return (states + rows * teacher.outputs * needs.logits) * dtype.itemsize
+    return (states + len(examples.labels) * teacher.outputs * needs.logits) * dtype.itemsize
 
 
 class Answers:
