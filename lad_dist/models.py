@@ -264,10 +264,12 @@ def flops(config: PreTrainedConfig, head: Head, batch: Batch) -> int:
     total += sum(4 * width * _pairs(batch, window) for window in _windows(config))
     total += _relative_flops(config, batch)
     rows = len(batch.rows)
-    heads = {"none": 0, "mlm": 2 * rows * narrow * (width + config.vocab_size)}
-    mapped = width if families.of(config).head_map else 0
-    heads |= dict.fromkeys(("tagging", "question_answering"), 2 * rows * width * (mapped + config.num_labels))
-    return total + heads.get(head, 2 * rows * width * (width + config.num_labels))
+    if head == "none":
+        return total
+    if head == "mlm":
+        return total + 2 * rows * narrow * (width + config.vocab_size)
+    mapped = families.of(config).head_map or head in ("classification", "regression")
+    return total + 2 * rows * width * (config.num_labels + mapped * width)
 
 
 def _windows(config: PreTrainedConfig) -> list[int | None]:
