@@ -8,6 +8,7 @@ import pytest
 import toy
 from conftest import World
 from launching import ROOT
+from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist import plan
 from lad_dist.config import (
@@ -85,9 +86,13 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
     if pretraining:
         changes |= {"data.shards": str(world.corpus), "data.tokens_per_slot": 128}
     else:
-        changes |= {"data.task": None, "data.path": None}
-        changes |= {f"data.{name}": path for name, path in world.files.items()}
+        kind = tables["data"].get("kind", "classification")
+        files = MAKE_FILES[kind](work / "data") if kind in MAKE_FILES else world.files
+        changes |= {"data.task": None, "data.path": None, "data.stride": None}
+        changes |= {f"data.{name}": path for name, path in files.items()}
         changes["data.examples_per_slot"] = 2
+        if "teacher" in tables and kind in MAKE_FILES:
+            changes["teacher.path"] = str(toy.model(work / "taught", world.tokenizer, kind, LABELS[kind]))
     if "pad_to" in tables["data"]:
         changes["data.pad_to"] = 32
     if tables["objective"].get("heads"):

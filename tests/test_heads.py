@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import toy
-import toy_heads
 from conftest import World
+from toy_heads import LABELS, MAKE_FILES
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
@@ -28,7 +28,7 @@ from lad_dist.flat import Needs
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.train import Outcome, train
 
-HEADS = ["tagging", "question_answering"]
+HEADS = list(LABELS)
 AUTO = {"tagging": AutoModelForTokenClassification, "question_answering": AutoModelForQuestionAnswering}
 Files = dict[str, dict[str, Any]]
 SIZES = {"max_length": 32, "examples_per_slot": 16, "slots": 1}
@@ -39,8 +39,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Some sentences and contexts are longer than a sequence may be, some questions have no answer."""
     folder = tmp_path_factory.mktemp("files")
     return {
-        "tagging": toy_heads.tagging_files(folder / "tagging", train=400, dev=40),
-        "question_answering": toy_heads.question_files(folder / "qa", 400, 40, unanswerable=True),
+        "tagging": MAKE_FILES["tagging"](folder / "tagging", train=400, dev=40),
+        "question_answering": MAKE_FILES["question_answering"](folder / "qa", 400, 40, unanswerable=True),
     }
 
 
@@ -89,8 +89,7 @@ def test_every_objective_distils_it(
     own["question_answering"] = {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
     assert set(outcome.results["metrics"]) == own[head] | {"label_loyalty", "probability_loyalty", "speedup"}
     model = AUTO[head].from_pretrained(export(outcome))
-    labels = {"tagging": ["B-LOC", "B-PER", "I-PER", "O"], "question_answering": ["start", "end"]}[head]
-    assert list(model.config.id2label.values()) == labels
+    assert tuple(model.config.id2label.values()) == LABELS[head]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -173,7 +172,7 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
     world: World, files: Files, taught: dict[str, Outcome], tmp_path: Path
 ) -> None:
     """A head of the same kind is kept, whatever the outputs for questions are called."""
-    labels = ("B-LOC", "B-PER", "I-PER", "O")
+    labels = LABELS["tagging"]
     classifier = toy.model(tmp_path / "classifier", world.tokenizer, "classification", labels)
     loaded = models.load(str(classifier), "tagging", labels=labels)
     before = models.load(str(classifier), "classification", labels=labels).classifier.weight

@@ -8,11 +8,13 @@ import pytest
 import toy
 from conftest import World
 from launching import curves
+from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist.objectives import OBJECTIVES
 
 pytestmark = pytest.mark.processes
 STAGES = (0, 1, 2, 3)
+HEADS_STAGES = (0, 3)
 
 
 def configs(world: World, work: Path) -> dict[str, dict[str, Any]]:
@@ -30,7 +32,7 @@ def configs(world: World, work: Path) -> dict[str, dict[str, Any]]:
 
 
 CURVES = {
-    **{name: {"name": name} for name in ("kd", "distilbert", "pkd", "alp", "tinybert", "lad")},
+    **{name: {"name": name} for name in ("kd", "distilbert", "pkd", "alp", "tinybert", "mgskd", "lad")},
     "emd": {"name": "emd", "attention": 1.0, "hidden": 1.0},
     "minilm": {"name": "minilm"},
     "minilm2": {"name": "minilm2", "heads": 8},
@@ -38,11 +40,14 @@ CURVES = {
 
 
 def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
-    """Three steps of each: of tinybert, emd and the relations with a student narrower than its teacher."""
+    """Three steps of each: of tinybert, emd and the relations with a student narrower than its teacher, of mgskd with
+    one that is cut out of its teacher's width. And of lad on
+    each kind of task that has several rows in a sequence."""
     result: dict[str, dict[str, Any]] = {}
+    teachers = {kind: toy.model(work / kind, world.tokenizer, kind, LABELS[kind]) for kind in LABELS}
     for name, stage in itertools.product(CURVES, STAGES):
         key = f"{name}-zero{stage}"
-        corpus = "task" not in OBJECTIVES[name].runs_on
+        corpus = "task" not in OBJECTIVES[name].runs_on or name.startswith("minilm")
         places = (world.corpus,) if corpus else (world.files,)
         tables = (toy.corpus_config if corpus else toy.task_config)(work, *places, world.teacher, world.pretrained)
         tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": CURVES[name]}
@@ -51,7 +56,16 @@ def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
         if name in ("emd", "tinybert", "minilm", "minilm2"):
             architecture = {**toy.SIZES, "hidden_size": 16, "num_hidden_layers": 2}
             tables["student"] = {"architecture": architecture, "tokenizer": str(world.tokenizer)}
+        if name == "mgskd":
+            tables["student"]["width"] = 16
         result[key] = tables
+    for kind, stage in itertools.product(LABELS, HEADS_STAGES):
+        files = MAKE_FILES[kind](work / f"{kind}{stage}", train=16, dev=6)
+        tables = toy.task_config(work, files, teachers[kind], world.headless)
+        tables |= {"run": {**tables["run"], "name": f"{kind}-zero{stage}", "steps": 3}, "objective": {"name": "lad"}}
+        tables["deepspeed"] = {"zero_optimization": {"stage": stage}}
+        tables["data"] |= {"slots": 2, "workers": 0}
+        result[f"{kind}-zero{stage}"] = tables
     return result
 
 
@@ -113,6 +127,19 @@ def test_every_objective_has_one_curve(name: str, objective_curves: dict[int, di
             found = terms(stages[f"{name}-zero{stage}"])
             for mine, its in zip(found, expected, strict=True):
                 assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_so_has_every_kind_of_task(kind: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
+    """Losses, and the dev set's metrics and loyalty."""
+    expected = objective_curves[1][f"{kind}-zero0"]
+    for processes, stages in objective_curves.items():
+        for stage in HEADS_STAGES:
+            found = stages[f"{kind}-zero{stage}"]
+            for mine, its in zip(terms(found), terms(expected), strict=True):
+                assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
+            for name in ("dev/f1", "dev/label_loyalty", "dev/probability_loyalty"):
+                assert found[-1][name] == pytest.approx(expected[-1][name], abs=1e-4), (processes, stage)
 
 
 def terms(rows: list[dict[str, Any]]) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ from toy import WORDS
 NAMES = [word for word in WORDS if word.startswith("ba")]
 PLACES = [word for word in WORDS if word.startswith("fi")]
 OTHERS = [word for word in WORDS if word not in NAMES + PLACES]
-TAGGING = {"kind": "tagging"}
-QUESTIONS = {"kind": "question_answering"}
+LABELS = {"tagging": ("B-LOC", "B-PER", "I-PER", "O"), "question_answering": ("start", "end")}
 
 
 def tagged(seed: int, most: int = 8) -> tuple[list[str], list[str]]:
@@ -34,7 +34,7 @@ def tagging_files(folder: Path, train: int = 120, dev: int = 30, most: int = 8) 
     (folder / "train.conll").write_text("\n".join(lines))
     rows = [dict(zip(("tokens", "tags"), tagged(10_000 + n, most), strict=True)) for n in range(dev)]
     (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {**TAGGING, "train": str(folder / "train.conll"), "dev": str(folder / "dev.jsonl")}
+    return {"kind": "tagging", "train": str(folder / "train.conll"), "dev": str(folder / "dev.jsonl")}
 
 
 def entry(seed: int, length: int, unanswerable: bool) -> dict[str, Any]:
@@ -61,4 +61,7 @@ def question_files(
     folder.mkdir(parents=True, exist_ok=True)
     for name, seeds in (("train", range(train)), ("dev", range(10_000, 10_000 + dev))):
         (folder / f"{name}.json").write_text(json.dumps(squad(seeds, length, unanswerable)))
-    return {**QUESTIONS, "train": str(folder / "train.json"), "dev": str(folder / "dev.json")}
+    return {"kind": "question_answering", "train": str(folder / "train.json"), "dev": str(folder / "dev.json")}
+
+
+MAKE_FILES: dict[str, Callable[..., dict[str, str]]] = {"tagging": tagging_files, "question_answering": question_files}
