@@ -104,7 +104,6 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (TASK, {"teacher": None}, 'objective.name "lad" needs a teacher: set teacher.path'),
     (TASK, {"objective": {"name": "task"}}, 'objective.name "task" learns from no teacher: take [teacher] away'),
     (TASK, {"objective": {"name": "mlm"}}, 'objective.name "mlm" does not run on a task'),
-    (TASK, {"objective": {"name": "minilm"}}, 'objective.name "minilm" does not run on a task'),
     (CORPUS, {"objective": {"name": "task"}}, 'objective.name "task" does not run on a corpus'),
     (CORPUS, {"teacher.path": "{headless}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
     (CORPUS, {"teacher.path": "{teacher}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),

@@ -4,7 +4,7 @@
     P = softmax(Q Kᵀ / √d)    R = softmax(V Vᵀ / √d)
 
 over the A attention heads and the tokens of x, in the last layers. Widths may differ, numbers of heads may not; the
-teacher needs no head of its own.
+teacher needs no head of its own. No head is trained: on a task it is the first of two phases, and kd the second.
 """
 
 from torch import Tensor
@@ -16,7 +16,6 @@ from lad_dist.objectives.objective import Objective, same_heads
 
 class MiniLM(Objective):
     headless = True
-    runs_on = ("corpus",)
 
     def __init__(self, student: Shape, teacher: Shape):
         super().__init__()

@@ -2,7 +2,8 @@
 
     L = 1/3 Σ_{X in Q, K, V} 1/(A |x|) Σ_{a, i} KL(R_t[a, i] || R_s[a, i]),     R = softmax(X Xᵀ / √d)
 
-Q, K and V are re-split into A relation heads, so widths and head counts may differ, and the teacher needs no head.
+Q, K and V are re-split into A relation heads, so widths and head counts may differ, and the teacher needs no head. No
+head is trained: on a task it is the first of two phases, and kd the second.
 """
 
 from typing import Annotated
@@ -20,7 +21,6 @@ NAMES = ("query", "key", "value")
 
 class MiniLM2(Objective):
     headless = True
-    runs_on = ("corpus",)
 
     def __init__(
         self,
