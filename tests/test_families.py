@@ -312,6 +312,12 @@ def test_shapes_that_nothing_here_can_run(family: str, sizes: dict[str, int], me
         models.configuration(str(tmp_path))
 
 
+def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match=f"{tmp_path}: the family gpt2 is not supported; choose from albert, bert"):
+        models.configuration(str(tmp_path))
+
+
 # Distilling
 
 
