@@ -161,12 +161,13 @@ class _Parts:
         first = self.embeddings.LayerNorm if self.project is None else self.project
         self.stream = [first, *(layer[norm] for layer in self.layers for norm in ("attention_norm", "layer_norm"))]
         inside = {*self.embeddings.modules(), *(m for layer in layers(model) for m in layer.modules()), self.project}
-        embedded = model.get_input_embeddings().weight
+        embedded = model.get_input_embeddings().get_parameter("weight")
+        self.words = embedded.detach().double().cpu()
         outside = [module for module in model.modules() if module not in inside]
         self.tied = any(getattr(m, "weight", None) is embedded for m in outside)
         self.head = [m for m in outside if isinstance(m, nn.Linear) and m.weight is not embedded]
         self.head_norm = next((m for m in outside if isinstance(m, nn.LayerNorm)), None)
-        self.decoder_bias = next((m.bias for m in outside if getattr(m, "weight", None) is embedded), None)
+        self.decoder_bias: Any = next((m.bias for m in outside if getattr(m, "weight", None) is embedded), None)
         known = {id(p) for m in inside if m is not None for p in m.parameters()}
         self.outside = {name: p for name, p in model.named_parameters() if id(p) not in known}
 
@@ -482,8 +483,8 @@ def _cut_head(wide: _Parts, thin: _Parts, axes: Tensor, read: _Read, found: _Fou
     """What reads the last hidden states; after its dense layer, where there is one, come units (a classifier's) or
     states in the space of the embeddings (a masked language model's)."""
     same = {name: x for name, x in wide.outside.items() if x.shape == thin.outside[name].shape}
-    for name, weight in same.items():
-        thin.outside[name].copy_(weight)
+    for name, as_large in same.items():
+        thin.outside[name].copy_(as_large)
     if not wide.head:
         return
     weight, bias = read.by(wide.head[0])
@@ -498,7 +499,7 @@ def _cut_head(wide: _Parts, thin: _Parts, axes: Tensor, read: _Read, found: _Fou
         _set(new, weight @ lift, bias + weight @ (found.units.mean - lift @ (turn.T @ found.units.mean)))
     if wide.tied and thin.decoder_bias is not None:
         lost = found.units.mean - axes @ (axes.T @ found.units.mean)
-        thin.decoder_bias.add_((wide.model.get_input_embeddings().weight.double().cpu() @ lost).to(thin.decoder_bias))
+        thin.decoder_bias.add_((wide.words @ lost).to(thin.decoder_bias))
 
 
 def _head_axes(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found) -> Tensor | None:
@@ -543,15 +544,15 @@ def _fit_norm(norm: nn.LayerNorm, given: Sequence[Tensor], wanted: Sequence[Tens
     for inputs, outputs in zip(given, wanted, strict=True):
         x, y = F.layer_norm(inputs.float(), inputs.shape[-1:], eps=norm.eps).double(), outputs.double()
         sums = sums + torch.stack([x.sum(0), y.sum(0), x.square().sum(0), (x * y).sum(0)])
-    x, y, xx, xy = torch.as_tensor(sums) / sum(map(len, given))
-    scale = (xy - x * y) / (xx - x * x).clamp(min=FLOOR)
+    mean, its, square, product = torch.as_tensor(sums) / sum(map(len, given))
+    scale = (product - mean * its) / (square - mean * mean).clamp(min=FLOOR)
     norm.weight.copy_(scale)
-    norm.bias.copy_(y - scale * x)
+    norm.bias.copy_(its - scale * mean)
 
 
 def _fit_head_norm(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batches: Sequence[Batch]) -> None:
     """Of a head whose dense layer is narrower than it was."""
-    if thin.head_norm is None or (turn := _head_axes(wide, thin, axes, found)) is None:
+    if wide.head_norm is None or thin.head_norm is None or (turn := _head_axes(wide, thin, axes, found)) is None:
         return
     wanted: list[Tensor] = []
     turn = turn.float().to(wide.model.device)
@@ -573,7 +574,7 @@ def _errors(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batches: Se
     for batch in batches:
         outputs = []
         for parts in (wide, thin):
-            seen = [[] for _ in points]
+            seen: list[list[Tensor]] = [[] for _ in points]
             with _seen([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):  # noqa: B023
                 outputs.append((_run(parts.model, batch), [_rows(x[0], batch) for x in seen]))
         (z, h), (z_thin, h_thin) = outputs

@@ -13,6 +13,7 @@ from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 from lad_dist.flat import Batch, Shape
 from lad_dist.objectives.alp import ALP
 from lad_dist.objectives.distilbert import DistilBERT
+from lad_dist.objectives.mgskd import MGSKD
 from lad_dist.objectives.minilm import MiniLM
 from lad_dist.objectives.minilm2 import MiniLM2
 from lad_dist.objectives.pkd import PKD
@@ -179,3 +180,75 @@ def test_alp_of_equal_teacher_layers_that_the_student_has_is_zero() -> None:
     _, teacher = traces(batch)
     same = teacher._replace(hidden=dict.fromkeys(teacher.hidden, teacher.hidden[1]))
     assert ALP(STUDENT, TEACHER)(same, same, batch)["hidden"].item() == pytest.approx(0.0, abs=1e-9)
+
+
+def naive_angle(i: Tensor, j: Tensor, k: Tensor) -> float:
+    return F.cosine_similarity(i - j, k - j, dim=0).item()
+
+
+def naive_structure(groups: list[tuple[Tensor, Tensor, list[tuple[int, list[int]]]]], heads: int) -> float:
+    """R over groups of student rows, teacher rows, and for each vertex its neighbours."""
+    pairs, angles = [], []
+    for student, teacher, seen in groups:
+        for h in range(heads):
+            s, t = (x.unflatten(1, (heads, -1))[:, h] for x in (student, teacher))
+            for i in range(len(s)):
+                for j in range(len(s)):
+                    pairs.append((s[i] @ s[j] / s.shape[1] ** 0.5 - t[i] @ t[j] / t.shape[1] ** 0.5) ** 2)
+            for j, neighbours in seen:
+                for i in neighbours:
+                    for k in neighbours:
+                        if i != k:
+                            error = abs(naive_angle(s[i], s[j], s[k]) - naive_angle(t[i], t[j], t[k]))
+                            angles.append(error**2 / 2 if error < 1 else error - 0.5)
+    return (sum(pairs) / len(pairs)).item() + sum(angles) / max(1, len(angles))
+
+
+def naive_view(attention: Tensor, vertices: int, neighbours: int) -> list[tuple[int, list[int]]]:
+    """Most attended places, and the places that each of them attends to most."""
+    chosen = attention.sum(dim=0).argsort(descending=True)[:vertices].tolist()
+    return [(j, [i for i in attention[j].argsort(descending=True).tolist() if i != j][:neighbours]) for j in chosen]
+
+
+@few
+@given(
+    batch=twins.batches(),
+    seed=SEEDS,
+    shape=st.sampled_from([STUDENT, NARROW]),
+    heads=st.sampled_from([1, 2]),
+    few_of_them=st.booleans(),
+)
+def test_mgskd_equals_its_equations(batch: Batch, seed: int, shape: Shape, heads: int, few_of_them: bool) -> None:
+    student, teacher = traces(batch, seed, shape)
+    vertices, neighbours = (2 if few_of_them and not batch.packed else 20), (3 if few_of_them else 20)
+    objective = MGSKD(
+        shape, TEACHER, token=2.0, span=3.0, sample=5.0, heads=heads, vertices=vertices, neighbours=neighbours
+    )
+    terms = objective(student, teacher, batch)
+    tokens, spans = [], []
+    states = twins.sequences(student.hidden[1], batch), twins.sequences(teacher.hidden[2], batch)
+    for s, t, scores in zip(*states, twins.naive_scores(*teacher.qkv[2][:2], batch, 2), strict=True):
+        attention = torch.stack([torch.softmax(each, dim=1) for each in scores]).mean(dim=0)
+        tokens.append((s, t, naive_view(attention, vertices, neighbours)))
+        parts = [list(range(n, min(n + 3, len(s)))) for n in range(0, len(s), 3)]
+        over = torch.stack([torch.stack([attention[a][:, b].mean() for b in parts]) for a in parts])
+        means = [torch.stack([x[part].mean(dim=0) for part in parts]) for x in (s, t)]
+        spans.append((*means, naive_view(over, vertices, neighbours)))
+    upper = twins.sequences(student.hidden[2], batch), twins.sequences(teacher.hidden[4], batch)
+    means = [torch.stack([x.mean(dim=0) for x in side]) for side in upper]
+    others = [(j, [i for i in range(len(means[0])) if i != j]) for j in range(len(means[0]))]
+    assert terms["token"].item() == pytest.approx(2 * naive_structure(tokens, heads), rel=1e-3)
+    assert terms["span"].item() == pytest.approx(3 * naive_structure(spans, heads), rel=1e-3)
+    assert terms["sample"].item() == pytest.approx(5 * naive_structure([(*means, others)], heads), rel=1e-3)
+
+
+def test_mgskd_does_not_see_where_representations_are() -> None:
+    """Turning the student's space changes nothing; moving it leaves the angles alone."""
+    batch = toy.batch(LENGTHS)
+    _, teacher = traces(batch)
+    objective = MGSKD(TEACHER, TEACHER, heads=1, soft=0.0, hard=0.0)
+    turn = torch.linalg.qr(torch.randn(8, 8)).Q
+    turned = teacher._replace(hidden={layer: x @ turn for layer, x in teacher.hidden.items()})
+    assert {k: x.item() for k, x in objective(turned, teacher, batch).items()} == pytest.approx(
+        dict.fromkeys(("token", "span", "sample"), 0.0), abs=1e-6
+    )

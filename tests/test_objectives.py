@@ -42,11 +42,11 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
         assert others == pytest.approx(values[0], rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", ["distilbert", "kd", "minilm", "minilm2", "pkd", "tinybert"])
+@pytest.mark.parametrize("name", ["distilbert", "kd", "mgskd", "minilm", "minilm2", "pkd", "tinybert"])
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name: str) -> None:
     batch = toy.batch(LENGTHS)
     _, teacher = traces(batch)
-    options = {"hard": 0.0} if name in ("distilbert", "kd", "pkd") else {}
+    options = {"hard": 0.0} if name in ("distilbert", "kd", "mgskd", "pkd") else {}
     terms = OBJECTIVES[name](TEACHER, TEACHER, **options)(teacher, teacher, batch)
     assert terms
     assert "hard" not in terms
@@ -122,7 +122,7 @@ def test_where_widths_may_differ() -> None:
         able.add(name)
         student, teacher = traces(batch, student=NARROW)
         assert all(term.isfinite() for term in objective(student, teacher, batch).values())
-    assert able == {"emd", "kd", "minilm", "minilm2", "tinybert"}
+    assert able == {"emd", "kd", "mgskd", "minilm", "minilm2", "tinybert"}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,9 @@ def test_where_widths_may_differ() -> None:
         ("lad", {}, NARROW, TEACHER, "4 wide"),
         ("lad", {}, STUDENT._replace(layers=6), TEACHER, "6 student layers"),
         ("lad", {"norm": "sequence"}, STUDENT, TEACHER, "data.pad_to"),
+        ("mgskd", {"heads": 3}, STUDENT, TEACHER, "3 does not divide a width of 8"),
+        ("mgskd", {"lower": 3}, STUDENT, TEACHER, "the student has 2 layers"),
+        ("mgskd", {}, STUDENT._replace(layers=6), TEACHER, "6 student layers"),
         ("minilm", {}, STUDENT._replace(heads=4), TEACHER, "4 heads and the teacher 2"),
         ("minilm2", {"heads": 3}, STUDENT, TEACHER, "does not divide"),
         ("minilm2", {"teacher_layer": 9}, STUDENT, TEACHER, "there are 4 layers"),

@@ -76,7 +76,10 @@ def test_lad_learns(world: World, tmp_path: Path) -> None:
 TEACHERLESS: dict[str, Any] = {"teacher": None}
 ON_TASKS: list[dict[str, Any]] = [
     TEACHERLESS | {"objective": {"name": "task"}},
-    *[{"objective": {"name": name}} for name in ("kd", "distilbert", "pkd", "alp", "emd", "tinybert", "lad")],
+    *[
+        {"objective": {"name": name}}
+        for name in ("kd", "distilbert", "pkd", "alp", "emd", "tinybert", "minilm", "minilm2", "mgskd", "lad")
+    ],
     {"student.path": "{narrow}", "objective": {"name": "emd"}},
     {"student.path": "{narrow}", "objective": {"name": "tinybert"}},
     {"surgery": [{"name": "low_rank", "keep": 0.5}]},
@@ -85,7 +88,7 @@ ON_TASKS: list[dict[str, Any]] = [
 ]
 ON_CORPORA: list[dict[str, Any]] = [
     TEACHERLESS | {"objective": {"name": "mlm"}},
-    *[{"objective": {"name": name}} for name in ("distilbert", "pkd", "alp", "emd", "lad")],
+    *[{"objective": {"name": name}} for name in ("distilbert", "pkd", "alp", "emd", "mgskd", "lad")],
     *[
         {"teacher.path": "{headless}", "objective": {"name": name, "soft": 0.0}}
         for name in ("distilbert", "pkd", "alp", "lad")
@@ -115,7 +118,20 @@ def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path
     rows: list[dict[str, Any]] = []
     outcome = train(config, rows.append)
     assert outcome.results is not None
-    terms = ("hard", "soft", "hidden", "embedding", "attention", "cosine", "query", "key", "value")
+    terms = (
+        "hard",
+        "soft",
+        "hidden",
+        "embedding",
+        "attention",
+        "cosine",
+        "query",
+        "key",
+        "value",
+        "token",
+        "span",
+        "sample",
+    )
     for row in rows[:2]:
         assert math.isfinite(row["loss"])
         assert row["loss"] == pytest.approx(sum(row.get(term, 0.0) for term in terms), rel=2e-2)

@@ -6,6 +6,7 @@ from lad_dist.objectives.emd import EMD
 from lad_dist.objectives.kd import KD
 from lad_dist.objectives.labels import MLM, Task
 from lad_dist.objectives.lad import LAD
+from lad_dist.objectives.mgskd import MGSKD
 from lad_dist.objectives.minilm import MiniLM
 from lad_dist.objectives.minilm2 import MiniLM2
 from lad_dist.objectives.objective import Objective
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "alp": ALP,
     "emd": EMD,
     "tinybert": TinyBERT,
+    "mgskd": MGSKD,
     "minilm": MiniLM,
     "minilm2": MiniLM2,
     "lad": LAD,

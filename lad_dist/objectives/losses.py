@@ -93,7 +93,7 @@ def relation(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
         s, t = (_log_relation(x, y, batch, heads) for x, y in (xs[:2], xs[2:]))
         return (t.exp() * (t - s)).masked_fill(~_pairs(batch), 0.0).sum() / (heads * batch.tokens)
 
-    return _recomputed(divergence, *student, *teacher)
+    return recomputed(divergence, *student, *teacher)
 
 
 def scores(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
@@ -109,7 +109,7 @@ def scores(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
         difference = (queries @ keys.transpose(-1, -2)).masked_fill_(~pairs, 0.0)
         return difference.square().sum() / (heads * pairs.sum())
 
-    return _recomputed(error, *student, *teacher)
+    return recomputed(error, *student, *teacher)
 
 
 def _by_heads(x: Tensor, batch: Batch, heads: int) -> Tensor:
@@ -129,7 +129,7 @@ def _pairs(batch: Batch) -> Tensor:
     return batch.attended[:, None, :, None] & batch.visible[:, None]
 
 
-def _recomputed(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
     """function(*xs), computed again in the backward: what is as large as [U, heads, S, S] is not kept until then."""
     result = checkpoint(function, *xs, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(result, Tensor)
