@@ -37,20 +37,21 @@ def test_hard_loss_by_hand() -> None:
     assert losses.hard(torch.tensor([[2.0], [0.0]]), numbers, "regression").item() == pytest.approx(5.0)
 
 
-def answers_batch(rows: list[list[int]]) -> Batch:
-    """Sequences of 3, 5 and 4 tokens, of which the head reads these; of each the answer begins in the second row and
-    ends in the last."""
-    lengths, starts = [3, 5, 4], [0, 3, 8]
-    labels = [[[0, n == 1], [n == len(mine) - 1]] for mine in rows for n in range(len(mine))]
-    flat = [start + row for start, mine in zip(starts, rows, strict=True) for row in mine]
-    batch = toy.batch(lengths)
-    return batch._replace(rows=torch.tensor(flat), labels=torch.tensor([[x[0][1], x[1][0]] for x in labels]).float())
+READ = [[0, 2], [0, 1, 2, 4], [0, 1, 3]]  # of sequences of 3, 5 and 4 tokens
+
+
+def answers_batch(pad_to: int | None = None) -> Batch:
+    """Of each sequence the answer begins in the second row that is read, and ends in the last."""
+    batch = toy.batch([3, 5, 4], pad_to=pad_to)
+    starts = batch.cu_seqlens.tolist()
+    rows = [start + row for start, mine in zip(starts, READ, strict=False) for row in mine]
+    labels = [[n == 1, n == len(mine) - 1] for mine in READ for n in range(len(mine))]
+    return batch._replace(rows=torch.tensor(rows), labels=torch.tensor(labels).float())
 
 
 def test_losses_of_answers_equal_their_equations() -> None:
     """A distribution over the rows of each sequence, for both ends; sequence by sequence, in fp64."""
-    rows = [[0, 2], [0, 1, 2, 4], [0, 1, 3]]
-    batch = answers_batch(rows)
+    batch = answers_batch()
     torch.manual_seed(0)
     student, teacher = (torch.randn(9, 2, requires_grad=True) for _ in range(2))
     hard = soft = 0.0
@@ -59,8 +60,9 @@ def test_losses_of_answers_equal_their_equations() -> None:
             hard -= math.log(torch.softmax(s[:, column], 0)[right].item())
             p, q = (torch.softmax(x[:, column] / 2, 0) for x in (t, s))
             soft += 4 * (p * (p / q).log()).sum().item()
-    found = losses.hard(student, batch, "question_answering"), losses.soft(
-        student, teacher, batch, "question_answering", 2.0
+    found = (
+        losses.hard(student, batch, "question_answering"),
+        losses.soft(student, teacher, batch, "question_answering", 2.0),
     )
     assert [x.item() for x in found] == pytest.approx([hard / 6, soft / 6], rel=1e-5)
     gradient = torch.autograd.grad(sum(found), student)[0]
@@ -70,14 +72,9 @@ def test_losses_of_answers_equal_their_equations() -> None:
 
 
 def test_losses_of_answers_know_no_layout() -> None:
-    batch = answers_batch([[0, 2], [0, 1, 2, 4], [0, 1, 3]])
-    logits = torch.randn(9, 2)
-    spans = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2])
-    padded = toy.batch([3, 5, 4], pad_to=7)
-    shifted = padded._replace(rows=batch.rows + spans[batch.rows] * 7 - torch.tensor([0, 3, 8])[spans[batch.rows]])
-    shifted = shifted._replace(labels=batch.labels)
+    batch, logits = answers_batch(), torch.randn(9, 2)
     packed = toy.packed(toy.batch([3, 5, 4]), 8)._replace(rows=batch.rows, labels=batch.labels)
-    values = [losses.hard(logits, b, "question_answering").item() for b in (batch, shifted, packed)]
+    values = [losses.hard(logits, each, "question_answering").item() for each in (batch, answers_batch(7), packed)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 

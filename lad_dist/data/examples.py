@@ -25,7 +25,7 @@ from lad_dist.data import tokenizers
 from lad_dist.data.batch import collate, span_starts
 from lad_dist.data.squad import Answer, Questions, Rows, find_answers
 from lad_dist.data.tagging import Sentences
-from lad_dist.data.tasks import Raw, Task
+from lad_dist.data.tasks import Raw, Task, Texts
 from lad_dist.data.tokenizers import Encoded, Frame, PreTrainedTokenizerFast, Words
 from lad_dist.flat import Batch
 
@@ -46,9 +46,12 @@ class TaskExamples:
         rows: Sequence[np.ndarray],
         labels: Sequence[np.ndarray],
         tokenizer: PreTrainedTokenizerFast,
+        what: str,
         pad_to: int | None,
     ) -> None:
-        """rows: int64, places in the sequence; labels: one for each row."""
+        """rows: int64, places in the sequence; labels: one for each row; `what` names the examples in complaints.
+        Raises UserError when the tokenizer does not know the text."""
+        tokenizers.refuse_unknown(tokenizer, encoded.ids[:UNKNOWN_EXAMPLES], what)
         self._encoded, self._rows, self._labels = encoded, rows, labels
         self._pad, self._pad_to = tokenizers.frame(tokenizer).pad, pad_to
 
@@ -100,18 +103,20 @@ def tokenize(
     task: Task, raw: Raw, tokenizer: PreTrainedTokenizerFast, data: TaskData, what: str, pad_to: int | None = None
 ) -> TaskExamples:
     """`what` names them in complaints. Raises UserError when the tokenizer does not know the text."""
-    kinds: dict[type[Any], Any] = {Sentences: TaggingExamples, Questions: QuestionExamples}
-    made = kinds.get(type(raw), TextExamples)(task, raw, tokenizer, data, what, pad_to)
-    tokenizers.refuse_unknown(tokenizer, made._encoded.ids[:UNKNOWN_EXAMPLES], what)
-    return made
+    kinds: dict[type[Any], Any] = {
+        Texts: TextExamples,
+        Sentences: TaggingExamples,
+        Questions: QuestionExamples,
+    }
+    return kinds[type(raw)](task, raw, tokenizer, data, what, pad_to)
 
 
 class TextExamples(TaskExamples):
     def __init__(
-        self, task: Task, raw: Any, tokenizer: PreTrainedTokenizerFast, data: TaskData, _: str, pad_to: int | None
+        self, task: Task, raw: Texts, tokenizer: PreTrainedTokenizerFast, data: TaskData, what: str, pad_to: int | None
     ) -> None:
         encoded = tokenizers.encode_framed(tokenizer, raw.texts, raw.pairs, data.max_length)
-        super().__init__(encoded, [FIRST] * len(encoded.ids), list(raw.labels[:, None]), tokenizer, pad_to)
+        super().__init__(encoded, [FIRST] * len(encoded.ids), list(raw.labels[:, None]), tokenizer, what, pad_to)
         self._metrics = task.metrics
 
     def score(self, logits: Logits) -> dict[str, float]:
@@ -125,7 +130,13 @@ class TaggingExamples(TaskExamples):
     """Rows are all words of all sentences, in order."""
 
     def __init__(
-        self, task: Task, raw: Sentences, tokenizer: PreTrainedTokenizerFast, data: TaskData, _: str, pad_to: int | None
+        self,
+        task: Task,
+        raw: Sentences,
+        tokenizer: PreTrainedTokenizerFast,
+        data: TaskData,
+        what: str,
+        pad_to: int | None,
     ) -> None:
         frame = tokenizers.frame(tokenizer)
         ids: list[np.ndarray] = []
@@ -138,7 +149,7 @@ class TaggingExamples(TaskExamples):
                 rows.append(places)
                 labels.append(tags[first:end])
         segments = [np.zeros(len(sequence), dtype=np.uint8) for sequence in ids]
-        super().__init__(Encoded(ids, segments), rows, labels, tokenizer, pad_to)
+        super().__init__(Encoded(ids, segments), rows, labels, tokenizer, what, pad_to)
         self._metrics, self._names = task.metrics, task.label_names
         self._sentences = np.cumsum([len(words) for words in raw.words])
 
@@ -197,7 +208,7 @@ class QuestionExamples(TaskExamples):
             _answer_labels(raw.answers[question], characters)
             for question, characters in zip(windows.question.tolist(), windows.characters, strict=True)
         ]
-        super().__init__(windows.encoded, rows, labels, tokenizer, pad_to)
+        super().__init__(windows.encoded, rows, labels, tokenizer, what, pad_to)
         _warn_of_lost(raw, windows.question, labels, what)
         self._raw, self._data, self._metrics = raw, data, task.metrics
         nothing = np.zeros((1, 2), dtype=np.int64)
