@@ -101,6 +101,8 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (TASK, {"teacher.path": "{three}"}, "its head has 3 outputs (a, b, c), the task has 2 labels (no, yes)"),
     (TASK, {"teacher.path": "{renamed}"}, "its labels are left, right, the task's are no, yes"),
     (TASK, {"data.dev": "{bad_dev}"}, 'bad.jsonl:4: label "yess" is unknown: did you mean "yes"?'),
+    (TASK, {"data.kind": "tagging", "data.train": "{bad_dev}"}, "bad.jsonl:1: tokens is None, not a list"),
+    (TASK, {"data.kind": "question_answering"}, 'train.csv: file type ".csv" is unknown'),
     (TASK, {"teacher": None}, 'objective.name "lad" needs a teacher: set teacher.path'),
     (TASK, {"objective": {"name": "task"}}, 'objective.name "task" learns from no teacher: take [teacher] away'),
     (TASK, {"objective": {"name": "mlm"}}, 'objective.name "mlm" does not run on a task'),
