@@ -25,7 +25,7 @@ tokens; and `reads/m/l`, the share of H_l in what student layer m is matched to:
 in between.
 """
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -105,15 +105,15 @@ class LAD(KD):
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         same_width("lad", student, teacher)
-        given = {"gates": gates, "openness": openness, "sees": sees, "norm": norm, "affine": affine}
+        given: dict[str, Any] = {"gates": gates, "openness": openness, "sees": sees, "norm": norm, "affine": affine}
         recipe = VARIANTS[variant]._replace(**{name: x for name, x in given.items() if x is not None})
         _check(recipe, teacher)
         self.hidden = hidden
         self.matches = uniform("lad", student, teacher)
-        shape = [teacher.width] if recipe.norm == "token" else [teacher.span, teacher.width]
+        self.normalised = [teacher.width] if recipe.norm == "token" else [teacher.span or 0, teacher.width]
         above_first = range(2, teacher.layers + 1)
         self.gates = nn.ModuleList(Gate(teacher.width, recipe) for _ in above_first)
-        self.norms = nn.ModuleList(nn.LayerNorm(shape, elementwise_affine=recipe.affine) for _ in above_first)
+        self.norms = nn.ModuleList(nn.LayerNorm(self.normalised, elementwise_affine=recipe.affine) for _ in above_first)
         every_layer = tuple(range(1, teacher.layers + 1))
         self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in self.matches))
         self.teacher_needs = self.teacher_needs._replace(hidden=every_layer)
@@ -131,7 +131,7 @@ class LAD(KD):
         aggregates, shares = {1: hidden[1]}, {1: _size(hidden[1])[None]}
         for layer, (gate, norm) in enumerate(zip(self.gates, self.norms, strict=True), start=2):
             mixed, openness = gate(aggregates[layer - 1], hidden[layer])
-            aggregates[layer] = norm(mixed.view(-1, *norm.normalized_shape)).view_as(mixed)
+            aggregates[layer] = norm(mixed.view(-1, *self.normalised)).view_as(mixed)
             shares[layer] = _shares(shares[layer - 1], openness, hidden[layer], mixed)
             self.observed[f"gate/{layer}"] = openness.detach().mean()
         for m, layer in self.matches:
