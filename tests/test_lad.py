@@ -148,6 +148,32 @@ def test_gates_that_do_not_learn_are_not_trained(made: dict[str, Any]) -> None:
     assert not [p for p in LAD(STUDENT, TEACHER, **made).parameters() if p.requires_grad]
 
 
+def test_an_anchor_teaches_the_gates_what_the_teacher_decides() -> None:
+    """Detached, the hidden term teaches the student alone, and the anchor the gates alone."""
+    batch = toy.batch(LENGTHS)
+    student, teacher = traces(batch)
+    torch.manual_seed(0)
+    objective = LAD(STUDENT, TEACHER, anchor=3.0, temperature=2.0, detached=True)
+    terms = objective(student, teacher, batch)
+    found = objective.aggregate(teacher.hidden)
+    assert teacher.logits is not None
+    expected = 0.0
+    for probe, layer in zip(objective.probes, (2, 4), strict=True):
+        said = torch.log_softmax(probe(found[layer][batch.rows]).double() / 2, dim=-1)
+        truth = torch.log_softmax(teacher.logits.double() / 2, dim=-1)
+        expected += 3 / 2 * 4 * (truth.exp() * (truth - said)).sum(dim=-1).mean().item()
+    assert terms["anchor"].item() == pytest.approx(expected, rel=1e-5)
+    gates = [p for gate in objective.gates for p in gate.parameters()]
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(terms["anchor"], gates, retain_graph=True))
+    learnt = [*gates, student.hidden[2]]
+    *of_gates, of_student = torch.autograd.grad(terms["hidden"], learnt, allow_unused=True)
+    assert all(g is None for g in of_gates)
+    assert of_student.abs().sum() > 0
+    alone = LAD(STUDENT, TEACHER, gates="frozen")
+    alone.gates.load_state_dict(objective.gates.state_dict())
+    assert alone(student, teacher, batch)["hidden"].item() == pytest.approx(terms["hidden"].item())
+
+
 def test_a_gate_starts_as_open_as_it_is_told() -> None:
     torch.manual_seed(0)
     batch = toy.batch(LENGTHS)

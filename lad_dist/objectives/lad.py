@@ -17,12 +17,19 @@ pre-trained teacher.
 `variant = "paper"` is the authors' code: a norm over [S, D] jointly with S · D affine weights, which needs
 `data.pad_to`, and gates that start at random. `"ours"` normalises over D alone: each token's target then has unit
 variance whatever the gates do, and no padding is needed. The other keys change one thing each, None leaving it as the
-variant has it; they are there to find out what the gates are worth. A detached target would leave the gates without a
-gradient, which is `gates = "frozen"`; a constant openness of 1 leaves LN(H_l) alone, without aggregation.
+variant has it; they are there to find out what the gates are worth. A constant openness of 1 leaves LN(H_l) alone,
+without aggregation.
 
-The target is learnt, so it could collapse. Logged are `gate/l`, the mean openness; `target/m`, the variance over
-tokens; and `reads/m/l`, the share of H_l in what student layer m is matched to: openness times size, through all norms
-in between.
+The hidden term pulls both ways: gates that learn from it move towards what the student finds easy, which are the lowest
+layers, however little these say about the task. `anchor` gives them a task of their own: a learnt linear map of each
+target's rows has to tell the teacher's decision.
+
+    L += anchor · 1/M Σ_m T² KL(softmax(z_t / T) || softmax(P_m A_⌊mL/M⌋ / T))
+
+`detached` takes the hidden term's gradient away from the gates; without an anchor that is `gates = "frozen"`.
+
+Logged are `gate/l`, the mean openness; `target/m`, the variance over tokens; and `reads/m/l`, the share of H_l in what
+student layer m is matched to: openness times size, through all norms in between.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -99,6 +106,10 @@ class LAD(KD):
         sees: Annotated[Sees | None, Field(description="what a gate looks at: A_{l-1}, or H_l too")] = None,
         norm: Norm | None = None,
         affine: Annotated[bool | None, Field(description="learnt scale and shift after the norm")] = None,
+        anchor: Annotated[
+            float, Field(ge=0, description="weight of the gates' own task, to tell what the teacher decides")
+        ] = 0.0,
+        detached: Annotated[bool, Field(description="keep the hidden term from teaching the gates")] = False,
         soft: Weight = 0.5,
         hard: Weight = 0.5,
         temperature: Annotated[float, Field(gt=0)] = 2.0,
@@ -107,23 +118,35 @@ class LAD(KD):
         same_width("lad", student, teacher)
         given: dict[str, Any] = {"gates": gates, "openness": openness, "sees": sees, "norm": norm, "affine": affine}
         recipe = VARIANTS[variant]._replace(**{name: x for name, x in given.items() if x is not None})
-        _check(recipe, teacher)
-        self.hidden = hidden
+        _check(recipe, teacher, anchor, detached)
+        self.hidden, self.anchor, self.detached = hidden, anchor, detached
         self.matches = uniform("lad", student, teacher)
         self.normalised = [teacher.width] if recipe.norm == "token" else [teacher.span or 0, teacher.width]
         above_first = range(2, teacher.layers + 1)
         self.gates = nn.ModuleList(Gate(teacher.width, recipe) for _ in above_first)
         self.norms = nn.ModuleList(nn.LayerNorm(self.normalised, elementwise_affine=recipe.affine) for _ in above_first)
+        self.probes = nn.ModuleList(nn.Linear(teacher.width, teacher.outputs) for _ in self.matches if anchor)
         every_layer = tuple(range(1, teacher.layers + 1))
         self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in self.matches))
-        self.teacher_needs = self.teacher_needs._replace(hidden=every_layer)
+        self.teacher_needs = self.teacher_needs._replace(hidden=every_layer, logits=soft > 0 or anchor > 0)
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         targets = self.aggregate(teacher.hidden)
-        distances = [losses.squared(student.hidden[m], targets[layer]).mean() for m, layer in self.matches]
-        self.observed |= {f"target/{m}": targets[layer].detach().var(dim=0).mean() for m, layer in self.matches}
-        return super().forward(student, teacher, batch) | {"hidden": self.hidden * torch.stack(distances).mean()}
+        matched = [targets[layer] for _, layer in self.matches]
+        self.observed |= {f"target/{m}": x.detach().var(dim=0).mean() for m, x in enumerate(matched, start=1)}
+        terms = super().forward(student, teacher, batch)
+        if self.anchor:
+            terms["anchor"] = self.anchor * self._decisions(matched, teacher, batch)
+        if self.detached:
+            matched = [x.detach() for x in matched]
+        distances = [losses.squared(student.hidden[m], x).mean() for m, x in enumerate(matched, start=1)]
+        return terms | {"hidden": self.hidden * torch.stack(distances).mean()}
+
+    def _decisions(self, targets: list[Tensor], teacher: Trace, batch: Batch) -> Tensor:
+        assert teacher.logits is not None
+        told = [probe(x.index_select(0, batch.rows)) for probe, x in zip(self.probes, targets, strict=True)]
+        return torch.stack([losses.soft(x, teacher.logits, batch, self.head, self.temperature) for x in told]).mean()
 
     def aggregate(self, hidden: dict[int, Tensor]) -> dict[int, Tensor]:
         """Teacher layers {l: H_l [N, D]} to aggregates {l: A_l [N, D]}."""
@@ -140,13 +163,19 @@ class LAD(KD):
         return aggregates
 
 
-def _check(recipe: Recipe, teacher: Shape) -> None:
+def _check(recipe: Recipe, teacher: Shape, anchor: float, detached: bool) -> None:
     if recipe.norm == "sequence" and teacher.span is None:
         raise UserError('objective.norm = "sequence": it normalises over whole sequences, so set data.pad_to')
     if recipe.gates == "constant" and recipe.openness is None:
         raise UserError('objective.gates = "constant": say how open they are, objective.openness = 0.5')
     if recipe.gates != "constant" and recipe.openness == 1:
         raise UserError('objective.openness = 1: a gate cannot start wide open and learn; take gates = "constant"')
+    if anchor and teacher.head in ("none", "mlm"):
+        raise UserError("objective.anchor: the teacher decides nothing on a corpus; set objective.anchor = 0")
+    if anchor and recipe.gates != "learnt":
+        raise UserError(f'objective.anchor: gates = "{recipe.gates}" learn nothing; set objective.anchor = 0')
+    if detached and recipe.gates == "learnt" and not anchor:
+        raise UserError('objective.detached: nothing teaches the gates then; take gates = "frozen", or an anchor')
 
 
 @torch.no_grad()
