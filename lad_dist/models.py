@@ -5,8 +5,9 @@
     create(architecture, head, ...)  a new model
     save(model, folder)              model -> an ordinary Hugging Face folder
     trace(model, batch, needs)       one flat forward -> Trace
-    Frozen                           batch -> Trace of a model that does not learn: the teacher, or a model under
-    evaluation shape, flops                     sizes and arithmetic of a model
+    Frozen                           batch -> Trace of a model that does not learn: the teacher, or one under evaluation
+    label_order(path, head, labels)  whether a model has the head of a task, and in which order its labels
+    shape, flops                     sizes and arithmetic of a model
 
 Batches are flat, so attention alone must know where sequences end. transformers lets a model run with an attention
 function of our own (`AttentionInterface`); ours takes the `_Flat` that `trace` hands through the forward as a keyword,

@@ -1,8 +1,9 @@
 """Narrower: an encoder of fewer coordinates, heads and inner units that computes what the wide one did, as far as they
 allow.
 
-    check(config, size, directions)        what the narrow model will be like; refuses what cannot be made
-    narrow(model, batches, size, kind)     wide model -> narrow model, and what was lost on the way
+    check(config, width, heads, …)   the sizes of the narrow model; refuses what cannot be made
+    resized(config, size)            its config
+    narrow(model, batches, …)        wide model -> narrow model, and what was lost on the way
 
 Hidden states of all layers live in one space, for each layer adds to them: so one map A [D, d] with orthonormal columns
 narrows them all, h' ≈ Aᵀh. What writes into the stream gets Aᵀ in front. A spans the principal directions of the hidden

@@ -71,13 +71,14 @@ class Run:
         return json.loads(self._results.read_text()) if self._results.exists() else None
 
     def begin(self, step: int) -> None:
-        """Opens the folder for writing from `step` on; rows that a lost stretch had reported after it are dropped."""
+        """Opens the folder for writing from `step` on; rows that a lost stretch had reported after it are dropped, of one
+        that saved nothing all of them."""
         if not processes.main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._config, self._text)
         rows = self._metrics.read_text().splitlines() if self._metrics.exists() else []
-        kept = [row for row in rows if _step_of(row) <= step]
+        kept = [row for row in rows if step and _step_of(row) <= step]
         write_text(self._metrics, "".join(f"{row}\n" for row in kept))
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 

@@ -197,6 +197,14 @@ def test_rows_after_the_checkpoint_are_dropped_when_a_run_is_taken_up(config: Tr
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2)]
 
 
+def test_what_is_told_before_the_first_step_is_told_once(config: TrainConfig) -> None:
+    for _ in range(2):
+        run = Run(config)
+        run.begin(0)
+        run.record({"step": 0, "initial_error/logits": 0.5})
+    assert (run.folder / "metrics.jsonl").read_text() == '{"step": 0, "initial_error/logits": 0.5}\n'
+
+
 def test_a_row_that_was_cut_off_does_not_hinder(config: TrainConfig) -> None:
     """The machine may go down in the middle of a line."""
     run = Run(config)
