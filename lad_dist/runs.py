@@ -71,8 +71,8 @@ class Run:
         return json.loads(self._results.read_text()) if self._results.exists() else None
 
     def begin(self, step: int) -> None:
-        """Opens the folder for writing from `step` on; rows that a lost stretch had reported after it are dropped, of one
-        that saved nothing all of them."""
+        """Opens the folder for writing from `step` on; rows that a lost stretch had reported after it are dropped: from
+        step 0 on, all of them."""
         if not processes.main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
