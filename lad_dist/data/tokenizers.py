@@ -500,7 +500,7 @@ def encode_windows(
     found = Windows(Encoded(ids, segments), np.empty(0, dtype=np.int64), [], [])
     numbers: list[int] = []
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    questions = _cut(tokenizer, questions, max(1, max_length // 2 - special))
+    questions = _cut(tokenizer, questions, max(0, max_length // 2 - special))
     for begin in range(0, len(questions), WINDOWED_AT_ONCE):
         chunk = slice(begin, begin + WINDOWED_AT_ONCE)
         encoded = tokenizer(
@@ -526,12 +526,16 @@ def encode_windows(
 
 
 def _cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], most: int) -> list[str]:
-    """The texts, each to the end of its token number `most`."""
-    encodings = _backend(tokenizer).encode_batch(list(texts), add_special_tokens=False)
-    return [
-        text if len(encoding) <= most else text[: encoding.offsets[most - 1][1]]
-        for text, encoding in zip(texts, encodings, strict=True)
-    ]
+    """The texts, each to the end of its token number `most`, or of an earlier one where a beginning of the text is read
+    as more tokens than it was as a part of it."""
+    cut, long, aim = list(texts), range(len(texts)), most
+    while long:
+        encodings = _backend(tokenizer).encode_batch([cut[n] for n in long], add_special_tokens=False)
+        ends = {n: encoding.offsets for n, encoding in zip(long, encodings, strict=True) if len(encoding) > most}
+        for n, offsets in ends.items():
+            cut[n] = cut[n][: offsets[aim - 1][1]] if aim else ""
+        long, aim = list(ends), aim - 1
+    return cut
 
 
 def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

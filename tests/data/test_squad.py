@@ -92,7 +92,7 @@ CONTEXT = "  " + "\n\n".join(toy.sentence(n, most=30) for n in range(8)) + " (Ba
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(begin=st.integers(0, 60), count=st.integers(1, 2), stride=st.sampled_from([10, 14]), long=st.booleans())
 def test_every_answer_is_found_in_a_window_and_read_back(
     family: str, begin: int, count: int, stride: int, long: bool, words: Callable[[str], PreTrainedTokenizerFast]
@@ -143,6 +143,18 @@ def test_windows_hold_the_whole_context_and_overlap(
         assert before[-10:].tolist() == after[:10].tolist()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_of_any_length_leaves_room_for_any_stride(
+    family: str, words: Callable[[str], PreTrainedTokenizerFast]
+) -> None:
+    """The beginning of a question may be read as more tokens than it was as a part of it."""
+    for length in (8, 9, 16, 17):
+        found = encode_windows(words(family), ["which of the many red dogs?"], [CONTEXT], length, length // 2 - 1)
+        assert max(map(len, found.encoded.ids)) <= length
+        read = {place for each in found.characters for begin, end in each.tolist() for place in range(begin, end)}
+        assert read >= {place for place, character in enumerate(CONTEXT) if not character.isspace()}
+
+
 def test_answers_that_no_window_holds_are_reported(
     words: Callable[[str], PreTrainedTokenizerFast], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,7 +168,7 @@ def test_answers_that_no_window_holds_are_reported(
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5), st.booleans())
 def test_the_best_stretch_of_all_windows_wins(seed: int, sizes: list[int], longest: int, unanswerable: bool) -> None:
     """Against every pair of rows, one by one."""
