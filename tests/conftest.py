@@ -12,9 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import toy
+from hypothesis import settings
 
 from lad_dist.config import PrepareConfig
 from lad_dist.data.prepare import prepare
+
+settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a machine is, not whether the code is right
+settings.load_profile("lad_dist")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def problem(seed: int, sizes: tuple[int, int], scale: float) -> tuple[np.ndarray
     return scale * draw.random(sizes), draw.dirichlet(np.ones(sizes[0])), draw.dirichlet(np.ones(sizes[1]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=SEEDS,
     sizes=st.tuples(st.integers(1, 12), st.integers(1, 24)),
@@ -43,7 +43,7 @@ def test_a_plan_without_costs_is_a_plan() -> None:
     np.testing.assert_allclose(found.sum(axis=0), np.full(3, 1 / 3))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=SEEDS, temperature=st.sampled_from([1.0, 5.0, 1e9]))
 def test_cost_attention_equals_its_equation(seed: int, temperature: float) -> None:
     costs, student, teacher = problem(seed, (3, 4), 2.0)
@@ -83,7 +83,7 @@ def naive_costs(objective: EMD, student: twins.Trace, teacher: twins.Trace, batc
     return costs
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batch=twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
 def test_emd_equals_its_equations(batch: Batch, seed: int, shape: Shape) -> None:
     """In the first step by masses, then by the plans of an exact solver on the costs of the step before."""

@@ -70,7 +70,7 @@ def normalised(rows: list[list[float]], norm: torch.nn.LayerNorm, span: int | No
     return result
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 10_000),
     affine=st.booleans(),

@@ -20,7 +20,7 @@ from lad_dist.objectives.pkd import PKD
 from lad_dist.objectives.tinybert import TinyBERT
 
 SEEDS = st.integers(0, 1000)
-few = settings(max_examples=20, deadline=None)
+few = settings(max_examples=20)
 
 
 def close(value: float) -> object:

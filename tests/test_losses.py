@@ -93,7 +93,7 @@ def test_losses_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(batch=twins.batches())
 def test_means_are_over_real_tokens_and_sequences(batch: Batch) -> None:
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_means_are_over_real_tokens_and_sequences(batch: Batch) -> None:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(batch=twins.batches(), heads=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))
 @pytest.mark.parametrize(
     ("function", "naive"),

@@ -248,7 +248,7 @@ def test_slots_are_shared_out_evenly(
         ({"teacher.path": "{renamed}"}, "its labels are left, right"),
         ({"data.dev": "nowhere.csv"}, "nowhere.csv: no such file"),
         ({"data.max_length": 65}, "data.max_length: 65 tokens, but"),
-        ({"teacher.path": "{other_words}"}, "the teacher's vocabulary"),
+        ({"teacher.path": "{other_words}"}, "this tokenizer does not know the text"),
         ({"models": {"path": "x"}}, 'models: no such table; did you mean "model"?'),
     ],
 )

@@ -81,7 +81,7 @@ def test_what_is_lost_falls_with_width_and_faster_along_principal_directions() -
     assert errors["principal"][-1] < errors["principal"][0]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(0, 1000))
 def test_heads_are_cut_to_the_largest_singular_values(size: int, seed: int) -> None:
     """Scores after the softmax's own freedom, and values in the stream, err by what the dropped values hold."""
@@ -109,7 +109,7 @@ def test_heads_are_cut_to_the_largest_singular_values(size: int, seed: int) -> N
     assert (wanted - found).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 7), st.integers(0, 1000))
 def test_axes_are_orthonormal_and_span_what_they_were_given(width: int, seed: int) -> None:
     torch.manual_seed(seed)

@@ -290,7 +290,7 @@ def test_files_hold_everything_and_are_the_same_again(tmp_path: Path) -> None:
     assert first["folder"] == str(tmp_path / "runs" / "lad-cola-0")
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(order=st.permutations(["a", "b", "c"]), twice=st.booleans(), seed=st.integers(0, 99))
 def test_the_order_of_folders_changes_nothing(
     order: list[str], twice: bool, seed: int, tmp_path_factory: pytest.TempPathFactory

@@ -110,7 +110,7 @@ def test_mistakes_are_refused_before_ray_starts(
     assert not (work / "s").exists()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), low=st.floats(1e-9, 1.0), ratio=st.floats(1.01, 1e6), count=st.integers(2, 12))
 def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, ratio: float, count: int) -> None:
     base = toy.task_config(Path("runs"), {"train": "a.csv", "dev": "b.csv"}, Path("teacher"), Path("student"))

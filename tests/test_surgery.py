@@ -123,7 +123,7 @@ def test_set_dropout_by_kind(family: str) -> None:
     assert {m.dropout.p for m in model.modules() if type(m).__name__.endswith("SelfAttention")} == {0.0}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 12), st.integers(2, 12), st.booleans(), st.data())
 def test_low_rank_is_the_nearest_of_its_rank(rows: int, columns: int, bias: bool, data: st.DataObject) -> None:
     """Its error is what the dropped singular values hold (Eckart and Young), and folding changes nothing."""

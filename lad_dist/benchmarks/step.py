@@ -114,7 +114,7 @@ def _flops(loop: Loop, batch: models.Batch) -> int:
 def peak(loop: Loop) -> float:
     """FLOP/s of a large matrix product on this process's device, in the student's precision: best of five."""
     device = processes.device()
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=loop.method.student.dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):

@@ -78,7 +78,7 @@ def epoch_of(feed: CorpusFeed, epoch: int = 0) -> list[Batch]:
     return [feed.batch(*divmod(number, feed.slots)) for number in range(epoch * slots, (epoch + 1) * slots)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     max_length=st.integers(8, 20),

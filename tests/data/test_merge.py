@@ -107,7 +107,7 @@ def read_back(out: Path, shards: list[dict[str, Any]]) -> list[list[int]]:
     st.integers(1, 30),
     st.sampled_from([24, 240, 1 << 26]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_document_is_in_one_split_or_dropped_for_one_reason(
     tmp_path_factory: pytest.TempPathFactory,
     corpus: Corpus,

@@ -33,7 +33,7 @@ def test_windows_cover_a_stream(length: int, room: int) -> None:
     assert sizes.min() >= 1
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(st.data())
 def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_of_resume(data: st.DataObject) -> None:
     """Processes share the slots of each step, the run stops at a step and goes on with another number of them."""

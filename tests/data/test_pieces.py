@@ -43,7 +43,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(files(), st.integers(1, 50))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_a_file_cut_anywhere_gives_the_documents_and_complaints_of_the_whole(
     scratch: Path, form: tuple[Source, bytes], size: int
 ) -> None:
@@ -56,7 +56,7 @@ def test_a_file_cut_anywhere_gives_the_documents_and_complaints_of_the_whole(
 
 
 @given(st.integers(1, 9), st.integers(50, 3000), st.integers(0, 40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_parquet_file_cut_anywhere_gives_the_rows_of_the_whole(
     scratch: Path, group: int, size: int, rows: int
 ) -> None:

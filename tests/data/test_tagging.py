@@ -112,7 +112,7 @@ def test_every_word_has_a_first_token_of_its_own(family: str, tmp_path: Path) ->
             assert text.strip() == word.strip() or found.ids[begin] == words.unk_token_id
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 12))
 def test_pieces_cover_all_words_and_fit(sizes: list[int], room: int) -> None:
     """A piece is longer than the room only where it is one word."""

@@ -399,7 +399,7 @@ def test_sentencepiece_and_the_fast_tokenizer_are_equal(lowercase: bool, unigram
     fast = tokenizers.load_tokenizer(unigrams[lowercase])
     slow = sentencepiece.SentencePieceProcessor(model_file=str(unigrams[lowercase] / tokenizers.MODEL_FILE))
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(st.one_of(UNICODE, SPELT, st.text(TRICKY), st.text(MANY_SCRIPTS)).map(composed))
     def holds(text: str) -> None:
         (ids,) = apart(fast, [text])
