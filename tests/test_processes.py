@@ -17,12 +17,17 @@ STAGES = (0, 1, 2, 3)
 HEADS_STAGES = (0, 3)
 
 
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed's words. Weights as few as a toy's would be whole on every process under stage 3 too."""
+    return {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
+
+
 def configs(world: World, work: Path) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
         tables = toy.task_config(work, world.files, world.teacher, world.pretrained)
         tables["run"] = {**tables["run"], "name": f"zero{stage}"}
-        tables["deepspeed"] = {"zero_optimization": {"stage": stage}}
+        tables["deepspeed"] = {"zero_optimization": zero(stage)}
         result[f"zero{stage}"] = tables
         if stage:
             half = {**tables, "run": {**tables["run"], "name": f"bf16-zero{stage}"}}
@@ -41,8 +46,7 @@ CURVES = {
 
 def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
     """Three steps of each: of tinybert, emd and the relations with a student narrower than its teacher, of mgskd with
-    one that is cut out of its teacher's width. And of lad on
-    each kind of task that has several rows in a sequence."""
+    one that is cut out of its teacher's width. And of lad on each kind of task that has several rows in a sequence."""
     result: dict[str, dict[str, Any]] = {}
     teachers = {kind: toy.model(work / kind, world.tokenizer, kind, LABELS[kind]) for kind in LABELS}
     for name, stage in itertools.product(CURVES, STAGES):
@@ -51,7 +55,7 @@ def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
         places = (world.corpus,) if corpus else (world.files,)
         tables = (toy.corpus_config if corpus else toy.task_config)(work, *places, world.teacher, world.pretrained)
         tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": CURVES[name]}
-        tables["deepspeed"] = {"zero_optimization": {"stage": stage}}
+        tables["deepspeed"] = {"zero_optimization": zero(stage)}
         tables["data"] |= {"slots": 2, "workers": 0}
         if name in ("emd", "tinybert", "minilm", "minilm2"):
             architecture = {**toy.SIZES, "hidden_size": 16, "num_hidden_layers": 2}
@@ -63,7 +67,7 @@ def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
         files = MAKE_FILES[kind](work / f"{kind}{stage}", train=16, dev=6)
         tables = toy.task_config(work, files, teachers[kind], world.headless)
         tables |= {"run": {**tables["run"], "name": f"{kind}-zero{stage}", "steps": 3}, "objective": {"name": "lad"}}
-        tables["deepspeed"] = {"zero_optimization": {"stage": stage}}
+        tables["deepspeed"] = {"zero_optimization": zero(stage)}
         tables["data"] |= {"slots": 2, "workers": 0}
         result[f"{kind}-zero{stage}"] = tables
     return result
