@@ -124,7 +124,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         models.label_order(path, task.kind, task.outputs)
         models.check_length(models.configuration(path), path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)
-    compared = None if task.kind in ("classification", "regression") else f"a task of {task.kind}"
+    compared = None if task.kind in ("classification", "regression") else f'data.kind = "{task.kind}"'
     its = tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, compared)
     device = processes.start()
     dev = TaskFeed(config.data, task, tokenizer, seed=0).dev

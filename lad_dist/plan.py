@@ -269,8 +269,12 @@ def _teacher_tokenizer(
     """The student's, or its own where no more is asked of it than one answer to each example."""
     if config.teacher is None:
         return tokenizer
-    answers = head in ("classification", "regression") and objective.teacher_needs in (Needs(), Needs(logits=True))
-    return tokenizer_of_teacher(config.teacher.path, tokenizer, None if answers else config.objective.name)
+    compared: str | None = config.objective.name
+    if head in ("tagging", "question_answering"):
+        compared = f'data.kind = "{head}"'
+    elif head in ("classification", "regression") and objective.teacher_needs in (Needs(), Needs(logits=True)):
+        compared = None
+    return tokenizer_of_teacher(config.teacher.path, tokenizer, compared)
 
 
 def _teacher_shape(config: TrainConfig, head: Head, task: Task | None) -> tuple[Head, Shape | None]:

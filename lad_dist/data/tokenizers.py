@@ -137,7 +137,7 @@ def tokenizer_of_teacher(
     path: str, tokenizer: PreTrainedTokenizerFast, compared: str | None
 ) -> PreTrainedTokenizerFast:
     """What the teacher at that path reads: the student's `tokenizer` where they have one vocabulary, or else its own.
-    Raises UserError where they do not and `compared`, which goes token by token through what they say."""
+    Raises UserError where they do not and something, called `compared`, goes token by token through what they say."""
     teacher = load_tokenizer(path)
     its, ours = teacher.get_vocab(), tokenizer.get_vocab()
     if its == ours:
@@ -148,7 +148,7 @@ def tokenizer_of_teacher(
     raise UserError(
         f"{path}: the teacher's vocabulary ({len(its)} tokens) is not the student's ({len(ours)}), they differ at "
         f"{differing!r}, and {compared} compares them token by token; take a student with the teacher's tokenizer, "
-        "or on a task objective.name = kd"
+        "or kd on a classification or a regression"
     )
 
 
