@@ -14,8 +14,9 @@ there to be compared, all run to their end.
                  best.toml      the best trial's config, ready for launch/task_distill.py; not of a grid
                  results.json   all trials, best first; written last: its presence says that the search is complete
 
-A complete search is not run twice. A partial one goes on: finished trials stay as they are, unfinished and failed ones
-run again, from their checkpoints where run.save_every left any; ASHA then compares anew.
+A complete search is not run twice; one is complete when every trial has ended, failed ones too. A partial one, or one
+whose results.json was removed, goes on: finished trials stay as they are, unfinished and failed ones run again, from
+their checkpoints where run.save_every left any; ASHA then compares anew.
 """
 
 import json
@@ -233,22 +234,21 @@ def _conclude(
     config: SearchConfig, trials: list[Trial], metrics: list[str], results: list[tune.Result], folder: Path
 ) -> None:
     """Writes results.json, and of a search best.toml. Raises UserError when no trial has a result."""
-    by_name = {trial.config.run.name: (trial, metric) for trial, metric in zip(trials, metrics, strict=True)}
     rows, failed = [], []
     for result in results:
-        name = Path(result.path).name
         if result.error is not None:
-            failed.append({"trial": name, "error": str(result.error).strip().splitlines()[-1]})
-        else:
-            assert result.metrics is not None
-            trial, metric = by_name[name]
-            last = {key: result.metrics[key] for key in ("score", "step")}
-            rows.append({"trial": name, **trial.sample, "metric": metric, **last})
+            failed.append({"trial": Path(result.path).name, "error": str(result.error).strip().splitlines()[-1]})
+            continue
+        assert result.metrics is not None
+        number = result.metrics["config"]["number"]  # Tune gives a trial that runs again a folder of another name
+        trial, last = trials[number], {key: result.metrics[key] for key in ("score", "step")}
+        rows.append({"trial": trial.config.run.name, **trial.sample, "metric": metrics[number], **last})
     if not rows:
         raise UserError(f"{folder}: all {len(failed)} trials failed; {failed[0]['trial']}: {failed[0]['error']}")
     rows.sort(key=lambda row: (-row["score"], -row["step"], row["trial"]))
     if not config.grid:
-        _write_best(rows[0], by_name[rows[0]["trial"]][0].config, len(trials), folder)
+        (best,) = (trial.config for trial in trials if trial.config.run.name == rows[0]["trial"])
+        _write_best(rows[0], best, len(trials), folder)
     shutil.rmtree(folder / "answers", ignore_errors=True)
     write_text(folder / "results.json", json.dumps({"trials": rows, "failed": failed}, indent=2) + "\n")
 

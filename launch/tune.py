@@ -23,11 +23,12 @@ def main(config: SearchConfig) -> int:
         return cli.AGAIN
     header = list(found.trials[0])
     cli.print_table(config.search.name, header, [[row[key] for key in header] for row in found.trials])
+    folder = Path(config.search.dir) / config.search.name
     if found.failed:
         first = found.failed[0]
         count = len(found.trials) + len(found.failed)
-        cli.say(f"{len(found.failed)} of {count} trials failed; {first['trial']}: {first['error']}")
-    folder = Path(config.search.dir) / config.search.name
+        failed = f"{len(found.failed)} of {count} trials failed; {first['trial']}: {first['error']}"
+        cli.say(f"{failed}; to run them again remove {folder}/results.json")
     best = f"best config: {found.best}; python launch/task_distill.py {found.best}"
     cli.say(best if found.best else f"compare them: python launch/report.py {folder} --out {folder}/report")
     return cli.DONE
