@@ -528,7 +528,7 @@ def encode_windows(
 def _cut(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], most: int) -> list[str]:
     """The texts, each to the end of its token number `most`, or of an earlier one where a beginning of the text is read
     as more tokens than it was as a part of it."""
-    cut, long, aim = list(texts), range(len(texts)), most
+    cut, long, aim = list(texts), list(range(len(texts))), most
     while long:
         encodings = _backend(tokenizer).encode_batch([cut[n] for n in long], add_special_tokens=False)
         ends = {n: encoding.offsets for n, encoding in zip(long, encodings, strict=True) if len(encoding) > most}
