@@ -116,6 +116,8 @@ class Student(Table):
         for key in ("width", "heads", "inner"):
             if self.path is None and getattr(self, key) is not None:
                 raise ValueError(f"{key} narrows the model at path; say the sizes of a new one in architecture")
+        if self.narrowed and self.embeddings == "random":
+            raise ValueError('embeddings = "random" throws away what a narrower model is fitted to; keep "copy"')
         return self
 
     @property

@@ -137,6 +137,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (TASK, {"objective.norm": "sequence"}, "it normalises over whole sequences, so set data.pad_to"),
     (CORPUS, {"teacher.cache": "answers"}, "teacher.cache is for tasks"),
     (TASK, {"objective.gates": "constant"}, "say how open they are, objective.openness = 0.5"),
+    (TASK, {"student.width": 16, "student.embeddings": "random"}, "throws away what a narrower model is fitted to"),
     (TASK, {"objective.detached": True}, "nothing teaches the gates then"),
     (TASK, {"objective.anchor": 1.0, "objective.gates": "frozen"}, 'gates = "frozen" learn nothing'),
     (CORPUS, {"objective.anchor": 1.0}, "the teacher decides nothing on a corpus"),

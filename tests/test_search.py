@@ -227,6 +227,24 @@ def test_a_failed_trial_is_counted_and_said(searched: Searched) -> None:
 
 
 @pytest.mark.ray
+def test_failed_trials_run_again_once_the_results_are_removed(work: Path) -> None:
+    grid = {"term": {"hard": {}, "both": {"objective.hidden": 1.0}}}
+    words = {"samples": 1, "name": "again", "dir": str(work)}
+    config = parse(SearchConfig, tables(work, search=words, space=None, grid=grid), "toy")
+    (work / "again").mkdir()
+    (work / "again" / "both").write_text("in the way")
+    found = search(config)
+    assert found is not None
+    assert ([row["trial"] for row in found.trials], [row["trial"] for row in found.failed]) == (["hard"], ["both"])
+    (work / "again" / "both").unlink()
+    (work / "again" / "results.json").unlink()
+    found = search(config)
+    assert found is not None
+    assert {row["trial"]: row["term"] for row in found.trials} == {"hard": "hard", "both": "both"}
+    assert not found.failed
+
+
+@pytest.mark.ray
 def test_a_person_reads_the_evaluations_and_the_table_and_nothing_of_ray(searched: Searched) -> None:
     for line in searched.done.stderr.splitlines():
         assert re.fullmatch(r"trial-\d (step \d  accuracy \S+|failed)", line), searched.done.stderr

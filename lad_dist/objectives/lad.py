@@ -10,7 +10,7 @@ Student layer m of M is matched to A at teacher layer ⌊m L / M⌋, beside plai
 
     L = hidden · 1/M Σ_m MSE(S_m, A_⌊mL/M⌋) + hard · CE + soft · T² KL
 
-One chain runs over all layers and is never restarted. The gates learn from the hidden term alone, at
+One chain runs over all layers and is never restarted. The gates learn from the hidden term, at
 `optim.objective_lr`. The first gate is bypassed, so it does not exist. On a corpus the same gates aggregate a
 pre-trained teacher.
 
