@@ -36,10 +36,9 @@ from torch import Tensor
 from lad_dist import processes
 from lad_dist.config import UserError
 from lad_dist.disk import draft_of, sync, write_text
-from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.flat import QKV, Batch, Needs, Shape, Trace
 
 FORMAT = 1
-QKV = ("query", "key", "value")
 BLOCK = 256  # examples of a file
 BATCH = 32  # examples that the teacher is asked about at once
 

@@ -109,6 +109,9 @@ class Needs(NamedTuple):
     qkv: tuple[int, ...] = ()
 
 
+QKV = ("query", "key", "value")  # names of the three in `Trace.qkv`
+
+
 class Trace(NamedTuple):
     """What a forward left behind."""
 

@@ -12,11 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.flat import QKV, Batch, Needs, Shape, Trace
 from lad_dist.objectives import losses
 from lad_dist.objectives.objective import Objective
-
-NAMES = ("query", "key", "value")
 
 
 class MiniLM2(Objective):
@@ -43,8 +41,8 @@ class MiniLM2(Objective):
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        pairs = zip(NAMES, student.qkv[self.student_layer], teacher.qkv[self.teacher_layer], strict=True)
-        return {name: losses.relation((s, s), (t, t), batch, self.heads) / len(NAMES) for name, s, t in pairs}
+        pairs = zip(QKV, student.qkv[self.student_layer], teacher.qkv[self.teacher_layer], strict=True)
+        return {name: losses.relation((s, s), (t, t), batch, self.heads) / len(QKV) for name, s, t in pairs}
 
 
 def _layer(key: str, number: int | None, shape: Shape) -> int:
