@@ -221,8 +221,10 @@ class _Units:
 
 @dataclass
 class _Found:
-    """What the wide model showed on the sample. `units`: of its head, where that has a dense layer."""
+    """What the wide model showed on the sample. `states`: its hidden states at each place of the stream, [N, D] of each
+    batch. `units`: of its head, where that has a dense layer."""
 
+    states: list[list[Tensor]]
     stream: list[_Moments]
     inner: list[_Units]
     units: _Moments = field(default_factory=_Moments)
@@ -258,16 +260,19 @@ def _rows(x: Tensor, batch: Batch) -> Tensor:
 
 
 def _measure(wide: _Parts, batches: Sequence[Batch]) -> _Found:
-    found = _Found([_Moments() for _ in wide.stream], [_Units() for _ in wide.layers])
+    found = _Found([[] for _ in wide.stream], [_Moments() for _ in wide.stream], [_Units() for _ in wide.layers])
     outer = [layer["outer"] for layer in wide.layers]
     dense = [wide.head_norm] if wide.tied and wide.head_norm is not None else wide.head[1:2]
     for batch in batches:
         with (
-            _seen(wide.stream, lambda n, _, y: found.stream[n].add(_rows(y, batch))),  # noqa: B023
+            _seen(wide.stream, lambda n, _, y: found.states[n].append(_rows(y, batch).float())),  # noqa: B023
             _seen(outer, lambda n, x, _: found.inner[n].add(_rows(x, batch))),  # noqa: B023
             _seen(dense, lambda _, x, y: found.units.add(y if wide.tied else x)),
         ):
             _run(wide.model, batch)
+    for moments, states in zip(found.stream, found.states, strict=True):
+        for state in states:
+            moments.add(state)
     return found
 
 
@@ -336,7 +341,7 @@ class _Fit:
 
     def __init__(self, wide: _Parts, thin: _Parts, axes: Tensor, batches: Sequence[Batch], found: _Found):
         self.wide, self.thin, self.axes, self.batches, self.found = wide, thin, axes, batches, found
-        self.states = _states(wide, batches)
+        self.states = found.states
 
     def fit(self) -> _Read:
         """Sets all of the layers; how to read their last output."""
@@ -361,15 +366,6 @@ class _Fit:
             _fit_norm(module, given, wanted)
         outputs = [module(x.to(next(module.parameters()))).float() for x in given]
         return _Read.of(outputs, self.states[place], self.axes)
-
-
-def _states(wide: _Parts, batches: Sequence[Batch]) -> list[list[Tensor]]:
-    """The wide model's hidden states at each place of the stream, [N, D] of each batch."""
-    states: list[list[Tensor]] = [[] for _ in wide.stream]
-    for batch in batches:
-        with _seen(wide.stream, lambda n, _, y: states[n].append(_rows(y, batch).float())):  # noqa: B023
-            _run(wide.model, batch)
-    return states
 
 
 def _cut_embeddings(wide: _Parts, thin: _Parts, axes: Tensor) -> None:
