@@ -16,7 +16,6 @@ import ctypes
 import os
 import random
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -63,10 +62,15 @@ def start() -> torch.device:
         _keep_memory()
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **_meeting())
     if _control is None:
         _control = dist.new_group(backend="gloo")
     return where
+
+
+def _meeting() -> dict[str, Any]:
+    """One process meets nobody: it opens no port, which another process could take before it does."""
+    return {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
 
 
 def _slurm(name: str) -> str | None:
@@ -78,7 +82,7 @@ def _environment() -> dict[str, str]:
     if not _slurm("STEP_NUM_TASKS") or _slurm("STEP_NUM_TASKS") == "1":
         return {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
         }  # fmt: skip
     return {
         "RANK": os.environ["SLURM_PROCID"],
@@ -92,12 +96,6 @@ def _environment() -> dict[str, str]:
 def _first_host(nodes: str) -> str:
     command = ["scontrol", "show", "hostnames", nodes]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _keep_memory() -> None:
