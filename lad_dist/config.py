@@ -10,12 +10,11 @@ the schema (`arguments`). `[deepspeed]` is in DeepSpeed's own words. Every mista
 names the nearest right name.
 """
 
-import difflib
 import inspect
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -23,6 +22,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+
+from lad_dist.spelling import did_you_mean, nearest
 
 
 class UserError(ValueError):
@@ -40,6 +41,8 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 TEACHERS_OWN = "teacher"  # as student.path
+DEEPEST = 16  # tables in tables
+SHOWN = 60  # characters of a wrong value
 
 
 class Run(Table):
@@ -246,9 +249,11 @@ class TrainConfig(Table):
         student, teacher = tables.get("student"), tables.get("teacher")
         if not isinstance(student, dict) or student.get("path") != TEACHERS_OWN:
             return tables
-        if not isinstance(teacher, dict) or "path" not in teacher:
-            raise ValueError(f'student.path = "{TEACHERS_OWN}": there is no teacher, set teacher.path')
-        return {**tables, "student": {**student, "path": teacher["path"]}}
+        if isinstance(teacher, dict) and "path" in teacher:
+            return {**tables, "student": {**student, "path": teacher["path"]}}
+        if teacher is not None or not tables.keys() <= cls.model_fields.keys():
+            return tables  # there is a misspelt or missing key to complain of
+        raise ValueError(f'student.path = "{TEACHERS_OWN}": there is no teacher, set teacher.path')
 
 
 class PretrainConfig(TrainConfig):
@@ -413,12 +418,13 @@ def load(schema: type[Schema], path: str | Path, overrides: Iterable[str] = ()) 
 def read(path: str | Path) -> dict[str, Any]:
     """The plain tables of a TOML file."""
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (at byte {error.start}); a config is TOML, a text in UTF-8") from None
+    except (ValueError, RecursionError) as error:  # of its own, and of a number with thousands of digits
+        raise UserError(f"{path}: not valid TOML: {error}; mend the file") from None
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -428,7 +434,7 @@ def assignment(text: str) -> tuple[str, Any]:
         raise UserError(f"{text!r}: an override is written key.subkey=value")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         if value.lstrip()[:1] in ("[", "{", '"', "'"):
             raise UserError(f"{text!r}: not a TOML value: {error}") from None
         return key.strip(), value
@@ -460,18 +466,40 @@ def parse(schema: type[Schema], tables: Mapping[str, Any], where: str) -> Schema
         return schema.model_validate(dict(tables))
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(schema, error)}") from None
+    _check_values(tables, where)
 
 
 def dump(config: Table) -> str:
     """TOML with every default written out; what is None is left away."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
+def _check_values(tables: Mapping[str, Any], where: str) -> None:
+    """Refuses what TOML allows and nothing here can use: tables in tables without end, and texts that no file has."""
+    level: list[tuple[str, Any]] = [("", tables)]
+    for _ in range(DEEPEST):
+        level = [inner for place, value in level for inner in _inside(place, value)]
+        for place, value in level:
+            if isinstance(value, str) and not _is_text(value):
+                raise UserError(f"{where}: {place}: {_shown(value)} holds a character that no text can; write it anew")
+    if level:
+        raise UserError(f"{where}: {level[0][0][:40]}…: more than {DEEPEST} tables deep; no key stands there")
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`did you mean "x"?`, or the choices when none is near."""
-    names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f'did you mean "{near[0]}"?' if near else f"choose from {', '.join(names)}"
+
+def _inside(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        yield from ((f"{place}.{key}" if place else str(key), inner) for key, inner in items)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written down, and handed to the system as a path."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
 
 
 def pick(what: str, name: str, choices: Mapping[str, Any]) -> Any:
@@ -508,9 +536,12 @@ def _explain(schema: type[Table], error: ValidationError) -> str:
         kind = "table" if first["loc"][:-1] == () and isinstance(first.get("input"), dict) else "key"
         return f"{place}: no such {kind}; {did_you_mean(path[-1], names)}"
     if first["type"] == "missing":
-        return f"{place}: missing, and it has no default"
+        *outer, name = path
+        like = nearest(name, first["input"].keys() - _names(schema, outer))  # where a name may stand beside any other
+        said = f'{like[0]}: no such key; did you mean "{name}"?' if like else f"{name}: missing, and it has no default"
+        return ".".join([*outer, said])
     message = first["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"
+    given = "" if isinstance(first["input"], dict | BaseModel) else f", not {_shown(first['input'])}"
     return f"{place}: {message[0].lower() + message[1:]}{given}" if place else message
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lad_dist import models, narrow, processes, surgery
+from lad_dist import deepspeed_keys, models, narrow, processes, surgery
 from lad_dist.config import (
     CorpusData,
     Named,
@@ -20,7 +20,6 @@ from lad_dist.config import (
     TrainConfig,
     UserError,
     arguments,
-    did_you_mean,
     pick,
 )
 from lad_dist.data.feed import CorpusFeed, TaskFeed
@@ -31,29 +30,8 @@ from lad_dist.flat import Batch, Head, Needs, Shape
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES, Objective
 
-OURS = {
-    "train_batch_size": "data.slots and data.tokens_per_slot or examples_per_slot",
-    "train_micro_batch_size_per_gpu": "data.tokens_per_slot or examples_per_slot",
-    "gradient_accumulation_steps": "data.slots",
-    "optimizer": "[optim]",
-    "scheduler": "optim.schedule",
-}
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 SAMPLE_TOKENS, SAMPLE_BATCHES = 16384, 256  # that a narrower student is fitted to
-DEEPSPEED_KEYS = frozenset(
-    """
-    activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
-    csv_monitor data_types disable_allgather dump_state flops_profiler fp16 gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor log_level memory_breakdown prescale_gradients steps_per_print tensorboard timers
-    torch_autocast wall_clock_breakdown wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization
-    """.split()
-)
-# What DeepSpeed itself would take as it comes, and fail on much later.
-DEEPSPEED_KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("zero_optimization", "bf16", "fp16", "comms_logger", "flops_profiler"), (dict, "table")),
-    **dict.fromkeys(("gradient_clipping", "gradient_predivide_factor"), (int | float, "number")),
-}
 
 
 @dataclass(frozen=True)
@@ -152,7 +130,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def make(config: TrainConfig) -> Plan:
     """Checks the config. Raises UserError naming the place and what to do."""
-    _check_deepspeed(config.deepspeed)
+    deepspeed_keys.check(config.deepspeed)
     _check_slots(config)
     kind, options = _objective(config)
     surgeries = [_surgery(named) for named in config.surgery]
@@ -170,25 +148,6 @@ def make(config: TrainConfig) -> Plan:
         raise UserError("objective: all its weights are 0, so there is nothing to learn")
     its = _teacher_tokenizer(config, objective, head, tokenizer)
     return Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
-
-
-def _check_deepspeed(table: dict[str, Any]) -> None:
-    """DeepSpeed ignores a misspelt key in silence, so the top level is checked here."""
-    for key in table:
-        if key in OURS:
-            raise UserError(f"deepspeed.{key}: this is decided by {OURS[key]}")
-        if key not in DEEPSPEED_KEYS:
-            raise UserError(f"deepspeed.{key}: DeepSpeed has no such key; {did_you_mean(key, DEEPSPEED_KEYS)}")
-        kind, name = DEEPSPEED_KINDS.get(key, (object, ""))
-        if not isinstance(table[key], kind):
-            raise UserError(f"deepspeed.{key}: must be a {name}, not {table[key]!r}")
-    stage = table.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {stage!r}")
-    if table.get("bf16", {}).get("enabled") and stage == 0:
-        raise UserError(
-            "deepspeed.bf16: needs deepspeed.zero_optimization.stage = 1 or more, whose weights keep an fp32 copy"
-        )
 
 
 def zero_stage(table: dict[str, Any]) -> int:

@@ -61,9 +61,16 @@ def _combinations(grid: Mapping[str, Mapping[str, Any]]) -> Iterator[Choices]:
 
 def _tables(config: SearchConfig, choices: Choices) -> tuple[dict[str, Any], str]:
     """The config of a combination, and the file that it starts from."""
-    changes = [dict(config.grid[axis][choice]) for axis, choice in choices]
+    changes = [_choice(config, axis, choice) for axis, choice in choices]
     base = [config.search.base, *(change.pop("base") for change in changes if "base" in change)][-1]
     return override(read(base), itertools.chain(dotted(config.override), *map(dotted, changes))), base
+
+
+def _choice(config: SearchConfig, axis: str, choice: str) -> dict[str, Any]:
+    changes = config.grid[axis][choice]
+    for key in changes:
+        pick(f"grid.{axis}.{choice}: key", key.split(".")[0], dict.fromkeys(["base", *TaskConfig.model_fields]))
+    return dict(changes)
 
 
 def dotted(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
