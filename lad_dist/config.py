@@ -53,6 +53,23 @@ class Run(Table):
     epochs: Rate | None = Field(None, description="passes over the training data; give this or steps")
     log_every: Positive = Field(10, description="steps between reports")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    check_every: int = Field(
+        100, ge=0, description="steps between comparisons of the weights that processes hold alike; 0: none"
+    )
+    max_skips: Positive = Field(
+        5,
+        description="updates skipped in a row, their loss or gradient not finite, after which the run goes back to its "
+        "last checkpoint and leaves these steps out",
+    )
+    spike_sigma: float = Field(
+        0.0, ge=0, description="a loss so many standard deviations above the last 128 is skipped likewise; 0: none is"
+    )
+    hang_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="without progress on any process, or 10 median steps where that is more, after which the run ends "
+        "with 75; 0: never",
+    )
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only when stopped early")
 
     @model_validator(mode="after")
