@@ -70,7 +70,11 @@ class Run(Table):
         description="without progress on any process, or 10 median steps where that is more, after which the run ends "
         "with 75; 0: never",
     )
-    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only when stopped early")
+    save_every: int = Field(
+        0, ge=0, description="steps that a crash may cost at most; 0: checkpoints only when stopped early"
+    )
+    keep: int = Field(2, ge=2, description="newest checkpoints that stay: a damaged one gives way to the next")
+    keep_every: int = Field(0, ge=0, description="every so many-th checkpoint stays for good; 0: none")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -479,16 +483,12 @@ def _set(tables: dict[str, Any], path: list[str], value: Any, key: str) -> None:
 
 def parse(schema: type[Schema], tables: Mapping[str, Any], where: str) -> Schema:
     """Plain tables as a config. Raises UserError for the first mistake, `where` in front."""
+    _check_values(tables, where)
     try:
         return schema.model_validate(dict(tables))
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(schema, error)}") from None
-    _check_values(tables, where)
 
-
-def dump(config: Table) -> str:
-    """TOML with every default written out; what is None is left away."""
-    return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 def _check_values(tables: Mapping[str, Any], where: str) -> None:
     """Refuses what TOML allows and nothing here can use: tables in tables without end, and texts that no file has."""
@@ -517,6 +517,10 @@ def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
+
+def dump(config: Table) -> str:
+    """TOML with every default written out; what is None is left away."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
 def pick(what: str, name: str, choices: Mapping[str, Any]) -> Any:

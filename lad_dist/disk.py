@@ -4,6 +4,7 @@ write_text(path, text)   a small file, in place of an older one
 draft_of(path)           a name for it until it is whole
 commit(draft, final)     a folder, by its new name
 sha256(path)             of a file of any size
+digest(path)             that and its size
 """
 
 import hashlib
@@ -11,6 +12,14 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
+
+
+class Digest(TypedDict):
+    """Of a file's content."""
+
+    bytes: int
+    sha256: str
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,3 +64,7 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(path: Path) -> Digest:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -6,8 +6,9 @@ the world is this one process. This is the only module that reads SLURM_*.
 
     start()                      joins the group, once; returns the device
     rank, world, main, device    plain answers
-    barrier, any_of, average, mean_of, gather, from_main   what all processes agree on
-    stopping()                   whether any of them was asked to stop (SIGTERM, SIGUSR1)
+    barrier, any_of, each_of, average, mean_of, gather, from_main, on_main
+                                 what all processes agree on
+    asked_to_stop()              whether this one was (SIGTERM, SIGUSR1)
     seed_everything(*key)        randomness as a function of (seed, step, slot)
 """
 
@@ -18,13 +19,15 @@ import random
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 _asked_to_stop = False
 _control: Any = None  # a gloo group: agreeing on a flag must not wait for the accelerator
@@ -124,18 +127,22 @@ def _ask_to_stop(*_: Any) -> None:
     _asked_to_stop = True
 
 
-def stopping() -> bool:
-    """Whether any process was asked to stop. All processes call it together, and get one answer."""
-    return any_of(_asked_to_stop)
+def asked_to_stop() -> bool:
+    return _asked_to_stop
 
 
 def any_of(flag: bool) -> bool:
     """True on all processes when it is true on one."""
+    return each_of(flag)[0]
+
+
+def each_of(*flags: bool) -> list[bool]:
+    """For each flag, whether it is true on any process: one exchange for all of them."""
     if world() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_control)
-    return bool(value)
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_control)
+    return [bool(value) for value in values.tolist()]
 
 
 def barrier() -> None:
@@ -143,12 +150,24 @@ def barrier() -> None:
         dist.barrier(group=_control)
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: T) -> T:
     """The main process's value, on all processes."""
+    return on_main(lambda: value)
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Does the work on the main process; what it returns or raises, all processes return or raise."""
     if world() == 1:
-        return value
-    box = [value]
+        return work()
+    box: list[Any] = [None, None]
+    if main():
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0, group=_control)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 

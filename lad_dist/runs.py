@@ -1,41 +1,45 @@
 """The run folder.
 
-    <dir>/<name>/config.toml      as resolved, every default written out
-                 metrics.jsonl    one row per report; TensorBoard events in tensorboard/
-                 reads.png        which teacher layers each student layer read in the end, of lad, alp and emd
-                 checkpoints/     for resuming: step-…/ with a manifest, `latest` names the newest
-                 answers/         the teacher's, while the run lasts, where teacher.cache names no folder
-                 export/          for people: config.json, model.safetensors, tokenizer, README.md
-                 results.json     written last: its presence says that the run is complete
-
-A checkpoint is committed, not written: into a temporary folder, a manifest with every file's sha256, all synced, then
-renamed. Loading verifies the manifest; a damaged newest one is reported and the one before it is used.
+<dir>/<name>/config.toml      as resolved, every default written out
+             metrics.jsonl    one row per report; TensorBoard events in tensorboard/
+             reads.png        which teacher layers each student layer read in the end, of lad, alp and emd
+             checkpoints/     for resuming: checkpoints.py
+             deaths.json      how often in a row the run died, and after which checkpoint; absent in good health
+             STOP             made by hand: the run saves, stops, and takes the file away
+             answers/         the teacher's, while the run lasts, where teacher.cache names no folder
+             export/          for people: config.json, model.safetensors, tokenizer, README.md
+             results.json     written last: its presence says that the run is complete
 """
 
 import json
 import math
 import shutil
-import sys
+import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from lad_dist import processes
+from lad_dist.checkpoints import Checkpoints
 from lad_dist.config import TrainConfig, UserError, dump
-from lad_dist.disk import commit, files, sha256, write_text
+from lad_dist.disk import write_text
 
-KEEP = 2
+DEATHS = 3  # in a row without a new checkpoint, after which a run is not begun again
+LOOK_EVERY = 1.0  # seconds between looks for STOP: a network file system is asked in vain for hours
 # What changes nothing of what is learnt may differ when a run is taken up again.
-FREE = {"run.log_every", "run.eval_every", "run.save_every", "data.workers", "teacher.cache"}
+FREE = {f"run.{key}" for key in ("log_every", "eval_every", "save_every", "keep", "keep_every")} | {
+    "data.workers", "teacher.cache"
+}  # fmt: skip
 
 
-class NothingToResume(UserError):
-    """Checkpoints are there, none of them valid: a fresh start would hide the loss."""
+class NoProgress(UserError):
+    """The run died too often at the same place: trying again would burn the allocation."""
 
-    code = 3
+    code = 93
 
 
 class Run:
@@ -43,12 +47,15 @@ class Run:
 
     def __init__(self, config: TrainConfig):
         self.folder = config.run.folder
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep, config.run.keep_every)
         self.export = self.folder / "export"
         self.answers = self.folder / "answers"
         self._metrics = self.folder / "metrics.jsonl"
         self._results = self.folder / "results.json"
         self._config = self.folder / "config.toml"
+        self._deaths = self.folder / "deaths.json"
+        self._stop = self.folder / "STOP"
+        self._looked = -math.inf
         self._board: SummaryWriter | None = None
         self._check_same(config)
         self._text = dump(config)
@@ -114,26 +121,56 @@ class Run:
             assert self._board is not None
             self._board.add_figure("reads", figure, rows[-1]["step"])
 
-    def save(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
-        """Commits a checkpoint: `write` puts its files into the folder it is given, on all processes."""
-        final = self.checkpoints / f"step-{step:09d}"
-        draft = final.with_suffix(".draft")
-        if processes.main():
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        processes.barrier()
-        write(draft)
-        processes.barrier()
-        if processes.main():
-            _commit(draft, final, facts)
-            for old in _saved(self.checkpoints)[:-KEEP]:
-                shutil.rmtree(old)
-        processes.barrier()
-
     def newest(self) -> Path | None:
         """The newest valid checkpoint, the same on all processes; None when there never was one. Raises
         NothingToResume."""
-        return processes.from_main(_newest_valid(self.checkpoints) if processes.main() else None)
+        return processes.on_main(self.checkpoints.newest)
+
+    @contextmanager
+    def life(self) -> Iterator[None]:
+        """What dies in here is counted. Raises NoProgress instead of a fourth try from the same checkpoint."""
+        state, died = processes.on_main(self._died)
+        if died >= DEATHS:
+            raise NoProgress(
+                f"{self.folder}: died {died} times in a row at {state}, before another checkpoint was saved; find out "
+                f"why in the log, then remove {self._deaths} to try again"
+            )
+        self._write_deaths({"at": state, "deaths": died + 1})  # of which this life takes one back when it ends well
+        try:
+            yield
+        except (UserError, KeyboardInterrupt):
+            self._write_deaths(None)
+            raise
+        self._write_deaths(None)
+
+    def _died(self) -> tuple[str, int]:
+        """The newest checkpoint, and how many lives in a row have ended without another one."""
+        state = self.checkpoints.newest_name() or "the beginning"
+        try:
+            found = json.loads(self._deaths.read_text())
+            return state, int(found["deaths"]) if found["at"] == state else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return state, 0
+
+    def _write_deaths(self, found: Mapping[str, Any] | None) -> None:
+        if not processes.main():
+            return
+        if found is None:
+            self._deaths.unlink(missing_ok=True)
+        else:
+            write_text(self._deaths, json.dumps(found) + "\n")
+
+    def asked_to_stop(self) -> bool:
+        """Whether the file STOP is there: looked for by the main process, and not at every step."""
+        if not processes.main() or time.monotonic() - self._looked < LOOK_EVERY:
+            return False
+        self._looked = time.monotonic()
+        return self._stop.exists()
+
+    def stopped(self) -> None:
+        """The wish was granted."""
+        if processes.main():
+            self._stop.unlink(missing_ok=True)
 
 
 def _step_of(row: str) -> float:
@@ -142,47 +179,6 @@ def _step_of(row: str) -> float:
         return json.loads(row)["step"]
     except ValueError:
         return math.inf
-
-
-def facts_of(checkpoint: Path) -> dict[str, Any]:
-    """What was recorded with a checkpoint."""
-    return json.loads((checkpoint / "manifest.json").read_text())["facts"]
-
-
-def _saved(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".draft") if folder.exists() else []
-
-
-def _commit(draft: Path, final: Path, facts: Mapping[str, Any]) -> None:
-    digests = {str(path.relative_to(draft)): sha256(path) for path in files(draft)}
-    write_text(draft / "manifest.json", json.dumps({"facts": facts, "files": digests}, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
-    commit(draft, final)
-    write_text(final.parent / "latest", final.name)
-
-
-def _newest_valid(folder: Path) -> Path | None:
-    saved = _saved(folder)
-    for checkpoint in reversed(saved):
-        fault = _fault(checkpoint)
-        if fault is None:
-            return checkpoint
-        print(f"{checkpoint}: damaged ({fault}), trying the one before it", file=sys.stderr)
-    if saved:
-        raise NothingToResume(
-            f"{folder}: none of the {len(saved)} checkpoints is valid; remove the run folder to start afresh"
-        )
-    return None
-
-
-def _fault(checkpoint: Path) -> str | None:
-    try:
-        digests = json.loads((checkpoint / "manifest.json").read_text())["files"]
-        wrong = [name for name, digest in digests.items() if sha256(checkpoint / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"{wrong[0]} is not what was written" if wrong else None
 
 
 def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

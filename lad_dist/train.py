@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from pydantic import ValidationError
 
 from lad_dist import evaluate, models, optim, plan, processes
 from lad_dist.answers import Answers, bytes_of
+from lad_dist.checkpoints import facts_of
 from lad_dist.config import TrainConfig, UserError, did_you_mean
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.loader import load
@@ -42,7 +43,8 @@ from lad_dist.data.order import share
 from lad_dist.data.tokenizers import save_beside
 from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.method import Method
-from lad_dist.runs import Run, facts_of
+from lad_dist.runs import Run
+from lad_dist.saving import Copies, Files, Saver
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -64,10 +66,11 @@ def untimed(phase: str) -> contextlib.AbstractContextManager[Any]:
 
 @dataclass
 class Outcome:
-    """`results` is what results.json holds, None for a run that was stopped early and saved."""
+    """`results` is what results.json holds, None for a run that was stopped early; `why` then says more."""
 
     folder: Path
     results: dict[str, Any] | None
+    why: str = ""
 
 
 @dataclass
@@ -104,8 +107,9 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     run = Run(config)
     if run.results is not None:
         return Outcome(run.folder, run.results)
-    loop = prepare(config, run, report, clock)
-    return loop.run_to_end()
+    processes.start()
+    with run.life():
+        return prepare(config, run, report, clock).run_to_end()
 
 
 def prepare(config: TrainConfig, run: Run, report: Report = silent, clock: Clock = untimed) -> "Loop":
@@ -186,7 +190,18 @@ def _engine(method: Method, config: TrainConfig) -> Any:
     optimizer = optim.adamw(optim.groups(method.student, method.objective, config.optim), config.optim)
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
+    engine.checkpoint_engine = Copies(_read)
+    engine._copy_recovery_script = lambda _: None  # a checkpoint holds no code
     return engine
+
+
+def _read(file: Path) -> Any:
+    """What DeepSpeed wrote, tensors and its own three classes: nothing in the file is run. Raises UserError."""
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{file}: holds more than tensors, and nothing of it was run; remove it") from None
 
 
 @dataclass
@@ -224,12 +239,20 @@ class Loop:
                     self._report({"step": done, **averages.row(), **self._pace()})
                 if _due(done, self.config.run.eval_every) and done < self.steps:
                     self._report({"step": done, **_prefixed("dev", self._evaluate())})
-                stopping = processes.stopping() and done < self.steps
-                if stopping or (_due(done, self.config.run.save_every) and done < self.steps):
-                    self._save(done)
-                if stopping:
-                    return Outcome(self.run.folder, None)
+                if done < self.steps and self._stops(done):
+                    return Outcome(self.run.folder, None, self.saver.why if self.saver.gave_up else "")
+        self.saver.wait(self.steps)
         return self._finish()
+
+    def _stops(self, done: int) -> bool:
+        """Saves when due. Whether the run ends here, to be taken up again: all processes agree."""
+        asked = processes.asked_to_stop() or self.run.asked_to_stop()
+        asked, busy = processes.each_of(asked, self.saver.busy)
+        self.saver.after(done, busy)
+        if asked:
+            self.saver.now(done)
+            self.run.stopped()
+        return asked or self.saver.gave_up
 
     def step(self, step: int, batches: list[Batch], averages: Averages) -> None:
         """One optimizer step over this process's micro-batches."""
@@ -310,6 +333,7 @@ class Loop:
         if checkpoint is None:
             return 0
         facts = facts_of(checkpoint)
+        self._check_same_data(checkpoint, facts)
         here = self._layout()
         if facts["layout"] != here:
             before = facts["layout"]
@@ -317,24 +341,36 @@ class Loop:
                 f"{checkpoint}: saved by {before['processes']} processes under ZeRO {before['zero']}, now there are "
                 f"{here['processes']} under ZeRO {here['zero']}; resume with what it was saved with"
             )
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks for whatever the pickle holds
-        try:
-            with torch.serialization.safe_globals(SAFE):
-                self.engine.load_checkpoint(str(checkpoint), tag="state")
-        except pickle.UnpicklingError:
-            raise UserError(f"{checkpoint}: holds more than tensors, and nothing of it was run; remove it") from None
-        finally:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        self.engine.load_checkpoint(str(checkpoint), tag="state")
         self.seconds = facts["seconds"]
+        self.saver.start_at(facts["step"])
         return int(facts["step"])
 
-    def _save(self, step: int) -> None:
-        client = {"step": step, "universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+    def _check_same_data(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+        if facts["data"] != self.feed.fingerprint:
+            raise UserError(
+                f"{checkpoint}: the data or the tokenizer changed since it was saved, so that it cannot go on where it "
+                "was; bring them back, or choose another run.name"
+            )
 
-        def write(folder: Path) -> None:
-            self.engine.save_checkpoint(str(folder), tag="state", client_state=client, save_latest=False)
+    @cached_property
+    def saver(self) -> Saver:
+        return Saver(self.run.checkpoints, self.config.run.save_every, self._snapshot, self._facts)
 
-        self.run.save(step, write, {"step": step, "seconds": self._elapsed(), "layout": self._layout()})
+    def _snapshot(self, folder: Path) -> Files:
+        client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+        self.engine.save_checkpoint(str(folder), tag="state", client_state=client, save_latest=False)
+        return self.engine.checkpoint_engine.taken()
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds beside the engine. All that is random is a function of the seed and the step."""
+        return {
+            "step": step,
+            "seconds": self._elapsed(),
+            "layout": self._layout(),
+            "data": self.feed.fingerprint,
+            "config": self.config.model_dump(mode="json", exclude_none=True),
+        }
 
     def _layout(self) -> dict[str, int]:
         return {"processes": processes.world(), "zero": plan.zero_stage(self.config.deepspeed)}

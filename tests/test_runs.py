@@ -1,8 +1,6 @@
-"""A checkpoint is there whole or not at all; a damaged one gives way to the one before it."""
+"""What a run folder holds, and what may change in it."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,150 +8,14 @@ import pytest
 import toy
 from conftest import World
 
-from lad_dist import cli, disk
+from lad_dist import disk
 from lad_dist.config import TrainConfig, UserError
-from lad_dist.runs import NothingToResume, Run, facts_of
+from lad_dist.runs import DEATHS, NoProgress, Run
 
 
 @pytest.fixture
 def config(world: World, tmp_path: Path) -> TrainConfig:
     return toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained))
-
-
-def saved(config: TrainConfig, *steps: int) -> Run:
-    """A run with a checkpoint at each step: two files, one in a folder."""
-    run = Run(config)
-
-    def write(folder: Path) -> None:
-        (folder / "state").mkdir()
-        (folder / "state" / "weights.pt").write_bytes(bytes(range(256)) * 10)
-        (folder / "note").write_text("x")
-
-    for step in steps:
-        run.save(step, write, {"step": step})
-    return run
-
-
-def flip_a_byte(checkpoint: Path) -> None:
-    content = bytearray((checkpoint / "state" / "weights.pt").read_bytes())
-    content[1234] ^= 1
-    (checkpoint / "state" / "weights.pt").write_bytes(content)
-
-
-def cut_short(checkpoint: Path) -> None:
-    file = checkpoint / "state" / "weights.pt"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def lose_a_file(checkpoint: Path) -> None:
-    (checkpoint / "note").unlink()
-
-
-def lose_the_manifest(checkpoint: Path) -> None:
-    (checkpoint / "manifest.json").unlink()
-
-
-def cut_the_manifest(checkpoint: Path) -> None:
-    text = (checkpoint / "manifest.json").read_text()
-    (checkpoint / "manifest.json").write_text(text[: len(text) // 2])
-
-
-def empty_the_manifest(checkpoint: Path) -> None:
-    (checkpoint / "manifest.json").write_text("[]")
-
-
-def empty_the_folder(checkpoint: Path) -> None:
-    shutil.rmtree(checkpoint)
-    checkpoint.mkdir()
-
-
-DAMAGES = [
-    flip_a_byte, cut_short, lose_a_file, lose_the_manifest, cut_the_manifest, empty_the_manifest, empty_the_folder
-]  # fmt: skip
-
-
-def test_a_new_run_has_nothing_to_resume(config: TrainConfig) -> None:
-    run = Run(config)
-    assert run.newest() is None
-    assert run.results is None
-    assert not run.folder.exists()
-
-
-def test_the_newest_two_checkpoints_are_kept(config: TrainConfig) -> None:
-    run = saved(config, 2, 10, 9_999, 10_000)
-    assert [path.name for path in sorted(run.checkpoints.glob("step-*"))] == ["step-000009999", "step-000010000"]
-    newest = run.newest()
-    assert newest is not None
-    assert facts_of(newest) == {"step": 10_000}
-    assert (run.checkpoints / "latest").read_text() == newest.name
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_gives_way(
-    damage: Callable[[Path], None], config: TrainConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = saved(config, 1, 2)
-    damage(run.checkpoints / "step-000000002")
-    newest = Run(config).newest()
-    assert newest is not None
-    assert facts_of(newest) == {"step": 1}
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "step-000000002: damaged (" in error
-
-
-def test_without_a_valid_checkpoint_nothing_starts_afresh(
-    config: TrainConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = saved(config, 1, 2)
-    for checkpoint in run.checkpoints.glob("step-*"):
-        flip_a_byte(checkpoint)
-
-    def work() -> int:
-        Run(config).newest()
-        return 0
-
-    assert cli.guarded(work) == 3
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith("none of the 2 checkpoints is valid; remove the run folder to start afresh")
-    assert issubclass(NothingToResume, UserError)
-
-
-def test_a_half_written_draft_is_ignored_and_then_replaced(config: TrainConfig) -> None:
-    run = saved(config, 1)
-    draft = run.checkpoints / "step-000000002.draft"
-    shutil.copytree(run.checkpoints / "step-000000001", draft)
-    (draft / "leftover").write_text("x")
-    newest = run.newest()
-    assert newest is not None
-    assert newest.name == "step-000000001"
-    saved(config, 2)
-    assert not draft.exists()
-    newest = run.newest()
-    assert newest is not None
-    assert newest.name == "step-000000002"
-    assert not (newest / "leftover").exists()
-
-
-def test_a_write_that_fails_leaves_the_checkpoint_before_it(config: TrainConfig) -> None:
-    run = saved(config, 1)
-
-    def fail(folder: Path) -> None:
-        (folder / "half").write_text("x")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        run.save(2, fail, {"step": 2})
-    newest = run.newest()
-    assert newest is not None
-    assert newest.name == "step-000000001"
-
-
-def test_a_checkpoint_of_the_same_step_is_replaced(config: TrainConfig) -> None:
-    run = saved(config, 1)
-    flip_a_byte(run.checkpoints / "step-000000001")
-    saved(config, 1)
-    assert run.newest() == run.checkpoints / "step-000000001"
 
 
 @pytest.mark.parametrize(
@@ -228,3 +90,76 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         disk.write_text(file, "after")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+class Crash(Exception):
+    """Not the user's mistake."""
+
+
+def die(run: Run, error: Exception) -> None:
+    with pytest.raises(type(error)), run.life():
+        raise error
+
+
+def checkpoint_of(run: Run, step: int) -> None:
+    run.checkpoints.commit(run.checkpoints.draft(step), {"step": step}, {})
+
+
+def test_a_run_that_dies_three_times_at_one_place_is_not_begun_again(config: TrainConfig) -> None:
+    run = Run(config)
+    for _ in range(DEATHS):
+        die(run, Crash())
+    with pytest.raises(NoProgress, match="died 3 times in a row at the beginning") as caught, run.life():
+        raise AssertionError("was begun")
+    assert caught.value.code == 93
+    assert "\n" not in str(caught.value)
+    (run.folder / "deaths.json").unlink()
+    with run.life():
+        pass
+    assert not (run.folder / "deaths.json").exists()
+
+
+def test_a_new_checkpoint_is_progress(config: TrainConfig) -> None:
+    run = Run(config)
+    for step in range(5):
+        die(run, Crash())
+        die(run, Crash())
+        checkpoint_of(run, step)
+    for _ in range(DEATHS):
+        die(run, Crash())
+    with pytest.raises(NoProgress, match="at step-000000004"), run.life():
+        pass
+
+
+@pytest.mark.parametrize("good", [None, UserError("no such file"), KeyboardInterrupt()])
+def test_who_ends_well_did_not_die(config: TrainConfig, good: BaseException | None) -> None:
+    """Nor who was told of a mistake, or was interrupted by hand."""
+    run = Run(config)
+    for _ in range(2 * DEATHS):
+        die(run, Crash())
+        if good is None:
+            with run.life():
+                pass
+        else:
+            with pytest.raises(type(good)), run.life():
+                raise good
+
+
+def test_a_damaged_count_counts_anew(config: TrainConfig) -> None:
+    run = Run(config)
+    die(run, Crash())
+    (run.folder / "deaths.json").write_text('{"at": "the beg')
+    for _ in range(DEATHS):
+        die(run, Crash())
+
+
+def test_the_file_stop_is_seen_and_taken_away(config: TrainConfig) -> None:
+    run = Run(config)
+    assert not run.asked_to_stop()
+    run.folder.mkdir(parents=True)
+    (run.folder / "STOP").touch()
+    assert not run.asked_to_stop()  # not looked for at every step
+    again = Run(config)
+    assert again.asked_to_stop()
+    again.stopped()
+    assert not Run(config).asked_to_stop()

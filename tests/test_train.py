@@ -322,7 +322,9 @@ def test_rows_of_a_lost_stretch_are_written_once(world: World, tmp_path: Path) -
     assert [row["step"] for row in metrics_file(folder)] == [1, 2, 3, 4, 5]
     rows: list[dict[str, Any]] = []
     train(config, rows.append)
-    assert [row["step"] for row in rows] == [5, 6, 6]
+    first = rows[0]["step"]
+    assert first in (4, 5)  # of the five steps made, no more than save_every are lost
+    assert [row["step"] for row in rows] == [*range(first, 7), 6]
     assert [row["step"] for row in metrics_file(folder)] == [1, 2, 3, 4, 5, 6, 6]
 
 

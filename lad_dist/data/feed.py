@@ -3,9 +3,11 @@
     CorpusFeed   masked language modelling over token shards
     TaskFeed     a labelled task
 
-Both have `.slots`, `.steps_per_epoch` and `.batch(step, slot)`, a pure function of its arguments and the seed.
+Both have `.slots`, `.steps_per_epoch`, `.fingerprint` (of the data, in ids) and `.batch(step, slot)`, a pure
+function of its arguments and the seed.
 """
 
+import hashlib
 from functools import cached_property, partial
 
 import numpy as np
@@ -40,6 +42,10 @@ class CorpusFeed:
     def steps_per_epoch(self) -> float:
         return self._order.steps_per_epoch
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return self._train.fingerprint
+
     @property
     def _windows_per_slot(self) -> int:
         return self._data.tokens_per_slot // self._data.max_length
@@ -67,6 +73,7 @@ class _Windows:
         shards = Shards(data.shards, split)
         if shards.manifest["tokenizer"]["fingerprint"] != tokenizers.fingerprint(tokenizer):
             raise UserError(f"{data.shards}: made with another tokenizer; use the one in {shards.tokenizer_folder}")
+        self.fingerprint = shards.fingerprint
         self._frame = tokenizers.frame(tokenizer)
         self._room = data.max_length - self._frame.size
         self._length, self._joined = data.max_length, data.cross_documents
@@ -157,6 +164,10 @@ class TaskFeed:
     @property
     def steps_per_epoch(self) -> float:
         return self._order.steps_per_epoch
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.train.fingerprint.encode() + self.train.labels.tobytes()).hexdigest()
 
     def batch(self, step: int, slot: int) -> Batch:
         """Micro-batch `slot` of step `step`: rows and labels are those of its examples."""

@@ -80,6 +80,12 @@ class Shards:
         self.streams = [stream for stream in streams if stream.length]
 
     @property
+    def fingerprint(self) -> str:
+        """Of all tokens, by the manifest's word."""
+        said = [self.manifest["tokenizer"]["fingerprint"], self.manifest["sources"]]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
 
