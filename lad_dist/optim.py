@@ -26,8 +26,22 @@ def groups(student: nn.Module, objective: nn.Module, optim: Optim) -> list[dict[
     return [row for row in rows if row["params"]]
 
 
-def adamw(rows: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(rows, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+class CheckedAdamW(torch.optim.AdamW):
+    """AdamW that changes nothing where the gradients' norm is not finite, and says so by `overflow`, as DeepSpeed's own
+    optimizers do: in stage 0 it takes any as it is. Waits for the device once per update, as these do."""
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not torch.nn.utils.get_total_norm(gradients).isfinite().item()
+        if not self.overflow:
+            super().step(closure)
+
+
+def adamw(rows: list[dict[str, Any]], optim: Optim, zero_stage: int = 0) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if zero_stage else CheckedAdamW
+    return kind(rows, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
 
 
 def factor(step: int, steps: int, optim: Optim) -> float:
