@@ -7,7 +7,7 @@
              step-….damaged                  did not hold what its manifest says when it was to be resumed from
              step-….removed                  being removed
 
-    Checkpoints(folder, keep, keep_every)    draft, commit, discard, newest: for the main process alone
+    Checkpoints(folder, keep, keep_every)    draft, commit, discard, newest, go_back: for the main process
     facts_of(checkpoint)                     what was recorded with it
 
 Files become durable before the manifest that lists them, this before the folder's new name, and all of it before an
@@ -85,6 +85,13 @@ class Checkpoints:
                 f"{self.folder}: none of the {len(saved)} checkpoints is valid; remove the run folder to start afresh"
             )
         return None
+
+    def go_back(self, step: int) -> str | None:
+        """Removes those later than the step, but the first of them where there is no earlier one; the newest one's
+        name then."""
+        for later in [path for path in self._saved()[1:] if path > self._path(step)][::-1]:
+            _remove(later)
+        return self.newest_name()
 
     def newest_name(self) -> str | None:
         """Of the newest one, whether it is valid or not."""

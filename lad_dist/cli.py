@@ -10,6 +10,8 @@ Exit codes: 0 done, 2 the user's mistake, 3 nothing valid to resume from, 75 sto
 93 died again and again at the same place, 130 interrupted by Ctrl-C.
 """
 
+import contextlib
+import errno
 import inspect
 import os
 import re
@@ -24,9 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from lad_dist import processes
-from lad_dist.config import Table, UserError, describe, keywords, load, type_name
+from lad_dist.config import Fault, Table, UserError, describe, keywords, load, type_name
 
 DONE, MISTAKE, AGAIN, INTERRUPTED = 0, 2, 75, 130
+# Of the file system: nothing is wrong with the program where these are met.
+REFUSALS = frozenset(
+    getattr(errno, name) for name in "EACCES EDQUOT EEXIST EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()
+)
+LONGEST = 280  # characters of a complaint
 LAUNCHERS_OWN = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # the environment says the same
 
 Named = Mapping[str, Mapping[str, Callable[..., Any]]]
@@ -71,17 +78,35 @@ def _choices() -> Named:
 
 
 def guarded(work: Callable[[], int | None]) -> int:
-    """The exit code of `work`; a UserError is one line on stderr, and so is Ctrl-C."""
+    """The exit code of `work`; a UserError is one line on stderr, and so are Ctrl-C and what the system refuses."""
     try:
+        processes.check_environment()
         return work() or DONE
-    except UserError as error:
-        if processes.main():
-            print(f"error: {error}", file=sys.stderr)
+    except (UserError, Fault) as error:
+        _complain(f"error: {one_line(str(error))}")
         return error.code
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        said = f"{error.filename}: {error.strerror}; see what the place is, who may write there, and what room is left"
+        _complain(f"error: {one_line(said)}")
+        return MISTAKE
     except KeyboardInterrupt:
-        if processes.main():
-            print("interrupted", file=sys.stderr)
+        _complain("interrupted")
         return INTERRUPTED
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(ValueError):  # what RANK says is perhaps the mistake
+        if not processes.main():
+            return
+    print(line, file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """The text as a terminal can show it, its middle left out where it is longer than a reader has patience for."""
+    text = "".join(c if c.isprintable() else "\\n" if c == "\n" else repr(c)[1:-1] for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[3 - LONGEST // 2 :]}"
 
 
 def help_text(doc: str, schema: type[Table], named: Named) -> str:

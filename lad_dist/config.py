@@ -32,6 +32,12 @@ class UserError(ValueError):
     code = 2
 
 
+class Fault(Exception):
+    """Not the user's mistake: one line too, and trying again, perhaps elsewhere, may help."""
+
+    code = 1
+
+
 class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

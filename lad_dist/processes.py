@@ -4,6 +4,7 @@ Everything comes from the environment: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
 `torchrun` and Ray set alike; under a bare `srun` they are derived from SLURM's own variables, and without any launcher
 the world is this one process. This is the only module that reads SLURM_*.
 
+    check_environment()          refuses variables that say nonsense, before anything goes by them
     start()                      joins the group, once; returns the device
     rank, world, main, device    plain answers
     barrier, any_of, each_of, average, mean_of, gather, from_main, on_main
@@ -16,6 +17,7 @@ import contextlib
 import ctypes
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -27,10 +29,56 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lad_dist.config import UserError
+
 T = TypeVar("T")
 
 _asked_to_stop = False
 _control: Any = None  # a gloo group: agreeing on a flag must not wait for the accelerator
+
+
+# An index, or NVIDIA's name of a device or of a part of one; what hides them all.
+DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
+NO_DEVICE = ("", "-1", "none", "nodevfiles", "void")
+
+
+def check_environment() -> None:
+    """Raises UserError for a variable of the environment that says nonsense, or lacks another that it needs."""
+    _check_numbers("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    _check_numbers(*(f"SLURM_{name}" for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID")))
+    _check_world()
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", threads):
+        raise UserError(f"OMP_NUM_THREADS = {threads!r} is no number of threads; set it to one, or unset it")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    wrong = [name for name in visible.split(",") if not DEVICE.fullmatch(name.strip())]
+    if wrong and visible.lower() not in NO_DEVICE:
+        raise UserError(f"CUDA_VISIBLE_DEVICES = {visible!r}: {wrong[0]!r} is no device; list numbers such as 0,1")
+    folder = os.environ.get("TMPDIR")
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"TMPDIR = {folder!r} is no folder that can be written; make it, or unset TMPDIR")
+
+
+def _check_numbers(*names: str) -> None:
+    for name in names:
+        value = os.environ.get(name)
+        if value and not re.fullmatch(r"\d{1,9}", value):
+            raise UserError(f"{name} = {value!r} is not a whole number; unset it, or let a launcher set it")
+
+
+def _check_world() -> None:
+    set_ = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if bool(set_["RANK"]) != bool(set_["WORLD_SIZE"]):
+        there, lacking = ("RANK", "WORLD_SIZE") if set_["RANK"] else ("WORLD_SIZE", "RANK")
+        raise UserError(f"{there} is set and {lacking} is not; unset it, or start with deepspeed, torchrun or srun")
+    if world() < 1 or rank() >= world():
+        raise UserError(f"RANK = {rank()}, but the {world()} processes of WORLD_SIZE are numbered from 0; mend one")
+    if world() > 1 and set_["WORLD_SIZE"]:
+        lacking_names = [name for name, value in set_.items() if not value]
+        if lacking_names:
+            raise UserError(f"{lacking_names[0]} is not set, and {world()} processes need it; let a launcher set it")
+        if not 0 < int(set_["MASTER_PORT"] or 0) < 65536:
+            raise UserError(f"MASTER_PORT = {set_['MASTER_PORT']} is no port; give one from 1024 to 65535")
 
 
 def world() -> int:
@@ -65,10 +113,19 @@ def start() -> torch.device:
         _keep_memory()
     if not dist.is_initialized():
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), **_meeting())
+        _join(backend)
     if _control is None:
         _control = dist.new_group(backend="gloo")
     return where
+
+
+def _join(backend: str) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **_meeting())
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = " and ".join(f"{name} = {os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).strip().splitlines()[0][:100]
+        raise UserError(f"{where}: the processes cannot meet there ({reason}); take another port") from None
 
 
 def _meeting() -> dict[str, Any]:
@@ -87,6 +144,10 @@ def _environment() -> dict[str, str]:
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
         }  # fmt: skip
+    needed = ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID")
+    lacking = [name for name in needed if not _slurm(name)]
+    if lacking:
+        raise UserError(f"SLURM_STEP_NUM_TASKS is set and SLURM_{lacking[0]} is not; start the processes with srun")
     return {
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
@@ -98,7 +159,10 @@ def _environment() -> dict[str, str]:
 
 def _first_host(nodes: str) -> str:
     command = ["scontrol", "show", "hostnames", nodes]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(f"SLURM_STEP_NODELIST = {nodes!r}: scontrol names no host of it; set MASTER_ADDR") from None
 
 
 def _keep_memory() -> None:

@@ -4,6 +4,8 @@
              metrics.jsonl    one row per report; TensorBoard events in tensorboard/
              reads.png        which teacher layers each student layer read in the end, of lad, alp and emd
              checkpoints/     for resuming: checkpoints.py
+             skipped.json     updates that were skipped and why, and the steps that are left out because of them
+             stacks/          where each process stood when one of them hung
              deaths.json      how often in a row the run died, and after which checkpoint; absent in good health
              STOP             made by hand: the run saves, stops, and takes the file away
              answers/         the teacher's, while the run lasts, where teacher.cache names no folder
@@ -14,10 +16,12 @@
 import json
 import math
 import shutil
+import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +35,14 @@ from lad_dist.disk import write_text
 DEATHS = 3  # in a row without a new checkpoint, after which a run is not begun again
 LOOK_EVERY = 1.0  # seconds between looks for STOP: a network file system is asked in vain for hours
 # What changes nothing of what is learnt may differ when a run is taken up again.
-FREE = {f"run.{key}" for key in ("log_every", "eval_every", "save_every", "keep", "keep_every")} | {
-    "data.workers", "teacher.cache"
-}  # fmt: skip
+FREE = {
+    *(
+        f"run.{key}"
+        for key in "log_every eval_every save_every keep keep_every check_every max_skips hang_seconds".split()
+    ),
+    "data.workers",
+    "teacher.cache",
+}
 
 
 class NoProgress(UserError):
@@ -55,6 +64,7 @@ class Run:
         self._config = self.folder / "config.toml"
         self._deaths = self.folder / "deaths.json"
         self._stop = self.folder / "STOP"
+        self._skipped = self.folder / "skipped.json"
         self._looked = -math.inf
         self._board: SummaryWriter | None = None
         self._check_same(config)
@@ -90,9 +100,16 @@ class Run:
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Adds a row to metrics.jsonl and to TensorBoard."""
+        """Adds a row to metrics.jsonl and to TensorBoard. A full disk costs rows, not the run."""
         if self._board is None:
             return
+        try:
+            self._write_row(row)
+        except OSError as error:
+            print(f"{self._metrics}: the row of step {row['step']} is lost: {error}", file=sys.stderr)
+
+    def _write_row(self, row: Mapping[str, Any]) -> None:
+        assert self._board is not None
         with self._metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():
@@ -159,6 +176,27 @@ class Run:
             self._deaths.unlink(missing_ok=True)
         else:
             write_text(self._deaths, json.dumps(found) + "\n")
+
+    def left_out(self) -> list[int]:
+        """The steps that the run leaves out, the same on all processes."""
+        return processes.on_main(self._read_skipped)["left_out"]
+
+    def _read_skipped(self) -> dict[str, list[Any]]:
+        return json.loads(self._skipped.read_text()) if self._skipped.exists() else {"left_out": [], "skipped": []}
+
+    def skipped(self, row: Mapping[str, Any], left_out: Sequence[int]) -> None:
+        """Notes an update that was skipped, and the steps that are left out from now on."""
+        if not processes.main():
+            return
+        print(f"{self.folder}: the update of step {row['step']} was skipped: {row['why']}", file=sys.stderr)
+        before = self._read_skipped()["skipped"]
+        write_text(self._skipped, json.dumps({"left_out": list(left_out), "skipped": [*before, row]}) + "\n")
+
+    def go_back(self, step: int) -> None:
+        """Makes the newest checkpoint one that is not later than the step, where there is one."""
+        kept = processes.on_main(partial(self.checkpoints.go_back, step))
+        if processes.main():
+            print(f"{self.folder}: going back to {kept or 'the beginning'}", file=sys.stderr)
 
     def asked_to_stop(self) -> bool:
         """Whether the file STOP is there: looked for by the main process, and not at every step."""

@@ -178,13 +178,17 @@ class Saver:
     def gave_up(self) -> bool:
         return self.failures >= FAILURES
 
+    def is_due(self, step: int) -> bool:
+        """Whether a save may begin after this step."""
+        return self.every > 0 and step - self.begun >= self.every - self.lag
+
     def after(self, step: int, busy: bool) -> None:
         """What is to be done after a step. busy: whether any process is still writing."""
         if self.writing is not None and not busy:
             self._settle(step)
         if not self.every:
             return
-        if self.writing is None and step - self.begun >= self.every - self.lag:
+        if self.writing is None and self.is_due(step):
             self._begin(step)
         if step - self.committed >= self.every and not self.gave_up:
             self.wait(step)

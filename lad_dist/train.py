@@ -9,8 +9,8 @@ needs one integer.
 """
 
 import contextlib
+import gc
 import os
-import pickle
 import shlex
 import sys
 import time
@@ -26,22 +26,23 @@ from torch import Tensor
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger
-from deepspeed.utils.tensor_fragment import fragment_address
 from pydantic import ValidationError
 
-from lad_dist import evaluate, models, optim, plan, processes
+from lad_dist import evaluate, models, optim, plan, processes, resize
+from lad_dist.agreement import dissenters
+from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of
 from lad_dist.checkpoints import facts_of
-from lad_dist.config import TrainConfig, UserError, did_you_mean
+from lad_dist.config import Fault, TrainConfig, UserError, did_you_mean
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.loader import load
 from lad_dist.data.order import share
 from lad_dist.data.tokenizers import save_beside
 from lad_dist.flat import Batch, Needs, Trace
+from lad_dist.health import Watch
 from lad_dist.method import Method
 from lad_dist.runs import Run
 from lad_dist.saving import Copies, Files, Saver
@@ -52,8 +53,6 @@ Clock = Callable[[str], contextlib.AbstractContextManager[Any]]
 Taught = Callable[[Batch, Needs], Any]
 
 BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-# All that DeepSpeed's own optimizer files hold beside tensors.
-SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def silent(row: Row) -> None:
@@ -108,11 +107,22 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     if run.results is not None:
         return Outcome(run.folder, run.results)
     processes.start()
-    with run.life():
-        return prepare(config, run, report, clock).run_to_end()
+    with run.life(), Watch(run.folder / "stacks", config.run.hang_seconds) as watch:
+        while (outcome := _attempt(config, run, report, clock, watch)) is None:
+            gc.collect()  # what it trained makes room for the next
+        return outcome
 
 
-def prepare(config: TrainConfig, run: Run, report: Report = silent, clock: Clock = untimed) -> "Loop":
+def _attempt(config: TrainConfig, run: Run, report: Report, clock: Clock, watch: Watch) -> Outcome | None:
+    """None when the run has to go back to an earlier checkpoint."""
+    with watch.paused():
+        loop = prepare(config, run, report, clock, watch)
+    return loop.run_to_end()
+
+
+def prepare(
+    config: TrainConfig, run: Run, report: Report = silent, clock: Clock = untimed, watch: Watch | None = None
+) -> "Loop":
     """Everything up to the first step: checks, processes, data, teacher, student, engine."""
     made = plan.make(config)
     _check_blocks(config.deepspeed)
@@ -126,7 +136,9 @@ def prepare(config: TrainConfig, run: Run, report: Report = silent, clock: Clock
     teacher_feed = made.teacher_feed(feed)
     answers = _answers(made, run, teacher_feed, teacher, method.objective.teacher_needs, steps)
     engine = _engine(method, config)
-    return Loop(made, run, engine, method, feed, teacher, teacher_feed, answers, steps, report, clock)
+    guard = Guard(engine, Judge(config.run.max_skips, config.run.spike_sigma, run.left_out()))
+    watch = watch or Watch(run.folder / "stacks")
+    return Loop(made, run, engine, guard, method, feed, teacher, teacher_feed, answers, steps, report, clock, watch)
 
 
 def _warn_of_slow_precision(made: plan.Plan, device: torch.device) -> None:
@@ -187,21 +199,13 @@ def _engine(method: Method, config: TrainConfig) -> Any:
         "steps_per_print": sys.maxsize,
         **config.deepspeed,
     }
-    optimizer = optim.adamw(optim.groups(method.student, method.objective, config.optim), config.optim)
+    groups = optim.groups(method.student, method.objective, config.optim)
+    optimizer = optim.adamw(groups, config.optim, plan.zero_stage(config.deepspeed))
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
-    engine.checkpoint_engine = Copies(_read)
+    engine.checkpoint_engine = Copies(resize.read)
     engine._copy_recovery_script = lambda _: None  # a checkpoint holds no code
     return engine
-
-
-def _read(file: Path) -> Any:
-    """What DeepSpeed wrote, tensors and its own three classes: nothing in the file is run. Raises UserError."""
-    try:
-        with torch.serialization.safe_globals(SAFE):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{file}: holds more than tensors, and nothing of it was run; remove it") from None
 
 
 @dataclass
@@ -209,6 +213,7 @@ class Loop:
     made: plan.Plan
     run: Run
     engine: Any
+    guard: Guard
     method: Method
     feed: Any
     teacher: models.Frozen | None
@@ -217,6 +222,7 @@ class Loop:
     steps: int
     report: Report
     clock: Clock
+    watch: Watch
     seconds: float = 0.0  # of earlier stretches of this run
     tokens: int = 0  # of this stretch, this process
     began: float = field(default_factory=time.perf_counter)
@@ -225,34 +231,76 @@ class Loop:
     def config(self) -> TrainConfig:
         return self.made.config
 
-    def run_to_end(self) -> Outcome:
+    def run_to_end(self) -> Outcome | None:
+        """None when the run has to go back to an earlier checkpoint, which is then the newest one."""
         first = self._resume()
         self.run.begin(first)
         if first == 0 and self.method.initial_error:
             self._report({"step": 0, **_prefixed("initial_error", self.method.initial_error)})
         averages = Averages()
         with contextlib.closing(self.batches(first)) as batches:
-            for step in range(first, self.steps):
+            for step in self._steps(first):
                 self.step(step, next(batches), averages)
+                fate = self._judge(step)
+                if fate is Fate.ROLL_BACK:
+                    return None
                 done = step + 1
                 if done % self.config.run.log_every == 0 or done == self.steps:
                     self._report({"step": done, **averages.row(), **self._pace()})
-                if _due(done, self.config.run.eval_every) and done < self.steps:
+                if done == self.steps:
+                    break
+                if _due(done, self.config.run.eval_every):
                     self._report({"step": done, **_prefixed("dev", self._evaluate())})
-                if done < self.steps and self._stops(done):
+                if self._stops(done):
                     return Outcome(self.run.folder, None, self.saver.why if self.saver.gave_up else "")
-        self.saver.wait(self.steps)
-        return self._finish()
+        with self.watch.paused():
+            self.saver.wait(self.steps)
+            return self._finish()
+
+    def _steps(self, first: int) -> list[int]:
+        left_out = set(self.guard.judge.left_out)
+        return [step for step in range(first, self.steps) if step not in left_out]
+
+    def _judge(self, step: int) -> Fate:
+        """What became of the update, told where it is not what was asked for. Raises Fault."""
+        fate = self.guard.verdict(step)
+        if fate is Fate.PROCEED:
+            return fate
+        judge = self.guard.judge
+        slots = range(self.feed.slots)
+        row = {"step": step, "why": self.guard.why, "samples": [self.feed.samples(step, slot) for slot in slots]}
+        self.run.skipped(row, judge.left_out)
+        if fate is Fate.GIVE_UP:
+            raise Fault(f"{self.run.folder}: update after update was skipped up to step {step} ({self.guard.why})")
+        if fate is Fate.ROLL_BACK:
+            self.run.go_back(judge.back_to)
+        return fate
 
     def _stops(self, done: int) -> bool:
         """Saves when due. Whether the run ends here, to be taken up again: all processes agree."""
         asked = processes.asked_to_stop() or self.run.asked_to_stop()
         asked, busy = processes.each_of(asked, self.saver.busy)
+        if asked or self.saver.is_due(done) or _due(done, self.config.run.check_every):
+            self._check_agreement(done)
+        self.watch.mark(done, "saving")
         self.saver.after(done, busy)
         if asked:
-            self.saver.now(done)
+            with self.watch.paused():
+                self.saver.now(done)
             self.run.stopped()
         return asked or self.saver.gave_up
+
+    def _check_agreement(self, done: int) -> None:
+        """Before every save, so that none keeps what a broken device made. Raises Fault."""
+        if processes.world() == 1 or plan.zero_stage(self.config.deepspeed) == 3:
+            return
+        wrong = dissenters(self.method.parameters())
+        if wrong:
+            ranks = ", ".join(map(str, wrong))
+            raise Fault(
+                f"{self.run.folder}: after step {done} the weights of rank {ranks} are not those of the others: a "
+                "device or its memory may be broken; the newest checkpoint is from before"
+            )
 
     def step(self, step: int, batches: list[Batch], averages: Averages) -> None:
         """One optimizer step over this process's micro-batches."""
@@ -263,6 +311,7 @@ class Loop:
         self.engine.train()
         for index, batch in enumerate(batches):
             slot = processes.rank() + index * processes.world()
+            self.watch.mark(step, "forward", index)
             processes.seed_everything(self.config.run.seed, step, slot)
             with self.clock("data"):
                 batch = batch.to(device)
@@ -270,8 +319,10 @@ class Loop:
                 target = self._target(batch, step, slot)
             with self.clock("forward"):
                 loss, terms = self.engine(batch, target, progress)
+            self.watch.mark(step, "backward", index)
             with self.clock("backward"):
-                self.engine.backward(loss)  # once per micro-batch: a second one would lose gradients under ZeRO
+                self.guard.backward(loss)  # once per micro-batch: a second one would lose gradients under ZeRO
+            self.watch.mark(step, "update", index)
             with self.clock("optimizer"):
                 self.engine.step()
             averages.add(batch, {"loss": loss.detach(), **terms})
@@ -290,7 +341,7 @@ class Loop:
     def batches(self, first: int) -> Generator[list[Batch]]:
         """This process's slots of each step, made ahead of it."""
         mine = share(self.feed.slots, processes.rank(), processes.world())
-        loaded = load(self.feed, range(first, self.steps), mine, self.config.data.workers)
+        loaded = load(self.feed, self._steps(first), mine, self.config.data.workers)
         while True:
             with self.clock("data"):
                 batches = next(loaded, None)
@@ -310,6 +361,10 @@ class Loop:
         self.report(row | {"steps": self.steps})
 
     def _evaluate(self) -> dict[str, float]:
+        with self.watch.paused():
+            return self._evaluated()
+
+    def _evaluated(self) -> dict[str, float]:
         self.engine.eval()
         if isinstance(self.feed, TaskFeed):
             dev = self.feed.dev
@@ -334,14 +389,8 @@ class Loop:
             return 0
         facts = facts_of(checkpoint)
         self._check_same_data(checkpoint, facts)
-        here = self._layout()
-        if facts["layout"] != here:
-            before = facts["layout"]
-            raise UserError(
-                f"{checkpoint}: saved by {before['processes']} processes under ZeRO {before['zero']}, now there are "
-                f"{here['processes']} under ZeRO {here['zero']}; resume with what it was saved with"
-            )
-        self.engine.load_checkpoint(str(checkpoint), tag="state")
+        resize.load(self.engine, checkpoint, facts["layout"], self._layout())
+        self.guard.judge.restore(facts["judge"])
         self.seconds = facts["seconds"]
         self.saver.start_at(facts["step"])
         return int(facts["step"])
@@ -359,7 +408,7 @@ class Loop:
 
     def _snapshot(self, folder: Path) -> Files:
         client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-        self.engine.save_checkpoint(str(folder), tag="state", client_state=client, save_latest=False)
+        self.engine.save_checkpoint(str(folder), tag=resize.TAG, client_state=client, save_latest=False)
         return self.engine.checkpoint_engine.taken()
 
     def _facts(self, step: int) -> dict[str, Any]:
@@ -369,6 +418,7 @@ class Loop:
             "seconds": self._elapsed(),
             "layout": self._layout(),
             "data": self.feed.fingerprint,
+            "judge": self.guard.judge.state(),
             "config": self.config.model_dump(mode="json", exclude_none=True),
         }
 

@@ -3,8 +3,8 @@
     CorpusFeed   masked language modelling over token shards
     TaskFeed     a labelled task
 
-Both have `.slots`, `.steps_per_epoch`, `.fingerprint` (of the data, in ids) and `.batch(step, slot)`, a pure
-function of its arguments and the seed.
+Both have `.slots`, `.steps_per_epoch`, `.fingerprint` (of the data, in ids), and pure functions of
+their arguments and the seed: `.batch(step, slot)`, and `.samples(step, slot)`, what is in it.
 """
 
 import hashlib
@@ -54,6 +54,12 @@ class CorpusFeed:
         """Micro-batch `slot` of step `step`: rows are the masked tokens, labels their ids."""
         return self._train.batch(self._order.slot(step, slot), self._seed)
 
+    def samples(self, step: int, slot: int) -> list[str]:
+        """What the micro-batch consists of, for a log: windows by their source and number."""
+        reading = self._order.slot(step, slot)
+        places = zip(reading.source.tolist(), reading.window.tolist(), strict=True)
+        return [f"{self._train.names[source]} {window}" for source, window in places]
+
     @cached_property
     def held_out(self) -> Batches:
         """At most 32 slots of the held-out documents, the same and with the same masks in every run: whole slots, or
@@ -78,6 +84,7 @@ class _Windows:
         self._room = data.max_length - self._frame.size
         self._length, self._joined = data.max_length, data.cross_documents
         self._streams = shards.streams
+        self.names = [stream.name for stream in self._streams]
         self.counts = [windows(stream.length, self._room) for stream in self._streams]
         self.weights = _weights(data, shards)
         self._vocabulary = _vocabulary(tokenizer, data.whole_words)
@@ -172,6 +179,10 @@ class TaskFeed:
     def batch(self, step: int, slot: int) -> Batch:
         """Micro-batch `slot` of step `step`: rows and labels are those of its examples."""
         return self.train.batch(self.numbers(step, slot))
+
+    def samples(self, step: int, slot: int) -> list[int]:
+        """The numbers for a log."""
+        return self.numbers(step, slot).tolist()
 
     def numbers(self, step: int, slot: int) -> np.ndarray:
         """int64 [examples_per_slot]: which examples of `train` the micro-batch consists of."""
