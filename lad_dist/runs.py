@@ -131,7 +131,7 @@ class Run:
     def _draw(self) -> None:
         from lad_dist.plots import reading  # noqa: PLC0415 (matplotlib: a second at every start)
 
-        rows = [json.loads(row) for row in self._metrics.read_text().splitlines()]
+        rows = [json.loads(row) for row in self._metrics.read_text().splitlines() if _step_of(row) < math.inf]
         figure = reading(rows)
         if figure is not None:
             figure.savefig(self.folder / "reads.png", dpi=120)
@@ -212,7 +212,7 @@ class Run:
 
 
 def _step_of(row: str) -> float:
-    """Never, for a row that a crash cut off."""
+    """Never, for a row that a crash or a full disk cut off."""
     try:
         return json.loads(row)["step"]
     except ValueError:
