@@ -9,6 +9,7 @@ spoil everybody's. A single flipped bit always changes the fingerprint, anything
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     return 0 if total is None else int(total)
 
 
+@cache
 def _factors(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(-(1 << 62), 1 << 62, (CHUNK,), generator=generator) * 2 + 1).to(device)

@@ -1,0 +1,60 @@
+"""Fingerprints tell weights apart, and the one that differs is named."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lad_dist import processes
+from lad_dist.agreement import CHUNK, dissenters, fingerprint
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def weights(dtype: torch.dtype, *sizes: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(size).to(dtype) for size in sizes]
+
+
+@given(st.sampled_from(DTYPES), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
+def test_any_bit_that_flips_changes_it(dtype: torch.dtype, sizes: list[int], data: st.DataObject) -> None:
+    before = weights(dtype, *sizes)
+    after = [x.clone() for x in before]
+    assert fingerprint(after) == fingerprint(before)
+    tensor = data.draw(st.sampled_from(after))
+    byte = data.draw(st.integers(0, tensor.numel() * tensor.element_size() - 1))
+    tensor.view(torch.uint8)[byte] ^= 1 << data.draw(st.integers(0, 7))
+    assert fingerprint(after) != fingerprint(before)
+
+
+@pytest.mark.parametrize("place", [0, CHUNK, 5 * CHUNK - 1])
+def test_in_tensors_of_many_chunks_too(place: int) -> None:
+    (x,) = weights(torch.float32, 5 * CHUNK)
+    before = fingerprint([x])
+    x.view(torch.int32)[place] ^= 1 << 31
+    assert fingerprint([x]) != before
+
+
+def test_places_count() -> None:
+    a, b = weights(torch.float32, 6, 6)
+    assert fingerprint([a, b]) != fingerprint([b, a])
+    assert fingerprint([a]) != fingerprint([a.flip(0)])
+    assert fingerprint([torch.cat([a, b])]) != fingerprint([torch.cat([b, a])])
+
+
+def test_where_the_weights_lie_does_not() -> None:
+    (a,) = weights(torch.float32, 8)
+    shifted = torch.empty(9)[1:].copy_(a)
+    assert shifted.data_ptr() % 8 != a.data_ptr() % 8
+    assert fingerprint([shifted]) == fingerprint([a])
+    square = a.view(2, 4)
+    assert fingerprint([square.t().contiguous().t()]) == fingerprint([square])
+
+
+@pytest.mark.parametrize(
+    ("prints", "ranks"),
+    [([7], []), ([7, 7, 7], []), ([7, 8, 7, 7], [1]), ([7, 8], [0, 1]), ([7, 7, 8, 8], [0, 1, 2, 3])],
+)
+def test_who_dissents(prints: list[int], ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "gather", lambda own: prints)
+    assert dissenters([]) == ranks
