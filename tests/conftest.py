@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import toy
 from hypothesis import settings
 
+from lad_dist import models
 from lad_dist.config import PrepareConfig
 from lad_dist.data.prepare import prepare
 
@@ -56,3 +58,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         corpus,
         toy.task_files(folder / "task"),
     )
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are read or drawn within the test."""
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights were read or drawn before the mistake was found")
+
+    monkeypatch.setattr(models, "load", forbidden)
+    monkeypatch.setattr(models, "create", forbidden)

@@ -11,7 +11,7 @@ import toy
 from conftest import World
 from launching import ROOT, launch
 
-from lad_dist import cli, models
+from lad_dist import cli
 from lad_dist.config import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig, load
 from lad_dist.data.prepare import prepare
 from lad_dist.data.tokenizers import train_wordpiece
@@ -180,15 +180,6 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*_: Any, **__: Any) -> Any:
-        raise AssertionError("weights were read or drawn before the mistake was found")
-
-    monkeypatch.setattr(models, "load", forbidden)
-    monkeypatch.setattr(models, "create", forbidden)
-
-
 def written(folder: Path, tables: dict[str, Any], changes: dict[str, Any]) -> Path:
     """A config file: the tables after changes {"a.b": value}, None taking a key away."""
     for dotted, value in changes.items():
@@ -234,7 +225,9 @@ def test_slots_are_shared_out_evenly(
 ) -> None:
     from lad_dist.jobs import train_job
 
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "::1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29500")
     path = written(tmp_path, tables_of(TASK, places, tmp_path / "runs"), {})
     assert cli.guarded(lambda: train_job(load(TaskConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, "data.slots = 4: cannot be shared out over 3 processes; 3 can")

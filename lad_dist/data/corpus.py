@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lad_dist.config import Source, UserError, did_you_mean
 from lad_dist.data import hub, tables
-from lad_dist.data.lines import Damaged, Lines, Span, is_compressed
+from lad_dist.data.lines import Damaged, Lines, Span, is_compressed, parse_json
 
 COMPRESSED = r"(\.(gz|bz2|xz|zst))?"
 FILES = {
@@ -158,10 +158,10 @@ def _objects(lines: Lines, column: str) -> Documents:
 
 def _object(lines: Lines, number: int, line: bytes, column: str) -> str | Bad:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError:
         return _decoded(lines, number, [line], str)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Bad(f"{lines.where(number)}: not valid JSON ({error})")
     if not isinstance(row, dict):
         return Bad(f"{lines.where(number)}: not a JSON object")

@@ -2,6 +2,7 @@
 
 numbered_lines(file)   the text of a UTF-8 file, line by line
 numbered_objects(file) the objects of a .jsonl file
+parse_json(text)       its value, or a ValueError of one line
 Lines(span, boundary)  the bytes of the lines of a part of a file, which may be compressed
 """
 
@@ -126,7 +127,8 @@ def _without_mark(line: bytes) -> bytes:
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, line without its end) for each line; only \\n and \\r\\n end one, and a byte order mark is
-    dropped. Raises UserError naming file and line where the bytes are not UTF-8, or when the file cannot be read."""
+    dropped. Raises UserError naming file and line where the bytes are no text in UTF-8, or when the file cannot be
+    read."""
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -138,10 +140,42 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 def _decode(file: Path, number: int, line: bytes) -> str:
     try:
-        return line.decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise UserError(f"{file}:{number}: not UTF-8 (byte 0x{byte:02x}); convert the file first") from None
+    if "\0" in text:
+        raise UserError(f"{file}:{number}: a NUL character, so this is no text in UTF-8; convert the file first")
+    return text
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError also for what Python's reader lets pass: a key that stands twice, half a surrogate pair, and
+    nesting that it cannot follow."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if "\\ud" in text.lower() and not _is_text(value):
+        raise ValueError("half a surrogate pair")
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = [key for key, _ in pairs]
+        twice = next(key for key in seen if seen.count(key) > 1)
+        raise ValueError(f'"{twice}" stands twice')
+    return found
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def numbered_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -151,7 +185,7 @@ def numbered_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise UserError(f"{file}:{number}: not valid JSON: {error}") from None
         if not isinstance(value, dict):

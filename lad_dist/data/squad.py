@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lad_dist.config import UserError, pick
+from lad_dist.data.lines import parse_json
 
 
 class Answer(NamedTuple):
@@ -77,13 +78,15 @@ def _read(file: Path) -> Questions:
 
 def _parsed(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes().decode("utf-8-sig"))
+        return parse_json(file.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 (at byte {error.start}); convert the file first") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
 
 
 def _list(table: Any, key: str, where: str) -> list[Any]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lad_dist.config import TaskData, UserError, did_you_mean, pick
 from lad_dist.data import hub, squad, tagging
@@ -30,6 +31,7 @@ Kind = Literal["classification", "regression", "tagging", "question_answering"]
 HUB = "nyu-mll/glue"
 OWN_COLUMNS = ("text", "label")
 OWN_PAIR = "text_pair"
+LARGEST = float(np.finfo(np.float32).max)  # label of a regression
 PARTS_OF_ENTITIES = re.compile(r"O|[BIMELSU](-.+)?")  # BIO (IOB1, IOB2), IOBES and BILOU
 
 
@@ -258,9 +260,13 @@ def _own_questions(train_file: Path, dev_file: Path) -> Task:
 
 
 def _number(value: Any) -> float:
-    number = float(value) if isinstance(value, str | int | float | np.number) else math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"label {value!r} is not a number")
+    written = not isinstance(value, bool) and isinstance(value, str | int | float) and "_" not in str(value)
+    try:
+        number = float(value) if written else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"label {value!r} is not a number of 32 bits")
     return number
 
 
@@ -337,11 +343,14 @@ def _jsonl(file: Path, wanted: Sequence[str], optional: str | None = None) -> _R
 
 def _parquet(file: Path, wanted: Sequence[str], optional: str | None = None) -> _Rows:
     try:
-        frame = pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({' '.join(str(error).split())[:200]})") from None
-    names = _present(file, list(frame.columns), wanted, optional)
-    return _not_empty(_Rows(file, list(range(1, len(frame) + 1)), {name: frame[name].tolist() for name in names}))
+        with pq.ParquetFile(file) as table:
+            names = _present(file, table.schema_arrow.names, wanted, optional)
+            columns = table.read(names).to_pydict()
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as Parquet ({' '.join(str(error).split())[:100]})") from None
+    return _not_empty(_Rows(file, list(range(1, len(columns[names[0]]) + 1)), columns))
 
 
 def _present(file: Path, found: Sequence[str], wanted: Iterable[str], optional: str | None) -> list[str]:
@@ -351,7 +360,11 @@ def _present(file: Path, found: Sequence[str], wanted: Iterable[str], optional: 
     for name in wanted:
         if name not in found:
             raise UserError(f'{file}: no column "{name}" among {", ".join(found)}: {did_you_mean(name, found)}')
-    return list(wanted) if optional is None or optional not in found else [*wanted, optional]
+    names = list(wanted) if optional is None or optional not in found else [*wanted, optional]
+    for name in names:
+        if found.count(name) > 1:
+            raise UserError(f'{file}: two columns are called "{name}"; rename one')
+    return names
 
 
 def _not_empty(rows: _Rows) -> _Rows:

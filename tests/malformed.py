@@ -1,0 +1,147 @@
+"""A table of malformed inputs and what runs it: the real script in this process, in a folder of its own."""
+
+import hashlib
+import importlib
+import json
+import runpy
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import toy
+from conftest import World
+from launching import ROOT
+
+from lad_dist.config import override
+
+LONGEST = 300  # characters of a complaint
+SECONDS = 5.0  # of a process that has imported what it needs
+Make = Callable[[Path, World], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that has to fail. `files` are put into its folder `here`, `changes` into the config of `script`, None
+    taking a key away; `make` does what these cannot say; `words` stand after the config, or instead of it in a script
+    without one. In texts {here}, {teacher} and so on are those places."""
+
+    name: str
+    script: str
+    expected: str
+    files: Mapping[str, bytes | str] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    make: Make | None = None
+    config: bytes | None = None  # the file itself, instead of tables
+    words: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    code: int = 2
+
+
+def tables(script: str, here: Path, world: World) -> dict[str, Any]:
+    """The config of a script that would succeed."""
+    work, words = here / "runs", str(world.tokenizer)
+    source = {"kind": "text", "path": str(world.books)}
+    task = {**world.files, "max_length": 32}
+    if script == "pretrain_distill":
+        return toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained)
+    if script in ("task_distill", "benchmark"):
+        return toy.task_config(work, world.files, world.teacher, world.pretrained)
+    if script == "finetune_teacher":
+        made = toy.task_config(work, world.files, world.teacher, world.pretrained, objective={"name": "task"})
+        return {key: value for key, value in made.items() if key != "teacher"}
+    return {
+        "evaluate": {"model": {"path": str(world.teacher)}, "data": task, "out": str(here / "result.json")},
+        "prepare_corpus": {"out": str(here / "out"), "tokenizer": words, "workers": 1, "source": [source]},
+        "train_tokenizer": {
+            "out": str(here / "out"), "kind": "wordpiece", "vocabulary": 200, "lowercase": True, "source": [source],
+        },
+        "tune": {
+            "search": {"name": "search", "dir": str(work), "base": str(here / "base.toml"), "samples": 2},
+            "override": {"run.eval_every": 4},
+            "space": {"optim.lr": {"uniform": [1e-4, 1e-3]}},
+        },
+    }[script]  # fmt: skip
+
+
+# What a script imports when it has read its config: seconds that are not its work.
+IMPORTS = {"evaluate": "evaluate", "prepare_corpus": "data.prepare", "tune": "search", "report": "report"}
+WITHOUT_CONFIG = ("report", "quickstart")
+
+
+def complaint(case: Case, here: Path, world: World, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> str:
+    """What the script says on standard error. Asserts the code, and that nothing is written or changed."""
+    places = {"here": here, "root": ROOT, **vars(world)}
+    for name, content in case.files.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if case.script == "tune":
+        base = toy.task_config(here / "runs", world.files, world.teacher, world.pretrained)
+        (here / "base.toml").write_text(tomli_w.dumps(base))
+    if case.make is not None:
+        case.make(here, world)
+    words = [word.format_map(places) for word in case.words]
+    if case.script not in WITHOUT_CONFIG and "--verify" not in words:
+        words = [*(["step"] if case.script == "benchmark" else []), str(_config(case, here, world, places)), *words]
+    for name, value in case.variables.items():
+        monkeypatch.setenv(name, value.format_map(places))
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", [case.script, *words])
+    importlib.import_module(f"lad_dist.{IMPORTS.get(case.script, 'train')}")
+    before, begin = tree(here), time.monotonic()
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "launch" / f"{case.script}.py"), run_name="__main__")
+    seconds, seen = time.monotonic() - begin, capfd.readouterr()
+    assert ended.value.code == case.code, seen.err
+    assert seen.out == ""
+    assert sorted(tree(here).items() ^ before.items()) == []
+    assert seconds < SECONDS
+    return seen.err
+
+
+def _config(case: Case, here: Path, world: World, places: Mapping[str, Path]) -> Path:
+    file = here / "config.toml"
+    if case.config is not None:
+        file.write_bytes(case.config)
+        return file
+    changes = {key: _filled(value, places) for key, value in case.changes.items()}
+    file.write_text(tomli_w.dumps(_kept(override(tables(case.script, here, world), changes.items()))))
+    return file
+
+
+def _filled(value: Any, places: Mapping[str, Path]) -> Any:
+    if isinstance(value, str):
+        return value.format_map(places)
+    if isinstance(value, dict):
+        return {key: _filled(inner, places) for key, inner in value.items()}
+    return [_filled(inner, places) for inner in value] if isinstance(value, list) else value
+
+
+def _kept(tables: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in tables.items() if value is not None}
+    return {key: _kept(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Everything below the folder, with a sum of each file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def assert_one_line(error: str, expected: str) -> None:
+    assert error.count("\n") == 1, error
+    assert error.startswith("error: ")
+    assert len(error) <= LONGEST, error
+    assert error.isprintable() or error[:-1].isprintable()
+    assert expected in error
+
+
+def jsonl(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
