@@ -292,7 +292,7 @@ class Loop:
 
     def _check_agreement(self, done: int) -> None:
         """Before every save, so that none keeps what a broken device made. Raises Fault."""
-        if processes.world() == 1 or plan.zero_stage(self.config.deepspeed) == 3:
+        if not _alike(self.config.deepspeed):
             return
         wrong = dissenters(self.method.parameters())
         if wrong:
@@ -481,6 +481,11 @@ class Loop:
         if plan.zero_stage(self.config.deepspeed) < 3:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(list(self.method.parameters()))
+
+
+def _alike(table: Mapping[str, Any]) -> bool:
+    """Whether several processes hold the same weights."""
+    return processes.world() > 1 and plan.zero_stage(table) < 3
 
 
 def _due(step: int, every: int) -> bool:

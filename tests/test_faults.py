@@ -1,0 +1,172 @@
+"""What befalls a run, through its only entry: spoilt updates, other data, broken devices, full disks, a wish to stop."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from conftest import World
+from torch import Tensor
+
+from lad_dist import agreement, cli, processes, saving
+from lad_dist.config import Fault, TrainConfig, UserError
+from lad_dist.method import Method
+from lad_dist.train import train
+
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def make(world: World, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def made(changes: Row | None = None, name: str = "runs") -> TrainConfig:
+        tables = toy.task_config(tmp_path / name, world.files, world.teacher, world.pretrained)
+        return toy.parsed(tables, {"data.slots": 1, **(changes or {})})
+
+    return made
+
+
+def steps_of(rows: list[Row]) -> list[int]:
+    return [row["step"] for row in rows if "loss" in row]
+
+
+def weights(config: TrainConfig) -> bytes:
+    return (config.run.folder / "export" / "model.safetensors").read_bytes()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], of: int) -> None:
+    """Makes the losses of these steps infinite, in a run of `of` steps."""
+    forward = Method.forward
+
+    def poisoned(self: Method, batch: Any, target: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = forward(self, batch, target, progress)
+        return (loss * math.inf if self.training and round(progress * of) in steps else loss), terms
+
+    monkeypatch.setattr(Method, "forward", poisoned)
+
+
+def test_a_spoilt_update_is_skipped_and_told(
+    make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, {3}, of=8)
+    config, rows = make(), list[Row]()
+    outcome = train(config, rows.append)
+    assert outcome.results is not None
+    assert all(math.isfinite(value) for name, value in outcome.results["metrics"].items() if name != "loss")
+    assert steps_of(rows) == list(range(1, 9))
+    assert [math.isinf(row["loss"]) for row in rows if "loss" in row] == [step == 4 for step in range(1, 9)]
+    assert "the update of step 3 was skipped: loss inf" in capsys.readouterr().err
+    found = json.loads((config.run.folder / "skipped.json").read_text())
+    assert found["left_out"] == []
+    assert [(row["step"], len(row["samples"])) for row in found["skipped"]] == [(3, 1)]
+    assert len(found["skipped"][0]["samples"][0]) == 4
+
+
+def test_skips_in_a_row_go_back_to_a_checkpoint_and_leave_their_steps_out(
+    make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps 6 and 7 are spoilt: they and the two before them are left out, whatever had been saved since."""
+    poison(monkeypatch, {6, 7}, of=12)
+    changes = {"run.steps": 12, "run.save_every": 2, "run.keep": 5, "run.max_skips": 2}
+    config, rows = make(changes), list[Row]()
+    assert train(config, rows.append).results is not None
+    assert "going back to step-000000004" in capsys.readouterr().err
+    assert steps_of(rows) == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+    written = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps_of(written) == [1, 2, 3, 4, 9, 10, 11, 12]
+    assert json.loads((config.run.folder / "skipped.json").read_text())["left_out"] == [4, 5, 6, 7]
+    assert not (config.run.folder / "deaths.json").exists()
+
+
+def test_without_a_checkpoint_it_goes_back_to_the_beginning(
+    make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends as a run that had left these steps out from the start."""
+    poison(monkeypatch, {4, 5}, of=8)
+    config = make({"run.max_skips": 2})
+    assert train(config).results is not None
+    other = make(name="other")
+    (other.run.folder).mkdir(parents=True)
+    (other.run.folder / "skipped.json").write_text('{"left_out": [2, 3, 4, 5], "skipped": []}')
+    train(other)
+    assert weights(config) == weights(other)
+
+
+def test_a_run_that_only_skips_ends_with_what_is_wrong(
+    make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, set(range(100)), of=100)
+    config = make({"run.steps": 100, "run.max_skips": 1, "run.log_every": 100})
+
+    def work() -> int:
+        train(config)
+        return 0
+
+    assert cli.guarded(work) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "update after update was skipped" in last
+    assert json.loads((config.run.folder / "deaths.json").read_text())["deaths"] == 1
+
+
+def stop_at(step: int, how: Callable[[], None]) -> Callable[[Row], None]:
+    def report(row: Row) -> None:
+        if row["step"] == step:
+            how()
+
+    return report
+
+
+def test_the_file_stop_ends_a_run_which_then_goes_on(make: Callable[..., TrainConfig]) -> None:
+    config, straight = make({"run.steps": 4}), make({"run.steps": 4}, "other")
+    stop = config.run.folder / "STOP"
+    outcome = train(config, stop_at(1, stop.touch))
+    assert (outcome.results, outcome.why) == (None, "")
+    assert not stop.exists()
+    train(straight)
+    train(config)
+    assert weights(config) == weights(straight)
+
+
+def test_a_disk_that_takes_no_checkpoint_ends_the_run_after_three(
+    make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "write", full)
+    rows: list[Row] = []
+    config = make({"run.steps": 30, "run.save_every": 2})
+    outcome = train(config, rows.append)
+    assert outcome.results is None
+    assert "No space left on device" in outcome.why
+    assert 3 <= len(rows) < 30
+    monkeypatch.undo()
+    assert train(config).results is not None
+
+
+@pytest.mark.parametrize("change", ["text", "label"])
+def test_other_data_are_refused_when_a_run_is_taken_up(change: str, world: World, tmp_path: Path) -> None:
+    files = toy.task_files(tmp_path / "files")
+    config = toy.parsed(toy.task_config(tmp_path, files, world.teacher, world.pretrained), {"run.steps": 4})
+    train(config, stop_at(1, processes._ask_to_stop))
+    lines = Path(files["train"]).read_text().splitlines()
+    text, label = lines[5].split(",")
+    lines[5] = f"{text} de,{label}" if change == "text" else f"{text},{'no' if label == 'yes' else 'yes'}"
+    Path(files["train"]).write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="the data or the tokenizer changed since it was saved"):
+        train(config)
+
+
+def test_weights_that_differ_end_the_run_before_they_are_saved(
+    make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lad_dist.train.dissenters", lambda _: [1])
+    monkeypatch.setattr("lad_dist.train._alike", lambda _: True)
+    config = make({"run.save_every": 3})
+    with pytest.raises(Fault, match="after step 2 the weights of rank 1 are not those of the others"):
+        train(config)
+    assert not (config.run.folder / "checkpoints").exists()
+    assert agreement.dissenters([]) == []
