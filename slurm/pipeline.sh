@@ -5,22 +5,28 @@
 #       prepare  configs/pretrain/corpus.toml \
 #       pretrain --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 configs/pretrain/minilm2.toml run.steps=100000 \
 #       finetune --gpus-per-node=1 configs/task/teacher.toml data.task=rte \
-#       task     --gpus-per-node=1 configs/task/lad.toml data.task=rte
+#       task     --gpus-per-node=1 configs/task/lad.toml data.task=rte \
+#       evaluate --gpus-per-node=1 configs/task/evaluate.toml data.task=rte model.path=runs/lad/export
 #
 # Run it from the repository's root. After a stage's name come options of sbatch for its job (written --option=value), its
 # config and the config's overrides; options before the first stage are for all jobs. Leave out the stages that are done
-# already. Pre-training waits for the preparation, the task for pre-training and fine-tuning. When a stage fails, those
-# that wait for it are cancelled; a stage that goes back to the queue keeps them waiting. Prints each stage's job id.
-# `prepare --array=0-15 CONFIG` is two jobs: an array, printed as "parts", and after it the one that merges.
+# already. Pre-training waits for the preparation, the task for pre-training and fine-tuning, the evaluation for the
+# task. When a stage fails, those that wait for it are cancelled; a stage that goes back to the queue keeps them waiting.
+# Prints each stage's job id. `prepare --array=0-15 CONFIG` is two jobs: an array, printed as "parts", and after it the
+# one that merges. Other stages may be arrays too (slurm/README.md); what waits for one waits for all of its tasks.
 set -euo pipefail
 
-stages="prepare pretrain finetune task "
-declare -A needs=([prepare]="" [pretrain]="prepare" [finetune]="" [task]="pretrain finetune")
+stages="prepare pretrain finetune task evaluate "
+declare -A needs=([prepare]="" [pretrain]="prepare" [finetune]="" [task]="pretrain finetune" [evaluate]="task")
 declare -A jobs=() # stage -> id of its job
 
 fail() {
     echo "pipeline.sh: $1" >&2
     exit 2
+}
+
+is_stage() {
+    [[ "$1" == [a-z]* && "$1" != *" "* && " $2" == *" $1 "* ]]
 }
 
 cancel_half_a_chain() {
@@ -70,7 +76,7 @@ ahead="$stages"
 while (($#)); do
     stage="$1"
     shift
-    [[ "$ahead" == *"$stage "* ]] || fail "\"$stage\" is no stage, or is out of order: $stages"
+    is_stage "$stage" "$ahead" || fail "\"$stage\" is no stage, or is out of order: $stages"
     ahead="${ahead#*"$stage "}"
 
     options=()
@@ -81,7 +87,7 @@ while (($#)); do
     config="${1-}"
     [[ -f "$config" ]] || fail "$stage: there is no config \"$config\""
     arguments=()
-    while (($#)) && [[ "$stages" != *"$1 "* ]]; do
+    while (($#)) && ! is_stage "$1" "$stages"; do
         arguments+=("$1")
         shift
     done

@@ -1,10 +1,12 @@
-"""A SLURM cluster of two nodes on this host, for tests: a CPU partition over `n1` and `n2` with four CPUs each.
+"""A SLURM cluster of two nodes on this host, for tests: `n1` and `n2` with four CPUs each, all of them in the partition
+`main`, and in `warned` and `sudden`, whose jobs those in `main` preempt: with a minute's grace, and without.
 
     with SlurmCluster() as cluster:                          starts munged, slurmctld and two slurmd, ends all of them
         state, code, output = cluster.run_job(["slurm/task.sbatch", "configs/task/lad.toml"], timeout=120)
 
     submit, wait, cancel, shown     the same in steps, for tests that signal a job while it runs
     wait_for_output                 waits until a running job has printed a text
+    wait_for_step                   waits until its first step runs
     wait_for_quiet                  waits until no job is left
     run                             any command that talks to this cluster (squeue, scancel, bash slurm/pipeline.sh …)
     missing_programs                what to install, empty when all is there
@@ -72,7 +74,11 @@ InactiveLimit=0
 Waittime=0
 NodeName=n1 NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[1]} CPUs=4 CoresPerSocket=4 RealMemory=8000
 NodeName=n2 NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[2]} CPUs=4 CoresPerSocket=4 RealMemory=8000
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+PartitionName=warned Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=sudden Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
 """
 
 
@@ -204,6 +210,10 @@ class SlurmCluster:
         shown = self.shown(job)
         code, signal = map(int, shown["ExitCode"].split(":"))
         return Finished(shown["JobState"], code or (128 + signal if signal else 0), self.output(job))
+
+    def wait_for_step(self, job: str, timeout: float) -> None:
+        """Waits until the first step of a job runs."""
+        _until(lambda: f"{job}.0" in self.run(["squeue", "--steps", "--noheader"]), timeout, lambda: self.output(job))
 
     def wait_for_quiet(self, timeout: float) -> None:
         """Waits until no job is queued, running or ending."""

@@ -30,6 +30,7 @@ SCRIPTS = {
     "pretrain": "pretrain_distill",
     "finetune": "finetune_teacher",
     "task": "task_distill",
+    "evaluate": "evaluate",
     "tune": "tune",
 }
 
@@ -102,7 +103,7 @@ AWKWARD = [
 ]
 
 
-@pytest.mark.parametrize("script", ["prepare", *TRAINING])
+@pytest.mark.parametrize("script", ["prepare", "evaluate", *TRAINING])
 def test_every_argument_arrives_as_it_was_written(cluster: SlurmCluster, folder: Path, script: str) -> None:
     launch(folder, SCRIPTS[script], RECORD)
     ended = cluster.run_job([f"slurm/{script}.sbatch", "run.toml", *AWKWARD], 60, folder)
@@ -163,21 +164,76 @@ def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, folder: Path) ->
     assert (ended.state, cluster.shown(job)["Restarts"]) == ("CANCELLED", "0"), ended.output
 
 
-@pytest.mark.parametrize("code", [1, 2, 3])
-def test_other_exit_codes_are_passed_on(cluster: SlurmCluster, folder: Path, code: int) -> None:
+URGENT = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1"]
+
+
+@pytest.mark.parametrize(
+    ("partition", "reason"), [("warned", "goes back to the queue"), ("sudden", "DUE TO PREEMPTION")]
+)
+def test_a_preempted_job_saves_and_resumes(cluster: SlurmCluster, folder: Path, partition: str, reason: str) -> None:
+    launch(folder, "task_distill", STOPPABLE)
+    job = cluster.submit([f"--partition={partition}", "--nodes=2", "slurm/task.sbatch", "run.toml"], folder)
+    for rank in (0, 1):
+        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    urgent = cluster.submit(URGENT, folder)
+    assert cluster.wait(urgent, 60).state == "COMPLETED"
+    for rank in (0, 1):
+        assert (folder / f"checkpoint-{rank}").exists()
+    ended = cluster.wait(job, 60)
+    assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
+    assert reason in ended.output
+    for rank in (0, 1):
+        assert f"rank {rank} resumes" in ended.output
+
+
+# Killed in its first life, after a while; done in its second.
+MORTAL = """
+import os, signal, sys, time
+if os.environ.get("SLURM_RESTART_COUNT"):
+    print("lives again", flush=True)
+    sys.exit(0)
+if os.environ["SLURM_PROCID"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(100)
+"""
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_job_runs_again(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "task_distill", MORTAL)
+    ended = cluster.run_job(["--nodes=2", "slurm/task.sbatch", "run.toml"], 60, folder)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert "task 1: Exited with exit code 137" in ended.output
+    assert "training goes on from its last checkpoint: it goes back to the queue" in ended.output
+    assert ended.output.count("lives again") == 2
+
+
+def test_a_job_whose_node_is_lost_runs_again(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "task_distill", MORTAL.replace('== "1"', '== "-1"'))
+    job = cluster.submit(["--nodes=2", "slurm/task.sbatch", "run.toml"], folder)
+    cluster.wait_for_step(job, 30)
+    cluster.run(["scontrol", "update", "nodename=n2", "state=down", "reason=test"])
+    cluster.run(["scontrol", "update", "nodename=n2", "state=resume"])
+    ended = cluster.wait(job, 60)
+    assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
+
+
+@pytest.mark.parametrize("code", [2, 3, 93])
+def test_what_no_other_life_would_mend_is_not_run_again(cluster: SlurmCluster, folder: Path, code: int) -> None:
     launch(folder, "finetune_teacher", f"raise SystemExit({code})")
-    ended = cluster.run_job(["slurm/finetune.sbatch", "run.toml"], 60, folder)
+    ended = cluster.run_job(["--nodes=2", "slurm/finetune.sbatch", "run.toml"], 60, folder)
     assert (ended.state, ended.code) == ("FAILED", code), ended.output
+    assert f"ended with exit code {code}" in ended.output
 
 
-def test_a_failing_process_ends_those_that_wait_for_it(cluster: SlurmCluster, folder: Path) -> None:
-    launch(
-        folder,
-        "task_distill",
-        "import os, time\nif os.environ['SLURM_PROCID'] == '1': raise SystemExit(1)\ntime.sleep(100)",
-    )
-    ended = cluster.run_job(["--nodes=2", "slurm/task.sbatch", "run.toml"], 40, folder)
-    assert ended.state == "FAILED", ended.output
+def test_an_array_is_a_run_for_each_task_and_seed(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "task_distill", "import sys; open('order', 'a').write(f'{sys.argv[1:]}\\n')")
+    axes = ["--each=data.task=rte,cola", "--each=run.seed=0,1", "run.name=kd-{data.task}-{run.seed}"]
+    ended = cluster.run_job(["--array=0-3", "--cpus-per-task=2", "slurm/task.sbatch", "run.toml", *axes], 60, folder)
+    cluster.wait_for_quiet(60)
+    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    combinations = [(task, seed) for task in ("rte", "cola") for seed in (0, 1)]
+    whole = [f"['run.toml', 'data.task={t}', 'run.seed={s}', 'run.name=kd-{t}-{s}']" for t, s in combinations]
+    assert sorted((folder / "order").read_text().splitlines()) == sorted(whole)
 
 
 def test_the_virtual_environment_of_the_folder_is_activated(cluster: SlurmCluster, folder: Path) -> None:
@@ -209,6 +265,8 @@ WHOLE_CHAIN = [
     "task",
     "run.toml",
     "c=1",
+    "evaluate",
+    "run.toml",
 ]
 
 
@@ -220,7 +278,7 @@ def test_a_chain_runs_in_order_with_the_overrides_of_each_stage(cluster: SlurmCl
             f"import sys, time; time.sleep(.3); open('order', 'a').write('{name}' + repr(sys.argv[1:]) + '\\n')",
         )
     jobs = pipeline(cluster, folder, "--cpus-per-task=1", *WHOLE_CHAIN)
-    assert list(jobs) == ["prepare", "pretrain", "finetune", "task"]
+    assert list(jobs) == ["prepare", "pretrain", "finetune", "task", "evaluate"]
     for job in jobs.values():
         assert cluster.wait(job, 60).state == "COMPLETED"
         assert cluster.shown(job)["NumCPUs"] == "1"
@@ -229,16 +287,18 @@ def test_a_chain_runs_in_order_with_the_overrides_of_each_stage(cluster: SlurmCl
         "prepare_corpus['run.toml', 'workers=1']",
         "pretrain_distill['run.toml', 'a.b=x y']",
         "task_distill['run.toml', 'c=1']",
+        "evaluate['run.toml']",
     ]
     assert [line for line in order if not line.startswith("finetune")] == steps
-    assert order.index("finetune_teacher['run.toml']") < order.index(steps[-1])
+    assert order.index("finetune_teacher['run.toml']") < order.index(steps[2])
 
 
 def test_a_failing_stage_cancels_what_waits_for_it_and_nothing_else(cluster: SlurmCluster, folder: Path) -> None:
     launch(folder, "prepare_corpus", "raise SystemExit(1)")
     jobs = pipeline(cluster, folder, *WHOLE_CHAIN)
     states = {stage: cluster.wait(job, 60).state for stage, job in jobs.items()}
-    assert states == {"prepare": "FAILED", "pretrain": "CANCELLED", "finetune": "COMPLETED", "task": "CANCELLED"}
+    cancelled = dict.fromkeys(("pretrain", "task", "evaluate"), "CANCELLED")
+    assert states == {"prepare": "FAILED", "finetune": "COMPLETED", **cancelled}
 
 
 def test_a_requeued_stage_keeps_the_next_one_waiting(cluster: SlurmCluster, folder: Path) -> None:
