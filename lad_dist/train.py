@@ -483,7 +483,7 @@ class Loop:
         return deepspeed.zero.GatheredParameters(list(self.method.parameters()))
 
 
-def _alike(table: Mapping[str, Any]) -> bool:
+def _alike(table: dict[str, Any]) -> bool:
     """Whether several processes hold the same weights."""
     return processes.world() > 1 and plan.zero_stage(table) < 3
 

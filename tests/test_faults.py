@@ -1,4 +1,4 @@
-"""What befalls a run, through its only entry: spoilt updates, other data, broken devices, full disks, a wish to stop."""
+"""What befalls a run, by its only entry: spoilt updates, other data, broken devices, full disks, a wish to stop."""
 
 import json
 import math
