@@ -35,10 +35,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TextIO
 
 from lad_dist import processes
-from lad_dist.config import UserError
+from lad_dist.config import Fault, UserError
 
 DIED, AGAIN = 1, 75  # exit codes
 BEAT = 1.0  # seconds between the lines of a rank
@@ -262,6 +262,7 @@ class Watch:
         self._mark = UNMARKED
         self._pauses = 0
         self._begun: deque[float] = deque(maxlen=MEDIAN_OF + 1)  # when the last steps began
+        self._file: TextIO | None = None
         self._leaving: dict[str, Any] | None = None  # the last words
         self._thread: threading.Thread | None = None
 
@@ -289,8 +290,6 @@ class Watch:
         members = processes.gather(Member(socket.gethostname(), os.getpid(), _space()))
         self._links = star(len({member.space for member in members}) == 1)
         self._roster = Roster(members, time.monotonic())
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a")  # opened before there is need: then it may be too late
         self._woken, self._wake = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
         self._thread.start()
@@ -304,7 +303,7 @@ class Watch:
         if error is None:
             processes.barrier()  # until all are here, a death is seen
         self._leaving = {"bye": True} if error is None else {"failed": _failure(error)}
-        self._may_follow = isinstance(error, Exception) and not isinstance(error, UserError)
+        self._may_follow = isinstance(error, Exception) and not isinstance(error, UserError | Fault)
         self._wake.send(b".")
         self._thread.join()
         self._thread = None
@@ -335,7 +334,7 @@ class Watch:
         assert self._leaving is not None
         for link in self._links.values():
             link.send(**self._leaving)
-        if not self._may_follow:
+        if not self._may_follow or not self._links:
             return 0.0
         now = time.monotonic()
         self._roster.fail(self.rank, Failure(*self._leaving["failed"]), now)
@@ -373,7 +372,7 @@ class Watch:
         for link in self._links.values():
             if not link.clogged:
                 link.send(mark=self._mark, paused=paused)
-        self._arm(math.inf if paused else bound)
+        self._arm(math.inf if paused or not self._mark.number else bound)
         verdict = self._roster.failure(now) or self._hang(now, bound)
         if verdict is not None:
             self._end(verdict)
@@ -389,7 +388,7 @@ class Watch:
     def _arm(self, bound: float) -> None:
         """Stacks even of a process none of whose threads runs, because one of them keeps Python's lock."""
         if math.isfinite(bound):
-            faulthandler.dump_traceback_later(bound, file=self._file)
+            faulthandler.dump_traceback_later(bound, file=self._stacks())
         else:
             faulthandler.cancel_dump_traceback_later()
 
@@ -420,9 +419,10 @@ class Watch:
         if self.rank in verdict.ranks and not verdict.stacks:
             return
         if verdict.stacks:
-            self._file.write(f"{verdict.line}\n")
-            self._file.flush()
-            faulthandler.dump_traceback(self._file)
+            file = self._stacks()
+            file.write(f"{verdict.line}\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
         self._await_others()
         for rank in verdict.silent:
             self._kill(self._roster.members[rank])
@@ -436,11 +436,22 @@ class Watch:
         while time.monotonic() < end and any(link.receive()[1] for link in self._links.values()):
             time.sleep(0.02)
 
+    def _stacks(self) -> TextIO:
+        """Opened while nothing hangs yet, but not before there is a run that may: a mistake leaves no trace."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a")
+        return self._file
+
     def _tidy(self) -> None:
         faulthandler.cancel_dump_traceback_later()
+        if self._file is None:
+            return
         self._file.close()
         if self._path.stat().st_size == 0:
             self._path.unlink()
+            with contextlib.suppress(OSError):  # others have left something there
+                self._path.parent.rmdir()
 
     def _kill(self, member: Member) -> None:
         """A stopped process would keep its memory and its device. Elsewhere its id is another process's."""

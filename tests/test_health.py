@@ -105,7 +105,7 @@ def test_nothing_is_said_of_a_rank_that_is_slow_or_done(fault: watched.Fault, tm
     ranks = watched.begin(tmp_path, {1: fault}, 3)
     assert await_end(ranks, seconds=60) == [0, 0, 0]
     assert lines(ranks) == []
-    assert list((tmp_path / "stacks").iterdir()) == []
+    assert not (tmp_path / "stacks").exists()
 
 
 @pytest.mark.processes

@@ -32,6 +32,7 @@ def sleep_forever(watch: Watch) -> None:
 
 
 def wait_with_the_lock(watch: Watch) -> None:
+    time.sleep(BOUND / 2)  # the watch is well under way
     ctypes.PyDLL(None).sleep(1000)
 
 
