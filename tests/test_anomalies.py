@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, launch
 
-from lad_dist import processes
+from lad_dist import deepspeed_keys, processes
 from lad_dist.anomalies import FEWEST, HOPELESS, WINDOW, Fate, Judge
+from lad_dist.config import UserError
 
 FATES = ["skipped" if step == skipping.SPOILT else "proceed" for step in range(skipping.STEPS)]
 CHANGED = [step != skipping.SPOILT for step in range(1, skipping.STEPS)]
@@ -132,3 +133,11 @@ def tell(judge: Judge, losses: list[float | None], first: int) -> None:
             judge.skipped(step)
         else:
             judge.updated(loss)
+
+
+@pytest.mark.parametrize("key", ["bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"])
+def test_what_finds_them_cannot_be_turned_off(key: str) -> None:
+    table, name = key.split(".")
+    deepspeed_keys.check({table: {name: True}})
+    with pytest.raises(UserError, match=f"deepspeed.{key}: take it away"):
+        deepspeed_keys.check({table: {name: False}})
