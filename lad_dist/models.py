@@ -1,6 +1,7 @@
 """Encoders in and out: the only module that knows transformers' models.
 
     configuration(path)              the model's config alone: cheap checks before any weight is read
+    check_files(path)                whether its weights can be read, by their headers alone
     load(path, head, ...)            folder or hub name -> model with the head asked for, set to flat attention
     create(architecture, head, ...)  a new model
     save(model, folder)              model -> an ordinary Hugging Face folder
@@ -21,7 +22,7 @@ N tokens of all sequences, U spans of S places, R rows that the head reads, D wi
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
@@ -56,6 +58,8 @@ transformers_logging.disable_progress_bar()
 ATTENTION = "lad_dist_flat"
 # Settings of a config that change nothing of what the model computes.
 UNHEARD = frozenset("_name_or_path architectures dtype id2label label2id problem_type transformers_version".split())
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+REASON = 120  # characters of a library's complaint
 CLASSES = {
     "none": AutoModel,
     "mlm": AutoModelForMaskedLM,
@@ -76,11 +80,39 @@ ENDINGS = {
 def configuration(path: str) -> PreTrainedConfig:
     """The config of a model folder or hub name. Raises UserError when there is none, or none of a known family."""
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a malformed one provokes anything from OSError to TypeError: the user gets one line
         raise UserError(f"{path}: no model can be read there ({_first_line(error)})") from None
     families.check(config, path)
+    for name in SIZES:
+        size = getattr(config, name)
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{path}: its config.json says {name} = {size!r}; copy the folder again")
     return config
+
+
+def check_files(path: str) -> None:
+    """Raises UserError where the weights in a folder are missing, cut off, or no weights. Hub names pass: their files
+    may still have to be fetched."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{path}: no weights there, neither model.safetensors nor pytorch_model.bin")
+    for file in files:
+        try:
+            _open(file)
+        except Exception as error:  # of Rust, zip and pickle
+            raise UserError(f"{file}: no weights can be read there ({_first_line(error)})") from None
+
+
+def _open(file: Path) -> None:
+    """Reads what the file says of its tensors. Of a pickle, nothing but tensors is made, or it raises."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt"):
+            return
+    torch.load(file, map_location="meta", weights_only=True)
 
 
 def load(
@@ -95,16 +127,34 @@ def load(
         _set_labels(config, head, labels)
     try:
         model, report = CLASSES[head].from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=not whole
+            path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=not whole,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of Rust, zip and pickle too
         raise UserError(f"{path}: the model cannot be loaded ({_first_line(error)})") from None
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    _check_encoder(path, model, missing, report["mismatched_keys"])
     if whole and missing:
         raise UserError(f"{path}: this model has no {head} head ({missing[0]} is missing)")
     if not keep_head:
         _new_head(model)
     return _ready(model)
+
+
+def _check_encoder(path: str, model: PreTrainedModel, missing: Sequence[str], mismatched: Iterable[Any]) -> None:
+    """Raises UserError where the folder lacks weights below the head, or has them in other shapes: transformers would
+    draw them at random."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lacking = [key for key in missing if key.startswith(prefix)]
+    if lacking:
+        raise UserError(f"{path}: lacks {len(lacking)} weights, as {lacking[0]}; its config.json is of another model")
+    wrong = sorted(str(key[0]) for key in mismatched if str(key[0]).startswith(prefix))
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} has another shape than config.json says; it is of another model")
 
 
 def _new_head(model: PreTrainedModel) -> None:
@@ -125,7 +175,11 @@ def create(
     labels: Sequence[str] = (),
 ) -> PreTrainedModel:
     """A new model in the words of its Hugging Face config, weights from torch's global generator."""
-    config = architecture_config(architecture, vocabulary, special)
+    return new(architecture_config(architecture, vocabulary, special), head, labels)
+
+
+def new(config: PreTrainedConfig, head: Head, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """A model with this config, which becomes its own, and new weights; on the meta device, with none."""
     if labels:
         _set_labels(config, head, labels)
     return _ready(CLASSES[head].from_config(config))
@@ -165,7 +219,8 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    said = " ".join(str(error).split())
+    return (said if len(said) <= REASON else f"{said[:REASON]}…").rstrip(".") or type(error).__name__
 
 
 def _set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> None:
@@ -237,6 +292,14 @@ def check_length(config: PreTrainedConfig, name: str, longest: int) -> None:
     room -= families.of(config).first_position(config)
     if longest > room:
         raise UserError(f"data.max_length: {longest} tokens, but {name} has {room} positions")
+
+
+def check_vocabulary(config: PreTrainedConfig, name: str, tokens: int) -> None:
+    """Raises UserError when the model has embeddings for fewer than so many tokens."""
+    if config.vocab_size < tokens:
+        raise UserError(
+            f"{name}: its tokenizer has {tokens} tokens, the model only {config.vocab_size}; one is not its"
+        )
 
 
 def has_mlm_head(config: PreTrainedConfig) -> bool:

@@ -128,10 +128,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"objective": objective, "surgery": surgeries})
 
 
-def make(config: TrainConfig) -> Plan:
-    """Checks the config. Raises UserError naming the place and what to do."""
+def make(config: TrainConfig, world: int | None = None) -> Plan:
+    """Checks the config, for `world` processes where they are not those that are here. Raises UserError naming the
+    place and what to do."""
     deepspeed_keys.check(config.deepspeed)
-    _check_slots(config)
+    _check_slots(config, world or processes.world())
     kind, options = _objective(config)
     surgeries = [_surgery(named) for named in config.surgery]
     if isinstance(config.data, TaskData):
@@ -147,6 +148,8 @@ def make(config: TrainConfig) -> Plan:
     if objective.student_needs == Needs():
         raise UserError("objective: all its weights are 0, so there is nothing to learn")
     its = _teacher_tokenizer(config, objective, head, tokenizer)
+    if config.teacher is not None:
+        models.check_vocabulary(models.configuration(config.teacher.path), config.teacher.path, len(its))
     return Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
 
 
@@ -154,8 +157,8 @@ def zero_stage(table: dict[str, Any]) -> int:
     return int(table.get("zero_optimization", {}).get("stage", 0))
 
 
-def _check_slots(config: TrainConfig) -> None:
-    count, world = config.data.slots, processes.world()
+def _check_slots(config: TrainConfig, world: int) -> None:
+    count = config.data.slots
     if count % world:
         nearest = max(world, round(count / world) * world)
         raise UserError(f"data.slots = {count}: cannot be shared out over {world} processes; {nearest} can")
@@ -204,6 +207,7 @@ def _student_shape(
         _check_length(config, origin, "student.architecture")
         return size(origin), None, None
     origin = models.configuration(words.path)
+    models.check_files(words.path)
     _check_length(config, origin, words.path)
     numbers = surgery.layer_numbers(words.layers, words.depth, origin.num_hidden_layers)
     if origin.vocab_size < len(tokenizer):
@@ -241,6 +245,7 @@ def _teacher_shape(config: TrainConfig, head: Head, task: Task | None) -> tuple[
         return "none", None
     path = config.teacher.path
     model = models.configuration(path)
+    models.check_files(path)
     _check_length(config, model, path)
     if task is not None:
         models.label_order(path, task.kind, task.outputs)
