@@ -106,29 +106,36 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     run = Run(config)
     if run.results is not None:
         return Outcome(run.folder, run.results)
+    made = check(config)
     processes.start()
+    processes.catch_signals()
     with run.life(), Watch(run.folder / "stacks", config.run.hang_seconds) as watch:
-        while (outcome := _attempt(config, run, report, clock, watch)) is None:
+        while (outcome := _attempt(made, run, report, clock, watch)) is None:
             gc.collect()  # what it trained makes room for the next
         return outcome
 
 
-def _attempt(config: TrainConfig, run: Run, report: Report, clock: Clock, watch: Watch) -> Outcome | None:
+def check(config: TrainConfig) -> plan.Plan:
+    """All that can be known to be wrong before anything is taken. Raises UserError."""
+    made = plan.make(config)
+    _check_blocks(config.deepspeed)
+    return made
+
+
+def _attempt(made: plan.Plan, run: Run, report: Report, clock: Clock, watch: Watch) -> Outcome | None:
     """None when the run has to go back to an earlier checkpoint."""
     with watch.paused():
-        loop = prepare(config, run, report, clock, watch)
+        loop = prepare(made, run, report, clock, watch)
     return loop.run_to_end()
 
 
 def prepare(
-    config: TrainConfig, run: Run, report: Report = silent, clock: Clock = untimed, watch: Watch | None = None
+    made: plan.Plan, run: Run, report: Report = silent, clock: Clock = untimed, watch: Watch | None = None
 ) -> "Loop":
-    """Everything up to the first step: checks, processes, data, teacher, student, engine."""
-    made = plan.make(config)
-    _check_blocks(config.deepspeed)
+    """Everything up to the first step: processes, data, teacher, student, engine."""
+    config = made.config
     device = processes.start()
     _warn_of_slow_precision(made, device)
-    processes.catch_signals()
     feed = made.feed()
     teacher = made.teacher(device)
     method = made.method(feed).to(device)

@@ -18,7 +18,7 @@ import torch
 from lad_dist import models, processes
 from lad_dist.config import TrainConfig
 from lad_dist.runs import Run
-from lad_dist.train import Averages, Loop, communication_seconds, prepare
+from lad_dist.train import Averages, Loop, check, communication_seconds, prepare
 
 WARM_UP = 3  # steps that are not counted
 
@@ -75,7 +75,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
     with tempfile.TemporaryDirectory() as folder:
         where = config.run.model_copy(update={"dir": folder, "steps": WARM_UP + steps, "epochs": None})
         config = config.model_copy(update={"run": where})
-        loop = prepare(config, Run(config), clock=watch)
+        loop = prepare(check(config), Run(config), clock=watch)
         seconds, communication = _time(loop, watch, steps)
     mine = [loop.feed.batch(s, slot) for s in range(WARM_UP, WARM_UP + steps) for slot in range(loop.feed.slots)]
     flops = sum(_flops(loop, batch) for batch in mine)
