@@ -1,0 +1,239 @@
+"""Costs: what a run takes in memory, arithmetic and disk, from its plan, without reading a weight.
+
+    of(made, world)        all of it, for a plan on `world` processes -> Costs
+    skeleton(made)         what trains, on the meta device: shapes without numbers
+    checkpoint_bytes(…)    of one checkpoint, all processes' files together
+    GPUS                   what GPUs of a name can do, from their makers' data sheets
+    Gpu.hours              of the arithmetic, at a share of the peak (MFU)
+
+P weights that train, W processes, b bytes of a weight (4 in fp32, 2 in bf16 and fp16), ZeRO stage z:
+
+    on each process      z = 0 in fp32     z = 0 in fp16     z = 1               z = 2                z = 3
+    weights              4 P               2 P               b P                 b P                  b P / W
+    gradients            4 P               2 P               b P                 b P / W              b P / W
+    optimizer            8 P               12 P              12 P / W            12 P / W             12 P / W
+    a checkpoint         12 P              14 P              (b + 12) P          (b + 12) P           12 P
+
+AdamW's two moments are 8 P, the fp32 copy that DeepSpeed keeps from stage 1 on (in fp32 too) and in fp16 is 4 P
+(Rajbhandari et al., 2020, section 3.1). From stage 1 on a bucket of gradients under way comes on top.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lad_dist import models, narrow, plan, surgery
+from lad_dist.answers import bytes_of
+from lad_dist.config import CorpusData
+from lad_dist.data.feed import CorpusFeed, TaskFeed
+from lad_dist.data.shards import SPLITS, read_manifest
+from lad_dist.data.tokenizers import role_ids
+from lad_dist.flat import Batch
+from lad_dist.method import Method
+
+SAMPLE = 8  # micro-batches that stand for all
+BUCKET = 500_000_000  # DeepSpeed's default number of gradients sent at once
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`flops`: dense matrix products per second in bf16, V100 in fp16; `single`: in fp32 as PyTorch runs it by default,
+    without TF32; `memory`: bytes."""
+
+    flops: float
+    single: float
+    memory: float
+
+    def hours(self, flops: float, count: int, mfu: float, precision: str) -> float:
+        """Of `flops` on `count` of them, at `mfu` of the peak in that precision."""
+        peak = self.single if precision == "float32" else self.flops
+        return flops / (count * peak * mfu) / 3600
+
+
+GPUS = {
+    "h200": Gpu(989e12, 67e12, 141e9),  # NVIDIA H200 data sheet, SXM
+    "h100": Gpu(989e12, 67e12, 80e9),  # NVIDIA H100 data sheet, SXM
+    "a100-80": Gpu(312e12, 19.5e12, 80e9),  # NVIDIA A100 data sheet
+    "a100-40": Gpu(312e12, 19.5e12, 40e9),  # the same
+    "l40s": Gpu(362e12, 91.6e12, 48e9),  # NVIDIA L40S data sheet
+    "v100": Gpu(125e12, 15.7e12, 32e9),  # NVIDIA V100 data sheet, SXM2; it has no bf16, only fp16
+    "cpu": Gpu(1e12, 0.1e12, 16e9),  # no data sheet: a core or two; launch/benchmark.py step measures it
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one process. `activations` is an estimate."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    activations: int
+    teacher: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a run. FLOPs are per real token; `teacher_share` of the steps ask the teacher, where its answers are kept."""
+
+    student: int  # weights
+    objective: int
+    teacher: int
+    memory: Memory
+    steps: int
+    epochs: float
+    tokens: float  # of one step, real ones
+    student_flops: float  # forward and backward
+    teacher_flops: float
+    teacher_share: float
+    checkpoint: int
+    export: int
+    data: int
+    answers: int
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.tokens * (self.student_flops + self.teacher_share * self.teacher_flops)
+
+
+def of(made: plan.Plan, world: int) -> Costs:
+    """What the run of this plan costs on `world` processes. Reads its data's first micro-batches."""
+    method, teacher = skeleton(made), _teacher(made)
+    feed = made.feed()
+    taught = made.teacher_feed(feed)
+    places = [divmod(number, feed.slots) for number in range(SAMPLE)]
+    batches = [feed.batch(*place) for place in places]
+    steps = made.config.run.steps or max(1, round((made.config.run.epochs or 0) * feed.steps_per_epoch))
+    tokens = sum(batch.tokens for batch in batches)
+    answers = _answers(made, method, feed, taught, steps)
+    its = [] if teacher is None else [models.flops(teacher.config, made.teacher_head, taught.batch(*p)) for p in places]
+    student = models.parameters(method.student)
+    trained = student + models.parameters(method.objective)
+    return Costs(
+        student=student,
+        objective=trained - student,
+        teacher=0 if teacher is None else models.parameters(teacher),
+        memory=_memory(made, method, teacher, max(batches, key=lambda batch: batch.filled), trained, world),
+        steps=steps,
+        epochs=steps / feed.steps_per_epoch,
+        tokens=tokens / len(batches) * feed.slots,
+        student_flops=3 * sum(models.flops(method.student.config, made.head, batch) for batch in batches) / tokens,
+        teacher_flops=sum(its) / tokens,
+        teacher_share=min(1.0, feed.steps_per_epoch / steps) if answers else 1.0,
+        checkpoint=checkpoint_bytes(made, trained),
+        export=4 * student,
+        data=_corpus_bytes(made),
+        answers=answers,
+    )
+
+
+def skeleton(made: plan.Plan) -> Method:
+    """What the engine will hold, on the meta device."""
+    words = made.config.student
+    with torch.device("meta"):
+        if words.path is None:
+            assert words.architecture is not None
+            config = models.architecture_config(words.architecture, len(made.tokenizer), role_ids(made.tokenizer))
+        else:
+            config = models.configuration(words.path)
+        if made.size is not None:
+            config = narrow.resized(config, made.size)
+        student = models.new(config, made.head, made.labels)
+        if made.layers is not None:
+            student = surgery.keep_layers(student, made.layers)
+        for operate in made.surgeries:
+            student = operate(student)
+        return Method(student, made.objective())
+
+
+def _teacher(made: plan.Plan) -> models.PreTrainedModel | None:
+    if made.config.teacher is None:
+        return None
+    with torch.device("meta"):
+        return models.new(models.configuration(made.config.teacher.path), made.teacher_head, made.labels)
+
+
+def checkpoint_bytes(made: plan.Plan, trained: int) -> int:
+    """Of one checkpoint of `trained` weights, all processes' files together."""
+    stage, size = plan.zero_stage(made.config.deepspeed), BYTES[made.precision]
+    if stage == 3:
+        return 12 * trained
+    if stage == 0:
+        return 12 * trained if size == 4 else 14 * trained
+    return (size + 12) * trained
+
+
+def _memory(
+    made: plan.Plan, method: Method, teacher: nn.Module | None, batch: Batch, trained: int, world: int
+) -> Memory:
+    table, size = made.config.deepspeed, BYTES[made.precision]
+    stage, zero = plan.zero_stage(table), table.get("zero_optimization", {})
+    optimizer = 12 * trained // world if stage else (8 if size == 4 else 12) * trained
+    bucket = int(zero.get("reduce_bucket_size", BUCKET)) * size if stage else 0
+    return Memory(
+        weights=size * trained // (world if stage == 3 else 1),
+        gradients=size * trained // (world if stage >= 2 else 1),
+        optimizer=optimizer,
+        buckets=bucket * (2 if zero.get("overlap_comm") and stage < 3 else 1),
+        activations=_activations(made, method.student.config, batch, size),
+        teacher=_teacher_bytes(made, method, teacher, batch),
+    )
+
+
+def _activations(made: plan.Plan, config: Any, batch: Batch, size: int) -> int:
+    """What a micro-batch's forward keeps for its backward: Korthikanti et al., 2022, section 4.1, for tokens without
+    padding. The scores of attention count where no variable-length kernel runs: in fp32, or with attention dropout."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or config.hidden_dim
+    words = made.config.student
+    kept = size * (8 * width + 2 * inner) + (0 if words.dropout == 0 else 2 * width)
+    layer = batch.filled * kept
+    if size == 4 or words.attention_dropout != 0:
+        layer += int(batch.sequence.numel()) * batch.longest * heads * (2 * size + 1)
+    logits = len(batch.rows) * made.student_shape.outputs * (size + 2 * 4)  # and the loss, which is in fp32
+    return config.num_hidden_layers * layer + batch.filled * 4 * width * size + logits
+
+
+def _teacher_bytes(made: plan.Plan, method: Method, teacher: nn.Module | None, batch: Batch) -> int:
+    """Its weights, and what it says of a micro-batch."""
+    if teacher is None:
+        return 0
+    assert made.teacher_shape is not None
+    assert made.config.teacher is not None
+    size, needs = BYTES[made.config.teacher.dtype or made.precision], method.objective.teacher_needs
+    states = batch.filled * made.teacher_shape.width * (len(needs.hidden) + 3 * len(needs.qkv))
+    said = states + len(batch.rows) * made.teacher_shape.outputs * needs.logits
+    return size * (models.parameters(teacher) + said)
+
+
+def _answers(
+    made: plan.Plan, method: Method, feed: CorpusFeed | TaskFeed, taught: CorpusFeed | TaskFeed, steps: int
+) -> int:
+    """Bytes of the teacher's answers on disk, 0 where it is asked at each step."""
+    words = made.config.teacher
+    if words is None or not isinstance(taught, TaskFeed) or (words.cache is None and steps <= feed.steps_per_epoch):
+        return 0
+    assert made.teacher_shape is not None
+    dtype = getattr(torch, words.dtype or made.precision)
+    size = bytes_of(method.objective.teacher_needs, made.teacher_shape, taught.train, dtype)
+    return size if size <= words.cache_gb * 1e9 else 0
+
+
+def _corpus_bytes(made: plan.Plan) -> int:
+    if not isinstance(made.config.data, CorpusData):
+        return 0
+    manifest = read_manifest(Path(made.config.data.shards))
+    width = np.dtype(manifest["dtype"]).itemsize
+    found = [shard for source in manifest["sources"] for split in SPLITS for shard in source["splits"][split]["shards"]]
+    return sum(shard["length"] * width + shard["offsets_bytes"] for shard in found)

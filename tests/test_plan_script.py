@@ -1,0 +1,172 @@
+"""What a run costs: against real checkpoints, real tensors, PyTorch's own counter, and by hand; launch/plan.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from conftest import World
+from launching import ROOT, launch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lad_dist import costs, models, plan
+from lad_dist.config import TrainConfig
+from lad_dist.flat import Needs
+from lad_dist.objectives import OBJECTIVES
+from lad_dist.runs import Run
+from lad_dist.train import prepare
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}  # so that numbers outweigh their file
+
+
+def config_of(world: World, work: Path, changes: dict[str, Any]) -> TrainConfig:
+    return toy.parsed(toy.task_config(work, world.files, world.teacher, world.pretrained), changes)
+
+
+def wide(world: World, deepspeed: dict[str, Any]) -> dict[str, Any]:
+    student = {"architecture": {**toy.SIZES, **WIDE}, "tokenizer": str(world.tokenizer)}
+    return {"student": student, "teacher": None, "objective": {"name": "task"}, "deepspeed": deepspeed}
+
+
+STAGES = [(stage, half) for stage in range(4) for half in (False, True) if stage or not half]
+
+
+@pytest.mark.parametrize(("stage", "half"), STAGES)
+def test_a_checkpoint_is_as_large_as_foreseen(world: World, tmp_path: Path, stage: int, half: bool) -> None:
+    table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}, "bf16": {"enabled": half}}
+    config = plan.resolve(config_of(world, tmp_path, {**wide(world, table), "run.steps": 2, "run.save_every": 1}))
+    foreseen = costs.of(plan.make(config), 1)
+    with Run(config).life():
+        outcome = prepare(config, Run(config)).run_to_end()
+    (checkpoint, *_) = sorted((outcome.folder / "checkpoints").glob("step-*"))
+    found = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    assert found == pytest.approx(foreseen.checkpoint, rel=0.02)
+    weights = outcome.folder / "export" / "model.safetensors"
+    assert weights.stat().st_size == pytest.approx(foreseen.export, rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in OBJECTIVES.items() if "task" in kind.runs_on))
+def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str) -> None:
+    taught = {} if OBJECTIVES[name].taught else {"teacher": None}
+    made = plan.make(config_of(world, tmp_path, {"objective": {"name": name}, **taught}))
+    real = made.method(made.feed())
+    found = costs.of(made, 1)
+    assert found.student == models.parameters(real.student)
+    assert found.objective == models.parameters(real.objective)
+    assert found.memory.optimizer == 8 * (found.student + found.objective)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"surgery": [{"name": "low_rank", "keep": 0.5}]},
+        {"student.width": 16, "objective": {"name": "kd"}},
+        {"student.layers": [1, 2, 4], "student.depth": None},
+    ],
+)
+def test_parameters_are_those_after_surgery(world: World, tmp_path: Path, changes: dict[str, Any]) -> None:
+    made = plan.make(config_of(world, tmp_path, changes))
+    assert costs.of(made, 1).student == models.parameters(made.method(made.feed()).student)
+
+
+@pytest.mark.parametrize("head", ["mlm", "none"])
+def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
+    model = models.load(str(world.pretrained), head)  # type: ignore[arg-type]
+    batch = toy.batch([16, 16, 16])
+    needs = Needs(logits=head == "mlm", hidden=(4,))
+    # The fused kernel of a CPU is not among those that it counts.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        seen = models.trace(model, batch, needs)
+        forward = counter.get_total_flops()
+        (seen.hidden[4] if seen.logits is None else seen.logits).sum().backward()
+    assert models.flops(model.config, head, batch) == pytest.approx(forward, rel=0.02)  # type: ignore[arg-type]
+    assert 3 * forward == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_zero_shares_the_optimizer_out(world: World, tmp_path: Path) -> None:
+    def memory(stage: int, half: bool, processes: int) -> costs.Memory:
+        table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100}, "bf16": {"enabled": half}}
+        return costs.of(plan.make(config_of(world, tmp_path, wide(world, table)), processes), processes).memory
+
+    count = memory(0, False, 1).weights // 4
+    kinds = ("weights", "gradients", "optimizer", "buckets")
+    table = {
+        (0, False, 4): (4, 4, 8), (1, True, 4): (2, 2, 3), (2, True, 4): (2, 0.5, 3), (3, True, 4): (0.5, 0.5, 3)
+    }  # fmt: skip
+    for case, expected in table.items():
+        found = memory(*case)
+        sizes = [count * each for each in expected] + [100 * 2 if case[0] else 0]
+        assert [getattr(found, kind) for kind in kinds] == pytest.approx(sizes, abs=4)
+
+
+def test_hours_by_hand() -> None:
+    assert costs.GPUS["a100-80"].hours(312e12 * 3600, count=2, mfu=0.25, precision="bfloat16") == pytest.approx(2.0)
+    assert costs.GPUS["a100-80"].hours(19.5e12 * 3600, count=1, mfu=1.0, precision="float32") == pytest.approx(1.0)
+
+
+def test_kept_answers_are_asked_for_once(world: World, tmp_path: Path) -> None:
+    def share(changes: dict[str, Any]) -> float:
+        return costs.of(plan.make(config_of(world, tmp_path, changes)), 1).teacher_share
+
+    assert share({"run.steps": 40}) == pytest.approx(0.1)  # an epoch is 4 steps
+    assert share({"run.steps": 40, "teacher.cache_gb": 0.0}) == 1
+    assert share({"run.steps": 3}) == 1
+
+
+PLAN = ROOT / "launch" / "plan.py"
+
+
+def words_of(world: World) -> list[str]:
+    """Overrides that make configs/task/lad.toml a toy."""
+    files = [f"data.{key}={path}" for key, path in world.files.items()]
+    places = [f"teacher.path={world.teacher}", f"student.path={world.pretrained}", "student.depth=2"]
+    return [*files, *places, "data.max_length=32"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "config.toml"
+    file.write_text((ROOT / "configs/task/lad.toml").read_text().replace('task = "rte"\n', ""))
+    return file
+
+
+def test_the_script_prints_what_a_run_costs(world: World, config: Path) -> None:
+    done = launch([PLAN, config, "--gpus", "4", "--nodes", "2", "--gpu", "h200", "--mfu", "0.2", *words_of(world)])
+    assert done.returncode == 0, done.stderr
+    assert "4 slots = 2 nodes x 2 GPUs x 1" in done.stdout
+    assert "MFU of 0.2 in bfloat16, as given" in done.stdout
+    for row in ("parameters", "FLOPs per token", "memory per GPU", "disk", "time"):
+        assert row in done.stdout
+    assert not (config.parent / "runs").exists()
+
+
+def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path) -> None:
+    search = tmp_path / "search.toml"
+    keys = "\n".join(f'"{key}" = {value!r}' for key, value in (word.split("=") for word in words_of(world)[:4]))
+    search.write_text(
+        f'[search]\nname = "s"\nbase = "{config}"\nsamples = 5\ngpus = 1\n[override]\n{keys}\n"student.depth" = 2\n'
+        '"data.max_length" = 32\n"run.eval_every" = 5\n[space]\n"optim.lr" = {uniform = [0.1, 0.2]}\n'
+    )
+    done = launch([PLAN, search, "--gpus", "2", "--gpu", "a100-40"])
+    assert done.returncode == 0, done.stderr
+    assert "5, 2 at once, if none is stopped" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "3", "--gpu", "h200"], "data.slots = 4: cannot be shared out over 3 processes"),
+        (["--gpus", "4", "--gpu", "h2000"], '--gpu "h2000" is unknown: did you mean "h200"?'),
+        (["--gpus", "4", "--nodes", "3", "--gpu", "h200"], "cannot be spread evenly over 3 nodes"),
+        (["--gpus", "4", "--gpu", "h200", "--mfu", "30"], "--mfu 30: a share of the peak"),
+        (["--gpus", "four", "--gpu", "h200"], "plan: argument --gpus: invalid int value"),
+        (["--gpus", "4", "--gpu", "h200", "objective.hiden=1"], "hiden"),
+        (["--gpus", "4", "--gpu", "v100", "deepspeed.zero_optimization.reduce_bucket_size=20_000_000_000"], "do not fit"),
+    ],
+)  # fmt: skip
+def test_a_wrong_plan_is_refused_in_one_line(world: World, config: Path, words: list[str], message: str) -> None:
+    done = launch([PLAN, config, *words_of(world), *words])
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
