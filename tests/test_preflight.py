@@ -1,0 +1,125 @@
+"""Preflight: what is wrong with one machine is named and ends all processes alike."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from conftest import World
+from launching import launch
+
+from lad_dist import costs, models, plan, preflight
+from lad_dist.config import UserError
+from lad_dist.preflight import Device, Unfit, check_devices
+
+H200, A100 = "NVIDIA H200", "NVIDIA A100"
+
+
+def test_devices_that_are_alike_are_fit() -> None:
+    check_devices([Device("n1", H200, 2), Device("n1", H200, 2), Device("n2", H200, 2)])
+    check_devices([Device("n1", "no GPU", 0)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "code", "message"),
+    [
+        (
+            [("n1", H200, 2), ("n1", H200, 2), ("n2", A100, 2)],
+            75,
+            "process 2 on n2 has NVIDIA A100, most processes have",
+        ),
+        ([("n1", H200, 1), ("n2", "no GPU", 0), ("n3", H200, 1)], 75, "process 1 on n2 has no GPU"),
+        ([("n1", H200, 2)] * 2 + [("n2", H200, 1)] * 2, 2, "process 2 on n2: 2 processes there see 1 GPUs"),
+    ],
+)
+def test_devices_that_are_not(devices: list[tuple[str, str, int]], code: int, message: str) -> None:
+    with pytest.raises(UserError) as found:
+        check_devices([Device(*device) for device in devices])
+    assert found.value.code == code
+    assert message in str(found.value)
+
+
+WORKER = """
+import json, sys, torch
+import torch.distributed as dist
+from lad_dist import preflight, processes
+from lad_dist.config import UserError
+
+processes.start()
+rank = processes.rank()
+case = sys.argv[2]
+
+def work():
+    if case == "all" or (case == "one" and rank == 1):
+        raise UserError(f"no {case}")
+    return rank
+
+all_reduce = dist.all_reduce
+if case == "sum" and rank == 1:
+    def wrong(x, **words):
+        x[7] += 1
+        return all_reduce(x, **words)
+    dist.all_reduce = wrong
+
+try:
+    preflight._sum()
+    said = [preflight.together(work), 0]
+except UserError as error:
+    said = [str(error), error.code]
+everything = processes.gather(said)
+if processes.main():
+    json.dump(everything, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("case", "code", "message"),
+    [("none", 0, ""), ("one", 75, "process 1 on "), ("all", 2, "no all"), ("sum", 75, "2 processes gave a wrong sum")],
+)
+def test_all_processes_end_alike(tmp_path: Path, case: str, code: int, message: str) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    done = launch([tmp_path / "worker.py", tmp_path / "said.json", case], by="torchrun", processes=2)
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert [each[1] for each in said] == [code, code]
+    assert [each[0] for each in said] == [0, 1] if case == "none" else all(message in each[0] for each in said)
+
+
+def corpus_plan(world: World, work: Path, changes: dict[str, Any]) -> plan.Plan:
+    tables = toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained)
+    return plan.make(toy.parsed(tables, changes))
+
+
+def test_a_corpus_that_lost_a_file_is_refused(world: World, tmp_path: Path) -> None:
+    shards = tmp_path / "corpus"
+    shutil.copytree(world.corpus, shards)
+    made = corpus_plan(world, tmp_path, {"data.shards": str(shards)})
+    preflight.check(made, tmp_path / "run")
+    lost = next(shards.rglob("held_out-*.bin"))
+    lost.unlink()
+    with pytest.raises(UserError, match=lost.name) as found:
+        preflight.check(made, tmp_path / "run")
+    assert not isinstance(found.value, Unfit)
+
+
+def test_a_disk_without_room_for_the_checkpoints(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = corpus_plan(world, tmp_path, {"run.save_every": 1, "run.keep": 3})
+    weights = models.parameters(made.method(made.feed()))
+    needed = 4 * costs.checkpoint_bytes(made, weights) + 4 * weights
+    usage = shutil.disk_usage(tmp_path)
+
+    def free(size: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+
+    free(needed)
+    preflight.check(made, tmp_path / "run")
+    free(needed - 1)
+    with pytest.raises(UserError, match=r"4 checkpoints of .* make room there"):
+        preflight.check(made, tmp_path / "run")
+    for name in ("step-000000001", "step-000000002", "step-000000003.draft"):  # two of them are on the disk already
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    preflight.check(made, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*/*"))
