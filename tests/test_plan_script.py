@@ -1,5 +1,8 @@
 """What a run costs: against real checkpoints, real tensors, PyTorch's own counter, and by hand; launch/plan.py."""
 
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,7 @@ from lad_dist import costs, models, plan
 from lad_dist.config import TrainConfig
 from lad_dist.flat import Needs
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.runs import Run
-from lad_dist.train import prepare
+from lad_dist.train import train
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}  # so that numbers outweigh their file
 
@@ -35,10 +37,9 @@ STAGES = [(stage, half) for stage in range(4) for half in (False, True) if stage
 @pytest.mark.parametrize(("stage", "half"), STAGES)
 def test_a_checkpoint_is_as_large_as_foreseen(world: World, tmp_path: Path, stage: int, half: bool) -> None:
     table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}, "bf16": {"enabled": half}}
-    config = plan.resolve(config_of(world, tmp_path, {**wide(world, table), "run.steps": 2, "run.save_every": 1}))
+    config = config_of(world, tmp_path, {**wide(world, table), "run.steps": 2, "run.save_every": 1})
     foreseen = costs.of(plan.make(config), 1)
-    with Run(config).life():
-        outcome = prepare(config, Run(config)).run_to_end()
+    outcome = train(config)
     (checkpoint, *_) = sorted((outcome.folder / "checkpoints").glob("step-*"))
     found = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     assert found == pytest.approx(foreseen.checkpoint, rel=0.02)
@@ -73,7 +74,8 @@ def test_parameters_are_those_after_surgery(world: World, tmp_path: Path, change
 @pytest.mark.parametrize("head", ["mlm", "none"])
 def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
     model = models.load(str(world.pretrained), head)  # type: ignore[arg-type]
-    batch = toy.batch([16, 16, 16])
+    batch = toy.batch([16, 16, 16, 16])
+    assert batch.filled == batch.tokens
     needs = Needs(logits=head == "mlm", hidden=(4,))
     # The fused kernel of a CPU is not among those that it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -117,6 +119,23 @@ def test_kept_answers_are_asked_for_once(world: World, tmp_path: Path) -> None:
 PLAN = ROOT / "launch" / "plan.py"
 
 
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The script in this process: its exit code, and what it says."""
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(PLAN), *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(PLAN), run_name="__main__")
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run
+
+
+Script = Callable[..., tuple[int, str, str]]
+
+
 def words_of(world: World) -> list[str]:
     """Overrides that make configs/task/lad.toml a toy."""
     files = [f"data.{key}={path}" for key, path in world.files.items()]
@@ -141,16 +160,16 @@ def test_the_script_prints_what_a_run_costs(world: World, config: Path) -> None:
     assert not (config.parent / "runs").exists()
 
 
-def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path) -> None:
+def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path, run: Script) -> None:
     search = tmp_path / "search.toml"
     keys = "\n".join(f'"{key}" = {value!r}' for key, value in (word.split("=") for word in words_of(world)[:4]))
     search.write_text(
         f'[search]\nname = "s"\nbase = "{config}"\nsamples = 5\ngpus = 1\n[override]\n{keys}\n"student.depth" = 2\n'
         '"data.max_length" = 32\n"run.eval_every" = 5\n[space]\n"optim.lr" = {uniform = [0.1, 0.2]}\n'
     )
-    done = launch([PLAN, search, "--gpus", "2", "--gpu", "a100-40"])
-    assert done.returncode == 0, done.stderr
-    assert "5, 2 at once, if none is stopped" in done.stdout
+    code, out, err = run(search, "--gpus", "2", "--gpu", "a100-40")
+    assert code == 0, err
+    assert "5, 2 at once, if none is stopped" in out
 
 
 @pytest.mark.parametrize(
@@ -162,11 +181,14 @@ def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path) -
         (["--gpus", "4", "--gpu", "h200", "--mfu", "30"], "--mfu 30: a share of the peak"),
         (["--gpus", "four", "--gpu", "h200"], "plan: argument --gpus: invalid int value"),
         (["--gpus", "4", "--gpu", "h200", "objective.hiden=1"], "hiden"),
-        (["--gpus", "4", "--gpu", "v100", "deepspeed.zero_optimization.reduce_bucket_size=20_000_000_000"], "do not fit"),
+        (["--gpus", "4", "--gpu", "v100", "deepspeed.zero_optimization.reduce_bucket_size=20_000_000_000"],
+         "do not fit"),
     ],
 )  # fmt: skip
-def test_a_wrong_plan_is_refused_in_one_line(world: World, config: Path, words: list[str], message: str) -> None:
-    done = launch([PLAN, config, *words_of(world), *words])
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_wrong_plan_is_refused_in_one_line(
+    world: World, config: Path, run: Script, words: list[str], message: str
+) -> None:
+    code, _, err = run(config, *words_of(world), *words)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
