@@ -37,11 +37,11 @@ class Unfit(UserError):
 
 
 class Device(NamedTuple):
-    """What a process computes on: `count` are the GPUs that it sees on its host."""
+    """What a process computes on: `gpus` are those that it sees on its host."""
 
     host: str
     name: str
-    count: int
+    gpus: int
 
 
 def check(made: plan.Plan, folder: Path) -> None:
@@ -85,9 +85,9 @@ def check_devices(devices: list[Device]) -> None:
             raise Unfit(f"process {rank} on {device.host} has {device.name}, most processes have {usual}")
     for rank, device in enumerate(devices):
         here = sum(other.host == device.host for other in devices)
-        if device.count and here > device.count:
+        if device.gpus and here > device.gpus:
             raise UserError(
-                f"process {rank} on {device.host}: {here} processes there see {device.count} GPUs; start as many "
+                f"process {rank} on {device.host}: {here} processes there see {device.gpus} GPUs; start as many "
                 "processes as GPUs (with SLURM, --ntasks-per-node equal to --gpus-per-node)"
             )
 
