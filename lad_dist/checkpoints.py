@@ -110,6 +110,8 @@ class Checkpoints:
                 _remove(old)
         for left in self.folder.glob("step-*.*"):
             shutil.rmtree(left, ignore_errors=True)
+        for left in self.folder.glob("latest.*"):
+            left.unlink(missing_ok=True)
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any]:
