@@ -97,8 +97,9 @@ def guarded(work: Callable[[], int | None]) -> int:
 
 
 def _complain(line: str) -> None:
-    with contextlib.suppress(ValueError):  # what RANK says is perhaps the mistake
-        if not processes.main():
+    """To the user, once: by the first process, or by one whose rank is the mistake."""
+    with contextlib.suppress(ValueError):
+        if 0 < processes.rank() < processes.world():
             return
     print(line, file=sys.stderr)
 

@@ -11,6 +11,7 @@ names the nearest right name.
 """
 
 import inspect
+import os
 import re
 import tomllib
 import typing
@@ -527,6 +528,19 @@ def _shown(value: Any) -> str:
 def dump(config: Table) -> str:
     """TOML with every default written out; what is None is left away."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def check_place(key: str, folder: str | Path) -> None:
+    """Raises UserError where no such folder can be made or written to."""
+    place = Path(folder)
+    try:
+        while not place.exists():
+            place = place.parent
+        fit = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    except OSError:  # a name that is too long
+        fit = False
+    if not fit:
+        raise UserError(f"{key} = {_shown(str(folder))}: {place} is no folder that can be written; give another")
 
 
 def pick(what: str, name: str, choices: Mapping[str, Any]) -> Any:

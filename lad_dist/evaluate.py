@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lad_dist import models, processes
-from lad_dist.config import EvaluateConfig
+from lad_dist.config import EvaluateConfig, check_place
 from lad_dist.data.examples import TaskExamples
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import check_task, load_task
@@ -117,15 +117,20 @@ def _speedup(student: Forward, teacher: Forward, batches: Batches, teacher_batch
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The metrics of a model folder on a task, and with a teacher its loyalty. Raises UserError before weights are
     read where that is possible."""
+    if config.out is not None:
+        check_place("out", Path(config.out).parent)
     check_task(config.data)
     task = load_task(config.data)
     paths = [words.path for words in (config.model, config.teacher) if words is not None]
     for path in paths:
         models.label_order(path, task.kind, task.outputs)
+        models.check_files(path)
         models.check_length(models.configuration(path), path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)
     compared = None if task.kind in ("classification", "regression") else f'data.kind = "{task.kind}"'
     its = tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, compared)
+    for path, words in zip(paths, (tokenizer, its), strict=False):
+        models.check_vocabulary(models.configuration(path), path, len(words))
     device = processes.start()
     dev = TaskFeed(config.data, task, tokenizer, seed=0).dev
     teacher_dev = dev if its is tokenizer else TaskFeed(config.data, task, its, seed=0).dev

@@ -20,9 +20,10 @@ from lad_dist.config import (
     TrainConfig,
     UserError,
     arguments,
+    check_place,
     pick,
 )
-from lad_dist.data.feed import CorpusFeed, TaskFeed
+from lad_dist.data.feed import CorpusFeed, TaskFeed, open_shards
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task, check_task, load_task
 from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer, role_ids, tokenizer_of_teacher
@@ -132,6 +133,9 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     """Checks the config, for `world` processes where they are not those that are here. Raises UserError naming the
     place and what to do."""
     deepspeed_keys.check(config.deepspeed)
+    check_place("run.dir", config.run.folder)
+    if config.teacher is not None and config.teacher.cache is not None:
+        check_place("teacher.cache", config.teacher.cache)
     _check_slots(config, world or processes.world())
     kind, options = _objective(config)
     surgeries = [_surgery(named) for named in config.surgery]
@@ -141,6 +145,8 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     corpus = Shards(config.data.shards) if isinstance(config.data, CorpusData) else None
     head: Head = task.kind if task is not None else "none" if kind.headless else "mlm"
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
+    if isinstance(config.data, CorpusData):
+        open_shards(config.data, tokenizer)
     student, layers, thin = _student_shape(config, head, task, tokenizer)
     teacher_head, teacher = _teacher_shape(config, head, task)
     build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]

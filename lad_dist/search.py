@@ -45,6 +45,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from lad_dist import plan
 from lad_dist.config import Search, SearchConfig, TaskConfig, UserError, dump, read
+from lad_dist.data.lines import parse_json
 from lad_dist.disk import write_text
 from lad_dist.trials import Trial, bases, dotted, draw
 
@@ -79,7 +80,14 @@ def search(config: SearchConfig) -> Found | None:
             return None
         _conclude(config, trials, metrics, results, folder)
     best = None if config.grid else folder / "best.toml"
-    return Found(**json.loads((folder / "results.json").read_text()), best=best)
+    return _found(folder / "results.json", best)
+
+
+def _found(results: Path, best: Path | None) -> Found:
+    try:
+        return Found(**parse_json(results.read_text(encoding="utf-8")), best=best)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{results}: damaged ({error}); remove it and run the search again") from None
 
 
 def _check(config: SearchConfig, trials: list[Trial]) -> list[str]:

@@ -27,7 +27,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
     word = _plain(name)
     errors = {each: distance(word, _plain(each)) for each in names if abs(len(each) - len(name)) <= 2}
     fewest = min(errors.values(), default=len(word))
-    if fewest <= (1 if len(word) < 5 else 2):
+    if fewest < len(word) and fewest <= (1 if len(word) < 5 else 2):
         return [each for each in names if errors.get(each) == fewest]
     return difflib.get_close_matches(name, names, n=1, cutoff=0.5)
 

@@ -21,7 +21,9 @@ from lad_dist.config import PrepareConfig, PretrainConfig, TaskConfig, TrainConf
 
 
 def step(path: str, overrides: list[str]) -> None:
-    schema: type[TrainConfig] = PretrainConfig if "shards" in read(path).get("data", {}) else TaskConfig
+    described = read(path).get("data")
+    on_corpus = isinstance(described, dict) and "shards" in described
+    schema: type[TrainConfig] = PretrainConfig if on_corpus else TaskConfig
     config = cli.load(schema, path, overrides)
     from lad_dist.benchmarks.step import measure
 

@@ -75,6 +75,17 @@ def journey(folder: Path, changes: Changes) -> Results | None:
     return results
 
 
+def check(folder: Path, changes: Changes) -> None:
+    """Raises UserError for a change that some stage would refuse, before the first one begins."""
+    from lad_dist import plan
+    from lad_dist.data import documentation
+
+    arguments("text", documentation.write, dict(changes.get("text", [])))
+    configured(PrepareConfig, "corpus", folder, changes)
+    for name, stage in RUNS.items():
+        plan.resolve(configured(stage.schema, name, folder, changes))
+
+
 def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
     """Text, tokenizer and token shards. Returns counts for a person to read; None when it was stopped early."""
     from lad_dist.data import documentation
@@ -184,7 +195,9 @@ def sorted_changes(words: Iterable[str]) -> Changes:
 
 
 def main() -> int:
-    results = journey(FOLDER, sorted_changes(sys.argv[1:]))
+    changes = sorted_changes(sys.argv[1:])
+    check(FOLDER, changes)
+    results = journey(FOLDER, changes)
     if results is None:
         cli.say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
         return cli.AGAIN

@@ -79,12 +79,20 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (TASK, {"optims": {"lr": 1.0}}, 'optims: no such table; did you mean "optim"?'),
     # DeepSpeed
     (TASK, {"deepspeed.zero_optimisation": {}}, 'DeepSpeed has no such key; did you mean "zero_optimization"?'),
-    (TASK, {"deepspeed.zero_optimization.stagee": 1}, 'deepspeed.zero_optimization.stagee: did you mean "stage"?'),
+    (
+        TASK,
+        {"deepspeed.zero_optimization.stagee": 1},
+        'deepspeed.zero_optimization.stagee: DeepSpeed has no such key; did you mean "stage"?',
+    ),
     (TASK, {"deepspeed.zero_optimization.stage": 7}, "deepspeed.zero_optimization.stage: "),
     (TASK, {"deepspeed.zero_optimization.stage": "two"}, "deepspeed.zero_optimization.stage: "),
     (TASK, {"deepspeed.zero_optimization": 1}, "deepspeed.zero_optimization: "),
     (TASK, {"deepspeed.bf16": True}, "deepspeed.bf16: "),
-    (TASK, {"deepspeed.bf16.enable": True}, 'deepspeed.bf16.enable: did you mean "enabled"?'),
+    (
+        TASK,
+        {"deepspeed.bf16.enable": True},
+        'deepspeed.bf16.enable: DeepSpeed has no such key; did you mean "enabled"?',
+    ),
     (TASK, {"deepspeed.bf16.enabled": True}, "needs deepspeed.zero_optimization.stage = 1 or more"),
     (TASK, {"deepspeed.gradient_clipping": "one"}, "deepspeed.gradient_clipping: "),
     (TASK, {"deepspeed.train_batch_size": 8}, "deepspeed.train_batch_size: this is decided by data.slots"),

@@ -26,6 +26,7 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 from lad_dist.config import UserError
+from lad_dist.data.lines import parse_json
 
 # Libraries that lad_dist depends on and that differ in what they are for, with the names that would give them away.
 LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -194,7 +195,10 @@ def write(
     enough."""
     counts = folder / "counts.json"
     if counts.exists():
-        return json.loads(counts.read_text())
+        try:
+            return dict(parse_json(counts.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{counts}: damaged ({error}); remove {folder} and run again") from None
     train, test = split(harvest(most=most), held_out)
     rows, dev = balanced(train, train_each), balanced(test, dev_each)
     labels = {row.library for row in rows} & {row.library for row in dev}

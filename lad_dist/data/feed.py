@@ -72,13 +72,21 @@ class CorpusFeed:
         return [partial(held_out.batch, order.slot(number, 0), 0) for number in range(slots)]
 
 
+def open_shards(data: CorpusData, tokenizer: PreTrainedTokenizerFast, split: str = "train") -> Shards:
+    """Raises UserError when the shards are damaged or made with another tokenizer, or data.weights names a source that
+    is not there."""
+    shards = Shards(data.shards, split)
+    if shards.manifest["tokenizer"]["fingerprint"] != tokenizers.fingerprint(tokenizer):
+        raise UserError(f"{data.shards}: made with another tokenizer; use the one in {shards.tokenizer_folder}")
+    _weights(data, shards)
+    return shards
+
+
 class _Windows:
     """One split of the shards, cut into windows. U windows, L = max_length places."""
 
     def __init__(self, data: CorpusData, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
-        shards = Shards(data.shards, split)
-        if shards.manifest["tokenizer"]["fingerprint"] != tokenizers.fingerprint(tokenizer):
-            raise UserError(f"{data.shards}: made with another tokenizer; use the one in {shards.tokenizer_folder}")
+        shards = open_shards(data, tokenizer, split)
         self.fingerprint = shards.fingerprint
         self._frame = tokenizers.frame(tokenizer)
         self._room = data.max_length - self._frame.size

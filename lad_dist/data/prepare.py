@@ -26,6 +26,7 @@ from tokenizers import __version__ as tokenizers_version
 
 from lad_dist.config import PrepareConfig, UserError
 from lad_dist.data import child, corpus, pieces, tokenizers
+from lad_dist.data.lines import parse_json
 from lad_dist.data.merge import Merge, merge
 from lad_dist.data.pieces import Job, Piece, Stopped
 from lad_dist.data.shards import FORMAT, MANIFEST, SPLITS, read_manifest
@@ -96,7 +97,9 @@ def _finished(config: PrepareConfig, request: dict[str, Any], progress: Callable
     """A folder whose shards are there: refuses another request, and takes over other weights."""
     out = Path(config.out)
     manifest = read_manifest(out)
-    before = manifest["request"]
+    before = manifest.get("request")
+    if not isinstance(before, dict) or not isinstance(before.get("source"), list):
+        raise UserError(f"{out / MANIFEST}: damaged (no request in it); remove {out} and prepare the corpus again")
     differing = sorted(key for key in request if _unweighted(before).get(key) != _unweighted(request)[key])
     if differing:
         raise UserError(f"{out}: made with another {', '.join(differing)}; remove it or give another folder for out")
@@ -189,7 +192,10 @@ def _claim(work: Path, identity: dict[str, str]) -> None:
     file = work / "identity"
     if not file.exists():
         write_text(file, json.dumps(identity))
-    found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found = dict(parse_json(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({error}); remove {work} and run again") from None
     differing = sorted(key for key in identity if found.get(key) != identity[key])
     if differing:
         raise UserError(

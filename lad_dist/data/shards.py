@@ -19,14 +19,16 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lad_dist.config import UserError
+from lad_dist.data.lines import parse_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -40,31 +42,71 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     read."""
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(file.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{folder}: no token shards there; write them with launch/prepare_corpus.py") from None
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); prepare the corpus again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    written = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise UserError(f"{file}: format {written} is of a later lad_dist; update it, or prepare the corpus again")
+    if written != FORMAT:
         raise UserError(f"{file}: not format {FORMAT} of token shards; prepare the corpus again")
     try:
-        _touch(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged (it lacks {error}); prepare the corpus again") from None
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: damaged ({place}: {first['msg']}); prepare the corpus again") from None
     return manifest
 
 
-def _touch(manifest: dict[str, Any]) -> None:
-    """Looks at everything that is read later."""
-    np.dtype(manifest["dtype"])
-    _ = manifest["vocabulary"] + 0, manifest["tokenizer"]["fingerprint"]
-    for source in manifest["sources"]:
-        _ = source["name"], source["weight"] + 0.0
-        for counts in map(source["splits"].__getitem__, SPLITS):
-            _ = counts["tokens"] + 0
-            for shard in counts["shards"]:
-                _ = shard["length"] + shard["documents"] + shard["offsets_bytes"]
-                _ = shard["file"] + shard["sha256"] + shard["offsets"] + shard["offsets_sha256"]
+class _Part(BaseModel):
+    """A part of a manifest: what is read of it later."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=0)]
+Inside = Annotated[str, Field(pattern=r"^[^/\x00]+/[^/\x00]+$")]  # a file of a source's folder
+Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Shard(_Part):
+    file: Inside
+    length: Count
+    documents: Count
+    sha256: Sum
+    offsets: Inside
+    offsets_bytes: Count
+    offsets_sha256: Sum
+
+
+class _Counts(_Part):
+    tokens: Count
+    shards: list[_Shard]
+
+
+class _Splits(_Part):
+    train: _Counts
+    held_out: _Counts
+
+
+class _Source(_Part):
+    name: str
+    weight: float = Field(gt=0)
+    splits: _Splits
+
+
+class _Tokenizer(_Part):
+    fingerprint: str
+
+
+class _Manifest(_Part):
+    dtype: Literal["uint16", "uint32"]
+    vocabulary: int = Field(ge=1)
+    tokenizer: _Tokenizer
+    sources: list[_Source] = Field(min_length=1)
 
 
 class Shards:
@@ -120,7 +162,7 @@ class Stream:
     def documents(self) -> Iterator[np.ndarray]:
         """The documents in order, each with the separator after it."""
         for number, shard in enumerate(self._shards):
-            offsets = np.load(self._folder / shard["offsets"], mmap_mode="r")
+            offsets = _offsets(self._folder / shard["offsets"])
             for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
                 yield self._read(number, begin, end - begin)
 
@@ -163,10 +205,19 @@ def verify(folder: str | Path, progress: Callable[[str], None] = print) -> int:
     for shard in shards:
         _require_size(folder / shard["file"], shard["length"] * dtype.itemsize)
         _require_size(folder / shard["offsets"], shard["offsets_bytes"])
+    _refuse_others(folder, {shard[key] for shard in shards for key in ("file", "offsets")}, sources)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         read = sum(pool.map(lambda shard: _verify(folder, shard, dtype, manifest["vocabulary"]), shards))
     progress(f"{folder}: {len(shards)} shards are as their manifest says")
     return read
+
+
+def _refuse_others(folder: Path, named: set[str], sources: Sequence[dict[str, Any]]) -> None:
+    """Raises UserError for a shard that the manifest does not name: the folder was put together out of several."""
+    for source in sources:
+        for file in sorted((folder / source["name"]).glob("*")):
+            if str(file.relative_to(folder)) not in named:
+                raise UserError(f"{file}: the manifest does not name it; remove it, or prepare the corpus again")
 
 
 def _verify(folder: Path, shard: dict[str, Any], dtype: np.dtype, vocabulary: int) -> int:
@@ -175,11 +226,22 @@ def _verify(folder: Path, shard: dict[str, Any], dtype: np.dtype, vocabulary: in
     if largest >= vocabulary:
         raise UserError(f"{file}: holds id {largest}, the vocabulary has {vocabulary}; prepare the corpus again")
     _read_through(offsets_file, shard["offsets_sha256"], np.dtype(np.uint8))
-    offsets = np.load(offsets_file, mmap_mode="r")
+    offsets = _offsets(offsets_file)
     ends = (len(offsets) - 1, int(offsets[0]), int(offsets[-1]))
     if ends != (shard["documents"], 0, shard["length"]) or (np.diff(offsets) <= 0).any():
         raise UserError(f"{offsets_file}: does not fit its .bin; prepare the corpus again")
     return int(shard["length"] * dtype.itemsize + shard["offsets_bytes"])
+
+
+def _offsets(file: Path) -> np.ndarray:
+    """int64 [documents + 1]. A file of Python objects is not unpickled."""
+    try:
+        offsets = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{file}: damaged ({str(error)[:60]}); prepare the corpus again") from None
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets):
+        raise UserError(f"{file}: damaged, it holds no offsets; prepare the corpus again")
+    return offsets
 
 
 def _read_through(file: Path, sha256: str, dtype: np.dtype) -> int:

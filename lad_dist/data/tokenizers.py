@@ -105,7 +105,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what goes wrong is said below, in one line
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises anything from OSError to KeyError here: the user gets one line
         raise UserError(f"{path}: {_why_none(path, error)}") from None
     finally:
@@ -408,10 +408,13 @@ def save_beside(tokenizer: PreTrainedTokenizerFast, folder: Path, segments: bool
 
 
 def frame(tokenizer: PreTrainedTokenizerFast) -> Frame:
-    """What the tokenizer's own template puts around one sequence."""
+    """What the tokenizer's own template puts around one sequence. Raises UserError for one that makes nothing of a
+    letter."""
     probe = _backend(tokenizer).encode("a")
     special = np.array(probe.special_tokens_mask, dtype=bool)
     content = np.flatnonzero(~special)
+    if not len(content):
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer makes no token of a letter, not even an unknown one")
     ids = np.array(probe.ids, dtype=np.int64)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Frame(ids[: content[0]], ids[content[-1] + 1 :], pad)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lad_dist.config import Source, TokenizerConfig, UserError
 from lad_dist.data import corpus, tokenizers
+from lad_dist.data.lines import parse_json
 from lad_dist.disk import commit
 
 REQUEST = "request.json"
@@ -56,7 +57,10 @@ def _request(config: TokenizerConfig) -> dict[str, Any]:
 
 
 def _finished(out: Path, request: dict[str, Any], progress: Callable[[str], None]) -> None:
-    made_by = json.loads((out / REQUEST).read_text(encoding="utf-8"))
+    try:
+        made_by = dict(parse_json((out / REQUEST).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{out / REQUEST}: damaged ({error}); remove {out} and train it again") from None
     differing = sorted(key for key in request if made_by.get(key) != request[key])
     if differing:
         raise UserError(f"{out}: made with another {', '.join(differing)}; remove it or give another folder for out")

@@ -4,7 +4,6 @@ collect(folders)   -> Found: the runs, and what was left out and why
 TaskRun            what a comparison reads of a run
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lad_dist.config import UserError
+from lad_dist.data.lines import parse_json
 from lad_dist.runs import FREE
 
 # What says which run it is, and on which task, not by which method.
@@ -168,7 +168,7 @@ def _take(file: Path, found: Found) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        tables = json.loads(file.read_text(encoding="utf-8"))
+        tables = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: damaged ({reason}); remove it and run the run again") from None

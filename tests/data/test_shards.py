@@ -89,11 +89,11 @@ def test_verify_reads_what_the_sums_cannot_tell(folder: Path, tmp_path: Path, to
         ("{", r"manifest\.json: damaged"),
         ('{"format": 1}', r"not format 2"),
         ("[]", "not format 2"),
-        ('{"format": 2}', r"manifest\.json: damaged \(it lacks 'dtype'\)"),
+        ('{"format": 2}', r"manifest\.json: damaged \(dtype: Field required\)"),
         ('{"format": 2, "dtype": "uint17"}', r"manifest\.json: damaged"),
         (
             '{"format": 2, "dtype": "uint16", "vocabulary": 9, "tokenizer": {"fingerprint": ""}, "sources": [{}]}',
-            "lacks",
+            r"sources\.0\.name: Field required",
         ),
     ],
 )
