@@ -193,13 +193,13 @@ def _memory(
 
 def _activations(made: plan.Plan, config: Any, batch: Batch, size: int) -> int:
     """What a micro-batch's forward keeps for its backward: Korthikanti et al., 2022, section 4.1, for tokens without
-    padding. The scores of attention count where no variable-length kernel runs: in fp32, or with attention dropout."""
+    padding. Fused attention keeps no scores; with attention dropout they count, as where its products are explicit."""
     width, heads = config.hidden_size, config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or config.hidden_dim
     words = made.config.student
     kept = size * (8 * width + 2 * inner) + (0 if words.dropout == 0 else 2 * width)
     layer = batch.filled * kept
-    if size == 4 or words.attention_dropout != 0:
+    if words.attention_dropout != 0:
         layer += int(batch.sequence.numel()) * batch.longest * heads * (2 * size + 1)
     logits = len(batch.rows) * made.student_shape.outputs * (size + 2 * 4)  # and the loss, which is in fp32
     return config.num_hidden_layers * layer + batch.filled * 4 * width * size + logits
