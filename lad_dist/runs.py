@@ -42,6 +42,7 @@ FREE = {
     ),
     "data.workers",
     "teacher.cache",
+    "deepspeed.zero_optimization.stage",  # resize.py refuses what it cannot convert
 }
 
 

@@ -1,7 +1,6 @@
 """train(config, report): the only loop. Scripts, search trials and tests all call it; they differ in `report` alone.
 
-It knows steps, an engine, batches and `report`; it knows no method, no task and no launcher. It is the only importer
-of deepspeed.
+It knows steps, an engine, batches and `report`; it knows no method, no task and no launcher.
 
 A step is `data.slots` micro-batches, shared out over the processes. What is in a slot, its masks and its dropout are
 functions of (seed, step, slot), so the number of processes changes who computes a slot and nothing else, and resuming
@@ -10,7 +9,6 @@ needs one integer.
 
 import contextlib
 import gc
-import os
 import shlex
 import sys
 import time
@@ -23,20 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import logger
-from pydantic import ValidationError
-
+from lad_dist import engine as engines
 from lad_dist import evaluate, models, optim, plan, processes, resize
 from lad_dist.agreement import dissenters
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of
 from lad_dist.checkpoints import facts_of
-from lad_dist.config import Fault, TrainConfig, UserError, did_you_mean
+from lad_dist.config import Fault, TrainConfig, UserError
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.loader import load
 from lad_dist.data.order import share
@@ -45,14 +36,12 @@ from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.health import Watch
 from lad_dist.method import Method
 from lad_dist.runs import Run
-from lad_dist.saving import Copies, Files, Saver
+from lad_dist.saving import Saver
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
 Clock = Callable[[str], contextlib.AbstractContextManager[Any]]
 Taught = Callable[[Batch, Needs], Any]
-
-BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 
 
 def silent(row: Row) -> None:
@@ -118,7 +107,7 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
 def check(config: TrainConfig) -> plan.Plan:
     """All that can be known to be wrong before anything is taken. Raises UserError."""
     made = plan.make(config)
-    _check_blocks(config.deepspeed)
+    engines.check(config.deepspeed)
     return made
 
 
@@ -142,7 +131,7 @@ def prepare(
     steps = config.run.steps or max(1, round((config.run.epochs or 0) * feed.steps_per_epoch))
     teacher_feed = made.teacher_feed(feed)
     answers = _answers(made, run, teacher_feed, teacher, method.objective.teacher_needs, steps)
-    engine = _engine(method, config)
+    engine = engines.build(method, config)
     guard = Guard(engine, Judge(config.run.max_skips, config.run.spike_sigma, run.left_out()))
     watch = watch or Watch(run.folder / "stacks")
     return Loop(made, run, engine, guard, method, feed, teacher, teacher_feed, answers, steps, report, clock, watch)
@@ -180,39 +169,6 @@ def _answers(
 
 def _too_large(size: int) -> str:
     return f"its answers would take {size / 1e9:.1f} GB, more than teacher.cache_gb allows"
-
-
-def _check_blocks(table: Mapping[str, Any]) -> None:
-    """DeepSpeed's own checks of its blocks, before a model is read, in one line."""
-    for name, schema in BLOCKS.items():
-        try:
-            schema(**table.get(name, {}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            hint = did_you_mean(key, schema.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
-            raise UserError(f"deepspeed.{name}.{key}: {hint}") from None
-
-
-def _engine(method: Method, config: TrainConfig) -> Any:
-    logger.setLevel("ERROR")
-    # Its shared-memory collectives compile C++ at first use; gloo serves a CPU, and nccl a GPU.
-    deepspeed.ops.__compatible_ops__ = {}
-    words = {
-        "train_batch_size": config.data.slots,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.data.slots // processes.world(),
-        "gradient_clipping": 1.0,
-        "steps_per_print": sys.maxsize,
-        **config.deepspeed,
-    }
-    groups = optim.groups(method.student, method.objective, config.optim)
-    optimizer = optim.adamw(groups, config.optim, plan.zero_stage(config.deepspeed))
-    with contextlib.redirect_stdout(sys.stderr):
-        engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
-    engine.checkpoint_engine = Copies(resize.read)
-    engine._copy_recovery_script = lambda _: None  # a checkpoint holds no code
-    return engine
 
 
 @dataclass
@@ -411,12 +367,9 @@ class Loop:
 
     @cached_property
     def saver(self) -> Saver:
-        return Saver(self.run.checkpoints, self.config.run.save_every, self._snapshot, self._facts)
-
-    def _snapshot(self, folder: Path) -> Files:
-        client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-        self.engine.save_checkpoint(str(folder), tag=resize.TAG, client_state=client, save_latest=False)
-        return self.engine.checkpoint_engine.taken()
+        return Saver(
+            self.run.checkpoints, self.config.run.save_every, partial(engines.snapshot, self.engine), self._facts
+        )
 
     def _facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds beside the engine. All that is random is a function of the seed and the step."""
@@ -445,7 +398,7 @@ class Loop:
         found = self._compare()
         metrics = found["student"]
         self._report({"step": self.steps, **_prefixed("dev", metrics)})
-        with self._gathered():
+        with engines.whole(self.method, plan.zero_stage(self.config.deepspeed)):
             student = self.method.export()
             results = {
                 "command": shlex.join(["python", *sys.argv]),
@@ -461,7 +414,7 @@ class Loop:
                 "tokens_per_second": pace,
                 "processes": processes.world(),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+                "versions": {"torch": torch.__version__, "deepspeed": engines.VERSION},
             }
             if processes.main():
                 models.save(student, self.run.export)
@@ -483,12 +436,6 @@ class Loop:
             "forward_flops_per_token": models.flops(model.config, self.made.head, batch) / batch.tokens,
         }
 
-    def _gathered(self) -> contextlib.AbstractContextManager[Any]:
-        """Under ZeRO-3, whole weights on every process."""
-        if plan.zero_stage(self.config.deepspeed) < 3:
-            return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters(list(self.method.parameters()))
-
 
 def _alike(table: dict[str, Any]) -> bool:
     """Whether several processes hold the same weights."""
@@ -501,9 +448,3 @@ def _due(step: int, every: int) -> bool:
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-def communication_seconds() -> float:
-    """What DeepSpeed's timers measured in collectives so far, under its `comms_logger`; reading resets them. (The
-    logger's own table adds up running totals.)"""
-    return sum(timer.elapsed() for timer in deepspeed.comm.comm.timers.get_timers().values()) / 1000

@@ -19,6 +19,7 @@ from launching import ROOT, launch
 
 from lad_dist import processes, resize
 from lad_dist.config import PretrainConfig, TaskConfig, parse
+from lad_dist.engine import snapshot
 from lad_dist.runs import Run
 from lad_dist.saving import write
 from lad_dist.train import Averages, Loop, check, prepare
@@ -71,7 +72,7 @@ def work(stretch: Stretch) -> None:
     for done in train(loop, stretch, found["samples"]):
         if done in stretch.saves:
             folder = Path(stretch.checkpoint(done)[0])
-            write(loop._snapshot(folder), folder)
+            write(snapshot(loop.engine, folder), folder)
             found["saves"][done] = state(loop.engine)
     found["end"] = state(loop.engine)
     found["samples"] = {key: digest for its in processes.gather(found["samples"]) for key, digest in its.items()}

@@ -23,7 +23,7 @@ def config(world: World, tmp_path: Path) -> TrainConfig:
     [
         ({"optim.lr": 2e-3}, "optim.lr = 0.001, the config says 0.002"),
         ({"run.seed": 1}, "run.seed = 0, the config says 1"),
-        ({"deepspeed.zero_optimization.stage": 1}, "deepspeed.zero_optimization.stage = None, the config says 1"),
+        ({"deepspeed.bf16.enabled": False}, "deepspeed.bf16.enabled = None, the config says False"),
         ({"student.depth": None}, "student.depth = 2, the config says None"),
         ({"objective.soft": 0.1}, "objective.soft = None, the config says 0.1"),
         ({"surgery": [{"name": "low_rank", "keep": 0.5}]}, "surgery = [], the config says"),

@@ -17,8 +17,9 @@ import torch
 
 from lad_dist import models, processes
 from lad_dist.config import TrainConfig
+from lad_dist.engine import communication_seconds
 from lad_dist.runs import Run
-from lad_dist.train import Averages, Loop, check, communication_seconds, prepare
+from lad_dist.train import Averages, Loop, check, prepare
 
 WARM_UP = 3  # steps that are not counted
 

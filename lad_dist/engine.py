@@ -1,0 +1,85 @@
+"""The engine: DeepSpeed, made, checked and copied. With resize.py the only importer of deepspeed.
+
+check(table)               [deepspeed] in DeepSpeed's own words, by DeepSpeed's own checks
+build(method, config)      the engine that trains a method
+snapshot(engine, folder)   the files of a checkpoint in that folder, in memory
+whole(method, stage)       within it every process has all weights
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import logger
+from pydantic import ValidationError
+
+from lad_dist import optim, plan, processes, resize
+from lad_dist.config import TrainConfig, UserError, did_you_mean
+from lad_dist.method import Method
+from lad_dist.saving import Copies, Files
+
+BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+VERSION: str = deepspeed.__version__
+
+
+def check(table: Mapping[str, Any]) -> None:
+    """DeepSpeed's own checks of its blocks, before a model is read, in one line. Raises UserError."""
+    for name, schema in BLOCKS.items():
+        try:
+            schema(**table.get(name, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            hint = did_you_mean(key, schema.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
+            raise UserError(f"deepspeed.{name}.{key}: {hint}") from None
+
+
+def build(method: Method, config: TrainConfig) -> Any:
+    logger.setLevel("ERROR")
+    # Its shared-memory collectives compile C++ at first use; gloo serves a CPU, and nccl a GPU.
+    deepspeed.ops.__compatible_ops__ = {}
+    words = {
+        "train_batch_size": config.data.slots,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.data.slots // processes.world(),
+        "gradient_clipping": 1.0,
+        "steps_per_print": sys.maxsize,
+        **config.deepspeed,
+    }
+    groups = optim.groups(method.student, method.objective, config.optim)
+    optimizer = optim.adamw(groups, config.optim, plan.zero_stage(config.deepspeed))
+    with contextlib.redirect_stdout(sys.stderr):
+        engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
+    engine.checkpoint_engine = Copies(resize.read)
+    engine._copy_recovery_script = lambda _: None  # a checkpoint holds no code
+    return engine
+
+
+def snapshot(engine: Any, folder: Path) -> Files:
+    """All processes call it together; each gets the files that are its own to write."""
+    client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
+    engine.save_checkpoint(str(folder), tag=resize.TAG, client_state=client, save_latest=False)
+    return engine.checkpoint_engine.taken()
+
+
+def whole(method: Method, stage: int) -> contextlib.AbstractContextManager[Any]:
+    """Under ZeRO-3, whole weights on every process."""
+    if stage < 3:
+        return contextlib.nullcontext()
+    return deepspeed.zero.GatheredParameters(list(method.parameters()))
+
+
+def communication_seconds() -> float:
+    """What DeepSpeed's timers measured in collectives so far, under its `comms_logger`; reading resets them. (The
+    logger's own table adds up running totals.)"""
+    return sum(timer.elapsed() for timer in deepspeed.comm.comm.timers.get_timers().values()) / 1000
