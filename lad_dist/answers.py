@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lad_dist import processes
-from lad_dist.config import UserError
+from lad_dist.config import Teacher, UserError
 from lad_dist.disk import draft_of, sync, write_text
 from lad_dist.flat import QKV, Batch, Needs, Shape, Trace
 
@@ -92,6 +92,11 @@ def bytes_of(needs: Needs, teacher: Shape, examples: Examples, dtype: torch.dtyp
     """What the answers take on disk."""
     states = examples.tokens * teacher.width * (len(needs.hidden) + 3 * len(needs.qkv))
     return (states + len(examples.labels) * teacher.outputs * needs.logits) * dtype.itemsize
+
+
+def worth_keeping(words: Teacher, steps: int, steps_per_epoch: float) -> bool:
+    """Whether examples are read more than once, or other runs read them too."""
+    return words.cache is not None or steps > steps_per_epoch
 
 
 class Answers:

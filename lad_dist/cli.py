@@ -15,6 +15,7 @@ import errno
 import inspect
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -97,10 +98,12 @@ def guarded(work: Callable[[], int | None]) -> int:
 
 
 def _complain(line: str) -> None:
-    """To the user, once: by the first process, or by one whose rank is the mistake."""
-    with contextlib.suppress(ValueError):
+    """To the user, once for each host: what one of them lacks the others may have."""
+    with contextlib.suppress(ValueError):  # the ranks are perhaps the mistake
         if 0 < processes.rank() < processes.world():
-            return
+            if processes.local_rank() > 0:
+                return
+            line = f"{socket.gethostname()}: {line}"
     print(line, file=sys.stderr)
 
 

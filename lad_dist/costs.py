@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from lad_dist import models, narrow, plan, surgery
-from lad_dist.answers import bytes_of
+from lad_dist.answers import bytes_of, worth_keeping
 from lad_dist.config import CorpusData
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import SPLITS, read_manifest
@@ -222,7 +222,7 @@ def _answers(
 ) -> int:
     """Bytes of the teacher's answers on disk, 0 where it is asked at each step."""
     words = made.config.teacher
-    if words is None or not isinstance(taught, TaskFeed) or (words.cache is None and steps <= feed.steps_per_epoch):
+    if words is None or not isinstance(taught, TaskFeed) or not worth_keeping(words, steps, feed.steps_per_epoch):
         return 0
     assert made.teacher_shape is not None
     dtype = getattr(torch, words.dtype or made.precision)

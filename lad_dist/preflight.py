@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lad_dist import costs, models, plan, processes
-from lad_dist.config import CorpusData, UserError
+from lad_dist.config import CorpusData, Fault, UserError
 from lad_dist.data.shards import SPLITS, Shards
 
 NUMBERS = 1 << 17  # of the all-reduce: 1 MiB
@@ -30,8 +30,8 @@ BOUND = timedelta(seconds=120)  # for it: the first one also connects everybody 
 Result = TypeVar("Result")
 
 
-class Unfit(UserError):
-    """Not the user's mistake, nor one of the data: of this set of machines."""
+class Unfit(Fault):
+    """Of this set of machines."""
 
     code = 75
 
@@ -49,8 +49,7 @@ def check(made: plan.Plan, folder: Path) -> None:
     check_devices(processes.gather(_mine()))
     together(_sum)
     together(lambda: _see_data(made))
-    if text := processes.from_main(_lack_of_room(made, folder) if processes.main() else None):
-        raise UserError(text)
+    processes.on_main(lambda: _check_room(made, folder))
 
 
 def together(work: Callable[[], Result]) -> Result:
@@ -114,8 +113,8 @@ def _see_data(made: plan.Plan) -> None:
             Shards(made.config.data.shards, split)
 
 
-def _lack_of_room(made: plan.Plan, folder: Path) -> str | None:
-    """Why the checkpoints that the run keeps, the next one, and the export do not fit on the disk."""
+def _check_room(made: plan.Plan, folder: Path) -> None:
+    """Raises UserError where the disk lacks room for the checkpoints that the run keeps, the next one, and the export."""
     words = made.config.run
     method = costs.skeleton(made)
     weights = models.parameters(method)
@@ -124,9 +123,8 @@ def _lack_of_room(made: plan.Plan, folder: Path) -> str | None:
     missing = max(1, words.keep + 1 - there) if words.save_every else 1
     needed = missing * each + 4 * weights
     free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
-    if needed <= free:
-        return None
-    return (
-        f"{folder}: {missing} checkpoints of {each / 1e9:.2g} GB and the export take {needed / 1e9:.2g} GB, "
-        f"{free / 1e9:.2g} GB are free on {socket.gethostname()}; make room there, or set run.dir to another disk"
-    )
+    if needed > free:
+        raise UserError(
+            f"{folder}: {missing} checkpoints of {each / 1e9:.2g} GB and the export take {needed / 1e9:.2g} GB, "
+            f"{free / 1e9:.2g} GB are free on {socket.gethostname()}; make room there, or set run.dir to another disk"
+        )

@@ -6,7 +6,8 @@ the world is this one process. This is the only module that reads SLURM_*.
 
     check_environment()          refuses variables that say nonsense, before anything goes by them
     start()                      joins the group, once; returns the device
-    rank, world, main, device    plain answers
+    rank, local_rank, world, main, device
+                                 plain answers
     barrier, any_of, each_of, average, mean_of, gather, from_main, on_main
                                  what all processes agree on
     asked_to_stop()              whether this one was (SIGTERM, SIGUSR1)
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lad_dist.config import UserError
+from lad_dist.config import Fault, UserError
 
 T = TypeVar("T")
 
@@ -90,6 +91,11 @@ def rank() -> int:
     return int(os.environ.get("RANK") or (_slurm("PROCID") if _slurm("STEP_NUM_TASKS") else None) or 0)
 
 
+def local_rank() -> int:
+    """Among the processes of this host."""
+    return int(os.environ.get("LOCAL_RANK") or (_slurm("LOCALID") if _slurm("STEP_NUM_TASKS") else None) or 0)
+
+
 def main() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
@@ -98,7 +104,7 @@ def main() -> bool:
 def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
 def start() -> torch.device:
@@ -125,7 +131,9 @@ def _join(backend: str) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = " and ".join(f"{name} = {os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).strip().splitlines()[0][:100]
-        raise UserError(f"{where}: the processes cannot meet there ({reason}); take another port") from None
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"{where}: the processes cannot meet there ({reason}); take another port") from None
+        raise Fault(f"{where}: the processes did not meet there ({reason})") from None
 
 
 def _meeting() -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Run:
     def _check_same(self, config: TrainConfig) -> None:
         if not self._config.exists():
             return
-        before, now = (_flatten(tomllib.loads(text)) for text in (self._config.read_text(), dump(config)))
+        before, now = _flatten(_config_in(self._config)), _flatten(tomllib.loads(dump(config)))
         changed = sorted(k for k in (before.keys() | now.keys()) - FREE if before.get(k) != now.get(k))
         if changed:
             key = changed[0]
@@ -86,7 +86,7 @@ class Run:
     @property
     def results(self) -> dict[str, Any] | None:
         """What a complete run found, None while it is not complete."""
-        return json.loads(self._results.read_text()) if self._results.exists() else None
+        return _table_in(self._results) if self._results.exists() else None
 
     def begin(self, step: int) -> None:
         """Opens the folder for writing from `step` on; rows that a lost stretch had reported after it are dropped: from
@@ -95,7 +95,7 @@ class Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._config, self._text)
-        rows = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        rows = self._metrics.read_text(errors="replace").splitlines() if self._metrics.exists() else []
         kept = [row for row in rows if step and _step_of(row) <= step]
         write_text(self._metrics, "".join(f"{row}\n" for row in kept))
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
@@ -183,7 +183,7 @@ class Run:
         return processes.on_main(self._read_skipped)["left_out"]
 
     def _read_skipped(self) -> dict[str, list[Any]]:
-        return json.loads(self._skipped.read_text()) if self._skipped.exists() else {"left_out": [], "skipped": []}
+        return _table_in(self._skipped) if self._skipped.exists() else {"left_out": [], "skipped": []}
 
     def skipped(self, row: Mapping[str, Any], left_out: Sequence[int]) -> None:
         """Notes an update that was skipped, and the steps that are left out from now on."""
@@ -212,11 +212,30 @@ class Run:
             self._stop.unlink(missing_ok=True)
 
 
+def _config_in(file: Path) -> dict[str, Any]:
+    """Raises UserError when it is no TOML."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); remove the run folder to start afresh") from None
+
+
+def _table_in(file: Path) -> dict[str, Any]:
+    """Raises UserError when it is no JSON object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); remove it to let the run go on") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: damaged (no JSON object); remove it to let the run go on")
+    return found
+
+
 def _step_of(row: str) -> float:
     """Never, for a row that a crash or a full disk cut off."""
     try:
         return json.loads(row)["step"]
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 

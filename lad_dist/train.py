@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from lad_dist import engine as engines
-from lad_dist import evaluate, models, optim, plan, processes, resize
+from lad_dist import evaluate, models, optim, plan, preflight, processes, resize
 from lad_dist.agreement import dissenters
 from lad_dist.anomalies import Fate, Guard, Judge
-from lad_dist.answers import Answers, bytes_of
+from lad_dist.answers import Answers, bytes_of, worth_keeping
 from lad_dist.checkpoints import facts_of
 from lad_dist.config import Fault, TrainConfig, UserError
 from lad_dist.data.feed import TaskFeed
@@ -99,6 +99,7 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     processes.start()
     processes.catch_signals()
     with run.life(), Watch(run.folder / "stacks", config.run.hang_seconds) as watch:
+        preflight.check(made, run.folder)
         while (outcome := _attempt(made, run, report, clock, watch)) is None:
             gc.collect()  # what it trained makes room for the next
         return outcome
@@ -151,12 +152,12 @@ def _cpu_has_bf16() -> bool:
 def _answers(
     made: plan.Plan, run: Run, feed: Any, teacher: models.Frozen | None, needs: Needs, steps: int
 ) -> Answers | None:
-    """The teacher's, where they are worth keeping: examples are read more than once, or other runs read them too."""
+    """The teacher's, where they are worth keeping."""
     words = made.config.teacher
     if words is None or teacher is None or not isinstance(feed, TaskFeed):
         return None
     assert made.teacher_shape is not None
-    if words.cache is None and steps <= feed.steps_per_epoch:
+    if not worth_keeping(words, steps, feed.steps_per_epoch):
         return None
     size = bytes_of(needs, made.teacher_shape, feed.train, teacher.model.dtype)
     if size > words.cache_gb * 1e9:

@@ -17,6 +17,10 @@ environment() {
     export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # srun does not take it over from sbatch by itself
     export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
     export PYTHONUNBUFFERED=1
+    if [[ -n "${TMPDIR:-}" && ! -w "$TMPDIR" ]]; then # of the shell that submitted, on another machine
+        echo "slurm: TMPDIR=$TMPDIR is not there on $SLURMD_NODENAME, so /tmp is used"
+        unset TMPDIR
+    fi
     # Another port in each life of the job, so that a process left over from the last one meets nobody.
     export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 7919 * ${SLURM_RESTART_COUNT:-0}) % 20000))
     MASTER_ADDR="$(address_of "$SLURMD_NODENAME")" # the batch script runs on the first node, where rank 0 will be

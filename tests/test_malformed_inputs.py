@@ -94,6 +94,12 @@ CONFIGS = [
     Case("override-deep", "task_distill", "tables deep", words=("a." * 500 + "a=1",)),
     Case("override-bytes", "task_distill", "run.name: 'a\\udcff' holds a character", words=("run.name=a\udcff",)),
 ]  # fmt: skip
+DAMAGED = [
+    Case("run-config-cut", "task_distill", "config.toml: damaged", {"runs/toy/config.toml": "[run"}),
+    Case("run-config-binary", "task_distill", "config.toml: damaged", {"runs/toy/config.toml": b"\xff"}),
+    Case("results-cut", "task_distill", "results.json: damaged", {"runs/toy/results.json": '{"a'}),
+    Case("results-list", "task_distill", "results.json: damaged", {"runs/toy/results.json": "[]"}),
+]
 CASES = [
     source("text-latin1", "text", "a.txt", "ban\nbärt\n".encode("latin-1"), "a.txt:2: not UTF-8 (byte 0xe4)"),
     source("text-empty", "text", "a.txt", "", "a.txt: empty"),
@@ -169,7 +175,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*CONFIGS, *CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CONFIGS, *DAMAGED, *CASES], ids=lambda case: case.name)
 @pytest.mark.usefixtures("no_weights")
 def test_it_ends_in_one_line(case: Case, world: World, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     assert_one_line(complaint(case, tmp_path, world, monkeypatch, capfd), case.expected)
