@@ -35,7 +35,7 @@ def test_devices_that_are_alike_are_fit() -> None:
     ],
 )
 def test_devices_that_are_not(devices: list[tuple[str, str, int]], code: int, message: str) -> None:
-    with pytest.raises(UserError) as found:
+    with pytest.raises((UserError, Unfit)) as found:
         check_devices([Device(*device) for device in devices])
     assert found.value.code == code
     assert message in str(found.value)
@@ -45,7 +45,7 @@ WORKER = """
 import json, sys, torch
 import torch.distributed as dist
 from lad_dist import preflight, processes
-from lad_dist.config import UserError
+from lad_dist.config import Fault, UserError
 
 processes.start()
 rank = processes.rank()
@@ -66,7 +66,7 @@ if case == "sum" and rank == 1:
 try:
     preflight._sum()
     said = [preflight.together(work), 0]
-except UserError as error:
+except (UserError, Fault) as error:
     said = [str(error), error.code]
 everything = processes.gather(said)
 if processes.main():
