@@ -418,17 +418,23 @@ class Watch:
     def _leave_all(self, verdict: Verdict) -> None:
         if self.rank in verdict.ranks and not verdict.stacks:
             return
-        if verdict.stacks:
-            file = self._stacks()
-            file.write(f"{verdict.line}\n")
+        try:
+            if verdict.stacks:
+                self._leave_stacks(verdict.line)
+            self._await_others()
+            for rank in verdict.silent:
+                self._kill(self._roster.members[rank])
+            self._tidy()
+            _flush()
+        finally:  # whatever else is broken
+            os._exit(verdict.code)
+
+    def _leave_stacks(self, line: str) -> None:
+        file = self._stacks()
+        with contextlib.suppress(OSError):
+            file.write(f"{line}\n")
             file.flush()
-            faulthandler.dump_traceback(file)
-        self._await_others()
-        for rank in verdict.silent:
-            self._kill(self._roster.members[rank])
-        self._tidy()
-        _flush()
-        os._exit(verdict.code)
+        faulthandler.dump_traceback(file)
 
     def _await_others(self) -> None:
         """Until the others have read the last words, or for a second."""
@@ -437,20 +443,24 @@ class Watch:
             time.sleep(0.02)
 
     def _stacks(self) -> TextIO:
-        """Opened while nothing hangs yet, but not before there is a run that may: a mistake leaves no trace."""
+        """Opened while nothing hangs yet, but not before there is a run that may: a mistake leaves no trace. Where the
+        disk takes no file, the log has to do."""
         if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a")
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a")
+            except OSError:
+                self._file = open(os.dup(2), "w")  # noqa: SIM115 (for as long as the watch)
         return self._file
 
     def _tidy(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         if self._file is None:
             return
-        self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
-            with contextlib.suppress(OSError):  # others have left something there
+        with contextlib.suppress(OSError):  # it is gone, or others have left something beside it
+            self._file.close()
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
                 self._path.parent.rmdir()
 
     def _kill(self, member: Member) -> None:

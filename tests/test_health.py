@@ -100,6 +100,15 @@ def test_a_process_alone_finds_that_it_hangs(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
+def test_a_disk_that_takes_no_stacks_hinders_nobody_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "stacks").write_text("in the way")
+    (rank,) = watched.begin(tmp_path, {0: watched.sleep_forever}, 1)
+    assert await_end([rank], seconds=60) == [AGAIN]
+    assert f"no progress for {watched.BOUND:.0f} s" in rank.said
+    assert "sleep_forever" in rank.said
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("fault", [watched.nothing, watched.be_slow])
 def test_nothing_is_said_of_a_rank_that_is_slow_or_done(fault: watched.Fault, tmp_path: Path) -> None:
     ranks = watched.begin(tmp_path, {1: fault}, 3)
