@@ -144,6 +144,7 @@ class Writing:
     """A save that is being written behind the training."""
 
     step: int
+    facts: Mapping[str, Any]
     draft: Path
     thread: threading.Thread
     digests: dict[str, Digest] = field(default_factory=dict)
@@ -218,8 +219,8 @@ class Saver:
         except OSError as error:
             self._fail([str(error)])
             return
-        files = self.snapshot(draft)
-        self.writing = Writing(step, draft, threading.Thread(target=self._write, args=[files], daemon=True))
+        thread = threading.Thread(target=self._write, args=[self.snapshot(draft)], daemon=True)
+        self.writing = Writing(step, self.facts(step), draft, thread)
         self.writing.thread.start()
 
     def _write(self, files: Files) -> None:
@@ -247,9 +248,8 @@ class Saver:
         self.committed, self.lag = writing.step, max(1, step - writing.step)
 
     def _commit(self, writing: Writing, digests: Mapping[str, Digest]) -> list[str]:
-        facts = self.facts(writing.step)
         try:
-            processes.on_main(partial(self.checkpoints.commit, writing.draft, facts, digests))
+            processes.on_main(partial(self.checkpoints.commit, writing.draft, writing.facts, digests))
         except OSError as error:
             return [f"rank 0: {type(error).__name__}: {error}"]
         return []

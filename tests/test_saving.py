@@ -130,6 +130,20 @@ def test_training_goes_on_while_files_are_written_and_waits_when_too_much_is_at_
     assert newest_step(a) == 4
 
 
+def test_what_is_recorded_with_a_checkpoint_is_of_the_step_that_it_was_taken_at(tmp_path: Path, disk: Disk) -> None:
+    a, losses = saver(tmp_path, 5), list[int]()
+    a.facts = lambda step: {"losses": list(losses)}
+    disk.free.clear()
+    for number in range(1, 6):
+        losses.append(number)
+        if number == 5:
+            disk.free.set()
+        step(a, number)
+    newest = a.checkpoints.newest()
+    assert newest is not None
+    assert facts_of(newest) == {"losses": [1, 2, 3, 4]}
+
+
 def test_without_an_interval_nothing_is_saved_until_it_is_asked_for(tmp_path: Path) -> None:
     a = saver(tmp_path, 0)
     for number in range(1, 20):
