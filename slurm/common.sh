@@ -126,15 +126,17 @@ say() {
 }
 
 # While SLURM ends the job itself it says COMPLETING: requeued now, a job that somebody cancelled would come back.
+# One task of an array has the array's own id, which to squeue and scontrol means all of them: each goes by its number.
 requeue() {
-    local state
-    state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)"
+    local state job="$SLURM_JOB_ID"
+    [[ -z "${SLURM_ARRAY_JOB_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    state="$(squeue --noheader --jobs="$job" --format=%T || true)"
     if [[ "$state" != RUNNING ]]; then
         say "$1; SLURM is ending it (${state:-no answer}), and runs it again if it was preempted, not if it was cancelled"
         return
     fi
     say "$1: it goes back to the queue"
-    scontrol requeue "$SLURM_JOB_ID" || say "cannot be requeued: submit it again to resume" >&2
+    scontrol requeue "$job" || say "cannot be requeued: submit it again to resume" >&2
 }
 
 finish() {

@@ -225,6 +225,35 @@ def test_what_no_other_life_would_mend_is_not_run_again(cluster: SlurmCluster, f
     assert f"ended with exit code {code}" in ended.output
 
 
+# The task that has the array's own id stops early once, while the other one is there.
+STOPPED_ONCE = """
+import os, pathlib, sys, time
+stopped, resumed = pathlib.Path("stopped"), pathlib.Path("resumed")
+if os.environ["SLURM_JOB_ID"] == os.environ["SLURM_ARRAY_JOB_ID"]:
+    if not stopped.exists():
+        stopped.touch()
+        sys.exit(75)
+    resumed.touch()
+for _ in range(600):
+    if resumed.exists():
+        sys.exit(0)
+    time.sleep(0.1)
+sys.exit("the other task did not go back to the queue")
+"""
+
+
+def test_a_task_of_an_array_goes_back_to_the_queue_alone(cluster: SlurmCluster, folder: Path) -> None:
+    launch(folder, "task_distill", STOPPED_ONCE)
+    axes = ["--each=run.seed=0,1", "run.name=a-{run.seed}"]
+    job = cluster.submit(["--array=0-1", "slurm/task.sbatch", "run.toml", *axes], folder)
+    last, other = f"{job}_1", f"{job}_0"
+    for task in (last, other):
+        ended = cluster.wait(task, 60)
+        assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
+    assert cluster.shown(last)["JobId"] == job
+    assert [cluster.shown(task)["Restarts"] for task in (last, other)] == ["1", "0"]
+
+
 def test_an_array_is_a_run_for_each_task_and_seed(cluster: SlurmCluster, folder: Path) -> None:
     launch(folder, "task_distill", "import sys; open('order', 'a').write(f'{sys.argv[1:]}\\n')")
     axes = ["--each=data.task=rte,cola", "--each=run.seed=0,1", "run.name=kd-{data.task}-{run.seed}"]
