@@ -231,12 +231,14 @@ def test_failed_trials_run_again_once_the_results_are_removed(work: Path) -> Non
     grid = {"term": {"hard": {}, "both": {"objective.hidden": 1.0}}}
     words = {"samples": 1, "name": "again", "dir": str(work)}
     config = parse(SearchConfig, tables(work, search=words, space=None, grid=grid), "toy")
-    (work / "again").mkdir()
-    (work / "again" / "both").write_text("in the way")
+    damaged = work / "again" / "both" / "config.toml"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("[run")
     found = search(config)
     assert found is not None
     assert ([row["trial"] for row in found.trials], [row["trial"] for row in found.failed]) == (["hard"], ["both"])
-    (work / "again" / "both").unlink()
+    assert f"{damaged}: damaged" in found.failed[0]["error"]
+    damaged.unlink()
     (work / "again" / "results.json").unlink()
     found = search(config)
     assert found is not None
