@@ -161,8 +161,9 @@ class Saver:
 
     checkpoints: Checkpoints
     every: int
-    snapshot: Callable[[Path], Files]
+    snapshot: Callable[[int, Path], Files]  # of the state after a step, to be written into the folder
     facts: Callable[[int], Mapping[str, Any]]
+    alive: Callable[[int], None]  # told of the step now and then while training waits for the disk
     begun: int = 0  # the step of the last save
     committed: int = 0  # of the last one that is safe
     lag: int = 1  # steps that training went on for while the last one was written
@@ -203,14 +204,27 @@ class Saver:
 
     def wait(self, step: int) -> None:
         """Until no save is being written any more."""
-        while self.writing is not None:
-            if processes.any_of(self.busy):
-                time.sleep(LOOK_EVERY)
-            else:
-                self._settle(step)
+        if self.writing is not None:
+            self._await_files(step)
+            self._settle(step)
+
+    def go_back(self, step: int, to: int) -> None:
+        """Ends what is being written before the run goes back `to` a step; what is later is dropped."""
+        if self.writing is None or self.writing.step <= to:
+            self.wait(step)
+            return
+        self._await_files(step)
+        if processes.main():
+            self.checkpoints.discard(self.writing.draft)
+        self.writing = None
 
     def start_at(self, step: int) -> None:
         self.begun = self.committed = step
+
+    def _await_files(self, step: int) -> None:
+        while processes.any_of(self.busy):
+            self.alive(step)
+            time.sleep(LOOK_EVERY)
 
     def _begin(self, step: int) -> None:
         self.begun = step
@@ -219,7 +233,7 @@ class Saver:
         except OSError as error:
             self._fail([str(error)])
             return
-        thread = threading.Thread(target=self._write, args=[self.snapshot(draft)], daemon=True)
+        thread = threading.Thread(target=self._write, args=[self.snapshot(step, draft)], daemon=True)
         self.writing = Writing(step, self.facts(step), draft, thread)
         self.writing.thread.start()
 

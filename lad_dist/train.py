@@ -36,7 +36,7 @@ from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.health import Watch
 from lad_dist.method import Method
 from lad_dist.runs import Run
-from lad_dist.saving import Saver
+from lad_dist.saving import Files, Saver
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -197,7 +197,8 @@ class Loop:
 
     def run_to_end(self) -> Outcome | None:
         """None when the run has to go back to an earlier checkpoint, which is then the newest one."""
-        first = self._resume()
+        with self.watch.paused():
+            first = self._resume()
         self.run.begin(first)
         if first == 0 and self.method.initial_error:
             self._report({"step": 0, **_prefixed("initial_error", self.method.initial_error)})
@@ -217,8 +218,8 @@ class Loop:
                     self._report({"step": done, **_prefixed("dev", self._evaluate())})
                 if self._stops(done):
                     return Outcome(self.run.folder, None, self.saver.why if self.saver.gave_up else "")
+        self.saver.wait(self.steps)
         with self.watch.paused():
-            self.saver.wait(self.steps)
             return self._finish()
 
     def _steps(self, first: int) -> list[int]:
@@ -237,6 +238,7 @@ class Loop:
         if fate is Fate.GIVE_UP:
             raise Fault(f"{self.run.folder}: update after update was skipped up to step {step} ({self.guard.why})")
         if fate is Fate.ROLL_BACK:
+            self.saver.go_back(step, judge.back_to)
             self.run.go_back(judge.back_to)
         return fate
 
@@ -244,18 +246,17 @@ class Loop:
         """Saves when due. Whether the run ends here, to be taken up again: all processes agree."""
         asked = processes.asked_to_stop() or self.run.asked_to_stop()
         asked, busy = processes.each_of(asked, self.saver.busy)
-        if asked or self.saver.is_due(done) or _due(done, self.config.run.check_every):
+        if _due(done, self.config.run.check_every):
             self._check_agreement(done)
         self.watch.mark(done, "saving")
         self.saver.after(done, busy)
         if asked:
-            with self.watch.paused():
-                self.saver.now(done)
+            self.saver.now(done)
             self.run.stopped()
         return asked or self.saver.gave_up
 
     def _check_agreement(self, done: int) -> None:
-        """Before every save, so that none keeps what a broken device made. Raises Fault."""
+        """Raises Fault where processes hold other weights than the rest."""
         if not _alike(self.config.deepspeed):
             return
         wrong = dissenters(self.method.parameters())
@@ -368,9 +369,13 @@ class Loop:
 
     @cached_property
     def saver(self) -> Saver:
-        return Saver(
-            self.run.checkpoints, self.config.run.save_every, partial(engines.snapshot, self.engine), self._facts
-        )
+        every, alive = self.config.run.save_every, partial(self.watch.mark, phase="saving")
+        return Saver(self.run.checkpoints, every, self._snapshot, self._facts, alive)
+
+    def _snapshot(self, step: int, folder: Path) -> Files:
+        """Of weights that are alike: no checkpoint keeps what a broken device made. Raises Fault."""
+        self._check_agreement(step)
+        return engines.snapshot(self.engine, folder)
 
     def _facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds beside the engine. All that is random is a function of the seed and the step."""

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,11 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def saver(folder: Path, every: int) -> Saver:
-    return Saver(
-        Checkpoints(folder), every, lambda draft: [(draft / "x.pt", {"a": torch.ones(3)})], lambda step: {"step": step}
-    )
+def saver(folder: Path, every: int, alive: Callable[[int], None] = lambda _: None) -> Saver:
+    def snapshot(step: int, draft: Path) -> Files:
+        return [(draft / "x.pt", {"a": torch.ones(3)})]
+
+    return Saver(Checkpoints(folder), every, snapshot, lambda step: {"step": step}, alive)
 
 
 def newest_step(a: Saver) -> int:
@@ -117,7 +118,8 @@ def test_saves_do_not_come_more_often_than_they_must(tmp_path: Path) -> None:
 def test_training_goes_on_while_files_are_written_and_waits_when_too_much_is_at_risk(
     tmp_path: Path, disk: Disk
 ) -> None:
-    a = saver(tmp_path, 5)
+    told: list[int] = []
+    a = saver(tmp_path, 5, told.append)
     disk.free.clear()
     for number in range(1, 5):
         step(a, number)
@@ -128,6 +130,7 @@ def test_training_goes_on_while_files_are_written_and_waits_when_too_much_is_at_
     step(a, 5)
     assert time.monotonic() - begin > 0.2
     assert newest_step(a) == 4
+    assert told[:3] == [5, 5, 5]  # a slow disk is no hang
 
 
 def test_what_is_recorded_with_a_checkpoint_is_of_the_step_that_it_was_taken_at(tmp_path: Path, disk: Disk) -> None:
@@ -199,6 +202,21 @@ def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path: Path) -> None:
     a = saver(tmp_path / "in the way", 0)
     a.now(1)
     assert a.gave_up
+
+
+@pytest.mark.parametrize(("to", "newest"), [(5, 2), (6, 6)])
+def test_one_that_is_being_written_when_the_run_goes_back_counts_if_it_is_early_enough(
+    to: int, newest: int, tmp_path: Path, disk: Disk
+) -> None:
+    a = saver(tmp_path, 100)
+    a.now(2)
+    disk.free.clear()
+    a._begin(6)
+    threading.Timer(0.1, disk.free.set).start()
+    a.go_back(8, to)
+    assert not a.busy
+    assert newest_step(a) == newest
+    assert not list(tmp_path.glob("*.draft"))
 
 
 def test_one_that_was_being_written_when_asked_to_stop_is_waited_for(tmp_path: Path, disk: Disk) -> None:
