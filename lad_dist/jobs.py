@@ -17,8 +17,7 @@ def train_job(config: TrainConfig) -> int:
     finally:
         console.close()
     if outcome.results is None:
-        how = f"stopped, as saving failed again and again ({outcome.why})" if outcome.why else "stopped early and saved"
-        cli.say(f"{outcome.folder}: {how}; run the same command again to go on")
+        cli.say(f"{outcome.folder}: stopped early and saved; run the same command again to go on")
         return cli.AGAIN
     cli.print_table(config.run.name, ("", "student", "teacher"), _rows(outcome.results))
     cli.say(f"model in {outcome.folder / 'export'}, curves: tensorboard --logdir {outcome.folder}")

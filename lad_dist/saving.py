@@ -27,11 +27,18 @@ from torch import Tensor
 
 from lad_dist import processes
 from lad_dist.checkpoints import Checkpoints
+from lad_dist.config import Fault
 from lad_dist.disk import Digest, sync
 
 FAILURES = 3  # in a row, after which the run stops
 LOOK_EVERY = 0.02  # seconds, while nothing is left to do but to wait for the files
 Files = list[tuple[Path, Any]]
+
+
+class Unsaved(Fault):
+    """Nothing can be saved: elsewhere, or later, it may be possible."""
+
+    code = 75
 
 
 class Copies:

@@ -36,7 +36,7 @@ from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.health import Watch
 from lad_dist.method import Method
 from lad_dist.runs import Run
-from lad_dist.saving import Files, Saver
+from lad_dist.saving import Files, Saver, Unsaved
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -54,11 +54,10 @@ def untimed(phase: str) -> contextlib.AbstractContextManager[Any]:
 
 @dataclass
 class Outcome:
-    """`results` is what results.json holds, None for a run that was stopped early; `why` then says more."""
+    """`results` is what results.json holds, None for a run that was stopped early."""
 
     folder: Path
     results: dict[str, Any] | None
-    why: str = ""
 
 
 @dataclass
@@ -217,7 +216,7 @@ class Loop:
                 if _due(done, self.config.run.eval_every):
                     self._report({"step": done, **_prefixed("dev", self._evaluate())})
                 if self._stops(done):
-                    return Outcome(self.run.folder, None, self.saver.why if self.saver.gave_up else "")
+                    return Outcome(self.run.folder, None)
         self.saver.wait(self.steps)
         with self.watch.paused():
             return self._finish()
@@ -243,7 +242,7 @@ class Loop:
         return fate
 
     def _stops(self, done: int) -> bool:
-        """Saves when due. Whether the run ends here, to be taken up again: all processes agree."""
+        """Saves when due. Whether the run was asked to end here: all processes agree. Raises Unsaved."""
         asked = processes.asked_to_stop() or self.run.asked_to_stop()
         asked, busy = processes.each_of(asked, self.saver.busy)
         if _due(done, self.config.run.check_every):
@@ -253,7 +252,9 @@ class Loop:
         if asked:
             self.saver.now(done)
             self.run.stopped()
-        return asked or self.saver.gave_up
+        if self.saver.gave_up:
+            raise Unsaved(f"{self.run.folder}: stopped, as saving failed again and again ({self.saver.why})")
+        return asked
 
     def _check_agreement(self, done: int) -> None:
         """Raises Fault where processes hold other weights than the rest."""

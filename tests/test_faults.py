@@ -15,6 +15,7 @@ from lad_dist import agreement, cli, processes, saving
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config import Fault, TrainConfig, UserError
 from lad_dist.method import Method
+from lad_dist.runs import NoProgress
 from lad_dist.train import train
 
 Row = dict[str, Any]
@@ -124,7 +125,7 @@ def test_the_file_stop_ends_a_run_which_then_goes_on(make: Callable[..., TrainCo
     config, straight = make({"run.steps": 4}), make({"run.steps": 4}, "other")
     stop = config.run.folder / "STOP"
     outcome = train(config, stop_at(1, stop.touch))
-    assert (outcome.results, outcome.why) == (None, "")
+    assert outcome.results is None
     assert not stop.exists()
     train(straight)
     train(config)
@@ -140,11 +141,17 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_after_three(
     monkeypatch.setattr(saving, "write", full)
     rows: list[Row] = []
     config = make({"run.steps": 30, "run.save_every": 2})
-    outcome = train(config, rows.append)
-    assert outcome.results is None
-    assert "No space left on device" in outcome.why
+    with pytest.raises(Fault, match="No space left on device") as found:
+        train(config, rows.append)
+    assert found.value.code == cli.AGAIN
     assert 3 <= len(rows) < 30
+    for _ in range(2):
+        with pytest.raises(Fault):
+            train(config)
+    with pytest.raises(NoProgress, match="died 3 times in a row at the beginning"):
+        train(config)
     monkeypatch.undo()
+    (config.run.folder / "deaths.json").unlink()
     assert train(config).results is not None
 
 
