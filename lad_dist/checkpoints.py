@@ -7,7 +7,7 @@
              step-….damaged                  did not hold what its manifest says when it was to be resumed from
              step-….removed                  being removed
 
-    Checkpoints(folder, keep, keep_every)    draft, commit, discard, newest, go_back: for the main process
+    Checkpoints(folder, keep, keep_every)    draft, commit, discard, newest, go_back, tidy: for the main process
     facts_of(checkpoint)                     what was recorded with it
 
 Files become durable before the manifest that lists them, this before the folder's new name, and all of it before an
@@ -92,6 +92,12 @@ class Checkpoints:
         for later in [path for path in self._saved()[1:] if path > self._path(step)][::-1]:
             _remove(later)
         return self.newest_name()
+
+    def tidy(self) -> None:
+        """Removes what a crash has left half written or half removed: it takes the room of a checkpoint."""
+        for suffix in ("draft", "removed"):
+            for left in self.folder.glob(f"step-*.{suffix}"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def newest_name(self) -> str | None:
         """Of the newest one, whether it is valid or not."""

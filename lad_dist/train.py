@@ -98,6 +98,7 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     processes.start()
     processes.catch_signals()
     with run.life(), Watch(run.folder / "stacks", config.run.hang_seconds) as watch:
+        processes.on_main(run.checkpoints.tidy)
         preflight.check(made, run.folder)
         while (outcome := _attempt(made, run, report, clock, watch)) is None:
             gc.collect()  # what it trained makes room for the next

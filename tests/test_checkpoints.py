@@ -229,3 +229,11 @@ def test_a_checkpoint_of_the_same_step_is_replaced(store: Checkpoints) -> None:
     saved(store, 1)
     assert newest_step(store) == 1
     assert len(names(store)) == 1
+
+
+def test_what_a_crash_left_gives_its_room_back_before_any_is_asked_for(tmp_path: Path) -> None:
+    for name in ("step-000000001", "step-000000002.draft", "step-000000001.removed", "step-000000003.damaged"):
+        (tmp_path / name / "state").mkdir(parents=True)
+        (tmp_path / name / "state" / "x.pt").write_bytes(b"x")
+    Checkpoints(tmp_path).tidy()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000003.damaged"]
