@@ -114,7 +114,7 @@ def _see_data(made: plan.Plan) -> None:
 
 
 def _check_room(made: plan.Plan, folder: Path) -> None:
-    """Raises UserError where the disk lacks room for the checkpoints that the run keeps, the next one, and the export."""
+    """Raises UserError where the disk lacks room for the checkpoints that the run keeps, the next, and the export."""
     words = made.config.run
     method = costs.skeleton(made)
     weights = models.parameters(method)
