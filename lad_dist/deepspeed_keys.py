@@ -82,6 +82,10 @@ def check(table: dict[str, Any]) -> None:
         raise UserError(
             "deepspeed.bf16: needs deepspeed.zero_optimization.stage = 1 or more, whose weights keep an fp32 copy"
         )
+    if table.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
+        raise UserError(
+            'deepspeed.zero_optimization.offload_optimizer.device: what lies on "nvme" is in no checkpoint; use "cpu"'
+        )
     for name, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if not table.get(name, {}).get(key, True):
             raise UserError(f"deepspeed.{name}.{key}: take it away: without it, gradients that are not finite are used")

@@ -87,6 +87,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (TASK, {"deepspeed.zero_optimization.stage": 7}, "deepspeed.zero_optimization.stage: "),
     (TASK, {"deepspeed.zero_optimization.stage": "two"}, "deepspeed.zero_optimization.stage: "),
     (TASK, {"deepspeed.zero_optimization": 1}, "deepspeed.zero_optimization: "),
+    (
+        TASK,
+        {"deepspeed.zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+        'offload_optimizer.device: what lies on "nvme" is in no checkpoint; use "cpu"',
+    ),
     (TASK, {"deepspeed.bf16": True}, "deepspeed.bf16: "),
     (
         TASK,
