@@ -165,13 +165,17 @@ def test_a_run_that_asks_at_each_step_learns_nearly_the_same(world: World, tmp_p
 
 
 def test_a_disk_without_room_is_one_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    cache, usage = tmp_path / "full", shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda place: usage._replace(free=10) if Path(place).is_relative_to(cache) else usage
+    )
     with pytest.raises(UserError, match=r"take 0\.0 GB, 0\.0 GB are free; set teacher\.cache to a folder on another"):
-        train(lad(world, tmp_path))
+        train(lad(world, tmp_path, {"teacher.cache": str(cache)}))
 
 
 def test_a_file_where_the_folder_should_be_is_one_line(world: World, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    folder = lad(world, tmp_path).run.folder
+    folder.mkdir()
+    (folder / "answers").write_text("")
     with pytest.raises(UserError, match="cannot keep the teacher's answers there"):
-        train(lad(world, tmp_path, {"teacher.cache": str(tmp_path / "file")}))
+        train(lad(world, tmp_path))
