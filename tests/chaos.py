@@ -34,15 +34,16 @@ from lad_dist import checkpoints
 from lad_dist.config import override
 
 LONG = os.environ.get("LAD_DIST_CHAOS") == "long"
-STEPS = 240 if LONG else 64
+STEPS = 240 if LONG else 48
 SAVE_EVERY = 8
 SCRIPT = ROOT / "launch" / "task_distill.py"
 SLOW_SYNC = 0.03  # seconds: a network file system's; else too few kills would fall into a save
-LOOK_EVERY = 0.005
+LOOK_EVERY = 0.01
 PATIENCE = 180.0  # seconds for anything that a life does by itself
 MARK = "LAD_DIST_CHAOS_LIFE"  # in the environment of all processes of a launched life
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["lad_dist.jobs"])  # ten seconds of each process otherwise
+# Seconds of each process otherwise.
+CONTEXT.set_forkserver_preload(["lad_dist.jobs", "lad_dist.data.prepare", "pytest", "hypothesis"])
 
 
 @dataclass(frozen=True)
