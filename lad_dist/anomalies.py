@@ -43,7 +43,8 @@ class Fate(enum.Enum):
 
 class Judge:
     """Rules on what became of steps, in their order. `left_out`: the steps that the run leaves out, ascending;
-    `back_to`: after ROLL_BACK, the step that the run goes back to: it takes the newest checkpoint that is not later."""
+    `back_to`: after ROLL_BACK, the step that the run goes back to: it takes the newest checkpoint that is not later, or
+    the first one there is."""
 
     def __init__(self, max_skips: int, spike_sigma: float = 0.0, left_out: Iterable[int] = ()) -> None:
         self.left_out = sorted(left_out)

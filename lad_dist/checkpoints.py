@@ -63,8 +63,11 @@ class Checkpoints:
         if final.exists():
             _remove(final)
         commit(draft, final)
-        write_text(self.folder / "latest", final.name)
-        self._prune()
+        try:
+            write_text(self.folder / "latest", final.name)
+            self._prune()
+        except OSError as error:  # it is committed all the same
+            print(f"{self.folder}: {error}", file=sys.stderr)
         return final
 
     def newest(self) -> Path | None:

@@ -16,6 +16,7 @@ OURS = {
     "gradient_accumulation_steps": "data.slots",
     "optimizer": "[optim]",
     "scheduler": "optim.schedule",
+    "torch_autocast": "deepspeed.bf16 or fp16",
 }
 # The keys of tables, by their place; "" is the top level.
 KEYS = {

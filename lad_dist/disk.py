@@ -5,8 +5,12 @@ draft_of(path)           a name for it until it is whole
 commit(draft, final)     a folder, by its new name
 sha256(path)             of a file of any size
 digest(path)             that and its size
+locked(file)             kept to this process while it lives
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import socket
@@ -68,3 +72,18 @@ def sha256(path: Path) -> str:
 
 def digest(path: Path) -> Digest:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, alone: bool = True) -> Iterator[None]:
+    """Holds a lock on the file, alone or beside others that do not want it alone. It ends with the process, however
+    that ends. Raises BlockingIOError while another process holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab+") as opened:
+        try:
+            fcntl.lockf(opened, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(error.errno, "held by another process", str(file)) from None
+            # A file system without locks: then nobody is kept out.
+        yield

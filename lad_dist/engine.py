@@ -54,6 +54,7 @@ def build(method: Method, config: TrainConfig) -> Any:
         "gradient_accumulation_steps": config.data.slots // processes.world(),
         "gradient_clipping": 1.0,
         "steps_per_print": sys.maxsize,
+        "zero_force_ds_cpu_optimizer": False,  # [optim] decides, with weights offloaded too
         **config.deepspeed,
     }
     groups = optim.groups(method.student, method.objective, config.optim)

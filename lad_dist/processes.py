@@ -131,7 +131,7 @@ def _join(backend: str) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = " and ".join(f"{name} = {os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).strip().splitlines()[0][:100]
-        if "EADDRINUSE" in str(error):
+        if "EADDRINUSE" in str(error) and not _slurm("JOB_ID"):
             raise UserError(f"{where}: the processes cannot meet there ({reason}); take another port") from None
         raise Fault(f"{where}: the processes did not meet there ({reason})") from None
 

@@ -6,6 +6,7 @@
              checkpoints/     for resuming: checkpoints.py
              skipped.json     updates that were skipped and why, and the steps that are left out because of them
              stacks/          where each process stood when one of them hung
+             lock             held while a process trains there
              deaths.json      how often in a row the run died, and after which checkpoint; absent in good health
              STOP             made by hand: the run saves, stops, and takes the file away
              answers/         the teacher's, while the run lasts, where teacher.cache names no folder
@@ -20,7 +21,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,13 @@ from torch.utils.tensorboard import SummaryWriter
 from lad_dist import processes
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config import TrainConfig, UserError, dump
-from lad_dist.disk import write_text
+from lad_dist.disk import locked, write_text
 
 DEATHS = 3  # in a row without a new checkpoint, after which a run is not begun again
 LOOK_EVERY = 1.0  # seconds between looks for STOP: a network file system is asked in vain for hours
+LAST_LIFE_ENDS = (
+    120.0  # seconds that are left to processes of the life before; a network file system has their locks longer
+)
 # What changes nothing of what is learnt may differ when a run is taken up again.
 FREE = {
     *(
@@ -65,6 +69,7 @@ class Run:
         self._config = self.folder / "config.toml"
         self._deaths = self.folder / "deaths.json"
         self._stop = self.folder / "STOP"
+        self._lock = self.folder / "lock"
         self._skipped = self.folder / "skipped.json"
         self._looked = -math.inf
         self._board: SummaryWriter | None = None
@@ -146,7 +151,32 @@ class Run:
 
     @contextmanager
     def life(self) -> Iterator[None]:
-        """What dies in here is counted. Raises NoProgress instead of a fourth try from the same checkpoint."""
+        """The folder, to this run's processes alone; what dies in here is counted. Raises NoProgress instead of a
+        fourth try from the same checkpoint."""
+        with ExitStack() as stack:
+            processes.on_main(lambda: stack.enter_context(self._alone()))
+            with self._counted():
+                yield
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for a life before this one that is still ending. Raises UserError."""
+        end, lock = time.monotonic() + LAST_LIFE_ENDS, ExitStack()
+        while True:
+            try:
+                lock.enter_context(locked(self._lock))
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise UserError(
+                        f"{self.folder}: another process trains there; wait for its end, or choose another run.name"
+                    ) from None
+                time.sleep(LOOK_EVERY)
+        with lock:
+            yield
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         state, died = processes.on_main(self._died)
         if died >= DEATHS:
             raise NoProgress(

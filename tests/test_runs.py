@@ -1,12 +1,16 @@
 """What a run folder holds, and what may change in it."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy
 from conftest import World
+from launching import ROOT
 
 from lad_dist import disk
 from lad_dist.config import TrainConfig, UserError
@@ -163,3 +167,34 @@ def test_the_file_stop_is_seen_and_taken_away(config: TrainConfig) -> None:
     assert again.asked_to_stop()
     again.stopped()
     assert not Run(config).asked_to_stop()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lad_dist.disk import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("seconds", [1, 100])
+def test_a_folder_belongs_to_one_life_at_a_time(
+    config: TrainConfig, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before it is waited for while it ends; how it ends does not matter."""
+    monkeypatch.setattr("lad_dist.runs.LAST_LIFE_ENDS", 3.0 if seconds == 100 else 60.0)
+    run = Run(config)
+    command = [sys.executable, "-c", HOLDER, str(run.folder / "lock"), str(seconds)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        begin = time.monotonic()
+        if seconds == 100:
+            with pytest.raises(UserError, match="another process trains there; wait for its end"), run.life():
+                raise AssertionError("was begun")
+            other.kill()
+            other.wait()
+        with run.life():
+            assert other.poll() is not None or time.monotonic() - begin > 0.5

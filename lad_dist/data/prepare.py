@@ -6,8 +6,6 @@ whatever the processes and however often the work was stopped and taken up again
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -30,7 +28,7 @@ from lad_dist.data.lines import parse_json
 from lad_dist.data.merge import Merge, merge
 from lad_dist.data.pieces import Job, Piece, Stopped
 from lad_dist.data.shards import FORMAT, MANIFEST, SPLITS, read_manifest
-from lad_dist.disk import commit, write_text
+from lad_dist.disk import commit, locked, write_text
 
 UINT16_IDS = 65536
 RUNNING = {"out", "workers", "part", "parts"}  # settings that leave no trace in the shards
@@ -125,14 +123,11 @@ def _json(manifest: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def _locked(work: Path, alone: bool) -> Iterator[None]:
     """The folder of the pieces, to itself or beside others that do other parts."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "ab+") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.lockf(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"{work}: another process is preparing this corpus; wait for its end") from None
-            # A file system without locks: then nobody is kept from starting it twice.
+            stack.enter_context(locked(work / "lock", alone=alone))
+        except BlockingIOError:
+            raise UserError(f"{work}: another process is preparing this corpus; wait for its end") from None
         if alone:
             for draft in work.glob("*.draft"):
                 draft.unlink()  # of a process that was killed
