@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whenever the machine stops.
 
 write_text(path, text)   a small file, in place of an older one
+append_text(path, text)  at its end, whole or not at all where there is no room
 draft_of(path)           a name for it until it is whole
 commit(draft, final)     a folder, by its new name
 sha256(path)             of a file of any size
@@ -37,6 +38,19 @@ def write_text(path: Path, text: str) -> None:
     finally:
         draft.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def append_text(path: Path, text: str) -> None:
+    """For one process at a time."""
+    left = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def draft_of(path: Path) -> Path:

@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lad_dist import processes
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config import TrainConfig, UserError, dump
-from lad_dist.disk import locked, write_text
+from lad_dist.disk import append_text, locked, write_text
 
 DEATHS = 3  # in a row without a new checkpoint, after which a run is not begun again
 LOOK_EVERY = 1.0  # seconds between looks for STOP: a network file system is asked in vain for hours
@@ -48,6 +48,12 @@ FREE = {
     "teacher.cache",
     "deepspeed.zero_optimization.stage",  # resize.py refuses what it cannot convert
 }
+
+
+class Occupied(UserError):
+    """Another life of the run goes on. When it has ended, the same command is right."""
+
+    code = 75
 
 
 class NoProgress(UserError):
@@ -72,6 +78,7 @@ class Run:
         self._lock = self.folder / "lock"
         self._skipped = self.folder / "skipped.json"
         self._looked = -math.inf
+        self._tensorboard = str(self.folder / "tensorboard")
         self._board: SummaryWriter | None = None
         self._check_same(config)
         self._text = dump(config)
@@ -103,25 +110,27 @@ class Run:
         rows = self._metrics.read_text(errors="replace").splitlines() if self._metrics.exists() else []
         kept = [row for row in rows if step and _step_of(row) <= step]
         write_text(self._metrics, "".join(f"{row}\n" for row in kept))
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(self._tensorboard, purge_step=step + 1)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Adds a row to metrics.jsonl and to TensorBoard. A full disk costs rows, not the run."""
-        if self._board is None:
+        if not processes.main():
             return
         try:
-            self._write_row(row)
+            append_text(self._metrics, json.dumps(row) + "\n")
         except OSError as error:
             print(f"{self._metrics}: the row of step {row['step']} is lost: {error}", file=sys.stderr)
+        self._show(lambda board: _add_scalars(board, row))
 
-    def _write_row(self, row: Mapping[str, Any]) -> None:
-        assert self._board is not None
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, row["step"])
-        self._board.flush()
+    def _show(self, add: Callable[[SummaryWriter], None]) -> None:
+        """In TensorBoard, as far as the disk lets it."""
+        try:
+            if self._board is None:
+                self._board = SummaryWriter(self._tensorboard)
+            add(self._board)
+            self._board.flush()
+        except OSError:
+            self._board = None  # its thread has ended and would say so for ever: the next row makes another
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Marks the run complete."""
@@ -130,8 +139,7 @@ class Run:
             write_text(self.export / "README.md", _card(results))
             write_text(self._results, json.dumps(results, indent=2) + "\n")
             shutil.rmtree(self.answers, ignore_errors=True)
-        if self._board is not None:
-            self._board.close()
+            self._show(SummaryWriter.close)
         processes.barrier()
 
     def _draw(self) -> None:
@@ -141,8 +149,7 @@ class Run:
         figure = reading(rows)
         if figure is not None:
             figure.savefig(self.folder / "reads.png", dpi=120)
-            assert self._board is not None
-            self._board.add_figure("reads", figure, rows[-1]["step"])
+            self._show(lambda board: board.add_figure("reads", figure, rows[-1]["step"]))
 
     def newest(self) -> Path | None:
         """The newest valid checkpoint, the same on all processes; None when there never was one. Raises
@@ -160,7 +167,7 @@ class Run:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Waits for a life before this one that is still ending. Raises UserError."""
+        """Waits for a life before this one that is still ending. Raises Occupied."""
         end, lock = time.monotonic() + LAST_LIFE_ENDS, ExitStack()
         while True:
             try:
@@ -168,7 +175,7 @@ class Run:
                 break
             except BlockingIOError:
                 if time.monotonic() >= end:
-                    raise UserError(
+                    raise Occupied(
                         f"{self.folder}: another process trains there; wait for its end, or choose another run.name"
                     ) from None
                 time.sleep(LOOK_EVERY)
@@ -259,6 +266,12 @@ def _table_in(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file}: damaged (no JSON object); remove it to let the run go on")
     return found
+
+
+def _add_scalars(board: SummaryWriter, row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+        if name != "step":
+            board.add_scalar(name, value, row["step"])
 
 
 def _step_of(row: str) -> float:

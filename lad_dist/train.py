@@ -98,6 +98,9 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     processes.start()
     processes.catch_signals()
     with run.life(), Watch(run.folder / "stacks", config.run.hang_seconds) as watch:
+        ended = processes.on_main(lambda: run.results)  # by a life that was waited for
+        if ended is not None:
+            return Outcome(run.folder, ended)
         processes.on_main(run.checkpoints.tidy)
         preflight.check(made, run.folder)
         while (outcome := _attempt(made, run, report, clock, watch)) is None:

@@ -65,6 +65,23 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     assert max(took, default=0) <= 5.0
 
 
+def test_a_life_that_begins_while_another_goes_on_waits_for_its_end(
+    world: World, straight: Victim, tmp_path: Path, figures: list[tuple[str, str]]
+) -> None:
+    """As where the launcher alone was killed."""
+    victim = chaos.victim(tmp_path, world)
+    first = chaos.begin(victim)
+    assert first.until(lambda: victim.saved != [])
+    second = chaos.begin(victim)
+    assert first.end() == [0, 0], first.said[-3000:]
+    codes = second.end()
+    assert codes == [0, 0] or "another process trains there" in second.said, second.said[-3000:]
+    ended(victim)
+    assert same(victim, straight)
+    assert "step 1/" not in second.said
+    figures.append(("the same command while ranks of a dead launcher live: waits, equal end", "yes"))
+
+
 Content = dict[str, torch.Tensor]
 
 
@@ -191,6 +208,26 @@ def fill(folder: Path) -> Path:
             except OSError:
                 continue
     return path
+
+
+@pytest.mark.root
+def test_a_full_disk_costs_rows_and_a_save_and_nothing_else(
+    world: World, straight: Victim, tmp_path: Path, small_disk: Path, figures: list[tuple[str, str]]
+) -> None:
+    victim = chaos.victim(tmp_path, world, runs=small_disk)
+    life = chaos.begin(victim)
+    assert life.until(lambda: victim.saved != [])
+    filler = fill(small_disk)
+    assert life.until(lambda: "could not be saved" in life.said)
+    assert victim.saved != []
+    assert victim.damaged == []
+    filler.unlink()
+    assert life.end() == [0, 0], life.said[-3000:]
+    assert victim.weights == straight.weights
+    lost = straight.losses.keys() - victim.losses.keys()
+    assert all(f"the row of step {step} is lost" in life.said for step in lost)
+    assert all(victim.losses[step] == straight.losses[step] for step in victim.losses)
+    figures.append(("the disk is full for a while: the run goes on; rows lost, all of them told", f"yes; {len(lost)}"))
 
 
 @pytest.mark.root
