@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
@@ -35,6 +36,7 @@ REFUSALS = frozenset(
     getattr(errno, name) for name in "EACCES EDQUOT EEXIST EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()
 )
 LONGEST = 280  # characters of a complaint
+PATIENCE = 10  # seconds for another process of the host to complain
 LAUNCHERS_OWN = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # the environment says the same
 
 Named = Mapping[str, Mapping[str, Callable[..., Any]]]
@@ -93,18 +95,26 @@ def guarded(work: Callable[[], int | None]) -> int:
         _complain(f"error: {one_line(said)}")
         return MISTAKE
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _complain("interrupted", patience=0)
         return INTERRUPTED
 
 
-def _complain(line: str) -> None:
+def _complain(line: str, patience: float = PATIENCE) -> None:
     """To the user, once for each host: what one of them lacks the others may have."""
     with contextlib.suppress(ValueError):  # the ranks are perhaps the mistake
         if 0 < processes.rank() < processes.world():
             if processes.local_rank() > 0:
+                _await_the_complaint(patience)
                 return
             line = f"{socket.gethostname()}: {line}"
     print(line, file=sys.stderr)
+
+
+def _await_the_complaint(patience: float) -> None:
+    """torchrun and deepspeed end all processes once one has left: perhaps the one that was to complain, and was not yet
+    there. Those that have met are abreast of each other, and srun's wait for each other (slurm/common.sh)."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        time.sleep(patience)
 
 
 def one_line(text: str) -> str:

@@ -110,11 +110,26 @@ def test_a_launcher_starts_a_run_of_two_processes(by: str, world: World, tmp_pat
     assert (tmp_path / "toy" / "export" / "model.safetensors").is_file()
 
 
+LATE = """
+import os, runpy, sys, time
+time.sleep(3 * (os.environ["RANK"] == "0"))
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    sys.stderr.flush()
+    os._exit(ended.code)  # at once
+"""
+
+
 @pytest.mark.processes
 def test_a_mistake_is_said_once_by_two_processes(tmp_path: Path) -> None:
-    command = [ROOT / "launch" / "pretrain_distill.py", "configs/pretrain/kd.toml", "data.shards=/nowhere"]
-    done = launch([*command, f"run.dir={tmp_path}"], by="torchrun", processes=2)
+    """Also where the process that says it is the later one: its launcher ends it once the other has left."""
+    (tmp_path / "late.py").write_text(LATE)
+    words = ["configs/pretrain/kd.toml", "data.shards=/nowhere", f"run.dir={tmp_path / 'runs'}"]
+    command = [tmp_path / "late.py", ROOT / "launch" / "pretrain_distill.py", *words]
+    done = launch(command, by="torchrun", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: /nowhere: no token shards there") == 1
     assert "Traceback" not in done.stderr.split("error: /nowhere")[0]
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "runs").exists()
