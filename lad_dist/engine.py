@@ -24,7 +24,7 @@ from deepspeed.utils import logger
 from pydantic import ValidationError
 
 from lad_dist import optim, plan, processes, resize
-from lad_dist.config import TrainConfig, UserError, did_you_mean
+from lad_dist.config import TrainConfig, UserError
 from lad_dist.method import Method
 from lad_dist.saving import Copies, Files
 
@@ -33,15 +33,14 @@ VERSION: str = deepspeed.__version__
 
 
 def check(table: Mapping[str, Any]) -> None:
-    """DeepSpeed's own checks of its blocks, before a model is read, in one line. Raises UserError."""
+    """The values in DeepSpeed's blocks, by its own checks; plan.make has seen to the keys. Raises UserError."""
     for name, schema in BLOCKS.items():
         try:
             schema(**table.get(name, {}))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            hint = did_you_mean(key, schema.model_fields) if first["type"] == "extra_forbidden" else first["msg"]
-            raise UserError(f"deepspeed.{name}.{key}: {hint}") from None
+            raise UserError(f"deepspeed.{name}.{key}: {first['msg']}") from None
 
 
 def build(method: Method, config: TrainConfig) -> Any:
