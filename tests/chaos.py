@@ -10,7 +10,6 @@ kill_again_and_again   the same command until the run is done, and every life bu
 import ctypes
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -28,7 +27,7 @@ from typing import Any
 import tomli_w
 import toy
 from conftest import World
-from launching import ROOT, environment, free_port, launcher
+from launching import FORKS, ROOT, environment, free_port, launcher
 
 from lad_dist import checkpoints
 from lad_dist.config import override
@@ -41,9 +40,6 @@ SLOW_SYNC = 0.03  # seconds: a network file system's; else too few kills would f
 LOOK_EVERY = 0.01
 PATIENCE = 180.0  # seconds for anything that a life does by itself
 MARK = "LAD_DIST_CHAOS_LIFE"  # in the environment of all processes of a launched life
-CONTEXT = multiprocessing.get_context("forkserver")
-# Seconds of each process otherwise.
-CONTEXT.set_forkserver_preload(["lad_dist.jobs", "lad_dist.data.prepare", "pytest", "hypothesis"])
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,7 @@ def begin(
     for rank in range(ranks):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         mine = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}, **variables[rank]}
-        process = CONTEXT.Process(target=_live, args=(log, mine, [str(victim.config), *words], prepare))
+        process = FORKS.Process(target=_live, args=(log, mine, [str(victim.config), *words], prepare))
         process.start()
         processes.append(process)
 

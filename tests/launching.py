@@ -1,6 +1,7 @@
 """Starts real training processes the way users do."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -13,6 +14,9 @@ import tomli_w
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+# Processes from one that has imported what takes seconds. It is one for all tests, and so is what it imports.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lad_dist.jobs", "lad_dist.data.prepare", "pytest", "hypothesis"])
 
 
 def free_port() -> int:

@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from chaos import CONTEXT, PATIENCE, may_be_traced
+from chaos import PATIENCE, may_be_traced
+from launching import FORKS
 
 # All by which a file or a folder comes, changes, gets another name, or goes; kernels lack some.
 CALLS = "open openat creat write pwrite64 writev fsync fdatasync sync_file_range ftruncate truncate rename renameat \
@@ -27,8 +28,8 @@ class Held:
     """A process that waits for a word before it does its work, under strace with more words."""
 
     def __init__(self, work: Callable[..., None], args: tuple[Any, ...], words: list[str]) -> None:
-        here, there = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_when_told, args=(there, work, args))
+        here, there = FORKS.Pipe()
+        self.process = FORKS.Process(target=_when_told, args=(there, work, args))
         self.process.start()
         here.recv()  # it is ready
         self.strace = attach(self.process.pid or 0, words)

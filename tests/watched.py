@@ -2,7 +2,6 @@
 
 import ctypes
 import fcntl
-import multiprocessing
 import os
 import socket
 import struct
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import free_port
+from launching import FORKS, free_port
 
 from lad_dist import processes
 from lad_dist.config import UserError
@@ -23,8 +22,6 @@ from lad_dist.health import Link, Watch
 
 BOUND = 2.0  # seconds without progress that are a hang
 FAULTY_STEP = 4
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lad_dist.health"])  # seconds for each rank otherwise
 
 
 def sleep_forever(watch: Watch) -> None:
@@ -96,7 +93,7 @@ def begin(folder: Path, faults: Mapping[int, Fault], world: int, hang_seconds: f
     for rank in range(world):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
         words = {name: str(value) for name, value in environment.items()} | {"MASTER_PORT": port}
-        process = _CONTEXT.Process(target=_run, args=(folder, words, faults.get(rank, nothing), hang_seconds))
+        process = FORKS.Process(target=_run, args=(folder, words, faults.get(rank, nothing), hang_seconds))
         process.start()
         ranks.append(Rank(process, folder, rank))
     return ranks
@@ -122,7 +119,7 @@ def _run(folder: Path, environment: dict[str, str], fault: Fault, hang_seconds: 
 def miss_a_dead_host(folder: Path, speaks: bool) -> str:
     """Seconds until the other end of a connection counts as gone, or why it cannot be tried here."""
     out = folder / "out"
-    process = _CONTEXT.Process(target=_lose_the_network, args=(out, speaks))
+    process = FORKS.Process(target=_lose_the_network, args=(out, speaks))
     process.start()
     process.join(30)
     process.kill()
