@@ -263,7 +263,7 @@ DAMAGED = [
     ("jsonl", ROW + b'{"texts": "b"}\n', ["a"], [':2: no "text": did you mean "texts"?']),
     ("jsonl", ROW + b'{"text": 3}\n', ["a"], [":2: text is 3, not text"]),
     ("jsonl", ROW + b'{"text": "\xff"}\n', ["a"], [":2: not UTF-8 (byte 0xff)"]),
-    ("jsonl", ROW + LONE, ["a"], [":2: text holds half a surrogate pair"]),
+    ("jsonl", ROW + LONE, ["a"], [":2: not valid JSON (half a surrogate pair)"]),
     ("jsonl", ROW + b"[" * 100_000, ["a"], [":2: not valid JSON ("]),
     ("jsonl", b"", [], [": empty"]),
     ("parquet", b"", [], [": empty"]),
