@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lad_dist.config import UserError
+from lad_dist.config import NOTHING_VALID, UserError
 from lad_dist.disk import Digest, commit, digest, files, write_text
 
 FORMAT = 1
@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 class NothingToResume(UserError):
     """Checkpoints are there, none of them valid: a fresh start would hide the loss."""
 
-    code = 3
+    code = NOTHING_VALID
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,10 @@ class Checkpoints:
             _remove(later)
         return self.newest_name()
 
-    def tidy(self) -> None:
-        """Removes what a crash has left half written or half removed: it takes the room of a checkpoint."""
-        for suffix in ("draft", "removed"):
+    def tidy(self, *suffixes: str) -> None:
+        """Removes what has these suffixes; by default what a crash has left half written or half removed: it takes the
+        room of a checkpoint."""
+        for suffix in suffixes or ("draft", "removed"):
             for left in self.folder.glob(f"step-*.{suffix}"):
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -117,8 +118,7 @@ class Checkpoints:
         for old in self._saved()[: -self.keep]:
             if not (self.keep_every and _number(old) % self.keep_every == 0):
                 _remove(old)
-        for left in self.folder.glob("step-*.*"):
-            shutil.rmtree(left, ignore_errors=True)
+        self.tidy("*")
         for left in self.folder.glob("latest.*"):
             left.unlink(missing_ok=True)
 

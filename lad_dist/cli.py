@@ -28,9 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from lad_dist import processes
-from lad_dist.config import Fault, Table, UserError, describe, keywords, load, type_name
+from lad_dist.config import DONE, INTERRUPTED, MISTAKE, Fault, Table, UserError, describe, keywords, load, type_name
 
-DONE, MISTAKE, AGAIN, INTERRUPTED = 0, 2, 75, 130
 # Of the file system: nothing is wrong with the program where these are met.
 REFUSALS = frozenset(
     getattr(errno, name) for name in "EACCES EDQUOT EEXIST EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()

@@ -26,17 +26,20 @@ from pydantic_core import PydanticUndefined
 
 from lad_dist.spelling import did_you_mean, nearest
 
+# Exit codes. They tell the scheduler what to do with a job.
+DONE, DIED, MISTAKE, NOTHING_VALID, AGAIN, NO_PROGRESS, INTERRUPTED = 0, 1, 2, 3, 75, 93, 130
+
 
 class UserError(ValueError):
     """The user's mistake: one line saying where it is and what to do. Scripts print it and exit with its code."""
 
-    code = 2
+    code = MISTAKE
 
 
 class Fault(Exception):
     """Not the user's mistake: one line too, and trying again, perhaps elsewhere, may help."""
 
-    code = 1
+    code = DIED
 
 
 class Table(BaseModel):
@@ -345,6 +348,12 @@ class Source(Table):
         """The keys that its kind reads, the name among them."""
         idle = {key for key, kinds in KINDS_WITH.items() if self.kind not in kinds}
         return {"name": self.folder} | self.model_dump(exclude=idle | {"name"}, exclude_none=True)
+
+
+def train_schema(tables: Mapping[str, Any]) -> type[TrainConfig]:
+    """Of the plain tables of a training: its data say whether it is a pre-training."""
+    data = tables.get("data")
+    return PretrainConfig if isinstance(data, Mapping) and "shards" in data else TaskConfig
 
 
 class PrepareConfig(Table):

@@ -38,9 +38,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
 from lad_dist import processes
-from lad_dist.config import Fault, UserError
+from lad_dist.config import AGAIN, DIED, Fault, UserError
 
-DIED, AGAIN = 1, 75  # exit codes
 BEAT = 1.0  # seconds between the lines of a rank
 SILENT = 5  # beats without a line after which a rank counts as silent, once nobody makes progress
 GRACE = 2.0  # seconds in which others may fail alike, or a failure may turn out to be another's death

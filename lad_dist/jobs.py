@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lad_dist import cli
-from lad_dist.config import EvaluateConfig, TrainConfig
+from lad_dist.config import AGAIN, EvaluateConfig, TrainConfig
 from lad_dist.evaluate import evaluate
 from lad_dist.train import train
 
@@ -18,7 +18,7 @@ def train_job(config: TrainConfig) -> int:
         console.close()
     if outcome.results is None:
         cli.say(f"{outcome.folder}: stopped early and saved; run the same command again to go on")
-        return cli.AGAIN
+        return AGAIN
     cli.print_table(config.run.name, ("", "student", "teacher"), _rows(outcome.results))
     cli.say(f"model in {outcome.folder / 'export'}, curves: tensorboard --logdir {outcome.folder}")
     return cli.DONE

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lad_dist import costs, models, plan, processes
-from lad_dist.config import CorpusData, Fault, UserError
+from lad_dist.config import AGAIN, CorpusData, Fault, UserError
 from lad_dist.data.shards import SPLITS, Shards
 
 NUMBERS = 1 << 17  # of the all-reduce: 1 MiB
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 class Unfit(Fault):
     """Of this set of machines."""
 
-    code = 75
+    code = AGAIN
 
 
 class Device(NamedTuple):

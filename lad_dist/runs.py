@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lad_dist import processes
 from lad_dist.checkpoints import Checkpoints
-from lad_dist.config import TrainConfig, UserError, dump
+from lad_dist.config import AGAIN, NO_PROGRESS, TrainConfig, UserError, dump
 from lad_dist.disk import append_text, locked, write_text
 
 DEATHS = 3  # in a row without a new checkpoint, after which a run is not begun again
@@ -53,13 +53,13 @@ FREE = {
 class Occupied(UserError):
     """Another life of the run goes on. When it has ended, the same command is right."""
 
-    code = 75
+    code = AGAIN
 
 
 class NoProgress(UserError):
     """The run died too often at the same place: trying again would burn the allocation."""
 
-    code = 93
+    code = NO_PROGRESS
 
 
 class Run:

@@ -218,7 +218,8 @@ class Loop:
                 if done == self.steps:
                     break
                 if _due(done, self.config.run.eval_every):
-                    self._report({"step": done, **_prefixed("dev", self._evaluate())})
+                    with self.watch.paused():
+                        self._report({"step": done, **_prefixed("dev", self._evaluate())})
                 if self._stops(done):
                     return Outcome(self.run.folder, None)
         self.saver.wait(self.steps)
@@ -331,10 +332,6 @@ class Loop:
         self.report(row | {"steps": self.steps})
 
     def _evaluate(self) -> dict[str, float]:
-        with self.watch.paused():
-            return self._evaluated()
-
-    def _evaluated(self) -> dict[str, float]:
         self.engine.eval()
         if isinstance(self.feed, TaskFeed):
             dev = self.feed.dev

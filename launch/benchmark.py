@@ -17,14 +17,11 @@ example: python launch/benchmark.py step configs/task/lad.toml data.task=rte
 import sys
 
 from lad_dist import cli
-from lad_dist.config import PrepareConfig, PretrainConfig, TaskConfig, TrainConfig, UserError, read
+from lad_dist.config import PrepareConfig, UserError, read, train_schema
 
 
 def step(path: str, overrides: list[str]) -> None:
-    described = read(path).get("data")
-    on_corpus = isinstance(described, dict) and "shards" in described
-    schema: type[TrainConfig] = PretrainConfig if on_corpus else TaskConfig
-    config = cli.load(schema, path, overrides)
+    config = cli.load(train_schema(read(path)), path, overrides)
     from lad_dist.benchmarks.step import measure
 
     cli.print_table(f"a step of {config.run.name}", ("", ""), measure(config).rows)

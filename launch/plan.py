@@ -17,7 +17,7 @@ import math
 from typing import Any, NoReturn
 
 from lad_dist import cli
-from lad_dist.config import PretrainConfig, SearchConfig, Table, TaskConfig, TrainConfig, UserError, pick, read
+from lad_dist.config import SearchConfig, Table, TrainConfig, UserError, pick, read, train_schema
 
 ASSUMED_MFU = 0.3
 
@@ -49,9 +49,7 @@ def parsed() -> argparse.Namespace:
 def schema_of(path: str) -> type[Table]:
     """What a file is for, by its content."""
     tables = read(path)
-    if "search" in tables:
-        return SearchConfig
-    return PretrainConfig if "shards" in tables.get("data", {}) else TaskConfig
+    return SearchConfig if "search" in tables else train_schema(tables)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import sys
 import time
 
 from lad_dist import cli
-from lad_dist.config import PrepareConfig, UserError
+from lad_dist.config import AGAIN, PrepareConfig, UserError
 
 LINE_EVERY = 10  # seconds
 
@@ -30,7 +30,7 @@ def main(config: PrepareConfig) -> int:
         console.close()
     if not complete:
         cli.say(f"{config.out}: stopped early; run again to go on")
-        return cli.AGAIN
+        return AGAIN
     return cli.DONE
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lad_dist import cli
 from lad_dist.config import (
+    AGAIN,
     EvaluateConfig,
     PrepareConfig,
     PretrainConfig,
@@ -200,7 +201,7 @@ def main() -> int:
     results = journey(FOLDER, changes)
     if results is None:
         cli.say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
-        return cli.AGAIN
+        return AGAIN
     show(FOLDER, results)
     return cli.DONE
 

@@ -11,7 +11,7 @@ example: python launch/tune.py configs/tune/lad.toml search.samples=8
 from pathlib import Path
 
 from lad_dist import cli
-from lad_dist.config import SearchConfig
+from lad_dist.config import AGAIN, SearchConfig
 
 
 def main(config: SearchConfig) -> int:
@@ -20,7 +20,7 @@ def main(config: SearchConfig) -> int:
     found = search(config)
     if found is None:
         cli.say(f"{config.search.name}: stopped early; run the same command again to go on")
-        return cli.AGAIN
+        return AGAIN
     header = list(found.trials[0])
     cli.print_table(config.search.name, header, [[row[key] for key in header] for row in found.trials])
     folder = Path(config.search.dir) / config.search.name

@@ -210,14 +210,19 @@ def fill(folder: Path) -> Path:
     return path
 
 
+def on_a_full_disk(world: World, folder: Path, disk: Path) -> tuple[Victim, chaos.Life, Path]:
+    """A run that had saved when the disk filled up, its first life, and the file that fills it."""
+    victim = chaos.victim(folder, world, runs=disk)
+    life = chaos.begin(victim)
+    assert life.until(lambda: victim.saved != [])
+    return victim, life, fill(disk)
+
+
 @pytest.mark.root
 def test_a_full_disk_costs_rows_and_a_save_and_nothing_else(
     world: World, straight: Victim, tmp_path: Path, small_disk: Path, figures: list[tuple[str, str]]
 ) -> None:
-    victim = chaos.victim(tmp_path, world, runs=small_disk)
-    life = chaos.begin(victim)
-    assert life.until(lambda: victim.saved != [])
-    filler = fill(small_disk)
+    victim, life, filler = on_a_full_disk(world, tmp_path, small_disk)
     assert life.until(lambda: "could not be saved" in life.said)
     assert victim.saved != []
     assert victim.damaged == []
@@ -234,10 +239,7 @@ def test_a_full_disk_costs_rows_and_a_save_and_nothing_else(
 def test_a_disk_that_stays_full_ends_the_run_until_there_is_room_again(
     world: World, straight: Victim, tmp_path: Path, small_disk: Path, figures: list[tuple[str, str]]
 ) -> None:
-    victim = chaos.victim(tmp_path, world, runs=small_disk)
-    life = chaos.begin(victim)
-    assert life.until(lambda: victim.saved != [])
-    filler = fill(small_disk)
+    victim, life, filler = on_a_full_disk(world, tmp_path, small_disk)
     assert life.end() == [75, 75], life.said[-3000:]
     assert "saving failed again and again" in life.said
     assert "No space left on device" in life.said

@@ -246,3 +246,11 @@ def test_arguments_are_completed_by_their_defaults() -> None:
         c.arguments("f", function, {})
     with pytest.raises(UserError, match=r"f: x: no such key"):
         c.arguments("f", function, {"a": 1, "x": 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "schema"), [({"shards": "s"}, c.PretrainConfig), ({}, c.TaskConfig), (1, c.TaskConfig)]
+)
+def test_the_data_of_a_training_say_what_it_is(data: Any, schema: type[c.TrainConfig]) -> None:
+    """Also where they are no table: then the config's own check complains of them."""
+    assert c.train_schema({"data": data}) is schema

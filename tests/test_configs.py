@@ -8,6 +8,7 @@ import pytest
 import toy
 from conftest import World
 from launching import ROOT
+from schemas import schema_of
 from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist import plan
@@ -16,7 +17,6 @@ from lad_dist.config import (
     PrepareConfig,
     PretrainConfig,
     SearchConfig,
-    Table,
     TaskConfig,
     TokenizerConfig,
     parse,
@@ -26,19 +26,6 @@ from lad_dist.train import train
 from lad_dist.trials import draw
 
 FILES = sorted((ROOT / "configs").rglob("*.toml"))
-
-
-def schema_of(tables: dict[str, Any]) -> type[Table]:
-    """A file's content says what it is for."""
-    if "run" in tables:
-        return PretrainConfig if "shards" in tables["data"] else TaskConfig
-    names: dict[str, type[Table]] = {
-        "vocabulary": TokenizerConfig,
-        "source": PrepareConfig,
-        "search": SearchConfig,
-        "model": EvaluateConfig,
-    }
-    return next(schema for key, schema in names.items() if key in tables)
 
 
 def ids(files: list[Path]) -> list[str]:

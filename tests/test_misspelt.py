@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from launching import ROOT
 from pydantic import BaseModel
+from schemas import schema_of
 
 from lad_dist import deepspeed_keys, models, plan
 from lad_dist.config import (
@@ -258,14 +259,6 @@ def _blocks(annotation: Any) -> list[type[BaseModel]]:
 
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.toml"))
-
-
-def schema_of(tables: Mapping[str, Any]) -> type[Table]:
-    if "search" in tables:
-        return SearchConfig
-    if "run" in tables:
-        return PretrainConfig if "shards" in tables["data"] else TaskConfig
-    return EvaluateConfig if "model" in tables else PrepareConfig if "tokenizer" in tables else TokenizerConfig
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(ROOT / "configs")))

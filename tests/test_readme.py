@@ -4,21 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from schemas import SCHEMAS
 
-from lad_dist.config import (
-    EvaluateConfig,
-    PrepareConfig,
-    PretrainConfig,
-    SearchConfig,
-    Table,
-    TaskConfig,
-    TokenizerConfig,
-    describe,
-)
+from lad_dist.config import Table, describe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SCHEMAS = (PretrainConfig, TaskConfig, PrepareConfig, TokenizerConfig, EvaluateConfig, SearchConfig)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)

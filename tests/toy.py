@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lad_dist import models
-from lad_dist.config import PretrainConfig, TaskConfig, TrainConfig, override, parse
+from lad_dist.config import TrainConfig, override, parse, train_schema
 from lad_dist.data.batch import collate, pack
 from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
 from lad_dist.flat import Batch
@@ -125,8 +125,7 @@ def corpus_config(work: Path, shards: Path, teacher: Path, student: Path, **tabl
 def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> TrainConfig:
     """The config of plain tables after changes {"a.b": value}, None taking a key away; the data say of which kind."""
     changed = _without_none(override(tables, (changes or {}).items()))
-    schema: type[TrainConfig] = PretrainConfig if "shards" in changed["data"] else TaskConfig
-    return parse(schema, changed, where="toy")
+    return parse(train_schema(changed), changed, where="toy")
 
 
 def _without_none(tables: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist import processes
-from lad_dist.config import PretrainConfig, TaskConfig, parse, read
+from lad_dist.config import parse, read, train_schema
 from lad_dist.train import train
 
 
@@ -18,8 +18,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         tables = read(path)
-        schema = PretrainConfig if "shards" in tables["data"] else TaskConfig
-        train(parse(schema, tables, path), rows.setdefault(Path(path).stem, []).append)
+        train(parse(train_schema(tables), tables, path), rows.setdefault(Path(path).stem, []).append)
     if processes.main():
         Path(out).write_text(json.dumps(rows))
 

@@ -1,0 +1,32 @@
+"""The schemas of all configs, and which of them a file is written for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lad_dist.config import (
+    EvaluateConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SearchConfig,
+    Table,
+    TaskConfig,
+    TokenizerConfig,
+    train_schema,
+)
+
+SCHEMAS: tuple[type[Table], ...] = (
+    PretrainConfig, TaskConfig, PrepareConfig, TokenizerConfig, EvaluateConfig, SearchConfig
+)  # fmt: skip
+
+
+def schema_of(tables: Mapping[str, Any]) -> type[Table]:
+    """A file's content says what it is for."""
+    if "run" in tables:
+        return train_schema(tables)
+    names: dict[str, type[Table]] = {
+        "vocabulary": TokenizerConfig,
+        "source": PrepareConfig,
+        "search": SearchConfig,
+        "model": EvaluateConfig,
+    }
+    return next(schema for key, schema in names.items() if key in tables)
