@@ -3,13 +3,14 @@
 check(table)               [deepspeed] in DeepSpeed's own words, by DeepSpeed's own checks
 build(method, config)      the engine that trains a method
 snapshot(engine, folder)   the files of a checkpoint in that folder, in memory
+forget(engine, pruned)     the optimizer's moments of weights that were taken away
 whole(method, stage)       within it every process has all weights
 """
 
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from lad_dist import optim, plan, processes, resize
 from lad_dist.config import TrainConfig, UserError
@@ -70,6 +72,40 @@ def snapshot(engine: Any, folder: Path) -> Files:
     client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
     engine.save_checkpoint(str(folder), tag=resize.TAG, client_state=client, save_latest=False)
     return engine.checkpoint_engine.taken()
+
+
+def forget(engine: Any, pruned: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Zeroes the moments of weights where their masks are False, in ZeRO's stages up to 2: what is gone must not go on
+    drifting."""
+    places = {
+        parameter: (number, place)
+        for number, group in enumerate(resize.groups(engine))
+        for place, parameter in enumerate(group)
+    }
+    for parameter, kept in pruned:
+        if parameter in places:  # or it is frozen
+            _forget(engine.optimizer, parameter, kept.flatten(), *places[parameter])
+
+
+def _forget(optimizer: Any, parameter: nn.Parameter, kept: Tensor, group: int, place: int) -> None:
+    if hasattr(parameter, "_hp_mapping"):
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return  # all of it lies with other processes
+        (flat,) = optimizer.optimizer.param_groups[group]["params"]
+        whole, here = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+        for moment in _moments(optimizer.optimizer, flat):
+            moment.narrow(0, here.start, here.numel).mul_(kept.narrow(0, whole.start, whole.numel))
+        return
+    half = hasattr(optimizer, "fp32_groups")
+    weight = optimizer.fp32_groups[group][place] if half else parameter
+    for moment in _moments(optimizer.optimizer if half else optimizer, weight):
+        moment.view(-1).mul_(kept)
+
+
+def _moments(optimizer: Any, weight: Tensor) -> list[Tensor]:
+    """Of a weight's size; none before the first update."""
+    return [x for x in optimizer.state.get(weight, {}).values() if isinstance(x, Tensor) and x.shape == weight.shape]
 
 
 def whole(method: Method, stage: int) -> contextlib.AbstractContextManager[Any]:

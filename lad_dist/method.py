@@ -10,6 +10,7 @@ from lad_dist import parts
 from lad_dist.flat import Batch, Trace, trace_map
 from lad_dist.models import PreTrainedModel, trace
 from lad_dist.objectives import Objective
+from lad_dist.parts import Moment
 
 
 class Method(nn.Module):
@@ -23,18 +24,23 @@ class Method(nn.Module):
         self.student = student
         self.objective = objective
 
-    def forward(self, batch: Batch, target: Trace | None, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed loss, and by name its terms and what the objective observed (detached scalars). `progress` is in
-        [0, 1]."""
-        pieces = parts.parts(self.student)
-        for piece in pieces:
-            piece.at(progress)
-        self.objective.at(progress)
+    def at(self, moment: Moment) -> None:
+        """Moves all schedules, once before the micro-batches of each step."""
+        for piece in parts.parts(self.student):
+            piece.at(moment)
+        self.objective.at(moment.progress)
+
+    def pruned(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Weights of which the last `at` took some away, with masks that are True where they stay."""
+        return [pair for piece in parts.parts(self.student) for pair in piece.pruned()]
+
+    def forward(self, batch: Batch, target: Trace | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed loss, and by name its terms and what the objective observed (detached scalars)."""
         seen = trace(self.student, batch, self.objective.student_needs)
         if target is not None:
             target = trace_map(lambda x: x.to(self.student.dtype), target)
         terms = self.objective(seen, target, batch)
-        penalties = [piece.penalty() for piece in pieces]
+        penalties = [piece.penalty() for piece in parts.parts(self.student)]
         for name in {name for penalty in penalties for name in penalty}:
             terms[name] = torch.stack([penalty[name] for penalty in penalties if name in penalty]).sum()
         loss = torch.stack(list(terms.values())).sum()

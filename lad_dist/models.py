@@ -374,7 +374,7 @@ class _Flat:
 
     batch: Batch
     wanted: tuple[int, ...]
-    calls: int = 0
+    layer: int = 0  # the one that runs, from 1: some families run one layer many times
     biases: dict[int | None, Tensor | None] = field(default_factory=dict)  # of attention's scores, by window
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -395,9 +395,9 @@ class _Flat:
         return []
 
     def record(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.calls += 1  # layers are counted, not asked for their number: some families run one layer many times
-        if self.calls in self.wanted:
-            self.qkv[self.calls] = (q, k, v)
+        """A Part in a layer's place may hold several: the last one's stay."""
+        if self.layer in self.wanted:
+            self.qkv[self.layer] = (q, k, v)
 
     def bias_like(self, q: Tensor, window: int | None) -> Tensor | None:
         """[U, 1, S or 1, S] in the type of q: 0 where a place attends to another, which is `window` places away at
@@ -425,6 +425,7 @@ class _Padded:
 
     batch: Batch
     wanted: tuple[int, ...]
+    layer: int = 0
     found: dict[int, list[Tensor]] = field(default_factory=dict)
     heads: int = 0
 
@@ -568,19 +569,17 @@ def _hooks(
     model: PreTrainedModel, run: _Flat | _Padded, batch: Batch, needs: Needs, hidden: dict[int, Tensor]
 ) -> Iterator[None]:
     """Within it, a forward leaves the layers it `needs` in `hidden` and hands the head only its rows."""
-    calls = 0
 
     def keep(layer: int, x: Tensor) -> None:
         if layer in needs.hidden:
             hidden[layer] = run.flatten(x)
 
     def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal calls
-        keep(calls, args[0] if args else kwargs["hidden_states"])
-        calls += 1
+        keep(run.layer, args[0] if args else kwargs["hidden_states"])
+        run.layer += 1
 
     def at_end(_: nn.Module, __: Any, output: Any) -> Any:
-        keep(calls, output.last_hidden_state)
+        keep(run.layer, output.last_hidden_state)
         if needs.logits:
             # As sequences of one token: heads that read a sequence's first token and heads that read each both fit.
             output.last_hidden_state = _read(model, run.flatten(output.last_hidden_state), batch)[:, None]

@@ -1,20 +1,41 @@
 """Parts: compressed pieces of a student.
 
-A Part stands where a plain module stood and trains with the student. `at(progress)` moves its schedule, `penalty()`
-adds loss terms, `fold()` returns the plain module that is exported in its place. Surgeries put Parts in.
+A Part stands where a plain module stood and trains with the student. `at(moment)` moves its schedule, `penalty()` adds
+loss terms, `pruned()` says which weights it has just taken away, `fold()` returns the plain module that is exported in
+its place. Surgeries put Parts in.
 
     LowRank   a linear map as a product of two thin ones
 """
 
-from typing import Self
+from collections.abc import Iterator
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 
+class Moment(NamedTuple):
+    """Where a training stands: the same on all processes."""
+
+    step: int
+    steps: int
+    seed: int
+
+    @property
+    def progress(self) -> float:
+        """Of all steps, in [0, 1]."""
+        return self.step / self.steps
+
+
 class Part(nn.Module):
-    def at(self, progress: float) -> None:
-        """Moves schedules to `progress` in [0, 1]: a function of the step, never of history."""
+    def at(self, moment: Moment) -> None:
+        """Moves schedules, once before the micro-batches of each step. What it leaves behind is a function of the
+        moment and of what a checkpoint holds, and so the same on all processes and after a resumption."""
+
+    def pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Weights of which the last `at` took some away, with masks that are True where they stay: the optimizer
+        forgets the rest."""
+        return iter(())
 
     def penalty(self) -> dict[str, Tensor]:
         """Weighted loss terms of the Part itself."""

@@ -112,8 +112,8 @@ def _saved(engine: Any, checkpoint: Path, was: Layout) -> _Saved:
 def _add_share(saved: _Saved, share: dict[str, Any]) -> None:
     """What one process of ZeRO-1 or 2 saved. Called in the order of the ranks, along which a parameter goes on."""
     states = share["base_optimizer_state"]["state"]
-    groups = zip(share["param_slice_mappings"], share["single_partition_of_fp32_groups"], strict=True)
-    for number, (slices, weights) in enumerate(groups):
+    pairs = zip(share["param_slice_mappings"], share["single_partition_of_fp32_groups"], strict=True)
+    for number, (slices, weights) in enumerate(pairs):
         moments, counts = _parted(states.get(number, {}))
         for parameter, where in slices.items():
             for key, flat in {WEIGHTS: weights, **moments}.items():
@@ -145,7 +145,7 @@ def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
     return moments, {key: x for key, x in state.items() if key not in moments}
 
 
-def _groups(engine: Any) -> list[list[Any]]:
+def groups(engine: Any) -> list[list[Any]]:
     """The parameters of each of the optimizer's groups, in its order, under any stage and precision."""
     for name in ("bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(engine.optimizer, name):
@@ -154,13 +154,13 @@ def _groups(engine: Any) -> list[list[Any]]:
 
 
 def _names(engine: Any) -> list[list[str]]:
-    return [[engine.param_names[parameter] for parameter in group] for group in _groups(engine)]
+    return [[engine.param_names[parameter] for parameter in group] for group in groups(engine)]
 
 
 def _mismatch(engine: Any, saved: _Saved) -> str | None:
     """A parameter whose fp32 copy is not the weight that the model has loaded. Parameters are shared out over the
     processes."""
-    parameters = [parameter for group in _groups(engine) for parameter in group]
+    parameters = [parameter for group in groups(engine) for parameter in group]
     for parameter in parameters[processes.rank() :: processes.world()]:
         name = engine.param_names[parameter]
         copy = torch.cat(saved.pieces.get(name, {}).get(WEIGHTS, [torch.empty(0)]))
@@ -174,7 +174,7 @@ def _fill(engine: Any, saved: _Saved) -> None:
     optimizer = engine.optimizer
     state = optimizer.state_dict()
     inner = state["base_optimizer_state"]["state"] = {}
-    for number, (group, counts) in enumerate(zip(_groups(engine), saved.counts, strict=True)):
+    for number, (group, counts) in enumerate(zip(groups(engine), saved.counts, strict=True)):
         (flat,) = optimizer.optimizer.param_groups[number]["params"]
         share = {key: torch.zeros_like(flat) for key in saved.keys}
         for parameter in group:
@@ -200,8 +200,8 @@ def _fill_whole(engine: Any, saved: _Saved) -> None:
     state = optimizer.state_dict()
     inner = state.get("optimizer_state_dict", state)
     inner["state"] = {}
-    groups = zip(_groups(engine), inner["param_groups"], saved.counts, strict=True)
-    for number, (group, words, counts) in enumerate(groups):
+    rows = zip(groups(engine), inner["param_groups"], saved.counts, strict=True)
+    for number, (group, words, counts) in enumerate(rows):
         for place, (parameter, index) in enumerate(zip(group, words["params"], strict=True)):
             values = {key: x.view_as(parameter) for key, x in saved.values(engine.param_names[parameter])}
             weights = values.pop(WEIGHTS)

@@ -35,6 +35,7 @@ from lad_dist.data.tokenizers import save_beside
 from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.health import Watch
 from lad_dist.method import Method
+from lad_dist.parts import Moment
 from lad_dist.runs import Run
 from lad_dist.saving import Files, Saver, Unsaved
 
@@ -277,9 +278,10 @@ class Loop:
         """One optimizer step over this process's micro-batches."""
         share = optim.factor(step, self.steps, self.config.optim)
         optim.set_learning_rate(self.engine.optimizer.param_groups, share)
-        progress = step / self.steps
         device = processes.device()
         self.engine.train()
+        self.method.at(Moment(step, self.steps, self.config.run.seed))
+        engines.forget(self.engine, self.method.pruned())
         for index, batch in enumerate(batches):
             slot = processes.rank() + index * processes.world()
             self.watch.mark(step, "forward", index)
@@ -289,7 +291,7 @@ class Loop:
             with self.clock("teacher"):
                 target = self._target(batch, step, slot)
             with self.clock("forward"):
-                loss, terms = self.engine(batch, target, progress)
+                loss, terms = self.engine(batch, target)
             self.watch.mark(step, "backward", index)
             with self.clock("backward"):
                 self.guard.backward(loss)  # once per micro-batch: a second one would lose gradients under ZeRO
@@ -346,7 +348,7 @@ class Loop:
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         target = self.teacher(batch, self.method.objective.teacher_needs) if self.teacher else None
-        loss, terms = self.method(batch, target, 1.0)
+        loss, terms = self.method(batch, target)
         return {"loss": loss, **terms}
 
     def _resume(self) -> int:

@@ -343,7 +343,7 @@ def learns(family: str, name: str, words: PreTrainedTokenizerFast) -> bool:
         batch = toy.packed(batch, 16) if spans else batch
         with torch.no_grad():
             target = models.trace(teacher, batch, method.objective.teacher_needs) if kind.taught else None
-        loss, _ = method(batch, target, 0.5)
+        loss, _ = method(batch, target)
         loss.backward()
         gradient = sum(p.grad.abs().sum() for p in models.layers(student).parameters() if p.grad is not None)
         if not (loss.isfinite() and gradient > 0):

@@ -15,6 +15,7 @@ from lad_dist import agreement, cli, processes, saving
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config import AGAIN, Fault, TrainConfig, UserError
 from lad_dist.method import Method
+from lad_dist.parts import Moment
 from lad_dist.runs import NoProgress
 from lad_dist.train import train
 
@@ -38,21 +39,27 @@ def weights(config: TrainConfig) -> bytes:
     return (config.run.folder / "export" / "model.safetensors").read_bytes()
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], of: int) -> None:
-    """Makes the losses of these steps infinite, in a run of `of` steps."""
-    forward = Method.forward
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Makes the losses of these steps infinite."""
+    at, forward = Method.at, Method.forward
+    now: list[int] = []
 
-    def poisoned(self: Method, batch: Any, target: Any, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, terms = forward(self, batch, target, progress)
-        return (loss * math.inf if self.training and round(progress * of) in steps else loss), terms
+    def watched(self: Method, moment: Moment) -> None:
+        now[:] = [moment.step]
+        at(self, moment)
 
+    def poisoned(self: Method, batch: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = forward(self, batch, target)
+        return (loss * math.inf if self.training and now[0] in steps else loss), terms
+
+    monkeypatch.setattr(Method, "at", watched)
     monkeypatch.setattr(Method, "forward", poisoned)
 
 
 def test_a_spoilt_update_is_skipped_and_told(
     make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    poison(monkeypatch, {3}, of=8)
+    poison(monkeypatch, {3})
     config, rows = make(), list[Row]()
     outcome = train(config, rows.append)
     assert outcome.results is not None
@@ -70,7 +77,7 @@ def test_skips_in_a_row_go_back_to_a_checkpoint_and_leave_their_steps_out(
     make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Steps 6 and 7 are spoilt: they and the two before them are left out, whatever had been saved since."""
-    poison(monkeypatch, {6, 7}, of=12)
+    poison(monkeypatch, {6, 7})
     changes = {"run.steps": 12, "run.save_every": 2, "run.keep": 5, "run.max_skips": 2}
     config, rows = make(changes), list[Row]()
     assert train(config, rows.append).results is not None
@@ -86,7 +93,7 @@ def test_without_a_checkpoint_it_goes_back_to_the_beginning(
     make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And ends as a run that had left these steps out from the start."""
-    poison(monkeypatch, {4, 5}, of=8)
+    poison(monkeypatch, {4, 5})
     config = make({"run.max_skips": 2})
     assert train(config).results is not None
     other = make(name="other")
@@ -99,7 +106,7 @@ def test_without_a_checkpoint_it_goes_back_to_the_beginning(
 def test_a_run_that_only_skips_ends_with_what_is_wrong(
     make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    poison(monkeypatch, set(range(100)), of=100)
+    poison(monkeypatch, set(range(100)))
     config = make({"run.steps": 100, "run.max_skips": 1, "run.log_every": 100})
 
     def work() -> int:

@@ -66,14 +66,12 @@ class EMD(KD):
         self.plans = dict.fromkeys(self.weights, np.outer(*self.masses))
         self.costs = torch.zeros(len(self.weights), student.layers, teacher.layers)
         """Sums over the micro-batches of this step, means over the processes."""
-        self.count, self.progress = 0, -1.0
+        self.count = 0
 
     def at(self, progress: float) -> None:
-        if not self.training or progress == self.progress:
-            return
         if self.count:
             self.renew((self.costs / self.count).double().cpu().numpy())
-        self.costs, self.count, self.progress = torch.zeros_like(self.costs), 0, progress
+        self.costs, self.count = torch.zeros_like(self.costs), 0
 
     def renew(self, costs: Array) -> None:
         """New plans for costs [1 or 2, M, L], of hidden states and of attention, and the masses that they lead to.
@@ -124,13 +122,12 @@ class EMD(KD):
             "plans": {kind: torch.from_numpy(x) for kind, x in self.plans.items()},
             "costs": self.costs.cpu(),
             "count": self.count,
-            "progress": self.progress,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.masses = [x.cpu().numpy() for x in state["masses"]]
         self.plans = {kind: x.cpu().numpy() for kind, x in state["plans"].items()}
-        self.costs, self.count, self.progress = state["costs"], state["count"], state["progress"]
+        self.costs, self.count = state["costs"], state["count"]
 
 
 def _moved(plan: Array, distance: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ class Objective(nn.Module):
         """Detached scalars of the last forward that are worth a curve."""
 
     def at(self, progress: float) -> None:
-        """Told before each forward how much of the training lies behind, in [0, 1]: a new value is a new step."""
+        """Told once before each step how much of the training lies behind, in [0, 1]."""
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
