@@ -1,13 +1,14 @@
 """Parts: compressed pieces of a student.
 
 A Part stands where a plain module stood and trains with the student. `at(moment)` moves its schedule, `penalty()` adds
-loss terms, `pruned()` says which weights it has just taken away, `fold()` returns the plain module that is exported in
-its place. Surgeries put Parts in.
+loss terms, `pruned()` says which weights it has just taken away. Two plain modules have its function: `fold()` returns
+one of the kind that stood there, for the ordinary folder that is exported; `compact()` the one that computes least.
+Surgeries put Parts in.
 
     LowRank   a linear map as a product of two thin ones
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
 
 import torch
@@ -42,8 +43,12 @@ class Part(nn.Module):
         return {}
 
     def fold(self) -> nn.Module:
-        """The plain module with the same function."""
+        """The plain module with the same function, of the kind that the Part replaced."""
         raise NotImplementedError
+
+    def compact(self) -> nn.Module:
+        """The plain module with the same function that computes least."""
+        return self.fold()
 
 
 class LowRank(Part):
@@ -80,6 +85,11 @@ class LowRank(Part):
                 linear.bias.copy_(self.outer.bias)
         return linear.to(self.inner.weight.device)
 
+    def compact(self) -> nn.Module:
+        """The pair, where it has fewer weights than its product."""
+        rows, columns, rank = self.outer.out_features, self.inner.in_features, self.inner.out_features
+        return nn.Sequential(self.inner, self.outer) if rank * (rows + columns) < rows * columns else self.fold()
+
 
 def parts(model: nn.Module) -> list[Part]:
     """The model's Parts, in the order of its modules."""
@@ -87,7 +97,16 @@ def parts(model: nn.Module) -> list[Part]:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """The model, each Part replaced by its plain module, in place."""
+    """The model, each Part replaced by the module that it folds into, in place."""
+    return _replaced(model, lambda part: part.fold())
+
+
+def compact(model: nn.Module) -> nn.Module:
+    """The model, each Part replaced by the module that computes least, in place."""
+    return _replaced(model, lambda part: part.compact())
+
+
+def _replaced(model: nn.Module, plain: Callable[[Part], nn.Module]) -> nn.Module:
     for name, child in list(model.named_children()):
-        setattr(model, name, fold(child.fold() if isinstance(child, Part) else child))
+        setattr(model, name, _replaced(plain(child) if isinstance(child, Part) else child, plain))
     return model

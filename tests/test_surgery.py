@@ -131,12 +131,14 @@ def test_low_rank_is_the_nearest_of_its_rank(rows: int, columns: int, bias: bool
     linear = nn.Linear(columns, rows, bias=bias)
     rank = data.draw(st.integers(1, min(rows, columns)))
     part, x = LowRank.of(linear, rank), torch.randn(7, columns)
-    folded = part.fold()
+    folded, small = part.fold(), part.compact()
     assert isinstance(folded, nn.Linear)
     dropped = torch.linalg.svdvals(linear.weight.detach())[rank:]
     error = (folded.weight - linear.weight).norm()
     assert error.item() == pytest.approx(dropped.norm().item(), abs=1e-5)
     torch.testing.assert_close(folded(x), part(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(x), part(x), rtol=1e-5, atol=1e-5)
+    assert models.parameters(small) == min(models.parameters(part), models.parameters(folded))
 
 
 def test_low_rank_replaces_the_maps_that_match_and_keeps_the_share() -> None:
