@@ -1,0 +1,357 @@
+"""Pruning: masks over weights, tightened while a student trains.
+
+    Mask       what stands between a weight and those who use it: kind by kind, which weights matter
+        Magnitude   large ones (Han et al., 2015)
+        Random      drawn once: the null of all others
+        Movement    those that training moves away from 0 (Sanh et al., 2020)
+        Adapting    scores over weights that never change (Gao, Colombo and Wang, 2021: "adapting by pruning")
+        Iterative   those large after training; what stays returns to where it started (Frankle and Carbin, 2019)
+    Schedule   how many are gone at which step
+    Pattern    which weights can only go together
+    Pruning    the Part that moves all masks of a student, by one ranking of all their weights
+
+A mask is a parametrization: the weight stays where it is, in its own precision, and whoever reads it reads
+weight · mask. Where the mask is 0 neither side learns, and the optimizer forgets its moments. Masks are a function of
+the weights, the scores and the step, so that all processes of ZeRO's stages up to 2 have the same without a word; they
+are saved with the student.
+
+The scores of Movement and Adapting learn through a gate that is hard forwards and soft backwards. Only their order
+counts: which weights stay is decided by rank, so that the sparsity is what the schedule says, and the uniform push by
+which the paper lets all scores sink together is the threshold that rises here.
+
+O rows and I columns of a weight.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lad_dist.config import UserError
+from lad_dist.parts import Moment, Part
+
+
+class Mask(nn.Module):
+    """weight [O, I] -> weight · kept. `kept` is True where a weight stays."""
+
+    kept: Tensor
+    learns = False  # whether what matters goes on changing after the last weight was to go
+    freezes = False  # whether it is about weights that do not change
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("kept", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.kept
+
+    def importance(self, weight: Tensor) -> Tensor:
+        """[O, I] in fp32: the least important go first."""
+        raise NotImplementedError
+
+    def settle(self, threshold: Tensor) -> None:
+        """Told at each tightening: the importance below which weights went."""
+
+    def finish(self) -> None:
+        """Told when the last weights have gone."""
+
+
+class Magnitude(Mask):
+    def importance(self, weight: Tensor) -> Tensor:
+        return weight.detach().float().abs()
+
+
+class Random(Mask):
+    scores: Tensor
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.register_buffer("scores", torch.rand(weight.shape, device=weight.device))
+
+    def importance(self, weight: Tensor) -> Tensor:
+        return self.scores.float()
+
+
+class _Gate(torch.autograd.Function):
+    """kept forwards; backwards, to scores S, gradient · slope."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, kept: Tensor, slope: Tensor | float) -> Tensor:
+        ctx.slope = slope
+        return kept.to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * ctx.slope, None, None
+
+
+class Movement(Mask):
+    """Scores S from 0 with ∂L/∂S = ∂L/∂(weight · mask) · weight: they sum up how far each step would move a weight away
+    from 0 (Sanh et al., 2020, section 3). S is flat, as a bias is, and does not decay."""
+
+    learns = True
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.scores = nn.Parameter(self.start(weight))
+
+    def start(self, weight: Tensor) -> Tensor:
+        return torch.zeros(weight.numel(), device=weight.device)
+
+    def slope(self, scores: Tensor) -> Tensor | float:
+        """Of the gate that gradients pass."""
+        return 1.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scores = self.scores.view_as(weight)
+        return weight * _Gate.apply(scores, self.kept, self.slope(scores.detach()))
+
+    def importance(self, weight: Tensor) -> Tensor:
+        return self.scores.detach().float().view_as(weight)
+
+
+class Adapting(Movement):
+    """Scores θ over frozen weights w: gate 1[θ > c] forwards, σ(t (θ - c)) backwards, so that
+    ∂L/∂θ = ∂L/∂(w · mask) · w · t σ'(t (θ - c)) (Gao et al., 2021, section 3; their forward temperature t_l → ∞, so that
+    what was trained is what is exported). θ starts at N(0, 0.001²): around 0.01 as published, less what they have in
+    common, which changes nothing."""
+
+    freezes = True
+    threshold: Tensor
+    spread, sharpness = 0.001, 1.0  # t
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.register_buffer("threshold", torch.zeros((), device=weight.device))
+
+    def start(self, weight: Tensor) -> Tensor:
+        return self.spread * torch.randn(weight.numel(), device=weight.device)
+
+    def slope(self, scores: Tensor) -> Tensor:
+        open_ = torch.sigmoid(self.sharpness * (scores - self.threshold))
+        return self.sharpness * open_ * (1 - open_)
+
+    def settle(self, threshold: Tensor) -> None:
+        self.threshold.copy_(threshold)
+
+
+class Iterative(Mask):
+    """A copy of the weight trains while it is pruned by magnitude; then what stays goes back to the weight it started
+    from, and no longer changes."""
+
+    freezes = True
+    rewound: Tensor
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.trained = nn.Parameter(weight.detach().float().flatten().clone())
+        self.register_buffer("rewound", torch.zeros((), dtype=torch.bool, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        trained = self.trained.view_as(weight).to(weight.dtype)
+        return torch.where(self.rewound, weight, trained) * self.kept
+
+    def importance(self, weight: Tensor) -> Tensor:
+        return self.trained.detach().float().abs().view_as(weight)
+
+    def finish(self) -> None:
+        self.rewound.fill_(True)
+
+
+CRITERIA: dict[str, type[Mask]] = {
+    "magnitude": Magnitude,
+    "random": Random,
+    "movement": Movement,
+    "adapting": Adapting,
+    "iterative": Iterative,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sparsity s(p) = s₁ + (s₀ - s₁) (1 - (p - begin) / (end - begin))³ between two shares of the training (Zhu and
+    Gupta, 2017), in stairs of `every` steps."""
+
+    sparsity: float
+    initial: float = 0.0
+    begin: float = 0.0
+    end: float = 0.0
+    every: int = 1
+
+    def at(self, step: int, steps: int) -> float:
+        first, last = self.span(steps)
+        if step >= last:
+            return self.sparsity
+        if step < first:
+            return 0.0
+        left = 1 - (step - first) / (last - first)
+        return self.sparsity + (self.initial - self.sparsity) * left**3
+
+    def span(self, steps: int) -> tuple[int, int]:
+        """The steps at which the first and the last weights go: no later than the last step, so that it too trains what
+        is exported."""
+        last = min(round(self.end * steps), steps - 1)
+        return min(round(self.begin * steps), last), last
+
+
+class Pattern(NamedTuple):
+    """Weights that go together. unstructured: each for itself; N:M: of each M neighbours in a row N stay, as sparse
+    tensor cores want it; block: rows x columns at a time."""
+
+    kept: int = 0  # N
+    group: int = 0  # M
+    rows: int = 1
+    columns: int = 1
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Raises ValueError."""
+        if text == "unstructured":
+            return cls()
+        if found := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text):
+            kept, group = map(int, found.groups())
+            if kept < group:
+                return cls(kept=kept, group=group)
+        if found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text):
+            rows, columns = map(int, found.groups())
+            return cls(rows=rows, columns=columns)
+        raise ValueError('must be "unstructured", N:M as "2:4" with N below M, or rows x columns as "32x1"')
+
+    def check(self, name: str, weight: Tensor, sparsity: float) -> None:
+        """Raises UserError where the pattern does not fit."""
+        rows, columns = weight.shape
+        if self.group and columns % self.group:
+            raise UserError(f"surgery prune: {name} has {columns} columns, which {self.group} does not divide")
+        if rows % self.rows or columns % self.columns:
+            raise UserError(
+                f"surgery prune: {name} is {rows} x {columns}, no whole blocks of {self.rows} x {self.columns}"
+            )
+        if self.group and sparsity > 1 - self.kept / self.group:
+            raise UserError(
+                f"surgery prune: sparsity = {sparsity:g}, but {self.kept}:{self.group} takes "
+                f"{1 - self.kept / self.group:g} away at most"
+            )
+
+    def units(self, importance: Tensor) -> Tensor:
+        """[O, I] -> importance of what goes together, infinite where it has to stay."""
+        if self.group:
+            groups = importance.unflatten(1, (-1, self.group))
+            stay = groups.topk(self.kept, dim=-1).indices
+            return groups.scatter(-1, stay, torch.inf).flatten(1)
+        if self.rows * self.columns == 1:
+            return importance
+        return F.avg_pool2d(importance[None], (self.rows, self.columns))[0]
+
+    def spread(self, units: Tensor) -> Tensor:
+        """Back to [O, I]."""
+        return units.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+
+
+class Place(NamedTuple):
+    """A weight under a mask."""
+
+    name: str
+    weight: nn.Parameter
+    mask: Mask
+    holders: Sequence[nn.Module]  # modules that share the weight
+
+
+class Pruning(Part):
+    """All masks of a student. `recover`: whether learnt scores may bring weights back."""
+
+    def __init__(self, places: Sequence[Place], schedule: Schedule, pattern: Pattern, recover: bool):
+        super().__init__()
+        self.places, self.schedule, self.pattern, self.recover = places, schedule, pattern, recover
+        self.changed: list[Place] = []
+
+    def at(self, moment: Moment) -> None:
+        self.changed = []
+        step, steps = moment.step, moment.steps
+        first, last = self.schedule.span(steps)
+        if step < first or (step > last and not self.learns):
+            return
+        if step == last or (step - first) % self.schedule.every == 0:
+            self.tighten(self.schedule.at(step, steps))
+        if step == last:
+            for place in self.places:
+                place.mask.finish()
+
+    @property
+    def learns(self) -> bool:
+        """Whether what matters goes on changing after the last weight was to go."""
+        return any(place.mask.learns for place in self.places)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights under masks that is gone now."""
+        kept = [place.mask.kept for place in self.places]
+        return 1 - sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
+
+    @torch.no_grad()
+    def tighten(self, sparsity: float) -> None:
+        """Takes the least important weights away, up to this share of all."""
+        ranked = [self.pattern.units(self._importance(place)) for place in self.places]
+        stays, threshold = _largest(torch.cat([units.flatten() for units in ranked]), sparsity)
+        for place, units, kept in zip(self.places, ranked, stays.split([u.numel() for u in ranked]), strict=True):
+            mask = self.pattern.spread(kept.view_as(units))
+            if not torch.equal(mask, place.mask.kept):
+                place.mask.kept.copy_(mask)
+                self.changed.append(place)
+            place.mask.settle(threshold)
+
+    def _importance(self, place: Place) -> Tensor:
+        found = place.mask.importance(place.weight)
+        if place.mask.learns and self.recover:
+            return found
+        return found.masked_fill(~place.mask.kept, -torch.inf)
+
+    def pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return ((place.weight, place.mask.kept) for place in self.changed)
+
+    def fold(self) -> None:
+        """Zeros are in the weights themselves now, and nothing is left of it."""
+        for place in self.places:
+            for holder in place.holders:
+                parametrize.remove_parametrizations(holder, "weight", leave_parametrized=True)
+
+
+def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
+    """Which stay, all but exactly the share `sparsity` of them, the first of equals going first; and the importance of
+    the last that goes."""
+    going = round(sparsity * len(importance))
+    if not going:
+        return torch.ones_like(importance, dtype=torch.bool), importance.new_tensor(-torch.inf)
+    threshold = importance.kthvalue(going).values
+    below, tied = importance < threshold, importance == threshold
+    go = below | (tied & (tied.cumsum(0) <= going - below.sum()))
+    return ~go, threshold
+
+
+def prune(
+    model: nn.Module,
+    weights: Mapping[nn.Parameter, Sequence[tuple[str, nn.Module]]],
+    kind: type[Mask],
+    schedule: Schedule,
+    pattern: Pattern,
+    recover: bool,
+) -> None:
+    """Puts masks over weights, each given with the names and modules that share it. Raises UserError where the pattern
+    does not fit, or a weight has a mask already."""
+    for weight, holders in weights.items():
+        name, holder = holders[0]
+        pattern.check(name, weight, schedule.sparsity)
+        if parametrize.is_parametrized(holder, "weight"):
+            raise UserError(f"surgery prune: {name} is pruned already; one surgery can take only what others leave")
+    places = []
+    for weight, holders in weights.items():
+        mask = kind(weight)
+        for _, holder in holders:
+            parametrize.register_parametrization(holder, "weight", mask, unsafe=True)
+        places.append(Place(holders[0][0], weight, mask, [holder for _, holder in holders]))
+    number = sum(isinstance(child, Pruning) for child in model.children())
+    model.add_module(f"pruning_{number}", Pruning(places, schedule, pattern, recover))
