@@ -42,11 +42,11 @@ class Part(nn.Module):
         """Weighted loss terms of the Part itself."""
         return {}
 
-    def fold(self) -> nn.Module:
-        """The plain module with the same function, of the kind that the Part replaced."""
+    def fold(self) -> nn.Module | None:
+        """The plain module with the same function, of the kind that the Part replaced; None where it replaced none."""
         raise NotImplementedError
 
-    def compact(self) -> nn.Module:
+    def compact(self) -> nn.Module | None:
         """The plain module with the same function that computes least."""
         return self.fold()
 
@@ -106,7 +106,11 @@ def compact(model: nn.Module) -> nn.Module:
     return _replaced(model, lambda part: part.compact())
 
 
-def _replaced(model: nn.Module, plain: Callable[[Part], nn.Module]) -> nn.Module:
+def _replaced(model: nn.Module, plain: Callable[[Part], nn.Module | None]) -> nn.Module:
     for name, child in list(model.named_children()):
-        setattr(model, name, _replaced(plain(child) if isinstance(child, Part) else child, plain))
+        own = plain(child) if isinstance(child, Part) else child
+        if own is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, _replaced(own, plain))
     return model
