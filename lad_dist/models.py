@@ -8,7 +8,7 @@
     trace(model, batch, needs)       one flat forward -> Trace
     Frozen                           batch -> Trace of a model that does not learn: the teacher, or one under evaluation
     label_order(path, head, labels)  whether a model has the head of a task, and in which order its labels
-    shape, flops                     sizes and arithmetic of a model
+    shape, parameters                sizes of a model
 
 Batches are flat, so attention alone must know where sequences end. transformers lets a model run with an attention
 function of our own (`AttentionInterface`); ours takes the `_Flat` that `trace` hands through the forward as a keyword,
@@ -122,7 +122,7 @@ def load(
     labels are others, is new, unless `whole` forbids it. Raises UserError when the folder cannot be read or lacks what
     `whole` wants."""
     config = configuration(path)
-    keep_head = whole or head in ("none", "mlm") or (_has_head(config, head) and _same_outputs(config, head, labels))
+    keep_head = whole or head in ("none", "mlm") or keeps_head(config, head, labels)
     if not keep_head:
         _set_labels(config, head, labels)
     try:
@@ -302,6 +302,13 @@ def check_vocabulary(config: PreTrainedConfig, name: str, tokens: int) -> None:
         )
 
 
+def keeps_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
+    """Whether a folder's own head is the one that `load` gives, as far as its config says what it holds."""
+    if head == "mlm":
+        return has_mlm_head(config)
+    return head == "none" or (_has_head(config, head) and _same_outputs(config, head, labels))
+
+
 def has_mlm_head(config: PreTrainedConfig) -> bool:
     """Whether the folder says that it holds a masked-language-model head. (ELECTRA's discriminator has none.)"""
     names = [name for name in config.architectures or () if name != "ElectraForPreTraining"]
@@ -316,55 +323,6 @@ def tells_segments(config: PreTrainedConfig) -> bool:
 def parameters(model: nn.Module) -> int:
     """Number of weights, shared ones counted once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def flops(config: PreTrainedConfig, head: Head, batch: Batch) -> int:
-    """Multiply-adds times two of one forward over the batch, padding not counted: linear maps, attention scores and
-    sums, head."""
-    width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or config.hidden_dim
-    narrow = getattr(config, "embedding_size", width)
-    maps = 4 * width * width + families.of(config).inner_maps * width * inner
-    total = 2 * batch.tokens * (config.num_hidden_layers * maps + (narrow * width if narrow != width else 0))
-    total += sum(4 * width * _pairs(batch, window) for window in _windows(config))
-    total += _relative_flops(config, batch)
-    rows = len(batch.rows)
-    if head == "none":
-        return total
-    if head == "mlm":
-        return total + 2 * rows * narrow * (width + config.vocab_size)
-    mapped = families.of(config).head_map or head in ("classification", "regression")
-    return total + 2 * rows * width * (config.num_labels + mapped * width)
-
-
-def _windows(config: PreTrainedConfig) -> list[int | None]:
-    """Of each layer, how far a token sees; None: as far as its sequence goes."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _pairs(batch: Batch, window: int | None) -> int:
-    """Pairs of tokens of one sequence that see each other."""
-    lengths = batch.lengths.double()
-    everything = lengths**2
-    if window is None:
-        return int(everything.sum())
-    near = lengths * (2 * window + 1) - window * (window + 1)
-    return int(torch.where(lengths > window, near, everything).sum())
-
-
-def _relative_flops(config: PreTrainedConfig, batch: Batch) -> int:
-    """What DeBERTa adds: embeddings of relative positions through q's and k's maps, their products with each token, and
-    its convolution."""
-    width, tokens = config.hidden_size, batch.tokens
-    kernel, groups = getattr(config, "conv_kernel_size", 0), getattr(config, "conv_groups", 1)
-    total = 2 * tokens * width * width * kernel // groups
-    if not getattr(config, "relative_attention", False):
-        return total
-    longest = config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
-    buckets = getattr(config, "position_buckets", -1)
-    positions = 2 * (buckets if buckets > 0 else longest)
-    each = 2 * positions * width * width + 2 * tokens * positions * width
-    return total + config.num_hidden_layers * len(config.pos_att_type or ()) * each
 
 
 @dataclass
@@ -426,7 +384,7 @@ class _Padded:
     batch: Batch
     wanted: tuple[int, ...]
     layer: int = 0
-    found: dict[int, list[Tensor]] = field(default_factory=dict)
+    found: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)  # by layer and attention in it
     heads: int = 0
 
     def __post_init__(self) -> None:
@@ -438,7 +396,8 @@ class _Padded:
 
     @property
     def qkv(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        split = {n: [self.flatten(x).unflatten(-1, (self.heads, -1)) for x in each] for n, each in self.found.items()}
+        last = {number: list(each.values())[-1] for number, each in self.found.items()}
+        split = {n: [self.flatten(x).unflatten(-1, (self.heads, -1)) for x in each] for n, each in last.items()}
         return {number: (q, k, v) for number, (q, k, v) in split.items()}
 
     def lay_out(self, x: Tensor) -> Tensor:
@@ -456,14 +415,17 @@ class _Padded:
         self.heads = model.config.num_attention_heads
         handles = []
         for number in self.wanted:
-            layer = layers(model)[number - 1]
-            maps = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
-            handles += [maps[name].register_forward_hook(self._keep(number, place)) for place, name in enumerate(names)]
+            for path, module in layers(model)[number - 1].named_modules():
+                attention, _, name = path.rpartition(".")
+                if name in names:
+                    handles.append(module.register_forward_hook(self._keep(number, attention, names.index(name))))
         return handles
 
-    def _keep(self, number: int, place: int) -> Callable[..., None]:
+    def _keep(self, number: int, attention: str, place: int) -> Callable[..., None]:
+        """A Part in a layer's place may hold several attentions: that of the last one to run stays."""
+
         def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-            kept = self.found.setdefault(number, [])
+            kept = self.found.setdefault(number, {}).setdefault(attention, [])
             if len(kept) == place:  # DeBERTa sends its relative positions through the same maps afterwards
                 kept.append(output)
 

@@ -12,7 +12,7 @@ import numpy as np
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / φ: SplitMix64's step from one state to the next
 WORD = 2**64 - 1
 ROUNDS = 6
-SHUFFLE, MASK = 1, 2  # what a key is for, its first number: so keys of two purposes are never equal
+SHUFFLE, MASK, COIN = 1, 2, 3  # what a key is for, its first number: so keys of two purposes are never equal
 
 
 def key(*numbers: int) -> int:
