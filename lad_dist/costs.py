@@ -26,12 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from lad_dist import models, narrow, plan, surgery
+from lad_dist import models, plan
 from lad_dist.answers import bytes_of, worth_keeping
 from lad_dist.config import CorpusData
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import SPLITS, read_manifest
-from lad_dist.data.tokenizers import role_ids
 from lad_dist.flat import Batch
 from lad_dist.method import Method
 
@@ -140,21 +139,8 @@ def of(made: plan.Plan, world: int) -> Costs:
 
 def skeleton(made: plan.Plan) -> Method:
     """What the engine will hold, on the meta device."""
-    words = made.config.student
     with torch.device("meta"):
-        if words.path is None:
-            assert words.architecture is not None
-            config = models.architecture_config(words.architecture, len(made.tokenizer), role_ids(made.tokenizer))
-        else:
-            config = models.configuration(words.path)
-        if made.size is not None:
-            config = narrow.resized(config, made.size)
-        student = models.new(config, made.head, made.labels)
-        if made.layers is not None:
-            student = surgery.keep_layers(student, made.layers)
-        for operate in made.surgeries:
-            student = operate(student)
-        return Method(student, made.objective())
+        return Method(made.skeleton(), made.objective())
 
 
 def _teacher(made: plan.Plan) -> models.PreTrainedModel | None:

@@ -14,13 +14,13 @@ from lad_dist.parts import Moment
 
 
 class Method(nn.Module):
-    """A student and its objective. `initial_error`: what a narrower student lost when it was made, by name."""
+    """A student and its objective. `found`: what was measured when the student was made, by name."""
 
     def __init__(
-        self, student: PreTrainedModel, objective: Objective, initial_error: Mapping[str, float] = MappingProxyType({})
+        self, student: PreTrainedModel, objective: Objective, found: Mapping[str, float] = MappingProxyType({})
     ):
         super().__init__()
-        self.initial_error = dict(initial_error)
+        self.found = dict(found)
         self.student = student
         self.objective = objective
 

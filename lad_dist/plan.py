@@ -48,7 +48,7 @@ class Plan:
     layers: list[int] | None  # of the model that the student starts from
     size: narrow.Size | None  # where it is to be smaller than that model
     objective: Callable[[], Objective]
-    surgeries: Sequence[Callable[[models.PreTrainedModel], models.PreTrainedModel]]
+    surgeries: Sequence["partial[models.PreTrainedModel]"]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -84,21 +84,39 @@ class Plan:
         )
 
     def method(self, feed: CorpusFeed | TaskFeed) -> Method:
-        """Student and objective, weights drawn from the run's seed; a narrower student is fitted to the first batches
-        of the feed."""
+        """Student and objective, weights drawn from the run's seed; what of them is fitted to data is fitted to the
+        first batches of the feed."""
         processes.seed_everything(self.config.run.seed)
         words = self.config.student
         student = self._origin()
-        error: dict[str, float] = {}
+        found: dict[str, float] = {}
         if self.size is not None:
             student.to(device=processes.device())  # type: ignore[call-arg]
-            student, error = narrow.narrow(student, _sample(feed), self.size, words.directions)
+            student, lost = narrow.narrow(student, _sample(feed), self.size, words.directions)
+            found = {f"initial_error/{name}": value for name, value in lost.items()}
         if words.path is not None and words.embeddings == "random":
             student = surgery.random_embeddings(student)
         student = surgery.set_dropout(student, words.dropout, words.attention_dropout)
-        for operate in self.surgeries:
-            student = operate(student)
-        return Method(student, self.objective(), error)
+        if self.surgeries:
+            student.to(device=processes.device())  # type: ignore[call-arg]
+            student = surgery.operate(student, self.surgeries, partial(_sample, feed), found.update)
+        return Method(student, self.objective(), found)
+
+    def skeleton(self) -> models.PreTrainedModel:
+        """The student on the meta device: shapes without numbers. Raises UserError where a surgery does not fit it."""
+        words = self.config.student
+        with torch.device("meta"):
+            if words.path is None:
+                assert words.architecture is not None
+                origin = models.architecture_config(words.architecture, len(self.tokenizer), role_ids(self.tokenizer))
+            else:
+                origin = models.configuration(words.path)
+            if self.size is not None:
+                origin = narrow.resized(origin, self.size)
+            student = models.new(origin, self.head, self.labels)
+            if self.layers is not None:
+                student = surgery.keep_layers(student, self.layers)
+            return surgery.operate(student, self.surgeries, list, dict[str, float]().update)
 
     def _origin(self) -> models.PreTrainedModel:
         words = self.config.student
@@ -156,7 +174,10 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     its = _teacher_tokenizer(config, objective, head, tokenizer)
     if config.teacher is not None:
         models.check_vocabulary(models.configuration(config.teacher.path), config.teacher.path, len(its))
-    return Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
+    made = Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
+    if surgeries:
+        made.skeleton()  # refuses those that do not fit
+    return made
 
 
 def zero_stage(table: dict[str, Any]) -> int:

@@ -6,11 +6,14 @@
     low_rank           linear maps as thin products (Part: LowRank)
     quiet_positions    position and segment embeddings made small beside those of words
 
-`SURGERIES` names those that a config may list under `[[surgery]]`; the keyword-only arguments are their schema.
+`SURGERIES` names those that a config may list under `[[surgery]]`; the keyword-only arguments are their schema. Two
+positional ones are given to those that name them, by `operate`: `sample` and `tell`.
 """
 
+import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -18,6 +21,7 @@ from torch import nn
 
 from lad_dist import families
 from lad_dist.config import UserError
+from lad_dist.flat import Batch
 from lad_dist.models import PreTrainedModel, layers
 from lad_dist.parts import LowRank
 
@@ -140,6 +144,23 @@ def quiet_positions(
     for module in model.base_model.get_submodule("embeddings").modules():
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
             module.weight.data *= share
+    return model
+
+
+Sample = Callable[[], Sequence[Batch]]
+Tell = Callable[[Mapping[str, float]], None]
+
+
+def operate(
+    model: PreTrainedModel, surgeries: Iterable["partial[PreTrainedModel]"], sample: Sample, tell: Tell
+) -> PreTrainedModel:
+    """The model after these surgeries, in order. `sample()` is the first batches of the training data, the same on all
+    processes; `tell(values)` puts what was found, by name, into the first row and the results of the run. On the meta
+    device a model has shapes and no numbers: a surgery refuses there what does not fit, and asks and tells nothing."""
+    given = {"sample": sample, "tell": tell}
+    for surgery in surgeries:
+        wanted = inspect.signature(surgery.func).parameters.keys() & given.keys()
+        model = surgery(model, **{name: given[name] for name in wanted})
     return model
 
 

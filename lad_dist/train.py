@@ -204,8 +204,8 @@ class Loop:
         with self.watch.paused():
             first = self._resume()
         self.run.begin(first)
-        if first == 0 and self.method.initial_error:
-            self._report({"step": 0, **_prefixed("initial_error", self.method.initial_error)})
+        if first == 0 and self.method.found:
+            self._report({"step": 0, **self.method.found})
         averages = Averages()
         with contextlib.closing(self.batches(first)) as batches:
             for step in self._steps(first):
@@ -414,7 +414,7 @@ class Loop:
                 "command": shlex.join(["python", *sys.argv]),
                 "config": self.config.model_dump(mode="json", exclude_none=True),
                 "metrics": metrics,
-                "student": self._size(student) | _prefixed("initial_error", self.method.initial_error),
+                "student": self._size(student) | self.method.found,
                 "teacher": {
                     **(self._size(self.teacher.model) if self.teacher else {}),
                     **found.get("teacher", {}),
