@@ -18,6 +18,7 @@ AdamW's two moments are 8 P, the fp32 copy that DeepSpeed keeps from stage 1 on 
 (Rajbhandari et al., 2020, section 3.1). From stage 1 on a bucket of gradients under way comes on top.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lad_dist import models, plan
+from lad_dist import models, plan, sizes
 from lad_dist.answers import bytes_of, worth_keeping
 from lad_dist.config import CorpusData
 from lad_dist.data.feed import CorpusFeed, TaskFeed
@@ -116,7 +117,7 @@ def of(made: plan.Plan, world: int) -> Costs:
     steps = made.config.run.steps or max(1, round((made.config.run.epochs or 0) * feed.steps_per_epoch))
     tokens = sum(batch.tokens for batch in batches)
     answers = _answers(made, method, feed, taught, steps)
-    its = [] if teacher is None else [models.flops(teacher.config, made.teacher_head, taught.batch(*p)) for p in places]
+    its = 0 if teacher is None else _flops(teacher, [taught.batch(*place) for place in places])
     student = models.parameters(method.student)
     trained = student + models.parameters(method.objective)
     return Costs(
@@ -127,14 +128,18 @@ def of(made: plan.Plan, world: int) -> Costs:
         steps=steps,
         epochs=steps / feed.steps_per_epoch,
         tokens=tokens / len(batches) * feed.slots,
-        student_flops=3 * sum(models.flops(method.student.config, made.head, batch) for batch in batches) / tokens,
-        teacher_flops=sum(its) / tokens,
+        student_flops=3 * _flops(method.student, batches) / tokens,
+        teacher_flops=its / tokens,
         teacher_share=min(1.0, feed.steps_per_epoch / steps) if answers else 1.0,
         checkpoint=checkpoint_bytes(made, trained),
         export=4 * student,
         data=_corpus_bytes(made),
         answers=answers,
     )
+
+
+def _flops(model: models.PreTrainedModel, batches: Sequence[Batch]) -> int:
+    return sum(sizes.flops(model, *batches).values())
 
 
 def skeleton(made: plan.Plan) -> Method:

@@ -1,6 +1,6 @@
 """Families of encoders: what differs between them, as one table. `lad_dist/models.py` is the same for all.
 
-    Family         the facts that a forward, its arithmetic and surgeries need
+    Family         the facts that a forward, sizes and surgeries need
     FAMILIES       by model_type
     of(config)     the facts of a model
     check(…)       refuses a model of which nothing is known
@@ -29,16 +29,12 @@ def _after_padding(config: Any) -> int:
 @dataclass(frozen=True)
 class Family:
     """`projections`: names of the maps to q, k and v where attention is the family's own, so that it runs padded.
-    `first_position`: of the config, the number of a sequence's first position. `inner_maps`: linear maps of a
-    feed-forward block. `head_map`: whether heads that read each token begin with a linear map, as those of sequences
-    do. `settings`: what the family reads from a config that does not declare it. `fixed`: settings that must have these
-    values."""
+    `first_position`: of the config, the number of a sequence's first position. `settings`: what the family reads from a
+    config that does not declare it. `fixed`: settings that must have these values."""
 
     projections: tuple[str, str, str] | None = None
     first_position: Callable[[Any], int] = _from_zero
-    inner_maps: int = 2
     shared_layers: bool = False
-    head_map: bool = False
     settings: tuple[str, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
 
@@ -67,7 +63,7 @@ FAMILIES = {
     "deberta-v2": Family(
         projections=("query_proj", "key_proj", "value_proj"), settings=tuple(DEBERTA_SETTINGS.split())
     ),
-    "modernbert": Family(inner_maps=3, head_map=True),
+    "modernbert": Family(),
 }
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lad_dist import engine as engines
-from lad_dist import evaluate, models, optim, plan, preflight, processes, resize
+from lad_dist import evaluate, models, optim, plan, preflight, processes, resize, sizes
 from lad_dist.agreement import dissenters
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
@@ -409,12 +409,13 @@ class Loop:
         metrics = found["student"]
         self._report({"step": self.steps, **_prefixed("dev", metrics)})
         with engines.whole(self.method, plan.zero_stage(self.config.deepspeed)):
+            size = self._size(self.method.student)  # before its Parts are folded
             student = self.method.export()
             results = {
                 "command": shlex.join(["python", *sys.argv]),
                 "config": self.config.model_dump(mode="json", exclude_none=True),
                 "metrics": metrics,
-                "student": self._size(student) | self.method.found,
+                "student": size | self.method.found,
                 "teacher": {
                     **(self._size(self.teacher.model) if self.teacher else {}),
                     **found.get("teacher", {}),
@@ -429,6 +430,7 @@ class Loop:
             if processes.main():
                 models.save(student, self.run.export)
                 save_beside(self.made.tokenizer, self.run.export, models.tells_segments(student.config))
+        results["student"] |= processes.on_main(lambda: sizes.table_on_disk(self.run.export))
         self.run.finish(results)
         return Outcome(self.run.folder, results)
 
@@ -440,11 +442,7 @@ class Loop:
         return evaluate.compare(self.feed.dev, self._logits, teacher, self.teacher_feed.dev)
 
     def _size(self, model: models.PreTrainedModel) -> dict[str, float]:
-        batch = self.feed.batch(0, 0)
-        return {
-            "parameters": models.parameters(model),
-            "forward_flops_per_token": models.flops(model.config, self.made.head, batch) / batch.tokens,
-        }
+        return sizes.of(model, self.feed.batch(0, 0))
 
 
 def _alike(table: dict[str, Any]) -> bool:

@@ -10,23 +10,9 @@ import toy
 from conftest import World
 from launching import ROOT, launch
 
-from lad_dist import models
 from lad_dist.benchmarks import data, step
 from lad_dist.config import PrepareConfig, TaskConfig, parse
 from lad_dist.data.shards import Shards, read_manifest
-
-
-def test_flops_by_hand() -> None:
-    config = models.architecture_config(toy.SIZES, 50)
-    batch = toy.batch([5, 3])
-    layer = 2 * 8 * (4 * 32 * 32 + 2 * 32 * 64) + 4 * 32 * (25 + 9)
-    assert models.flops(config, "none", batch) == 4 * layer
-    assert models.flops(config, "mlm", batch) == 4 * layer + 2 * 2 * 32 * (32 + 50)
-
-
-def test_padding_is_no_arithmetic() -> None:
-    config = models.architecture_config(toy.SIZES, 50)
-    assert models.flops(config, "mlm", toy.batch([5, 3], pad_to=9)) == models.flops(config, "mlm", toy.batch([5, 3]))
 
 
 def test_a_step_is_taken_apart(world: World, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_families import LIKE, SIZES
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lad_dist import families, models, parts, surgery
+from lad_dist import families, models, parts, sizes, surgery
 from lad_dist.config import EvaluateConfig, PrepareConfig, UserError
 from lad_dist.data.batch import collate, span_starts
 from lad_dist.data.prepare import prepare
@@ -253,23 +253,23 @@ def test_layers_as_thin_products_leave_the_same_trace_when_folded(family: str, w
 def test_flops_are_those_that_torch_counts(family: str, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of products of matrices; without padding, and with windows that see everything."""
     monkeypatch.setattr(models.F, "scaled_dot_product_attention", models._explicit_attention)
-    sizes = {"local_attention": 64} if family == "modernbert" else {}
+    settings = {"local_attention": 64} if family == "modernbert" else {}
     for head in ("classification", *OF_TOKENS):
-        model = toy_families.made(family, head, words(family), labels_of(head), **sizes).requires_grad_(False)
+        model = toy_families.made(family, head, words(family), labels_of(head), **settings).requires_grad_(False)
         batch = batch_of([16] * 4, head, words(family))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             models.trace(model, batch, Needs(logits=True))
-        assert counter.get_total_flops() == models.flops(model.config, head, batch)
+        assert counter.get_total_flops() == sum(sizes.flops(model, batch).values())
 
 
 def test_flops_within_windows_by_hand(words: Any) -> None:
     """Three tokens to each side: a sequence of 3 is whole, one of 12 is a band."""
-    config = toy_families.made("modernbert", "none", words("modernbert"), local_attention=6).config
+    model = toy_families.made("modernbert", "none", words("modernbert"), local_attention=6)
     batch = batch_of([3, 12], "none", words("modernbert"))
     band = sum(abs(i - j) <= 3 for i in range(12) for j in range(12))
     maps = 4 * 2 * 15 * (4 * 32 * 32 + 3 * 32 * 64)
     attention = 2 * 4 * 32 * (9 + 144) + 2 * 4 * 32 * (9 + band)
-    assert models.flops(config, "none", batch) == maps + attention
+    assert sum(sizes.flops(model, batch).values()) == maps + attention
 
 
 @pytest.mark.parametrize("family", SIZES)

@@ -214,13 +214,3 @@ def test_a_frozen_model_needs_the_head_it_is_asked_for(world: World) -> None:
 def test_a_family_of_which_nothing_is_known_is_refused() -> None:
     with pytest.raises(UserError, match=r'student\.architecture\.model_type "t5" is unknown; choose from albert, bert'):
         models.create({"model_type": "t5", **toy.SIZES}, "none", vocabulary=VOCABULARY)
-
-
-def test_flops_of_a_forward_by_hand(world: World) -> None:
-    config = models.configuration(str(world.teacher))
-    batch = toy.batch([3, 5])
-    linear = 2 * 8 * (4 * 32 * 32 + 2 * 32 * 64)
-    attention = 2 * 2 * 32 * (3 * 3 + 5 * 5)
-    head = 2 * 2 * 32 * (32 + 2)
-    assert models.flops(config, "classification", batch) == 4 * (linear + attention) + head
-    assert models.flops(config, "none", toy.batch([3, 5], pad_to=16)) == 4 * (linear + attention)

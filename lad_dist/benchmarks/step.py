@@ -10,14 +10,15 @@ precision that trains, in the same run.
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from lad_dist import models, processes
+from lad_dist import processes, sizes
 from lad_dist.config import TrainConfig
 from lad_dist.engine import communication_seconds
+from lad_dist.flat import Batch
 from lad_dist.runs import Run
 from lad_dist.train import Averages, Loop, check, prepare
 
@@ -79,7 +80,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
         loop = prepare(check(config), Run(config), clock=watch)
         seconds, communication = _time(loop, watch, steps)
     mine = [loop.feed.batch(s, slot) for s in range(WARM_UP, WARM_UP + steps) for slot in range(loop.feed.slots)]
-    flops = sum(_flops(loop, batch) for batch in mine)
+    flops = _flops(loop, mine)
     return StepFigures(
         seconds / steps,
         sum(batch.tokens for batch in mine) / steps,
@@ -105,11 +106,11 @@ def _time(loop: Loop, watch: Stopwatch, steps: int) -> tuple[float, float]:
         return time.perf_counter() - begin, communication_seconds()
 
 
-def _flops(loop: Loop, batch: models.Batch) -> int:
-    student = 3 * models.flops(loop.method.student.config, loop.made.head, batch)
+def _flops(loop: Loop, batches: Sequence[Batch]) -> int:
+    student = 3 * sum(sizes.flops(loop.method.student, *batches).values())
     if loop.teacher is None or loop.answers is not None:
         return student
-    return student + models.flops(loop.teacher.model.config, loop.made.teacher_head, batch)
+    return student + sum(sizes.flops(loop.teacher.model, *batches).values())
 
 
 def peak(loop: Loop) -> float:

@@ -1,0 +1,161 @@
+"""Counts of weights and arithmetic, against counts by hand. All families against PyTorch's counter: test_families.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+import toy_families
+from conftest import World
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lad_dist import models, parts, sizes, surgery
+from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.flat import Head, Needs
+
+VOCABULARY = 50
+# Weights of toy.SIZES, by hand: words, positions, segments, norm; four maps and a norm; two maps and a norm.
+EMBEDDINGS = (VOCABULARY + 64 + 2 + 2) * 32
+ATTENTION = 4 * (32 * 32 + 32) + 2 * 32
+FEED_FORWARD = 2 * 32 * 64 + 64 + 32 + 2 * 32
+POOLER, CLASSIFIER = 32 * 32 + 32, 32 * 2 + 2
+
+
+def made(head: Head = "classification", **settings: Any) -> models.PreTrainedModel:
+    torch.manual_seed(0)
+    labels = toy.LABELS if head == "classification" else ()
+    return models.create({**toy.SIZES, **settings}, head, vocabulary=VOCABULARY, labels=labels)
+
+
+def by_component(embeddings: int, attention: int, feed_forward: int, head: int) -> dict[str, int]:
+    return dict(zip(sizes.COMPONENTS, (embeddings, attention, feed_forward, head), strict=True))
+
+
+def test_weights_by_hand() -> None:
+    found = sizes.stored(made())
+    expected = by_component(EMBEDDINGS, 4 * ATTENTION, 4 * FEED_FORWARD, POOLER + CLASSIFIER)
+    assert found.weights == expected
+    tied = sizes.stored(made("mlm"))
+    transform = 32 * 32 + 32 + 2 * 32
+    assert tied.weights == {**expected, "head": transform + VOCABULARY}  # its map is the words' embeddings
+
+
+def test_arithmetic_by_hand() -> None:
+    batch = toy.batch([3, 5])
+    attention = 2 * 8 * 4 * 32 * 32 + 2 * 2 * 32 * (3 * 3 + 5 * 5)
+    feed_forward = 2 * 8 * 2 * 32 * 64
+    expected = by_component(0, 4 * attention, 4 * feed_forward, 2 * 2 * 32 * (32 + 2))
+    assert sizes.flops(made(), batch) == expected
+    assert sizes.flops(made(), batch, batch) == {name: 2 * count for name, count in expected.items()}
+    assert sizes.flops(made("mlm"), batch) == {**expected, "head": 2 * 2 * 32 * (32 + VOCABULARY)}
+    # An encoder's pooler is read by nobody.
+    assert sizes.flops(made("none"), batch) == {**expected, "head": 0}
+
+
+def test_padding_is_no_arithmetic() -> None:
+    assert sizes.flops(made(), toy.batch([5, 3], pad_to=9)) == sizes.flops(made(), toy.batch([5, 3]))
+
+
+def test_zeros_are_stored_and_computed() -> None:
+    model, batch = made(), toy.batch([3, 5])
+    before = sizes.of(model, batch)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.weight[:32] = 0
+    after = sizes.of(model, batch)
+    lost = {name for name in before if before[name] != after[name]}
+    assert lost == {"nonzero", "nonzero/feed_forward"}
+    assert before["nonzero"] - after["nonzero"] == 32 * 32
+
+
+@pytest.mark.parametrize(("keep", "thin"), [(0.5, True), (1.0, False)])
+def test_a_pair_counts_as_a_pair_where_that_is_less(keep: float, thin: bool) -> None:
+    """Rank 8 of [32, 32] by half of its weights; at all of them rank 16, which is no less than the product."""
+    model, batch = made(), toy.batch([3, 5])
+    plain = sizes.of(model, batch)
+    surgery.low_rank(model, keep=keep, modules="query")
+    found = sizes.of(model, batch)
+    less = 4 * (32 * 32 - 8 * 64) if thin else 0
+    assert found["parameters"] == plain["parameters"]
+    assert plain["stored"] - found["stored"] == plain["stored/attention"] - found["stored/attention"] == less
+    assert plain[sizes.FLOPS] - found[sizes.FLOPS] == pytest.approx(2 * less)
+    assert len(parts.parts(model)) == 4
+
+
+def test_pairs_are_what_torch_counts() -> None:
+    model, batch = surgery.low_rank(made(), keep=0.5).eval().requires_grad_(False), toy.batch([16, 16, 16, 16])
+    counted = sizes.flops(model, batch)
+    with torch.device("meta"):
+        bare = surgery.low_rank(made(), keep=0.5)
+    assert sizes.flops(bare, batch) == counted
+    compact = parts.compact(model)
+    assert sizes.flops(compact, batch) == counted
+    assert sum(sizes.stored(compact).weights.values()) == models.parameters(compact)
+    with FlopCounterMode(display=False) as counter:
+        models.trace(compact, batch, Needs(logits=True))
+    attention = 4 * 4 * 32 * 4 * 16**2  # the fused kernel of a CPU is not among those that it counts
+    assert sum(counted.values()) - attention == counter.get_total_flops()
+
+
+class Scores(parts.Part):
+    """Takes part in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(7))
+
+    def fold(self) -> None:
+        return None
+
+
+def test_what_only_trains_is_not_counted() -> None:
+    model, batch = made(), toy.batch([3])
+    before = sizes.of(model, batch)
+    model.bert.scores = Scores()
+    assert sizes.of(model, batch) == before
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("words")
+    return {family: load_tokenizer(toy_families.tokenizer(family, folder / family)) for family in toy_families.SIZES}
+
+
+@pytest.mark.parametrize("family", toy_families.SIZES)
+def test_components_of_each_family(family: str, words: Any) -> None:
+    """All weights are of one component each; those of layers are of two, and nearly nothing else is."""
+    model = toy_families.made(family, "classification", words[family], toy.LABELS)
+    found = sizes.stored(model).weights
+    assert sum(found.values()) == models.parameters(model)
+    beside = found["attention"] + found["feed_forward"] - models.parameters(models.layers(model))
+    extra = {"mpnet": 32 * 4, "deberta-v2": 32 * 32 * 3 + 3 * 32}  # biases by position; a convolution and its norm
+    assert beside == extra.get(family, 0)
+    inner = 3 if family == "modernbert" else 2
+    assert found["feed_forward"] // (1 if family == "albert" else 4) == pytest.approx(inner * 32 * 64, rel=0.06)
+    assert found["embeddings"] >= model.get_input_embeddings().weight.numel()
+    assert 32 * 2 <= found["head"] <= 32 * 32 + 32 * 2 + 4 * 32
+
+
+def test_narrower_and_shallower_students_count_less(world: World, tmp_path: Path) -> None:
+    from lad_dist import costs, plan
+
+    def student(**changes: Any) -> dict[str, float]:
+        tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, objective={"name": "kd"})
+        made = plan.make(toy.parsed(tables, {f"student.{key}": value for key, value in changes.items()}))
+        model = costs.skeleton(made).student
+        return {"parameters": models.parameters(model), **sizes.flops(model, toy.batch([16]))}
+
+    whole, shallow, narrow = student(depth=4), student(depth=1), student(depth=4, width=16)
+    assert shallow["parameters"] == whole["parameters"] - 3 * (ATTENTION + FEED_FORWARD)
+    assert shallow["attention"] == whole["attention"] / 4
+    assert narrow["feed_forward"] == whole["feed_forward"] / 4
+
+
+def test_bytes_are_those_of_the_weights(world: World, tmp_path: Path) -> None:
+    assert sizes.on_disk(world.teacher) == {"safetensors": (world.teacher / "model.safetensors").stat().st_size}
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"123")
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"4567")
+    (tmp_path / "onnx" / "model.int8.onnx").write_bytes(b"1")
+    assert sizes.table_on_disk(tmp_path) == {"bytes/safetensors": 7, "bytes/onnx int8": 1}
