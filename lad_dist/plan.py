@@ -175,6 +175,9 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     if config.teacher is not None:
         models.check_vocabulary(models.configuration(config.teacher.path), config.teacher.path, len(its))
     made = Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
+    for named, operate in zip(config.surgery, surgeries, strict=True):
+        if named.name in surgery.CHECKS:
+            surgery.CHECKS[named.name](config, head, made.labels, **operate.keywords)
     if surgeries:
         made.skeleton()  # refuses those that do not fit
     return made

@@ -5,6 +5,7 @@
     set_dropout        other dropout while training
     low_rank           linear maps as thin products (Part: LowRank)
     quiet_positions    position and segment embeddings made small beside those of words
+    theseus            layers that succeed a predecessor's, step by step (theseus.py)
 
 `SURGERIES` names those that a config may list under `[[surgery]]`; the keyword-only arguments are their schema. Two
 positional ones are given to those that name them, by `operate`: `sample` and `tell`.
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from lad_dist import families
+from lad_dist import families, theseus
 from lad_dist.config import UserError
 from lad_dist.flat import Batch
 from lad_dist.models import PreTrainedModel, layers
@@ -164,4 +165,10 @@ def operate(
     return model
 
 
-SURGERIES: dict[str, Callable[..., PreTrainedModel]] = {"low_rank": low_rank, "quiet_positions": quiet_positions}
+SURGERIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "low_rank": low_rank,
+    "quiet_positions": quiet_positions,
+    "theseus": theseus.theseus,
+}
+# Of the rest of the config, given it, the student's head and its labels, and the surgery's arguments.
+CHECKS: dict[str, Callable[..., None]] = {"theseus": theseus.check}
