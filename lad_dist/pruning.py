@@ -117,9 +117,9 @@ class Movement(Mask):
 
 class Adapting(Movement):
     """Scores θ over frozen weights w: gate 1[θ > c] forwards, σ(t (θ - c)) backwards, so that
-    ∂L/∂θ = ∂L/∂(w · mask) · w · t σ'(t (θ - c)) (Gao et al., 2021, section 3; their forward temperature t_l → ∞, so that
-    what was trained is what is exported). θ starts at N(0, 0.001²): around 0.01 as published, less what they have in
-    common, which changes nothing."""
+    ∂L/∂θ = ∂L/∂(w · mask) · w · t σ'(t (θ - c)) (Gao et al., 2021, section 3; the published gate is σ(t_l θ) forwards
+    with t_l = 1e5: here t_l → ∞, so that what was trained is what is exported). θ starts at N(0, 0.001²): around 0.01
+    as published, less what all have in common, which changes nothing."""
 
     freezes = True
     threshold: Tensor
@@ -316,8 +316,16 @@ class Pruning(Part):
     def fold(self) -> None:
         """Zeros are in the weights themselves now, and nothing is left of it."""
         for place in self.places:
+            masked = nn.Parameter(place.holders[0].weight.detach().clone())  # type: ignore[operator, union-attr]
             for holder in place.holders:
-                parametrize.remove_parametrizations(holder, "weight", leave_parametrized=True)
+                _unmask(holder, masked)
+
+
+def _unmask(holder: nn.Module, weight: nn.Parameter) -> None:
+    """As parametrize.remove_parametrizations, which takes the property `weight` away from copies of the module too."""
+    del holder.parametrizations
+    holder.__class__ = type(holder).__bases__[0]
+    holder.register_parameter("weight", weight)
 
 
 def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
@@ -332,6 +340,11 @@ def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
     return ~go, threshold
 
 
+def masked(module: nn.Module) -> bool:
+    """Whether the module's weight has a mask."""
+    return parametrize.is_parametrized(module, "weight")
+
+
 def prune(
     model: nn.Module,
     weights: Mapping[nn.Parameter, Sequence[tuple[str, nn.Module]]],
@@ -341,12 +354,9 @@ def prune(
     recover: bool,
 ) -> None:
     """Puts masks over weights, each given with the names and modules that share it. Raises UserError where the pattern
-    does not fit, or a weight has a mask already."""
+    does not fit."""
     for weight, holders in weights.items():
-        name, holder = holders[0]
-        pattern.check(name, weight, schedule.sparsity)
-        if parametrize.is_parametrized(holder, "weight"):
-            raise UserError(f"surgery prune: {name} is pruned already; one surgery can take only what others leave")
+        pattern.check(holders[0][0], weight, schedule.sparsity)
     places = []
     for weight, holders in weights.items():
         mask = kind(weight)

@@ -4,6 +4,7 @@
     random_embeddings  embeddings drawn anew
     set_dropout        other dropout while training
     low_rank           linear maps as thin products (Part: LowRank)
+    prune              masks over weights (pruning.py)
     quiet_positions    position and segment embeddings made small beside those of words
     theseus            layers that succeed a predecessor's, step by step (theseus.py)
 
@@ -15,16 +16,19 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from lad_dist import families, theseus
-from lad_dist.config import UserError
-from lad_dist.flat import Batch
+from lad_dist import families, pruning, theseus
+from lad_dist.config import TrainConfig, UserError
+from lad_dist.flat import Batch, Head
 from lad_dist.models import PreTrainedModel, layers
 from lad_dist.parts import LowRank
+from lad_dist.pruning import CRITERIA, Pattern, Schedule
+
+LAYERS = r"(^|\.)(layers?|albert_layer_groups)\."  # names of modules in the encoder's layers
 
 
 def layer_numbers(rule: str | Sequence[int], depth: int | None, available: int) -> list[int]:
@@ -119,7 +123,7 @@ def low_rank(
     keep: Annotated[float, Field(gt=0, le=1, description="share of the linear maps' weights that stays")],
     modules: Annotated[
         str, Field(description="regular expression over module names"), AfterValidator(_pattern)
-    ] = r"\.(layers?|albert_layer_groups)\.",
+    ] = LAYERS,
 ) -> PreTrainedModel:
     """Replaces linear maps W [out, in] by B A of rank keep · out · in / (out + in): LadaBERT's SVD (Mao et al., 2020,
     section 3.2)."""
@@ -135,6 +139,78 @@ def low_rank(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LowRank.of(linear, rank))
     return model
+
+
+def _pruning_pattern(text: str) -> str:
+    Pattern.of(text)
+    return text
+
+
+def prune(
+    model: PreTrainedModel,
+    *,
+    sparsity: Annotated[float, Field(ge=0, lt=1, description="share of the weights that goes")],
+    criterion: Annotated[
+        Literal["magnitude", "movement", "adapting", "iterative", "random"],
+        Field(description="which weights go; adapting and iterative: of weights that do not change"),
+    ] = "magnitude",
+    modules: Annotated[
+        str,
+        Field(description="regular expression over the names of linear maps and embeddings"),
+        AfterValidator(_pattern),
+    ] = LAYERS,
+    initial: Annotated[float, Field(ge=0, lt=1, description="share that goes at once when it begins")] = 0.0,
+    begin: Annotated[float, Field(ge=0, le=1, description="share of the training after which weights go")] = 0.0,
+    end: Annotated[float, Field(ge=0, le=1, description="share of the training after which all have gone")] = 0.5,
+    every: Annotated[int, Field(ge=1, description="steps between one tightening and the next")] = 20,
+    pattern: Annotated[
+        str,
+        Field(description="unstructured; N:M, of M neighbours N stay; rows x columns, as 32x1: whole blocks"),
+        AfterValidator(_pruning_pattern),
+    ] = "unstructured",
+    frozen: Annotated[bool, Field(description="the encoder's weights stay as they are; scores and head learn")] = False,
+    recover: Annotated[bool, Field(description="whether learnt scores may bring weights back")] = True,
+) -> PreTrainedModel:
+    """Masks over the weights that train, ranked together over all modules chosen, tightened along a cubic schedule:
+    see pruning.py. Raises UserError where nothing matches, or the pattern does not fit."""
+    weights: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding) or not re.search(modules, name):
+            continue
+        if pruning.masked(module):
+            raise UserError(f"surgery prune: {name} is pruned already; one surgery can take only what others leave")
+        weight = module.weight
+        if isinstance(weight, nn.Parameter) and weight.requires_grad:
+            weights.setdefault(weight, []).append((name, module))
+    if not weights:
+        raise UserError(f"surgery prune: no linear map's or embedding's name matches {modules!r}")
+    kind = CRITERIA[criterion]
+    if frozen or kind.freezes:
+        freeze(model)
+    pruning.prune(model, weights, kind, Schedule(sparsity, initial, begin, end, every), Pattern.of(pattern), recover)
+    return model
+
+
+def check_prune(config: TrainConfig, head: Head, labels: Sequence[str], *, begin: float, end: float, **_: Any) -> None:
+    """Whether the surgery goes with the rest of the config. Raises UserError."""
+    if begin > end:
+        raise UserError(f"surgery prune: begin = {begin:g} is later than end = {end:g}")
+    names = [named.name for named in config.surgery]
+    later = {"low_rank", "ladabert"}.intersection(names[names.index("prune") :])
+    if later:
+        raise UserError(f"surgery prune: masks lie on the weights that {later.pop()} replaces; list prune after it")
+    if config.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            "surgery prune: ranks all weights, of which under ZeRO 3 no process has more than its share; "
+            "set a stage up to 2"
+        )
+
+
+def freeze(model: PreTrainedModel) -> None:
+    """The encoder keeps its weights; heads and poolers learn."""
+    head = {id(p) for name, p in model.base_model.named_parameters() if name.startswith("pooler.")}
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad_(id(parameter) in head)
 
 
 def quiet_positions(
@@ -167,8 +243,9 @@ def operate(
 
 SURGERIES: dict[str, Callable[..., PreTrainedModel]] = {
     "low_rank": low_rank,
+    "prune": prune,
     "quiet_positions": quiet_positions,
     "theseus": theseus.theseus,
 }
 # Of the rest of the config, given it, the student's head and its labels, and the surgery's arguments.
-CHECKS: dict[str, Callable[..., None]] = {"theseus": theseus.check}
+CHECKS: dict[str, Callable[..., None]] = {"prune": check_prune, "theseus": theseus.check}

@@ -1,0 +1,334 @@
+"""Masks take away what their criterion says, exactly as many, along their schedule; folding keeps the function."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from conftest import World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lad_dist import models, parts, pruning, surgery
+from lad_dist.config import UserError, arguments
+from lad_dist.flat import Needs
+from lad_dist.models import PreTrainedModel
+from lad_dist.parts import Moment
+from lad_dist.pruning import CRITERIA, Pattern, Pruning, Schedule
+from lad_dist.train import check, train
+
+LENGTHS = [5, 3, 9]
+LOGITS = Needs(logits=True)
+
+
+def made() -> PreTrainedModel:
+    torch.manual_seed(0)
+    architecture = {"model_type": "bert", **toy.SIZES}
+    return models.create(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
+
+
+def pruned(**options: Any) -> tuple[PreTrainedModel, Pruning]:
+    model = surgery.prune(made(), **arguments("prune", surgery.prune, options))
+    (part,) = parts.parts(model)
+    assert isinstance(part, Pruning)
+    return model, part
+
+
+def logits(model: nn.Module) -> Tensor:
+    found = models.trace(model, toy.batch(LENGTHS), LOGITS).logits  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def trained(model: PreTrainedModel, part: Pruning, steps: int) -> None:
+    """So many steps towards nothing in particular."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        part.at(Moment(step, steps, 0))
+        optimizer.zero_grad()
+        logits(model).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5), ("1:4", 0.5), ("8x2", 0.7)])
+def test_it_reaches_its_sparsity_and_folds_into_the_same_function(
+    criterion: str, pattern: str, sparsity: float
+) -> None:
+    model, part = pruned(sparsity=sparsity, criterion=criterion, pattern=pattern, every=3)
+    assert torch.equal(logits(model), logits(made()))  # nothing has gone yet
+    trained(model, part, 20)
+    assert part.sparsity == pytest.approx(sparsity, abs=0.005)
+    found = logits(model)
+    weights = [place.weight for place in part.places]
+    zeros = sum(int((weight[~place.mask.kept] != 0).sum()) for weight, place in zip(weights, part.places, strict=True))
+    assert zeros > 0  # a mask hides weights, it does not change them
+    folded = parts.fold(model)
+    assert torch.equal(logits(folded), found)
+    assert set(folded.state_dict()) == set(made().state_dict())
+    assert not parts.parts(folded)
+    layers = [m.weight for m in models.layers(model).modules() if isinstance(m, nn.Linear)]
+    assert 1 - sum(int(w.count_nonzero()) for w in layers) / sum(w.numel() for w in layers) >= part.sparsity
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.floats(0, 0.99))
+def test_exactly_so_many_go_and_the_least_important_first(values: list[int], sparsity: float) -> None:
+    """With equals among them."""
+    importance = torch.tensor(values, dtype=torch.float)
+    stay, threshold = pruning._largest(importance, sparsity)
+    gone = round(sparsity * len(values))
+    assert int((~stay).sum()) == gone
+    if 0 < gone < len(values):
+        assert importance[~stay].max() == threshold
+        assert importance[stay].min() >= threshold
+
+
+def test_one_ranking_for_all_weights() -> None:
+    """The naive twin: sort every weight by its size."""
+    _, part = pruned(sparsity=0.6)
+    every = torch.cat([place.weight.detach().abs().flatten() for place in part.places])
+    limit = every.sort().values[round(0.6 * len(every)) - 1]
+    part.tighten(0.6)
+    for place in part.places:
+        assert torch.equal(place.mask.kept, place.weight.detach().abs() > limit)
+    shares = {place.mask.kept.float().mean().item() for place in part.places}
+    assert len(shares) > 3  # not one share for each matrix
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4x2"])
+def test_patterns(pattern: str) -> None:
+    shape = Pattern.of(pattern)
+    _, part = pruned(sparsity=0.5, pattern=pattern)
+    for sparsity in (0.2, 0.5):
+        part.tighten(sparsity)
+        assert part.sparsity == pytest.approx(sparsity, abs=0.002)
+        for place in part.places:
+            kept = place.mask.kept
+            if shape.group:
+                assert (kept.unflatten(1, (-1, shape.group)).sum(-1) >= shape.kept).all()
+            else:
+                blocks = kept.unflatten(0, (-1, 4)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+                assert (blocks.all(-1) | ~blocks.any(-1)).all()
+    if pattern == "2:4":  # of each four, the two largest
+        for place in part.places:
+            groups = place.weight.detach().abs().unflatten(1, (-1, 4))
+            twin = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, groups.argsort(-1)[..., 2:], True)
+            assert torch.equal(place.mask.kept, twin.flatten(1))
+
+
+@given(st.integers(2, 400), st.tuples(st.floats(0, 1), st.floats(0, 1)), st.floats(0.01, 0.99), st.integers(1, 50))
+def test_the_schedule_rises_to_its_end(steps: int, ends: tuple[float, float], sparsity: float, every: int) -> None:
+    schedule = Schedule(sparsity, 0.0, min(ends), max(ends), every)
+    found = [schedule.at(step, steps) for step in range(steps)]
+    assert found == sorted(found)
+    assert found[-1] == sparsity
+    first, last = schedule.span(steps)
+    assert all(x == 0 for x in found[:first])
+    assert all(x == sparsity for x in found[last:])
+
+
+def test_the_schedule_by_hand() -> None:
+    """Half way a cubic has done 7 / 8 of it."""
+    schedule = Schedule(0.8, 0.2, 0.1, 0.5, 1)
+    assert schedule.at(9, 100) == 0
+    assert schedule.at(10, 100) == pytest.approx(0.2)
+    assert schedule.at(30, 100) == pytest.approx(0.8 - 0.6 / 8)
+    assert schedule.at(50, 100) == 0.8
+
+
+def test_scores_learn_by_the_published_gradients() -> None:
+    """Of a gate m: movement ∂L/∂m, adapting ∂L/∂m · t σ'(t (θ - c)), with ∂L/∂m = ∂L/∂(w m) · w, also where m is 0."""
+    weight = torch.randn(4, 6)
+    upstream = torch.randn(4, 6)
+    for kind in (pruning.Movement, pruning.Adapting):
+        torch.manual_seed(1)
+        mask = kind(weight)
+        mask.kept.copy_(torch.rand(4, 6) > 0.5)
+        mask.settle(torch.tensor(0.3))
+        (mask(weight) * upstream).sum().backward()
+        expected = upstream * weight
+        if kind is pruning.Adapting:
+            gate = (mask.scores.detach().view(4, 6) - 0.3).double().requires_grad_()
+            (slope,) = torch.autograd.grad(torch.sigmoid(gate).sum(), gate)
+            expected = expected * slope.float()
+        assert mask.scores.grad is not None
+        torch.testing.assert_close(mask.scores.grad.view(4, 6), expected)
+
+
+def test_movement_counts_what_training_would_move_away_from_nothing() -> None:
+    mask, weight = pruning.Movement(torch.ones(1, 2)), torch.tensor([[1.0, 1.0]])
+    loss = (mask(weight) * torch.tensor([[-1.0, 1.0]])).sum()  # wants the first larger and the second smaller
+    loss.backward()
+    assert mask.scores.grad is not None
+    with torch.no_grad():
+        mask.scores -= 0.1 * mask.scores.grad
+    first, second = mask.importance(weight)[0].tolist()
+    assert first > second
+
+
+@pytest.mark.parametrize("recover", [True, False])
+def test_connections_come_back_where_they_may(recover: bool) -> None:
+    _, part = pruned(sparsity=0.5, criterion="adapting", recover=recover)
+    part.tighten(0.5)
+    before = [place.mask.kept.clone() for place in part.places]
+    for place in part.places:
+        place.mask.scores.data.neg_()
+    part.tighten(0.5)
+    returned = sum(int((place.mask.kept & ~old).sum()) for place, old in zip(part.places, before, strict=True))
+    assert (returned > 0) is recover
+    assert part.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["adapting", "iterative"])
+def test_the_base_stays_as_it_was(criterion: str) -> None:
+    """Bit for bit, also where a copy of it was trained; the head has learnt."""
+    model, part = pruned(sparsity=0.5, criterion=criterion, modules=r"(embeddings|layer)\.")
+    trained(model, part, 10)
+    original = dict(made().named_parameters())
+    folded = dict(parts.fold(model).named_parameters())
+    moved = {
+        name
+        for name, weight in original.items()
+        if not torch.equal(folded[name][folded[name] != 0], weight[folded[name] != 0])
+    }
+    assert moved == {name for name in original if name.startswith(("classifier.", "bert.pooler."))}
+    for place in part.places:
+        assert torch.equal(place.weight, original[f"{place.name}.weight"])
+
+
+def test_iterative_trains_a_copy_until_the_last_weights_have_gone() -> None:
+    model, part = pruned(sparsity=0.5, criterion="iterative", every=1)
+    mask = part.places[0].mask
+    assert isinstance(mask, pruning.Iterative)
+    starts = mask.trained.detach().clone()
+    part.at(Moment(0, 10, 0))
+    logits(model).sum().backward()
+    assert mask.trained.grad is not None
+    assert mask.trained.grad.abs().sum() > 0
+    with torch.no_grad():
+        mask.trained += 1.0
+    assert torch.equal(mask(part.places[0].weight), (starts + 1.0).view_as(mask.kept) * mask.kept)
+    part.at(Moment(5, 10, 0))
+    assert torch.equal(mask(part.places[0].weight), starts.view_as(mask.kept) * mask.kept)
+
+
+def test_modules_that_share_a_weight_share_its_mask() -> None:
+    torch.manual_seed(0)
+    model = models.create({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90).eval()
+    surgery.prune(model, **arguments("prune", surgery.prune, {"sparsity": 0.5, "modules": "word_embeddings|decoder"}))
+    (part,) = parts.parts(model)
+    assert isinstance(part, Pruning)
+    assert len(part.places) == 1
+    part.tighten(0.5)
+    words, decoder = model.get_input_embeddings(), model.get_output_embeddings()
+    assert torch.equal(words.weight, decoder.weight)  # type: ignore[union-attr]
+    found = logits(model)
+    folded = parts.fold(model)
+    torch.testing.assert_close(logits(folded), found)
+    assert words.weight is decoder.weight  # type: ignore[union-attr]
+
+
+def test_only_weights_that_train_are_pruned() -> None:
+    model = made()
+    models.layers(model)[0].requires_grad_(False)
+    surgery.prune(model, **arguments("prune", surgery.prune, {"sparsity": 0.5}))
+    (part,) = parts.parts(model)
+    assert isinstance(part, Pruning)
+    assert not any(".layer.0." in place.name for place in part.places)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sparsity": 1.0}, "surgery prune: sparsity: input should be less than 1"),
+        ({}, "surgery prune: sparsity: missing"),
+        ({"sparsity": 0.5, "criterion": "size"}, "surgery prune: criterion: "),
+        ({"sparsity": 0.5, "begin": 0.5, "end": 0.2}, "surgery prune: begin = 0.5 is later than end = 0.2"),
+        ({"sparsity": 0.5, "pattern": "4:2"}, "surgery prune: pattern: must be"),
+        ({"sparsity": 0.5, "modules": "("}, "surgery prune: modules: not a regular expression"),
+        (
+            {"sparsity": 0.5, "modules": "nowhere"},
+            "surgery prune: no linear map's or embedding's name matches 'nowhere'",
+        ),
+        ({"sparsity": 0.6, "pattern": "2:4"}, "surgery prune: sparsity = 0.6, but 2:4 takes 0.5 away at most"),
+        ({"sparsity": 0.2, "pattern": "2:5"}, "columns, which 5 does not divide"),
+        ({"sparsity": 0.2, "pattern": "7x1"}, "no whole blocks of 7 x 1"),
+    ],
+)
+def test_mistakes_are_found_before_any_weight_is_read(
+    options: dict[str, Any], said: str, world: World, tmp_path: Path
+) -> None:
+    tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
+    tables["surgery"] = [{"name": "prune", **options}]
+    with pytest.raises(UserError) as caught:
+        check(toy.parsed(tables))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("surgeries", "stage", "said"),
+    [
+        ([{"name": "prune", "sparsity": 0.5}] * 2, 0, "is pruned already"),
+        ([{"name": "prune", "sparsity": 0.5}, {"name": "low_rank", "keep": 0.5}], 0, "list prune after it"),
+        ([{"name": "prune", "sparsity": 0.5}], 3, "ZeRO"),
+    ],
+)
+def test_surgeries_that_do_not_go_together(
+    surgeries: list[dict[str, Any]], stage: int, said: str, world: World, tmp_path: Path
+) -> None:
+    tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
+    tables |= {"surgery": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    with pytest.raises(UserError, match=said):
+        check(toy.parsed(tables))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_optimizer_forgets_what_is_gone(
+    stage: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the step at which weights go, their moments are 0, those of the rest are not; and they stay 0."""
+    from lad_dist import engine
+
+    seen: list[tuple[Tensor, Tensor]] = []
+    forget = engine.forget
+
+    def watched(made: Any, masks: Any) -> None:
+        masks = list(masks)
+        forget(made, masks)
+        if masks and len(seen) < 1:
+            seen.extend(_moments_of(made, *masks[0]) if len(_moments_of(made, *masks[0])) else [])
+
+    monkeypatch.setattr("lad_dist.train.engines.forget", watched)
+    surgeries = [{"name": "prune", "sparsity": 0.6, "begin": 0.5}]
+    changes = {"run.steps": 4, "surgery": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    train(toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained), changes))
+    assert seen
+    for moment, kept in seen:
+        assert (moment[~kept] == 0).all()
+        assert (moment[kept] != 0).float().mean() > 0.9
+
+
+def _moments_of(made: Any, weight: nn.Parameter, kept: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The optimizer's moments of a weight, each with its mask, in one process."""
+    if made.zero_optimization_stage() == 0:
+        state = made.optimizer.state.get(weight, {})
+        return [(state[key], kept) for key in ("exp_avg", "exp_avg_sq") if key in state]
+    mapping = weight._hp_mapping  # type: ignore[attr-defined]
+    return [(mapping.get_hp_fragment(key).view_as(kept), kept) for key in ("exp_avg", "exp_avg_sq")]
+
+
+def test_masks_after_low_rank_are_on_its_factors() -> None:
+    model = surgery.low_rank(made(), **arguments("low_rank", surgery.low_rank, {"keep": 0.5}))
+    surgery.prune(model, **arguments("prune", surgery.prune, {"sparsity": 0.5}))
+    part = parts.parts(model)[-1]
+    assert isinstance(part, Pruning)
+    assert all(place.name.endswith((".inner", ".outer")) for place in part.places)
+    part.tighten(0.5)
+    found = logits(model)
+    torch.testing.assert_close(logits(parts.compact(copy.deepcopy(model))), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(parts.fold(model)), found, rtol=1e-5, atol=1e-5)
