@@ -6,7 +6,8 @@
     GPUS                   what GPUs of a name can do, from their makers' data sheets
     Gpu.hours              of the arithmetic, at a share of the peak (MFU)
 
-P weights that train, W processes, b bytes of a weight (4 in fp32, 2 in bf16 and fp16), ZeRO stage z:
+P weights that train, W processes, b bytes of a weight (4 in fp32, 2 in bf16 and fp16), ZeRO stage z; weights that do
+not train are b bytes each, on each process and in a checkpoint:
 
     on each process      z = 0 in fp32     z = 0 in fp16     z = 1               z = 2                z = 3
     weights              4 P               2 P               b P                 b P                  b P / W
@@ -86,7 +87,7 @@ class Memory:
 class Costs:
     """Of a run. FLOPs are per real token; `teacher_share` of the steps ask the teacher, where its answers are kept."""
 
-    student: int  # weights
+    student: int  # weights of the export
     objective: int
     teacher: int
     memory: Memory
@@ -118,20 +119,19 @@ def of(made: plan.Plan, world: int) -> Costs:
     tokens = sum(batch.tokens for batch in batches)
     answers = _answers(made, method, feed, taught, steps)
     its = 0 if teacher is None else _flops(teacher, [taught.batch(*place) for place in places])
-    student = models.parameters(method.student)
-    trained = student + models.parameters(method.objective)
+    student = sizes.exported(method.student)
     return Costs(
         student=student,
-        objective=trained - student,
+        objective=models.parameters(method.objective),
         teacher=0 if teacher is None else models.parameters(teacher),
-        memory=_memory(made, method, teacher, max(batches, key=lambda batch: batch.filled), trained, world),
+        memory=_memory(made, method, teacher, max(batches, key=lambda batch: batch.filled), world),
         steps=steps,
         epochs=steps / feed.steps_per_epoch,
         tokens=tokens / len(batches) * feed.slots,
         student_flops=3 * _flops(method.student, batches) / tokens,
         teacher_flops=its / tokens,
         teacher_share=min(1.0, feed.steps_per_epoch / steps) if answers else 1.0,
-        checkpoint=checkpoint_bytes(made, trained),
+        checkpoint=checkpoint_bytes(made, method),
         export=4 * student,
         data=_corpus_bytes(made),
         answers=answers,
@@ -155,25 +155,29 @@ def _teacher(made: plan.Plan) -> models.PreTrainedModel | None:
         return models.new(models.configuration(made.config.teacher.path), made.teacher_head, made.labels)
 
 
-def checkpoint_bytes(made: plan.Plan, trained: int) -> int:
-    """Of one checkpoint of `trained` weights, all processes' files together."""
-    stage, size = plan.zero_stage(made.config.deepspeed), BYTES[made.precision]
+def checkpoint_bytes(made: plan.Plan, method: Method) -> int:
+    """Of one checkpoint, all processes' files together."""
+    stage, size, (trained, frozen) = plan.zero_stage(made.config.deepspeed), BYTES[made.precision], _weights(method)
     if stage == 3:
-        return 12 * trained
+        return 12 * trained + size * frozen
     if stage == 0:
-        return 12 * trained if size == 4 else 14 * trained
-    return (size + 12) * trained
+        return (12 if size == 4 else 14) * trained + size * frozen
+    return (size + 12) * trained + size * frozen
 
 
-def _memory(
-    made: plan.Plan, method: Method, teacher: nn.Module | None, batch: Batch, trained: int, world: int
-) -> Memory:
-    table, size = made.config.deepspeed, BYTES[made.precision]
+def _weights(method: Method) -> tuple[int, int]:
+    """How many train, and how many do not."""
+    trained = sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
+    return trained, models.parameters(method) - trained
+
+
+def _memory(made: plan.Plan, method: Method, teacher: nn.Module | None, batch: Batch, world: int) -> Memory:
+    table, size, (trained, frozen) = made.config.deepspeed, BYTES[made.precision], _weights(method)
     stage, zero = plan.zero_stage(table), table.get("zero_optimization", {})
     optimizer = 12 * trained // world if stage else (8 if size == 4 else 12) * trained
     bucket = int(zero.get("reduce_bucket_size", BUCKET)) * size if stage else 0
     return Memory(
-        weights=size * trained // (world if stage == 3 else 1),
+        weights=size * (trained + frozen) // (world if stage == 3 else 1),
         gradients=size * trained // (world if stage >= 2 else 1),
         optimizer=optimizer,
         buckets=bucket * (2 if zero.get("overlap_comm") and stage < 3 else 1),

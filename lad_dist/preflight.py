@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from lad_dist import costs, models, plan, processes
+from lad_dist import costs, plan, processes, sizes
 from lad_dist.config import AGAIN, CorpusData, Fault, UserError
 from lad_dist.data.shards import SPLITS, Shards
 
@@ -117,11 +117,10 @@ def _check_room(made: plan.Plan, folder: Path) -> None:
     """Raises UserError where the disk lacks room for the checkpoints that the run keeps, the next, and the export."""
     words = made.config.run
     method = costs.skeleton(made)
-    weights = models.parameters(method)
-    each = costs.checkpoint_bytes(made, weights)
+    each, export = costs.checkpoint_bytes(made, method), 4 * sizes.exported(method.student)
     there = len([path for path in (folder / "checkpoints").glob("step-*") if not path.suffix])
     missing = max(1, words.keep + 1 - there) if words.save_every else 1
-    needed = missing * each + 4 * weights
+    needed = missing * each + export
     free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
     if needed > free:
         raise UserError(

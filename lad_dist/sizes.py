@@ -2,6 +2,7 @@
 
     flops(model, batches)   multiply-adds times two of a forward over each, by component
     stored(model)           weights of the compact form, by component: all of them, and those that are not zero
+    exported(model)         weights of the ordinary folder
     of(model, batch)        these as one flat table: what results.json and the model card hold
     on_disk(export)         bytes of each form of a model that lies in its folder
 
@@ -90,7 +91,7 @@ def _modules(name: str, module: nn.Module, plain: Plain) -> Iterator[tuple[str, 
 
 
 def flops(model: PreTrainedModel, *batches: Batch) -> dict[str, int]:
-    """By component, the multiply-adds times two of one forward of the compact form over each of the batches, padding not
+    """By component, the multiply-adds times two of a forward of the compact form over each of the batches, padding not
     counted: linear maps, attention's scores and sums."""
     plan, found = _Plan(model), dict.fromkeys(COMPONENTS, 0)
     maps = [(name, module) for name, module in plan.modules() if isinstance(module, nn.Linear | nn.Conv1d)]
@@ -174,6 +175,11 @@ def stored(model: PreTrainedModel) -> Stored:
     return found
 
 
+def exported(model: PreTrainedModel) -> int:
+    """Weights of the ordinary folder."""
+    return sum(weight.numel() for _, weight in _weights(_Plan(model), FOLDED))
+
+
 def _weights(plan: _Plan, plain: Plain) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     kept = list(plan.modules(plain))  # while they live, no two weights have one id
@@ -190,7 +196,7 @@ def of(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
     weights, arithmetic = stored(model), flops(model, batch)
     per_token = {name: count / batch.tokens for name, count in arithmetic.items()}
     return {
-        "parameters": sum(weight.numel() for _, weight in _weights(_Plan(model), FOLDED)),
+        "parameters": exported(model),
         "stored": sum(weights.weights.values()),
         "nonzero": sum(weights.nonzero.values()),
         FLOPS: sum(per_token.values()),

@@ -62,13 +62,14 @@ def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str
     "changes",
     [
         {"surgery": [{"name": "low_rank", "keep": 0.5}]},
+        {"surgery": [{"name": "theseus", "frozen": False}]},
         {"student.width": 16, "objective": {"name": "kd"}},
         {"student.layers": [1, 2, 4], "student.depth": None},
     ],
 )
-def test_parameters_are_those_after_surgery(world: World, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_parameters_are_those_of_the_export(world: World, tmp_path: Path, changes: dict[str, Any]) -> None:
     made = plan.make(config_of(world, tmp_path, changes))
-    assert costs.of(made, 1).student == models.parameters(made.method(made.feed()).student)
+    assert costs.of(made, 1).student == models.parameters(made.method(made.feed()).export())
 
 
 @pytest.mark.parametrize("head", ["mlm", "none"])

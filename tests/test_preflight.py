@@ -107,8 +107,8 @@ def test_a_corpus_that_lost_a_file_is_refused(world: World, tmp_path: Path) -> N
 
 def test_a_disk_without_room_for_the_checkpoints(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = corpus_plan(world, tmp_path, {"run.save_every": 1, "run.keep": 3})
-    weights = models.parameters(made.method(made.feed()))
-    needed = 4 * costs.checkpoint_bytes(made, weights) + 4 * weights
+    method = made.method(made.feed())
+    needed = 4 * costs.checkpoint_bytes(made, method) + 4 * models.parameters(method.student)
     usage = shutil.disk_usage(tmp_path)
 
     def free(size: int) -> None:
