@@ -6,12 +6,13 @@
         Movement    those that training moves away from 0 (Sanh et al., 2020)
         Adapting    scores over weights that never change (Gao, Colombo and Wang, 2021: "adapting by pruning")
         Iterative   those large after training; what stays returns to where it started (Frankle and Carbin, 2019)
+    Masked     the Part: a linear map or embedding that is seen through a mask
     Schedule   how many are gone at which step
     Pattern    which weights can only go together
-    Pruning    the Part that moves all masks of a student, by one ranking of all their weights
+    Pruning    a Part of the whole student: it moves all masks, by one ranking of all their weights
 
-A mask is a parametrization: the weight stays where it is, in its own precision, and whoever reads it reads
-weight · mask. Where the mask is 0 neither side learns, and the optimizer forgets its moments. Masks are a function of
+The weight itself stays as it is, and whoever reads it reads weight · mask. Where the mask is 0 it does not learn, and
+the optimizer forgets its moments. Masks are a function of
 the weights, the scores and the step, so that all processes of ZeRO's stages up to 2 have the same without a word; they
 are saved with the student.
 
@@ -22,15 +23,16 @@ which the paper lets all scores sink together is the threshold that rises here.
 O rows and I columns of a weight.
 """
 
+import copy
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lad_dist.config import UserError
 from lad_dist.parts import Moment, Part
@@ -252,22 +254,48 @@ class Pattern(NamedTuple):
         return units.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
 
 
-class Place(NamedTuple):
-    """A weight under a mask."""
+class Masked(Part):
+    """A linear map or embedding that computes with weight · mask. What else is asked of it, `inner` answers."""
 
-    name: str
-    weight: nn.Parameter
-    mask: Mask
-    holders: Sequence[nn.Module]  # modules that share the weight
+    def __init__(self, inner: nn.Linear | nn.Embedding, mask: Mask):
+        super().__init__()
+        self.inner, self.mask = inner, mask
+
+    @property
+    def origin(self) -> nn.Parameter:
+        """The weight without its mask."""
+        return cast(nn.Parameter, self.inner.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.mask(self.origin)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.inner, {"weight": self.weight}, (x,))
+
+    def fold(self) -> nn.Module:
+        """With zeros in its weight."""
+        made = copy.deepcopy(self.inner)
+        made.weight = nn.Parameter(self.weight.detach().clone())
+        return made
 
 
 class Pruning(Part):
-    """All masks of a student. `recover`: whether learnt scores may bring weights back."""
+    """What becomes of these masks. `recover`: whether learnt scores may bring weights back."""
 
-    def __init__(self, places: Sequence[Place], schedule: Schedule, pattern: Pattern, recover: bool):
+    masked: Mapping[str, Masked]
+
+    def __init__(self, masked: Mapping[str, Masked], schedule: Schedule, pattern: Pattern, recover: bool):
         super().__init__()
-        self.places, self.schedule, self.pattern, self.recover = places, schedule, pattern, recover
-        self.changed: list[Place] = []
+        self.__dict__["masked"] = masked  # modules of the student, and not of this Part
+        self.schedule, self.pattern, self.recover = schedule, pattern, recover
+        self.changed: list[Masked] = []
 
     def at(self, moment: Moment) -> None:
         self.changed = []
@@ -278,54 +306,44 @@ class Pruning(Part):
         if step == last or (step - first) % self.schedule.every == 0:
             self.tighten(self.schedule.at(step, steps))
         if step == last:
-            for place in self.places:
-                place.mask.finish()
+            for part in self.masked.values():
+                part.mask.finish()
 
     @property
     def learns(self) -> bool:
         """Whether what matters goes on changing after the last weight was to go."""
-        return any(place.mask.learns for place in self.places)
+        return any(part.mask.learns for part in self.masked.values())
 
     @property
     def sparsity(self) -> float:
         """Share of the weights under masks that is gone now."""
-        kept = [place.mask.kept for place in self.places]
+        kept = [part.mask.kept for part in self.masked.values()]
         return 1 - sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
 
     @torch.no_grad()
     def tighten(self, sparsity: float) -> None:
         """Takes the least important weights away, up to this share of all."""
-        ranked = [self.pattern.units(self._importance(place)) for place in self.places]
+        parts = self.masked.values()
+        ranked = [self.pattern.units(self._importance(part)) for part in parts]
         stays, threshold = _largest(torch.cat([units.flatten() for units in ranked]), sparsity)
-        for place, units, kept in zip(self.places, ranked, stays.split([u.numel() for u in ranked]), strict=True):
+        for part, units, kept in zip(parts, ranked, stays.split([u.numel() for u in ranked]), strict=True):
             mask = self.pattern.spread(kept.view_as(units))
-            if not torch.equal(mask, place.mask.kept):
-                place.mask.kept.copy_(mask)
-                self.changed.append(place)
-            place.mask.settle(threshold)
+            if not torch.equal(mask, part.mask.kept):
+                part.mask.kept.copy_(mask)
+                self.changed.append(part)
+            part.mask.settle(threshold)
 
-    def _importance(self, place: Place) -> Tensor:
-        found = place.mask.importance(place.weight)
-        if place.mask.learns and self.recover:
+    def _importance(self, part: Masked) -> Tensor:
+        found = part.mask.importance(part.origin)
+        if part.mask.learns and self.recover:
             return found
-        return found.masked_fill(~place.mask.kept, -torch.inf)
+        return found.masked_fill(~part.mask.kept, -torch.inf)
 
     def pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        return ((place.weight, place.mask.kept) for place in self.changed)
+        return ((part.origin, part.mask.kept) for part in self.changed)
 
     def fold(self) -> None:
-        """Zeros are in the weights themselves now, and nothing is left of it."""
-        for place in self.places:
-            masked = nn.Parameter(place.holders[0].weight.detach().clone())  # type: ignore[operator, union-attr]
-            for holder in place.holders:
-                _unmask(holder, masked)
-
-
-def _unmask(holder: nn.Module, weight: nn.Parameter) -> None:
-    """As parametrize.remove_parametrizations, which takes the property `weight` away from copies of the module too."""
-    del holder.parametrizations
-    holder.__class__ = type(holder).__bases__[0]
-    holder.register_parameter("weight", weight)
+        """Zeros lie in the weights, and nothing is left of it."""
 
 
 def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
@@ -340,28 +358,22 @@ def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
     return ~go, threshold
 
 
-def masked(module: nn.Module) -> bool:
-    """Whether the module's weight has a mask."""
-    return parametrize.is_parametrized(module, "weight")
-
-
 def prune(
-    model: nn.Module,
-    weights: Mapping[nn.Parameter, Sequence[tuple[str, nn.Module]]],
-    kind: type[Mask],
-    schedule: Schedule,
-    pattern: Pattern,
-    recover: bool,
+    model: nn.Module, names: Sequence[str], kind: type[Mask], schedule: Schedule, pattern: Pattern, recover: bool
 ) -> None:
-    """Puts masks over weights, each given with the names and modules that share it. Raises UserError where the pattern
-    does not fit."""
-    for weight, holders in weights.items():
-        pattern.check(holders[0][0], weight, schedule.sparsity)
-    places = []
-    for weight, holders in weights.items():
-        mask = kind(weight)
-        for _, holder in holders:
-            parametrize.register_parametrization(holder, "weight", mask, unsafe=True)
-        places.append(Place(holders[0][0], weight, mask, [holder for _, holder in holders]))
+    """Puts masks over the weights of linear maps and embeddings, given by name. Raises UserError where the pattern does
+    not fit, a weight has a mask already, or several modules share it."""
+    users = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    masked: dict[str, Masked] = {}
+    for name in names:
+        module, (parent, _, child) = model.get_submodule(name), name.rpartition(".")
+        assert isinstance(module, nn.Linear | nn.Embedding)
+        pattern.check(name, module.weight, schedule.sparsity)
+        if isinstance(model.get_submodule(parent), Masked):
+            raise UserError(f"surgery prune: {parent} is pruned already; one surgery can take only what others leave")
+        if users[id(module.weight)] > 1:
+            raise UserError(f"surgery prune: {name} shares its weight with another module; leave it out of `modules`")
+        masked[name] = Masked(module, kind(module.weight))
+        setattr(model.get_submodule(parent), child, masked[name])
     number = sum(isinstance(child, Pruning) for child in model.children())
-    model.add_module(f"pruning_{number}", Pruning(places, schedule, pattern, recover))
+    model.add_module(f"pruning_{number}", Pruning(masked, schedule, pattern, recover))

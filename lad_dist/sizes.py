@@ -80,7 +80,7 @@ class _Plan:
 
 def _modules(name: str, module: nn.Module, plain: Plain) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(module, Part):
-        with torch.device(next(module.parameters()).device):
+        with torch.device(next(module.parameters(), torch.empty(0)).device):
             made = plain(module)
         if made is not None:
             yield from _modules(name, made, plain)

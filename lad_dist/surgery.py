@@ -3,7 +3,8 @@
     keep_layers        the student's layers, by number; `layer_numbers` turns a rule into numbers
     random_embeddings  embeddings drawn anew
     set_dropout        other dropout while training
-    low_rank           linear maps as thin products (Part: LowRank)
+    low_rank           linear maps and word embeddings as thin products (low_rank.py)
+    ladabert           low rank, then pruning, by one budget (budget.py)
     prune              masks over weights (pruning.py)
     quiet_positions    position and segment embeddings made small beside those of words
     theseus            layers that succeed a predecessor's, step by step (theseus.py)
@@ -13,6 +14,7 @@ positional ones are given to those that name them, by `operate`: `sample` and `t
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -21,14 +23,45 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from lad_dist import families, pruning, theseus
+from lad_dist import budget, families, parts, pruning, theseus
+from lad_dist import low_rank as lowering
 from lad_dist.config import TrainConfig, UserError
 from lad_dist.flat import Batch, Head
+from lad_dist.low_rank import LowRank, LowRankEmbedding
 from lad_dist.models import PreTrainedModel, layers
-from lad_dist.parts import LowRank
 from lad_dist.pruning import CRITERIA, Pattern, Schedule
 
 LAYERS = r"(^|\.)(layers?|albert_layer_groups)\."  # names of modules in the encoder's layers
+
+Sample = Callable[[], Sequence[Batch]]
+Tell = Callable[[Mapping[str, float]], None]
+
+
+def no_sample() -> Sequence[Batch]:
+    """Of a model that stands alone."""
+    raise ValueError("there are no training data to take a sample of")
+
+
+def silent(values: Mapping[str, float]) -> None:
+    """Tells nobody."""
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return text
+
+
+Modules = Annotated[str, Field(description="regular expression over module names"), AfterValidator(_pattern)]
+Weighted = Annotated[
+    bool, Field(description="low rank that is nearest on a sample of the training data, not in the weights themselves")
+]
+Factor = Annotated[float, Field(ge=1)] | None
+Begin = Annotated[float, Field(ge=0, le=1, description="share of the training after which weights go")]
+End = Annotated[float, Field(ge=0, le=1, description="share of the training after which all have gone")]
+Every = Annotated[int, Field(ge=1, description="steps between one tightening and the next")]
 
 
 def layer_numbers(rule: str | Sequence[int], depth: int | None, available: int) -> list[int]:
@@ -109,36 +142,96 @@ def set_dropout(model: PreTrainedModel, hidden: float | None, attention: float |
     return model
 
 
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"not a regular expression ({error})") from None
-    return text
-
-
 def low_rank(
     model: PreTrainedModel,
+    sample: Sample = no_sample,
+    tell: Tell = silent,
     *,
-    keep: Annotated[float, Field(gt=0, le=1, description="share of the linear maps' weights that stays")],
-    modules: Annotated[
-        str, Field(description="regular expression over module names"), AfterValidator(_pattern)
-    ] = LAYERS,
+    keep: Annotated[
+        float, Field(gt=0, le=1, description="share of the linear maps' weights that stays; 1: they stay as they are")
+    ],
+    embeddings: Annotated[
+        float, Field(gt=0, le=1, description="share of the word embeddings' weights that stays; 1: they stay too")
+    ] = 1.0,
+    weighted: Weighted = False,
+    modules: Modules = LAYERS,
 ) -> PreTrainedModel:
-    """Replaces linear maps W [out, in] by B A of rank keep · out · in / (out + in): LadaBERT's SVD (Mao et al., 2020,
-    section 3.2)."""
-    chosen = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.search(modules, name)
-    ]
+    """Replaces linear maps and word embeddings by products of two thin matrices, of rank keep · rows · columns /
+    (rows + columns): see low_rank.py. Raises UserError where nothing matches, or an MLM head reads the embeddings."""
+    where = "surgery low_rank"
+    chosen: dict[str, tuple[nn.Linear | nn.Embedding, float]] = {}
+    if keep < 1:
+        chosen |= {name: (linear, keep) for name, linear in _maps(model, modules, where).items()}
+    if embeddings < 1:
+        name, words = lowering.words_of(model, where)
+        chosen[name] = words, embeddings
     if not chosen:
-        raise UserError(f"surgery low_rank: no linear map's name matches {modules!r}")
-    for name, linear in chosen:
-        rank = max(1, int(keep * linear.in_features * linear.out_features / (linear.in_features + linear.out_features)))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LowRank.of(linear, rank))
+        raise UserError(f"{where}: keep and embeddings are 1, which leaves all as it is; set one of them below 1")
+    ranks = {name: max(1, int(lowering.rank(module.weight, share))) for name, (module, share) in chosen.items()}
+    _put_low_rank(model, ranks, sample if weighted else None, tell)
     return model
+
+
+def _maps(model: PreTrainedModel, modules: str, where: str) -> dict[str, nn.Linear]:
+    """Linear maps by name, but for those of products. Raises UserError where none matches."""
+    products = [part for part in parts.parts(model) if isinstance(part, LowRank | LowRankEmbedding)]
+    inside = {module for part in products for module in part.modules()}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module not in inside and re.search(modules, name)
+    }
+    if not found:
+        raise UserError(f"{where}: no linear map's name matches {modules!r}")
+    return found
+
+
+def _put_low_rank(model: PreTrainedModel, ranks: Mapping[str, int], sample: Sample | None, tell: Tell) -> None:
+    numbers = model.device.type != "meta"
+    errors = lowering.put(model, ranks, sample() if sample and numbers else ())
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    tell({f"initial_error/low_rank/{name.removeprefix(prefix)}": error for name, error in errors.items()})
+
+
+def ladabert(
+    model: PreTrainedModel,
+    sample: Sample = no_sample,
+    tell: Tell = silent,
+    *,
+    reduction: Annotated[
+        Factor, Field(description="times fewer weights of the whole model; with it one of the next three is not given")
+    ] = None,
+    embedding: Annotated[Factor, Field(description="times fewer weights of the word embeddings, by low rank")] = None,
+    svd: Annotated[Factor, Field(description="times fewer weights of the encoder's linear maps, by low rank")] = None,
+    weight: Annotated[Factor, Field(description="times fewer of what is left of them, by pruning")] = None,
+    weighted: Weighted = False,
+    modules: Modules = LAYERS,
+    begin: Begin = 0.0,
+    end: End = 0.5,
+    every: Every = 20,
+) -> PreTrainedModel:
+    """LadaBERT (Mao et al., 2020): word embeddings and linear maps of low rank, then the two factors of each map pruned
+    by magnitude, step by step while the student trains; see budget.py for how the factors go together. Raises UserError
+    for factors that do not."""
+    where = "surgery ladabert"
+    maps, counts = _maps(model, modules, where), budget.count(model, modules)
+    factors = budget.solve(counts, reduction, embedding, svd, weight)
+    ranks = {name: _rank_up(linear, factors.svd) for name, linear in maps.items() if factors.svd > 1}
+    if factors.embedding > 1:
+        name, words = lowering.words_of(model, where)
+        ranks[name] = _rank_up(words, factors.embedding)
+    _put_low_rank(model, ranks, sample if weighted else None, tell)
+    after = budget.count(model, modules)
+    sparsity = budget.sparsity(after, reduction and counts.total / reduction, weight)
+    if sparsity:
+        prune(model, sparsity=sparsity, modules=modules, begin=begin, end=end, every=every)
+    if model.device.type != "meta":
+        tell(budget.told(counts, after, factors, reduction, sparsity))
+    return model
+
+
+def _rank_up(module: nn.Linear | nn.Embedding, factor: float) -> int:
+    return math.ceil(lowering.rank(module.weight, 1 / factor))
 
 
 def _pruning_pattern(text: str) -> str:
@@ -160,9 +253,9 @@ def prune(
         AfterValidator(_pattern),
     ] = LAYERS,
     initial: Annotated[float, Field(ge=0, lt=1, description="share that goes at once when it begins")] = 0.0,
-    begin: Annotated[float, Field(ge=0, le=1, description="share of the training after which weights go")] = 0.0,
-    end: Annotated[float, Field(ge=0, le=1, description="share of the training after which all have gone")] = 0.5,
-    every: Annotated[int, Field(ge=1, description="steps between one tightening and the next")] = 20,
+    begin: Begin = 0.0,
+    end: End = 0.5,
+    every: Every = 20,
     pattern: Annotated[
         str,
         Field(description="unstructured; N:M, of M neighbours N stay; rows x columns, as 32x1: whole blocks"),
@@ -173,36 +266,42 @@ def prune(
 ) -> PreTrainedModel:
     """Masks over the weights that train, ranked together over all modules chosen, tightened along a cubic schedule:
     see pruning.py. Raises UserError where nothing matches, or the pattern does not fit."""
-    weights: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding) or not re.search(modules, name):
-            continue
-        if pruning.masked(module):
-            raise UserError(f"surgery prune: {name} is pruned already; one surgery can take only what others leave")
-        weight = module.weight
-        if isinstance(weight, nn.Parameter) and weight.requires_grad:
-            weights.setdefault(weight, []).append((name, module))
-    if not weights:
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and re.search(modules, name) and module.weight.requires_grad
+    ]
+    if not names:
         raise UserError(f"surgery prune: no linear map's or embedding's name matches {modules!r}")
     kind = CRITERIA[criterion]
     if frozen or kind.freezes:
         freeze(model)
-    pruning.prune(model, weights, kind, Schedule(sparsity, initial, begin, end, every), Pattern.of(pattern), recover)
+    pruning.prune(model, names, kind, Schedule(sparsity, initial, begin, end, every), Pattern.of(pattern), recover)
     return model
 
 
 def check_prune(config: TrainConfig, head: Head, labels: Sequence[str], *, begin: float, end: float, **_: Any) -> None:
     """Whether the surgery goes with the rest of the config. Raises UserError."""
-    if begin > end:
-        raise UserError(f"surgery prune: begin = {begin:g} is later than end = {end:g}")
+    _check_pruning("surgery prune", config, begin, end)
     names = [named.name for named in config.surgery]
     later = {"low_rank", "ladabert"}.intersection(names[names.index("prune") :])
     if later:
         raise UserError(f"surgery prune: masks lie on the weights that {later.pop()} replaces; list prune after it")
+
+
+def check_ladabert(
+    config: TrainConfig, head: Head, labels: Sequence[str], *, begin: float, end: float, **_: Any
+) -> None:
+    """Whether the surgery goes with the rest of the config. Raises UserError."""
+    _check_pruning("surgery ladabert", config, begin, end)
+
+
+def _check_pruning(where: str, config: TrainConfig, begin: float, end: float) -> None:
+    if begin > end:
+        raise UserError(f"{where}: begin = {begin:g} is later than end = {end:g}")
     if config.deepspeed.get("zero_optimization", {}).get("stage") == 3:
         raise UserError(
-            "surgery prune: ranks all weights, of which under ZeRO 3 no process has more than its share; "
-            "set a stage up to 2"
+            f"{where}: ranks all weights, of which under ZeRO 3 no process has more than its share; set a stage up to 2"
         )
 
 
@@ -218,18 +317,18 @@ def quiet_positions(
 ) -> PreTrainedModel:
     """Scales position and segment embeddings. A new model draws them as large as those of words, and the words drown:
     from nothing, a few hundred steps teach it much more when they start small."""
+    words = set(model.get_input_embeddings().modules())
     for module in model.base_model.get_submodule("embeddings").modules():
-        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
+        if isinstance(module, nn.Embedding) and module not in words:
             module.weight.data *= share
     return model
 
 
-Sample = Callable[[], Sequence[Batch]]
-Tell = Callable[[Mapping[str, float]], None]
-
-
 def operate(
-    model: PreTrainedModel, surgeries: Iterable["partial[PreTrainedModel]"], sample: Sample, tell: Tell
+    model: PreTrainedModel,
+    surgeries: Iterable["partial[PreTrainedModel]"],
+    sample: Sample = no_sample,
+    tell: Tell = silent,
 ) -> PreTrainedModel:
     """The model after these surgeries, in order. `sample()` is the first batches of the training data, the same on all
     processes; `tell(values)` puts what was found, by name, into the first row and the results of the run. On the meta
@@ -242,10 +341,11 @@ def operate(
 
 
 SURGERIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "ladabert": ladabert,
     "low_rank": low_rank,
     "prune": prune,
     "quiet_positions": quiet_positions,
     "theseus": theseus.theseus,
 }
 # Of the rest of the config, given it, the student's head and its labels, and the surgery's arguments.
-CHECKS: dict[str, Callable[..., None]] = {"prune": check_prune, "theseus": theseus.check}
+CHECKS: dict[str, Callable[..., None]] = {"ladabert": check_ladabert, "prune": check_prune, "theseus": theseus.check}

@@ -1,6 +1,7 @@
 """Masks take away what their criterion says, exactly as many, along their schedule; folding keeps the function."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ def made() -> PreTrainedModel:
 
 def pruned(**options: Any) -> tuple[PreTrainedModel, Pruning]:
     model = surgery.prune(made(), **arguments("prune", surgery.prune, options))
-    (part,) = parts.parts(model)
-    assert isinstance(part, Pruning)
-    return model, part
+    return model, pruning_of(model)
+
+
+def pruning_of(model: PreTrainedModel) -> Pruning:
+    (part,) = (part for part in parts.parts(model) if isinstance(part, Pruning))
+    return part
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -63,8 +67,7 @@ def test_it_reaches_its_sparsity_and_folds_into_the_same_function(
     trained(model, part, 20)
     assert part.sparsity == pytest.approx(sparsity, abs=0.005)
     found = logits(model)
-    weights = [place.weight for place in part.places]
-    zeros = sum(int((weight[~place.mask.kept] != 0).sum()) for weight, place in zip(weights, part.places, strict=True))
+    zeros = sum(int((one.origin[~one.mask.kept] != 0).sum()) for one in part.masked.values())
     assert zeros > 0  # a mask hides weights, it does not change them
     folded = parts.fold(model)
     assert torch.equal(logits(folded), found)
@@ -90,12 +93,12 @@ def test_exactly_so_many_go_and_the_least_important_first(values: list[int], spa
 def test_one_ranking_for_all_weights() -> None:
     """The naive twin: sort every weight by its size."""
     _, part = pruned(sparsity=0.6)
-    every = torch.cat([place.weight.detach().abs().flatten() for place in part.places])
+    every = torch.cat([one.origin.detach().abs().flatten() for one in part.masked.values()])
     limit = every.sort().values[round(0.6 * len(every)) - 1]
     part.tighten(0.6)
-    for place in part.places:
-        assert torch.equal(place.mask.kept, place.weight.detach().abs() > limit)
-    shares = {place.mask.kept.float().mean().item() for place in part.places}
+    for one in part.masked.values():
+        assert torch.equal(one.mask.kept, one.origin.detach().abs() > limit)
+    shares = {one.mask.kept.float().mean().item() for one in part.masked.values()}
     assert len(shares) > 3  # not one share for each matrix
 
 
@@ -106,18 +109,18 @@ def test_patterns(pattern: str) -> None:
     for sparsity in (0.2, 0.5):
         part.tighten(sparsity)
         assert part.sparsity == pytest.approx(sparsity, abs=0.002)
-        for place in part.places:
-            kept = place.mask.kept
+        for one in part.masked.values():
+            kept = one.mask.kept
             if shape.group:
                 assert (kept.unflatten(1, (-1, shape.group)).sum(-1) >= shape.kept).all()
             else:
                 blocks = kept.unflatten(0, (-1, 4)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
                 assert (blocks.all(-1) | ~blocks.any(-1)).all()
     if pattern == "2:4":  # of each four, the two largest
-        for place in part.places:
-            groups = place.weight.detach().abs().unflatten(1, (-1, 4))
+        for one in part.masked.values():
+            groups = one.origin.detach().abs().unflatten(1, (-1, 4))
             twin = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, groups.argsort(-1)[..., 2:], True)
-            assert torch.equal(place.mask.kept, twin.flatten(1))
+            assert torch.equal(one.mask.kept, twin.flatten(1))
 
 
 @given(st.integers(2, 400), st.tuples(st.floats(0, 1), st.floats(0, 1)), st.floats(0.01, 0.99), st.integers(1, 50))
@@ -174,11 +177,11 @@ def test_movement_counts_what_training_would_move_away_from_nothing() -> None:
 def test_connections_come_back_where_they_may(recover: bool) -> None:
     _, part = pruned(sparsity=0.5, criterion="adapting", recover=recover)
     part.tighten(0.5)
-    before = [place.mask.kept.clone() for place in part.places]
-    for place in part.places:
-        place.mask.scores.data.neg_()
+    before = [one.mask.kept.clone() for one in part.masked.values()]
+    for one in part.masked.values():
+        one.mask.scores.data.neg_()
     part.tighten(0.5)
-    returned = sum(int((place.mask.kept & ~old).sum()) for place, old in zip(part.places, before, strict=True))
+    returned = sum(int((one.mask.kept & ~old).sum()) for one, old in zip(part.masked.values(), before, strict=True))
     assert (returned > 0) is recover
     assert part.sparsity == pytest.approx(0.5, abs=1e-3)
 
@@ -196,13 +199,14 @@ def test_the_base_stays_as_it_was(criterion: str) -> None:
         if not torch.equal(folded[name][folded[name] != 0], weight[folded[name] != 0])
     }
     assert moved == {name for name in original if name.startswith(("classifier.", "bert.pooler."))}
-    for place in part.places:
-        assert torch.equal(place.weight, original[f"{place.name}.weight"])
+    for name, one in part.masked.items():
+        assert torch.equal(one.origin, original[f"{name}.weight"])
 
 
 def test_iterative_trains_a_copy_until_the_last_weights_have_gone() -> None:
     model, part = pruned(sparsity=0.5, criterion="iterative", every=1)
-    mask = part.places[0].mask
+    first = next(iter(part.masked.values()))
+    mask = first.mask
     assert isinstance(mask, pruning.Iterative)
     starts = mask.trained.detach().clone()
     part.at(Moment(0, 10, 0))
@@ -211,34 +215,24 @@ def test_iterative_trains_a_copy_until_the_last_weights_have_gone() -> None:
     assert mask.trained.grad.abs().sum() > 0
     with torch.no_grad():
         mask.trained += 1.0
-    assert torch.equal(mask(part.places[0].weight), (starts + 1.0).view_as(mask.kept) * mask.kept)
+    assert torch.equal(mask(first.origin), (starts + 1.0).view_as(mask.kept) * mask.kept)
     part.at(Moment(5, 10, 0))
-    assert torch.equal(mask(part.places[0].weight), starts.view_as(mask.kept) * mask.kept)
+    assert torch.equal(mask(first.origin), starts.view_as(mask.kept) * mask.kept)
 
 
-def test_modules_that_share_a_weight_share_its_mask() -> None:
+def test_a_weight_that_the_head_shares_is_refused() -> None:
     torch.manual_seed(0)
-    model = models.create({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90).eval()
-    surgery.prune(model, **arguments("prune", surgery.prune, {"sparsity": 0.5, "modules": "word_embeddings|decoder"}))
-    (part,) = parts.parts(model)
-    assert isinstance(part, Pruning)
-    assert len(part.places) == 1
-    part.tighten(0.5)
-    words, decoder = model.get_input_embeddings(), model.get_output_embeddings()
-    assert torch.equal(words.weight, decoder.weight)  # type: ignore[union-attr]
-    found = logits(model)
-    folded = parts.fold(model)
-    torch.testing.assert_close(logits(folded), found)
-    assert words.weight is decoder.weight  # type: ignore[union-attr]
+    model = models.create({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90)
+    options = arguments("prune", surgery.prune, {"sparsity": 0.5, "modules": "word_embeddings"})
+    with pytest.raises(UserError, match="word_embeddings shares its weight with another module; leave it out of"):
+        surgery.prune(model, **options)
 
 
 def test_only_weights_that_train_are_pruned() -> None:
     model = made()
     models.layers(model)[0].requires_grad_(False)
     surgery.prune(model, **arguments("prune", surgery.prune, {"sparsity": 0.5}))
-    (part,) = parts.parts(model)
-    assert isinstance(part, Pruning)
-    assert not any(".layer.0." in place.name for place in part.places)
+    assert not any(".layer.0." in name for name in pruning_of(model).masked)
 
 
 @pytest.mark.parametrize(
@@ -323,11 +317,11 @@ def _moments_of(made: Any, weight: nn.Parameter, kept: Tensor) -> list[tuple[Ten
 
 
 def test_masks_after_low_rank_are_on_its_factors() -> None:
-    model = surgery.low_rank(made(), **arguments("low_rank", surgery.low_rank, {"keep": 0.5}))
+    operate = partial(surgery.low_rank, **arguments("low_rank", surgery.low_rank, {"keep": 0.5}))
+    model = surgery.operate(made(), [operate], list, dict[str, float]().update)
     surgery.prune(model, **arguments("prune", surgery.prune, {"sparsity": 0.5}))
-    part = parts.parts(model)[-1]
-    assert isinstance(part, Pruning)
-    assert all(place.name.endswith((".inner", ".outer")) for place in part.places)
+    part = pruning_of(model)
+    assert all(name.endswith((".inner", ".outer")) for name in part.masked)
     part.tighten(0.5)
     found = logits(model)
     torch.testing.assert_close(logits(parts.compact(copy.deepcopy(model))), found, rtol=1e-5, atol=1e-5)
