@@ -6,6 +6,7 @@
     create(architecture, head, ...)  a new model
     save(model, folder)              model -> an ordinary Hugging Face folder
     trace(model, batch, needs)       one flat forward -> Trace
+    Served                           [B, S] -> outputs, as transformers itself runs a model
     Frozen                           batch -> Trace of a model that does not learn: the teacher, or one under evaluation
     label_order(path, head, labels)  whether a model has the head of a task, and in which order its labels
     shape, parameters                sizes of a model
@@ -59,6 +60,7 @@ ATTENTION = "lad_dist_flat"
 # Settings of a config that change nothing of what the model computes.
 UNHEARD = frozenset("_name_or_path architectures dtype id2label label2id problem_type transformers_version".split())
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 REASON = 120  # characters of a library's complaint
 CLASSES = {
     "none": AutoModel,
@@ -82,7 +84,7 @@ def configuration(path: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a malformed one provokes anything from OSError to TypeError: the user gets one line
-        raise UserError(f"{path}: no model can be read there ({_first_line(error)})") from None
+        raise UserError(f"{path}: no model can be read there ({first_line(error)})") from None
     families.check(config, path)
     for name in SIZES:
         size = getattr(config, name)
@@ -104,7 +106,7 @@ def check_files(path: str) -> None:
         try:
             _open(file)
         except Exception as error:  # of Rust, zip and pickle
-            raise UserError(f"{file}: no weights can be read there ({_first_line(error)})") from None
+            raise UserError(f"{file}: no weights can be read there ({first_line(error)})") from None
 
 
 def _open(file: Path) -> None:
@@ -135,7 +137,7 @@ def load(
             trust_remote_code=False,
         )
     except Exception as error:  # of Rust, zip and pickle too
-        raise UserError(f"{path}: the model cannot be loaded ({_first_line(error)})") from None
+        raise UserError(f"{path}: the model cannot be loaded ({first_line(error)})") from None
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     _check_encoder(path, model, missing, report["mismatched_keys"])
     if whole and missing:
@@ -204,7 +206,7 @@ def architecture_config(
             **{"vocab_size": vocabulary, **{k: v for k, v in special.items() if k in names}, **words},
         )
     except Exception as error:  # the family's own validation, of many kinds
-        raise UserError(f"student.architecture: {_first_line(error)}") from None
+        raise UserError(f"student.architecture: {first_line(error)}") from None
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"student.architecture: {config.num_attention_heads} heads do not divide a width of {config.hidden_size}"
@@ -218,7 +220,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     model.float().save_pretrained(folder)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     said = " ".join(str(error).split())
     return (said if len(said) <= REASON else f"{said[:REASON]}…").rstrip(".") or type(error).__name__
 
@@ -238,6 +240,13 @@ def _label_names(config: PreTrainedConfig) -> tuple[str, ...]:
 def _has_head(config: PreTrainedConfig, head: Head) -> bool:
     """Whether the folder may hold a head of that kind, as far as it says what it holds."""
     return not config.architectures or any(name.endswith(ENDINGS[head]) for name in config.architectures)
+
+
+def head_of(architectures: Sequence[str]) -> Head:
+    """The head of a task that architectures of these names have; "none" where they have none, as a pre-trained model's.
+    """
+    held = [head for head, ending in ENDINGS.items() if any(name.endswith(ending) for name in architectures)]
+    return held[0] if held else "none"  # type: ignore[return-value]
 
 
 def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
@@ -286,10 +295,14 @@ def shape(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | 
     return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head, outputs, span)
 
 
+def positions(config: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence that the model has positions for."""
+    return int(config.max_position_embeddings) - families.of(config).first_position(config)
+
+
 def check_length(config: PreTrainedConfig, name: str, longest: int) -> None:
     """Raises UserError when the model has no positions for sequences of `longest` tokens."""
-    room = getattr(config, "max_position_embeddings", longest)
-    room -= families.of(config).first_position(config)
+    room = positions(config)
     if longest > room:
         raise UserError(f"data.max_length: {longest} tokens, but {name} has {room} positions")
 
@@ -572,6 +585,30 @@ def _read(model: PreTrainedModel, x: Tensor, batch: Batch) -> Tensor:
     spans = apart(batch)
     real = pad(x, spans).masked_fill(~spans.attended[..., None], 0.0)
     return real.sum(dim=1) / batch.lengths[: batch.nonempty, None]
+
+
+class Served(nn.Module):
+    """A model as those run it who have its folder alone: input_ids, attention_mask and, where it tells segments,
+    token_type_ids, all [B, S] -> `outputs`, by transformers' own attention. It takes the model over."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        if families.of(model.config).flat:
+            model.set_attn_implementation("sdpa")
+        self.model = model.eval().requires_grad_(False)
+        self.inputs = INPUTS if tells_segments(model.config) else INPUTS[:2]
+        self.outputs: tuple[str, ...] = ("logits",)
+        if model.base_model is model:
+            self.outputs = ("last_hidden_state",)
+        elif head_of([type(model).__name__]) == "question_answering":
+            self.outputs = ("start_logits", "end_logits")
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        given = dict(zip(INPUTS, (input_ids, attention_mask, token_type_ids), strict=True))
+        output = self.model(**{name: given[name] for name in self.inputs})
+        return tuple(output[name] for name in self.outputs)
 
 
 class Frozen:
