@@ -24,7 +24,7 @@ N tokens, D old width, d new width, E old and e new size of a head, F inner unit
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lad_dist import observe
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Needs, unpad
-from lad_dist.models import PreTrainedModel, layers, trace
+from lad_dist.flat import Batch
+from lad_dist.models import PreTrainedModel, layers
 
 Directions = Literal["principal", "random"]
 
@@ -230,46 +231,17 @@ class _Found:
     units: _Moments = field(default_factory=_Moments)
 
 
-@contextlib.contextmanager
-def _seen(modules: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within it, keep(number, input, output) is called for each of the modules that runs."""
-
-    def hook(number: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, inputs, output: keep(number, inputs[0], output)
-
-    handles = [module.register_forward_hook(hook(number)) for number, module in enumerate(modules)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(model: PreTrainedModel, batch: Batch) -> Tensor | None:
-    needs = Needs(logits=model.base_model is not model)
-    with torch.no_grad():
-        return trace(model, batch.to(model.device), needs).logits
-
-
-def _rows(x: Tensor, batch: Batch) -> Tensor:
-    """[1, N and filler, D] of the body to the real tokens' [N, D]; [R, 1, D] of the head to [R, D]."""
-    if len(x) != 1 or x.shape[1] < len(batch.input_ids):
-        return x.reshape(-1, x.shape[-1])
-    flat = x[0, : len(batch.input_ids)]
-    return flat if batch.tokens == len(flat) else flat[unpad(batch.attended, batch).to(x.device)]
-
-
 def _measure(wide: _Parts, batches: Sequence[Batch]) -> _Found:
     found = _Found([[] for _ in wide.stream], [_Moments() for _ in wide.stream], [_Units() for _ in wide.layers])
     outer = [layer["outer"] for layer in wide.layers]
     dense = [wide.head_norm] if wide.tied and wide.head_norm is not None else wide.head[1:2]
     for batch in batches:
         with (
-            _seen(wide.stream, lambda n, _, y: found.states[n].append(_rows(y, batch).float())),  # noqa: B023
-            _seen(outer, lambda n, x, _: found.inner[n].add(_rows(x, batch))),  # noqa: B023
-            _seen(dense, lambda _, x, y: found.units.add(y if wide.tied else x)),
+            observe.seen(wide.stream, lambda n, _, y: found.states[n].append(observe.rows(y, batch).float())),  # noqa: B023
+            observe.seen(outer, lambda n, x, _: found.inner[n].add(observe.rows(x, batch))),  # noqa: B023
+            observe.seen(dense, lambda _, x, y: found.units.add(y if wide.tied else x)),
         ):
-            _run(wide.model, batch)
+            observe.run(wide.model, batch)
     for moments, states in zip(found.stream, found.states, strict=True):
         for state in states:
             moments.add(state)
@@ -361,7 +333,7 @@ class _Fit:
         turn = self.axes.float().to(self.states[place][0].device)
         wanted = [x @ turn for x in self.states[place]]
         inputs = zip(_inputs(self.thin, module, self.batches), self.batches, strict=True)
-        given = [_rows(x, batch).float() for x, batch in inputs]
+        given = [observe.rows(x, batch).float() for x, batch in inputs]
         if isinstance(module, nn.LayerNorm):
             _fit_norm(module, given, wanted)
         outputs = [module(x.to(next(module.parameters()))).float() for x in given]
@@ -530,8 +502,8 @@ def _inputs(parts: _Parts, module: nn.Module, batches: Sequence[Batch]) -> list[
         raise _Enough
 
     for batch in batches:
-        with _seen([module], keep), contextlib.suppress(_Enough):
-            _run(parts.model, batch)
+        with observe.seen([module], keep), contextlib.suppress(_Enough):
+            observe.run(parts.model, batch)
     return given
 
 
@@ -554,8 +526,8 @@ def _fit_head_norm(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batc
     wanted: list[Tensor] = []
     turn = turn.float().to(wide.model.device)
     for batch in batches:
-        with _seen([wide.head_norm], lambda _, __, y: wanted.append(y.flatten(0, -2).float() @ turn)):
-            _run(wide.model, batch)
+        with observe.seen([wide.head_norm], lambda _, __, y: wanted.append(y.flatten(0, -2).float() @ turn)):
+            observe.run(wide.model, batch)
     given = [x.flatten(0, -2) for x in _inputs(thin, thin.head_norm, batches)]
     _fit_norm(thin.head_norm, given, wanted)
 
@@ -572,8 +544,8 @@ def _errors(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batches: Se
         outputs = []
         for parts in (wide, thin):
             seen: list[list[Tensor]] = [[] for _ in points]
-            with _seen([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):  # noqa: B023
-                outputs.append((_run(parts.model, batch), [_rows(x[0], batch) for x in seen]))
+            with observe.seen([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):  # noqa: B023
+                outputs.append((observe.run(parts.model, batch), [observe.rows(x[0], batch) for x in seen]))
         (z, h), (z_thin, h_thin) = outputs
         states = [
             total + (x @ turn - y).double().square().sum().item() for total, x, y in zip(states, h, h_thin, strict=True)

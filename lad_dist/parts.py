@@ -3,13 +3,17 @@
 A Part stands where a plain module stood and trains with the student. `at(moment)` moves its schedule, `penalty()` adds
 loss terms, `pruned()` says which weights it has just taken away. Two plain modules have its function: `fold()` returns
 one of the kind that stood there, for the ordinary folder that is exported; `compact()` the one that computes least.
-Surgeries put Parts in.
+Surgeries put Parts in: low_rank.py, pruning.py and theseus.py have their kinds.
 
-    LowRank   a linear map as a product of two thin ones
+    Part            the base of all
+    parts           those of a model
+    fold, compact   a model without them
+    walk, weights   its modules and weights as they would be without them
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Self
+from operator import methodcaller
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,44 +55,8 @@ class Part(nn.Module):
         return self.fold()
 
 
-class LowRank(Part):
-    """x -> B (A x) + b with A [rank, in], B [out, rank]: the truncated SVD of a linear map, the nearest of its rank in
-    Frobenius norm (Eckart and Young, 1936). The singular values are shared evenly between A and B, so that both learn
-    at one pace."""
-
-    def __init__(self, inner: nn.Linear, outer: nn.Linear):
-        super().__init__()
-        self.inner = inner
-        self.outer = outer
-
-    @classmethod
-    def of(cls, linear: nn.Linear, rank: int) -> Self:
-        left, values, right = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-        root = values[:rank].sqrt()
-        inner = nn.Linear(linear.in_features, rank, bias=False)
-        outer = nn.Linear(rank, linear.out_features, bias=linear.bias is not None)
-        with torch.no_grad():
-            inner.weight.copy_(root[:, None] * right[:rank])
-            outer.weight.copy_(left[:, :rank] * root)
-            if linear.bias is not None:
-                outer.bias.copy_(linear.bias)
-        return cls(inner, outer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.inner(x))
-
-    def fold(self) -> nn.Module:
-        linear = nn.Linear(self.inner.in_features, self.outer.out_features, bias=self.outer.bias is not None)
-        with torch.no_grad():
-            linear.weight.copy_(self.outer.weight @ self.inner.weight)
-            if self.outer.bias is not None:
-                linear.bias.copy_(self.outer.bias)
-        return linear.to(self.inner.weight.device)
-
-    def compact(self) -> nn.Module:
-        """The pair, where it has fewer weights than its product."""
-        rows, columns, rank = self.outer.out_features, self.inner.in_features, self.inner.out_features
-        return nn.Sequential(self.inner, self.outer) if rank * (rows + columns) < rows * columns else self.fold()
+Plain = Callable[[Part], nn.Module | None]
+FOLDED, COMPACT = methodcaller("fold"), methodcaller("compact")
 
 
 def parts(model: nn.Module) -> list[Part]:
@@ -98,15 +66,39 @@ def parts(model: nn.Module) -> list[Part]:
 
 def fold(model: nn.Module) -> nn.Module:
     """The model, each Part replaced by the module that it folds into, in place."""
-    return _replaced(model, lambda part: part.fold())
+    return _replaced(model, FOLDED)
 
 
 def compact(model: nn.Module) -> nn.Module:
     """The model, each Part replaced by the module that computes least, in place."""
-    return _replaced(model, lambda part: part.compact())
+    return _replaced(model, COMPACT)
 
 
-def _replaced(model: nn.Module, plain: Callable[[Part], nn.Module | None]) -> nn.Module:
+def walk(module: nn.Module, plain: Plain, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, as they would be with each Part `plain`; nothing is changed."""
+    if isinstance(module, Part):
+        with torch.device(next(module.parameters(), torch.empty(0)).device):
+            made = plain(module)
+        if made is not None:
+            yield from walk(made, plain, name)
+        return
+    yield name, module
+    for child, inner in module.named_children():
+        yield from walk(inner, plain, f"{name}.{child}" if name else child)
+
+
+def weights(model: nn.Module, plain: Plain) -> Iterator[tuple[str, nn.Parameter]]:
+    """All weights by name, as they would be with each Part `plain`; shared ones once, where they come first."""
+    seen: set[int] = set()
+    kept = list(walk(model, plain))  # while they live, no two weights have one id
+    for name, module in kept:
+        for own, weight in module.named_parameters(recurse=False):
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                yield f"{name}.{own}" if name else own, weight
+
+
+def _replaced(model: nn.Module, plain: Plain) -> nn.Module:
     for name, child in list(model.named_children()):
         own = plain(child) if isinstance(child, Part) else child
         if own is None:

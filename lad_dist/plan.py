@@ -116,7 +116,7 @@ class Plan:
             student = models.new(origin, self.head, self.labels)
             if self.layers is not None:
                 student = surgery.keep_layers(student, self.layers)
-            return surgery.operate(student, self.surgeries, list, dict[str, float]().update)
+            return surgery.operate(student, self.surgeries)
 
     def _origin(self) -> models.PreTrainedModel:
         words = self.config.student

@@ -1,16 +1,15 @@
-"""Surgeries keep what they say they keep; Parts fold into plain modules with the same function."""
+"""Surgeries keep what they say they keep."""
 
 import pytest
 import torch
 import toy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lad_dist import models, parts, surgery
-from lad_dist.config import UserError, arguments
+from lad_dist import models, surgery
+from lad_dist.config import UserError
 from lad_dist.flat import Needs
-from lad_dist.parts import LowRank
 
 FAMILIES = {
     "bert": toy.SIZES,
@@ -121,53 +120,3 @@ def test_set_dropout_by_kind(family: str) -> None:
     assert others == {0.25}
     surgery.set_dropout(model, None, 0.0)
     assert {m.dropout.p for m in model.modules() if type(m).__name__.endswith("SelfAttention")} == {0.0}
-
-
-@settings(max_examples=20)
-@given(st.integers(2, 12), st.integers(2, 12), st.booleans(), st.data())
-def test_low_rank_is_the_nearest_of_its_rank(rows: int, columns: int, bias: bool, data: st.DataObject) -> None:
-    """Its error is what the dropped singular values hold (Eckart and Young), and folding changes nothing."""
-    torch.manual_seed(rows * columns)
-    linear = nn.Linear(columns, rows, bias=bias)
-    rank = data.draw(st.integers(1, min(rows, columns)))
-    part, x = LowRank.of(linear, rank), torch.randn(7, columns)
-    folded, small = part.fold(), part.compact()
-    assert isinstance(folded, nn.Linear)
-    dropped = torch.linalg.svdvals(linear.weight.detach())[rank:]
-    error = (folded.weight - linear.weight).norm()
-    assert error.item() == pytest.approx(dropped.norm().item(), abs=1e-5)
-    torch.testing.assert_close(folded(x), part(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(small(x), part(x), rtol=1e-5, atol=1e-5)
-    assert models.parameters(small) == min(models.parameters(part), models.parameters(folded))
-
-
-def test_low_rank_replaces_the_maps_that_match_and_keeps_the_share() -> None:
-    model = made()
-    before = models.parameters(models.layers(model))
-    surgery.low_rank(model, keep=0.5)
-    found = parts.parts(model)
-    assert len(found) == 4 * 6  # query, key, value, output, intermediate, output
-    assert 0.4 < models.parameters(models.layers(model)) / before < 0.6
-    assert isinstance(model.classifier, nn.Linear)
-    some = surgery.low_rank(made(), keep=0.5, modules=r"layer\.0\..*query")
-    assert len(parts.parts(some)) == 1
-
-
-def test_folding_leaves_a_plain_model_with_the_same_function() -> None:
-    model = surgery.low_rank(made(), keep=0.5)
-    logits, hidden = outputs(model, 4)
-    folded = parts.fold(model)
-    assert not parts.parts(folded)
-    assert set(folded.state_dict()) == set(made().state_dict())
-    again = outputs(model, 4)
-    torch.testing.assert_close(again, (logits, hidden), rtol=1e-5, atol=1e-5)
-
-
-def test_low_rank_that_matches_nothing() -> None:
-    with pytest.raises(UserError, match="no linear map's name matches 'nowhere'"):
-        surgery.low_rank(made(), keep=0.5, modules="nowhere")
-
-
-def test_low_rank_with_a_broken_pattern() -> None:
-    with pytest.raises(UserError, match=r"surgery low_rank: modules: not a regular expression \(missing \)"):
-        arguments("surgery low_rank", surgery.low_rank, {"keep": 0.5, "modules": "("})

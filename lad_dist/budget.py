@@ -1,0 +1,117 @@
+"""The budget of LadaBERT: how small a model becomes by low rank and pruning (Mao et al., 2020, equation 7).
+
+    count(model, modules)   a model's weights, by what can become of them
+    solve(…)                the factor that is not given
+    sparsity(…)             how much has to be pruned, once the ranks are known
+    told(…)                 what was asked for and what is achieved
+
+    weights / reduction = words / embedding + maps / (svd · weight) + rest
+
+All factors say how many times fewer weights there are, as the paper's Table 2 does. Words are the word embeddings, maps
+the encoder's linear maps; the rest (positions, segments, biases, norms, pooler and head) stays as it is.
+
+Ranks are whole numbers, so a budget cannot be met by ranks alone. They are rounded up, and pruning takes what is too
+much, unless that is less than TOLERANCE of the budget.
+"""
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+from lad_dist import models
+from lad_dist.config import UserError
+from lad_dist.models import PreTrainedModel
+
+TOLERANCE = 0.005  # of the weights asked for
+
+
+class Counts(NamedTuple):
+    words: int
+    maps: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Factors(NamedTuple):
+    embedding: float
+    svd: float
+    weight: float
+
+
+def count(model: PreTrainedModel, modules: str) -> Counts:
+    """`modules`: what the maps' names match. The weights of a product count where those of the whole did."""
+    chosen = {
+        module.weight: module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(modules, name)
+    }
+    words, maps = models.parameters(model.get_input_embeddings()), sum(chosen.values())
+    return Counts(words, maps, models.parameters(model) - words - maps)
+
+
+def solve(
+    counts: Counts, reduction: float | None, embedding: float | None, svd: float | None, weight: float | None
+) -> Factors:
+    """All three factors. Raises UserError where not exactly one of the four is missing, or none of the missing one's
+    values gives the reduction."""
+    given = {"embedding": embedding, "svd": svd, "weight": weight}
+    missing = [name for name, factor in given.items() if factor is None]
+    if len(missing) != (reduction is not None):
+        raise UserError("surgery ladabert: give reduction and two of embedding, svd and weight, or these three alone")
+    if reduction is None or not missing:
+        return Factors(**given)  # type: ignore[arg-type]
+    known = Factors(*(factor or 1.0 for factor in given.values()))
+    free = counts.words / known.embedding if embedding is None else counts.maps / (known.svd * known.weight)
+    fixed = weights(counts, known) - free
+    left = counts.total / reduction - fixed
+    if not 0 < left <= free:
+        most = (
+            f"more than {counts.total / fixed:.3g}" if left <= 0 else f"less than {counts.total / (fixed + free):.3g}"
+        )
+        others = " and ".join(f"{name} = {factor:g}" for name, factor in given.items() if factor is not None)
+        raise UserError(
+            f"surgery ladabert: reduction = {reduction:g}, but with {others} no {missing[0]} can make it {most}"
+        )
+    return known._replace(**{missing[0]: free / left})
+
+
+def weights(counts: Counts, factors: Factors) -> float:
+    """That are left of a model."""
+    return counts.words / factors.embedding + counts.maps / (factors.svd * factors.weight) + counts.rest
+
+
+def sparsity(counts: Counts, asked: float | None, weight: float | None) -> float:
+    """The share of a model's maps, products by now, that has to go for `asked` weights to stay; that of the factor
+    `weight` where no number is asked for, or it comes near enough. Raises UserError where that is more than all."""
+    given = None if weight is None else 1 - 1 / weight
+    if asked is None:
+        assert given is not None
+        return given
+    if given is not None and abs(counts.total - given * counts.maps - asked) <= TOLERANCE * asked:
+        return given
+    share = (counts.total - asked) / counts.maps
+    if not 0 <= share < 1:
+        raise UserError(
+            f"surgery ladabert: {round(asked)} weights cannot be met: the model is too small for such ranks"
+        )
+    return share
+
+
+def told(before: Counts, after: Counts, factors: Factors, reduction: float | None, sparsity: float) -> dict[str, float]:
+    """Factors as asked for or solved, and as achieved, of a model before and after its ranks were cut; `sparsity` of
+    its maps goes."""
+    stays = after.maps - round(sparsity * after.maps)
+    achieved = {
+        "reduction": before.total / (after.total - after.maps + stays),
+        "embedding": before.words / after.words,
+        "svd": before.maps / after.maps,
+        "weight": after.maps / stays,
+    }
+    asked = {"reduction": reduction or before.total / weights(before, factors), **factors._asdict()}
+    return {f"budget/asked/{name}": factor for name, factor in asked.items()} | {
+        f"budget/achieved/{name}": factor for name, factor in achieved.items()
+    }

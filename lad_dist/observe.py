@@ -1,0 +1,54 @@
+"""What the modules of a model see of a sample of the training data.
+
+seen(modules, keep)   within it, keep(number, input, output) is called for each of them that runs
+run(model, batch)     one forward, from which nothing is learnt
+rows(x, batch)        what stands at real tokens, or at what a head reads
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lad_dist.flat import Batch, Needs, apart, unpad
+from lad_dist.models import PreTrainedModel, trace
+
+
+@contextlib.contextmanager
+def seen(modules: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within it, keep(number, input, output) is called for each of the modules that runs."""
+
+    def hook(number: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, inputs, output: keep(number, inputs[0], output)
+
+    handles = [module.register_forward_hook(hook(number)) for number, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """Its logits, where there is a head."""
+    needs = Needs(logits=model.base_model is not model)
+    with torch.no_grad():
+        return trace(model, batch.to(model.device), needs).logits
+
+
+def rows(x: Tensor, batch: Batch) -> Tensor:
+    """[1, N and filler, D] of a body that runs flat, or [U, S, D] of one that runs padded, to the real tokens' [N, D];
+    [R, 1, D] of the head to [R, D], and what else has rows of its own likewise."""
+    spans = apart(batch)
+    if x.shape[:-1] == spans.sequence.shape:
+        return real(unpad(x, spans._replace(padded_index=spans.padded_index.to(x.device))), batch)
+    if len(x) != 1 or x.shape[1] < len(batch.input_ids):
+        return x.reshape(-1, x.shape[-1])
+    return real(x[0, : len(batch.input_ids)], batch)
+
+
+def real(flat: Tensor, batch: Batch) -> Tensor:
+    """[N, ...] without what `pad_to` padded."""
+    return flat if batch.tokens == len(flat) else flat[unpad(batch.attended, batch).to(flat.device)]

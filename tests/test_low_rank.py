@@ -1,0 +1,333 @@
+"""Low rank: the nearest of its rank, in the weights or on a sample; a Part, its fold and its compact form are one
+function."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+import toy_families
+from conftest import World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lad_dist import low_rank, models, observe, parts, plan, surgery
+from lad_dist.config import UserError, arguments
+from lad_dist.flat import Batch, Needs
+from lad_dist.low_rank import LowRank, LowRankEmbedding
+from lad_dist.train import train
+
+SAMPLE = [toy.batch([9, 30, 5, 17], seed=seed, labels=[0, 1, 1, 0]) for seed in range(3)]
+SIZES = st.tuples(st.integers(2, 12), st.integers(2, 12)).flatmap(
+    lambda sizes: st.tuples(st.just(sizes[0]), st.just(sizes[1]), st.integers(1, min(sizes)))
+)
+
+
+def made(family: str = "bert") -> models.PreTrainedModel:
+    torch.manual_seed(0)
+    architecture = {"model_type": toy_families.kind(family), "initializer_range": 0.2, **toy_families.SIZES[family]}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    return models.create(architecture, "classification", vocabulary=90, special=special, labels=toy.LABELS).eval()
+
+
+def logits(model: models.PreTrainedModel, batch: Batch = SAMPLE[0]) -> Tensor:
+    with torch.no_grad():
+        found = models.trace(model, batch, Needs(logits=True)).logits
+    assert found is not None
+    return found
+
+
+@settings(max_examples=25)
+@given(SIZES, st.booleans())
+def test_a_map_is_the_nearest_of_its_rank(sizes: tuple[int, int, int], bias: bool) -> None:
+    """Its error is what the dropped singular values hold (Eckart and Young)."""
+    rows, columns, rank = sizes
+    torch.manual_seed(rows * columns)
+    linear, x = nn.Linear(columns, rows, bias=bias), torch.randn(7, columns)
+    part, error = LowRank.of(linear, rank)
+    folded, small = part.fold(), part.compact()
+    assert isinstance(folded, nn.Linear)
+    values = torch.linalg.svdvals(linear.weight.detach())
+    assert (folded.weight - linear.weight).norm().item() == pytest.approx(values[rank:].norm().item(), abs=1e-5)
+    assert error.item() == pytest.approx((values[rank:].norm() / values.norm()).item(), abs=1e-6)
+    torch.testing.assert_close(folded(x), part(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(x), part(x), rtol=1e-5, atol=1e-5)
+    assert models.parameters(small) == min(models.parameters(part), models.parameters(folded))
+
+
+@settings(max_examples=25)
+@given(SIZES, st.booleans())
+def test_embeddings_are_the_nearest_of_their_rank(sizes: tuple[int, int, int], padded: bool) -> None:
+    count, width, rank = sizes
+    torch.manual_seed(count * width)
+    embeddings, words = nn.Embedding(count, width, padding_idx=1 if padded else None), torch.arange(count)
+    part, _ = LowRankEmbedding.of(embeddings, rank)
+    folded, small = part.fold(), part.compact()
+    assert isinstance(folded, nn.Embedding)
+    assert folded.padding_idx == embeddings.padding_idx
+    dropped = torch.linalg.svdvals(embeddings.weight.detach())[rank:]
+    assert (folded.weight - embeddings.weight).norm().item() == pytest.approx(dropped.norm().item(), abs=1e-5)
+    torch.testing.assert_close(folded(words), part(words), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(words), part(words), rtol=1e-5, atol=1e-5)
+    assert models.parameters(small) == min(models.parameters(part), models.parameters(folded))
+
+
+def test_a_padding_word_learns_nothing_as_before() -> None:
+    part, _ = LowRankEmbedding.of(nn.Embedding(9, 6, padding_idx=1), 3)
+    part(torch.tensor([0, 1, 2])).square().sum().backward()
+    assert part.inner.weight.grad is not None
+    assert [row.any().item() for row in part.inner.weight.grad[:4]] == [True, False, True, False]
+
+
+@settings(max_examples=40)
+@given(SIZES, st.integers(1, 20), st.integers(0, 100))
+def test_on_its_sample_a_weighted_product_is_never_worse_and_in_the_weights_never_better(
+    sizes: tuple[int, int, int], rows: int, seed: int
+) -> None:
+    """Than the truncated SVD, also where the sample does not show all directions."""
+    count, width, rank = sizes
+    torch.manual_seed(seed)
+    weight, scale = torch.randn(count, width).double(), torch.logspace(0, 1, width).double()
+    x = torch.randn(rows, width).double() * scale
+    plain, weighted = (_product(weight, rank, moment) for moment in (None, x.T @ x))
+
+    def error(product: Tensor, on: Tensor) -> float:
+        return (on @ (product - weight).T).norm().item()
+
+    everything = torch.eye(width).double()
+    assert error(weighted, x) <= error(plain, x) + 1e-8
+    assert error(weighted, everything) >= error(plain, everything) - 1e-8
+
+
+@settings(max_examples=25)
+@given(SIZES, st.floats(0.01, 100))
+def test_white_inputs_weigh_nothing(sizes: tuple[int, int, int], scale: float) -> None:
+    count, width, rank = sizes
+    torch.manual_seed(count * width)
+    weight = torch.randn(count, width).double()
+    plain = _product(weight, rank, None)
+    torch.testing.assert_close(_product(weight, rank, scale * torch.eye(width).double()), plain)
+    torch.testing.assert_close(_product(weight, rank, torch.full((width,), scale).double()), plain)
+
+
+def test_a_diagonal_is_a_second_moment_too() -> None:
+    torch.manual_seed(0)
+    weight, diagonal = torch.randn(5, 7).double(), torch.rand(7).double()
+    torch.testing.assert_close(_product(weight, 3, diagonal), _product(weight, 3, torch.diag(diagonal)))
+
+
+def test_a_weighted_product_is_the_best_there_is() -> None:
+    """No step of a descent on the damped error makes it smaller."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(5, 7).double(), torch.randn(30, 7).double() @ torch.randn(7, 7).double()
+    moment = x.T @ x
+    damped = moment + low_rank.DAMPING * moment.diagonal().mean() * torch.eye(7)
+    a, b, relative = low_rank.factors(weight, 3, moment)
+    a.requires_grad_()
+    b.requires_grad_()
+
+    def loss() -> Tensor:
+        lost = b @ a - weight
+        return (lost @ damped * lost).sum()
+
+    best = loss()
+    assert relative.item() ** 2 == pytest.approx((best / (weight @ damped * weight).sum()).item())
+    for gradient in torch.autograd.grad(best, (a, b)):
+        assert gradient.norm() < 1e-6 * best
+    with torch.no_grad():
+        for _ in range(20):
+            a += 0.01 * torch.randn_like(a)
+            assert loss() > best
+
+
+def _product(weight: Tensor, rank: int, moment: Tensor | None) -> Tensor:
+    a, b, _ = low_rank.factors(weight, rank, moment)
+    return b @ a
+
+
+@pytest.mark.parametrize("moment", [None, torch.rand(4)])
+def test_both_factors_have_the_same_singular_values(moment: Tensor | None) -> None:
+    a, b, _ = low_rank.factors(torch.randn(6, 4), 3, moment)
+    torch.testing.assert_close(torch.linalg.svdvals(a), torch.linalg.svdvals(b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_is_as_precise_as_what_it_replaces(dtype: torch.dtype) -> None:
+    linear, words = nn.Linear(4, 6, dtype=dtype), nn.Embedding(9, 6, dtype=dtype)
+    for part in (LowRank.of(linear, 2)[0], LowRankEmbedding.of(words, 2)[0]):
+        for module in (part, part.fold(), part.compact()):
+            assert {p.dtype for p in module.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("family", toy_families.SIZES)
+def test_second_moments_are_of_real_tokens(family: str) -> None:
+    """Whether a family runs flat or padded, whatever is padded besides: as of each sequence alone."""
+    model = made(family)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layer" in name]
+    modules = {name: model.get_submodule(name) for name in names}
+    alone = [toy.batch([n], seed=n) for n in (9, 30, 5)]
+    together = _joined(alone)
+    padded = together._replace(filled=together.filled + 3)
+    wanted, found = (low_rank.second_moments(model, modules, batches) for batches in (alone, [padded]))
+    assert wanted.keys() == set(names)
+    for name in names:
+        if "pos_" not in name and not _reads_positions(model, name):
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-3)
+
+
+def _reads_positions(model: models.PreTrainedModel, name: str) -> bool:
+    """DeBERTa's maps that see the embeddings of relative positions too, once for each forward."""
+    return bool(getattr(model.config, "share_att_key", False)) and name.endswith(("key_proj", "query_proj"))
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    """The same sequences in one batch, with padding to attend around."""
+    lengths = [int(batch.lengths[0]) for batch in batches]
+    together = toy.batch(lengths)
+    return together._replace(input_ids=torch.cat([batch.input_ids for batch in batches]))
+
+
+def test_rows_leave_padding_out() -> None:
+    batch = toy.batch([2, 3], pad_to=4)
+    flat = torch.arange(8.0)[None, :, None]
+    assert observe.rows(flat, batch).flatten().tolist() == [0, 1, 4, 5, 6]
+    assert observe.rows(flat.view(2, 4, 1), batch).flatten().tolist() == [0, 1, 4, 5, 6]
+    assert observe.rows(torch.zeros(2, 1, 3), batch).shape == (2, 3)
+
+
+def test_words_count_once_more_than_they_occur() -> None:
+    model = made()
+    words = model.get_input_embeddings()
+    found = low_rank.second_moments(model, {"words": words}, [toy.batch([3, 2], pad_to=4), toy.batch([4])])["words"]
+    seen = torch.cat([toy.batch([3, 2]).input_ids, toy.batch([4]).input_ids])
+    assert found.tolist() == [1.0 + (seen == word).sum().item() for word in range(90)]
+
+
+def lowered(model: models.PreTrainedModel, **options: Any) -> models.PreTrainedModel:
+    return surgery.low_rank(model, lambda: SAMPLE, **arguments("low_rank", surgery.low_rank, options))
+
+
+def test_it_replaces_the_maps_that_match_and_keeps_the_share() -> None:
+    model = made()
+    before = models.parameters(models.layers(model))
+    lowered(model, keep=0.5)
+    found = parts.parts(model)
+    assert len(found) == 4 * 6  # query, key, value, output, intermediate, output
+    assert 0.4 < models.parameters(models.layers(model)) / before < 0.6
+    assert isinstance(model.classifier, nn.Linear)
+    assert len(parts.parts(lowered(made(), keep=0.5, modules=r"layer\.0\..*query"))) == 1
+
+
+def test_embeddings_have_a_share_of_their_own() -> None:
+    model = lowered(made(), keep=1.0, embeddings=0.5)
+    (part,) = parts.parts(model)
+    assert part is model.get_input_embeddings()
+    assert models.parameters(part) == 11 * (90 + 32)  # 0.5 · 90 · 32 / 122 is 11.8
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("family", toy_families.SIZES)
+def test_one_function_as_parts_folded_and_compact(family: str, weighted: bool) -> None:
+    def model() -> models.PreTrainedModel:
+        return lowered(made(family), keep=0.4, embeddings=0.4, weighted=weighted)
+
+    plain = made(family).state_dict()
+    found = logits(model())
+    folded = parts.fold(model())
+    assert not parts.parts(folded)
+    assert {name: x.shape for name, x in folded.state_dict().items()} == {name: x.shape for name, x in plain.items()}
+    torch.testing.assert_close(logits(folded), found, rtol=1e-4, atol=1e-4)
+    small = parts.compact(model())
+    assert models.parameters(small) < 0.6 * models.parameters(folded)
+    torch.testing.assert_close(logits(small), found, rtol=1e-4, atol=1e-4)
+
+
+def test_full_rank_changes_nothing() -> None:
+    for weighted in (False, True):
+        model = made()
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        ranks = {name: min(model.get_submodule(name).weight.shape) for name in names}
+        before = logits(model)
+        errors = low_rank.put(model, ranks | {"bert.embeddings.word_embeddings": 32}, SAMPLE if weighted else ())
+        assert max(errors.values()) < 1e-9
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_makes_the_outputs_on_it_nearer() -> None:
+    before, model = logits(made()), made()
+    plain, weighted = (logits(lowered(made(), keep=0.6, embeddings=0.6, weighted=w)) for w in (False, True))
+    assert not torch.equal(plain, weighted)
+    assert (weighted - before).norm() < (plain - before).norm()
+    assert model.training is lowered(model, keep=0.6, weighted=True).training is False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.5, "modules": "nowhere"}, "surgery low_rank: no linear map's name matches 'nowhere'"),
+        ({"keep": 0.5, "modules": "("}, r"surgery low_rank: modules: not a regular expression \(missing \)"),
+        ({"keep": 1.0}, "keep and embeddings are 1, which leaves all as it is"),
+        ({"keep": 1.0, "embeddings": 0.0}, "embeddings: input should be greater than 0"),
+    ],
+)
+def test_what_it_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        surgery.low_rank(made(), **arguments("surgery low_rank", surgery.low_rank, options))
+
+
+def test_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="no linear map's name matches"):
+        lowered(lowered(made(), keep=0.5), keep=0.5)
+    with pytest.raises(UserError, match="of low rank already"):
+        lowered(lowered(made(), keep=1.0, embeddings=0.5), keep=1.0, embeddings=0.5)
+
+
+TIED = "surgery {}: the MLM head reads the word embeddings, .* leave embedding"
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"name": "low_rank", "keep": 0.5, "embeddings": 0.5},
+        {"name": "ladabert", "embedding": 2.0, "svd": 2.0, "weight": 1.0},
+    ],
+    ids=["low_rank", "ladabert"],
+)
+def test_embeddings_that_a_head_reads_are_refused_before_weights_are_read(
+    listed: dict[str, Any], world: World, tmp_path: Path, no_weights: None
+) -> None:
+    tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained)
+    config = toy.parsed(tables, {"objective": {"name": "kd"}, "surgery": [listed]})
+    with pytest.raises(UserError, match=TIED.format(listed["name"])):
+        plan.make(config)
+
+
+def test_quiet_positions_are_not_words_of_low_rank() -> None:
+    model = lowered(made(), keep=1.0, embeddings=0.5)
+    words = [weight.clone() for weight in model.get_input_embeddings().parameters()]
+    surgery.quiet_positions(model, share=0.1)
+    assert all(map(torch.equal, words, model.get_input_embeddings().parameters()))
+
+
+def test_a_run_says_what_was_lost(world: World, tmp_path: Path) -> None:
+    """For each module; on a sample less of what its outputs hold than without it."""
+    lost = {}
+    for weighted in (False, True):
+        tables = toy.task_config(tmp_path / str(weighted), world.files, world.teacher, world.teacher)
+        surgeries = [{"name": "low_rank", "keep": 0.5, "embeddings": 0.5, "weighted": weighted}]
+        config = toy.parsed(tables, {"run.steps": 1, "objective": {"name": "kd"}, "surgery": surgeries})
+        rows: list[dict[str, Any]] = []
+        results = train(config, rows.append).results
+        assert results is not None
+        assert rows[0].pop("step") == 0
+        rows[0].pop("steps")
+        assert rows[0].items() <= results["student"].items()
+        lost[weighted] = rows[0]
+    assert lost[False].keys() == lost[True].keys()
+    assert len(lost[False]) == 2 * 6 + 1
+    prefix = "initial_error/low_rank/"
+    assert {f"{prefix}embeddings.word_embeddings", f"{prefix}encoder.layer.1.output.dense"} < lost[False].keys()
+    assert all(0 < error < 1 for each in lost.values() for error in each.values())
+    assert sum(lost[True].values()) < sum(lost[False].values())
