@@ -232,7 +232,7 @@ def _set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> 
         config.problem_type = "regression" if head == "regression" else "single_label_classification"
 
 
-def _label_names(config: PreTrainedConfig) -> tuple[str, ...]:
+def label_names(config: PreTrainedConfig) -> tuple[str, ...]:
     names = config.id2label or {}
     return tuple(str(names[index]) for index in range(len(names)))  # type: ignore[index]
 
@@ -250,7 +250,7 @@ def head_of(architectures: Sequence[str]) -> Head:
 
 
 def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
-    names = _label_names(config)
+    names = label_names(config)
     # Heads for questions have two outputs of fixed meaning, whatever their folder calls them.
     return len(names) == len(labels) and (head == "question_answering" or names == tuple(labels))
 
@@ -262,7 +262,7 @@ def label_order(path: str, head: Head, labels: Sequence[str]) -> list[int] | Non
     if not _has_head(config, head):
         found = ", ".join(config.architectures or ())
         raise UserError(f"{path}: its architecture is {found}, which has no head for {head.replace('_', ' ')}")
-    names = _label_names(config)
+    names = label_names(config)
     if len(names) != len(labels):
         raise UserError(
             f"{path}: its head has {len(names)} outputs ({', '.join(names)}), "
@@ -644,8 +644,13 @@ class Frozen:
 
 def digest(model: nn.Module) -> str:
     """sha256 over the model's weights, name by name."""
+    return digest_of(model.state_dict())
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over weights by name."""
     total = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         total.update(name.encode())
         total.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return total.hexdigest()

@@ -16,23 +16,20 @@ B sequences, N tokens of all of them, R rows that the head reads, D width.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lad_dist import families, models
+from lad_dist import families, models, parts
 from lad_dist.flat import Batch
 from lad_dist.models import PreTrainedModel
-from lad_dist.parts import Part
+from lad_dist.parts import COMPACT, FOLDED, Plain
 
-Plain = Callable[[Part], nn.Module | None]
-COMPACT, FOLDED = methodcaller("compact"), methodcaller("fold")
 COMPONENTS = ("embeddings", "attention", "feed_forward", "head")
 FLOPS = "forward_flops_per_token"
 ATTENTION = re.compile(r"(^|\.)(attention|attn|sa_layer_norm|relative_attention_bias|conv)")
@@ -41,6 +38,10 @@ RELATIVE_MAPS = {"c2p": "key_proj", "p2c": "query_proj"}
 # The forms of a model in its folder: their names, and the files that hold their weights.
 FORMS = {
     "safetensors": ("model*.safetensors",),
+    "compact": ("compact.safetensors",),
+    "mask": ("mask.safetensors",),
+    "compact": ("compact.safetensors",),
+    "masks": ("mask.safetensors",),
     "onnx": ("onnx/model.onnx",),
     "onnx int8": ("onnx/model.int8.onnx",),
 }
@@ -75,19 +76,7 @@ class _Plan:
 
     def modules(self, plain: Plain = COMPACT) -> Iterator[tuple[str, nn.Module]]:
         """All modules by name, as they are where Parts are `plain`."""
-        yield from _modules("", self.model, plain)
-
-
-def _modules(name: str, module: nn.Module, plain: Plain) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, Part):
-        with torch.device(next(module.parameters(), torch.empty(0)).device):
-            made = plain(module)
-        if made is not None:
-            yield from _modules(name, made, plain)
-        return
-    yield name, module
-    for child, inner in module.named_children():
-        yield from _modules(f"{name}.{child}" if name else child, inner, plain)
+        return parts.walk(self.model, plain)
 
 
 def flops(model: PreTrainedModel, *batches: Batch) -> dict[str, int]:
@@ -168,7 +157,7 @@ def stored(model: PreTrainedModel) -> Stored:
     """Shared ones are counted once, where they come first."""
     plan = _Plan(model)
     found = Stored(dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0))
-    for name, weight in _weights(plan, COMPACT):
+    for name, weight in parts.weights(model, COMPACT):
         part = plan.component(name)
         found.weights[part] += weight.numel()
         found.nonzero[part] += int(torch.count_nonzero(weight))
@@ -177,17 +166,7 @@ def stored(model: PreTrainedModel) -> Stored:
 
 def exported(model: PreTrainedModel) -> int:
     """Weights of the ordinary folder."""
-    return sum(weight.numel() for _, weight in _weights(_Plan(model), FOLDED))
-
-
-def _weights(plan: _Plan, plain: Plain) -> Iterator[tuple[str, Tensor]]:
-    seen: set[int] = set()
-    kept = list(plan.modules(plain))  # while they live, no two weights have one id
-    for name, module in kept:
-        for own, weight in module.named_parameters(recurse=False):
-            if id(weight) not in seen:
-                seen.add(id(weight))
-                yield f"{name}.{own}" if name else own, weight
+    return sum(weight.numel() for _, weight in parts.weights(model, FOLDED))
 
 
 def of(model: PreTrainedModel, batch: Batch) -> dict[str, float]:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lad_dist import compact, evaluate, models, optim, plan, preflight, processes, resize, sizes
 from lad_dist import engine as engines
-from lad_dist import evaluate, models, optim, plan, preflight, processes, resize, sizes
 from lad_dist.agreement import dissenters
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
@@ -410,8 +410,9 @@ class Loop:
         self._report({"step": self.steps, **_prefixed("dev", metrics)})
         with engines.whole(self.method, plan.zero_stage(self.config.deepspeed)):
             size = self._size(self.method.student)  # before its Parts are folded
+            packed = compact.pack(self.method.student) if processes.main() else None
             student = self.method.export()
-            results = {
+            results: dict[str, Any] = {
                 "command": shlex.join(["python", *sys.argv]),
                 "config": self.config.model_dump(mode="json", exclude_none=True),
                 "metrics": metrics,
@@ -427,8 +428,9 @@ class Loop:
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "versions": {"torch": torch.__version__, "deepspeed": engines.VERSION},
             }
-            if processes.main():
+            if packed is not None:
                 models.save(student, self.run.export)
+                packed.save(self.run.export, self.config.student.path, self.made.layers)
                 save_beside(self.made.tokenizer, self.run.export, models.tells_segments(student.config))
         results["student"] |= processes.on_main(lambda: sizes.table_on_disk(self.run.export))
         self.run.finish(results)

@@ -262,7 +262,7 @@ def test_the_export_is_the_trained_model(
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| parameters |" in card
     assert sorted(path.name for path in folder.iterdir() if "token" not in path.name) == [
-        "README.md", "config.json", "model.safetensors"
+        "README.md", *["compact.safetensors"] * surgery, "config.json", "model.safetensors"
     ]  # fmt: skip
 
 
@@ -283,6 +283,12 @@ def test_so_does_one_whose_objective_has_a_state(precision: dict[str, Any], worl
     assert_it_goes_on(
         lad, {**precision, "objective": {"name": "emd", "hidden": 1.0, "attention": 1.0}}, world, tmp_path
     )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_so_does_one_whose_layers_are_being_replaced(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
+    replaced = {"student.path": str(world.teacher), "surgery": [{"name": "theseus", "end": 1.0}]}
+    assert_it_goes_on(lad, {**precision, **replaced}, world, tmp_path)
 
 
 def assert_it_goes_on(make: Callable[..., TrainConfig], changes: dict[str, Any], world: World, tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""The small forms of a student lose nothing, and are as small as they say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from conftest import World
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lad_dist import compact, models
+from lad_dist.config import UserError
+from lad_dist.flat import Needs
+from lad_dist.models import PreTrainedModel
+from lad_dist.train import train
+
+PRUNE: dict[str, Any] = {"name": "prune", "sparsity": 0.75, "end": 0.0}
+LOW_RANK: dict[str, Any] = {"name": "low_rank", "keep": 0.5}
+ADAPT = PRUNE | {"criterion": "adapting", "modules": r"(embeddings|layer)\."}
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    found = models.trace(model.eval(), toy.batch([5, 3, 9]), Needs(logits=True)).logits
+    assert found is not None
+    return found.detach()
+
+
+def run(world: World, work: Path, surgeries: list[dict[str, Any]], **changes: Any) -> Path:
+    """The export of a short run."""
+    tables = toy.task_config(work, world.files, world.teacher, world.pretrained, surgery=surgeries)
+    outcome = train(toy.parsed(tables, {"run.steps": 2, **changes}))
+    assert outcome.results is not None
+    return outcome.folder / "export"
+
+
+def size(path: Path) -> int:
+    return sum(value.nbytes for value in load_file(path).values())
+
+
+@pytest.mark.parametrize("surgeries", [[PRUNE], [LOW_RANK], [LOW_RANK, PRUNE]], ids=["sparse", "pairs", "both"])
+def test_the_compact_form_is_the_export(surgeries: list[dict[str, Any]], world: World, tmp_path: Path) -> None:
+    export = run(world, tmp_path, surgeries)
+    small = compact.load(export)
+    whole = models.load(str(export), "classification", whole=True)
+    torch.testing.assert_close(logits(small), logits(whole), rtol=1e-5, atol=1e-5)
+    assert size(export / compact.COMPACT_FILE) < size(export / "model.safetensors")
+    pairs = LOW_RANK in surgeries
+    assert any(isinstance(module, torch.nn.Sequential) for module in small.modules()) is pairs
+
+
+def test_a_plain_student_has_no_smaller_form(world: World, tmp_path: Path) -> None:
+    export = run(world, tmp_path, [])
+    assert not list(export.glob("compact*"))
+    assert not list(export.glob("mask*"))
+    assert torch.equal(logits(compact.load(export)), logits(models.load(str(export), "classification", whole=True)))
+
+
+def test_masks_over_a_base_are_the_export(world: World, tmp_path: Path) -> None:
+    """Also without its weights, and with the base elsewhere; they are a bit for each weight, and the head."""
+    export = run(world, tmp_path, [ADAPT], **{"student.layers": [2, 1]})
+    whole = models.load(str(export), "classification", whole=True)
+    expected = logits(whole)
+    (export / "model.safetensors").unlink()
+    (export / compact.COMPACT_FILE).unlink()
+    masked = compact.load_masked(export)
+    assert torch.equal(logits(masked), expected)
+    moved = tmp_path / "moved"
+    Path(world.pretrained).rename(moved)
+    try:
+        with pytest.raises(UserError):
+            compact.load_masked(export)
+        assert torch.equal(logits(compact.load_masked(export, str(moved))), expected)
+    finally:
+        moved.rename(world.pretrained)
+    values = load_file(export / compact.MASK_FILE)
+    bits = sum(value.nbytes for name, value in values.items() if name.endswith(".bits"))
+    weights = [m.weight for m in whole.base_model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
+    pooler = whole.base_model.pooler.dense.weight.numel()
+    assert bits == sum(-(-weight.numel() // 8) for weight in weights) - -(-pooler // 8)
+    learnt = {name for name in values if not name.endswith(".bits")}
+    assert learnt == {name for name, _ in whole.named_parameters() if name.startswith(("classifier", "bert.pooler"))}
+
+
+def test_masks_know_their_base(world: World, tmp_path: Path) -> None:
+    export = run(world, tmp_path, [ADAPT])
+    with pytest.raises(UserError, match=r"its weights are not those that .*mask\.safetensors was learnt over"):
+        compact.load_masked(export, str(world.teacher))
+
+
+@given(st.lists(st.sampled_from([0.0, 0.0, 0.0, 1.5, -2.0, 1e-30]), min_size=1, max_size=70), st.booleans())
+def test_zeros_are_bits(values: list[float], tall: bool) -> None:
+    weight = torch.tensor(values).view(*((-1, 1) if tall else (1, -1)))
+    packed = dict(compact._packed("w", weight))
+    assert torch.equal(compact._unpacked(packed, {"w": list(weight.shape)})["w"], weight)
+    assert sum(value.nbytes for value in packed.values()) <= weight.nbytes
+
+
+def damaged(path: Path, change: Any) -> None:
+    values = load_file(path)
+    with compact.safe_open(path, "pt") as file:
+        facts = dict(file.metadata())
+    change(values)
+    save_file(values, path, facts)
+
+
+@pytest.mark.parametrize("loader", [compact.load, compact.load_masked])
+def test_files_of_another_model(loader: Any, world: World, tmp_path: Path) -> None:
+    export = run(world, tmp_path, [ADAPT])
+    path = export / (compact.COMPACT_FILE if loader is compact.load else compact.MASK_FILE)
+    damaged(path, lambda values: values.pop("classifier.bias"))
+    with pytest.raises(UserError) as caught:
+        loader(export)
+    assert "classifier.bias" in str(caught.value) or "not those" in str(caught.value)
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        loader(export)
