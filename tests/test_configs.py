@@ -66,6 +66,8 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
         changes["student.path"] = str(world.pretrained)
     else:
         changes["student.architecture"] = {**tables["student"]["architecture"], **toy.SIZES}
+    if any(named["name"] == "theseus" for named in tables.get("surgery", ())):
+        changes["student.path"] = str(world.teacher)
     if tables["student"].get("depth"):
         changes["student.depth"] = 2
     if isinstance(tables["student"].get("layers"), list):

@@ -44,6 +44,30 @@ CURVES = {
 }
 
 
+# Surgeries that a step changes; the student is cut out of the teacher.
+OPERATED: dict[str, list[dict[str, Any]]] = {
+    "theseus": [{"name": "theseus", "end": 1.0}],
+    "theseus-unfrozen": [{"name": "theseus", "end": 1.0, "frozen": False}],
+}
+UNDER = ("task", "kd", "lad")
+PAIRS = [*itertools.product(OPERATED, UNDER)]
+
+
+def every_surgery(world: World, work: Path) -> dict[str, dict[str, Any]]:
+    """Three steps of each, under each objective."""
+    result: dict[str, dict[str, Any]] = {}
+    for (name, objective), stage in itertools.product(PAIRS, STAGES[:3]):
+        key = f"{name}-{objective}-zero{stage}"
+        tables = toy.task_config(work, world.files, world.teacher, world.teacher)
+        tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": {"name": objective}}
+        tables |= {"surgery": OPERATED[name], "deepspeed": {"zero_optimization": zero(stage)}}
+        tables["data"] |= {"slots": 2, "workers": 0}
+        if objective == "task":
+            del tables["teacher"]
+        result[key] = tables
+    return result
+
+
 def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
     """Three steps of each: of tinybert, emd and the relations with a student narrower than its teacher, of mgskd with
     one that is cut out of its teacher's width. And of lad on each kind of task that has several rows in a sequence."""
@@ -113,7 +137,11 @@ def objective_curves(
     world: World, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, dict[str, list[dict[str, Any]]]]:
     work = tmp_path_factory.mktemp("objectives")
-    return {n: curves(work / f"{n}", every_objective(world, work / f"{n}"), processes=n) for n in (1, 2)}
+
+    def configs(folder: Path) -> dict[str, dict[str, Any]]:
+        return every_objective(world, folder) | every_surgery(world, folder)
+
+    return {n: curves(work / f"{n}", configs(work / f"{n}"), processes=n) for n in (1, 2)}
 
 
 def test_every_taught_objective_is_among_the_curves() -> None:
@@ -129,6 +157,19 @@ def test_every_objective_has_one_curve(name: str, objective_curves: dict[int, di
     for processes, stages in objective_curves.items():
         for stage in STAGES:
             found = terms(stages[f"{name}-zero{stage}"])
+            for mine, its in zip(found, expected, strict=True):
+                assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
+
+
+@pytest.mark.parametrize(("name", "objective"), PAIRS)
+def test_so_has_every_surgery(
+    name: str, objective: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]
+) -> None:
+    expected = terms(objective_curves[1][f"{name}-{objective}-zero0"])
+    assert len(expected) == 3
+    for processes, stages in objective_curves.items():
+        for stage in STAGES[:3]:
+            found = terms(stages[f"{name}-{objective}-zero{stage}"])
             for mine, its in zip(found, expected, strict=True):
                 assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
 
