@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 
+from lad_dist.config import UserError
 from lad_dist.flat import Batch, Shape
 from lad_dist.objectives.alp import ALP
 from lad_dist.objectives.distilbert import DistilBERT
+from lad_dist.objectives.kd import KD
 from lad_dist.objectives.mgskd import MGSKD
 from lad_dist.objectives.minilm import MiniLM
 from lad_dist.objectives.minilm2 import MiniLM2
@@ -121,6 +123,21 @@ def test_tinybert_equals_its_equations(batch: Batch, seed: int, shape: Shape) ->
     assert terms["embedding"].item() == close(2 * states(0, 0))
     assert terms["hidden"].item() == close(3 * (states(1, 2) + states(2, 4)))
     assert terms["attention"].item() == close(5 * (attention(1, 2) + attention(2, 4)))
+
+
+def test_tinybert_with_its_second_phase_in_one() -> None:
+    """LadaBERT's fourth loss is kd's."""
+    batch = toy.batch(LENGTHS, labels=[0, 1, 1])
+    student, teacher = traces(batch)
+    both = TinyBERT(STUDENT, TEACHER, soft=3.0, temperature=2.0)
+    found, phase = both(student, teacher, batch), TinyBERT(STUDENT, TEACHER)(student, teacher, batch)
+    wanted = KD(STUDENT, TEACHER, soft=3.0, hard=0.0, temperature=2.0)(student, teacher, batch)
+    assert found.keys() == phase.keys() | wanted.keys() == {"embedding", "hidden", "attention", "soft"}
+    assert all(torch.equal(term, (phase | wanted)[name]) for name, term in found.items())
+    assert both.student_needs.logits
+    assert both.teacher_needs.logits
+    with pytest.raises(UserError, match="tinybert trains no head"):
+        TinyBERT(STUDENT._replace(head="none"), TEACHER, soft=1.0)
 
 
 def test_tinybert_learns_a_map_only_where_widths_differ() -> None:

@@ -1,19 +1,25 @@
 """TinyBERT's intermediate distillation (Jiao et al., Findings of EMNLP 2020, equations 6 to 9):
 
     L = embedding · MSE(E_s W, E_t) + Σ_m (hidden · MSE(S_m W, H_l) + attention · MSE(A_m, A_l))     l = ⌊m L / M⌋
+        + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
 
 E [N, D] are embedding outputs, S_m and H_l [N, D] the outputs of student layer m = 1 … M and teacher layer l, A the
 attention scores Q Kᵀ / √d before the softmax: a mean over heads and pairs of tokens of one sequence. One learnt map W
 with a bias serves all layers, as in the authors' code; where the widths are equal there is none. Numbers of heads must
 be equal, unless attention = 0.
 
-It trains no head: on a corpus it is general distillation, on a task the first of two phases, and kd with hard = 0 from
-its export the second.
+With soft = 0 it trains no head: on a corpus it is general distillation, on a task the first of two phases, and kd with
+hard = 0 from its export the second. Both at once, with soft > 0 on a task, are LadaBERT's four losses (Mao et al.,
+2020, section 3.4).
 """
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from lad_dist.config import UserError
 from lad_dist.flat import Batch, Needs, Shape, Trace
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import Weight
@@ -31,18 +37,27 @@ class TinyBERT(Objective):
         embedding: Weight = 1.0,
         hidden: Weight = 1.0,
         attention: Weight = 1.0,
+        soft: Weight = 0.0,
+        temperature: Annotated[float, Field(gt=0)] = 1.0,
     ):
         super().__init__()
+        if soft and student.head == "none":
+            raise UserError("objective.soft: on a corpus tinybert trains no head; set objective.soft = 0, or take kd")
         if attention:
             same_heads("tinybert", student, teacher)
-        self.heads = teacher.heads
+        self.heads, self.head = teacher.heads, student.head
+        self.soft, self.temperature = soft, temperature
         self.weights = {"embedding": embedding, "hidden": hidden, "attention": attention}
         self.projection = projection(student, teacher)
         matches = uniform("tinybert", student, teacher)
         self.states = [(0, 0)] * bool(embedding) + matches * bool(hidden)
         self.scores = matches * bool(attention)
         self.student_needs, self.teacher_needs = (
-            Needs(hidden=tuple(match[side] for match in self.states), qkv=tuple(match[side] for match in self.scores))
+            Needs(
+                logits=soft > 0,
+                hidden=tuple(match[side] for match in self.states),
+                qkv=tuple(match[side] for match in self.scores),
+            )
             for side in (0, 1)
         )
 
@@ -56,4 +71,10 @@ class TinyBERT(Objective):
         for m, layer in self.scores:
             error = losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads)
             errors["attention"].append(error)
-        return {name: self.weights[name] * torch.stack(each).sum() for name, each in errors.items()}
+        terms = {name: self.weights[name] * torch.stack(each).sum() for name, each in errors.items()}
+        if self.soft:
+            assert student.logits is not None
+            assert teacher.logits is not None
+            distance = losses.soft(student.logits, teacher.logits, batch, self.head, self.temperature)
+            terms["soft"] = self.soft * distance
+        return terms
