@@ -14,6 +14,7 @@ the world is this one process. This is the only module that reads SLURM_*.
     seed_everything(*key)        randomness as a function of (seed, step, slot)
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -22,6 +23,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -40,6 +42,9 @@ _control: Any = None  # a gloo group: agreeing on a flag must not wait for the a
 
 # An index, or NVIDIA's name of a device or of a part of one; what hides them all.
 DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
+# Seconds at the end in which gloo's threads let go of the tensors that they worked on, which they do just after saying
+# that they are done. An interpreter that goes before them aborts (github.com/pytorch/pytorch/pull/179291).
+LET_GO = 0.25
 NO_DEVICE = ("", "-1", "none", "nodevfiles", "void")
 
 
@@ -122,6 +127,8 @@ def start() -> torch.device:
         _join(backend)
     if _control is None:
         _control = dist.new_group(backend="gloo")
+        if world() > 1:
+            atexit.register(time.sleep, LET_GO)
     return where
 
 
