@@ -478,23 +478,27 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def override(tables: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A copy of the tables with each `("a.b", value)` set."""
+    """A copy of the tables with each `("a.b", value)` set; `("a.0.b", value)`: in the first of a list of tables."""
     result = dict(tables)
     for key, value in changes:
-        _set(result, key.split("."), value, key)
+        result = _with(result, key.split("."), value, key)
     return result
 
 
-def _set(tables: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+def _with(tables: Any, path: list[str], value: Any, key: str) -> Any:
+    """A copy of a table, or of a list of them, with the value set."""
     head, *rest = path
+    if isinstance(tables, list):
+        numbered = {str(number): table for number, table in enumerate(tables)}
+        if head not in numbered:
+            raise UserError(f"{key}: there is no {head} in a list of {len(tables)}; they are counted from 0")
+        return list(_with(numbered, path, value, key).values())
     if not rest:
-        tables[head] = value
-        return
+        return {**tables, head: value}
     inner = tables.get(head, {})
-    if not isinstance(inner, dict):
+    if not isinstance(inner, dict | list):
         raise UserError(f"{key}: {head} is not a table, nothing can be set inside it")
-    tables[head] = dict(inner)
-    _set(tables[head], rest, value, key)
+    return {**tables, head: _with(inner, rest, value, key)}
 
 
 def parse(schema: type[Schema], tables: Mapping[str, Any], where: str) -> Schema:

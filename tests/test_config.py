@@ -211,6 +211,16 @@ def test_an_override_inside_a_value() -> None:
         override(TASK, [("run.name.x", 1)])
 
 
+def test_an_override_inside_a_list() -> None:
+    tables = {"surgery": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
+    changed = override(tables, [("surgery.0.keep", 0.25), ("surgery.1.share", 1)])
+    assert changed == {"surgery": [{"name": "a", "keep": 0.25}, {"name": "b", "share": 1}]}
+    assert tables == {"surgery": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
+    for place in ("2", "-1", "x"):
+        with pytest.raises(UserError, match=rf"surgery\.{place}\.keep: there is no {place} in a list of 2"):
+            override(tables, [(f"surgery.{place}.keep", 0.5)])
+
+
 def test_load_reads_a_file_and_applies_overrides(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text(tomli_w.dumps(TASK))

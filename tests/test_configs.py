@@ -86,7 +86,13 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
         changes["data.pad_to"] = 32
     if tables["objective"].get("heads"):
         changes["objective.heads"] = 8
-    return changes | {"data.max_length": 32}
+    return changes | _toy_budgets(tables) | {"data.max_length": 32}
+
+
+def _toy_budgets(tables: dict[str, Any]) -> dict[str, Any]:
+    """There is more in a toy model that nothing makes smaller."""
+    listed = enumerate(tables.get("surgery", []))
+    return {f"surgery.{number}.reduction": 3.0 for number, words in listed if "reduction" in words}
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=ids(TRAINING))
