@@ -11,6 +11,7 @@ from launching import curves
 from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist.objectives import OBJECTIVES
+from lad_dist.surgery import SURGERIES
 
 pytestmark = pytest.mark.processes
 STAGES = (0, 1, 2, 3)
@@ -44,10 +45,17 @@ CURVES = {
 }
 
 
-# Surgeries that a step changes; the student is cut out of the teacher.
+# All surgeries; the student is cut out of the teacher.
 OPERATED: dict[str, list[dict[str, Any]]] = {
     "theseus": [{"name": "theseus", "end": 1.0}],
     "theseus-unfrozen": [{"name": "theseus", "end": 1.0, "frozen": False}],
+    "ladabert": [{"name": "ladabert", "reduction": 3.0, "embedding": 1.5, "svd": 2.0, "every": 1}],
+    "movement": [
+        {"name": "low_rank", "keep": 0.8},
+        {"name": "prune", "criterion": "movement", "sparsity": 0.5, "every": 1},
+        {"name": "quiet_positions", "share": 0.5},
+    ],
+    "adapting": [{"name": "prune", "criterion": "adapting", "sparsity": 0.5, "every": 1}],
 }
 UNDER = ("task", "kd", "lad")
 PAIRS = [*itertools.product(OPERATED, UNDER)]
@@ -159,6 +167,10 @@ def test_every_objective_has_one_curve(name: str, objective_curves: dict[int, di
             found = terms(stages[f"{name}-zero{stage}"])
             for mine, its in zip(found, expected, strict=True):
                 assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
+
+
+def test_every_surgery_is_among_them() -> None:
+    assert {row["name"] for rows in OPERATED.values() for row in rows} == set(SURGERIES)
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)

@@ -32,12 +32,14 @@ def layout(name: str) -> dict[str, int]:
 
 
 # LAD has all four parameter groups, two of them of a few numbers; emd a state beside parameters; the MLM head is tied
-# to the embedding. In bf16 stage 1 has an optimizer of its own when gradients are summed in fp32.
+# to the embedding; masks are buffers, and their scores parameters. In bf16 stage 1 has an optimizer of its own when
+# gradients are summed in fp32.
 LAYOUTS = {
     "lad": ("1x0", "1x1", "1x2", "2x0", "2x1", "2x2"),
     "emd": ("1x0", "2x2"),
     "minilm": ("1x0", "2x1", "2x2"),
     "bf16": ("1x2", "2x1", "2x2"),
+    "pruned": ("1x0", "2x1", "2x2"),
 }
 PAIRS = [(kind, was, now) for kind, names in LAYOUTS.items() for was, now in itertools.product(names, repeat=2)]
 # What a run begins as, and what it goes on as from one step and from another.
@@ -48,6 +50,7 @@ CHAINS = {
     ("emd", "2x2", 3, "1x0", 5, "2x2"),
     ("minilm", "2x1", 2, "1x0", 5, "2x2"),
     ("bf16", "2x1", 3, "1x2", 5, "2x2"),
+    ("pruned", "2x1", 3, "1x0", 5, "2x2"),
 }
 
 
@@ -61,6 +64,9 @@ def config(kind: str, world: World) -> dict[str, Any]:
         tables = toy.task_config(Path(), world.files, world.teacher, world.pretrained)
     if kind == "emd":
         tables["objective"] = {"name": "emd", "attention": 1.0, "hidden": 1.0}
+    if kind == "pruned":  # masks are tightened before the first cut, between the cuts and after the second
+        masks = {"name": "prune", "sparsity": 0.6, "end": 0.8, "every": 2}
+        tables["surgery"] = [{"name": "low_rank", "keep": 0.8}, {**masks, "criterion": "movement"}]
     if kind == "bf16":
         tables["deepspeed"] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         tables["teacher"]["dtype"] = "float32"  # a CPU may have no arithmetic for less
