@@ -4,6 +4,7 @@
     Packed.save(folder, ..)     the files: compact.safetensors, mask.safetensors
     load(folder)                an export's model in its compact form: a low-rank pair is a pair
     load_masked(folder, base)   an export's model as its masks over a base
+    masks, replace_masks        the masks alone
 
 An ordinary folder has no place for pairs of factors, and writes each zero in four bytes. Here a weight of which
 enough is 0 is one bit a weight (`NAME.bits`, row after row, in numpy's order, its shape in the file's metadata) and the
@@ -166,9 +167,29 @@ def load_masked(folder: str | Path, base: str | None = None) -> PreTrainedModel:
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     if models.digest_of({name: weight for name, weight in weights.items() if name not in learnt}) != facts["digest"]:
         raise UserError(f"{place}: its weights are not those that {path} was learnt over")
-    for name in {name.removesuffix(BITS) for name in values if name.endswith(BITS)}:
-        weights[name] = weights[name] * _mask(values[name + BITS], weights[name].shape)
+    for name, mask in _masks(values, facts["shapes"]).items():
+        weights[name] = weights[name] * mask
     return _filled(path, model, weights | learnt)
+
+
+def masks(path: str | Path) -> dict[str, Tensor]:
+    """Of a mask.safetensors, by weight [O, I]: True where it stays. Raises UserError."""
+    values, facts = _read(Path(path))
+    if "shapes" not in facts:
+        raise UserError(f"{path}: holds no masks; name a {MASK_FILE}")
+    return _masks(values, facts["shapes"])
+
+
+def replace_masks(path: Path, kept: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes the mask.safetensors at `path` into a folder, with other masks."""
+    values, facts = _read(path)
+    values |= {name + BITS: _bits(mask) for name, mask in kept.items()}
+    save_file(values, folder / MASK_FILE, {name: json.dumps(fact) for name, fact in facts.items()})
+
+
+def _masks(values: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    names = [name.removesuffix(BITS) for name in values if name.endswith(BITS)]
+    return {name: _mask(values[name + BITS], shapes[name]) for name in names}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
