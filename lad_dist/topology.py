@@ -8,7 +8,8 @@ section 4).
     shuffle_test(masks, …)  the dev set's metric with masks as they are, and shuffled
     report(places, …)       all of it as tables, and with `out` topology.json and topology.png: launch/topology.py
 
-Where weights did not change, masks lie in the export as bits; of others the zeros of the export are read.
+Where weights did not change, masks lie in the export as bits; of others the zeros of its compact form are read, which
+are those of the factors where a matrix is a product of two.
 """
 
 import io
@@ -73,11 +74,16 @@ def read(place: str | Path) -> Masks:
     name = (run or folder).resolve().name
     file = path if path.is_file() else folder / compact.MASK_FILE
     if file.is_file():
-        return Masks(name, {key: mask.numpy() for key, mask in compact.masks(file).items()}, run, file)
-    kept = dict(_zeros(folder))
+        return Masks(name, _bits(file), run, file)
+    packed = folder / compact.COMPACT_FILE
+    kept = _bits(packed) if packed.is_file() else dict(_zeros(folder))
     if not kept:
         raise UserError(f"{place}: holds no masks, and no weights that were pruned; name a run of the surgery prune")
     return Masks(name, kept, run)
+
+
+def _bits(file: Path) -> dict[str, NDArray[np.bool_]]:
+    return {name: mask.numpy() for name, mask in compact.masks(file).items() if mask.ndim == 2}
 
 
 def _zeros(export: Path) -> Iterator[tuple[str, NDArray[np.bool_]]]:
@@ -94,8 +100,8 @@ def _zeros(export: Path) -> Iterator[tuple[str, NDArray[np.bool_]]]:
 
 
 def group(weight: str) -> Group:
-    """Where a matrix stands, by its name."""
-    name = weight.removesuffix(".weight")
+    """Where a matrix stands, by its name; of a pair of factors, where their product does."""
+    name = re.sub(r"(\.[01])?\.weight$", "", weight)
     found = LAYER.search(name)
     component = next(c for c, ending in COMPONENTS.items() if re.search(f"{ending}$", name))
     return int(found.group(1)) + 1 if found else None, component

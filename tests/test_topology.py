@@ -143,10 +143,11 @@ def test_shuffling_moves_them() -> None:
 
 @pytest.fixture(scope="module")
 def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of two methods: one chooses among weights that stay as they are, the other's weights train."""
+    """Of two methods: one chooses among weights that stay as they are, the other's weights train, once as factors."""
     work, found = tmp_path_factory.mktemp("runs"), {}
-    for name, surgery in (("adapting", ADAPT), ("magnitude", PRUNE)):
-        tables = toy.task_config(work, world.files, world.teacher, world.teacher, surgery=[surgery])
+    pairs = {"name": "low_rank", "keep": 0.5}
+    for name, surgeries in (("adapting", [ADAPT]), ("magnitude", [PRUNE]), ("factors", [pairs, PRUNE])):
+        tables = toy.task_config(work, world.files, world.teacher, world.teacher, surgery=surgeries)
         found[name] = train(toy.parsed(tables, {"run.name": name, "run.steps": 2})).folder
     return found
 
@@ -168,6 +169,13 @@ def test_masks_of_a_run(runs: dict[str, Path]) -> None:
         assert sum(gone for gone, _ in counts) == pytest.approx(0.75 * sum(n for _, n in counts), abs=len(counts))
     zeros = load_file(runs["magnitude"] / "export" / "model.safetensors")
     assert all(torch.equal(zeros[name] != 0, torch.from_numpy(kept)) for name, kept in its.kept.items())
+
+
+def test_zeros_of_factors_are_counted_and_not_those_of_their_products(runs: dict[str, Path]) -> None:
+    counts = sparsity(read(runs["factors"]).kept)
+    assert counts.keys() == sparsity(read(runs["magnitude"]).kept).keys()
+    assert {every for _, every in counts.values()} == {8 * (32 + 32), 10 * (32 + 64)}  # both factors, ranks 8 and 10
+    assert sum(gone for gone, _ in counts.values()) == pytest.approx(0.75 * sum(n for _, n in counts.values()), abs=24)
 
 
 def test_the_shuffle_test(runs: dict[str, Path]) -> None:
