@@ -64,7 +64,8 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
     distributions, mean over examples. For regression the correlation of their outputs, `teacher_pearson`."""
     if student.shape[1] == 1:
         return {"teacher_pearson": float(_pearson(teacher[:, 0], student[:, 0]))}
-    distance = jensenshannon(softmax(student, axis=1), softmax(teacher, axis=1), base=2, axis=1)
+    with np.errstate(invalid="ignore"):  # rounding takes equal ones below 0, and its root is NaN
+        distance = jensenshannon(softmax(student, axis=1), softmax(teacher, axis=1), base=2, axis=1)
     return {
         "label_loyalty": float((student.argmax(axis=1) == teacher.argmax(axis=1)).mean()),
         "probability_loyalty": float(1 - np.nan_to_num(distance).mean()),

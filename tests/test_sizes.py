@@ -1,4 +1,4 @@
-"""Counts of weights and arithmetic, against counts by hand. All families against PyTorch's counter: test_families.py."""
+"""Counts of weights and arithmetic, against counts by hand. PyTorch's counter on all families: test_families.py."""
 
 from pathlib import Path
 from typing import Any
