@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lad_dist import cli
+from lad_dist.card import totals
 from lad_dist.config import AGAIN, EvaluateConfig, TrainConfig
 from lad_dist.evaluate import evaluate
 from lad_dist.train import train
@@ -25,7 +26,7 @@ def train_job(config: TrainConfig) -> int:
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    student = {**results["student"], **results["metrics"]}
+    student = {**totals(results["student"]), **results["metrics"]}
     return [(name, value, results["teacher"].get(name, "")) for name, value in student.items()]
 
 

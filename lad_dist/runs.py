@@ -29,10 +29,12 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from lad_dist import processes
+from lad_dist.card import card
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config import AGAIN, NO_PROGRESS, TrainConfig, UserError, dump
 from lad_dist.disk import append_text, locked, write_text
 
+RESULTS = "results.json"
 DEATHS = 3  # in a row without a new checkpoint, after which a run is not begun again
 LOOK_EVERY = 1.0  # seconds between looks for STOP: a network file system is asked in vain for hours
 LAST_LIFE_ENDS = (
@@ -71,7 +73,7 @@ class Run:
         self.export = self.folder / "export"
         self.answers = self.folder / "answers"
         self._metrics = self.folder / "metrics.jsonl"
-        self._results = self.folder / "results.json"
+        self._results = self.folder / RESULTS
         self._config = self.folder / "config.toml"
         self._deaths = self.folder / "deaths.json"
         self._stop = self.folder / "STOP"
@@ -136,8 +138,7 @@ class Run:
         """Marks the run complete."""
         if processes.main():
             self._draw()
-            write_text(self.export / "README.md", _card(results))
-            write_text(self._results, json.dumps(results, indent=2) + "\n")
+            _write_results(self.folder, results)
             shutil.rmtree(self.answers, ignore_errors=True)
             self._show(SummaryWriter.close)
         processes.barrier()
@@ -249,6 +250,31 @@ class Run:
             self._stop.unlink(missing_ok=True)
 
 
+def results_of(folder: Path) -> dict[str, Any]:
+    """What a complete run found. Raises UserError where there is none, or no run."""
+    file = folder / RESULTS
+    if not file.exists():
+        raise UserError(f"{folder}: no complete run there, which would have a {RESULTS}")
+    found = _table_in(file)
+    lacking = [name for name in ("config", "metrics", "student") if not isinstance(found.get(name), dict)]
+    if lacking or "parameters" not in found["student"]:
+        what = [*lacking, "student.parameters"][0]
+        raise UserError(f"{file}: of no run, or damaged (no {what} in it); name the folder of one run")
+    return found
+
+
+def add_to_results(folder: Path, more: Mapping[str, Mapping[str, Any]]) -> None:
+    """Into tables of a complete run's results, and its card anew."""
+    found = results_of(folder)
+    _write_results(folder, found | {name: {**found.get(name, {}), **table} for name, table in more.items()})
+
+
+def _write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """The last makes the run complete."""
+    write_text(folder / "export" / "README.md", card(results))
+    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
 def _config_in(file: Path) -> dict[str, Any]:
     """Raises UserError when it is no TOML."""
     try:
@@ -287,23 +313,3 @@ def _flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tables.items():
         rows |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return rows
-
-
-def _card(results: Mapping[str, Any]) -> str:
-    """The model card: how good, how small, how fast and how faithful, with the command that measured it."""
-    config = results["config"]
-    rows = [f"| {name} | {_number(value)} |" for name, value in {**results["student"], **results["metrics"]}.items()]
-    taught = f", taught by `{config['teacher']['path']}`" if config.get("teacher") else ""
-    tags = "".join(f"- {tag}\n" for tag in ("lad_dist", config["objective"]["name"]))
-    return (
-        f"---\nlibrary_name: transformers\ntags:\n{tags}---\n# {config['run']['name']}\n\n"
-        f"A student trained with objective `{config['objective']['name']}`{taught}.\n\n"
-        "| measured | value |\n|---|---|\n" + "\n".join(rows) + "\n\n"
-        f"Measured by\n```\n{results['command']}\n```\n"
-        f"in {results['seconds']:.0f} seconds and {results['steps']} steps on {results['processes']} process(es), "
-        f"{results['device']}; metrics are those of the dev set, or of held-out text.\n"
-    )
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -192,5 +192,5 @@ def table_on_disk(export: Path) -> dict[str, float]:
 
 def on_disk(export: Path) -> dict[str, int]:
     """Bytes of the weights, by form; of the forms that are there."""
-    found = {form: [file for pattern in patterns for file in export.glob(pattern)] for form, patterns in FORMS.items()}
+    found = {form: list(export.glob(pattern)) for form, pattern in FORMS.items()}
     return {form: sum(file.stat().st_size for file in files) for form, files in found.items() if files}

@@ -4,7 +4,8 @@ whether a method differs from plain distillation.
 usage: python launch/report.py FOLDER [FOLDER …] [--out DIR] [--baseline NAME]
 
 All complete runs on tasks below the folders are compared; the table is Markdown, on standard output.
---out DIR        also writes report.md, report.csv (a row per run with every metric) and report.png to DIR
+--out DIR        also writes report.md, report.csv (a row per run with every metric) and report.png to DIR, and where
+                 launch/ledger.py has measured runs pareto.png, quality against latency and bytes
 --baseline NAME  the method that the others are tested against, an objective or a row of the table (default: kd)
 
 example: python launch/report.py runs/compare --out runs/compare/report

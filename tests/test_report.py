@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lad_dist.config import UserError
-from lad_dist.report import report
+from lad_dist.report import pareto, report
 from lad_dist.report.comparison import Comparison, compare
 from lad_dist.report.found import collect
 from lad_dist.report.variants import tails
@@ -313,6 +313,75 @@ def test_tails_tell_paths_apart(paths: set[str]) -> None:
     assert set(ends) == paths
     assert len(set(ends.values())) == len(paths)
     assert all(path.endswith(end) for path, end in ends.items())
+
+
+def measured(seconds: float, **more: Any) -> dict[str, Any]:
+    """What launch/ledger.py leaves in results.json, as far as a report reads it."""
+    paces = {("teacher", "cpu"): 2.0, ("student", "cpu"): 1.0, ("onnx int8", "cpu"): 0.5, ("student", "cuda"): 0.1}
+    timings = [
+        {"form": form, "device": device, "batch": b, "length": s, "seconds": seconds * pace * b * s / 128}
+        for (form, device), pace in paces.items()
+        for b, s in ((32, 128), (1, 512), (1, 128))
+    ]
+    quality = {"onnx int8": {"metrics": {"accuracy": 0.4}}}
+    found = {"threads": 1, "devices": {"cpu": "x86_64"}, "timings": timings, "quality": quality}
+    return {**found, "teacher": {"bytes/safetensors": 4e6}, **more}
+
+
+def test_bytes_and_latencies_stand_in_the_table_where_runs_have_them(tmp_path: Path) -> None:
+    for seed, seconds in enumerate((0.010, 0.020)):
+        small = {"results__student__bytes/safetensors": 2e6, "results__student__bytes/compact": 1e6}
+        run(tmp_path / f"kd-{seed}", "kd", "rte", seed, 0.5, results__ledger=measured(seconds), **small)
+    run(tmp_path / "lad", "lad", "rte", 0, 0.6)
+    text = report([tmp_path], out=tmp_path / "out")
+    assert cells_of(text, "method")[3:] == ["parameters", "FLOPs per token", "bytes", "ms per sequence", "seconds"]
+    assert cells_of(text, "kd")[5:7] == ["1 M", "15"]
+    assert cells_of(text, "lad")[5:7] == ["-", "-"]
+    assert cells_of(text, "teacher")[5:7] == ["4 M", "30"]
+    assert "* Milliseconds per sequence are those of one sequence at a time: 128 tokens, x86_64, 1 thread." in text
+    assert (tmp_path / "out" / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "report.csv").read_text())))
+    assert [row["latency"] for row in rows if row["method"] == "kd"] == ["10.0", "20.0"]
+    shutil.rmtree(tmp_path / "out")
+    other = measured(0.01, threads=4)
+    run(tmp_path / "emd", "emd", "rte", 0, 0.6, results__ledger=other)
+    text = report([tmp_path])
+    assert "of different conditions, those of one sequence at a time: 128 tokens, x86_64, 1 thread; 128" in text
+
+
+def test_quality_against_what_it_costs(tmp_path: Path) -> None:
+    size = {"results__student__bytes/safetensors": 2e6, "results__student__bytes/onnx int8": 5e5}
+    run(tmp_path / "kd", "kd", "rte", 0, 0.5, results__ledger=measured(0.010), **size)
+    run(tmp_path / "lad", "lad", "rte", 0, 0.6, results__ledger=measured(0.020), **size)
+    run(tmp_path / "pkd", "pkd", "rte", 0, 0.6)  # measured by nobody
+    found = pareto.points(compared(tmp_path))
+    places = {(row["method"], row["form"]): (row["score"], row["latency"], row["bytes"]) for row in records(found)}
+    assert places == {
+        ("kd", "student"): (0.5, pytest.approx(10), 2e6),
+        ("kd", "onnx int8"): (0.4, pytest.approx(5), 5e5),
+        ("lad", "student"): (0.6, pytest.approx(20), 2e6),
+        ("lad", "onnx int8"): (0.4, pytest.approx(10), 5e5),
+        ("teacher", "teacher"): (0.75, pytest.approx(30), 4e6),
+    }
+    drawn = pareto.figure(compared(tmp_path))
+    assert drawn is not None
+    front = [line.get_xdata().tolist() for line in drawn.axes[0].lines if line.get_marker() in ("", "None")]
+    assert front == [[pytest.approx(5), pytest.approx(10), pytest.approx(20), pytest.approx(30)]]
+    shutil.rmtree(tmp_path / "kd")
+    shutil.rmtree(tmp_path / "lad")
+    assert pareto.figure(compared(tmp_path)) is None
+
+
+def records(frame: Any) -> list[dict[str, Any]]:
+    return frame.to_dict("records")
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_the_front_is_what_no_other_beats(places: list[tuple[int, int]]) -> None:
+    costs, scores = [cost for cost, _ in places], [score for _, score in places]
+    kept = {places[n] for n in pareto.front(costs, scores)}
+    beaten = {(c, s) for c, s in places if any((d <= c and t >= s) and (d, t) != (c, s) for d, t in places)}
+    assert kept == set(places) - beaten
 
 
 def cut_short(file: Path) -> None:

@@ -16,7 +16,14 @@ from lad_dist.report.variants import Variant, generic, grouped, tails, variants
 
 BASELINE = "kd"
 EQUAL = 1e-12  # a difference of rounding
-FIGURES = {"parameters": "parameters", "forward_flops_per_token": "FLOPs per token", "seconds": "seconds"}
+SIZES = ("parameters", "forward_flops_per_token")
+FIGURES = {
+    "parameters": "parameters",
+    "forward_flops_per_token": "FLOPs per token",
+    "bytes": "bytes",
+    "latency": "ms per sequence",
+    "seconds": "seconds",
+}
 
 
 class Tested(NamedTuple):
@@ -61,10 +68,15 @@ class Comparison:
         cells = self.cells.loc[method].loc[self.shared]
         return cells["mean"].mean(), ((cells["sd"] ** 2 / cells["n"]).sum(skipna=False) ** 0.5) / len(cells)
 
+    @cached_property
+    def shown(self) -> dict[str, str]:
+        """Of the figures, those that runs have."""
+        return {name: title for name, title in FIGURES.items() if self.runs[name].notna().any()}
+
     def figures(self, method: str) -> pd.Series:
         """Sizes and seconds: means over runs, then over the shared tasks."""
         mine = self.runs[self.runs["method"] == method]
-        by_task = mine.groupby("task")[list(FIGURES)].mean()
+        by_task = mine.groupby("task")[list(self.shown)].mean()
         return by_task.loc[self.shared or list(by_task.index)].mean()
 
     def teachers(self, task: str) -> dict[str, float]:
@@ -152,9 +164,13 @@ def _row(method: str, run: TaskRun, metric: str) -> dict[str, Any]:
         "teacher": run.teacher,
         "teacher_score": results.teacher.get(metric, math.nan),
         "folder": run.folder,
-        **results.student.model_dump(),
-        "teacher_parameters": results.teacher.get("parameters", math.nan),
-        "teacher_forward_flops_per_token": results.teacher.get("forward_flops_per_token", math.nan),
+        **{name: getattr(results.student, name) for name in SIZES},
+        **{f"teacher_{name}": results.teacher.get(name, math.nan) for name in SIZES},
+        "bytes": run.forms[0].bytes,
+        "teacher_bytes": run.teacher_form.bytes,
+        "latency": run.forms[0].latency,
+        "teacher_latency": run.teacher_form.latency,
+        "conditions": results.ledger.conditions if results.ledger else None,
         **{key: getattr(results, key) for key in ("steps", "seconds", "tokens_per_second", "processes", "device")},
     }
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -59,6 +59,54 @@ class _Config(_Lenient):
 class _Student(_Lenient):
     parameters: int
     forward_flops_per_token: float
+    safetensors: float = Field(math.nan, alias="bytes/safetensors")
+    compact: float = Field(math.nan, alias="bytes/compact")
+    onnx: float = Field(math.nan, alias="bytes/onnx")
+    int8: float = Field(math.nan, alias="bytes/onnx int8")
+
+    @property
+    def bytes(self) -> float:
+        """Of the smaller form in fp32."""
+        return self.safetensors if math.isnan(self.compact) else self.compact
+
+
+class _Timing(_Lenient):
+    form: str
+    device: str
+    batch: int
+    length: int
+    seconds: float
+
+
+class _Quality(_Lenient):
+    metrics: dict[str, float]
+
+
+class _Sizes(_Lenient):
+    safetensors: float = Field(math.nan, alias="bytes/safetensors")
+
+
+class _Ledger(_Lenient):
+    threads: int
+    devices: dict[str, str]
+    timings: list[_Timing]
+    quality: dict[str, _Quality] = {}
+    teacher: _Sizes | None = None
+
+    @property
+    def _single(self) -> list[_Timing]:
+        """Of one sequence on the CPU, of the shortest length."""
+        ones = [timing for timing in self.timings if timing.batch == 1 and timing.device == "cpu"]
+        return [timing for timing in ones if timing.length == min(one.length for one in ones)]
+
+    def latency(self, form: str) -> float:
+        """Milliseconds of one sequence; NaN where it was not measured."""
+        return next((1e3 * timing.seconds for timing in self._single if timing.form == form), math.nan)
+
+    @property
+    def conditions(self) -> str:
+        length = self._single[0].length if self._single else 0
+        return f"{length} tokens, {self.devices.get('cpu', 'cpu')}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
 class _Results(_Lenient):
@@ -71,6 +119,16 @@ class _Results(_Lenient):
     tokens_per_second: float
     processes: int
     device: str
+    ledger: _Ledger | None = None
+
+
+class Form(NamedTuple):
+    """A model as one may serve it: how good, how fast and how large; NaN for what was not measured."""
+
+    name: str
+    score: float
+    latency: float  # milliseconds of one sequence
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +160,30 @@ class TaskRun:
     @property
     def teacher(self) -> str | None:
         return self.results.config.teacher.path if self.results.config.teacher else None
+
+    @property
+    def forms(self) -> list[Form]:
+        """The student as it was trained, and as launch/ledger.py exported it."""
+        student, ledger = self.results.student, self.results.ledger
+        forms = [Form("student", self.score, math.nan, student.bytes)]
+        if ledger is None:
+            return forms
+        forms = [forms[0]._replace(latency=ledger.latency("student"))]
+        for name, size in (("onnx", student.onnx), ("onnx int8", student.int8)):
+            if name in ledger.quality:
+                score = ledger.quality[name].metrics.get(self.metric, math.nan)
+                forms.append(Form(name, score, ledger.latency(name), size))
+        return forms
+
+    @property
+    def teacher_form(self) -> Form:
+        results = self.results
+        ledger, score = results.ledger, results.teacher.get(self.metric, math.nan)
+        if ledger is None:
+            return Form("teacher", score, math.nan, math.nan)
+        return Form(
+            "teacher", score, ledger.latency("teacher"), ledger.teacher.safetensors if ledger.teacher else math.nan
+        )
 
     @property
     def export(self) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lad_dist.report.comparison import FIGURES, Comparison, Tested
+from lad_dist.report.comparison import Comparison, Tested
 from lad_dist.report.found import TaskRun
 from lad_dist.report.variants import Variant, differing, grouped, text_of
 
@@ -22,12 +22,12 @@ def markdown(comparison: Comparison) -> str:
 def _scores(comparison: Comparison) -> str:
     tasks, counts = comparison.tasks, sorted({int(n) for n in comparison.cells["n"]})
     header = ["method", *(f"{task} {metric}" for task, metric in tasks.items())]
-    header += ["mean ± s.e.", *FIGURES.values()]
+    header += ["mean ± s.e.", *comparison.shown.values()]
     rows = [_teacher_row(comparison)] if comparison.runs["teacher_score"].notna().any() else []
     for name in comparison.methods:
         cells = [_cell(comparison, name, task, len(counts) > 1) for task in tasks]
         mean = _with_error(*comparison.mean(name)) if comparison.shared else NONE
-        rows.append([name, *cells, mean, *map(_si, comparison.figures(name)[list(FIGURES)])])
+        rows.append([name, *cells, mean, *map(_si, comparison.figures(name))])
     seeds = _count(counts[0], "seed") if len(counts) == 1 else "seeds, their number in brackets"
     title = f"# {_count(len(comparison.methods), 'method')} on {_count(len(tasks), 'task')}"
     return f"{title}\n\nDev sets: mean ± sd over {seeds}; {_order(comparison)}.\n\n{_grid(header, rows)}"
@@ -48,7 +48,7 @@ def _teacher_row(comparison: Comparison) -> list[str]:
     single = [taught[task][0] for task in comparison.shared if len(taught[task]) == 1]
     whole = bool(single) and len(single) == len(comparison.shared)
     runs = comparison.runs[comparison.runs["task"].isin(comparison.shared or comparison.tasks)]
-    sizes = [runs.groupby("task")[f"teacher_{name}"].mean().mean() for name in list(FIGURES)[:2]]
+    sizes = [runs.groupby("task")[f"teacher_{name}"].mean().mean() for name in comparison.shown if name != "seconds"]
     return ["teacher", *cells, f"{np.mean(single):.3f}" if whole else NONE, *map(_si, sizes), ""]
 
 
@@ -155,6 +155,10 @@ def _notes(comparison: Comparison) -> str:
     places = sorted({f"{device} x {n}" for device, n in zip(*map(comparison.runs.get, PACE), strict=True)})
     if len(places) > 1:
         lines.append(f"Seconds are from different machines: {', '.join(places)}.")
+    conditions = sorted(comparison.runs["conditions"].dropna().unique())
+    if conditions:
+        alike = "" if len(conditions) == 1 else "of different conditions, "
+        lines.append(f"Milliseconds per sequence are {alike}those of one sequence at a time: {'; '.join(conditions)}.")
     return "## Notes\n\n" + "\n".join(f"* {line}" for line in lines) if lines else ""
 
 

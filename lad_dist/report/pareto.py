@@ -1,0 +1,78 @@
+"""What quality costs: scores against measured latency and against bytes, as a plot."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lad_dist.report.comparison import Comparison
+
+COSTS = {"latency": "ms per sequence, as measured", "bytes": "bytes"}
+MARKERS = {"student": "o", "onnx": "s", "onnx int8": "v", "teacher": "*"}
+
+
+def points(comparison: Comparison) -> pd.DataFrame:
+    """Means over the runs of a method on a task, in each form that was measured: method, task, form, score, latency in
+    ms, bytes. The teacher is a method too."""
+    rows = [
+        {"method": method, "task": run.task, **form._asdict()}
+        for name, variant in comparison.methods.items()
+        for run in variant.runs
+        for method, form in [*((name, form) for form in run.forms), ("teacher", run.teacher_form)]
+    ]
+    frame = pd.DataFrame(rows).rename(columns={"name": "form"})
+    kept = frame[frame["score"].notna() & frame[list(COSTS)].notna().any(axis=1)]
+    return kept.groupby(["method", "task", "form"], as_index=False, sort=False)[["score", *COSTS]].mean()
+
+
+def front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """Numbers of the points that no other beats in both, cheapest first; of equals the first."""
+    best, kept = -math.inf, []
+    for number in sorted(range(len(costs)), key=lambda n: (costs[n], -scores[n])):
+        if scores[number] > best:
+            best = scores[number]
+            kept.append(number)
+    return kept
+
+
+def figure(comparison: Comparison) -> Figure | None:
+    """A line of panels per task, one for each cost; a colour per method, a marker per form, and the front of those that
+    no other beats. None where nothing was measured."""
+    found = points(comparison)
+    if not found["latency"].notna().any():
+        return None
+    tasks = list(comparison.tasks)
+    drawn = Figure(figsize=(5.2 * len(COSTS), 0.5 + 3.4 * len(tasks)), layout="constrained")
+    panels = drawn.subplots(len(tasks), len(COSTS), squeeze=False)
+    colours = {name: f"C{number % 10}" for number, name in enumerate(comparison.methods)} | {"teacher": "grey"}
+    for line, task in zip(panels, tasks, strict=True):
+        for axes, (cost, title) in zip(line, COSTS.items(), strict=True):
+            mine = found[(found["task"] == task) & found[cost].notna()]
+            _panel(axes, mine, cost, colours)
+            axes.set(xlabel=title, ylabel=comparison.tasks[task])
+            axes.set_title(task, fontsize="medium", parse_math=False)
+    _legend(drawn, panels.flat)
+    return drawn
+
+
+def _panel(axes: Axes, found: pd.DataFrame, cost: str, colours: dict[str, str]) -> None:
+    for row in found.to_dict("records"):
+        label = row["method"] if row["form"] in ("student", "teacher") else f"{row['method']}, {row['form']}"
+        marker, colour = MARKERS[row["form"]], colours[row["method"]]
+        axes.plot([row[cost]], [row["score"]], linestyle="", marker=marker, markersize=7, color=colour, label=label)
+    best = found.iloc[front(found[cost].tolist(), found["score"].tolist())]
+    axes.plot(best[cost], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, zorder=0)
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+
+
+def _legend(drawn: Figure, panels: Iterable[Axes]) -> None:
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        if not label.startswith("_")
+    }
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
