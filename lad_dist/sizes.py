@@ -37,13 +37,11 @@ ATTENTION = re.compile(r"(^|\.)(attention|attn|sa_layer_norm|relative_attention_
 RELATIVE_MAPS = {"c2p": "key_proj", "p2c": "query_proj"}
 # The forms of a model in its folder: their names, and the files that hold their weights.
 FORMS = {
-    "safetensors": ("model*.safetensors",),
-    "compact": ("compact.safetensors",),
-    "mask": ("mask.safetensors",),
-    "compact": ("compact.safetensors",),
-    "masks": ("mask.safetensors",),
-    "onnx": ("onnx/model.onnx",),
-    "onnx int8": ("onnx/model.int8.onnx",),
+    "safetensors": "model*.safetensors",
+    "compact": "compact.safetensors",
+    "mask": "mask.safetensors",
+    "onnx": "onnx/model.onnx",
+    "onnx int8": "onnx/model.int8.onnx",
 }
 
 
