@@ -12,9 +12,9 @@ Without a sample, what is dropped are the smallest singular values of the weight
 it (Eckart and Young, 1936; LadaBERT, Mao et al., 2020, section 3.2). With one it is those of W R, where R Rᵀ = S is the
 second moment of the inputs x: no product of this rank makes E|W x - B A x|² smaller (DRONE, Chen et al., 2021; the
 Cholesky factor as R: SVD-LLM, Wang et al., 2024). Embeddings are a linear map of words, each a coordinate, so that S is
-diagonal: how often a word occurs. S gets DAMPING times its mean on the diagonal, and what the sample does not show is
-weighed as without one. As the truncated SVD is best in the damped norm, and no other product is nearer to W itself, it
-is never worse on the sample than without it.
+diagonal: how often a word occurs. S gets DAMPING times the mean of its diagonal on it, so that directions which the
+sample does not show are weighed as without one. That costs nothing: the product is the best by both together, and the
+one without a sample the nearest to W, so on the sample itself it cannot be the worse of the two.
 
 O rows and I columns of a weight, V words, D width.
 """
@@ -117,14 +117,21 @@ def factors(weight: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Te
     """A [rank, I] and B [O, rank] of the product nearest to the weight [O, I], in its precision, and its distance
     relative to the weight's norm. `moment` [I, I], or [I] of its diagonal, makes both those of its outputs."""
     wanted, root = weight.detach().double(), None if moment is None else _root(moment)
-    left, values, right = torch.linalg.svd(_times(wanted, root), full_matrices=False)
+    left, values, right = _svd(_times(wanted, root))
     error = values[rank:].norm() / values.norm().clamp(min=torch.finfo(values.dtype).tiny)
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     if root is not None:  # B A = U Uᵀ W, whose singular values these are not yet
-        inside, values, right = torch.linalg.svd(left.T @ wanted, full_matrices=False)
+        inside, values, right = _svd(left.T @ wanted)
         left = left @ inside
     share = values.sqrt()
     return (share[:, None] * right).to(weight.dtype), (left * share).to(weight.dtype), error
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, the singular values and Vᵀ. Of a tall matrix they take half the time of a wide one's."""
+    wide = matrix.shape[0] < matrix.shape[1]
+    left, values, right = torch.linalg.svd(matrix.T if wide else matrix, full_matrices=False)
+    return (right.T, values, left.T) if wide else (left, values, right)
 
 
 def _root(moment: Tensor) -> Tensor:
