@@ -39,7 +39,7 @@ RELATIVE_MAPS = {"c2p": "key_proj", "p2c": "query_proj"}
 FORMS = {
     "safetensors": "model*.safetensors",
     "compact": "compact.safetensors",
-    "mask": "mask.safetensors",
+    "masks": "mask.safetensors",
     "onnx": "onnx/model.onnx",
     "onnx int8": "onnx/model.int8.onnx",
 }

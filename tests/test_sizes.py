@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lad_dist import models, parts, sizes, surgery
 from lad_dist.data.tokenizers import load_tokenizer
 from lad_dist.flat import Head, Needs
+from lad_dist.low_rank import LowRank
 
 VOCABULARY = 50
 # Weights of toy.SIZES, by hand: words, positions, segments, norm; four maps and a norm; two maps and a norm.
@@ -69,14 +70,14 @@ def test_zeros_are_stored_and_computed() -> None:
     assert before["nonzero"] - after["nonzero"] == 32 * 32
 
 
-@pytest.mark.parametrize(("keep", "thin"), [(0.5, True), (1.0, False)])
-def test_a_pair_counts_as_a_pair_where_that_is_less(keep: float, thin: bool) -> None:
-    """Rank 8 of [32, 32] by half of its weights; at all of them rank 16, which is no less than the product."""
+@pytest.mark.parametrize(("rank", "less"), [(8, 4 * (32 * 32 - 8 * 64)), (16, 0)])
+def test_a_pair_counts_as_a_pair_where_that_is_less(rank: int, less: int) -> None:
+    """Of [32, 32] in each of four layers: rank 16 takes no less than the product."""
     model, batch = made(), toy.batch([3, 5])
     plain = sizes.of(model, batch)
-    surgery.low_rank(model, keep=keep, modules="query")
+    for layer in models.layers(model):
+        layer.attention.self.query, _ = LowRank.of(layer.attention.self.query, rank)
     found = sizes.of(model, batch)
-    less = 4 * (32 * 32 - 8 * 64) if thin else 0
     assert found["parameters"] == plain["parameters"]
     assert plain["stored"] - found["stored"] == plain["stored/attention"] - found["stored/attention"] == less
     assert plain[sizes.FLOPS] - found[sizes.FLOPS] == pytest.approx(2 * less)
