@@ -39,7 +39,7 @@ def check() -> None:
     """Raises UserError where what this needs is not installed."""
     lacking = [name for name in NEEDED if find_spec(name) is None]
     if lacking:
-        raise UserError(f"{lacking[0]} is not installed, which ONNX needs; pip install 'lad_dist[onnx]'")
+        raise UserError(f"{lacking[0]} is not installed, which ONNX needs; pip install {' '.join(NEEDED)}")
 
 
 def export(served: Served, file: Path) -> float:
