@@ -351,5 +351,5 @@ def _heat(
     axes.set_yticks(range(len(rows)), rows, fontsize="small", parse_math=False)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            colour = "white" if value > most / 2 else "black"
+            colour = "white" if value > 0.6 * most else "black"
             axes.text(column, row, form.format(value), ha="center", va="center", color=colour, fontsize="small")
