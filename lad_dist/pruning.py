@@ -73,7 +73,8 @@ class Random(Mask):
 
     def __init__(self, weight: Tensor):
         super().__init__(weight)
-        self.register_buffer("scores", torch.rand(weight.shape, device=weight.device))
+        # Turned round: the same seed gives Adapting its start from the same row of random numbers.
+        self.register_buffer("scores", torch.rand(weight.shape, device=weight.device).flip(0, 1))
 
     def importance(self, weight: Tensor) -> Tensor:
         return self.scores.float()
