@@ -392,13 +392,23 @@ def lose_the_metrics(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": {}}))
 
 
+def lose_the_threads(file: Path) -> None:
+    ledger = {"devices": {}, "timings": []}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ledger": ledger}))
+
+
 def make_a_list(file: Path) -> None:
     file.write_text("[]")
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(cut_short, "damaged ("), (lose_the_metrics, "damaged (metrics: "), (make_a_list, "damaged (not a JSON object)")],
+    [
+        (cut_short, "damaged ("),
+        (lose_the_metrics, "damaged (metrics: "),
+        (make_a_list, "damaged (not a JSON object)"),
+        (lose_the_threads, "damaged (ledger.threads: "),
+    ],
 )
 def test_a_damaged_result_is_named(damage: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
     grid(tmp_path)
