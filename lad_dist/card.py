@@ -37,8 +37,12 @@ def card(results: Numbers) -> str:
 
 
 def totals(student: Numbers) -> dict[str, Any]:
-    """A student's numbers without those by component, and without bytes."""
-    return {name: x for name, x in student.items() if name.partition("/")[0] not in (*BY_COMPONENT, "bytes")}
+    """A student's numbers without those by component or by map, and without bytes."""
+    parted = {name: name.split("/") for name in student}
+    return {
+        name: student[name] for name, (first, *rest) in parted.items()
+        if first not in (*BY_COMPONENT, "bytes") and len(rest) < 2
+    }  # fmt: skip
 
 
 def _size(student: Numbers) -> str:

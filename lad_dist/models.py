@@ -243,8 +243,7 @@ def _has_head(config: PreTrainedConfig, head: Head) -> bool:
 
 
 def head_of(architectures: Sequence[str]) -> Head:
-    """The head of a task that architectures of these names have; "none" where they have none, as a pre-trained model's.
-    """
+    """The head of a task that architectures of these names have; "none" where they have none, as pre-trained ones."""
     held = [head for head, ending in ENDINGS.items() if any(name.endswith(ending) for name in architectures)]
     return held[0] if held else "none"  # type: ignore[return-value]
 
