@@ -191,6 +191,7 @@ def begin(
 ) -> Life:
     """prepare: called in each process before the script. words: after the config. variables: of each rank."""
     log = victim.config.with_name(f"{time.monotonic_ns()}.log")
+    log.touch()
     port = str(free_port())
     processes = []
     for rank in range(ranks):
