@@ -19,8 +19,11 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+import torch.distributed as dist
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -31,6 +34,9 @@ from lad_dist.method import Method
 from lad_dist.saving import Copies, Files
 
 BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+# Of shares, in weights: as many as a CPU computes at once, or a multiple. It rounds those left over at a share's end in
+# another way, so they must not be there, or what is learnt depends on where shares end.
+ALIGNMENT = 16
 VERSION: str = deepspeed.__version__
 
 
@@ -46,7 +52,10 @@ def check(table: Mapping[str, Any]) -> None:
 
 
 def build(method: Method, config: TrainConfig) -> Any:
+    """Under ZeRO-1 and 2 in fp32 on a CPU, what it learns does not depend on how its shares are cut."""
     logger.setLevel("ERROR")
+    DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(lambda _: ALIGNMENT, lambda *_: None)
+    DeepSpeedZeroOptimizer.get_grad_norm_direct = _share_of_norm
     # Its shared-memory collectives compile C++ at first use; gloo serves a CPU, and nccl a GPU.
     deepspeed.ops.__compatible_ops__ = {}
     words = {
@@ -65,6 +74,18 @@ def build(method: Method, config: TrainConfig) -> Any:
     engine.checkpoint_engine = Copies(resize.read)
     engine._copy_recovery_script = lambda _: None  # a checkpoint holds no code
     return engine
+
+
+def _share_of_norm(optimizer: Any, gradients: Iterable[Tensor], parameters: Any, norm_type: float = 2) -> Tensor:
+    """The norm of all processes' shares of a group's gradients: summed in fp64 to the end, as rounding each share's sum
+    makes the clipped gradients depend on who has which share."""
+    assert norm_type == 2
+    mine = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in gradients if not hasattr(x, "_zero_padding")]
+    total = torch.stack(mine).square().sum() if mine else torch.zeros((), dtype=torch.float64, device=optimizer.device)
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    norm = total.sqrt().float()
+    mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
+    return norm
 
 
 def snapshot(engine: Any, folder: Path) -> Files:

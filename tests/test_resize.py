@@ -39,7 +39,7 @@ LAYOUTS = {
     "emd": ("1x0", "2x2"),
     "minilm": ("1x0", "2x1", "2x2"),
     "bf16": ("1x2", "2x1", "2x2"),
-    "pruned": ("1x0", "2x1", "2x2"),
+    "pruned": ("1x1", "2x1", "2x2"),
 }
 PAIRS = [(kind, was, now) for kind, names in LAYOUTS.items() for was, now in itertools.product(names, repeat=2)]
 # What a run begins as, and what it goes on as from one step and from another.
@@ -50,7 +50,7 @@ CHAINS = {
     ("emd", "2x2", 3, "1x0", 5, "2x2"),
     ("minilm", "2x1", 2, "1x0", 5, "2x2"),
     ("bf16", "2x1", 3, "1x2", 5, "2x2"),
-    ("pruned", "2x1", 3, "1x0", 5, "2x2"),
+    ("pruned", "2x1", 3, "1x1", 5, "2x2"),
 }
 
 
@@ -148,11 +148,13 @@ def test_what_was_saved_is_what_is_taken_up(kind: str, was: str, now: str, runs:
 def test_a_run_that_changes_its_layout_twice_ends_as_one_that_does_not(
     kind: str, first: str, cut: int, second: str, again: int, third: str, runs: Runs
 ) -> None:
-    """The same samples in the same slots. What remains are last bits: the clip norm is summed share by share, and
-    torch's fused AdamW rounds the elements at the end of a tensor, which are others in each layout, differently."""
+    """The same samples in the same slots, and the same bits under ZeRO's stages 1 and 2 in fp32. Stage 0 works tensor
+    by tensor, and torch's fused AdamW rounds what is left over at a tensor's end in another way."""
     whole, middle, end = (x.found for x in (runs.begun[kind, first], runs.taken[kind, second], runs.taken[kind, third]))
     assert middle["samples"] | end["samples"] == {key: x for key, x in whole["samples"].items() if key[0] >= cut}
     states = [{name: x["fp32"] for name, x in state["end"]["parameters"].items()} for state in (whole, end)]
+    if all(name[2] != "0" for name in (first, second, third)) and kind != "bf16":
+        assert difference(*states) == 0
     assert difference(*states) <= (1e-3 if kind == "bf16" else 1e-6)
 
 
