@@ -491,7 +491,8 @@ def _with(tables: Any, path: list[str], value: Any, key: str) -> Any:
     if isinstance(tables, list):
         numbered = {str(number): table for number, table in enumerate(tables)}
         if head not in numbered:
-            raise UserError(f"{key}: there is no {head} in a list of {len(tables)}; they are counted from 0")
+            meant = 'did you mean "0"?' if len(tables) == 1 else did_you_mean(head, numbered)
+            raise UserError(f"{key}: there is no {head} in a list of {len(tables)}, counted from 0; {meant}")
         return list(_with(numbered, path, value, key).values())
     if not rest:
         return {**tables, head: value}
