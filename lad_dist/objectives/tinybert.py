@@ -20,13 +20,13 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.flat import Batch, Shape, Trace
 from lad_dist.objectives import losses
-from lad_dist.objectives.kd import Weight
-from lad_dist.objectives.objective import Objective, projection, same_heads, uniform
+from lad_dist.objectives.kd import KD, Weight
+from lad_dist.objectives.objective import projection, same_heads, uniform
 
 
-class TinyBERT(Objective):
+class TinyBERT(KD):
     headless = True
 
     def __init__(
@@ -40,25 +40,23 @@ class TinyBERT(Objective):
         soft: Weight = 0.0,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ):
-        super().__init__()
         if soft and student.head == "none":
             raise UserError("objective.soft: on a corpus tinybert trains no head; set objective.soft = 0, or take kd")
+        super().__init__(student, teacher, soft=soft, hard=0.0, temperature=temperature)
         if attention:
             same_heads("tinybert", student, teacher)
-        self.heads, self.head = teacher.heads, student.head
-        self.soft, self.temperature = soft, temperature
+        self.heads = teacher.heads
         self.weights = {"embedding": embedding, "hidden": hidden, "attention": attention}
         self.projection = projection(student, teacher)
         matches = uniform("tinybert", student, teacher)
         self.states = [(0, 0)] * bool(embedding) + matches * bool(hidden)
         self.scores = matches * bool(attention)
         self.student_needs, self.teacher_needs = (
-            Needs(
-                logits=soft > 0,
+            needs._replace(
                 hidden=tuple(match[side] for match in self.states),
                 qkv=tuple(match[side] for match in self.scores),
             )
-            for side in (0, 1)
+            for side, needs in enumerate((self.student_needs, self.teacher_needs))
         )
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
@@ -72,9 +70,4 @@ class TinyBERT(Objective):
             error = losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads)
             errors["attention"].append(error)
         terms = {name: self.weights[name] * torch.stack(each).sum() for name, each in errors.items()}
-        if self.soft:
-            assert student.logits is not None
-            assert teacher.logits is not None
-            distance = losses.soft(student.logits, teacher.logits, batch, self.head, self.temperature)
-            terms["soft"] = self.soft * distance
-        return terms
+        return terms | super().forward(student, teacher, batch)
