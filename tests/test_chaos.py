@@ -169,7 +169,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
 def test_a_run_that_goes_on_with_fewer_and_again_with_more_processes_ends_as_one_that_does_not(
     stage: int, world: World, straight: Victim, tmp_path: Path, figures: list[tuple[str, str]]
 ) -> None:
-    """Bit for bit, however its shares are cut."""
+    """Bit for bit, however its shares are cut. (A row's mean loss is summed in another order.)"""
     changes = {"deepspeed.zero_optimization": {"stage": stage}}
     whole = straight if stage == 1 else ended(chaos.victim(tmp_path / "whole", world, changes))
     seeds = range(3 if LONG else 1)
@@ -179,7 +179,8 @@ def test_a_run_that_goes_on_with_fewer_and_again_with_more_processes_ends_as_one
         stopped_at(victim, first, ranks=2)
         stopped_at(victim, second, ranks=1)
         ended(victim)
-        assert same(victim, whole)
+        assert victim.weights == whole.weights
+        assert victim.losses == pytest.approx(whole.losses, rel=1e-6)
     times = f"{len(seeds)} of {len(seeds)}"
     figures.append((f"processes 2, 1, 2 at random steps under ZeRO {stage}: equal ends", times))
 
