@@ -10,7 +10,7 @@ whole(method, stage)       within it every process has all weights
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,11 @@ def snapshot(engine: Any, folder: Path) -> Files:
     return engine.checkpoint_engine.taken()
 
 
-def forget(engine: Any, pruned: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+def forget(engine: Any, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     """Zeroes the moments of weights where their masks are False, in ZeRO's stages up to 2: what is gone must not go on
     drifting."""
+    if not pruned:
+        return  # as in most steps
     places = {
         parameter: (number, place)
         for number, group in enumerate(resize.groups(engine))
