@@ -274,6 +274,10 @@ class TrainConfig(Table):
     optim: Optim
     deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own config: zero_optimization, bf16, …")
 
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
     @model_validator(mode="before")
     @classmethod
     def _student_of_its_teacher(cls, tables: dict[str, Any]) -> dict[str, Any]:

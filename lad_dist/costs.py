@@ -157,7 +157,7 @@ def _teacher(made: plan.Plan) -> models.PreTrainedModel | None:
 
 def checkpoint_bytes(made: plan.Plan, method: Method) -> int:
     """Of one checkpoint, all processes' files together."""
-    stage, size, (trained, frozen) = plan.zero_stage(made.config.deepspeed), BYTES[made.precision], _weights(method)
+    stage, size, (trained, frozen) = made.config.zero_stage, BYTES[made.precision], _weights(method)
     if stage == 3:
         return 12 * trained + size * frozen
     if stage == 0:
@@ -172,8 +172,8 @@ def _weights(method: Method) -> tuple[int, int]:
 
 
 def _memory(made: plan.Plan, method: Method, teacher: nn.Module | None, batch: Batch, world: int) -> Memory:
-    table, size, (trained, frozen) = made.config.deepspeed, BYTES[made.precision], _weights(method)
-    stage, zero = plan.zero_stage(table), table.get("zero_optimization", {})
+    size, (trained, frozen) = BYTES[made.precision], _weights(method)
+    stage, zero = made.config.zero_stage, made.config.deepspeed.get("zero_optimization", {})
     optimizer = 12 * trained // world if stage else (8 if size == 4 else 12) * trained
     bucket = int(zero.get("reduce_bucket_size", BUCKET)) * size if stage else 0
     return Memory(

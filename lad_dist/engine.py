@@ -28,7 +28,7 @@ from deepspeed.utils import logger
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lad_dist import optim, plan, processes, resize
+from lad_dist import optim, processes, resize
 from lad_dist.config import TrainConfig, UserError
 from lad_dist.method import Method
 from lad_dist.saving import Copies, Files
@@ -68,7 +68,7 @@ def build(method: Method, config: TrainConfig) -> Any:
         **config.deepspeed,
     }
     groups = optim.groups(method.student, method.objective, config.optim)
-    optimizer = optim.adamw(groups, config.optim, plan.zero_stage(config.deepspeed))
+    optimizer = optim.adamw(groups, config.optim, config.zero_stage)
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
     engine.checkpoint_engine = Copies(resize.read)

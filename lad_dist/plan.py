@@ -183,10 +183,6 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     return made
 
 
-def zero_stage(table: dict[str, Any]) -> int:
-    return int(table.get("zero_optimization", {}).get("stage", 0))
-
-
 def _check_slots(config: TrainConfig, world: int) -> None:
     count = config.data.slots
     if count % world:

@@ -299,7 +299,7 @@ def check_ladabert(
 def _check_pruning(where: str, config: TrainConfig, begin: float, end: float) -> None:
     if begin > end:
         raise UserError(f"{where}: begin = {begin:g} is later than end = {end:g}")
-    if config.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+    if config.zero_stage == 3:
         raise UserError(
             f"{where}: ranks all weights, of which under ZeRO 3 no process has more than its share; set a stage up to 2"
         )

@@ -178,7 +178,7 @@ def check(
     """Whether the surgery goes with the rest of the config, whose student has that head. Raises UserError."""
     if [named.name for named in config.surgery].index("theseus") != len(config.surgery) - 1:
         raise UserError("surgery theseus: it wraps layers as they are; list it once, after all others")
-    if config.deepspeed.get("zero_optimization", {}).get("stage") == 3:
+    if config.zero_stage == 3:
         raise UserError("surgery theseus: under ZeRO 3 the same layers must run in each step; set a stage up to 2")
     words = config.student
     path = predecessor or words.path

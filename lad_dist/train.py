@@ -264,7 +264,7 @@ class Loop:
 
     def _check_agreement(self, done: int) -> None:
         """Raises Fault where processes hold other weights than the rest."""
-        if not _alike(self.config.deepspeed):
+        if not _alike(self.config):
             return
         wrong = dissenters(self.method.parameters())
         if wrong:
@@ -393,7 +393,7 @@ class Loop:
         }
 
     def _layout(self) -> dict[str, int]:
-        return {"processes": processes.world(), "zero": plan.zero_stage(self.config.deepspeed)}
+        return {"processes": processes.world(), "zero": self.config.zero_stage}
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.began
@@ -408,7 +408,7 @@ class Loop:
         found = self._compare()
         metrics = found["student"]
         self._report({"step": self.steps, **_prefixed("dev", metrics)})
-        with engines.whole(self.method, plan.zero_stage(self.config.deepspeed)):
+        with engines.whole(self.method, self.config.zero_stage):
             size = self._size(self.method.student)  # before its Parts are folded
             packed = compact.pack(self.method.student) if processes.main() else None
             student = self.method.export()
@@ -447,9 +447,9 @@ class Loop:
         return sizes.of(model, self.feed.batch(0, 0))
 
 
-def _alike(table: dict[str, Any]) -> bool:
+def _alike(config: TrainConfig) -> bool:
     """Whether several processes hold the same weights."""
-    return processes.world() > 1 and plan.zero_stage(table) < 3
+    return processes.world() > 1 and config.zero_stage < 3
 
 
 def _due(step: int, every: int) -> bool:
