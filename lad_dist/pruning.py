@@ -12,9 +12,8 @@
     Pruning    a Part of the whole student: it moves all masks, by one ranking of all their weights
 
 The weight itself stays as it is, and whoever reads it reads weight · mask. Where the mask is 0 it does not learn, and
-the optimizer forgets its moments. Masks are a function of
-the weights, the scores and the step, so that all processes of ZeRO's stages up to 2 have the same without a word; they
-are saved with the student.
+the optimizer forgets its moments. Masks are a function of the weights, the scores and the step, so that all processes
+of ZeRO's stages up to 2 have the same without a word; they are saved with the student.
 
 The scores of Movement and Adapting learn through a gate that is hard forwards and soft backwards. Only their order
 counts: which weights stay is decided by rank, so that the sparsity is what the schedule says, and the uniform push by
