@@ -1,5 +1,5 @@
-"""Many run folders as one comparison: methods by tasks, mean ± sd over seeds, best first, the teacher on top, and
-whether a method differs from plain distillation.
+"""Many run folders as one comparison: methods by tasks, mean ± sd over seeds, best first, the teacher on top;
+whether a method differs from plain distillation, and how far it decides as its teacher does.
 
 usage: python launch/report.py FOLDER [FOLDER …] [--out DIR] [--baseline NAME]
 

@@ -132,6 +132,22 @@ def test_the_order_is_by_the_tasks_that_all_have(tmp_path: Path) -> None:
     assert cells_of(text, "emd")[4] == "-"
 
 
+def test_loyalty_stands_apart(tmp_path: Path) -> None:
+    for seed, value in enumerate((0.8, 0.9, 1.0)):
+        run(tmp_path / f"lad-rte-{seed}", "lad", "rte", seed, 0.6, results__metrics__label_loyalty=value)
+    run(tmp_path / "lad-cola-0", "lad", "cola", 0, 0.3, results__metrics={"matthews": 0.3, "teacher_pearson": 0.7})
+    run(tmp_path / "alone-rte-0", "kd", "rte", 0, 0.5, results__metrics={"accuracy": 0.5})
+    scores, loyal = report([tmp_path]).split("## Loyalty to the teacher")
+    assert cells_of(loyal, "lad") == ["lad", "0.700 (1)", "0.900 ± 0.100 (3)"]
+    assert "| kd |" in scores
+    assert "| kd |" not in loyal
+    for file in tmp_path.glob("lad-*/results.json"):
+        results = json.loads(file.read_text())
+        del results["metrics"]["label_loyalty" if "label_loyalty" in results["metrics"] else "teacher_pearson"]
+        file.write_text(json.dumps(results))
+    assert "Loyalty" not in report([tmp_path])
+
+
 def names(folder: Path) -> set[str]:
     return set(compared(folder).methods)
 

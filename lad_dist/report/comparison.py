@@ -37,13 +37,14 @@ class Tested(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """`methods` are best first, `tasks` are in the order of their names, {name: main metric}. `scores` has an index of
-    method, task and seed."""
+    """`methods` are best first, `tasks` are in the order of their names, {name: main metric}. `scores` and `loyalties`
+    have an index of method, task and seed."""
 
     methods: dict[str, Variant]
     tasks: dict[str, str]
     runs: pd.DataFrame  # one row per run, by folder
     scores: pd.Series
+    loyalties: pd.Series  # of runs with a teacher
     shared: list[str]  # the tasks that all methods have
     baselines: dict[str, str]  # by method
     baseline: str
@@ -51,9 +52,13 @@ class Comparison:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """mean, sd (sample's; NaN for one seed) and n by method and task."""
-        groups = self.scores.groupby(level=["method", "task"])
-        return pd.DataFrame({"mean": groups.mean(), "sd": groups.std(ddof=1), "n": groups.count()})
+        """Of scores: see `summary`."""
+        return summary(self.scores)
+
+    @cached_property
+    def loyal(self) -> pd.DataFrame:
+        """Of loyalties: see `summary`."""
+        return summary(self.loyalties)
 
     @cached_property
     def scale(self) -> pd.Series:
@@ -104,6 +109,12 @@ class Comparison:
         return _test(np.concatenate([self.differences(method, task) / sd for task, sd in scale.items()] or [[]]))
 
 
+def summary(values: pd.Series) -> pd.DataFrame:
+    """mean, sd (sample's; NaN for one seed) and n by method and task."""
+    groups = values.groupby(level=["method", "task"])
+    return pd.DataFrame({"mean": groups.mean(), "sd": groups.std(ddof=1), "n": groups.count()})
+
+
 def _test(differences: np.ndarray) -> Tested:
     count = len(differences)
     varies = count > 1 and not np.allclose(differences, differences[0], rtol=0, atol=EQUAL)
@@ -119,7 +130,8 @@ def compare(found: Found, baseline: str | None = None) -> Comparison:
     methods = variants(runs)
     rows = [_row(name, run, tasks[run.task]) for name, variant in methods.items() for run in variant.runs]
     frame = pd.DataFrame(rows).sort_values("folder", ignore_index=True)
-    scores = frame.groupby(["method", "task", "seed"])["score"].mean()
+    by_seed = frame.groupby(["method", "task", "seed"])
+    scores = by_seed["score"].mean()
     shared = [task for task in tasks if all(task in _tasks(variant) for variant in methods.values())]
     means = scores.groupby(level=["method", "task"]).mean().unstack("task")[shared].mean(axis=1)
     ordered = sorted(methods, key=lambda name: (-means[name] if shared else 0, name))
@@ -129,6 +141,7 @@ def compare(found: Found, baseline: str | None = None) -> Comparison:
         tasks,
         frame,
         scores,
+        by_seed["loyalty"].mean().dropna(),
         shared,
         _baselines(methods, wanted, required=baseline is not None),
         wanted,
@@ -161,6 +174,7 @@ def _row(method: str, run: TaskRun, metric: str) -> dict[str, Any]:
         "seed": run.seed,
         "metric": metric,
         "score": run.score,
+        "loyalty": run.loyalty,
         "teacher": run.teacher,
         "teacher_score": results.teacher.get(metric, math.nan),
         "folder": run.folder,

@@ -20,6 +20,8 @@ from lad_dist.runs import FREE
 # What says which run it is, and on which task, not by which method.
 PLACE = {"run.name", "run.dir", "run.seed", "data.task", "data.dev", "data.kind", "objective.name"} | FREE
 
+LOYALTY = ("label_loyalty", "teacher_pearson")  # of decisions, of numbers
+
 Settings = dict[str, Hashable]
 
 
@@ -156,6 +158,11 @@ class TaskRun:
     @property
     def score(self) -> float:
         return self.results.metrics[self.metric]
+
+    @property
+    def loyalty(self) -> float:
+        """To its teacher; NaN without one."""
+        return next((self.results.metrics[name] for name in LOYALTY if name in self.results.metrics), math.nan)
 
     @property
     def teacher(self) -> str | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pandas as pd
 
 from lad_dist.report.comparison import Comparison, Tested
 from lad_dist.report.found import TaskRun
@@ -14,9 +15,10 @@ NONE = "-"
 
 
 def markdown(comparison: Comparison) -> str:
-    """The comparison for a person: scores, tests, settings in which methods differ, and what to know about it."""
-    sections = [_scores(comparison), _tests(comparison), _settings(comparison), _notes(comparison)]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    """The comparison for a person: scores, tests, loyalty, settings in which methods differ, and what to know about
+    it."""
+    sections = [_scores, _tests, _loyalty, _settings, _notes]
+    return "\n\n".join(filter(None, (section(comparison) for section in sections))) + "\n"
 
 
 def _scores(comparison: Comparison) -> str:
@@ -25,7 +27,7 @@ def _scores(comparison: Comparison) -> str:
     header += ["mean ± s.e.", *comparison.shown.values()]
     rows = [_teacher_row(comparison)] if comparison.runs["teacher_score"].notna().any() else []
     for name in comparison.methods:
-        cells = [_cell(comparison, name, task, len(counts) > 1) for task in tasks]
+        cells = [_cell(comparison.cells, name, task, len(counts) > 1) for task in tasks]
         mean = _with_error(*comparison.mean(name)) if comparison.shared else NONE
         rows.append([name, *cells, mean, *map(_si, comparison.figures(name))])
     seeds = _count(counts[0], "seed") if len(counts) == 1 else "seeds, their number in brackets"
@@ -58,10 +60,10 @@ def _between(scores: Sequence[float]) -> str:
     return f"{len(scores)} teachers, {min(scores):.3f} to {max(scores):.3f}"
 
 
-def _cell(comparison: Comparison, method: str, task: str, counted: bool) -> str:
-    if (method, task) not in comparison.cells.index:
+def _cell(cells: pd.DataFrame, method: str, task: str, counted: bool) -> str:
+    if (method, task) not in cells.index:
         return NONE
-    cell = comparison.cells.loc[(method, task)]
+    cell = cells.loc[(method, task)]
     return _with_error(cell["mean"], cell["sd"]) + (f" ({cell['n']:.0f})" if counted else "")
 
 
@@ -110,6 +112,23 @@ def _tested(test: Tested) -> str:
         return NONE
     p = "no p" if test.p is None else f"p {test.p:.2g}" if test.p >= 1e-4 else "p < 0.0001"
     return f"{test.difference:+.3f}, {p} ({test.pairs})"
+
+
+def _loyalty(comparison: Comparison) -> str:
+    cells = comparison.loyal
+    if cells.empty:
+        return ""
+    counted = cells["n"].nunique() > 1
+    rows = [
+        [name, *(_cell(cells, name, task, counted) for task in comparison.tasks)]
+        for name in comparison.methods
+        if name in cells.index.get_level_values("method")
+    ]
+    text = (
+        "Dev sets: the share of decisions that are the teacher's, right or wrong; of numbers their correlation with "
+        "the teacher's (Pearson). Mean ± sd over seeds."
+    )
+    return f"## Loyalty to the teacher\n\n{_grid(['method', *comparison.tasks], rows)}\n\n{text}"
 
 
 def _settings(comparison: Comparison) -> str:
