@@ -94,7 +94,7 @@ class Costs:
     steps: int
     epochs: float
     tokens: float  # of one step, real ones
-    student_flops: float  # forward and backward
+    student_flops: float  # forward and backward, of what is exported: without a predecessor's blocks
     teacher_flops: float
     teacher_share: float
     checkpoint: int
