@@ -86,12 +86,16 @@ class EMD(KD):
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         projected = {m: self.hidden_projection(x) for m, x in student.hidden.items() if m and "hidden" in self.plans}
+        mine, its = (
+            {layer: losses.scores((q, k), batch, self.heads) for layer, (q, k, _) in trace.qkv.items()}
+            for trace in (student, teacher)
+        )
 
         def hidden(m: int, layer: int) -> Tensor:
             return losses.over_tokens(losses.squared(projected[m], teacher.hidden[layer]), batch)
 
         def attention(m: int, layer: int) -> Tensor:
-            return losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads)
+            return losses.score_error(mine[m], its[layer], batch)
 
         distances = {"hidden": hidden, "attention": attention}
         moved = {kind: _moved(plan, distances[kind]) for kind, plan in self.plans.items()}

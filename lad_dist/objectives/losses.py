@@ -1,10 +1,11 @@
 """Losses as plain functions of tensors, in fp32 whatever the model computes in, and means over what is real.
 
-B sequences, N tokens, R rows that the head read, D width, V outputs, U spans of S places.
+B sequences, N tokens, R rows that the head read, D width, H heads, V outputs, U spans of S places.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,46 +92,60 @@ def relation(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
 
     def divergence(*xs: Tensor) -> Tensor:
         s, t = (_log_relation(x, y, batch, heads) for x, y in (xs[:2], xs[2:]))
-        return (t.exp() * (t - s)).masked_fill(~_pairs(batch), 0.0).sum() / (heads * batch.tokens)
+        pairs = batch.attended[:, None, :, None] & batch.visible[:, None]
+        return (t.exp() * (t - s)).masked_fill(~pairs, 0.0).sum() / (heads * batch.tokens)
 
     return recomputed(divergence, *student, *teacher)
 
 
-def scores(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
-    """Squared error between attention scores Q Kᵀ / √d before their softmax, of Q, K [N, *] split into `heads`; mean
-    over heads and over pairs of tokens of one sequence (TinyBERT, Jiao et al., 2020, equation 7). Widths may differ."""
+class Scores(NamedTuple):
+    """Attention scores Q Kᵀ / √d of a layer before their softmax, not multiplied out. In fp32, 0 where there is no
+    token; d may differ between models."""
 
-    def error(*xs: Tensor) -> Tensor:
-        qs, ks, qt, kt = (_by_heads(x, batch, heads) for x in xs)
-        # The difference of two products of queries and keys is one product of longer ones.
-        queries = torch.cat([qs / qs.shape[-1] ** 0.5, qt / qt.shape[-1] ** 0.5], dim=-1)
-        keys = torch.cat([ks, -kt], dim=-1)
-        pairs = _pairs(batch)
-        difference = (queries @ keys.transpose(-1, -2)).masked_fill_(~pairs, 0.0)
-        return difference.square().sum() / (heads * pairs.sum())
+    queries: Tensor  # [B, H, S, d], divided by √d
+    keys: Tensor  # [B, H, S, d]
+    square: Tensor  # the sum of all squared scores
 
-    return recomputed(error, *student, *teacher)
+
+def scores(pair: Pair, batch: Batch, heads: int) -> Scores:
+    """Of queries and keys [N, *], split into `heads`."""
+    batch = apart(batch)
+    padding = None if batch.tokens == len(pair[0]) else ~batch.attended[:, None, :, None]
+    queries, keys = (_by_heads(x, batch, heads) for x in pair)
+    if padding is not None:
+        queries, keys = queries.masked_fill(padding, 0.0), keys.masked_fill(padding, 0.0)
+    queries = queries / queries.shape[-1] ** 0.5
+    return Scores(queries, keys, _products(queries, keys, queries, keys))
+
+
+def score_error(student: Scores, teacher: Scores, batch: Batch) -> Tensor:
+    """Squared error between attention scores, mean over heads and over pairs of tokens of one sequence (TinyBERT, Jiao
+    et al., 2020, equation 7): ‖A - B‖² = ‖A‖² - 2 ⟨A, B⟩ + ‖B‖²."""
+    between = _products(student.queries, student.keys, teacher.queries, teacher.keys)
+    pairs = batch.lengths.long().square().sum()
+    return (student.square - 2 * between + teacher.square) / (student.keys.shape[1] * pairs)
+
+
+def _products(queries: Tensor, keys: Tensor, others_queries: Tensor, others_keys: Tensor) -> Tensor:
+    """⟨Q Kᵀ, P Lᵀ⟩ = ⟨Qᵀ P, Kᵀ L⟩, summed over sequences and heads: with S tokens it takes S d² instead of S² d, and
+    nothing is [S, S]."""
+    return ((queries.mT @ others_queries) * (keys.mT @ others_keys)).sum()
 
 
 def _by_heads(x: Tensor, batch: Batch, heads: int) -> Tensor:
-    """[N, *] to [U, heads, S, d]."""
+    """[N, *] to [U, H, S, d]."""
     return pad(x.float().reshape(len(x), heads, -1), batch).transpose(1, 2)
 
 
 def _log_relation(x: Tensor, y: Tensor, batch: Batch, heads: int) -> Tensor:
-    """[N, *] and [N, *] to log softmax(X Yᵀ / √d) [U, heads, S, S], over the tokens of the same sequence."""
+    """[N, *] and [N, *] to log softmax(X Yᵀ / √d) [U, H, S, S], over the tokens of the same sequence."""
     x, y = (_by_heads(z, batch, heads) for z in (x, y))
     scores = (x / x.shape[-1] ** 0.5) @ y.transpose(-1, -2)
     return F.log_softmax(scores.masked_fill_(~batch.visible[:, None], torch.finfo(scores.dtype).min), dim=-1)
 
 
-def _pairs(batch: Batch) -> Tensor:
-    """Boolean [U, 1, S, S]: whether both places are real tokens of one sequence."""
-    return batch.attended[:, None, :, None] & batch.visible[:, None]
-
-
 def recomputed(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
-    """function(*xs), computed again in the backward: what is as large as [U, heads, S, S] is not kept until then."""
+    """function(*xs), computed again in the backward: what is as large as [U, H, S, S] is not kept until then."""
     result = checkpoint(function, *xs, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(result, Tensor)
     return result

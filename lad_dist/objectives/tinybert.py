@@ -67,7 +67,7 @@ class TinyBERT(KD):
             error = losses.over_tokens(losses.squared(mapped, teacher.hidden[layer]), batch)
             errors["hidden" if m else "embedding"].append(error)
         for m, layer in self.scores:
-            error = losses.scores(student.qkv[m][:2], teacher.qkv[layer][:2], batch, self.heads)
-            errors["attention"].append(error)
+            mine, its = (losses.scores(qkv[:2], batch, self.heads) for qkv in (student.qkv[m], teacher.qkv[layer]))
+            errors["attention"].append(losses.score_error(mine, its, batch))
         terms = {name: self.weights[name] * torch.stack(each).sum() for name, each in errors.items()}
         return terms | super().forward(student, teacher, batch)
