@@ -120,7 +120,9 @@ def _attempt(made: plan.Plan, run: Run, report: Report, clock: Clock, watch: Wat
     """None when the run has to go back to an earlier checkpoint."""
     with watch.paused():
         loop = prepare(made, run, report, clock, watch)
-    return loop.run_to_end()
+    outcome = loop.run_to_end()
+    engines.release(loop.engine)
+    return outcome
 
 
 def prepare(

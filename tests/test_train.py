@@ -1,5 +1,6 @@
 """The loop, through its only entry."""
 
+import gc
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from launching import ROOT, environment
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lad_dist import disk, models, processes
+from lad_dist import disk, engine, models, processes
 from lad_dist.checkpoints import Checkpoints, facts_of
 from lad_dist.config import TrainConfig, UserError
 from lad_dist.method import Method
@@ -73,6 +75,23 @@ def test_lad_learns(world: World, tmp_path: Path) -> None:
     assert outcome.results is not None
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_what_was_trained_is_let_go(stage: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the memory of a process ends after some runs, or returns to a checkpoint."""
+    built: list[weakref.ref[Any]] = []
+
+    def build(method: Method, config: TrainConfig) -> Any:
+        made = original(method, config)
+        built.extend((weakref.ref(method), weakref.ref(made)))
+        return made
+
+    original = engine.build
+    monkeypatch.setattr(engine, "build", build)
+    train(lad(world, tmp_path, {"run.steps": 2, "deepspeed.zero_optimization.stage": stage}))
+    gc.collect()
+    assert [held() for held in built] == [None, None]
 
 
 TEACHERLESS: dict[str, Any] = {"teacher": None}
