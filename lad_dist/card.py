@@ -1,4 +1,5 @@
-"""The model card of an export: how good, how small, how fast and how faithful, with the command that measured it.
+"""The model card of an export: how to use it, how good, how small, how fast and how faithful, with the command that
+measured it.
 
 card(results)     the whole of it, in Markdown, from what results.json holds
 speed(ledger)     a ledger's forms and how fast they are, as header and rows
@@ -6,10 +7,17 @@ remarks(...)      what the numbers do not say by themselves: what is smaller and
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
-from lad_dist import sizes
+from lad_dist import models, sizes
 
+PIPELINES = {  # by kind of task, as the hub sorts models
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "tagging": "token-classification",
+    "question_answering": "question-answering",
+}
 BY_COMPONENT = {"stored": "weights", "nonzero": "not zero", sizes.FLOPS: "FLOPs per token"}
 TEACHER, STUDENT, ONNX, INT8 = "teacher", "student", "onnx", "onnx int8"
 NOTABLE = 0.01  # share of zeros, or of weights saved, from which on it is said
@@ -24,15 +32,29 @@ def card(results: Numbers) -> str:
     said = remarks(student, ledger)
     taught = f", taught by `{config['teacher']['path']}`" if config.get("teacher") else ""
     tags = "".join(f"- {tag}\n" for tag in ("lad_dist", config["objective"]["name"]))
+    use = PIPELINES.get(config["data"].get("kind"), "feature-extraction")
     rows = [(name, number(value)) for name, value in {**totals(results["student"]), **results["metrics"]}.items()]
     return (
-        f"---\nlibrary_name: transformers\ntags:\n{tags}---\n# {config['run']['name']}\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {use}\ntags:\n{tags}---\n# {config['run']['name']}\n\n"
         f"A student trained with objective `{config['objective']['name']}`{taught}.\n\n"
+        f"```python\n{_usage(config)}```\n\n"
         f"{_grid(('measured', 'value'), rows)}\n\n"
         f"Measured by\n```\n{results['command']}\n```\n"
         f"in {results['seconds']:.0f} seconds and {results['steps']} steps on {results['processes']} process(es), "
         f"{results['device']}; metrics are those of the dev set, or of held-out text.\n"
         f"{_size(student)}{_speed(ledger) if ledger else ''}{_list(said)}"
+    )
+
+
+def _usage(config: Numbers) -> str:
+    """How to load it and ask it something, in Python."""
+    kind, folder = config["data"].get("kind"), PurePath(config["run"]["dir"], config["run"]["name"], "export")
+    auto = models.CLASSES[kind].__name__ if kind else "AutoModel"
+    asked = '"Who is asked?", "One is asked."' if kind == "question_answering" else '"Some text."'
+    return (
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("{folder}")\ntokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        f'outputs = model(**tokenizer({asked}, return_tensors="pt"))\n'
     )
 
 
@@ -174,7 +196,7 @@ def megabytes(size: float) -> str:
 
 
 def number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -136,6 +136,14 @@ def test_an_export_scores_what_its_run_said(head: str, files: Files, taught: dic
     assert found["model"]["probability_loyalty"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_the_model_card_says_how_to_use_it(head: str, taught: dict[str, Outcome]) -> None:
+    used: dict[str, Any] = {}
+    exec((export(taught[head]) / "README.md").read_text().split("```python\n")[1].split("```")[0], used)
+    answer = used["outputs"].end_logits if head == "question_answering" else used["outputs"].logits
+    assert answer.isfinite().all()
+
+
 def test_transformers_tags_as_the_run_did(files: Files, taught: dict[str, Outcome]) -> None:
     """Its own pipeline on the dev set's text, word by word."""
     folder = export(taught["tagging"])

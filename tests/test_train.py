@@ -283,6 +283,11 @@ def test_the_export_is_the_trained_model(
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| parameters |" in card
+    used: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], used)
+    encoder = used["model"].base_model.state_dict()
+    assert all(torch.equal(encoder[name], weight) for name, weight in model.base_model.state_dict().items())
+    assert ("logits" in used["outputs"]) == (kind == "classification")
     assert sorted(path.name for path in folder.iterdir() if "token" not in path.name) == [
         "README.md", *["compact.safetensors"] * surgery, "config.json", "model.safetensors"
     ]  # fmt: skip
