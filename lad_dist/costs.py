@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lad_dist import models, plan, sizes
+from lad_dist import models, optim, plan, sizes
 from lad_dist.answers import bytes_of, worth_keeping
 from lad_dist.config import CorpusData
 from lad_dist.data.feed import CorpusFeed, TaskFeed
@@ -37,7 +37,6 @@ from lad_dist.flat import Batch
 from lad_dist.method import Method
 
 SAMPLE = 8  # micro-batches that stand for all
-BUCKET = 500_000_000  # DeepSpeed's default number of gradients sent at once
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -175,7 +174,7 @@ def _memory(made: plan.Plan, method: Method, teacher: nn.Module | None, batch: B
     size, (trained, frozen) = BYTES[made.precision], _weights(method)
     stage, zero = made.config.zero_stage, made.config.deepspeed.get("zero_optimization", {})
     optimizer = 12 * trained // world if stage else (8 if size == 4 else 12) * trained
-    bucket = int(zero.get("reduce_bucket_size", BUCKET)) * size if stage else 0
+    bucket = optim.bucket(zero, trained) * size if stage else 0
     return Memory(
         weights=size * (trained + frozen) // (world if stage == 3 else 1),
         gradients=size * trained // (world if stage >= 2 else 1),

@@ -69,6 +69,9 @@ def build(method: Method, config: TrainConfig) -> Any:
         **config.deepspeed,
     }
     groups = optim.groups(method.student, method.objective, config.optim)
+    if zero := config.deepspeed.get("zero_optimization"):
+        trained = sum(weight.numel() for group in groups for weight in group["params"])
+        words["zero_optimization"] = {**zero, "reduce_bucket_size": optim.bucket(zero, trained)}
     optimizer = optim.adamw(groups, config.optim, config.zero_stage)
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)

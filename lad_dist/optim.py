@@ -1,14 +1,22 @@
-"""Optimizer: four parameter groups {decay, no decay} x {student, objective}, and a learning rate that is a function of
-the step."""
+"""Optimizer: four parameter groups {decay, no decay} x {student, objective}, how many gradients are sent at once, and a
+learning rate that is a function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lad_dist.config import Optim
+
+BUCKET = 500_000_000  # gradients that DeepSpeed sends at once by default
+
+
+def bucket(zero: Mapping[str, Any], trained: int) -> int:
+    """Gradients that ZeRO sends at once, of so many weights: as its table says, or all up to the default. DeepSpeed
+    takes memory for a whole bucket, however few there are."""
+    return int(zero.get("reduce_bucket_size", min(BUCKET, trained)))
 
 
 def groups(student: nn.Module, objective: nn.Module, optim: Optim) -> list[dict[str, Any]]:

@@ -94,6 +94,26 @@ def test_what_was_trained_is_let_go(stage: int, world: World, tmp_path: Path, mo
     assert [held() for held in built] == [None, None]
 
 
+@pytest.mark.parametrize("given", [None, 1000])
+def test_zero_takes_memory_for_the_gradients_that_there_are(
+    given: int | None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own default is 2 GB in fp32, however small the student."""
+    found: list[tuple[int, int]] = []
+
+    def build(method: Method, config: TrainConfig) -> Any:
+        made = original(method, config)
+        found.append((made.optimizer.reduce_bucket_size, sum(x.numel() for x in method.parameters())))
+        return made
+
+    original = engine.build
+    monkeypatch.setattr(engine, "build", build)
+    zero = {"stage": 1} | ({} if given is None else {"reduce_bucket_size": given})
+    train(lad(world, tmp_path, {"run.steps": 1, "deepspeed.zero_optimization": zero}))
+    ((bucket, trained),) = found
+    assert bucket == (given or trained)
+
+
 TEACHERLESS: dict[str, Any] = {"teacher": None}
 ON_TASKS: list[dict[str, Any]] = [
     TEACHERLESS | {"objective": {"name": "task"}},
