@@ -548,6 +548,18 @@ def dump(config: Table) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
+def filled(schema: type[Table], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a config as an earlier version wrote it, with the keys that it did not know at their defaults."""
+    found = dict(tables)
+    for name, field in schema.model_fields.items():
+        inner = _tables_in(field.annotation)
+        if inner and isinstance(found.get(name), Mapping):
+            found[name] = filled(inner[0], found[name])
+        elif not inner and field.default is not PydanticUndefined and field.default is not None:
+            found.setdefault(name, field.default)
+    return found
+
+
 def check_place(key: str, folder: str | Path) -> None:
     """Raises UserError where no such folder can be made or written to."""
     place = Path(folder)

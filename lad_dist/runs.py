@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lad_dist import processes
 from lad_dist.card import card
 from lad_dist.checkpoints import Checkpoints
-from lad_dist.config import AGAIN, NO_PROGRESS, TrainConfig, UserError, dump
+from lad_dist.config import AGAIN, NO_PROGRESS, TrainConfig, UserError, dump, filled
 from lad_dist.disk import append_text, locked, write_text
 
 RESULTS = "results.json"
@@ -88,7 +88,8 @@ class Run:
     def _check_same(self, config: TrainConfig) -> None:
         if not self._config.exists():
             return
-        before, now = _flatten(_config_in(self._config)), _flatten(tomllib.loads(dump(config)))
+        before = _flatten(filled(type(config), _config_in(self._config)))
+        now = _flatten(tomllib.loads(dump(config)))
         changed = sorted(k for k in (before.keys() | now.keys()) - FREE if before.get(k) != now.get(k))
         if changed:
             key = changed[0]

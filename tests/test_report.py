@@ -152,6 +152,14 @@ def names(folder: Path) -> set[str]:
     return set(compared(folder).methods)
 
 
+def test_a_key_that_an_earlier_version_did_not_know_makes_no_variant(tmp_path: Path) -> None:
+    run(tmp_path / "old", "lad", "rte", 0, 0.5)
+    run(tmp_path / "new", "lad", "rte", 1, 0.6, run__spike_sigma=0.0)
+    assert names(tmp_path) == {"lad"}
+    run(tmp_path / "other", "lad", "rte", 2, 0.6, run__spike_sigma=6.0)
+    assert names(tmp_path) == {"lad spike_sigma=0", "lad spike_sigma=6"}
+
+
 def test_variants_are_called_by_the_fewest_keys(tmp_path: Path) -> None:
     for seed in (0, 1):
         for norm in ("token", "sequence"):

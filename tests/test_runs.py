@@ -1,13 +1,16 @@
 """What a run folder holds, and what may change in it."""
 
 import json
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import toy
 from conftest import World
 from launching import ROOT
@@ -42,6 +45,21 @@ def test_a_folder_with_another_config_is_refused(
         Run(toy.parsed(tables, changes))
     assert f"holds a run with {key}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_an_earlier_version_did_not_know_was_at_its_default(
+    world: World, tmp_path: Path, config: TrainConfig
+) -> None:
+    run = Run(config)
+    run.begin(0)
+    file = run.folder / "config.toml"
+    before = tomllib.loads(file.read_text())
+    del before["run"]["spike_sigma"], before["data"]["kind"], before["optim"]["eps"]
+    file.write_text(tomli_w.dumps(before))
+    Run(config)
+    tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
+    with pytest.raises(UserError, match=re.escape("run.spike_sigma = 0.0, the config says 6.0")):
+        Run(toy.parsed(tables, {"run.spike_sigma": 6.0}))
 
 
 def test_what_changes_nothing_of_what_is_learnt_may_change(world: World, tmp_path: Path, config: TrainConfig) -> None:

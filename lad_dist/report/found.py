@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lad_dist.config import UserError
+from lad_dist.config import TaskConfig, UserError, filled
 from lad_dist.data.lines import parse_json
 from lad_dist.runs import FREE
 
@@ -251,7 +251,7 @@ def _take(file: Path, found: Found) -> None:
     if task is None:
         found.left_out["on a corpus"].append(str(file.parent))
         return
-    settings = {key: value for key, value in _leaves(tables["config"]) if key not in PLACE}
+    settings = {key: value for key, value in _leaves(filled(TaskConfig, tables["config"])) if key not in PLACE}
     found.runs.append(TaskRun(str(file.parent), task, results, settings))
 
 
