@@ -6,8 +6,8 @@
     say, print_table             what a person reads on standard output
     Console                      a report: a progress bar with time left on a terminal, plain lines elsewhere
 
-Exit codes: 0 done, 2 the user's mistake, 3 nothing valid to resume from, 75 stopped early and wants to be run again,
-93 died again and again at the same place, 130 interrupted by Ctrl-C.
+Exit codes: 0 done, 1 a crash or a fault that is not the user's, 2 the user's mistake, 3 nothing valid to resume from,
+75 stopped early and wants to be run again, 93 died again and again at the same place, 130 interrupted by Ctrl-C.
 """
 
 import contextlib

@@ -3,7 +3,8 @@
 usage: python launch/evaluate.py CONFIG.toml [dotted.key=value …]
        deepspeed launch/evaluate.py …   (or torchrun, or srun python: the world comes from the environment)
 
-example: python launch/evaluate.py configs/task/evaluate.toml data.task=rte model.path=runs/lad-rte/export
+example: python launch/evaluate.py configs/task/evaluate.toml data.task=rte model.path=runs/lad-rte/export \
+    teacher.path=runs/teacher-rte/export
 """
 
 from lad_dist import cli

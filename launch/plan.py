@@ -9,7 +9,7 @@ tokenizers and data as the run would, but no weights, and refuses in one line wh
 --gpu NAME    h200, h100, a100-80, a100-40, l40s, v100 or cpu
 --mfu SHARE   of the peak that is reached (default: 0.3, an assumption); launch/benchmark.py step measures it
 
-example: python launch/plan.py configs/pretrain/minilm2.toml --gpus 16 --nodes 2 --gpu h200 data.slots=16
+example: python launch/plan.py configs/pretrain/minilm2.toml --gpus 16 --nodes 2 --gpu h200
 """
 
 import argparse

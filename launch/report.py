@@ -6,7 +6,9 @@ usage: python launch/report.py FOLDER [FOLDER …] [--out DIR] [--baseline NAME]
 All complete runs on tasks below the folders are compared; the table is Markdown, on standard output.
 --out DIR        also writes report.md, report.csv (a row per run with every metric) and report.png to DIR, and where
                  launch/ledger.py has measured runs pareto.png, quality against latency and bytes
---baseline NAME  the method that the others are tested against, an objective or a row of the table (default: kd)
+--baseline NAME  the method that the others are tested against (default: kd): a row of the table; or an objective, or a
+                 word of the runs' names as a search writes them (kd of kd-low-mrpc-0), and then for each the one
+                 that has the same settings or else the rest of its name
 
 example: python launch/report.py runs/compare --out runs/compare/report
 """

@@ -230,6 +230,31 @@ def test_a_variant_is_tested_against_the_baseline_of_its_settings(tmp_path: Path
     assert "lad path=a" in compared(tmp_path, "kd path=b").baselines
 
 
+def test_a_baseline_may_be_a_word_of_the_names_that_a_search_gives(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for sparsity in ("20", "50"):
+            for criterion in ("adapting", "random"):
+                changes = {"surgery": [{"name": "prune", "criterion": criterion, "sparsity": float(sparsity) / 100}]}
+                run(tmp_path / f"{criterion}-{sparsity}-rte-{seed}", "task", "rte", seed, 0.5, **changes)
+    row = "task criterion={} sparsity={}".format
+    tested = {row("adapting", share): row("random", share) for share in (0.2, 0.5)}
+    assert compared(tmp_path, "random").baselines == tested
+    assert compared(tmp_path, "random-20").baselines.keys() == {*tested, row("random", 0.5)}
+    with pytest.raises(UserError, match='did you mean "random"'):
+        compared(tmp_path, "randon")
+
+
+def test_names_tell_which_of_an_objectives_variants_is_the_baseline(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for rate in (1e-4, 2e-4):
+            for method, objective, soft in (("kd", "kd", 0.5), ("alone", "kd", 0.0), ("lad", "lad", 0.5)):
+                name = f"{method}-{rate}-rte-{seed}"
+                run(tmp_path / name, objective, "rte", seed, 0.5, optim__lr=rate, objective__soft=soft)
+    baselines = compared(tmp_path).baselines
+    assert {lad: "soft=0.5" in kd for lad, kd in baselines.items()} == {"lad lr=0.0001": True, "lad lr=0.0002": True}
+    assert all(lad.split("lr=")[1] in kd for lad, kd in baselines.items())
+
+
 def test_without_a_baseline_there_is_no_test_and_the_reason(tmp_path: Path) -> None:
     run(tmp_path / "lad", "lad", "rte", 0, 0.5)
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.5)

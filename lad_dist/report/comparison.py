@@ -47,6 +47,7 @@ class Comparison:
     loyalties: pd.Series  # of runs with a teacher
     shared: list[str]  # the tasks that all methods have
     baselines: dict[str, str]  # by method
+    candidates: list[str]  # methods that may be one
     baseline: str
     left_out: Mapping[str, Sequence[str]]
 
@@ -136,6 +137,7 @@ def compare(found: Found, baseline: str | None = None) -> Comparison:
     means = scores.groupby(level=["method", "task"]).mean().unstack("task")[shared].mean(axis=1)
     ordered = sorted(methods, key=lambda name: (-means[name] if shared else 0, name))
     wanted = baseline or BASELINE
+    candidates = _candidates(methods, wanted, required=baseline is not None)
     return Comparison(
         {name: methods[name] for name in ordered},
         tasks,
@@ -143,7 +145,8 @@ def compare(found: Found, baseline: str | None = None) -> Comparison:
         scores,
         by_seed["loyalty"].mean().dropna(),
         shared,
-        _baselines(methods, wanted, required=baseline is not None),
+        _baselines(methods, candidates, wanted),
+        candidates,
         wanted,
         found.left_out,
     )
@@ -189,19 +192,39 @@ def _row(method: str, run: TaskRun, metric: str) -> dict[str, Any]:
     }
 
 
-def _baselines(methods: Mapping[str, Variant], wanted: str, required: bool) -> dict[str, str]:
-    """Of each other method the baseline: the one of this name; or of the objective's variants the only one with the
-    same settings outside [objective]."""
-    candidates = [wanted] if wanted in methods else [name for name in methods if methods[name].objective == wanted]
+def _candidates(methods: Mapping[str, Variant], wanted: str, required: bool) -> list[str]:
+    """What may be a baseline: the method of this name, those of this objective, or those whose runs are called so."""
+    if wanted in methods:
+        return [wanted]
+    by_objective = [name for name, variant in methods.items() if variant.objective == wanted]
+    candidates = by_objective or [name for name in methods if _parts(wanted) <= _called(methods[name])]
     if required and not candidates:
-        known = {*methods, *(variant.objective for variant in methods.values())}
+        known = {*methods, *(word for variant in methods.values() for word in (variant.objective, *_called(variant)))}
         raise UserError(f'--baseline "{wanted}" is none of the methods: {did_you_mean(wanted, known)}')
+    return candidates
+
+
+def _baselines(methods: Mapping[str, Variant], candidates: Sequence[str], wanted: str) -> dict[str, str]:
+    """Of each other method the baseline: the only candidate, or the only one with the same settings outside
+    [objective], or the only one whose runs are called the same but for `wanted`."""
     found = {}
-    for name, variant in methods.items():
-        fitting = [other for other in candidates if len(candidates) == 1 or _alike(variant, methods[other])]
-        if name not in candidates and len(fitting) == 1:
+    for name in methods.keys() - candidates:
+        called = _called(methods[name]) | _parts(wanted)
+        fitting = [other for other in candidates if len(candidates) == 1 or _alike(methods[name], methods[other])]
+        if len(fitting) != 1:
+            fitting = [other for other in fitting or candidates if _called(methods[other]) <= called]
+        if len(fitting) == 1:
             found[name] = fitting[0]
     return found
+
+
+def _called(variant: Variant) -> set[str]:
+    """What the names of all its runs have beside task and seed: lad and low of lad-low-mrpc-0, a search's name for it."""
+    return set.intersection(*(_parts(run.name) - {run.task, str(run.seed)} for run in variant.runs))
+
+
+def _parts(name: str) -> set[str]:
+    return set(name.split("-"))
 
 
 def _alike(variant: Variant, baseline: Variant) -> bool:

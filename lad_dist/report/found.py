@@ -144,6 +144,10 @@ class TaskRun:
     settings: Settings
 
     @property
+    def name(self) -> str:
+        return self.results.config.run.name
+
+    @property
     def objective(self) -> str:
         return self.results.config.objective.name
 

@@ -87,24 +87,18 @@ def _tests(comparison: Comparison) -> str:
         "(pooled over all methods), so that every task counts in its own scale. No p for fewer than two pairs, or "
         "where all differences are equal. p are not corrected for the number of tests."
     )
-    alone = [
-        name for name in comparison.methods if name not in comparison.baselines and not _is_baseline(comparison, name)
-    ]
+    alone = [name for name in comparison.methods if name not in {*comparison.baselines, *comparison.candidates}]
     rest = f"\n\nWithout a {comparison.baseline} of the same settings: {', '.join(alone)}." if alone else ""
     return f"{title}\n\n{_grid(header, rows)}\n\n{text}{rest}"
 
 
-def _is_baseline(comparison: Comparison, name: str) -> bool:
-    return comparison.baseline in (name, comparison.methods[name].objective)
-
-
 def _why_no_test(comparison: Comparison) -> str:
-    count = sum(_is_baseline(comparison, name) for name in comparison.methods)
+    count = len(comparison.candidates)
     if not count:
         return "no such run; name another method by --baseline"
     if count == len(comparison.methods):
         return "there is no other method" if count == 1 else "there are only its variants; name one by --baseline"
-    return f"of its {count} variants no single one shares another method's settings; name one by --baseline"
+    return f"of its {count} variants none alone has another method's settings or name; name one by --baseline"
 
 
 def _tested(test: Tested) -> str:
