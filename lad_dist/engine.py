@@ -122,12 +122,13 @@ def _forget(optimizer: Any, parameter: nn.Parameter, kept: Tensor, group: int, p
         (flat,) = optimizer.optimizer.param_groups[group]["params"]
         whole, here = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
         for moment in _moments(optimizer.optimizer, flat):
-            moment.narrow(0, here.start, here.numel).mul_(kept.narrow(0, whole.start, whole.numel))
+            stays = kept.narrow(0, whole.start, whole.numel)
+            moment.narrow(0, here.start, here.numel).mul_(stays.to(moment.device))  # it may be offloaded
         return
     half = hasattr(optimizer, "fp32_groups")
     weight = optimizer.fp32_groups[group][place] if half else parameter
     for moment in _moments(optimizer.optimizer if half else optimizer, weight):
-        moment.view(-1).mul_(kept)
+        moment.view(-1).mul_(kept.to(moment.device))
 
 
 def _moments(optimizer: Any, weight: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ B sequences, N tokens of all of them, U spans of S places, R rows that the head 
 the head.
 """
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -40,7 +40,10 @@ class Batch(NamedTuple):
     filled: int  # N or a little more: so many tokens a model computes on, so that shapes recur
 
     def to(self, device: torch.device | str) -> Self:
-        tensors = {name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        ahead = torch.device(device).type != "cpu"  # a host would read what has not arrived
+        tensors = {
+            name: x.to(device, non_blocking=ahead) for name, x in self._asdict().items() if isinstance(x, Tensor)
+        }
         return self._replace(**tensors)  # type: ignore[arg-type]
 
     @property
@@ -118,12 +121,3 @@ class Trace(NamedTuple):
     logits: Tensor | None = None  # [R, V]
     hidden: dict[int, Tensor] = {}  # noqa: RUF012 (never mutated)  layer -> [N, D]
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # noqa: RUF012  layer -> three of [N, H, D / H]
-
-
-def trace_map(function: Any, trace: Trace) -> Trace:
-    """The trace with `function` applied to each of its tensors."""
-    return Trace(
-        None if trace.logits is None else function(trace.logits),
-        {layer: function(x) for layer, x in trace.hidden.items()},
-        {layer: (function(q), function(k), function(v)) for layer, (q, k, v) in trace.qkv.items()},
-    )

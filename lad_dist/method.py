@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lad_dist import parts
-from lad_dist.flat import Batch, Trace, trace_map
+from lad_dist.flat import Batch, Trace
 from lad_dist.models import PreTrainedModel, trace
 from lad_dist.objectives import Objective
 from lad_dist.parts import Moment
@@ -37,12 +37,7 @@ class Method(nn.Module):
     def forward(self, batch: Batch, target: Trace | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss, and by name its terms and what the objective observed (detached scalars)."""
         seen = trace(self.student, batch, self.objective.student_needs)
-        if target is not None:
-            target = trace_map(lambda x: x.to(self.student.dtype), target)
         terms = self.objective(seen, target, batch)
-        penalties = [piece.penalty() for piece in parts.parts(self.student)]
-        for name in {name for penalty in penalties for name in penalty}:
-            terms[name] = torch.stack([penalty[name] for penalty in penalties if name in penalty]).sum()
         loss = torch.stack(list(terms.values())).sum()
         return loss, {name: x.detach() for name, x in (terms | self.objective.observed).items()}
 

@@ -25,6 +25,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -57,6 +58,7 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 ATTENTION = "lad_dist_flat"
+AMPERE, MULTIPLE = (8, 0), 8  # what the variable-length kernel asks of a GPU, and of a head's size
 # Settings of a config that change nothing of what the model computes.
 UNHEARD = frozenset("_name_or_path architectures dtype id2label label2id problem_type transformers_version".split())
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -463,12 +465,17 @@ def _attention(
     q, k, v = (x[0].transpose(0, 1)[:tokens] for x in (query, key, value))
     flat.record(q, k, v)
     # The kernel knows neither fp32 nor dropout, nor keys inside a span that do not count; these go the padded way.
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    kernel = q.is_cuda and half and not dropout and flat.batch.tokens == tokens
+    kernel = _has_kernel(q.device, q.dtype) and not dropout and flat.batch.tokens == tokens
     attend = _kernel_attention if kernel else _padded_attention
     window = None if sliding_window is None else sliding_window - 1
     out = attend(q, k, v, flat, scaling, dropout, window)
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
+
+
+@cache
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
 
 
 def _kernel_attention(
@@ -476,12 +483,13 @@ def _kernel_attention(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (brings the compiler: seconds at every start)
 
-    spans, longest = flat.batch.cu_seqlens, flat.batch.longest
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    spans, longest, size = flat.batch.cu_seqlens, flat.batch.longest, q.shape[-1]
+    q, k, v = (F.pad(x, (0, -size % MULTIPLE)).contiguous() for x in (q, k, v))
+    scale = size**-0.5 if scaling is None else scaling
     reach = (-1, -1) if window is None else (window, window)
-    out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scaling, window_size=reach)
+    out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scale, window_size=reach)
     assert isinstance(out, Tensor)
-    return out
+    return out[..., :size]
 
 
 def _padded_attention(

@@ -1,7 +1,7 @@
 """Parts: compressed pieces of a student.
 
-A Part stands where a plain module stood and trains with the student. `at(moment)` moves its schedule, `penalty()` adds
-loss terms, `pruned()` says which weights it has just taken away. Two plain modules have its function: `fold()` returns
+A Part stands where a plain module stood and trains with the student. `at(moment)` moves its schedule, `pruned()`
+says which weights it has just taken away. Two plain modules have its function: `fold()` returns
 one of the kind that stood there, for the ordinary folder that is exported; `compact()` the one that computes least.
 Surgeries put Parts in: low_rank.py, pruning.py and theseus.py have their kinds.
 
@@ -41,10 +41,6 @@ class Part(nn.Module):
         """Weights of which the last `at` took some away, with masks that are True where they stay: the optimizer
         forgets the rest."""
         return iter(())
-
-    def penalty(self) -> dict[str, Tensor]:
-        """Weighted loss terms of the Part itself."""
-        return {}
 
     def fold(self) -> nn.Module | None:
         """The plain module with the same function, of the kind that the Part replaced; None where it replaced none."""

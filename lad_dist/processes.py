@@ -107,9 +107,15 @@ def main() -> bool:
 
 
 def device() -> torch.device:
-    if not torch.cuda.is_available():
+    """Of this process. DeepSpeed's DS_ACCELERATOR=cpu leaves GPUs alone."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
+def device_name() -> str:
+    where = device()
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
 
 
 def start() -> torch.device:

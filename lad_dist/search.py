@@ -44,11 +44,12 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from lad_dist import plan
-from lad_dist.config import Search, SearchConfig, TaskConfig, UserError, dump, read
+from lad_dist.config import Fault, Search, SearchConfig, TaskConfig, UserError, dump, read
 from lad_dist.data.lines import parse_json
 from lad_dist.disk import write_text
 from lad_dist.trials import Trial, bases, dotted, draw
 
+TASK = {"data.task", "data.train", "data.dev", "data.kind"}
 OBJECT_STORE = 100_000_000  # bytes: trials exchange nothing but numbers
 
 
@@ -96,6 +97,10 @@ def _check(config: SearchConfig, trials: list[Trial]) -> list[str]:
     words, known = config.search, dict[str, str]()
     if not config.grid and not trials[0].config.run.eval_every:
         raise UserError("run.eval_every: trials are compared at their evaluations; set override.run.eval_every")
+    if tasks := TASK & trials[0].sample.keys():
+        raise UserError(
+            f"space.{min(tasks)}: a task is nothing to search, its scores are not another's; put it in [grid]"
+        )
     metrics = []
     for trial in trials[:: words.samples]:
         alike = dump(trial.config.model_copy(update={"run": trials[0].config.run}))
@@ -215,6 +220,8 @@ class _Progress(tune.Callback):
 
 def _train(words: Search, config: TaskConfig, metric: str) -> None:
     """A trial, in the process that Tune gave it."""
+    if not words.gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that asked for none
     from lad_dist.train import train  # noqa: PLC0415 (deepspeed belongs to the trial's process)
 
     threads = max(1, int(words.cpus))
@@ -229,7 +236,9 @@ def _train(words: Search, config: TaskConfig, metric: str) -> None:
             told = True
 
     results = train(config, report=tell).results
-    if results is not None and not told:  # complete already, which an interrupted search had not heard of
+    if results is None:
+        raise Fault(f"{config.run.name} was asked to stop: its last evaluation is not its result")
+    if not told:  # complete already, which an interrupted search had not heard of
         tune.report({"score": results["metrics"][metric], "step": results["steps"]})
 
 

@@ -73,7 +73,7 @@ class Averages:
 
     def add(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.to(torch.float32, copy=True)
         self.count += 1
         self.tokens += batch.tokens
 
@@ -427,7 +427,7 @@ class Loop:
                 "seconds": trained,
                 "tokens_per_second": pace,
                 "processes": processes.world(),
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "device": processes.device_name(),
                 "versions": {"torch": torch.__version__, "deepspeed": engines.VERSION},
             }
             if packed is not None:

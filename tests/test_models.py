@@ -132,7 +132,7 @@ def varlen_by_hand(*args: Any, **kwargs: Any) -> Tensor:
     spans = begin.diff().tolist()
     assert begin.dtype == begin_k.dtype == torch.int32
     assert begin.tolist() == begin_k.tolist()
-    assert all(x.is_contiguous() and x.shape == (int(begin[-1]), 4, 8) for x in (q, k, v))
+    assert all(x.is_contiguous() and x.shape == (int(begin[-1]), 4, 8) for x in (q, k, v))  # 8: a multiple of 8
     assert call["max_q"] == call["max_k"] >= max(spans)
     out = torch.empty_like(q)
     for start, span in zip(begin.tolist(), spans, strict=False):
@@ -149,12 +149,16 @@ VARLEN = varlen.varlen_attn
 
 
 @pytest.mark.parametrize(("lengths", "pad_to"), [(LENGTHS, None), ([6, 6], None), ([8, 8], 8), ([9, 2, 3, 12], -1)])
-@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("architecture", [toy.SIZES, WINDOWS, toy.SIZES | {"hidden_size": 24}])
 def test_the_kernel_is_called_for_the_same_attention(
-    lengths: list[int], pad_to: int | None, windows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int],
+    pad_to: int | None,
+    architecture: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel needs a GPU; on a CPU its arguments and layout are held against the padded way. -1: packed spans."""
-    model = models.load(str(made(tmp_path, "mlm", WINDOWS if windows else toy.SIZES)), "mlm").eval()
+    model = models.load(str(made(tmp_path, "mlm", architecture)), "mlm").eval()
     batch = batch_of(lengths, "mlm", pad_to=pad_to) if pad_to != -1 else toy.packed(batch_of(lengths, "mlm"), 12)
     with torch.no_grad():
         padded = models.trace(model, batch, EVERY_LAYER)

@@ -94,6 +94,25 @@ def test_every_term_teaches_the_student(name: str) -> None:
     assert {int(key.split()[1]) for key in learnt if key.startswith("qkv")} == set(needs.qkv)
 
 
+@pytest.mark.parametrize("name", TAUGHT)
+def test_the_teacher_may_have_more_precision_than_the_student(name: str) -> None:
+    """Losses are in fp32 and see all of it: nothing rounds a teacher to its student."""
+    batch = toy.batch(LENGTHS)
+    student, teacher = traces(batch)
+    objective = OBJECTIVES[name](STUDENT, TEACHER).bfloat16()
+    rounded = Trace(
+        None if student.logits is None else student.logits.bfloat16(),
+        {layer: x.bfloat16() for layer, x in student.hidden.items()},
+        {layer: (q.bfloat16(), k.bfloat16(), v.bfloat16()) for layer, (q, k, v) in student.qkv.items()},
+    )
+    terms = objective(rounded, teacher, batch)
+    assert {x.dtype for x in terms.values()} == {torch.float32}
+    assert teacher.logits is not None
+    if objective.teacher_needs.logits:  # a change that bf16 would round away
+        nudged = teacher._replace(logits=teacher.logits * (1 + 1e-4))
+        assert objective(rounded, nudged, batch)["soft"] != terms["soft"]
+
+
 @pytest.mark.parametrize("name", ATTENTIVE)
 def test_no_scores_wait_for_the_backward(name: str) -> None:
     """Nothing as large as the scores [U, H, S, S] of one layer is kept."""

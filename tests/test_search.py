@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT, environment, launch
 
-from lad_dist import models
-from lad_dist.config import SearchConfig, TaskConfig, UserError, load, parse
-from lad_dist.search import search
+from lad_dist import models, processes, train
+from lad_dist.config import Fault, SearchConfig, TaskConfig, UserError, load, parse
+from lad_dist.search import _train, search
 from lad_dist.trials import draw
 
 TUNE = ROOT / "launch" / "tune.py"
@@ -92,6 +92,7 @@ def denying(world: World, folder: Path) -> Path:
         ({"search": {"metric": "pearson"}}, 'no "pearson", it has accuracy, f1, matthews'),
         ({"search": {"base": "nowhere.toml"}}, "nowhere.toml: cannot read the config"),
         ({"override": {"run.eval_every": 0}}, "set override.run.eval_every"),
+        ({"space": {"data.dev": {"choice": ["dev.csv"]}}}, "space.data.dev: a task is nothing to search"),
         ({"space": None}, r"give \[grid\], \[space\] or both"),
         ({"space": None, "grid": GRID}, r"samples = 4: there is no \[space\] to draw them from"),
         ({"grid": {"method": {}}}, "grid.method: give choices"),
@@ -315,6 +316,17 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def test_a_trial_that_was_asked_to_stop_is_no_result(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse(SearchConfig, tables(work), "toy")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(train, "train", lambda config, report: train.Outcome(work, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Fault, match="trial-0 was asked to stop"):
+        _train(config.search, draw(config)[0].config, "accuracy")
+    assert processes.device().type == "cpu"  # as it asked for no GPU
 
 
 @pytest.mark.ray

@@ -29,7 +29,7 @@ from lad_dist import disk, engine, models, processes
 from lad_dist.checkpoints import Checkpoints, facts_of
 from lad_dist.config import TrainConfig, UserError
 from lad_dist.method import Method
-from lad_dist.train import Outcome, train
+from lad_dist.train import Averages, Outcome, train
 
 DROPOUT = {"student.dropout": 0.1, "student.attention_dropout": 0.1}
 HALF = {"deepspeed.bf16.enabled": True, "deepspeed.zero_optimization.stage": 1}
@@ -75,6 +75,14 @@ def test_lad_learns(world: World, tmp_path: Path) -> None:
     assert outcome.results is not None
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_averages_of_many_half_precision_numbers() -> None:
+    """In bf16 a sum of halves stands still at 128."""
+    averages, batch = Averages(), toy.batch([3])
+    for _ in range(600):
+        averages.add(batch, {"gate/2": torch.tensor(0.5, dtype=torch.bfloat16)})
+    assert averages.sums["gate/2"].item() == 300
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -132,9 +132,10 @@ class LAD(KD):
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        targets = self.aggregate(teacher.hidden)
+        dtype = student.hidden[1].dtype  # that of the gates too
+        targets = self.aggregate({layer: x.to(dtype) for layer, x in teacher.hidden.items()})
         matched = [targets[layer] for _, layer in self.matches]
-        self.observed |= {f"target/{m}": x.detach().var(dim=0).mean() for m, x in enumerate(matched, start=1)}
+        self.observed |= {f"target/{m}": x.detach().float().var(dim=0).mean() for m, x in enumerate(matched, start=1)}
         terms = super().forward(student, teacher, batch)
         if self.anchor:
             terms["anchor"] = self.anchor * self._decisions(matched, teacher, batch)
@@ -156,7 +157,7 @@ class LAD(KD):
             mixed, openness = gate(aggregates[layer - 1], hidden[layer])
             aggregates[layer] = norm(mixed.view(-1, *self.normalised)).view_as(mixed)
             shares[layer] = _shares(shares[layer - 1], openness, hidden[layer], mixed)
-            self.observed[f"gate/{layer}"] = openness.detach().mean()
+            self.observed[f"gate/{layer}"] = openness.detach().float().mean()
         for m, layer in self.matches:
             read = (shares[layer] / shares[layer].sum(dim=0)).mean(dim=1)
             self.observed |= reads(m, read)

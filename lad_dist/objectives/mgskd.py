@@ -77,13 +77,14 @@ class MGSKD(KD):
         assert teacher is not None
         terms = super().forward(student, teacher, batch)
         found: dict[str, list[Tensor]] = {}
-        pools = {"token": None, "span": _pools(batch, self.span_tokens)}
+        pools: dict[str, Tensor | None] = {"token": None} if self.weights["token"] else {}
+        if self.lower and self.weights["span"]:
+            pools["span"] = _pools(batch, self.span_tokens)
         for m, layer in self.lower:
             attention = _attention(*teacher.qkv[layer][:2], batch)
             for name, pool in pools.items():
-                if self.weights[name]:
-                    pair = student.hidden[m], teacher.hidden[layer]
-                    found.setdefault(name, []).append(self._inside(*pair, batch, attention, pool))
+                pair = student.hidden[m], teacher.hidden[layer]
+                found.setdefault(name, []).append(self._inside(*pair, batch, attention, pool))
         for m, layer in self.upper:
             mine, its = (_samples(trace.hidden[n], batch) for trace, n in ((student, m), (teacher, layer)))
             found.setdefault("sample", []).append(self._between(mine, its, batch))

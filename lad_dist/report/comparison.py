@@ -219,7 +219,7 @@ def _baselines(methods: Mapping[str, Variant], candidates: Sequence[str], wanted
 
 
 def _called(variant: Variant) -> set[str]:
-    """What the names of all its runs have beside task and seed: lad and low of lad-low-mrpc-0, a search's name for it."""
+    """What the names of all its runs have beside task and seed: lad and low of lad-low-mrpc-0, as a search names it."""
     return set.intersection(*(_parts(run.name) - {run.task, str(run.seed)} for run in variant.runs))
 
 
