@@ -1,6 +1,6 @@
 """The budget of LadaBERT: how small a model becomes by low rank and pruning (Mao et al., 2020, equation 7).
 
-    count(model, modules)   a model's weights, by what can become of them
+    count(model, maps)      a model's weights, by what can become of them
     solve(…)                the factor that is not given
     sparsity(…)             how much has to be pruned, once the ranks are known
     told(…)                 what was asked for and what is achieved
@@ -14,10 +14,8 @@ Ranks are whole numbers, so a budget cannot be met by ranks alone. They are roun
 much, unless that is less than TOLERANCE of the budget.
 """
 
-import re
+from collections.abc import Iterable
 from typing import NamedTuple
-
-from torch import nn
 
 from lad_dist import models
 from lad_dist.config import UserError
@@ -42,15 +40,11 @@ class Factors(NamedTuple):
     weight: float
 
 
-def count(model: PreTrainedModel, modules: str) -> Counts:
-    """`modules`: what the maps' names match. The weights of a product count where those of the whole did."""
-    chosen = {
-        module.weight: module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.search(modules, name)
-    }
-    words, maps = models.parameters(model.get_input_embeddings()), sum(chosen.values())
-    return Counts(words, maps, models.parameters(model) - words - maps)
+def count(model: PreTrainedModel, maps: Iterable[str]) -> Counts:
+    """`maps`: the names of those that weights are taken from, by low rank or by pruning."""
+    chosen = {model.get_submodule(name).get_parameter("weight") for name in maps}
+    words, linear = models.parameters(model.get_input_embeddings()), sum(weight.numel() for weight in chosen)
+    return Counts(words, linear, models.parameters(model) - words - linear)
 
 
 def solve(

@@ -117,7 +117,8 @@ def speed(ledger: Numbers) -> tuple[list[str], list[list[str]]]:
 
 def _sizes(model: Numbers, form: str) -> list[str]:
     """Of a teacher and of ordinary folders, the file is model.safetensors."""
-    file = model.get(f"bytes/{form}") or model.get("bytes/compact") or model.get("bytes/safetensors")
+    smaller = None if form == TEACHER else model.get(f"bytes/{form}") or model.get("bytes/compact")
+    file = smaller or model.get("bytes/safetensors")
     flops = f"{model[sizes.FLOPS] / 1e6:.3g}"
     return [f"{model['stored']:,}", f"{model['nonzero']:,}", flops, megabytes(file) if file else "-"]
 

@@ -42,13 +42,14 @@ class Packed:
     masks: Mapping[str, Tensor]
     digest: str  # of the weights under the masks and beside them that did not change
     shapes: Mapping[str, Sequence[int]]
+    dtype: str  # to which those had been rounded
 
     def save(self, folder: Path, base: str | None, layers: Sequence[int] | None) -> None:
         """Into an export. `base`, `layers`: what the student started from."""
         if self.compact:
             self._write(folder / COMPACT_FILE, self.compact)
         if self.masks:
-            self._write(folder / MASK_FILE, self.masks, base=base, layers=layers, digest=self.digest)
+            self._write(folder / MASK_FILE, self.masks, base=base, layers=layers, digest=self.digest, dtype=self.dtype)
 
     def _write(self, path: Path, values: Mapping[str, Tensor], **facts: Any) -> None:
         shapes = {name: shape for name, shape in self.shapes.items() if name + BITS in values}
@@ -64,12 +65,13 @@ def pack(student: PreTrainedModel) -> Packed:
     if _bytes(compact) >= 4 * sum(weight.numel() for _, weight in parts.weights(student, FOLDED)):
         compact = {}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
+    dtype = str(student.dtype).removeprefix("torch.")
     masked = _over_frozen(student)
     if not masked:
-        return Packed(compact, {}, "", shapes)
+        return Packed(compact, {}, "", shapes, dtype)
     masks = {f"{name}.weight{BITS}": _bits(part.mask.kept) for name, part in masked.items()}
     frozen, learnt = _sides(student, masked)
-    return Packed(compact, masks | learnt, models.digest_of(frozen), shapes)
+    return Packed(compact, masks | learnt, models.digest_of(frozen), shapes, dtype)
 
 
 def _plain(student: nn.Module, plain: Plain) -> Iterator[tuple[str, Tensor]]:
@@ -131,11 +133,21 @@ def load(folder: str | Path) -> PreTrainedModel:
     if not path.exists():
         return models.load(str(folder), head, whole=True)
     values, facts = _read(path)
-    weights = _unpacked(values, facts["shapes"])
     model = models.new(config, head)
+    weights = _unpacked(values, facts["shapes"])
+    if head == "none":
+        weights = _encoder(model, weights)
     for name in [name.removesuffix(".1.weight") for name in weights if name.endswith(".1.weight")]:
         _split(model, name, len(weights[f"{name}.1.weight"][0]))
     return _filled(path, model, weights)
+
+
+def _encoder(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the head of a pre-training, and with the pooler that it lacks, as `models.load` has it."""
+    prefix = f"{model.base_model_prefix}."
+    inside = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    pooler = {name: weight.detach() for name, weight in model.named_parameters() if name.startswith("pooler.")}
+    return pooler | (inside or dict(weights))
 
 
 def _split(model: nn.Module, name: str, rank: int) -> None:
@@ -164,7 +176,8 @@ def load_masked(folder: str | Path, base: str | None = None) -> PreTrainedModel:
     model = models.load(place, models.head_of(config.architectures or ()), labels=models.label_names(config))
     model = surgery.keep_layers(model, facts["layers"])
     learnt = {name: value for name, value in values.items() if not name.endswith(BITS)}
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    dtype = getattr(torch, facts["dtype"])
+    weights = {name: weight.detach().to(dtype).float() for name, weight in model.named_parameters()}
     if models.digest_of({name: weight for name, weight in weights.items() if name not in learnt}) != facts["digest"]:
         raise UserError(f"{place}: its weights are not those that {path} was learnt over")
     for name, mask in _masks(values, facts["shapes"]).items():

@@ -56,7 +56,7 @@ class Mask(nn.Module):
         raise NotImplementedError
 
     def settle(self, threshold: Tensor) -> None:
-        """Told at each tightening: the importance below which weights went."""
+        """Told whenever weights went: the importance below which."""
 
     def finish(self) -> None:
         """Told when the last weights have gone."""
@@ -296,18 +296,30 @@ class Pruning(Part):
         self.__dict__["masked"] = masked  # modules of the student, and not of this Part
         self.schedule, self.pattern, self.recover = schedule, pattern, recover
         self.changed: list[Masked] = []
+        self.seen = -1
+        """The last step that `at` was told."""
 
     def at(self, moment: Moment) -> None:
         self.changed = []
-        step, steps = moment.step, moment.steps
-        first, last = self.schedule.span(steps)
-        if step < first or (step > last and not self.learns):
-            return
-        if step == last or (step - first) % self.schedule.every == 0:
-            self.tighten(self.schedule.at(step, steps))
-        if step == last:
+        since, self.seen = self.seen + 1, moment.step  # steps that are left out after damage count all the same
+        due = [step for step in range(since, moment.step + 1) if self._due(step, moment.steps)]
+        if due:
+            self.tighten(self.schedule.at(due[-1], moment.steps))
+        if self.schedule.span(moment.steps)[1] in due:
             for part in self.masked.values():
                 part.mask.finish()
+
+    def _due(self, step: int, steps: int) -> bool:
+        first, last = self.schedule.span(steps)
+        if step < first or (step > last and not self.learns):
+            return False
+        return step == last or (step - first) % self.schedule.every == 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
 
     @property
     def learns(self) -> bool:
@@ -331,7 +343,8 @@ class Pruning(Part):
             if not torch.equal(mask, part.mask.kept):
                 part.mask.kept.copy_(mask)
                 self.changed.append(part)
-            part.mask.settle(threshold)
+            if threshold is not None:
+                part.mask.settle(threshold)
 
     def _importance(self, part: Masked) -> Tensor:
         found = part.mask.importance(part.origin)
@@ -346,12 +359,12 @@ class Pruning(Part):
         """Zeros lie in the weights, and nothing is left of it."""
 
 
-def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
+def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor | None]:
     """Which stay, all but exactly the share `sparsity` of them, the first of equals going first; and the importance of
-    the last that goes."""
+    the last that goes, if any does."""
     going = round(sparsity * len(importance))
     if not going:
-        return torch.ones_like(importance, dtype=torch.bool), importance.new_tensor(-torch.inf)
+        return torch.ones_like(importance, dtype=torch.bool), None
     threshold = importance.kthvalue(going).values
     below, tied = importance < threshold, importance == threshold
     go = below | (tied & (tied.cumsum(0) <= going - below.sum()))

@@ -28,7 +28,7 @@ from torch import nn
 from lad_dist import families, models, parts
 from lad_dist.flat import Batch
 from lad_dist.models import PreTrainedModel
-from lad_dist.parts import COMPACT, FOLDED, Plain
+from lad_dist.parts import COMPACT, FOLDED
 
 COMPONENTS = ("embeddings", "attention", "feed_forward", "head")
 FLOPS = "forward_flops_per_token"
@@ -72,9 +72,9 @@ class _Plan:
             return "feed_forward"
         return "embeddings" if "embedding" in own else "head"
 
-    def modules(self, plain: Plain = COMPACT) -> Iterator[tuple[str, nn.Module]]:
-        """All modules by name, as they are where Parts are `plain`."""
-        return parts.walk(self.model, plain)
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """All modules by name, as they are in the compact form."""
+        return parts.walk(self.model, COMPACT)
 
 
 def flops(model: PreTrainedModel, *batches: Batch) -> dict[str, int]:

@@ -29,7 +29,7 @@ from lad_dist.config import TrainConfig, UserError
 from lad_dist.flat import Batch, Head
 from lad_dist.low_rank import LowRank, LowRankEmbedding
 from lad_dist.models import PreTrainedModel, layers
-from lad_dist.pruning import CRITERIA, Pattern, Schedule
+from lad_dist.pruning import CRITERIA, Magnitude, Pattern, Schedule
 
 LAYERS = r"(^|\.)(layers?|albert_layer_groups)\."  # names of modules in the encoder's layers
 
@@ -214,17 +214,21 @@ def ladabert(
     by magnitude, step by step while the student trains; see budget.py for how the factors go together. Raises UserError
     for factors that do not."""
     where = "surgery ladabert"
-    maps, counts = _maps(model, modules, where), budget.count(model, modules)
+    maps = _maps(model, modules, where)
+    counts = budget.count(model, maps)
     factors = budget.solve(counts, reduction, embedding, svd, weight)
     ranks = {name: _rank_up(linear, factors.svd) for name, linear in maps.items() if factors.svd > 1}
     if factors.embedding > 1:
         name, words = lowering.words_of(model, where)
         ranks[name] = _rank_up(words, factors.embedding)
     _put_low_rank(model, ranks, sample if weighted else None, tell)
-    after = budget.count(model, modules)
+    thin = [f"{name}.{side}" for name in maps if name in ranks for side in ("inner", "outer")]
+    left = [*thin, *(name for name in maps if name not in ranks)]
+    after = budget.count(model, left)
     sparsity = budget.sparsity(after, reduction and counts.total / reduction, weight)
     if sparsity:
-        prune(model, sparsity=sparsity, modules=modules, begin=begin, end=end, every=every)
+        schedule = Schedule(sparsity, begin=begin, end=end, every=every)
+        pruning.prune(model, left, Magnitude, schedule, Pattern(), recover=True)
     if model.device.type != "meta":
         tell(budget.told(counts, after, factors, reduction, sparsity))
     return model
@@ -280,9 +284,24 @@ def prune(
     return model
 
 
-def check_prune(config: TrainConfig, head: Head, labels: Sequence[str], *, begin: float, end: float, **_: Any) -> None:
+def check_prune(
+    config: TrainConfig,
+    head: Head,
+    labels: Sequence[str],
+    *,
+    sparsity: float,
+    criterion: str,
+    initial: float,
+    begin: float,
+    end: float,
+    **_: Any,
+) -> None:
     """Whether the surgery goes with the rest of the config. Raises UserError."""
     _check_pruning("surgery prune", config, begin, end)
+    if initial > sparsity:
+        raise UserError(f"surgery prune: initial = {initial:g} is more than sparsity = {sparsity:g}")
+    if criterion == "movement" and not (end and (begin or not initial)):
+        raise UserError("surgery prune: before the first step nothing has moved; let weights go later, by begin or end")
     names = [named.name for named in config.surgery]
     later = {"low_rank", "ladabert"}.intersection(names[names.index("prune") :])
     if later:

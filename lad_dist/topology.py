@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -76,7 +76,7 @@ def read(place: str | Path) -> Masks:
     if file.is_file():
         return Masks(name, _bits(file), run, file)
     packed = folder / compact.COMPACT_FILE
-    kept = _bits(packed) if packed.is_file() else dict(_zeros(folder))
+    kept = _bits(packed) | _zeros([packed]) if packed.is_file() else _zeros(sorted(folder.glob("model*.safetensors")))
     if not kept:
         raise UserError(f"{place}: holds no masks, and no weights that were pruned; name a run of the surgery prune")
     return Masks(name, kept, run)
@@ -86,17 +86,19 @@ def _bits(file: Path) -> dict[str, NDArray[np.bool_]]:
     return {name: mask.numpy() for name, mask in compact.masks(file).items() if mask.ndim == 2}
 
 
-def _zeros(export: Path) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Of matrices with more zeros than a row: the embedding of padding is one in any model."""
-    for path in sorted(export.glob("model*.safetensors")):
+def _zeros(files: Iterable[Path]) -> dict[str, NDArray[np.bool_]]:
+    """Of matrices that lie there whole and have more zeros than a row: the embedding of padding is one in any model."""
+    found = {}
+    for path in files:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     weight = file.get_tensor(name)
                     if weight.ndim == 2 and int((weight == 0).sum()) > weight.shape[1]:
-                        yield name, (weight != 0).numpy()
+                        found[name] = (weight != 0).numpy()
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
+    return found
 
 
 def group(weight: str) -> Group:

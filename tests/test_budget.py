@@ -151,6 +151,19 @@ def test_each_factor_has_its_part() -> None:
     assert pruning.sparsity == pytest.approx(0.75, abs=1e-3)
 
 
+@pytest.mark.parametrize("modules", ["query$", r"\.dense$", "embeddings|layer"])
+def test_it_holds_for_any_choice_of_maps(modules: str) -> None:
+    """Products lie deeper than the maps that they stand for; what is pruned stays these maps."""
+    model = made(toy.SIZES)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    before = models.parameters(model)
+    told = cut(model, embedding=2.0, svd=2.0, weight=2.0, modules=modules)
+    assert before / nonzero(model) == pytest.approx(told["budget/achieved/reduction"])
+    (pruning,) = [part for part in parts.parts(model) if isinstance(part, Pruning)]
+    assert not [name for name in pruning.masked if "embedding" in name]
+
+
 def test_pruning_alone_is_on_the_maps() -> None:
     model = made(toy.SIZES)
     told = cut(model, reduction=1.5, embedding=1.0, svd=1.0)
@@ -166,7 +179,7 @@ def test_the_papers_sizes(number: int, millions: int) -> None:
     options.pop("name")
     with torch.device("meta"):
         model = made({"model_type": "bert"}, 30522)
-    counts = budget.count(model, surgery.LAYERS)
+    counts = budget.count(model, surgery._maps(model, surgery.LAYERS, ""))
     factors = budget.solve(counts, **{"weight": None, **options})
     assert f"solved for: {factors.weight:.2f} where" in file.read_text()
     assert round(counts.total / options["reduction"] / 1e6) == millions

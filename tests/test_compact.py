@@ -52,6 +52,18 @@ def test_the_compact_form_is_the_export(surgeries: list[dict[str, Any]], world: 
     assert any(isinstance(module, torch.nn.Sequential) for module in small.modules()) is pairs
 
 
+def test_an_encoder_is_found_below_the_head_of_a_pre_training(world: World, tmp_path: Path) -> None:
+    surgeries = [{**LOW_RANK, "modules": "layer"}, PRUNE]
+    tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained, surgery=surgeries)
+    outcome = train(toy.parsed(tables, {"run.steps": 2, "objective": {"name": "mlm"}, "teacher": None}))
+    export = outcome.folder / "export"
+    small, whole = compact.load(export), models.load(str(export), "none", whole=True)
+    assert any(isinstance(module, torch.nn.Sequential) for module in small.modules())
+    batch, needs = toy.batch([5, 3, 9]), Needs(hidden=(2,))
+    found, expected = (models.trace(model.eval(), batch, needs).hidden[2] for model in (small, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_plain_student_has_no_smaller_form(world: World, tmp_path: Path) -> None:
     export = run(world, tmp_path, [])
     assert not list(export.glob("compact*"))
@@ -59,9 +71,11 @@ def test_a_plain_student_has_no_smaller_form(world: World, tmp_path: Path) -> No
     assert torch.equal(logits(compact.load(export)), logits(models.load(str(export), "classification", whole=True)))
 
 
-def test_masks_over_a_base_are_the_export(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+def test_masks_over_a_base_are_the_export(half: bool, world: World, tmp_path: Path) -> None:
     """Also without its weights, and with the base elsewhere; they are a bit for each weight, and the head."""
-    export = run(world, tmp_path, [ADAPT], **{"student.layers": [2, 1]})
+    words = {"deepspeed.bf16.enabled": True, "deepspeed.zero_optimization.stage": 1} if half else {}
+    export = run(world, tmp_path, [ADAPT], **{"student.layers": [2, 1]}, **words)
     whole = models.load(str(export), "classification", whole=True)
     expected = logits(whole)
     (export / "model.safetensors").unlink()

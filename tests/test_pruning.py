@@ -220,6 +220,32 @@ def test_iterative_trains_a_copy_until_the_last_weights_have_gone() -> None:
     assert torch.equal(mask(first.origin), starts.view_as(mask.kept) * mask.kept)
 
 
+def test_scores_learn_before_the_first_weights_go() -> None:
+    model, part = pruned(sparsity=0.5, criterion="adapting", every=20)
+    part.at(Moment(0, 1000, 0))
+    assert part.sparsity == 0
+    logits(model).square().sum().backward()
+    for one in part.masked.values():
+        (scores,) = one.mask.parameters()
+        assert scores.grad is not None
+        assert scores.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_steps_that_are_left_out_change_no_sparsity(criterion: str) -> None:
+    """Those at which the last weights were to go as well, and after a resumption in between."""
+    model, part = pruned(sparsity=0.5, criterion=criterion, end=0.6, every=1)
+    for step in (0, 1, 2):
+        part.at(Moment(step, 10, 0))
+    assert part.sparsity < 0.5
+    again, resumed = pruned(sparsity=0.5, criterion=criterion, end=0.6, every=1)
+    again.load_state_dict(model.state_dict())
+    for one in (part, resumed):
+        one.at(Moment(9, 10, 0))
+        assert one.sparsity == pytest.approx(0.5, abs=1e-4)
+    assert all(mask.rewound for mask in part.modules() if isinstance(mask, pruning.Iterative))
+
+
 def test_a_weight_that_the_head_shares_is_refused() -> None:
     torch.manual_seed(0)
     model = models.create({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90)
@@ -251,6 +277,9 @@ def test_only_weights_that_train_are_pruned() -> None:
         ({"sparsity": 0.6, "pattern": "2:4"}, "surgery prune: sparsity = 0.6, but 2:4 takes 0.5 away at most"),
         ({"sparsity": 0.2, "pattern": "2:5"}, "columns, which 5 does not divide"),
         ({"sparsity": 0.2, "pattern": "7x1"}, "no whole blocks of 7 x 1"),
+        ({"sparsity": 0.2, "initial": 0.6}, "initial = 0.6 is more than sparsity = 0.2"),
+        ({"sparsity": 0.5, "criterion": "movement", "end": 0.0}, "before the first step nothing has moved"),
+        ({"sparsity": 0.5, "criterion": "movement", "initial": 0.1}, "before the first step nothing has moved"),
     ],
 )
 def test_mistakes_are_found_before_any_weight_is_read(

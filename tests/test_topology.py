@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_launchers import run as script
 from torch import nn
 
-from lad_dist import models, topology
+from lad_dist import compact, models, topology
 from lad_dist.config import UserError
 from lad_dist.topology import Masks, group, overlap, read, report, shuffle_test, shuffled, sparsity
 from lad_dist.train import train
@@ -176,6 +176,18 @@ def test_zeros_of_factors_are_counted_and_not_those_of_their_products(runs: dict
     assert counts.keys() == sparsity(read(runs["magnitude"]).kept).keys()
     assert {every for _, every in counts.values()} == {8 * (32 + 32), 10 * (32 + 64)}  # both factors, ranks 8 and 10
     assert sum(gone for gone, _ in counts.values()) == pytest.approx(0.75 * sum(n for _, n in counts.values()), abs=24)
+
+
+def test_hardly_pruned_matrices_count_too(tmp_path: Path) -> None:
+    """The compact form keeps them whole, as their bits would take more than their zeros do."""
+    values: dict[str, torch.Tensor] = {}
+    for name, gone in ((QUERY, 2000), (KEY, 100)):
+        weight = torch.ones(64, 64)
+        weight.view(-1)[:gone] = 0
+        values |= dict(compact._packed(name, weight))
+    assert KEY in values
+    compact.Packed(values, {}, "", {QUERY: [64, 64]}, "float32").save(tmp_path, None, None)
+    assert sparsity(read(tmp_path).kept) == {(1, "query"): (2000, 4096), (2, "key"): (100, 4096)}
 
 
 def test_the_shuffle_test(runs: dict[str, Path]) -> None:

@@ -1,7 +1,6 @@
 """A comparison as a plot."""
 
 import math
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,8 +8,6 @@ from matplotlib.figure import Figure
 from lad_dist.report.comparison import Comparison
 
 MOST_COLUMNS = 4  # of panels
-SEED: dict[str, Any] = {"color": "C0", "alpha": 0.5, "markersize": 4, "label": "a seed"}
-MEAN: dict[str, Any] = {"color": "C1", "fmt": "D", "markersize": 5, "capsize": 3, "label": "mean ± sd"}
 
 
 def figure(comparison: Comparison) -> Figure:
