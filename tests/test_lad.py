@@ -143,6 +143,14 @@ def test_wide_open_gates_leave_each_layer_normalised_by_itself() -> None:
         assert torch.allclose(found[layer], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("made", MADE)
+def test_its_size_is_known_before_it_has_numbers(made: dict[str, Any]) -> None:
+    """As every run's checks want it, on the meta device."""
+    with torch.device("meta"):
+        skeleton = LAD(STUDENT, TEACHER, **made)
+    assert [p.shape for p in skeleton.parameters()] == [p.shape for p in LAD(STUDENT, TEACHER, **made).parameters()]
+
+
 @pytest.mark.parametrize("made", [{"gates": "frozen"}, {"gates": "constant", "openness": 0.5}])
 def test_gates_that_do_not_learn_are_not_trained(made: dict[str, Any]) -> None:
     assert not [p for p in LAD(STUDENT, TEACHER, **made).parameters() if p.requires_grad]

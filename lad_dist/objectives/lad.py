@@ -32,6 +32,7 @@ Logged are `gate/l`, the mean openness; `target/m`, the variance over tokens; an
 student layer m is matched to: openness times size, through all norms in between.
 """
 
+import math
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class Gate(nn.Module):
         self.linear = nn.Linear(width if recipe.sees == "aggregate" else 2 * width, width)
         nn.init.xavier_uniform_(self.linear.weight)
         if recipe.openness is not None:
-            nn.init.constant_(self.linear.bias, torch.logit(torch.tensor(recipe.openness)).item())
+            nn.init.constant_(self.linear.bias, math.log(recipe.openness / (1 - recipe.openness)))
         self.linear.requires_grad_(recipe.gates == "learnt")
 
     def forward(self, aggregate: Tensor, layer: Tensor) -> tuple[Tensor, Tensor]:
