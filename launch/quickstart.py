@@ -8,7 +8,7 @@ passage document? A small BERT is pre-trained on the corpus (stage pretrain), fi
 distilled by LAD into a student of half the depth (lad); the same student is trained without a teacher (alone). The
 configs are configs/quickstart/STAGE.toml. Everything goes to runs/quickstart; what is complete there is not run again.
 
-example: rm -r runs/quickstart/lad, then python launch/quickstart.py lad.objective.hidden=10.0
+example: python launch/quickstart.py lad.objective.hidden=10.0   (where lad has run before, remove runs/quickstart/lad)
 """
 
 import json
