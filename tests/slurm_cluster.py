@@ -182,6 +182,18 @@ class SlurmCluster:
         assert done.returncode == 0, f"{command} exits with {done.returncode}:\n{done.stdout}{done.stderr}"
         return done.stdout.strip()
 
+    def lose(self, node: str) -> None:
+        """The node goes down with its jobs, and comes back: by itself when its daemon registers, which may be at once,
+        and then it can no longer be resumed."""
+        self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
+
+        def back() -> bool:
+            resume = ["scontrol", "update", f"nodename={node}", "state=resume"]
+            subprocess.run(resume, env=self.environment, capture_output=True)
+            return "DOWN" not in self.run(["scontrol", "show", "node", node]).partition("State=")[2].split()[0]
+
+        _until(back, 30, self._logs)
+
     def submit(self, args: Sequence[str], folder: Path | None = None, extra: Mapping[str, str] | None = None) -> str:
         """`sbatch ARGS` in `folder`; returns the job's id."""
         return self.run(["sbatch", "--parsable", *args], folder, extra)

@@ -211,8 +211,7 @@ def test_a_job_whose_node_is_lost_runs_again(cluster: SlurmCluster, folder: Path
     launch(folder, "task_distill", MORTAL.replace('== "1"', '== "-1"'))
     job = cluster.submit(["--nodes=2", "slurm/task.sbatch", "run.toml"], folder)
     cluster.wait_for_step(job, 30)
-    cluster.run(["scontrol", "update", "nodename=n2", "state=down", "reason=test"])
-    cluster.run(["scontrol", "update", "nodename=n2", "state=resume"])
+    cluster.lose("n2")
     ended = cluster.wait(job, 60)
     assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
 
