@@ -38,6 +38,7 @@ BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config,
 # Of shares, in weights: as many as a CPU computes at once, or a multiple. It rounds those left over at a share's end in
 # another way, so they must not be there, or what is learnt depends on where shares end.
 ALIGNMENT = 16
+CACHED = 2**16  # numbers that a CPU core's cache holds in fp64
 VERSION: str = deepspeed.__version__
 
 
@@ -84,12 +85,18 @@ def _share_of_norm(optimizer: Any, gradients: Iterable[Tensor], parameters: Any,
     """The norm of all processes' shares of a group's gradients: summed in fp64 to the end, as rounding each share's sum
     makes the clipped gradients depend on who has which share."""
     assert norm_type == 2
-    mine = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in gradients if not hasattr(x, "_zero_padding")]
+    real = [x for x in gradients if not hasattr(x, "_zero_padding")]
+    mine = [torch.linalg.vector_norm(piece, dtype=torch.float64) for x in real for piece in _pieces(x)]
     total = torch.stack(mine).square().sum() if mine else torch.zeros((), dtype=torch.float64, device=optimizer.device)
     dist.all_reduce(total, group=optimizer.dp_process_group)
     norm = total.sqrt().float()
     mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
     return norm
+
+
+def _pieces(x: Tensor) -> Sequence[Tensor]:
+    """A CPU writes out what it widens to fp64; piece by piece that stays in its cache. A GPU widens as it sums."""
+    return x.flatten().split(CACHED) if x.device.type == "cpu" else (x,)
 
 
 def snapshot(engine: Any, folder: Path) -> Files:
