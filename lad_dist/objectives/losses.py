@@ -133,8 +133,8 @@ def _products(queries: Tensor, keys: Tensor, others_queries: Tensor, others_keys
 
 
 def _by_heads(x: Tensor, batch: Batch, heads: int) -> Tensor:
-    """[N, *] to [U, H, S, d]."""
-    return pad(x.float().reshape(len(x), heads, -1), batch).transpose(1, 2)
+    """[N, *] to [U, H, S, d] in fp32. Laid out by heads once, as each product would otherwise do it anew."""
+    return pad(x.reshape(len(x), heads, -1), batch).transpose(1, 2).contiguous().float()
 
 
 def _log_relation(x: Tensor, y: Tensor, batch: Batch, heads: int) -> Tensor:
