@@ -2,8 +2,8 @@
 
     predict(forward, batches)       logits [R, V] of all rows of all examples, in order, on every process
     task_scores(dev, predictions)   the task's metrics by name
-    compare(...)                    a model and perhaps its teacher: metrics, loyalty, measured speed-up
-    evaluate(config)                the same for model folders: what launch/evaluate.py calls
+    compare(...)                    a model and perhaps its teacher: metrics, loyalty
+    evaluate(config)                the same for model folders, and the speed-up: what launch/evaluate.py calls
 
 Every process makes the same number of forwards, because under ZeRO-3 a forward is a collective.
 """
@@ -95,8 +95,7 @@ def compare(
     teacher_dev: Dev,
 ) -> dict[str, dict[str, float]]:
     """{"student": metrics and loyalty, "teacher": metrics}. `teacher_dev` are the same examples as the teacher reads
-    them. `speedup` is teacher seconds / student seconds over the dev set, one process after a warm-up, the two measured
-    in turn."""
+    them."""
     predictions = {name: predict(student, examples.in_order()) for name, examples in dev.items()}
     result = {"student": task_scores(dev, predictions)}
     if teacher is None:
@@ -104,19 +103,19 @@ def compare(
     theirs = {name: predict(teacher, examples.in_order()) for name, examples in teacher_dev.items()}
     result["teacher"] = task_scores(teacher_dev, theirs)
     result["student"] |= dev["dev"].loyalty(predictions["dev"].logits, theirs["dev"].logits)
-    result["student"]["speedup"] = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     return result
 
 
 def _speedup(student: Forward, teacher: Forward, batches: Batches, teacher_batches: Batches) -> float:
+    """Teacher seconds / student seconds over these batches, one process after a warm-up, the two measured in turn."""
     mine, its = (some[: 8 * processes.world()] for some in (batches, teacher_batches))
     ratios = [predict(teacher, its).seconds / predict(student, mine).seconds for _ in range(3)]
     return float(np.median(ratios))
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """The metrics of a model folder on a task, and with a teacher its loyalty. Raises UserError before weights are
-    read where that is possible."""
+    """The metrics of a model folder on a task, and with a teacher its loyalty and how much faster it is. Raises
+    UserError before weights are read where that is possible."""
     if config.out is not None:
         check_place("out", Path(config.out).parent)
     check_task(config.data)
@@ -137,6 +136,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     frozen = [models.Frozen(path, task.kind, device=device, labels=task.outputs) for path in paths]
     forwards = [partial(logits_of, model) for model in frozen]
     found = compare(dev, forwards[0], forwards[1] if len(forwards) > 1 else None, teacher_dev)
+    if len(forwards) > 1:
+        found["student"]["speedup"] = _speedup(*forwards, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     result = {
         name: {"path": path, "parameters": models.parameters(model.model), **found[role]}
         for name, role, path, model in zip(("model", "teacher"), found, paths, frozen, strict=False)

@@ -103,6 +103,7 @@ def test_an_export_scores_what_its_run_said(world: World, tmp_path: Path) -> Non
     assert found["model"]["parameters"] == run.results["student"]["parameters"]
     assert found["teacher"]["accuracy"] == run.results["teacher"]["accuracy"]
     assert found["teacher"]["path"] == str(world.teacher)
+    assert found["model"]["speedup"] > 0
 
 
 def test_a_model_is_loyal_to_itself(world: World) -> None:

@@ -87,7 +87,7 @@ def test_every_objective_distils_it(
     assert all(np.isfinite(value) for row in rows for value in row.values())
     own = {"tagging": {"f1", "precision", "recall", "accuracy"}}
     own["question_answering"] = {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
-    assert set(outcome.results["metrics"]) == own[head] | {"label_loyalty", "probability_loyalty", "speedup"}
+    assert set(outcome.results["metrics"]) == own[head] | {"label_loyalty", "probability_loyalty"}
     model = AUTO[head].from_pretrained(export(outcome))
     assert tuple(model.config.id2label.values()) == LABELS[head]
 

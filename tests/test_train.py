@@ -61,8 +61,7 @@ def digest(export: Path) -> str:
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without what a clock measured."""
-    clocks = ("tokens_per_second", "dev/speedup")
-    return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
 
 def metrics_file(folder: Path) -> list[dict[str, Any]]:
@@ -224,7 +223,7 @@ def test_regression(world: World, tmp_path: Path) -> None:
     teacher = train(toy.parsed(tables, alone))
     outcome = train(toy.parsed(tables, {"run.steps": 2, "teacher.path": str(teacher.folder / "export")}))
     assert outcome.results is not None
-    assert set(outcome.results["metrics"]) == {"pearson", "spearman", "teacher_pearson", "speedup"}
+    assert set(outcome.results["metrics"]) == {"pearson", "spearman", "teacher_pearson"}
     model = AutoModelForSequenceClassification.from_pretrained(outcome.folder / "export")
     assert model.config.problem_type == "regression"
     assert model.classifier.out_features == 1
@@ -239,7 +238,7 @@ def test_results_say_how_good_small_fast_and_faithful(world: World, tmp_path: Pa
         "command", "config", "metrics", "student", "teacher", "steps", "seconds", "tokens_per_second", "processes",
         "device", "versions",
     }  # fmt: skip
-    assert set(found["metrics"]) >= {"accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty", "speedup"}
+    assert set(found["metrics"]) >= {"accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty"}
     assert found["teacher"]["parameters"] > found["student"]["parameters"]
     assert found["teacher"]["forward_flops_per_token"] > found["student"]["forward_flops_per_token"]
     assert found["config"]["objective"]["temperature"] == 2.0  # defaults are written out
