@@ -177,12 +177,15 @@ def _tuner(config: SearchConfig, trials: list[Trial], metrics: list[str], folder
 
     trainable = tune.with_resources(run, {"cpu": words.cpus, "gpu": words.gpus})
     state = folder.resolve() / "ray"
-    if tune.Tuner.can_restore(state):
+    if config.grid:  # complete runs answer at once; Tune would take up the rest in any order
+        shutil.rmtree(state, ignore_errors=True)
+    elif tune.Tuner.can_restore(state):
         return tune.Tuner.restore(str(state), trainable, resume_unfinished=True, restart_errored=True)
     settings = tune.TuneConfig(
         metric="score",
         mode="max",
         max_concurrent_trials=words.concurrent or None,
+        reuse_actors=True,  # a process that has loaded its libraries takes the next trial
         scheduler=None if config.grid else _asha(words, configs[0]),
         trial_dirname_creator=lambda trial: configs[trial.config["number"]].run.name,
     )

@@ -311,6 +311,14 @@ def marked(mark: str) -> list[str]:
     return found
 
 
+def started(command: list[Path], mark: Path) -> subprocess.Popen[str]:
+    """A script of ours, in processes that inherit MARK."""
+    words = [sys.executable, *map(str, command)]
+    variables = environment() | {"MARK": str(mark)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=ROOT, env=variables, text=True, stdout=pipe, stderr=pipe)
+
+
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -336,15 +344,7 @@ def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path) -> 
     (work / "tune.toml").write_text(tomli_w.dumps(config))
     command = [TUNE, work / "tune.toml"]
 
-    words = [sys.executable, *map(str, command)]
-    running = subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment() | {"MARK": str(work)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    running = started(command, work)
     assert running.stderr is not None
     assert running.stderr.readline().startswith("trial-0 step 2 ")
     (ray_folder,) = set(re.findall(r"/tmp/ray-\w+", " ".join(marked(str(work)))))
@@ -362,3 +362,21 @@ def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path) -> 
     trials = json.loads((work / "s" / "results.json").read_text())["trials"]
     assert [(row["trial"], row["step"]) for row in trials] == [("trial-0", 16), ("trial-1", 16)]
     assert trials[0]["score"] == trials[1]["score"]
+
+
+@pytest.mark.ray
+def test_an_interrupted_grid_goes_on_in_its_order(work: Path) -> None:
+    """So that, its seeds being last, it is at all times a whole one of fewer seeds."""
+    grid = {"seed": {str(seed): {"run.seed": seed} for seed in range(6)}}
+    words = {"samples": 1, "concurrent": 1}
+    config = tables(work, search=words, override={"run.eval_every": 0}, space=None, grid=grid)
+    (work / "tune.toml").write_text(tomli_w.dumps(config))
+    running = started([TUNE, work / "tune.toml"], work)
+    assert running.stderr is not None
+    assert running.stderr.readline().startswith("0 step 8 ")
+    running.send_signal(signal.SIGUSR1)
+    _, error = running.communicate(timeout=120)
+    assert running.returncode == 75, error
+    done = launch([TUNE, work / "tune.toml"])
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stderr.splitlines()] == list(grid["seed"])
