@@ -12,7 +12,7 @@ from scipy.stats import ttest_1samp
 
 from lad_dist.config import UserError, did_you_mean
 from lad_dist.report.found import Found, TaskRun
-from lad_dist.report.variants import Variant, generic, grouped, tails, variants
+from lad_dist.report.variants import Variant, generic, grouped, tails, variants, words_of
 
 BASELINE = "kd"
 EQUAL = 1e-12  # a difference of rounding
@@ -219,8 +219,8 @@ def _baselines(methods: Mapping[str, Variant], candidates: Sequence[str], wanted
 
 
 def _called(variant: Variant) -> set[str]:
-    """What the names of all its runs have beside task and seed: lad and low of lad-low-mrpc-0, as a search names it."""
-    return set.intersection(*(_parts(run.name) - {run.task, str(run.seed)} for run in variant.runs))
+    """The words that the names of all its runs have."""
+    return set.intersection(*(set(words_of(run)) for run in variant.runs))
 
 
 def _parts(name: str) -> set[str]:

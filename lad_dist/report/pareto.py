@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -38,15 +40,15 @@ def front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
 
 
 def figure(comparison: Comparison) -> Figure | None:
-    """A line of panels per task, one for each cost; a colour per method, a marker per form, and the front of those that
-    no other beats. None where nothing was measured."""
+    """A line of panels per task, one for each cost; a colour per method, a marker per form, and by name the front of
+    those that no other beats. None where nothing was measured."""
     found = points(comparison)
     if not found["latency"].notna().any():
         return None
     tasks = list(comparison.tasks)
     drawn = Figure(figsize=(5.2 * len(COSTS), 0.5 + 3.4 * len(tasks)), layout="constrained")
     panels = drawn.subplots(len(tasks), len(COSTS), squeeze=False)
-    colours = {name: f"C{number % 10}" for number, name in enumerate(comparison.methods)} | {"teacher": "grey"}
+    colours = dict(zip(comparison.methods, _colours(len(comparison.methods)), strict=True)) | {"teacher": "grey"}
     for line, task in zip(panels, tasks, strict=True):
         for axes, (cost, title) in zip(line, COSTS.items(), strict=True):
             mine = found[(found["task"] == task) & found[cost].notna()]
@@ -57,6 +59,11 @@ def figure(comparison: Comparison) -> Figure | None:
     return drawn
 
 
+def _colours(count: int) -> list[Any]:
+    """The usual ten, or as many of a scale."""
+    return [f"C{n}" for n in range(count)] if count <= 10 else list(colormaps["turbo"].resampled(count).colors)
+
+
 def _panel(axes: Axes, found: pd.DataFrame, cost: str, colours: dict[str, str]) -> None:
     for row in found.to_dict("records"):
         label = row["method"] if row["form"] in ("student", "teacher") else f"{row['method']}, {row['form']}"
@@ -64,6 +71,9 @@ def _panel(axes: Axes, found: pd.DataFrame, cost: str, colours: dict[str, str]) 
         axes.plot([row[cost]], [row["score"]], linestyle="", marker=marker, markersize=7, color=colour, label=label)
     best = found.iloc[front(found[cost].tolist(), found["score"].tolist())]
     axes.plot(best[cost], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, zorder=0)
+    for row in best.to_dict("records"):
+        place = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": "x-small"}
+        axes.annotate(row["method"], (row[cost], row["score"]), **place)
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
 

@@ -1,12 +1,14 @@
 """Which runs are one method.
 
 A method is an objective, or one variant of it. Variants are runs of one objective that differ on one task in more than
-their seed; the fewest keys that tell them apart on every task name them. A key that differs from task to task alone
-makes no variant. Paths that differ in the task's name or the seed alone are one, `runs/first-{task}-{seed}/export`; a
-student that starts from its own teacher starts from `teacher`.
+their seed; the fewest keys that tell them apart on every task name them. Where some take several keys, all methods are
+called by the names of their runs, as a search gives them, if these tell them apart: lada_2 of lada_2-mrpc-0. A key that
+differs from task to task alone makes no variant. Paths that differ in the task's name or the seed alone are one,
+`runs/first-{task}-{seed}/export`; a student that starts from its own teacher starts from `teacher`.
 
 generic(runs)     settings without the run's own teacher, task and seed
 variants(runs)    methods by name
+words_of(run)     its name without task and seed
 differing(runs)   the keys in which runs differ
 """
 
@@ -38,7 +40,21 @@ def variants(runs: Sequence[TaskRun]) -> dict[str, Variant]:
         names = _names(objective, keys, list(groups))
         for name, (values, group) in zip(names, groups.items(), strict=True):
             named[name] = Variant(objective, tuple(zip(keys, values, strict=True)), group)
-    return named
+    if all(len(variant.telling) <= 1 for variant in named.values()):
+        return named
+    called = {_called(variant): variant for variant in named.values()}
+    return called if "" not in called and len(called) == len(named) else named
+
+
+def words_of(run: TaskRun) -> list[str]:
+    """lad and low of lad-low-mrpc-0."""
+    return [word for word in run.name.split("-") if word not in (run.task, str(run.seed))]
+
+
+def _called(variant: Variant) -> str:
+    """What all its runs are called beside task and seed; "" where they do not agree."""
+    names = {"-".join(words_of(run)) for run in variant.runs}
+    return names.pop() if len(names) == 1 else ""
 
 
 def grouped(runs: Iterable[TaskRun], key: Callable[[TaskRun], Hashable]) -> dict[Any, list[TaskRun]]:
