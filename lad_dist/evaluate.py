@@ -135,9 +135,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     teacher_dev = dev if its is tokenizer else TaskFeed(config.data, task, its, seed=0).dev
     frozen = [models.Frozen(path, task.kind, device=device, labels=task.outputs) for path in paths]
     forwards = [partial(logits_of, model) for model in frozen]
-    found = compare(dev, forwards[0], forwards[1] if len(forwards) > 1 else None, teacher_dev)
-    if len(forwards) > 1:
-        found["student"]["speedup"] = _speedup(*forwards, dev["dev"].in_order(), teacher_dev["dev"].in_order())
+    ours, theirs = forwards[0], forwards[1] if len(forwards) > 1 else None
+    found = compare(dev, ours, theirs, teacher_dev)
+    if theirs is not None:
+        found["student"]["speedup"] = _speedup(ours, theirs, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     result = {
         name: {"path": path, "parameters": models.parameters(model.model), **found[role]}
         for name, role, path, model in zip(("model", "teacher"), found, paths, frozen, strict=False)

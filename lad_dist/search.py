@@ -19,6 +19,8 @@ whose results.json was removed, goes on: finished trials stay as they are, unfin
 their checkpoints where run.save_every left any; ASHA then compares anew.
 """
 
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -239,10 +241,20 @@ def _train(words: Search, config: TaskConfig, metric: str) -> None:
             told = True
 
     results = train(config, report=tell).results
+    _free_memory()
     if results is None:
         raise Fault(f"{config.run.name} was asked to stop: its last evaluation is not its result")
     if not told:  # complete already, which an interrupted search had not heard of
         tune.report({"score": results["metrics"][metric], "step": results["steps"]})
+
+
+def _free_memory() -> None:
+    """Of a trial, for others: the C library keeps for its process what is freed, and the next trial, in a thread of its
+    own, takes other memory."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _complete(results: list[tune.Result], count: int) -> bool:

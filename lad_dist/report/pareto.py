@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -61,7 +62,7 @@ def figure(comparison: Comparison) -> Figure | None:
 
 def _colours(count: int) -> list[Any]:
     """The usual ten, or as many of a scale."""
-    return [f"C{n}" for n in range(count)] if count <= 10 else list(colormaps["turbo"].resampled(count).colors)
+    return [f"C{n}" for n in range(count)] if count <= 10 else list(colormaps["turbo"](np.linspace(0, 1, count)))
 
 
 def _panel(axes: Axes, found: pd.DataFrame, cost: str, colours: dict[str, str]) -> None:
@@ -72,8 +73,8 @@ def _panel(axes: Axes, found: pd.DataFrame, cost: str, colours: dict[str, str]) 
     best = found.iloc[front(found[cost].tolist(), found["score"].tolist())]
     axes.plot(best[cost], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, zorder=0)
     for row in best.to_dict("records"):
-        place = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": "x-small"}
-        axes.annotate(row["method"], (row[cost], row["score"]), **place)
+        place = (row[cost], row["score"])
+        axes.annotate(row["method"], place, xytext=(4, -9), textcoords="offset points", fontsize="x-small")
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
 
