@@ -248,7 +248,7 @@ def prune(
     *,
     sparsity: Annotated[float, Field(ge=0, lt=1, description="share of the weights that goes")],
     criterion: Annotated[
-        Literal["magnitude", "movement", "adapting", "iterative", "random"],
+        Literal["magnitude", "movement", "adapting", "adapting_paper", "iterative", "random"],
         Field(description="which weights go; adapting and iterative: of weights that do not change"),
     ] = "magnitude",
     modules: Annotated[
