@@ -162,6 +162,13 @@ def test_scores_learn_by_the_published_gradients() -> None:
         torch.testing.assert_close(mask.scores.grad.view(4, 6), expected)
 
 
+def test_scores_start_at_magnitudes_or_from_noise_as_published() -> None:
+    weight = torch.randn(200, 300)
+    assert torch.equal(pruning.Adapting(weight).importance(weight), pruning.Magnitude(weight).importance(weight))
+    noise = pruning.AdaptingPaper(weight).importance(weight)
+    assert noise.std().item() == pytest.approx(0.001, rel=0.05)
+
+
 def test_movement_counts_what_training_would_move_away_from_nothing() -> None:
     mask, weight = pruning.Movement(torch.ones(1, 2)), torch.tensor([[1.0, 1.0]])
     loss = (mask(weight) * torch.tensor([[-1.0, 1.0]])).sum()  # wants the first larger and the second smaller

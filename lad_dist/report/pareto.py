@@ -1,7 +1,7 @@
 """What quality costs: scores against measured latency and against bytes, as a plot."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,16 +67,21 @@ def _colours(count: int) -> list[Any]:
 
 def _panel(axes: Axes, found: pd.DataFrame, cost: str, colours: dict[str, str]) -> None:
     for row in found.to_dict("records"):
-        label = row["method"] if row["form"] in ("student", "teacher") else f"{row['method']}, {row['form']}"
         marker, colour = MARKERS[row["form"]], colours[row["method"]]
-        axes.plot([row[cost]], [row["score"]], linestyle="", marker=marker, markersize=7, color=colour, label=label)
+        axes.plot(
+            [row[cost]], [row["score"]], linestyle="", marker=marker, markersize=7, color=colour, label=_label(row)
+        )
     best = found.iloc[front(found[cost].tolist(), found["score"].tolist())]
     axes.plot(best[cost], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, zorder=0)
     for row in best.to_dict("records"):
         place = (row[cost], row["score"])
-        axes.annotate(row["method"], place, xytext=(4, -9), textcoords="offset points", fontsize="x-small")
+        axes.annotate(_label(row), place, xytext=(4, -9), textcoords="offset points", fontsize="x-small")
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
+
+
+def _label(row: Mapping[Hashable, Any]) -> str:
+    return row["method"] if row["form"] in ("student", "teacher") else f"{row['method']}, {row['form']}"
 
 
 def _legend(drawn: Figure, panels: Iterable[Axes]) -> None:
