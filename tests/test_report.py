@@ -415,23 +415,32 @@ def test_bytes_and_latencies_stand_in_the_table_where_runs_have_them(tmp_path: P
 def test_quality_against_what_it_costs(tmp_path: Path) -> None:
     size = {"results__student__bytes/safetensors": 2e6, "results__student__bytes/onnx int8": 5e5}
     run(tmp_path / "kd", "kd", "rte", 0, 0.5, results__ledger=measured(0.010), **size)
-    run(tmp_path / "lad", "lad", "rte", 0, 0.6, results__ledger=measured(0.020), **size)
+    run(tmp_path / "lad", "lad", "rte", 0, 0.6, results__ledger=measured(0.020), **size)  # at half the machine's speed
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.6)  # measured by nobody
+    without = measured(0.020)
+    without["timings"] = [timing for timing in without["timings"] if timing["form"] != "teacher"]
+    run(tmp_path / "emd", "emd", "rte", 0, 0.55, results__ledger=without, **size)
     found = pareto.points(compared(tmp_path))
     places = {(row["method"], row["form"]): (row["score"], row["latency"], row["bytes"]) for row in records(found)}
     assert places == {
-        ("kd", "student"): (0.5, pytest.approx(10), 2e6),
-        ("kd", "onnx int8"): (0.4, pytest.approx(5), 5e5),
-        ("lad", "student"): (0.6, pytest.approx(20), 2e6),
-        ("lad", "onnx int8"): (0.4, pytest.approx(10), 5e5),
+        ("kd", "student"): (0.5, pytest.approx(15), 2e6),
+        ("kd", "onnx int8"): (0.4, pytest.approx(7.5), 5e5),
+        ("lad", "student"): (0.6, pytest.approx(15), 2e6),
+        ("lad", "onnx int8"): (0.4, pytest.approx(7.5), 5e5),
+        ("emd", "student"): (0.55, pytest.approx(20), 2e6),
+        ("emd", "onnx int8"): (0.4, pytest.approx(10), 5e5),
         ("teacher", "teacher"): (0.75, pytest.approx(30), 4e6),
     }
+    run(tmp_path / "other", "kd", "mrpc", 0, 0.5)
     drawn = pareto.figure(compared(tmp_path))
     assert drawn is not None
-    front = [line.get_xdata().tolist() for line in drawn.axes[0].lines if line.get_marker() in ("", "None")]
-    assert front == [[pytest.approx(5), pytest.approx(10), pytest.approx(20), pytest.approx(30)]]
-    shutil.rmtree(tmp_path / "kd")
-    shutil.rmtree(tmp_path / "lad")
+    latencies = {axes.get_title(): axes for axes in drawn.axes[::2]}
+    assert [text.get_text() for text in latencies["mrpc"].texts] == [pareto.UNMEASURED]
+    assert pareto.UNMEASURED not in [text.get_text() for text in latencies["rte"].texts]
+    front = [line.get_xdata().tolist() for line in latencies["rte"].lines if line.get_marker() in ("", "None")]
+    assert front == [[pytest.approx(7.5), pytest.approx(15), pytest.approx(30)]]
+    for name in ("kd", "lad", "emd"):
+        shutil.rmtree(tmp_path / name)
     assert pareto.figure(compared(tmp_path)) is None
 
 

@@ -12,20 +12,24 @@ from matplotlib.figure import Figure
 
 from lad_dist.report.comparison import Comparison
 
-COSTS = {"latency": "ms per sequence, as measured", "bytes": "bytes"}
+COSTS = {"latency": "ms per sequence, at the teacher's mean speed", "bytes": "bytes"}
+UNMEASURED = "not measured: launch/ledger.py RUN"
 MARKERS = {"student": "o", "onnx": "s", "onnx int8": "v", "teacher": "*"}
 
 
 def points(comparison: Comparison) -> pd.DataFrame:
     """Means over the runs of a method on a task, in each form that was measured: method, task, form, score, latency in
-    ms, bytes. The teacher is a method too."""
+    ms, bytes. The teacher is a method too. A machine is not equally fast at all times: a latency is that of its ledger
+    times what the teacher takes in the mean, over what it took in the same ledger."""
     rows = [
-        {"method": method, "task": run.task, **form._asdict()}
+        {"method": method, "task": run.task, **form._asdict(), "beside": run.teacher_form.latency}
         for name, variant in comparison.methods.items()
         for run in variant.runs
         for method, form in [*((name, form) for form in run.forms), ("teacher", run.teacher_form)]
     ]
     frame = pd.DataFrame(rows).rename(columns={"name": "form"})
+    usual = frame[frame["form"] == "teacher"].groupby("task")["beside"].mean()
+    frame["latency"] *= (frame["task"].map(usual) / frame["beside"]).fillna(1)
     kept = frame[frame["score"].notna() & frame[list(COSTS)].notna().any(axis=1)]
     return kept.groupby(["method", "task", "form"], as_index=False, sort=False)[["score", *COSTS]].mean()
 
@@ -52,10 +56,13 @@ def figure(comparison: Comparison) -> Figure | None:
     colours = dict(zip(comparison.methods, _colours(len(comparison.methods)), strict=True)) | {"teacher": "grey"}
     for line, task in zip(panels, tasks, strict=True):
         for axes, (cost, title) in zip(line, COSTS.items(), strict=True):
-            mine = found[(found["task"] == task) & found[cost].notna()]
-            _panel(axes, mine, cost, colours)
             axes.set(xlabel=title, ylabel=comparison.tasks[task])
             axes.set_title(task, fontsize="medium", parse_math=False)
+            mine = found[(found["task"] == task) & found[cost].notna()]
+            if len(mine):
+                _panel(axes, mine, cost, colours)
+            else:
+                axes.text(0.5, 0.5, UNMEASURED, transform=axes.transAxes, ha="center")
     _legend(drawn, panels.flat)
     return drawn
 
