@@ -35,14 +35,15 @@ from torch import Tensor
 
 from lad_dist import processes
 from lad_dist.config import Teacher, UserError
-from lad_dist.disk import draft_of, sync, write_text
-from lad_dist.flat import QKV, Batch, Needs, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import QKV, ModelDims, ModelOutputs, OutputSpec
+from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
 
 FORMAT = 1
 BLOCK = 256  # examples of a file
 BATCH = 32  # examples that the teacher is asked about at once
 
-Ask = Callable[[Batch, Needs], Trace]
+Ask = Callable[[Batch, OutputSpec], ModelOutputs]
 
 
 class Examples(Protocol):
@@ -70,25 +71,25 @@ class Kept(NamedTuple):
     starts: list[int]
 
 
-def fields(needs: Needs) -> list[str]:
+def fields(needs: OutputSpec) -> list[str]:
     """The names under which what is needed is kept."""
     attention = [f"{name}-{layer}" for layer in needs.qkv for name in QKV]
     return ["logits"] * needs.logits + [f"hidden-{layer}" for layer in needs.hidden] + attention
 
 
-def _by_field(trace: Trace) -> dict[str, Tensor]:
+def _by_field(trace: ModelOutputs) -> dict[str, Tensor]:
     found = {f"hidden-{layer}": x for layer, x in trace.hidden.items()}
     for layer, qkv in trace.qkv.items():
         found |= {f"{name}-{layer}": x for name, x in zip(QKV, qkv, strict=True)}
     return found if trace.logits is None else found | {"logits": trace.logits}
 
 
-def _trace(found: Mapping[str, Tensor], needs: Needs) -> Trace:
+def _trace(found: Mapping[str, Tensor], needs: OutputSpec) -> ModelOutputs:
     qkv = {layer: tuple(found[f"{name}-{layer}"] for name in QKV) for layer in needs.qkv}
-    return Trace(found.get("logits"), {layer: found[f"hidden-{layer}"] for layer in needs.hidden}, qkv)  # type: ignore[arg-type]
+    return ModelOutputs(found.get("logits"), {layer: found[f"hidden-{layer}"] for layer in needs.hidden}, qkv)  # type: ignore[arg-type]
 
 
-def bytes_of(needs: Needs, teacher: Shape, examples: Examples, dtype: torch.dtype) -> int:
+def bytes_of(needs: OutputSpec, teacher: ModelDims, examples: Examples, dtype: torch.dtype) -> int:
     """What the answers take on disk."""
     states = examples.tokens * teacher.width * (len(needs.hidden) + 3 * len(needs.qkv))
     return (states + len(examples.labels) * teacher.outputs * needs.logits) * dtype.itemsize
@@ -108,7 +109,7 @@ class Answers:
         ask: Ask,
         about: Mapping[str, Any],
         examples: Examples,
-        needs: Needs,
+        needs: OutputSpec,
         device: torch.device,
         size: int,
     ) -> None:
@@ -136,7 +137,7 @@ class Answers:
             for name in self._fields:
                 self._kept[name, block] = self._whole(name, block)
 
-    def __call__(self, numbers: np.ndarray) -> Trace:
+    def __call__(self, numbers: np.ndarray) -> ModelOutputs:
         spots = [divmod(number, BLOCK) for number in numbers.tolist()]
         found = {name: torch.cat([self._rows(name, *spot) for spot in spots]) for name in self._fields}
         return _trace({name: self._device_copy(x) for name, x in found.items()}, self._needs)
@@ -187,10 +188,10 @@ class Answers:
 
     def _write(self, file: Path, rows: list[Tensor]) -> None:
         starts = torch.tensor([0, *(len(x) for x in rows)]).cumsum(0)
-        draft = draft_of(file)
+        draft = temporary_path(file)
         try:
             save_file({"values": torch.cat(rows), "starts": starts}, draft)
-            sync(draft)
+            fsync(draft)
             os.replace(draft, file)
         except SafetensorError as error:
             raise OSError(None, str(error)) from None

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist.config import NOTHING_VALID, UserError
-from lad_dist.disk import Digest, commit, digest, files, write_text
+from lad_dist.utils.atomic_io import Digest, commit, file_digest, list_files, write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -171,8 +171,8 @@ def _fault(checkpoint: Path) -> str | None:
 
 
 def _damaged_file(checkpoint: Path, expected: Mapping[str, Digest]) -> str | None:
-    found = {str(path.relative_to(checkpoint)) for path in files(checkpoint)} - {MANIFEST}
+    found = {str(path.relative_to(checkpoint)) for path in list_files(checkpoint)} - {MANIFEST}
     if added := found - expected.keys():
         return f"{min(added)} was added"
-    wrong = [name for name, written in expected.items() if digest(checkpoint / name) != written]
+    wrong = [name for name, written in expected.items() if file_digest(checkpoint / name) != written]
     return f"{wrong[0]} is not what was written" if wrong else None

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lad_dist.spelling import did_you_mean, nearest
+from lad_dist.utils.suggest import did_you_mean, nearest
 
 # Exit codes. They tell the scheduler what to do with a job.
 DONE, DIED, MISTAKE, NOTHING_VALID, AGAIN, NO_PROGRESS, INTERRUPTED = 0, 1, 2, 3, 75, 93, 130

@@ -31,9 +31,9 @@ from torch import nn
 from lad_dist import models, optim, plan, sizes
 from lad_dist.answers import bytes_of, worth_keeping
 from lad_dist.config import CorpusData
+from lad_dist.core.batch import Batch
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import SPLITS, read_manifest
-from lad_dist.flat import Batch
 from lad_dist.method import Method
 
 SAMPLE = 8  # micro-batches that stand for all

@@ -8,7 +8,8 @@ read. A test holds KEYS of the blocks equal to the installed DeepSpeed's; values
 
 from typing import Any
 
-from lad_dist.config import UserError, did_you_mean
+from lad_dist.config import UserError
+from lad_dist.utils.suggest import did_you_mean
 
 OURS = {
     "train_batch_size": "data.slots and data.tokens_per_slot or examples_per_slot",

@@ -22,16 +22,17 @@ from torch import Tensor
 
 from lad_dist import models, processes
 from lad_dist.config import EvaluateConfig, check_place
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.examples import TaskExamples
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import check_task, load_task
 from lad_dist.data.tokenizers import load_tokenizer, tokenizer_of_teacher
-from lad_dist.flat import Batch, Needs
 
 Batches = Sequence[Callable[[], Batch]]
 Dev = Mapping[str, TaskExamples]
 Forward = Callable[[Batch], Tensor]
-LOGITS = Needs(logits=True)
+LOGITS = OutputSpec(logits=True)
 
 
 class Predictions(NamedTuple):

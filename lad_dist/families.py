@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lad_dist.config import UserError, did_you_mean
+from lad_dist.config import UserError
+from lad_dist.utils.suggest import did_you_mean
 
 
 def _from_zero(config: Any) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lad_dist import cli
 from lad_dist.card import totals
-from lad_dist.config import AGAIN, EvaluateConfig, TrainConfig
+from lad_dist.config import AGAIN, DONE, EvaluateConfig, TrainConfig
 from lad_dist.evaluate import evaluate
 from lad_dist.train import train
 
@@ -22,7 +22,7 @@ def train_job(config: TrainConfig) -> int:
         return AGAIN
     cli.print_table(config.run.name, ("", "student", "teacher"), _rows(outcome.results))
     cli.say(f"model in {outcome.folder / 'export'}, curves: tensorboard --logdir {outcome.folder}")
-    return cli.DONE
+    return DONE
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -37,4 +37,4 @@ def evaluate_job(config: EvaluateConfig) -> int:
     cli.print_table(
         config.model.path, ("", "model", "teacher"), [(k, v, teacher.get(k, "")) for k, v in result["model"].items()]
     )
-    return cli.DONE
+    return DONE

@@ -24,11 +24,11 @@ from lad_dist import compact, evaluate, models, onnx_export, runs, sizes
 from lad_dist.benchmarks import latency
 from lad_dist.card import INT8, ONNX, STUDENT, TEACHER
 from lad_dist.config import TaskData, TrainConfig, UserError, parse, train_schema
-from lad_dist.data.batch import collate
+from lad_dist.core.batch import Batch
+from lad_dist.core.collate import collate
 from lad_dist.data.examples import TaskExamples, tokenize
 from lad_dist.data.tasks import check_task, load_task
 from lad_dist.data.tokenizers import load_tokenizer
-from lad_dist.flat import Batch
 from lad_dist.models import Served
 from lad_dist.onnx_export import Session
 

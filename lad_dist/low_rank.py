@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lad_dist import observe
 from lad_dist.config import UserError
-from lad_dist.flat import Batch
+from lad_dist.core.batch import Batch
 from lad_dist.models import PreTrainedModel
 from lad_dist.parts import Part
 
@@ -158,7 +158,7 @@ def second_moments(
     names, training = list(maps), model.training
     model.eval()
     for batch in batches:
-        with observe.seen(list(maps.values()), lambda n, x, _: _add(found[names[n]], observe.rows(x, batch))):  # noqa: B023
+        with observe.seen(list(maps.values()), lambda n, x, _: _add(found[names[n]], observe.rows(x, batch))):
             observe.run(model, batch)
     model.train(training)
     counted = {name: _counts(module, batches) for name, module in modules.items() if isinstance(module, nn.Embedding)}

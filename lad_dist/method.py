@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lad_dist import parts
-from lad_dist.flat import Batch, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelOutputs
 from lad_dist.models import PreTrainedModel, trace
-from lad_dist.objectives import Objective
+from lad_dist.objectives.objective import Objective
 from lad_dist.parts import Moment
 
 
@@ -34,7 +35,7 @@ class Method(nn.Module):
         """Weights of which the last `at` took some away, with masks that are True where they stay."""
         return [pair for piece in parts.parts(self.student) for pair in piece.pruned()]
 
-    def forward(self, batch: Batch, target: Trace | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, target: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss, and by name its terms and what the objective observed (detached scalars)."""
         seen = trace(self.student, batch, self.objective.student_needs)
         terms = self.objective(seen, target, batch)

@@ -51,8 +51,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lad_dist import families
-from lad_dist.config import UserError, did_you_mean
-from lad_dist.flat import Batch, Head, Needs, Shape, Trace, apart, pad, unpad
+from lad_dist.config import UserError
+from lad_dist.core.batch import Batch, Head, one_span_per_sequence, pad, unpad
+from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
+from lad_dist.utils.suggest import did_you_mean
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -290,10 +292,10 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(child for child in inside if isinstance(child, nn.ModuleList))
 
 
-def shape(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | None = None) -> Shape:
+def shape(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | None = None) -> ModelDims:
     """What an objective needs to know of a model's sizes."""
     outputs = {"none": 0, "mlm": config.vocab_size}.get(head, labels)
-    return Shape(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head, outputs, span)
+    return ModelDims(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head, outputs, span)
 
 
 def positions(config: PreTrainedConfig) -> int:
@@ -402,7 +404,7 @@ class _Padded:
     heads: int = 0
 
     def __post_init__(self) -> None:
-        self.batch = apart(self.batch)
+        self.batch = one_span_per_sequence(self.batch)
 
     @property
     def words(self) -> dict[str, Any]:
@@ -481,7 +483,7 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 def _kernel_attention(
     q: Tensor, k: Tensor, v: Tensor, flat: _Flat, scaling: float | None, _: float, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (brings the compiler: seconds at every start)
+    from torch.nn.attention.varlen import varlen_attn
 
     spans, longest, size = flat.batch.cu_seqlens, flat.batch.longest, q.shape[-1]
     q, k, v = (F.pad(x, (0, -size % MULTIPLE)).contiguous() for x in (q, k, v))
@@ -525,7 +527,7 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
-def trace(model: PreTrainedModel, batch: Batch, needs: Needs) -> Trace:
+def trace(model: PreTrainedModel, batch: Batch, needs: OutputSpec) -> ModelOutputs:
     """One forward over a flat batch, leaving what is needed."""
     base, family = model.base_model, families.of(model.config)
     run = (_Flat if family.flat else _Padded)(batch, needs.qkv)
@@ -536,7 +538,7 @@ def trace(model: PreTrainedModel, batch: Batch, needs: Needs) -> Trace:
     hidden: dict[int, Tensor] = {}
     with _hooks(model, run, batch, needs, hidden):
         output = (model if needs.logits else base)(**{k: run.lay_out(x) for k, x in inputs.items()}, **run.words)
-    return Trace(_logits(output) if needs.logits else None, hidden, run.qkv)
+    return ModelOutputs(_logits(output) if needs.logits else None, hidden, run.qkv)
 
 
 def _logits(output: Any) -> Tensor:
@@ -548,7 +550,7 @@ def _logits(output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _hooks(
-    model: PreTrainedModel, run: _Flat | _Padded, batch: Batch, needs: Needs, hidden: dict[int, Tensor]
+    model: PreTrainedModel, run: _Flat | _Padded, batch: Batch, needs: OutputSpec, hidden: dict[int, Tensor]
 ) -> Iterator[None]:
     """Within it, a forward leaves the layers it `needs` in `hidden` and hands the head only its rows."""
 
@@ -589,7 +591,7 @@ def _read(model: PreTrainedModel, x: Tensor, batch: Batch) -> Tensor:
     averaged = getattr(model.config, "classifier_pooling", "cls") == "mean"
     if not averaged or not type(model).__name__.endswith("ForSequenceClassification"):
         return x.index_select(0, batch.rows)
-    spans = apart(batch)
+    spans = one_span_per_sequence(batch)
     real = pad(x, spans).masked_fill(~spans.attended[..., None], 0.0)
     return real.sum(dim=1) / batch.lengths[: batch.nonempty, None]
 
@@ -636,7 +638,7 @@ class Frozen:
         self.model.requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, needs: Needs) -> Trace:
+    def __call__(self, batch: Batch, needs: OutputSpec) -> ModelOutputs:
         seen = trace(self.model, batch, needs)
         if self.order is None or seen.logits is None:
             return seen

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lad_dist import observe
 from lad_dist.config import UserError
-from lad_dist.flat import Batch
+from lad_dist.core.batch import Batch
 from lad_dist.models import PreTrainedModel, layers
 
 Directions = Literal["principal", "random"]
@@ -237,8 +237,8 @@ def _measure(wide: _Parts, batches: Sequence[Batch]) -> _Found:
     dense = [wide.head_norm] if wide.tied and wide.head_norm is not None else wide.head[1:2]
     for batch in batches:
         with (
-            observe.seen(wide.stream, lambda n, _, y: found.states[n].append(observe.rows(y, batch).float())),  # noqa: B023
-            observe.seen(outer, lambda n, x, _: found.inner[n].add(observe.rows(x, batch))),  # noqa: B023
+            observe.seen(wide.stream, lambda n, _, y: found.states[n].append(observe.rows(y, batch).float())),
+            observe.seen(outer, lambda n, x, _: found.inner[n].add(observe.rows(x, batch))),
             observe.seen(dense, lambda _, x, y: found.units.add(y if wide.tied else x)),
         ):
             observe.run(wide.model, batch)
@@ -544,7 +544,7 @@ def _errors(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batches: Se
         outputs = []
         for parts in (wide, thin):
             seen: list[list[Tensor]] = [[] for _ in points]
-            with observe.seen([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):  # noqa: B023
+            with observe.seen([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):
                 outputs.append((observe.run(parts.model, batch), [observe.rows(x[0], batch) for x in seen]))
         (z, h), (z_thin, h_thin) = outputs
         states = [

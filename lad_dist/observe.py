@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lad_dist.flat import Batch, Needs, apart, unpad
+from lad_dist.core.batch import Batch, one_span_per_sequence, unpad
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import PreTrainedModel, trace
 
 
@@ -33,7 +34,7 @@ def seen(modules: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], Non
 
 def run(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     """Its logits, where there is a head."""
-    needs = Needs(logits=model.base_model is not model)
+    needs = OutputSpec(logits=model.base_model is not model)
     with torch.no_grad():
         return trace(model, batch.to(model.device), needs).logits
 
@@ -41,7 +42,7 @@ def run(model: PreTrainedModel, batch: Batch) -> Tensor | None:
 def rows(x: Tensor, batch: Batch) -> Tensor:
     """[1, N and filler, D] of a body that runs flat, or [U, S, D] of one that runs padded, to the real tokens' [N, D];
     [R, 1, D] of the head to [R, D], and what else has rows of its own likewise."""
-    spans = apart(batch)
+    spans = one_span_per_sequence(batch)
     if x.shape[:-1] == spans.sequence.shape:
         return real(unpad(x, spans._replace(padded_index=spans.padded_index.to(x.device))), batch)
     if len(x) != 1 or x.shape[1] < len(batch.input_ids):

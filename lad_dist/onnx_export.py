@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lad_dist import models
 from lad_dist.config import Fault, UserError
-from lad_dist.disk import draft_of
 from lad_dist.models import Served
+from lad_dist.utils.atomic_io import temporary_path
 
 OPSET = 18
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -45,7 +45,7 @@ def check() -> None:
 def export(served: Served, file: Path) -> float:
     """Writes the model, which is on the CPU; returns how far the file's outputs are from its own, at most. Raises
     UserError where the model's family cannot be exported, Fault where the outputs differ by more than rounding."""
-    config, draft = served.model.config, draft_of(file)
+    config, draft = served.model.config, temporary_path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     example = example_inputs(served, (5, 3))
     batch = torch.export.Dim("batch", min=1, max=MOST_BATCH)
@@ -82,10 +82,10 @@ def quantize(file: Path, out: Path) -> None:
     """Writes the exported model with int8 weights, each output of a linear map scaled by itself, embeddings too; what
     is multiplied is scaled at run time. Seven bits of the eight, as products of eight overflow where a CPU adds them up
     in sixteen (AVX2, AVX-512 without VNNI)."""
-    import onnx  # noqa: PLC0415 (an extra)
-    from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    draft = draft_of(out)
+    draft = temporary_path(out)
     graph = onnx.load(str(file))
     del graph.graph.value_info[:]  # shapes that no longer hold when weights are turned about
     try:
@@ -100,7 +100,7 @@ class Session:
     """inputs [B, S] by name -> outputs, on the CPU; `threads`: as many as PyTorch's."""
 
     def __init__(self, file: Path):
-        import onnxruntime  # noqa: PLC0415 (an extra)
+        import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

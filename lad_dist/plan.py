@@ -23,13 +23,15 @@ from lad_dist.config import (
     check_place,
     pick,
 )
+from lad_dist.core.batch import Batch, Head
+from lad_dist.core.outputs import ModelDims, OutputSpec
 from lad_dist.data.feed import CorpusFeed, TaskFeed, open_shards
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task, check_task, load_task
 from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer, role_ids, tokenizer_of_teacher
-from lad_dist.flat import Batch, Head, Needs, Shape
 from lad_dist.method import Method
-from lad_dist.objectives import OBJECTIVES, Objective
+from lad_dist.objectives import OBJECTIVES
+from lad_dist.objectives.objective import Objective
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 SAMPLE_TOKENS, SAMPLE_BATCHES = 16384, 256  # that a narrower student is fitted to
@@ -43,8 +45,8 @@ class Plan:
     task: Task | None
     tokenizer: PreTrainedTokenizerFast
     teacher_tokenizer: PreTrainedTokenizerFast  # the same, where the vocabularies are
-    student_shape: Shape
-    teacher_shape: Shape | None
+    student_shape: ModelDims
+    teacher_shape: ModelDims | None
     layers: list[int] | None  # of the model that the student starts from
     size: narrow.Size | None  # where it is to be smaller than that model
     objective: Callable[[], Objective]
@@ -169,7 +171,7 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     teacher_head, teacher = _teacher_shape(config, head, task)
     build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]
     objective = build()  # refuses shapes that do not go together
-    if objective.student_needs == Needs():
+    if objective.student_needs == OutputSpec():
         raise UserError("objective: all its weights are 0, so there is nothing to learn")
     its = _teacher_tokenizer(config, objective, head, tokenizer)
     if config.teacher is not None:
@@ -223,7 +225,7 @@ def _corpus_tokenizer(corpus: Shards | None) -> str:
 
 def _student_shape(
     config: TrainConfig, head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
-) -> tuple[Shape, list[int] | None, narrow.Size | None]:
+) -> tuple[ModelDims, list[int] | None, narrow.Size | None]:
     words = config.student
     span = config.data.pad_to if isinstance(config.data, TaskData) else None
     size = partial(models.shape, head=head, labels=len(task.outputs) if task else 0, span=span)
@@ -261,12 +263,15 @@ def _teacher_tokenizer(
     compared: str | None = config.objective.name
     if head in ("tagging", "question_answering"):
         compared = f'data.kind = "{head}"'
-    elif head in ("classification", "regression") and objective.teacher_needs in (Needs(), Needs(logits=True)):
+    elif head in ("classification", "regression") and objective.teacher_needs in (
+        OutputSpec(),
+        OutputSpec(logits=True),
+    ):
         compared = None
     return tokenizer_of_teacher(config.teacher.path, tokenizer, compared)
 
 
-def _teacher_shape(config: TrainConfig, head: Head, task: Task | None) -> tuple[Head, Shape | None]:
+def _teacher_shape(config: TrainConfig, head: Head, task: Task | None) -> tuple[Head, ModelDims | None]:
     if config.teacher is None:
         return "none", None
     path = config.teacher.path

@@ -32,7 +32,7 @@ from lad_dist import processes
 from lad_dist.card import card
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config import AGAIN, NO_PROGRESS, TrainConfig, UserError, dump, filled
-from lad_dist.disk import append_text, locked, write_text
+from lad_dist.utils.atomic_io import append_text, file_lock, write_text
 
 RESULTS = "results.json"
 DEATHS = 3  # in a row without a new checkpoint, after which a run is not begun again
@@ -145,7 +145,7 @@ class Run:
         processes.barrier()
 
     def _draw(self) -> None:
-        from lad_dist.plots import reading  # noqa: PLC0415 (matplotlib: a second at every start)
+        from lad_dist.plots import reading
 
         rows = [json.loads(row) for row in self._metrics.read_text().splitlines() if _step_of(row) < math.inf]
         figure = reading(rows)
@@ -173,7 +173,7 @@ class Run:
         end, lock = time.monotonic() + LAST_LIFE_ENDS, ExitStack()
         while True:
             try:
-                lock.enter_context(locked(self._lock))
+                lock.enter_context(file_lock(self._lock))
                 break
             except BlockingIOError:
                 if time.monotonic() >= end:

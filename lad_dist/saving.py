@@ -28,7 +28,7 @@ from torch import Tensor
 from lad_dist import processes
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config import AGAIN, Fault
-from lad_dist.disk import Digest, sync
+from lad_dist.utils.atomic_io import Digest, fsync
 
 FAILURES = 3  # in a row, after which the run stops
 LOOK_EVERY = 0.02  # seconds, while nothing is left to do but to wait for the files
@@ -135,7 +135,7 @@ def write(files: Files, root: Path) -> dict[str, Digest]:
             os.fsync(file.fileno())
         digests[str(path.relative_to(root))] = digesting.digest
     for folder in {path.parent for path, _ in files}:
-        sync(folder)
+        fsync(folder)
     return digests
 
 

@@ -47,9 +47,9 @@ from ray.tune.schedulers import ASHAScheduler
 
 from lad_dist import plan
 from lad_dist.config import Fault, Search, SearchConfig, TaskConfig, UserError, dump, read
-from lad_dist.data.lines import parse_json
-from lad_dist.disk import write_text
 from lad_dist.trials import Trial, bases, dotted, draw
+from lad_dist.utils.atomic_io import write_text
+from lad_dist.utils.strict_json import parse_json
 
 TASK = {"data.task", "data.train", "data.dev", "data.kind"}
 OBJECT_STORE = 100_000_000  # bytes: trials exchange nothing but numbers
@@ -227,7 +227,7 @@ def _train(words: Search, config: TaskConfig, metric: str) -> None:
     """A trial, in the process that Tune gave it."""
     if not words.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that asked for none
-    from lad_dist.train import train  # noqa: PLC0415 (deepspeed belongs to the trial's process)
+    from lad_dist.train import train
 
     threads = max(1, int(words.cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the driver's may be that of a whole node

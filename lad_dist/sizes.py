@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from lad_dist import families, models, parts
-from lad_dist.flat import Batch
+from lad_dist.core.batch import Batch
 from lad_dist.models import PreTrainedModel
 from lad_dist.parts import COMPACT, FOLDED
 

@@ -26,7 +26,7 @@ from torch import nn
 from lad_dist import budget, families, parts, pruning, theseus
 from lad_dist import low_rank as lowering
 from lad_dist.config import TrainConfig, UserError
-from lad_dist.flat import Batch, Head
+from lad_dist.core.batch import Batch, Head
 from lad_dist.low_rank import LowRank, LowRankEmbedding
 from lad_dist.models import PreTrainedModel, layers
 from lad_dist.pruning import CRITERIA, Magnitude, Pattern, Schedule

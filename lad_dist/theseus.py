@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from lad_dist import families, models
 from lad_dist.config import TrainConfig, UserError
-from lad_dist.data.keyed import COIN, key
-from lad_dist.flat import Head
+from lad_dist.core.batch import Head
 from lad_dist.models import PreTrainedModel
 from lad_dist.parts import Moment, Part
+from lad_dist.utils.rng import COIN, derive_key
 
 DIGITS = 53  # of a float: at a probability of 0 or 1 the coin has one side
 
@@ -65,7 +65,7 @@ class Theseus(Part):
         return self
 
     def at(self, moment: Moment) -> None:
-        drawn = key(COIN, moment.seed, moment.step, self._number) >> 64 - DIGITS
+        drawn = derive_key(COIN, moment.seed, moment.step, self._number) >> 64 - DIGITS
         self.replaced = drawn < self._probability(moment.progress) * 2**DIGITS
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

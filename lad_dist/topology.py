@@ -32,8 +32,8 @@ from safetensors import SafetensorError, safe_open
 from lad_dist import compact, models
 from lad_dist.config import EvaluateConfig, ModelPath, TaskConfig, UserError, parse, train_schema
 from lad_dist.config import read as read_tables
-from lad_dist.disk import write_text
 from lad_dist.evaluate import evaluate
+from lad_dist.utils.atomic_io import write_text
 
 Kept = Mapping[str, NDArray[np.bool_]]  # by weight [O, I]: True where it stays
 Group = tuple[int | None, str]  # a layer from 1, or none, and a component
@@ -92,7 +92,7 @@ def _zeros(files: Iterable[Path]) -> dict[str, NDArray[np.bool_]]:
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping)
+                for name in file.keys():
                     weight = file.get_tensor(name)
                     if weight.ndim == 2 and int((weight == 0).sum()) > weight.shape[1]:
                         found[name] = (weight != 0).numpy()

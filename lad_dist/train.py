@@ -28,11 +28,12 @@ from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
 from lad_dist.checkpoints import facts_of
 from lad_dist.config import Fault, TrainConfig, UserError
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelOutputs, OutputSpec
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.loader import load
 from lad_dist.data.order import share
 from lad_dist.data.tokenizers import save_beside
-from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.health import Watch
 from lad_dist.method import Method
 from lad_dist.parts import Moment
@@ -42,7 +43,7 @@ from lad_dist.saving import Files, Saver, Unsaved
 Row = dict[str, Any]
 Report = Callable[[Row], None]
 Clock = Callable[[str], contextlib.AbstractContextManager[Any]]
-Taught = Callable[[Batch, Needs], Any]
+Taught = Callable[[Batch, OutputSpec], Any]
 
 
 def silent(row: Row) -> None:
@@ -156,7 +157,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _answers(
-    made: plan.Plan, run: Run, feed: Any, teacher: models.Frozen | None, needs: Needs, steps: int
+    made: plan.Plan, run: Run, feed: Any, teacher: models.Frozen | None, needs: OutputSpec, steps: int
 ) -> Answers | None:
     """The teacher's, where they are worth keeping."""
     words = made.config.teacher
@@ -303,7 +304,7 @@ class Loop:
             averages.add(batch, {"loss": loss.detach(), **terms})
             self.tokens += batch.tokens
 
-    def _target(self, batch: Batch, step: int, slot: int) -> Trace | None:
+    def _target(self, batch: Batch, step: int, slot: int) -> ModelOutputs | None:
         """What the teacher says of a micro-batch."""
         if self.answers is not None:
             return self.answers(self.teacher_feed.numbers(step, slot))

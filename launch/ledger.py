@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lad_dist import cli
-from lad_dist.config import UserError
+from lad_dist.config import DONE, UserError
 
 
 class Words(argparse.ArgumentParser):
@@ -45,7 +45,7 @@ def main() -> int:
     cli.print_table(str(given.folder), *speed(ledger))
     for line in (conditions(ledger), *remarks(ledger["student"], ledger)):
         cli.say(line)
-    return cli.DONE
+    return DONE
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import math
 from typing import Any, NoReturn
 
 from lad_dist import cli
-from lad_dist.config import SearchConfig, Table, TrainConfig, UserError, pick, read, train_schema
+from lad_dist.config import DONE, SearchConfig, Table, TrainConfig, UserError, load, pick, read, train_schema
 
 ASSUMED_MFU = 0.3
 
@@ -54,7 +54,7 @@ def schema_of(path: str) -> type[Table]:
 
 def main() -> int:
     given = parsed()
-    config = cli.load(schema_of(given.config), given.config, given.overrides)
+    config = load(schema_of(given.config), given.config, given.overrides)
     from lad_dist.costs import GPUS
     from lad_dist.trials import draw
 
@@ -67,7 +67,7 @@ def main() -> int:
     else:
         assert isinstance(config, TrainConfig)
         show(config, given, world=given.gpus, trials=1, at_once=1)
-    return cli.DONE
+    return DONE
 
 
 def show(config: TrainConfig, given: argparse.Namespace, world: int, trials: int, at_once: int) -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 
 from lad_dist import cli
-from lad_dist.config import AGAIN, PrepareConfig, UserError
+from lad_dist.config import AGAIN, DONE, PrepareConfig, UserError
 
 LINE_EVERY = 10  # seconds
 
@@ -31,7 +31,7 @@ def main(config: PrepareConfig) -> int:
     if not complete:
         cli.say(f"{config.out}: stopped early; run again to go on")
         return AGAIN
-    return cli.DONE
+    return DONE
 
 
 def verify(words: list[str]) -> int:
@@ -42,7 +42,7 @@ def verify(words: list[str]) -> int:
     begin = time.monotonic()
     size = verify(words[0], cli.say) / 1e9
     cli.say(f"{size:.2f} GB in {time.monotonic() - begin:.1f} s")
-    return cli.DONE
+    return DONE
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from lad_dist import cli
 from lad_dist.config import (
     AGAIN,
+    DONE,
     EvaluateConfig,
     PrepareConfig,
     PretrainConfig,
@@ -203,7 +204,7 @@ def main() -> int:
         cli.say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
         return AGAIN
     show(FOLDER, results)
-    return cli.DONE
+    return DONE
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ example: python launch/train_tokenizer.py configs/pretrain/tokenizer_unigram.tom
 """
 
 from lad_dist import cli
-from lad_dist.config import TokenizerConfig
+from lad_dist.config import DONE, TokenizerConfig
 
 
 def main(config: TokenizerConfig) -> int:
     from lad_dist.data.train_tokenizer import train
 
     train(config, cli.say)
-    return cli.DONE
+    return DONE
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ example: python launch/tune.py configs/tune/lad.toml search.samples=8
 from pathlib import Path
 
 from lad_dist import cli
-from lad_dist.config import AGAIN, SearchConfig
+from lad_dist.config import AGAIN, DONE, SearchConfig
 
 
 def main(config: SearchConfig) -> int:
@@ -31,7 +31,7 @@ def main(config: SearchConfig) -> int:
         cli.say(f"{failed}; to run them again remove {folder}/results.json")
     best = f"best config: {found.best}; python launch/task_distill.py {found.best}"
     cli.say(best if found.best else f"compare them: python launch/report.py {folder} --out {folder}/report")
-    return cli.DONE
+    return DONE
 
 
 if __name__ == "__main__":

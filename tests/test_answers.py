@@ -14,14 +14,15 @@ from test_train import curve, digest, lad
 from lad_dist import answers, models
 from lad_dist.answers import Answers
 from lad_dist.config import TaskData, UserError
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelOutputs, OutputSpec
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import load_task
 from lad_dist.data.tokenizers import load_tokenizer
-from lad_dist.flat import Batch, Needs, Trace
 from lad_dist.train import train
 
 CPU = torch.device("cpu")
-NEEDS = Needs(logits=True, hidden=(0, 2, 4), qkv=(4,))
+NEEDS = OutputSpec(logits=True, hidden=(0, 2, 4), qkv=(4,))
 
 
 @pytest.fixture
@@ -39,15 +40,15 @@ def frozen(world: World) -> models.Frozen:
     return models.Frozen(str(world.teacher), "classification", device=CPU, labels=toy.LABELS)
 
 
-def kept(folder: Path, ask: answers.Ask, data: TaskFeed, needs: Needs = NEEDS) -> Answers:
+def kept(folder: Path, ask: answers.Ask, data: TaskFeed, needs: OutputSpec = NEEDS) -> Answers:
     return Answers(folder, ask, {"weights": "toy"}, data.train, needs, CPU, size=0)
 
 
-def nobody(batch: Batch, needs: Needs) -> Trace:
+def nobody(batch: Batch, needs: OutputSpec) -> ModelOutputs:
     raise AssertionError("it was asked")
 
 
-def tensors(trace: Trace) -> list[torch.Tensor]:
+def tensors(trace: ModelOutputs) -> list[torch.Tensor]:
     assert trace.logits is not None
     return [trace.logits, *trace.hidden.values(), *(x for qkv in trace.qkv.values() for x in qkv)]
 
@@ -68,20 +69,20 @@ def test_what_is_kept_is_what_the_teacher_says(words: dict[str, Any], world: Wor
 def test_a_teacher_is_asked_once_and_only_for_what_is_missing(world: World, tmp_path: Path) -> None:
     teacher, data, asked = frozen(world), feed(world), list[int]()
 
-    def ask(batch: Batch, needs: Needs) -> Trace:
+    def ask(batch: Batch, needs: OutputSpec) -> ModelOutputs:
         asked.append(len(batch.lengths))
         return teacher(batch, needs)
 
     first = kept(tmp_path, ask, data)
     assert sum(asked) == data.train.count
     again = kept(tmp_path, nobody, data)
-    fewer = kept(tmp_path, nobody, data, Needs(hidden=(2,)))
+    fewer = kept(tmp_path, nobody, data, OutputSpec(hidden=(2,)))
     numbers = np.array([3, 60, 3, 25])
     for x, y in zip(tensors(first(numbers)), tensors(again(numbers)), strict=True):
         assert torch.equal(x, y)
     assert torch.equal(fewer(numbers).hidden[2], first(numbers).hidden[2])
     before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path.suffix == ".safetensors"}
-    kept(tmp_path, ask, data, Needs(hidden=(2, 3)))
+    kept(tmp_path, ask, data, OutputSpec(hidden=(2, 3)))
     after = {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path in before}
     assert after == before
     assert len(list(first.folder.glob("hidden-3.*"))) == 3

@@ -10,7 +10,7 @@ import pytest
 from lad_dist import cli
 from lad_dist.checkpoints import MANIFEST, Checkpoints, NothingToResume, facts_of
 from lad_dist.config import UserError
-from lad_dist.disk import digest, files
+from lad_dist.utils.atomic_io import file_digest, list_files
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def saved(store: Checkpoints, *steps: int) -> Checkpoints:
     for step in steps:
         draft = store.draft(step)
         fill(draft, step)
-        store.commit(draft, {"step": step}, {str(path.relative_to(draft)): digest(path) for path in files(draft)})
+        store.commit(
+            draft, {"step": step}, {str(path.relative_to(draft)): file_digest(path) for path in list_files(draft)}
+        )
     return store
 
 
@@ -155,7 +157,7 @@ def test_a_damaged_newest_checkpoint_gives_way(
 
 def random_damage(checkpoint: Path, draw: random.Random) -> str:
     """Flips, cuts, deletes, swaps or zeroes something in it: what was done."""
-    file = draw.choice(sorted(files(checkpoint)))
+    file = draw.choice(sorted(list_files(checkpoint)))
     content = file.read_bytes()
     place = draw.randrange(len(content))
     kind = draw.choice(["flip", "cut", "delete", "swap", "zero"])
@@ -166,7 +168,7 @@ def random_damage(checkpoint: Path, draw: random.Random) -> str:
     elif kind == "delete":
         file.unlink()
     elif kind == "swap":
-        file.write_bytes(draw.choice([path for path in files(checkpoint) if path != file]).read_bytes())
+        file.write_bytes(draw.choice([path for path in list_files(checkpoint) if path != file]).read_bytes())
     else:
         file.write_bytes(content[:place] + bytes(len(content) - place))
     return f"{kind} {file.relative_to(checkpoint)} at {place} of {len(content)}"

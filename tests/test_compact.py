@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lad_dist import compact, models
 from lad_dist.config import UserError
-from lad_dist.flat import Needs
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import PreTrainedModel
 from lad_dist.train import train
 
@@ -24,7 +24,7 @@ ADAPT = PRUNE | {"criterion": "adapting", "modules": r"(embeddings|layer)\."}
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    found = models.trace(model.eval(), toy.batch([5, 3, 9]), Needs(logits=True)).logits
+    found = models.trace(model.eval(), toy.batch([5, 3, 9]), OutputSpec(logits=True)).logits
     assert found is not None
     return found.detach()
 
@@ -59,7 +59,7 @@ def test_an_encoder_is_found_below_the_head_of_a_pre_training(world: World, tmp_
     export = outcome.folder / "export"
     small, whole = compact.load(export), models.load(str(export), "none", whole=True)
     assert any(isinstance(module, torch.nn.Sequential) for module in small.modules())
-    batch, needs = toy.batch([5, 3, 9]), Needs(hidden=(2,))
+    batch, needs = toy.batch([5, 3, 9]), OutputSpec(hidden=(2,))
     found, expected = (models.trace(model.eval(), batch, needs).hidden[2] for model in (small, whole))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

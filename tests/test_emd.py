@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 
-from lad_dist.flat import Batch, Shape
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims
 from lad_dist.objectives import transport
 from lad_dist.objectives.emd import EMD
 
@@ -69,7 +70,7 @@ def test_masses_stay_finite_and_positive(costs: np.ndarray) -> None:
             assert side.min() > 1e-4
 
 
-def naive_costs(objective: EMD, student: twins.Trace, teacher: twins.Trace, batch: Batch) -> np.ndarray:
+def naive_costs(objective: EMD, student: twins.ModelOutputs, teacher: twins.ModelOutputs, batch: Batch) -> np.ndarray:
     """[2, M, L]: pair by pair, in fp64."""
     costs = np.zeros(objective.costs.shape)
     map_of = objective.hidden_projection.double()
@@ -85,7 +86,7 @@ def naive_costs(objective: EMD, student: twins.Trace, teacher: twins.Trace, batc
 
 @settings(max_examples=15)
 @given(batch=twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
-def test_emd_equals_its_equations(batch: Batch, seed: int, shape: Shape) -> None:
+def test_emd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
     """In the first step by masses, then by the plans of an exact solver on the costs of the step before."""
     student, teacher = traces(batch, seed, shape)
     later = traces(batch, seed + 1, shape)

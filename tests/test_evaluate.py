@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from lad_dist import evaluate, processes
 from lad_dist.config import EvaluateConfig, TaskData, parse
+from lad_dist.core.batch import Batch
 from lad_dist.data.examples import tokenize
 from lad_dist.data.tasks import Task, Texts
 from lad_dist.data.tokenizers import load_tokenizer
 from lad_dist.evaluate import Predictions
-from lad_dist.flat import Batch
 from lad_dist.train import train
 
 

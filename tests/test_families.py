@@ -22,11 +22,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from lad_dist import families, models, parts, sizes, surgery
 from lad_dist.config import EvaluateConfig, PrepareConfig, UserError
-from lad_dist.data.batch import collate, span_starts
+from lad_dist.core.batch import Batch, Head, pad, unpad
+from lad_dist.core.collate import collate, span_starts
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.prepare import prepare
 from lad_dist.data.tokenizers import load_tokenizer
 from lad_dist.evaluate import evaluate
-from lad_dist.flat import Batch, Head, Needs, pad, unpad
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.train import train
@@ -35,7 +36,7 @@ TABLE = (Path(__file__).parent.parent / "README.md").read_text().split("\n## Whi
 LENGTHS = [7, 3, 12, 1, 12]
 LABELS = ("a", "b", "c")
 OF_TOKENS = ("mlm", "tagging", "question_answering")
-EVERYTHING = Needs(True, (0, 1, 2, 3, 4), (1, 4))
+EVERYTHING = OutputSpec(True, (0, 1, 2, 3, 4), (1, 4))
 ALL = [*SIZES, *LIKE]
 
 
@@ -142,7 +143,7 @@ def test_queries_keys_and_values_are_those_of_the_layer(family: str, words: Any)
     """Maps of the hidden state before it; also where DeBERTa sends its positions through the same maps."""
     model, batch = toy_families.made(family, "none", words(family)), batch_of(LENGTHS, "none", words(family))
     with torch.no_grad():
-        seen = models.trace(model, batch, Needs(hidden=(1,), qkv=(2,)))
+        seen = models.trace(model, batch, OutputSpec(hidden=(1,), qkv=(2,)))
         stack = models.layers(model)
         maps = {name.rpartition(".")[2]: m for name, m in stack[1 % len(stack)].named_modules()}
         for name, x in zip(MAPS.get(family, ("query", "key", "value")), seen.qkv[2], strict=True):
@@ -156,7 +157,7 @@ def test_the_scores_of_modernbert_know_positions(words: Any) -> None:
         batch_of([9], "none", words("modernbert")),
     )
     with torch.no_grad():
-        q, k, _ = models.trace(model, batch, Needs(qkv=(4,))).qkv[4]  # the fourth layer sees everything
+        q, k, _ = models.trace(model, batch, OutputSpec(qkv=(4,))).qkv[4]  # the fourth layer sees everything
         model.set_attn_implementation("eager")
         expected = model(input_ids=batch.input_ids[None], output_attentions=True).attentions[3][0]
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
@@ -171,7 +172,7 @@ def test_layers_dropped_exported_and_loaded(family: str, words: Any, tmp_path: P
         model = surgery.keep_layers(toy_families.made(family, head, words(family), labels_of(head)), kept)
         batch = batch_of(LENGTHS, head, words(family))
         with torch.no_grad():
-            seen = models.trace(model, batch, Needs(logits=True))
+            seen = models.trace(model, batch, OutputSpec(logits=True))
         models.save(model, tmp_path / head)
         assert models.configuration(str(tmp_path / head)).num_hidden_layers == len(kept)
         expected = as_transformers_does(tmp_path / head, head, batch)
@@ -182,7 +183,7 @@ def test_layers_dropped_exported_and_loaded(family: str, words: Any, tmp_path: P
 def test_the_first_layers_compute_what_they_did(family: str, words: Any) -> None:
     whole, part = (toy_families.made(family, "none", words(family)) for _ in range(2))
     surgery.keep_layers(part, [1, 2, 3])
-    batch, needs = batch_of(LENGTHS, "none", words(family)), Needs(hidden=(1, 2))
+    batch, needs = batch_of(LENGTHS, "none", words(family)), OutputSpec(hidden=(1, 2))
     with torch.no_grad():
         expected, seen = (models.trace(model, batch, needs).hidden for model in (whole, part))
     torch.testing.assert_close(seen, expected)
@@ -194,7 +195,7 @@ def test_another_first_layer_of_modernbert_computes_nearly_what_it_did(words: An
     with torch.no_grad():
         model.embeddings.norm.weight.fill_(0.7)
         layer, batch = model.layers[1], batch_of([9], "none", words("modernbert"))
-        embedded = models.trace(model, batch, Needs(hidden=(0,))).hidden[0]
+        embedded = models.trace(model, batch, OutputSpec(hidden=(0,))).hidden[0]
         before = layer.attn.Wqkv(layer.attn_norm(embedded))
         surgery.keep_layers(model, [2, 1])
         assert isinstance(model.layers[0].attn_norm, nn.Identity)
@@ -214,7 +215,7 @@ def test_dropout_is_what_was_asked_for(family: str, words: Any) -> None:
     def moved(hidden: float, attention: float) -> list[bool]:
         """Which layers' outputs differ from one forward to another."""
         surgery.set_dropout(model, hidden, attention)
-        one, other = (models.trace(model, batch, Needs(hidden=(0, 4))).hidden for _ in range(2))
+        one, other = (models.trace(model, batch, OutputSpec(hidden=(0, 4))).hidden for _ in range(2))
         return [not torch.equal(one[layer], other[layer]) for layer in (0, 4)]
 
     with torch.no_grad():
@@ -258,7 +259,7 @@ def test_flops_are_those_that_torch_counts(family: str, words: Any, monkeypatch:
         model = toy_families.made(family, head, words(family), labels_of(head), **settings).requires_grad_(False)
         batch = batch_of([16] * 4, head, words(family))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            models.trace(model, batch, Needs(logits=True))
+            models.trace(model, batch, OutputSpec(logits=True))
         assert counter.get_total_flops() == sum(sizes.flops(model, batch).values())
 
 
@@ -277,7 +278,7 @@ def test_the_longest_sequence_is_the_longest_that_runs(family: str, words: Any) 
     model = toy_families.made(family, "none", words(family))
     models.check_length(model.config, "it", 64)
     with torch.no_grad():
-        seen = models.trace(model, batch_of([64], "none", words(family)), Needs(hidden=(4,)))
+        seen = models.trace(model, batch_of([64], "none", words(family)), OutputSpec(hidden=(4,)))
     assert seen.hidden[4].isfinite().all()
     with pytest.raises(UserError, match="65 tokens, but it has 64 positions"):
         models.check_length(model.config, "it", 65)

@@ -19,12 +19,12 @@ from transformers import (
 
 from lad_dist import models, plan
 from lad_dist.config import EvaluateConfig, TrainConfig, UserError, parse
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.examples import QuestionExamples
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import load_task
 from lad_dist.data.tokenizers import load_tokenizer
 from lad_dist.evaluate import evaluate, predict
-from lad_dist.flat import Needs
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.train import Outcome, train
 
@@ -173,7 +173,9 @@ def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, Out
     assert isinstance(dev, QuestionExamples)
     frozen = models.load(str(folder), "question_answering", whole=True).eval()
     with torch.no_grad():
-        found = predict(lambda batch: models.trace(frozen, batch, Needs(logits=True)).logits, dev.in_order()).logits
+        found = predict(
+            lambda batch: models.trace(frozen, batch, OutputSpec(logits=True)).logits, dev.in_order()
+        ).logits
     raw = load_task(data).dev["dev"]
     inputs = words(raw.questions, raw.contexts, padding=True, return_tensors="pt", return_offsets_mapping=True)
     assert dev.count == len(raw.questions)  # every context fits

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from watched import BOUND, Rank
 
 from lad_dist import health, processes
-from lad_dist.config import UserError
-from lad_dist.health import AGAIN, DIED, Failure, Mark, Member, Roster, Watch
+from lad_dist.config import AGAIN, DIED, UserError
+from lad_dist.health import Failure, Mark, Member, Roster, Watch
 
 HOST = socket.gethostname()
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import LENGTHS, STUDENT, TEACHER, traces
 
-from lad_dist.flat import Batch, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelOutputs
 from lad_dist.objectives.lad import LAD, VARIANTS, Gate
 
 MADE: list[dict[str, Any]] = [
@@ -30,7 +31,7 @@ def naive_openness(gate: Gate, old: list[float], new: list[float]) -> list[float
     return [1 / (1 + math.exp(-x)) for x in sums]
 
 
-def naive_lad(objective: LAD, student: Trace, teacher: Trace, batch: Batch, span: int | None) -> float:
+def naive_lad(objective: LAD, student: ModelOutputs, teacher: ModelOutputs, batch: Batch, span: int | None) -> float:
     """LAD's hidden term from the equations: token by token, dimension by dimension, in Python floats."""
     layers, width = len(teacher.hidden) - 1, TEACHER.width
     values = {layer: teacher.hidden[layer].detach().double().tolist() for layer in range(1, layers + 1)}
@@ -120,8 +121,8 @@ def test_what_a_student_layer_reads_adds_up_to_one_and_follows_the_gates() -> No
     torch.manual_seed(0)
     batch = toy.batch((400, 400))
     layers = torch.nn.functional.layer_norm(torch.randn(5, 800, TEACHER.width), (TEACHER.width,))
-    teacher = Trace(torch.randn(2, 3), dict(enumerate(layers)))
-    student = Trace(torch.randn(2, 3), dict(enumerate(layers[:3])))
+    teacher = ModelOutputs(torch.randn(2, 3), dict(enumerate(layers)))
+    student = ModelOutputs(torch.randn(2, 3), dict(enumerate(layers[:3])))
     objective = LAD(STUDENT, TEACHER, gates="constant", openness=0.5)
     objective(student, teacher, batch)
     seen = [objective.observed[f"reads/2/{layer}"].item() for layer in (1, 2, 3, 4)]

@@ -11,7 +11,8 @@ from torch import Tensor
 from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Shape
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims
 from lad_dist.objectives.alp import ALP
 from lad_dist.objectives.distilbert import DistilBERT
 from lad_dist.objectives.kd import KD
@@ -108,7 +109,7 @@ def mapped(linear: torch.nn.Module, x: Tensor) -> Tensor:
 
 @few
 @given(batch=twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
-def test_tinybert_equals_its_equations(batch: Batch, seed: int, shape: Shape) -> None:
+def test_tinybert_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
     student, teacher = traces(batch, seed, shape)
     objective = TinyBERT(shape, TEACHER, embedding=2.0, hidden=3.0, attention=5.0)
 
@@ -154,7 +155,7 @@ def test_tinybert_learns_a_map_only_where_widths_differ() -> None:
 
 @few
 @given(batch=twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
-def test_minilm_equals_its_equations(batch: Batch, seed: int, shape: Shape) -> None:
+def test_minilm_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
     student, teacher = traces(batch, seed, shape)
     terms = MiniLM(shape, TEACHER)(student, teacher, batch)
     (qs, ks, vs), (qt, kt, vt) = student.qkv[2], teacher.qkv[4]
@@ -235,7 +236,7 @@ def naive_view(attention: Tensor, vertices: int, neighbours: int) -> list[tuple[
     heads=st.sampled_from([1, 2]),
     few_of_them=st.booleans(),
 )
-def test_mgskd_equals_its_equations(batch: Batch, seed: int, shape: Shape, heads: int, few_of_them: bool) -> None:
+def test_mgskd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims, heads: int, few_of_them: bool) -> None:
     student, teacher = traces(batch, seed, shape)
     vertices, neighbours = (2 if few_of_them and not batch.packed else 20), (3 if few_of_them else 20)
     objective = MGSKD(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lad_dist.flat import Batch
+from lad_dist.core.batch import Batch
 from lad_dist.objectives import losses
 
 LENGTHS = twins.LENGTHS

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lad_dist import low_rank, models, observe, parts, plan, surgery
 from lad_dist.config import UserError, arguments
-from lad_dist.flat import Batch, Needs
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.low_rank import LowRank, LowRankEmbedding
 from lad_dist.train import train
 
@@ -34,7 +35,7 @@ def made(family: str = "bert") -> models.PreTrainedModel:
 
 def logits(model: models.PreTrainedModel, batch: Batch = SAMPLE[0]) -> Tensor:
     with torch.no_grad():
-        found = models.trace(model, batch, Needs(logits=True)).logits
+        found = models.trace(model, batch, OutputSpec(logits=True)).logits
     assert found is not None
     return found
 

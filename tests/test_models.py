@@ -16,13 +16,14 @@ from torch.nn.attention import varlen
 
 from lad_dist import models
 from lad_dist.config import UserError
-from lad_dist.data.batch import collate, span_starts
-from lad_dist.flat import Batch, Head, Needs, unpad
+from lad_dist.core.batch import Batch, Head, unpad
+from lad_dist.core.collate import collate, span_starts
+from lad_dist.core.outputs import OutputSpec
 
 VOCABULARY = 90
 LENGTHS = [7, 3, 12, 1, 12]
 WINDOWS = toy_families.architecture("modernbert", pad_token_id=0)
-EVERY_LAYER = Needs(logits=True, hidden=(0, 1, 2, 3, 4))
+EVERY_LAYER = OutputSpec(logits=True, hidden=(0, 1, 2, 3, 4))
 
 
 def made(folder: Path, head: Head, architecture: dict[str, Any] = toy.SIZES) -> Path:
@@ -59,7 +60,7 @@ def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
     together, alone = batch_of([5, 9], "none"), batch_of([5], "none")
     assert together.input_ids[:5].tolist() == alone.input_ids.tolist()
     with torch.no_grad():
-        hidden = [models.trace(model, batch, Needs(hidden=(4,))).hidden[4] for batch in (together, alone)]
+        hidden = [models.trace(model, batch, OutputSpec(hidden=(4,))).hidden[4] for batch in (together, alone)]
     torch.testing.assert_close(hidden[0][:5], hidden[1], rtol=1e-5, atol=1e-5)
 
 
@@ -72,7 +73,7 @@ def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
     apart = batch_of([12, 9, 3], "mlm")
     together = toy.packed(apart._replace(token_type_ids=torch.zeros_like(apart.token_type_ids)), 12)
     model.get_input_embeddings().weight.grad = None
-    hidden = models.trace(model, together, Needs(hidden=(4,))).hidden[4]
+    hidden = models.trace(model, together, OutputSpec(hidden=(4,))).hidden[4]
     others = together.input_ids[:12].unique()
     alone = set(range(VOCABULARY)) - set(others.tolist())
     hidden[:12].float().pow(2).sum().backward()
@@ -87,14 +88,21 @@ def test_segments_matter(tmp_path: Path) -> None:
     batch = batch_of(LENGTHS, "none")
     plain = batch._replace(token_type_ids=torch.zeros_like(batch.token_type_ids))
     with torch.no_grad():
-        one, other = (models.trace(model, b, Needs(hidden=(4,))).hidden[4] for b in (batch, plain))
+        one, other = (models.trace(model, b, OutputSpec(hidden=(4,))).hidden[4] for b in (batch, plain))
     assert (one - other).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
-    "needs", [Needs(), Needs(logits=True), Needs(hidden=(0, 3)), Needs(qkv=(2,)), Needs(True, (4,), (1, 4))]
+    "needs",
+    [
+        OutputSpec(),
+        OutputSpec(logits=True),
+        OutputSpec(hidden=(0, 3)),
+        OutputSpec(qkv=(2,)),
+        OutputSpec(True, (4,), (1, 4)),
+    ],
 )
-def test_a_trace_holds_what_was_needed(needs: Needs, tmp_path: Path) -> None:
+def test_a_trace_holds_what_was_needed(needs: OutputSpec, tmp_path: Path) -> None:
     model = models.load(str(made(tmp_path, "mlm")), "mlm").eval()
     batch = batch_of(LENGTHS, "mlm")
     seen = models.trace(model, batch, needs)
@@ -110,8 +118,8 @@ def test_the_mlm_head_runs_on_masked_rows_alone(tmp_path: Path) -> None:
     seen: list[int] = []
     model.cls.register_forward_hook(lambda _, args, __: seen.append(args[0].numel() // 32))
     batch = batch_of(LENGTHS, "mlm")
-    models.trace(model, batch, Needs(logits=True))
-    models.trace(model, batch, Needs(hidden=(1,)))  # and not at all where no logits are needed
+    models.trace(model, batch, OutputSpec(logits=True))
+    models.trace(model, batch, OutputSpec(hidden=(1,)))  # and not at all where no logits are needed
     assert seen == [len(batch.rows)]
 
 
@@ -201,7 +209,7 @@ def test_a_frozen_model_answers_in_the_tasks_order_of_labels(world: World) -> No
     straight = models.Frozen(str(world.teacher), "classification", device=device, labels=("no", "yes"))
     turned = models.Frozen(str(world.teacher), "classification", device=device, labels=("yes", "no"))
     batch = toy.batch(LENGTHS)
-    one, other = (m(batch, Needs(logits=True)).logits for m in (straight, turned))
+    one, other = (m(batch, OutputSpec(logits=True)).logits for m in (straight, turned))
     assert one is not None
     assert other is not None
     assert torch.equal(one, other.flip(1))

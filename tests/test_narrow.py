@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lad_dist import models, narrow, plan
 from lad_dist.config import UserError
-from lad_dist.flat import Needs
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.narrow import Size
 from lad_dist.train import train
 
@@ -42,7 +42,7 @@ def test_nothing_is_lost_at_full_width(family: str, head: str) -> None:
     same, errors = narrow.narrow(model, SAMPLE[:3], WIDE, "principal")
     assert errors == pytest.approx(dict.fromkeys(errors, 0.0), abs=1e-5)
     assert ("logits" in errors) == (head != "none")
-    needs = Needs(logits=head != "none", hidden=(0, 1, 4))
+    needs = OutputSpec(logits=head != "none", hidden=(0, 1, 4))
     with torch.no_grad():
         torch.testing.assert_close(
             models.trace(same, ELSEWHERE, needs), models.trace(model, ELSEWHERE, needs), rtol=1e-4, atol=1e-4
@@ -58,7 +58,7 @@ def test_a_narrow_model_is_an_ordinary_one(family: str, head: Any, tmp_path: Pat
     assert models.shape(again.config, head).width == 16
     assert models.shape(again.config, head).heads == 2
     assert max(errors.values()) < 1.5
-    needs = Needs(hidden=(4,))
+    needs = OutputSpec(hidden=(4,))
     with torch.no_grad():
         found = models.trace(again.eval(), ELSEWHERE, needs).hidden[4]
         torch.testing.assert_close(found, models.trace(small, ELSEWHERE, needs).hidden[4])

@@ -8,7 +8,7 @@ from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 
 from lad_dist import models
 from lad_dist.config import UserError
-from lad_dist.flat import Needs, Shape, Trace
+from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import OBJECTIVES
 
 TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.taught)
@@ -60,10 +60,10 @@ def test_heads_have_no_order(name: str) -> None:
     student, teacher = traces(batch)
     objective = OBJECTIVES[name](STUDENT, TEACHER).eval()
 
-    def turned(trace: Trace) -> Trace:
+    def turned(trace: ModelOutputs) -> ModelOutputs:
         return trace._replace(qkv={layer: tuple(x.flip(1) for x in qkv) for layer, qkv in trace.qkv.items()})
 
-    def terms(a: Trace, b: Trace) -> dict[str, float]:
+    def terms(a: ModelOutputs, b: ModelOutputs) -> dict[str, float]:
         return {key: term.item() for key, term in objective(a, b, batch).items()}
 
     straight = terms(student, teacher)
@@ -100,7 +100,7 @@ def test_the_teacher_may_have_more_precision_than_the_student(name: str) -> None
     batch = toy.batch(LENGTHS)
     student, teacher = traces(batch)
     objective = OBJECTIVES[name](STUDENT, TEACHER).bfloat16()
-    rounded = Trace(
+    rounded = ModelOutputs(
         None if student.logits is None else student.logits.bfloat16(),
         {layer: x.bfloat16() for layer, x in student.hidden.items()},
         {layer: (q.bfloat16(), k.bfloat16(), v.bfloat16()) for layer, (q, k, v) in student.qkv.items()},
@@ -168,7 +168,7 @@ def test_where_widths_may_differ() -> None:
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    name: str, options: dict, student: Shape, teacher: Shape, message: str
+    name: str, options: dict, student: ModelDims, teacher: ModelDims, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         OBJECTIVES[name](student, teacher, **options)
@@ -194,8 +194,8 @@ def test_a_weight_of_zero_leaves_its_term_away(name: str) -> None:
 
 
 def test_needs_name_only_what_is_used() -> None:
-    assert OBJECTIVES["minilm2"](STUDENT, TEACHER).teacher_needs == Needs(qkv=(4,))
-    assert OBJECTIVES["kd"](STUDENT, TEACHER, soft=0.0).teacher_needs == Needs()
-    assert OBJECTIVES["lad"](STUDENT, TEACHER, soft=0.0).teacher_needs == Needs(hidden=(1, 2, 3, 4))
-    assert OBJECTIVES["pkd"](STUDENT, TEACHER).student_needs == Needs(logits=True, hidden=(1,))
-    assert OBJECTIVES["tinybert"](STUDENT, TEACHER).teacher_needs == Needs(hidden=(0, 2, 4), qkv=(2, 4))
+    assert OBJECTIVES["minilm2"](STUDENT, TEACHER).teacher_needs == OutputSpec(qkv=(4,))
+    assert OBJECTIVES["kd"](STUDENT, TEACHER, soft=0.0).teacher_needs == OutputSpec()
+    assert OBJECTIVES["lad"](STUDENT, TEACHER, soft=0.0).teacher_needs == OutputSpec(hidden=(1, 2, 3, 4))
+    assert OBJECTIVES["pkd"](STUDENT, TEACHER).student_needs == OutputSpec(logits=True, hidden=(1,))
+    assert OBJECTIVES["tinybert"](STUDENT, TEACHER).teacher_needs == OutputSpec(hidden=(0, 2, 4), qkv=(2, 4))

@@ -10,8 +10,8 @@ import toy_families
 
 from lad_dist import models, onnx_export, parts, surgery
 from lad_dist.config import Fault, UserError
+from lad_dist.core.batch import Head
 from lad_dist.data.tokenizers import load_tokenizer
-from lad_dist.flat import Head
 
 SMALL = {"num_hidden_layers": 1}
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lad_dist import costs, models, plan, sizes
 from lad_dist.config import TrainConfig
-from lad_dist.flat import Needs
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.train import train
 
@@ -77,7 +77,7 @@ def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
     model = models.load(str(world.pretrained), head)  # type: ignore[arg-type]
     batch = toy.batch([16, 16, 16, 16])
     assert batch.filled == batch.tokens
-    needs = Needs(logits=head == "mlm", hidden=(4,))
+    needs = OutputSpec(logits=head == "mlm", hidden=(4,))
     # The fused kernel of a CPU is not among those that it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         seen = models.trace(model, batch, needs)

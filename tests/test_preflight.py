@@ -44,8 +44,10 @@ def test_devices_that_are_not(devices: list[tuple[str, str, int]], code: int, me
 WORKER = """
 import json, sys, torch
 import torch.distributed as dist
-from lad_dist import preflight, processes
-from lad_dist.config import Fault, UserError
+from lad_dist import preflight
+from lad_dist import processes
+from lad_dist.config import Fault
+from lad_dist.config import UserError
 
 processes.start()
 rank = processes.rank()

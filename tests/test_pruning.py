@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from lad_dist import models, parts, pruning, surgery
 from lad_dist.config import UserError, arguments
-from lad_dist.flat import Needs
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import PreTrainedModel
 from lad_dist.parts import Moment
 from lad_dist.pruning import CRITERIA, Pattern, Pruning, Schedule
 from lad_dist.train import check, train
 
 LENGTHS = [5, 3, 9]
-LOGITS = Needs(logits=True)
+LOGITS = OutputSpec(logits=True)
 
 
 def made() -> PreTrainedModel:

@@ -15,9 +15,9 @@ import toy
 from conftest import World
 from launching import ROOT
 
-from lad_dist import disk
 from lad_dist.config import TrainConfig, UserError
 from lad_dist.runs import DEATHS, NoProgress, Run
+from lad_dist.utils import atomic_io
 
 
 @pytest.fixture
@@ -102,14 +102,14 @@ def test_a_row_that_was_cut_off_does_not_hinder(config: TrainConfig) -> None:
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.json"
-    disk.write_text(file, "before")
+    atomic_io.write_text(file, "before")
 
     def fail(*_: Any) -> None:
         raise OSError("pulled the plug")
 
-    monkeypatch.setattr(disk.os, "replace", fail)
+    monkeypatch.setattr(atomic_io.os, "replace", fail)
     with pytest.raises(OSError, match="pulled the plug"):
-        disk.write_text(file, "after")
+        atomic_io.write_text(file, "after")
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -190,8 +190,8 @@ def test_the_file_stop_is_seen_and_taken_away(config: TrainConfig) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lad_dist.disk import locked
-with locked(Path(sys.argv[1])):
+from lad_dist.utils.atomic_io import file_lock
+with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lad_dist import saving
 from lad_dist.checkpoints import Checkpoints, facts_of
-from lad_dist.disk import digest, files
 from lad_dist.saving import Copies, Files, Saver, to_host, write
+from lad_dist.utils.atomic_io import file_digest, list_files
 
 
 def test_copies_are_of_their_own_and_what_was_one_stays_one() -> None:
@@ -39,7 +39,7 @@ def test_copies_are_of_their_own_and_what_was_one_stays_one() -> None:
 def test_what_is_written_is_what_is_read_and_its_digests_are_those_of_the_files(tmp_path: Path) -> None:
     content = {"weight": torch.randn(1000, 30), "steps": [1, 2]}
     digests = write([(tmp_path / "state" / "a.pt", content), (tmp_path / "b.pt", {})], tmp_path)
-    assert digests == {str(path.relative_to(tmp_path)): digest(path) for path in files(tmp_path)}
+    assert digests == {str(path.relative_to(tmp_path)): file_digest(path) for path in list_files(tmp_path)}
     assert set(digests) == {"state/a.pt", "b.pt"}
     found = torch.load(tmp_path / "state" / "a.pt", weights_only=True)
     assert torch.equal(found["weight"], content["weight"])

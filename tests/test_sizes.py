@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lad_dist import models, parts, sizes, surgery
+from lad_dist.core.batch import Head
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.tokenizers import load_tokenizer
-from lad_dist.flat import Head, Needs
 from lad_dist.low_rank import LowRank
 
 VOCABULARY = 50
@@ -94,7 +95,7 @@ def test_pairs_are_what_torch_counts() -> None:
     assert sizes.flops(compact, batch) == counted
     assert sum(sizes.stored(compact).weights.values()) == models.parameters(compact)
     with FlopCounterMode(display=False) as counter:
-        models.trace(compact, batch, Needs(logits=True))
+        models.trace(compact, batch, OutputSpec(logits=True))
     attention = 4 * 4 * 32 * 4 * 16**2  # the fused kernel of a CPU is not among those that it counts
     assert sum(counted.values()) - attention == counter.get_total_flops()
 

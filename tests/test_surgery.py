@@ -9,7 +9,7 @@ from torch import nn
 
 from lad_dist import models, surgery
 from lad_dist.config import UserError
-from lad_dist.flat import Needs
+from lad_dist.core.outputs import OutputSpec
 
 FAMILIES = {
     "bert": toy.SIZES,
@@ -28,7 +28,7 @@ def made(family: str = "bert") -> models.PreTrainedModel:
 def outputs(model: models.PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch = toy.batch([5, 3, 9])
     with torch.no_grad():
-        seen = models.trace(model, batch, Needs(logits=True, hidden=(layer,)))
+        seen = models.trace(model, batch, OutputSpec(logits=True, hidden=(layer,)))
     assert seen.logits is not None
     return seen.logits, seen.hidden[layer]
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lad_dist import costs, models, parts, plan, surgery
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.method import Method
 from lad_dist.objectives.objective import uniform
 from lad_dist.parts import Moment
@@ -26,7 +27,7 @@ from lad_dist.theseus import Theseus, replacing, theseus
 from lad_dist.train import train
 
 LENGTHS = [5, 3, 9]
-EVERYTHING = Needs(logits=True, hidden=(0, 1, 2), qkv=(1, 2))
+EVERYTHING = OutputSpec(logits=True, hidden=(0, 1, 2), qkv=(1, 2))
 # Families whose layers can be replaced; some take padded batches, some return tuples.
 REPLACEABLE = [name for name in toy_families.SIZES if name not in ("albert", "deberta-v2", "modernbert")]
 
@@ -68,7 +69,7 @@ def at(model: models.PreTrainedModel, moment: Moment) -> list[bool]:
     return [part.replaced for part in parts.parts(model) if isinstance(part, Theseus)]
 
 
-def compared(mine: Trace, its: Trace, layers: tuple[int, ...]) -> None:
+def compared(mine: ModelOutputs, its: ModelOutputs, layers: tuple[int, ...]) -> None:
     """The student's layers 0, 1 and 2 with these of the other."""
     assert torch.equal(mine.logits, its.logits)  # type: ignore[arg-type]
     for layer, other in enumerate(layers):
@@ -78,8 +79,10 @@ def compared(mine: Trace, its: Trace, layers: tuple[int, ...]) -> None:
             assert torch.equal(x, y)
 
 
-def traced(model: models.PreTrainedModel, layers: tuple[int, ...] = (0, 1, 2), batch: Batch | None = None) -> Trace:
-    needs = Needs(logits=True, hidden=layers, qkv=layers[1:])
+def traced(
+    model: models.PreTrainedModel, layers: tuple[int, ...] = (0, 1, 2), batch: Batch | None = None
+) -> ModelOutputs:
+    needs = OutputSpec(logits=True, hidden=layers, qkv=layers[1:])
     return models.trace(model, toy.batch(LENGTHS) if batch is None else batch, needs)
 
 
@@ -160,7 +163,7 @@ def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> 
     assert [layer for block in blocks for layer in block] == wide
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
     ends = [wide.index(block[-1]) + 1 for block in blocks]
-    shape = Shape(new, 32, 4, "none", 0)
+    shape = ModelDims(new, 32, 4, "none", 0)
     assert ends == [layer for _, layer in uniform("", shape, shape._replace(layers=old))]
 
 

@@ -25,11 +25,12 @@ from launching import ROOT, environment
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lad_dist import disk, engine, models, processes
+from lad_dist import engine, models, processes
 from lad_dist.checkpoints import Checkpoints, facts_of
 from lad_dist.config import TrainConfig, UserError
 from lad_dist.method import Method
 from lad_dist.train import Averages, Outcome, train
+from lad_dist.utils import atomic_io
 
 DROPOUT = {"student.dropout": 0.1, "student.attention_dropout": 0.1}
 HALF = {"deepspeed.bf16.enabled": True, "deepspeed.zero_optimization.stage": 1}
@@ -271,8 +272,8 @@ def test_the_export_is_the_trained_model(
         return student
 
     def dev_logits(method: Method) -> torch.Tensor:
-        from lad_dist.data.batch import collate, span_starts
-        from lad_dist.flat import Needs
+        from lad_dist.core.collate import collate, span_starts
+        from lad_dist.core.outputs import OutputSpec
 
         method.eval()
         inputs = padded(world.tokenizer)
@@ -281,7 +282,7 @@ def test_the_export_is_the_trained_model(
         ]
         starts = span_starts(ids)
         rows = np.arange(starts[-1]) if kind == "mlm" else starts[:-1]
-        needs = Needs(hidden=(2,)) if kind == "none" else Needs(logits=True)
+        needs = OutputSpec(hidden=(2,)) if kind == "none" else OutputSpec(logits=True)
         segments = [np.zeros(len(row), dtype=np.uint8) for row in ids]
         with torch.no_grad():
             seen = models.trace(method.student, collate(ids, segments, rows, rows), needs)
@@ -473,7 +474,11 @@ def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> N
         store = Checkpoints(folder / "checkpoints")
         draft = checkpoint.rename(checkpoint.with_suffix(".draft"))
         (draft / "manifest.json").unlink()
-        store.commit(draft, facts, {str(path.relative_to(draft)): disk.digest(path) for path in disk.files(draft)})
+        store.commit(
+            draft,
+            facts,
+            {str(path.relative_to(draft)): atomic_io.file_digest(path) for path in atomic_io.list_files(draft)},
+        )
         with pytest.raises(UserError, match="holds more than tensors, and nothing of it was run"):
             train(config)
         assert not (tmp_path / f"exploded{number}").exists()

@@ -10,9 +10,9 @@ import torch
 
 from lad_dist import models
 from lad_dist.config import TrainConfig, override, parse, train_schema
-from lad_dist.data.batch import collate, pack
+from lad_dist.core.batch import Batch
+from lad_dist.core.collate import collate, pack
 from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
-from lad_dist.flat import Batch
 
 WORDS = [
     a + b for a in ("ba", "de", "fi", "go", "lu", "ma", "ne", "po") for b in ("n", "rt", "sk", "l", "mp", "st", "d")

@@ -7,27 +7,30 @@ import toy
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs
 
-TEACHER = Shape(layers=4, width=8, heads=2, head="classification", outputs=2)
+TEACHER = ModelDims(layers=4, width=8, heads=2, head="classification", outputs=2)
 STUDENT = TEACHER._replace(layers=2)
 NARROW = STUDENT._replace(width=4)
 LENGTHS = [5, 3, 7]
 
 
-def traces(batch: Batch, seed: int = 0, student: Shape = STUDENT, teacher: Shape = TEACHER) -> tuple[Trace, Trace]:
+def traces(
+    batch: Batch, seed: int = 0, student: ModelDims = STUDENT, teacher: ModelDims = TEACHER
+) -> tuple[ModelOutputs, ModelOutputs]:
     """Of a student and a teacher: every layer's hidden states, queries, keys and values, and logits."""
     torch.manual_seed(seed)
     tokens, rows = len(batch.input_ids), len(batch.rows)
 
-    def of(shape: Shape) -> Trace:
+    def of(shape: ModelDims) -> ModelOutputs:
         hidden = {layer: torch.randn(tokens, shape.width, requires_grad=True) for layer in range(shape.layers + 1)}
         split = (tokens, shape.heads, shape.width // shape.heads)
         qkv = {
             layer: tuple(torch.randn(split, requires_grad=True) for _ in range(3))
             for layer in range(1, shape.layers + 1)
         }
-        return Trace(torch.randn(rows, shape.outputs), hidden, qkv)  # type: ignore[arg-type]
+        return ModelOutputs(torch.randn(rows, shape.outputs), hidden, qkv)  # type: ignore[arg-type]
 
     return of(student), of(teacher)
 

@@ -17,8 +17,8 @@ import torch
 
 from lad_dist import processes, sizes
 from lad_dist.config import TrainConfig
+from lad_dist.core.batch import Batch
 from lad_dist.engine import communication_seconds
-from lad_dist.flat import Batch
 from lad_dist.runs import Run
 from lad_dist.train import Averages, Loop, check, prepare
 

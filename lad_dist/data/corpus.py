@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lad_dist.config import Source, UserError, did_you_mean
+from lad_dist.config import Source, UserError
 from lad_dist.data import hub, tables
-from lad_dist.data.lines import Damaged, Lines, Span, is_compressed, parse_json
+from lad_dist.data.lines import Damaged, Lines, Span, is_compressed
+from lad_dist.utils.strict_json import parse_json
+from lad_dist.utils.suggest import did_you_mean
 
 COMPRESSED = r"(\.(gz|bz2|xz|zst))?"
 FILES = {

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from lad_dist import metrics, processes
 from lad_dist.config import TaskData
+from lad_dist.core.batch import Batch
+from lad_dist.core.collate import collate, span_starts
 from lad_dist.data import tokenizers
-from lad_dist.data.batch import collate, span_starts
 from lad_dist.data.squad import Answer, Questions, Rows, find_answers
 from lad_dist.data.tagging import Sentences
 from lad_dist.data.tasks import Raw, Task, Texts
 from lad_dist.data.tokenizers import Encoded, Frame, PreTrainedTokenizerFast, Words
-from lad_dist.flat import Batch
 
 DEV_EXAMPLES = 64
 UNKNOWN_EXAMPLES = 500

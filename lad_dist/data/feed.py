@@ -12,17 +12,18 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from lad_dist.config import CorpusData, TaskData, UserError, did_you_mean
+from lad_dist.config import CorpusData, TaskData, UserError
+from lad_dist.core.batch import Batch
+from lad_dist.core.collate import pack
 from lad_dist.data import tokenizers
-from lad_dist.data.batch import pack
 from lad_dist.data.examples import Batches, tokenize
-from lad_dist.data.keyed import MASK, key, keys
 from lad_dist.data.masking import Vocabulary, mask_windows
 from lad_dist.data.order import CorpusOrder, Reading, TaskOrder, window_span, windows
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task
 from lad_dist.data.tokenizers import PreTrainedTokenizerFast
-from lad_dist.flat import Batch
+from lad_dist.utils.rng import MASK, derive_key, derive_keys
+from lad_dist.utils.suggest import did_you_mean
 
 HELD_OUT_SLOTS = 32
 
@@ -145,7 +146,7 @@ class _Windows:
         found = np.empty(len(reading.window), dtype=np.uint64)
         for source, turn in sorted(set(zip(reading.source.tolist(), reading.turn.tolist(), strict=True))):
             mine = (reading.source == source) & (reading.turn == turn)
-            found[mine] = keys(key(MASK, seed, source, turn), reading.window[mine])
+            found[mine] = derive_keys(derive_key(MASK, seed, source, turn), reading.window[mine])
         return found
 
 

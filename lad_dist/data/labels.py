@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lad_dist.config import did_you_mean
+from lad_dist.utils.suggest import did_you_mean
 
 
 def label_name(value: Any) -> str:

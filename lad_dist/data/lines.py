@@ -9,7 +9,6 @@ Lines(span, boundary)  the bytes of the lines of a part of a file, which may be 
 import bz2
 import gzip
 import io
-import json
 import lzma
 import mmap
 import os
@@ -22,6 +21,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 
 from lad_dist.config import UserError
+from lad_dist.utils.strict_json import parse_json
 
 BYTE_ORDER_MARK = "\ufeff"
 COUNTED_AT_ONCE = 1 << 22  # bytes
@@ -147,35 +147,6 @@ def _decode(file: Path, number: int, line: bytes) -> str:
     if "\0" in text:
         raise UserError(f"{file}:{number}: a NUL character, so this is no text in UTF-8; convert the file first")
     return text
-
-
-def parse_json(text: str) -> Any:
-    """Raises ValueError also for what Python's reader lets pass: a key that stands twice, half a surrogate pair, and
-    nesting that it cannot follow."""
-    try:
-        value = json.loads(text, object_pairs_hook=_without_repetition)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if "\\ud" in text.lower() and not _is_text(value):
-        raise ValueError("half a surrogate pair")
-    return value
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen = [key for key, _ in pairs]
-        twice = next(key for key in seen if seen.count(key) > 1)
-        raise ValueError(f'"{twice}" stands twice')
-    return found
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def numbered_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

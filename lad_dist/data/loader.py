@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lad_dist.config import UserError
-from lad_dist.data import child
-from lad_dist.flat import Batch
+from lad_dist.core.batch import Batch
+from lad_dist.utils import worker_process
 
 AHEAD = 2  # steps that each loader process is ahead
 
@@ -59,7 +59,7 @@ def _as_it_is(batches: Any) -> Any:
 
 
 def _begin(worker: int) -> None:
-    child.begin()
+    worker_process.die_with_parent()
 
 
 def _bare(batch: Batch) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lad_dist.data.keyed import draws
+from lad_dist.utils.rng import random_uint64
 
 MASKED, REPLACED = 0.8, 0.1  # of the hidden tokens; the rest stays as it is
 
@@ -30,12 +30,14 @@ def mask_windows(
     whole words are hidden, in a random order, as far as they fit into the count (so short ones a little more often, as
     in BERT's own data); what is left when none fits any more is taken from the beginning of one."""
     length = ids.shape[1]
-    chances = draws(keys, 0, length)
+    chances = random_uint64(keys, 0, length)
     if vocabulary.starts is not None:
         chances = _by_words(chances, vocabulary.starts[ids], content, count)
     hidden = _lowest(chances, content, count)
-    fate = (draws(keys, length, 2 * length) >> np.uint64(11)) * 2.0**-53
-    other = vocabulary.ordinary[(draws(keys, 2 * length, 3 * length) % np.uint64(len(vocabulary.ordinary))).astype(int)]
+    fate = (random_uint64(keys, length, 2 * length) >> np.uint64(11)) * 2.0**-53
+    other = vocabulary.ordinary[
+        (random_uint64(keys, 2 * length, 3 * length) % np.uint64(len(vocabulary.ordinary))).astype(int)
+    ]
     masked = np.where(hidden & (fate < MASKED), vocabulary.mask, ids)
     return np.where(hidden & (fate >= MASKED) & (fate < MASKED + REPLACED), other, masked), hidden
 

@@ -23,7 +23,7 @@ import numpy as np
 from lad_dist.config import PrepareConfig
 from lad_dist.data.pieces import Complaints, Piece, chunks, records_of
 from lad_dist.data.shards import SPLITS
-from lad_dist.disk import sha256
+from lad_dist.utils.atomic_io import sha256
 
 # A document that is looked for among the others: its hash, and its number in the order of the corpus.
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
@@ -180,7 +180,7 @@ class ShardWriter:
     def _append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         if self._stream is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = open(self._file, "wb")  # noqa: SIM115  closed when the shard is full
+            self._stream = open(self._file, "wb")
         data = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._digest.update(data)
         self._stream.write(data)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lad_dist.data.keyed import SHUFFLE, Permutation, key
+from lad_dist.utils.rng import SHUFFLE, Permutation, derive_key
 
 EPOCHS = 1000  # after so many a weight that is no integer comes out even, to half a window
 
@@ -76,7 +76,7 @@ class CorpusOrder:
         window = np.empty_like(position)
         for s, t in sorted({(s, t) for s, t, _ in places.tolist()}):
             mine = (source == s) & (turn == t)
-            window[mine] = Permutation(self._counts[s], key(SHUFFLE, self._seed, s, t))(position[mine])
+            window[mine] = Permutation(self._counts[s], derive_key(SHUFFLE, self._seed, s, t))(position[mine])
         return Reading(source, window, turn)
 
     def _place(self, number: int) -> tuple[int, int, int]:
@@ -107,5 +107,5 @@ class TaskOrder:
         epochs, examples = np.divmod(places, self._count)
         for epoch in np.unique(epochs):
             mine = epochs == epoch
-            examples[mine] = Permutation(self._count, key(SHUFFLE, self._seed, int(epoch)))(examples[mine])
+            examples[mine] = Permutation(self._count, derive_key(SHUFFLE, self._seed, int(epoch)))(examples[mine])
         return examples

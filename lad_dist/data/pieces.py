@@ -24,7 +24,7 @@ import numpy as np
 from lad_dist.config import Source, UserError
 from lad_dist.data import corpus, hub, tokenizers
 from lad_dist.data.lines import Span
-from lad_dist.disk import draft_of, sync, write_text
+from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
 
 PIECES = 512  # about as many, while they are neither too small to be worth a file nor too long to be lost when killed
 SMALLEST, LARGEST = 1 << 20, 1 << 26  # bytes of text
@@ -208,12 +208,12 @@ def _with_separators(encoded: tokenizers.Flat, job: Job) -> np.ndarray:
 def _committed(folder: Path, number: int) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The files of ids and of documents: on the disk and in their places after the block, gone when it fails."""
     finals = [folder / f"{number}.{kind}" for kind in ("ids", "documents")]
-    drafts = [draft_of(final) for final in finals]
+    drafts = [temporary_path(final) for final in finals]
     try:
         with open(drafts[0], "wb") as ids, open(drafts[1], "wb") as documents:
             yield ids, documents
         for draft, final in zip(drafts, finals, strict=True):
-            sync(draft)
+            fsync(draft)
             os.replace(draft, final)
     finally:
         for draft in drafts:

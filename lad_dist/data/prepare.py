@@ -23,12 +23,13 @@ import numpy as np
 from tokenizers import __version__ as tokenizers_version
 
 from lad_dist.config import PrepareConfig, UserError
-from lad_dist.data import child, corpus, pieces, tokenizers
-from lad_dist.data.lines import parse_json
+from lad_dist.data import corpus, pieces, tokenizers
 from lad_dist.data.merge import Merge, merge
 from lad_dist.data.pieces import Job, Piece, Stopped
 from lad_dist.data.shards import FORMAT, MANIFEST, SPLITS, read_manifest
-from lad_dist.disk import commit, locked, write_text
+from lad_dist.utils import worker_process
+from lad_dist.utils.atomic_io import commit, file_lock, write_text
+from lad_dist.utils.strict_json import parse_json
 
 UINT16_IDS = 65536
 RUNNING = {"out", "workers", "part", "parts"}  # settings that leave no trace in the shards
@@ -125,7 +126,7 @@ def _locked(work: Path, alone: bool) -> Iterator[None]:
     """The folder of the pieces, to itself or beside others that do other parts."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(work / "lock", alone=alone))
+            stack.enter_context(file_lock(work / "lock", alone=alone))
         except BlockingIOError:
             raise UserError(f"{work}: another process is preparing this corpus; wait for its end") from None
         if alone:
@@ -268,7 +269,7 @@ _job: Job | None = None  # of a child
 
 def _begin(job: Job) -> None:
     global _job
-    child.begin()
+    worker_process.die_with_parent()
     _job = job
 
 

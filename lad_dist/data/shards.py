@@ -28,7 +28,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lad_dist.config import UserError
-from lad_dist.data.lines import parse_json
+from lad_dist.utils.strict_json import parse_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"

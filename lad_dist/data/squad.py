@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lad_dist.config import UserError, pick
-from lad_dist.data.lines import parse_json
+from lad_dist.utils.strict_json import parse_json
 
 
 class Answer(NamedTuple):

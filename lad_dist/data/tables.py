@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lad_dist.config import UserError, did_you_mean
+from lad_dist.config import UserError
 from lad_dist.data.lines import Span, refused
+from lad_dist.utils.suggest import did_you_mean
 
 ROWS_AT_ONCE = 1000
 BUFFER = 1 << 20  # bytes: without one, Parquet reads a whole row group's column into memory

@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lad_dist.config import TaskData, UserError, did_you_mean, pick
+from lad_dist.config import TaskData, UserError, pick
 from lad_dist.data import hub, squad, tagging
 from lad_dist.data.labels import class_id, label_name, sorted_names
 from lad_dist.data.lines import numbered_lines, numbered_objects
+from lad_dist.utils.suggest import did_you_mean
 
 Kind = Literal["classification", "regression", "tagging", "question_answering"]
 HUB = "nyu-mll/glue"

@@ -12,8 +12,8 @@ from typing import Any
 
 from lad_dist.config import Source, TokenizerConfig, UserError
 from lad_dist.data import corpus, tokenizers
-from lad_dist.data.lines import parse_json
-from lad_dist.disk import commit
+from lad_dist.utils.atomic_io import commit
+from lad_dist.utils.strict_json import parse_json
 
 REQUEST = "request.json"
 TRAINERS = {"wordpiece": tokenizers.train_wordpiece, "unigram": tokenizers.train_unigram}

@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import reads, same_width
@@ -23,8 +24,8 @@ from lad_dist.objectives.objective import reads, same_width
 class ALP(KD):
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         hidden: Weight = 0.2,
         soft: Weight = 0.7,
@@ -37,7 +38,7 @@ class ALP(KD):
         self.student_needs = self.student_needs._replace(hidden=tuple(range(1, student.layers + 1)))
         self.teacher_needs = self.teacher_needs._replace(hidden=tuple(range(1, teacher.layers + 1)))
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         layers = [losses.first_tokens(teacher.hidden[layer], batch).float() for layer in self.teacher_needs.hidden]
         target = torch.stack(layers, dim=1)  # [B, L, D]

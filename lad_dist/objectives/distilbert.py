@@ -11,7 +11,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import same_width
@@ -20,8 +21,8 @@ from lad_dist.objectives.objective import same_width
 class DistilBERT(KD):
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         cosine: Weight = 1.0,
         soft: Weight = 5.0,
@@ -35,7 +36,7 @@ class DistilBERT(KD):
         self.student_needs = self.student_needs._replace(hidden=(student.layers,))
         self.teacher_needs = self.teacher_needs._replace(hidden=(teacher.layers,))
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         mine, its = self.last
         angles = losses.cosine(student.hidden[mine], teacher.hidden[its])

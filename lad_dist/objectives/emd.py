@@ -26,7 +26,8 @@ from torch import Tensor
 
 from lad_dist import processes
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses, transport
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import projection, reads, same_heads
@@ -36,8 +37,8 @@ from lad_dist.objectives.transport import Array
 class EMD(KD):
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         hidden: Weight = 0.01,
         attention: Weight = 0.01,
@@ -83,7 +84,7 @@ class EMD(KD):
         sides = [transport.masses(plan, cost, self.cost_temperature) for plan, cost in found]
         self.masses = [np.mean(side, axis=0) for side in zip(*sides, strict=True)]
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         projected = {m: self.hidden_projection(x) for m, x in student.hidden.items() if m and "hidden" in self.plans}
         mine, its = (

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
 from lad_dist.objectives.objective import Objective
 
@@ -22,8 +23,8 @@ Weight = Annotated[float, Field(ge=0)]
 class KD(Objective):
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         soft: Weight = 0.5,
         hard: Weight = 0.5,
@@ -36,10 +37,10 @@ class KD(Objective):
             )
         self.soft, self.hard, self.temperature = soft, hard, temperature
         self.head = student.head
-        self.student_needs = Needs(logits=bool(soft or hard))
-        self.teacher_needs = Needs(logits=soft > 0)
+        self.student_needs = OutputSpec(logits=bool(soft or hard))
+        self.teacher_needs = OutputSpec(logits=soft > 0)
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         terms = {}
         if self.hard:

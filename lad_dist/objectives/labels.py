@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
 from lad_dist.objectives.objective import Objective
 
@@ -11,13 +12,13 @@ class Labels(Objective):
     """L = CE(z, y), squared error for regression."""
 
     taught = False
-    student_needs = Needs(logits=True)
+    student_needs = OutputSpec(logits=True)
 
-    def __init__(self, student: Shape, teacher: Shape | None):
+    def __init__(self, student: ModelDims, teacher: ModelDims | None):
         super().__init__()
         self.head = student.head
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert student.logits is not None
         return {"hard": losses.hard(student.logits, batch, self.head)}
 

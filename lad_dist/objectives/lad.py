@@ -40,7 +40,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import reads, same_width, uniform
@@ -95,8 +96,8 @@ class Gate(nn.Module):
 class LAD(KD):
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         hidden: Weight = 1.0,
         variant: Literal["ours", "paper"] = "ours",
@@ -131,7 +132,7 @@ class LAD(KD):
         self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in self.matches))
         self.teacher_needs = self.teacher_needs._replace(hidden=every_layer, logits=soft > 0 or anchor > 0)
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         dtype = student.hidden[1].dtype  # that of the gates too
         targets = self.aggregate({layer: x.to(dtype) for layer, x in teacher.hidden.items()})
@@ -145,7 +146,7 @@ class LAD(KD):
         distances = [losses.squared(student.hidden[m], x).mean() for m, x in enumerate(matched, start=1)]
         return terms | {"hidden": self.hidden * torch.stack(distances).mean()}
 
-    def _decisions(self, targets: list[Tensor], teacher: Trace, batch: Batch) -> Tensor:
+    def _decisions(self, targets: list[Tensor], teacher: ModelOutputs, batch: Batch) -> Tensor:
         assert teacher.logits is not None
         told = [probe(x.index_select(0, batch.rows)) for probe, x in zip(self.probes, targets, strict=True)]
         return torch.stack([losses.soft(x, teacher.logits, batch, self.head, self.temperature) for x in told]).mean()
@@ -165,7 +166,7 @@ class LAD(KD):
         return aggregates
 
 
-def _check(recipe: Recipe, teacher: Shape, anchor: float, detached: bool) -> None:
+def _check(recipe: Recipe, teacher: ModelDims, anchor: float, detached: bool) -> None:
     if recipe.norm == "sequence" and teacher.span is None:
         raise UserError('objective.norm = "sequence": it normalises over whole sequences, so set data.pad_to')
     if recipe.gates == "constant" and recipe.openness is None:

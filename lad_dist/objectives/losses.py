@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lad_dist.flat import Batch, Head, apart, pad, unpad
+from lad_dist.core.batch import Batch, Head, one_span_per_sequence, pad, unpad
 
 Pair = tuple[Tensor, Tensor]
 
@@ -50,7 +50,7 @@ def soft(student: Tensor, teacher: Tensor, batch: Batch, head: Head, temperature
 
 def over_rows(logits: Tensor, batch: Batch) -> Tensor:
     """Each column of [R, V] as the logarithms of a distribution over the rows of the same sequence, fp32 [R, V]."""
-    batch = apart(batch)
+    batch = one_span_per_sequence(batch)
     places = batch.padded_index.index_select(0, batch.rows)
     spans = logits.new_full((batch.sequence.numel(), logits.shape[1]), -torch.inf, dtype=torch.float32)
     spans = spans.index_copy(0, places, logits.float()).view(*batch.sequence.shape, -1)
@@ -109,7 +109,7 @@ class Scores(NamedTuple):
 
 def scores(pair: Pair, batch: Batch, heads: int) -> Scores:
     """Of queries and keys [N, *], split into `heads`."""
-    batch = apart(batch)
+    batch = one_span_per_sequence(batch)
     padding = None if batch.tokens == len(pair[0]) else ~batch.attended[:, None, :, None]
     queries, keys = (_by_heads(x, batch, heads) for x in pair)
     if padding is not None:

@@ -24,7 +24,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Needs, Shape, Trace, pad, unpad
+from lad_dist.core.batch import Batch, pad, unpad
+from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import uniform
@@ -39,8 +40,8 @@ NEAR = 1e-6  # square of a distance in which there is no direction
 class MGSKD(KD):
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         token: Weight = 1.0,
         span: Weight = 1.0,
@@ -69,11 +70,11 @@ class MGSKD(KD):
         self.span_tokens, self.vertices, self.neighbours = span_tokens, vertices, neighbours
         states = self.lower + self.upper
         self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in states))
-        self.teacher_needs = Needs(
+        self.teacher_needs = OutputSpec(
             self.teacher_needs.logits, tuple(layer for _, layer in states), tuple(layer for _, layer in self.lower)
         )
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         terms = super().forward(student, teacher, batch)
         found: dict[str, list[Tensor]] = {}

@@ -9,7 +9,8 @@ teacher needs no head of its own. No head is trained: on a task it is the first 
 
 from torch import Tensor
 
-from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
 from lad_dist.objectives.objective import Objective, same_heads
 
@@ -17,15 +18,15 @@ from lad_dist.objectives.objective import Objective, same_heads
 class MiniLM(Objective):
     headless = True
 
-    def __init__(self, student: Shape, teacher: Shape):
+    def __init__(self, student: ModelDims, teacher: ModelDims):
         super().__init__()
         same_heads("minilm", student, teacher)
         self.heads = teacher.heads
         self.last = (student.layers, teacher.layers)
-        self.student_needs = Needs(qkv=(student.layers,))
-        self.teacher_needs = Needs(qkv=(teacher.layers,))
+        self.student_needs = OutputSpec(qkv=(student.layers,))
+        self.teacher_needs = OutputSpec(qkv=(teacher.layers,))
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         mine, its = self.last
         (qs, ks, vs), (qt, kt, vt) = student.qkv[mine], teacher.qkv[its]

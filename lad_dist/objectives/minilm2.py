@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist.config import UserError
-from lad_dist.flat import QKV, Batch, Needs, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import QKV, ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
 from lad_dist.objectives.objective import Objective
 
@@ -22,8 +23,8 @@ class MiniLM2(Objective):
 
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         teacher_layer: Annotated[int | None, Field(ge=1, description="default: the last")] = None,
         student_layer: Annotated[int | None, Field(ge=1, description="default: the last")] = None,
@@ -36,16 +37,16 @@ class MiniLM2(Objective):
         for shape in (student, teacher):
             if shape.width % self.heads:
                 raise UserError(f"objective.heads = {self.heads} does not divide a width of {shape.width}")
-        self.student_needs = Needs(qkv=(self.student_layer,))
-        self.teacher_needs = Needs(qkv=(self.teacher_layer,))
+        self.student_needs = OutputSpec(qkv=(self.student_layer,))
+        self.teacher_needs = OutputSpec(qkv=(self.teacher_layer,))
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         pairs = zip(QKV, student.qkv[self.student_layer], teacher.qkv[self.teacher_layer], strict=True)
         return {name: losses.relation((s, s), (t, t), batch, self.heads) / len(QKV) for name, s, t in pairs}
 
 
-def _layer(key: str, number: int | None, shape: Shape) -> int:
+def _layer(key: str, number: int | None, shape: ModelDims) -> int:
     if number is not None and number > shape.layers:
         raise UserError(f"objective.{key} = {number}, but there are {shape.layers} layers")
     return shape.layers if number is None else number

@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Needs, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 
 
 class Objective(nn.Module):
@@ -22,8 +23,8 @@ class Objective(nn.Module):
     taught: ClassVar[bool] = True
     headless: ClassVar[bool] = False  # trains no head, and asks none of the teacher: a corpus's student has none
 
-    student_needs: Needs
-    teacher_needs: Needs = Needs()
+    student_needs: OutputSpec
+    teacher_needs: OutputSpec = OutputSpec()
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +34,11 @@ class Objective(nn.Module):
     def at(self, progress: float) -> None:
         """Told once before each step how much of the training lies behind, in [0, 1]."""
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
 
 
-def uniform(name: str, student: Shape, teacher: Shape) -> list[tuple[int, int]]:
+def uniform(name: str, student: ModelDims, teacher: ModelDims) -> list[tuple[int, int]]:
     """Student layers m = 1 … M with the teacher layers ⌊m L / M⌋. Raises UserError where M > L."""
     if student.layers > teacher.layers:
         raise UserError(
@@ -46,7 +47,7 @@ def uniform(name: str, student: Shape, teacher: Shape) -> list[tuple[int, int]]:
     return [(m, m * teacher.layers // student.layers) for m in range(1, student.layers + 1)]
 
 
-def projection(student: Shape, teacher: Shape) -> nn.Module:
+def projection(student: ModelDims, teacher: ModelDims) -> nn.Module:
     """[N, D of the student] -> [N, D of the teacher]: learnt where they differ, nothing where they do not."""
     return nn.Identity() if student.width == teacher.width else nn.Linear(student.width, teacher.width)
 
@@ -56,7 +57,7 @@ def reads(m: int, shares: Iterable[Tensor]) -> dict[str, Tensor]:
     return {f"reads/{m}/{layer}": share for layer, share in enumerate(shares, start=1)}
 
 
-def same_width(name: str, student: Shape, teacher: Shape) -> None:
+def same_width(name: str, student: ModelDims, teacher: ModelDims) -> None:
     """Raises UserError where an objective compares hidden states of different widths."""
     if student.width != teacher.width:
         raise UserError(
@@ -65,7 +66,7 @@ def same_width(name: str, student: Shape, teacher: Shape) -> None:
         )
 
 
-def same_heads(name: str, student: Shape, teacher: Shape) -> None:
+def same_heads(name: str, student: ModelDims, teacher: ModelDims) -> None:
     """Raises UserError where an objective compares attention of different numbers of heads."""
     if student.heads != teacher.heads:
         raise UserError(

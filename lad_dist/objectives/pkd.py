@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import same_width, uniform
@@ -25,8 +26,8 @@ from lad_dist.objectives.objective import same_width, uniform
 class PKD(KD):
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         hidden: Weight = 100.0,
         mapping: Literal["skip", "last"] = "skip",
@@ -47,7 +48,7 @@ class PKD(KD):
         self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in self.matches))
         self.teacher_needs = self.teacher_needs._replace(hidden=tuple(layer for _, layer in self.matches))
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         pairs = [(student.hidden[m], teacher.hidden[layer]) for m, layer in self.matches]
         patience = torch.stack([self.distance(s, t, batch) for s, t in pairs]).mean()

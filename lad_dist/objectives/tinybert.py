@@ -20,7 +20,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist.config import UserError
-from lad_dist.flat import Batch, Shape, Trace
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import projection, same_heads, uniform
@@ -31,8 +32,8 @@ class TinyBERT(KD):
 
     def __init__(
         self,
-        student: Shape,
-        teacher: Shape,
+        student: ModelDims,
+        teacher: ModelDims,
         *,
         embedding: Weight = 1.0,
         hidden: Weight = 1.0,
@@ -59,7 +60,7 @@ class TinyBERT(KD):
             for side, needs in enumerate((self.student_needs, self.teacher_needs))
         )
 
-    def forward(self, student: Trace, teacher: Trace | None, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         errors: dict[str, list[Tensor]] = {name: [] for name, weight in self.weights.items() if weight}
         for m, layer in self.states:

@@ -18,7 +18,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lad_dist.config import UserError
-from lad_dist.disk import write_text
+from lad_dist.utils.atomic_io import write_text
 from lad_dist.report import pareto, plot
 from lad_dist.report.comparison import Comparison, compare
 from lad_dist.report.found import collect

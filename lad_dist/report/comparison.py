@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from lad_dist.config import UserError, did_you_mean
+from lad_dist.config import UserError
 from lad_dist.report.found import Found, TaskRun
 from lad_dist.report.variants import Variant, generic, grouped, tails, variants, words_of
+from lad_dist.utils.suggest import did_you_mean
 
 BASELINE = "kd"
 EQUAL = 1e-12  # a difference of rounding

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lad_dist.config import TaskConfig, UserError, filled
-from lad_dist.data.lines import parse_json
 from lad_dist.runs import FREE
+from lad_dist.utils.strict_json import parse_json
 
 # What says which run it is, and on which task, not by which method.
 PLACE = {"run.name", "run.dir", "run.seed", "data.task", "data.dev", "data.kind", "objective.name"} | FREE

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist.data.batch import collate, pack, span_starts
-from lad_dist.flat import pad, unpad
+from lad_dist.core.batch import pad, unpad
+from lad_dist.core.collate import collate, pack, span_starts
 
 ragged = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 

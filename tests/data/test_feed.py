@@ -14,11 +14,11 @@ from toy_shards import Documents, write_shards
 from toy_text import WORDS, sentence
 
 from lad_dist.config import CorpusData, TaskData, UserError
+from lad_dist.core.batch import Batch
 from lad_dist.data import tokenizers
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.order import windows
 from lad_dist.data.tasks import Task, Texts, load_task
-from lad_dist.flat import Batch
 
 pytest_plugins = ["data_fixtures"]
 

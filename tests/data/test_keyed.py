@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lad_dist.data.keyed import Permutation, draws, key, keys
+from lad_dist.utils.rng import Permutation, derive_key, derive_keys, random_uint64
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -29,7 +29,7 @@ def test_a_large_permutation_repeats_nothing_and_does_not_depend_on_what_else_is
 
 def test_every_place_is_as_likely() -> None:
     size, shuffles = 20, 4000
-    where = np.array([Permutation(size, key(7, n))(np.arange(size)) for n in range(shuffles)])
+    where = np.array([Permutation(size, derive_key(7, n))(np.arange(size)) for n in range(shuffles)])
     for place in range(size):
         counts = np.bincount(where[:, place], minlength=size)
         assert stats.chisquare(counts).pvalue > 1e-5
@@ -51,21 +51,21 @@ def test_a_shuffle_of_a_billion_costs_nothing() -> None:
 
 
 def test_keys_depend_on_each_number_and_on_their_order() -> None:
-    found = {key(*numbers) for numbers in [(), (0,), (0, 0), (1, 0), (0, 1), (1, 2, 3), (3, 2, 1), (2**63,)]}
+    found = {derive_key(*numbers) for numbers in [(), (0,), (0, 0), (1, 0), (0, 1), (1, 2, 3), (3, 2, 1), (2**63,)]}
     assert len(found) == 8
-    array = keys(5, np.arange(1000))
+    array = derive_keys(5, np.arange(1000))
     assert len(set(array.tolist())) == 1000
-    assert not set(array.tolist()) & set(keys(6, np.arange(1000)).tolist())
+    assert not set(array.tolist()) & set(derive_keys(6, np.arange(1000)).tolist())
 
 
 @pytest.mark.parametrize("bit", range(64))
 def test_draws_are_even_in_every_bit(bit: int) -> None:
-    found = draws(keys(0, np.arange(100)), 0, 400)
+    found = random_uint64(derive_keys(0, np.arange(100)), 0, 400)
     share = ((found >> np.uint64(bit)) & np.uint64(1)).mean()
     assert abs(share - 0.5) < 0.0125  # 5 standard errors
 
 
 def test_draws_are_a_stream() -> None:
-    of = keys(1, np.arange(3))
-    assert (draws(of, 2, 9) == draws(of, 0, 10)[:, 2:9]).all()
-    assert len(np.unique(draws(of, 0, 1000))) == 3000
+    of = derive_keys(1, np.arange(3))
+    assert (random_uint64(of, 2, 9) == random_uint64(of, 0, 10)[:, 2:9]).all()
+    assert len(np.unique(random_uint64(of, 0, 1000))) == 3000

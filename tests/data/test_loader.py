@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lad_dist.config import UserError
-from lad_dist.data.batch import pack
+from lad_dist.core.batch import Batch
+from lad_dist.core.collate import pack
 from lad_dist.data.loader import load
-from lad_dist.flat import Batch
 
 
 class Numbers:

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist.data.keyed import keys
 from lad_dist.data.masking import Vocabulary, mask_windows
+from lad_dist.utils.rng import derive_keys
 
 MASK, SIZE = 4, 30_000
 PLAIN = Vocabulary(MASK, np.arange(5, SIZE))
@@ -25,7 +25,7 @@ def test_what_is_masked_and_what_is_left(
     ids, content = row
     before = ids.copy()
     vocabulary = PLAIN._replace(starts=np.arange(SIZE) % 3 > 0) if whole_words else PLAIN
-    of = keys(seed, np.arange(len(ids)))
+    of = derive_keys(seed, np.arange(len(ids)))
     masked, hidden = mask_windows(ids, content, count, vocabulary, of)
     assert (ids == before).all()
     assert (masked[~hidden] == ids[~hidden]).all()
@@ -42,7 +42,7 @@ def test_shares_over_a_million_tokens() -> None:
     ids = np.full((8000, 128), 77)
     content = np.ones(ids.shape, dtype=bool)
     content[:, [0, 50, -1]] = False
-    masked, hidden = mask_windows(ids, content, 19, PLAIN, keys(0, np.arange(len(ids))))
+    masked, hidden = mask_windows(ids, content, 19, PLAIN, derive_keys(0, np.arange(len(ids))))
     found = masked[hidden]
     assert len(found) == 8000 * 19
     other = found[(found != MASK) & (found != 77)]
@@ -63,13 +63,13 @@ def test_shares_over_a_million_tokens() -> None:
 def test_only_ordinary_tokens_replace() -> None:
     ids, content = np.full((2000, 20), 9), np.ones((2000, 20), dtype=bool)
     few = Vocabulary(MASK, np.array([7, 9, 13]))
-    masked, hidden = mask_windows(ids, content, 10, few, keys(0, np.arange(2000)))
+    masked, hidden = mask_windows(ids, content, 10, few, derive_keys(0, np.arange(2000)))
     assert set(masked[hidden].tolist()) == {MASK, 7, 9, 13}
 
 
 def test_masks_differ_from_key_to_key() -> None:
     ids, content = np.tile(np.arange(10, 138), (1000, 1)), np.ones((1000, 128), dtype=bool)
-    _, hidden = mask_windows(ids, content, 19, PLAIN, keys(3, np.arange(1000)))
+    _, hidden = mask_windows(ids, content, 19, PLAIN, derive_keys(3, np.arange(1000)))
     assert len(np.unique(hidden, axis=0)) == 1000
 
 
@@ -95,7 +95,7 @@ def test_whole_words_are_hidden_over_a_million_tokens() -> None:
     assert ids.size > 1_000_000
     content = np.ones(ids.shape, dtype=bool)
     vocabulary = PLAIN._replace(starts=STARTS)
-    masked, hidden = mask_windows(ids, content, 19, vocabulary, keys(0, np.arange(len(ids))))
+    masked, hidden = mask_windows(ids, content, 19, vocabulary, derive_keys(0, np.arange(len(ids))))
     assert (hidden.sum(axis=1) == 19).all()
     chosen, whole = {1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0}
     for row, mask in zip(ids[:2000], hidden[:2000], strict=True):
@@ -116,7 +116,7 @@ def test_a_word_ends_where_content_does() -> None:
     ids = np.array([[20, 21, 2, 21, 32]])
     content = ids != 2
     for seed in range(50):
-        _, hidden = mask_windows(ids, content, 2, PLAIN._replace(starts=STARTS), keys(seed, np.arange(1)))
+        _, hidden = mask_windows(ids, content, 2, PLAIN._replace(starts=STARTS), derive_keys(seed, np.arange(1)))
         assert hidden[0, :2].all() or hidden[0, 3:5].all()
         assert hidden.sum() == 2
 
@@ -124,7 +124,7 @@ def test_a_word_ends_where_content_does() -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_word_that_does_not_fit_is_hidden_in_part_when_nothing_else_is_left(count: int) -> None:
     ids = np.array([[30, 31, 32, 30, 31, 32]])
-    _, hidden = mask_windows(ids, ids > 0, count, PLAIN._replace(starts=STARTS), keys(0, np.arange(1)))
+    _, hidden = mask_windows(ids, ids > 0, count, PLAIN._replace(starts=STARTS), derive_keys(0, np.arange(1)))
     assert hidden.sum() == count
     parts = sorted([hidden[0, :3].tolist(), hidden[0, 3:].tolist()], reverse=True)
     assert parts[0] == [True] * min(count, 3) + [False] * (3 - min(count, 3))

@@ -40,7 +40,8 @@ def test_it_writes_a_tokenizer_and_nothing_else(kind: str, toy_corpus: Path, tmp
 
 TRAIN_IN_A_PROCESS = """
 import sys
-from lad_dist.config import TokenizerConfig, load
+from lad_dist.config import TokenizerConfig
+from lad_dist.config import load
 from lad_dist.data.train_tokenizer import train
 for path in sys.argv[1:]:
     train(load(TokenizerConfig, path))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lad_dist.flat import Batch
+from lad_dist.core.batch import Batch
 
 # S and the tokens that a model computes on are rounded up to multiples, so that shapes recur: for every new one a CPU's
 # bf16 kernels are generated and kept, and a GPU's tensor cores want multiples.

@@ -15,7 +15,7 @@ ROUNDS = 6
 SHUFFLE, MASK, COIN = 1, 2, 3  # what a key is for, its first number: so keys of two purposes are never equal
 
 
-def key(*numbers: int) -> int:
+def derive_key(*numbers: int) -> int:
     """One key of 64 bits out of several integers of 64 bits. Their order matters."""
     state = 0
     for number in numbers:
@@ -23,12 +23,12 @@ def key(*numbers: int) -> int:
     return state
 
 
-def keys(base: int, numbers: np.ndarray) -> np.ndarray:
+def derive_keys(base: int, numbers: np.ndarray) -> np.ndarray:
     """uint64 [n]: a key for each of the integers, int64 [n]."""
     return _mix(_mix(numbers.astype(np.uint64) + np.uint64(GOLDEN)) ^ np.uint64(base))
 
 
-def draws(of: np.ndarray, begin: int, end: int) -> np.ndarray:
+def random_uint64(of: np.ndarray, begin: int, end: int) -> np.ndarray:
     """uint64 [n, end - begin]: entries begin … end - 1 of the stream of each key, uint64 [n]."""
     steps = np.arange(begin + 1, end + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     return _mix(of[:, None] + steps)
@@ -42,7 +42,7 @@ class Permutation:
         assert size >= 1
         self._size = size
         self._half = max(1, (size - 1).bit_length() + 1 >> 1)
-        self._keys = draws(np.array([key], dtype=np.uint64), 0, ROUNDS)[0]
+        self._keys = random_uint64(np.array([key], dtype=np.uint64), 0, ROUNDS)[0]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """int64 [n]: what stands at these places of the shuffled range."""

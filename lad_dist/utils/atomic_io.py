@@ -30,14 +30,14 @@ class Digest(TypedDict):
 def write_text(path: Path, text: str) -> None:
     """Makes the folders above it. Two processes that write the same file do not meet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_of(path)
+    draft = temporary_path(path)
     try:
         draft.write_text(text, encoding="utf-8")
-        sync(draft)
+        fsync(draft)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    sync(path.parent)
+    fsync(path.parent)
 
 
 def append_text(path: Path, text: str) -> None:
@@ -53,25 +53,25 @@ def append_text(path: Path, text: str) -> None:
             raise
 
 
-def draft_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where this process writes what is to be `path`: no other one does, on whatever machine."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.draft")
 
 
 def commit(draft: Path, final: Path) -> None:
     """Renames a folder after all that is in it has reached the disk. `final` must not exist, or be empty."""
-    for path in [*files(draft), *(path for path in [draft, *draft.rglob("*")] if path.is_dir())]:
-        sync(path)
+    for path in [*list_files(draft), *(path for path in [draft, *draft.rglob("*")] if path.is_dir())]:
+        fsync(path)
     os.rename(draft, final)
-    sync(final.parent)
+    fsync(final.parent)
 
 
-def files(folder: Path) -> Iterator[Path]:
+def list_files(folder: Path) -> Iterator[Path]:
     """Those of all folders in it, sorted."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -84,12 +84,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(path: Path) -> Digest:
+def file_digest(path: Path) -> Digest:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 @contextlib.contextmanager
-def locked(file: Path, *, alone: bool = True) -> Iterator[None]:
+def file_lock(file: Path, *, alone: bool = True) -> Iterator[None]:
     """Holds a lock on the file, alone or beside others that do not want it alone. It ends with the process, however
     that ends. Raises BlockingIOError while another process holds it."""
     file.parent.mkdir(parents=True, exist_ok=True)

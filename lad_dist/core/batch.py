@@ -80,7 +80,7 @@ def unpad(x: Tensor, batch: Batch) -> Tensor:
     return flat if len(flat) == len(batch.padded_index) else flat.index_select(0, batch.padded_index)
 
 
-def apart(batch: Batch) -> Batch:
+def one_span_per_sequence(batch: Batch) -> Batch:
     """The same tokens with one span of S places for each sequence that is not empty."""
     if not batch.packed:
         return batch
@@ -91,33 +91,3 @@ def apart(batch: Batch) -> Batch:
     return batch._replace(
         padded_index=mine * batch.longest + batch.position_ids, sequence=sequence, ragged=True, packed=False
     )
-
-
-class Shape(NamedTuple):
-    """The sizes of a model, as an objective sees them."""
-
-    layers: int
-    width: int
-    heads: int
-    head: Head
-    outputs: int
-    span: int | None = None  # tokens of every sequence, where data.pad_to makes them equal
-
-
-class Needs(NamedTuple):
-    """What an objective wants to see of a forward. Layer 0 is the embedding output, layer l the output of layer l."""
-
-    logits: bool = False
-    hidden: tuple[int, ...] = ()
-    qkv: tuple[int, ...] = ()
-
-
-QKV = ("query", "key", "value")  # names of the three in `Trace.qkv`
-
-
-class Trace(NamedTuple):
-    """What a forward left behind."""
-
-    logits: Tensor | None = None  # [R, V]
-    hidden: dict[int, Tensor] = {}  # noqa: RUF012 (never mutated)  layer -> [N, D]
-    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # noqa: RUF012  layer -> three of [N, H, D / H]

@@ -8,7 +8,7 @@ import signal
 PR_SET_PDEATHSIG = 1
 
 
-def begin() -> None:
+def die_with_parent() -> None:
     """Called first in a child process: signals meant for the parent leave it alone, and it dies with the parent,
     however that ends. Linux counts the thread that started the child as the parent."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
