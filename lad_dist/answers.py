@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lad_dist import processes
-from lad_dist.config import Teacher, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TeacherConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import QKV, ModelDims, ModelOutputs, OutputSpec
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
@@ -95,7 +96,7 @@ def bytes_of(needs: OutputSpec, teacher: ModelDims, examples: Examples, dtype: t
     return (states + len(examples.labels) * teacher.outputs * needs.logits) * dtype.itemsize
 
 
-def worth_keeping(words: Teacher, steps: int, steps_per_epoch: float) -> bool:
+def worth_keeping(words: TeacherConfig, steps: int, steps_per_epoch: float) -> bool:
     """Whether examples are read more than once, or other runs read them too."""
     return words.cache is not None or steps > steps_per_epoch
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lad_dist import models
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.models import PreTrainedModel
 
 TOLERANCE = 0.005  # of the weights asked for

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lad_dist.config import NOTHING_VALID, UserError
+from lad_dist.config.errors import EXIT_NO_CHECKPOINT, UserError
 from lad_dist.utils.atomic_io import Digest, commit, file_digest, list_files, write_text
 
 FORMAT = 1
@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 class NothingToResume(UserError):
     """Checkpoints are there, none of them valid: a fresh start would hide the loss."""
 
-    code = NOTHING_VALID
+    code = EXIT_NO_CHECKPOINT
 
 
 @dataclass(frozen=True)

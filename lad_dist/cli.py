@@ -28,7 +28,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from lad_dist import processes
-from lad_dist.config import DONE, INTERRUPTED, MISTAKE, Fault, Table, UserError, describe, keywords, load, type_name
+from lad_dist.config.describe import describe_keys, type_name
+from lad_dist.config.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, Fault, UserError
+from lad_dist.config.load import keyword_parameters, load_config
+from lad_dist.config.schema import ConfigTable
 
 # Of the file system: nothing is wrong with the program where these are met.
 REFUSALS = frozenset(
@@ -42,18 +45,18 @@ Named = Mapping[str, Mapping[str, Callable[..., Any]]]
 
 
 def run(
-    doc: str, schema: type[Table], function: Callable[[Any], int | None], named: Callable[[], Named] = dict
+    doc: str, schema: type[ConfigTable], function: Callable[[Any], int | None], named: Callable[[], Named] = dict
 ) -> None:
     """Calls function(config) for the command line's config. `named()` are, for --help, the choices behind each `name`
     key."""
     words = [word for word in sys.argv[1:] if not LAUNCHERS_OWN.fullmatch(word)]
     if not words or {"-h", "--help"} & set(words):
         print(help_text(doc, schema, named()))
-        sys.exit(DONE if words else MISTAKE)
-    sys.exit(guarded(lambda: function(load(schema, words[0], words[1:]))))
+        sys.exit(EXIT_DONE if words else EXIT_USER_ERROR)
+    sys.exit(guarded(lambda: function(load_config(schema, words[0], words[1:]))))
 
 
-def train_script(doc: str, schema: type[Table]) -> None:
+def train_script(doc: str, schema: type[ConfigTable]) -> None:
     """The whole of a script that trains."""
     run(doc, schema, _train, _choices)
 
@@ -62,7 +65,7 @@ def plain_script(doc: str, main: Callable[[], int | None]) -> None:
     """The whole of a script whose command line is no config and overrides: `main` reads its own words."""
     if {"-h", "--help"} & set(sys.argv):
         print(doc)
-        sys.exit(DONE)
+        sys.exit(EXIT_DONE)
     sys.exit(guarded(main))
 
 
@@ -83,7 +86,7 @@ def guarded(work: Callable[[], int | None]) -> int:
     """The exit code of `work`; a UserError is one line on stderr, and so are Ctrl-C and what the system refuses."""
     try:
         processes.check_environment()
-        return work() or DONE
+        return work() or EXIT_DONE
     except (UserError, Fault) as error:
         _complain(f"error: {one_line(str(error))}")
         return error.code
@@ -92,10 +95,10 @@ def guarded(work: Callable[[], int | None]) -> int:
             raise
         said = f"{error.filename}: {error.strerror}; see what the place is, who may write there, and what room is left"
         _complain(f"error: {one_line(said)}")
-        return MISTAKE
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         _complain("interrupted", patience=0)
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
 
 
 def _complain(line: str, patience: float = PATIENCE) -> None:
@@ -122,10 +125,10 @@ def one_line(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[3 - LONGEST // 2 :]}"
 
 
-def help_text(doc: str, schema: type[Table], named: Named) -> str:
+def help_text(doc: str, schema: type[ConfigTable], named: Named) -> str:
     """The script's docstring, then every key with type, default and description."""
     lines = [inspect.cleandoc(doc), "", "Config keys (type, default):"]
-    lines += [f"  {key} ({kind}, {default}): {text}" for key, kind, default, text in describe(schema)]
+    lines += [f"  {key} ({kind}, {default}): {text}" for key, kind, default, text in describe_keys(schema)]
     for key, choices in named.items():
         for name, function in choices.items():
             lines += ["", f'With {key}.name = "{name}":', *(f"  {key}.{line}" for line in _keyword_lines(function))]
@@ -134,7 +137,7 @@ def help_text(doc: str, schema: type[Table], named: Named) -> str:
 
 def _keyword_lines(function: Any) -> list[str]:
     found = []
-    for name, parameter in keywords(function).items():
+    for name, parameter in keyword_parameters(function).items():
         default = "required" if parameter.default is parameter.empty else repr(parameter.default)
         notes = [text for text in map(_description, getattr(parameter.annotation, "__metadata__", ())) if text]
         found.append(f"{name} ({type_name(parameter.annotation)}, {default}){': ' + notes[0] if notes else ''}")

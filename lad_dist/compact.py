@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lad_dist import models, parts, surgery
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.models import PreTrainedModel
 from lad_dist.parts import COMPACT, FOLDED, Plain
 from lad_dist.pruning import Masked, Pruning
@@ -209,7 +209,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             facts = {name: json.loads(fact) for name, fact in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}, facts
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 

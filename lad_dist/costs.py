@@ -30,7 +30,7 @@ from torch import nn
 
 from lad_dist import models, optim, plan, sizes
 from lad_dist.answers import bytes_of, worth_keeping
-from lad_dist.config import CorpusData
+from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import SPLITS, read_manifest
@@ -225,7 +225,7 @@ def _answers(
 
 
 def _corpus_bytes(made: plan.Plan) -> int:
-    if not isinstance(made.config.data, CorpusData):
+    if not isinstance(made.config.data, CorpusDataConfig):
         return 0
     manifest = read_manifest(Path(made.config.data.shards))
     width = np.dtype(manifest["dtype"]).itemsize

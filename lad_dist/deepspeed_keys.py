@@ -8,7 +8,7 @@ read. A test holds KEYS of the blocks equal to the installed DeepSpeed's; values
 
 from typing import Any
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.utils.suggest import did_you_mean
 
 OURS = {

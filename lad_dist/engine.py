@@ -30,7 +30,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lad_dist import optim, processes, resize
-from lad_dist.config import TrainConfig, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TrainConfig
 from lad_dist.method import Method
 from lad_dist.saving import Copies, Files
 

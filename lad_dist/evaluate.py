@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lad_dist import models, processes
-from lad_dist.config import EvaluateConfig, check_place
+from lad_dist.config.load import check_writable
+from lad_dist.config.schema import EvaluateConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.examples import TaskExamples
@@ -118,7 +119,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The metrics of a model folder on a task, and with a teacher its loyalty and how much faster it is. Raises
     UserError before weights are read where that is possible."""
     if config.out is not None:
-        check_place("out", Path(config.out).parent)
+        check_writable("out", Path(config.out).parent)
     check_task(config.data)
     task = load_task(config.data)
     paths = [words.path for words in (config.model, config.teacher) if words is not None]

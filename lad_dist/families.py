@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.utils.suggest import did_you_mean
 
 

@@ -38,7 +38,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
 from lad_dist import processes
-from lad_dist.config import AGAIN, DIED, Fault, UserError
+from lad_dist.config.errors import EXIT_FAULT, EXIT_RUN_AGAIN, Fault, UserError
 
 BEAT = 1.0  # seconds between the lines of a rank
 SILENT = 5  # beats without a line after which a rank counts as silent, once nobody makes progress
@@ -91,7 +91,7 @@ class Verdict(NamedTuple):
     code: int
     line: str
     ranks: list[int]
-    silent: list[int] = []  # noqa: RUF012 (never changed)
+    silent: list[int] = []
     stacks: bool = False
 
 
@@ -122,7 +122,7 @@ class Roster:
         self.members[rank].failure = failure
 
     def death(self, rank: int) -> Verdict:
-        return Verdict(DIED, f"{self._name(rank)} died, last seen {self.members[rank].mark}", [rank])
+        return Verdict(EXIT_FAULT, f"{self._name(rank)} died, last seen {self.members[rank].mark}", [rank])
 
     def failure(self, now: float) -> Verdict | None:
         """The first that failed brings all down, after the grace."""
@@ -145,7 +145,7 @@ class Roster:
         names = ", ".join(f"{self._name(rank)} {self.members[rank].mark}" for rank in blamed[:NAMED])
         more = f" and {len(blamed) - NAMED} more" if len(blamed) > NAMED else ""
         how = "no answer" if silent else "no progress"
-        return Verdict(AGAIN, f"{how} for {still:.0f} s: {names}{more}", blamed, silent, stacks=True)
+        return Verdict(EXIT_RUN_AGAIN, f"{how} for {still:.0f} s: {names}{more}", blamed, silent, stacks=True)
 
     def _name(self, rank: int) -> str:
         member = self.members[rank]
@@ -449,7 +449,7 @@ class Watch:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a")
             except OSError:
-                self._file = open(os.dup(2), "w")  # noqa: SIM115 (for as long as the watch)
+                self._file = open(os.dup(2), "w")
         return self._file
 
     def _tidy(self) -> None:
@@ -471,8 +471,8 @@ class Watch:
 
 def _failure(error: BaseException) -> Failure:
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    code = getattr(error, "code", DIED)
-    return Failure(text[:300], code if isinstance(code, int) else DIED)
+    code = getattr(error, "code", EXIT_FAULT)
+    return Failure(text[:300], code if isinstance(code, int) else EXIT_FAULT)
 
 
 def _space() -> str:

@@ -5,7 +5,8 @@ from typing import Any
 
 from lad_dist import cli
 from lad_dist.card import totals
-from lad_dist.config import AGAIN, DONE, EvaluateConfig, TrainConfig
+from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
+from lad_dist.config.schema import EvaluateConfig, TrainConfig
 from lad_dist.evaluate import evaluate
 from lad_dist.train import train
 
@@ -19,10 +20,10 @@ def train_job(config: TrainConfig) -> int:
         console.close()
     if outcome.results is None:
         cli.say(f"{outcome.folder}: stopped early and saved; run the same command again to go on")
-        return AGAIN
+        return EXIT_RUN_AGAIN
     cli.print_table(config.run.name, ("", "student", "teacher"), _rows(outcome.results))
     cli.say(f"model in {outcome.folder / 'export'}, curves: tensorboard --logdir {outcome.folder}")
-    return DONE
+    return EXIT_DONE
 
 
 def _rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -37,4 +38,4 @@ def evaluate_job(config: EvaluateConfig) -> int:
     cli.print_table(
         config.model.path, ("", "model", "teacher"), [(k, v, teacher.get(k, "")) for k, v in result["model"].items()]
     )
-    return DONE
+    return EXIT_DONE

@@ -23,7 +23,9 @@ from torch import Tensor
 from lad_dist import compact, evaluate, models, onnx_export, runs, sizes
 from lad_dist.benchmarks import latency
 from lad_dist.card import INT8, ONNX, STUDENT, TEACHER
-from lad_dist.config import TaskData, TrainConfig, UserError, parse, train_schema
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import parse_config
+from lad_dist.config.schema import TaskDataConfig, TrainConfig, train_schema
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate
 from lad_dist.data.examples import TaskExamples, tokenize
@@ -54,7 +56,7 @@ class Asked:
 def measure(asked: Asked) -> dict[str, Any]:
     """The ledger. Raises UserError before weights are read where that is possible."""
     results = runs.results_of(asked.folder)
-    config = parse(train_schema(results["config"]), results["config"], str(asked.folder / "results.json"))
+    config = parse_config(train_schema(results["config"]), results["config"], str(asked.folder / "results.json"))
     taught_by = asked.teacher or (config.teacher.path if config.teacher else None)
     room = _check(asked, taught_by)
     dev = _dev(config, asked) if asked.onnx or asked.int8 else None
@@ -93,7 +95,7 @@ def _check(asked: Asked, teacher: str | None) -> int:
 
 def _dev(config: TrainConfig, asked: Asked) -> TaskExamples | None:
     """The task's dev set, for what is to be compared; None of a pre-training."""
-    if not isinstance(config.data, TaskData):
+    if not isinstance(config.data, TaskDataConfig):
         return None
     check_task(config.data)
     task = load_task(config.data)

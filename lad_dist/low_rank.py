@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lad_dist import observe
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.models import PreTrainedModel
 from lad_dist.parts import Part

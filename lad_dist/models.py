@@ -51,7 +51,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lad_dist import families
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch, Head, one_span_per_sequence, pad, unpad
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.utils.suggest import did_you_mean

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lad_dist import models
-from lad_dist.config import Fault, UserError
+from lad_dist.config.errors import Fault, UserError
 from lad_dist.models import Served
 from lad_dist.utils.atomic_io import temporary_path
 

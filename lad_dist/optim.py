@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lad_dist.config import Optim
+from lad_dist.config.schema import OptimConfig
 
 BUCKET = 500_000_000  # gradients that DeepSpeed sends at once by default
 
@@ -19,7 +19,7 @@ def bucket(zero: Mapping[str, Any], trained: int) -> int:
     return int(zero.get("reduce_bucket_size", min(BUCKET, trained)))
 
 
-def groups(student: nn.Module, objective: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+def groups(student: nn.Module, objective: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """AdamW's groups, each with its peak learning rate under `peak`. Biases and norms do not decay. Empty groups are
     left away."""
     sides = [("student", student, optim.lr), ("objective", objective, optim.objective_lr or optim.lr)]
@@ -47,12 +47,12 @@ class CheckedAdamW(torch.optim.AdamW):
             super().step(closure)
 
 
-def adamw(rows: list[dict[str, Any]], optim: Optim, zero_stage: int = 0) -> torch.optim.Optimizer:
+def adamw(rows: list[dict[str, Any]], optim: OptimConfig, zero_stage: int = 0) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if zero_stage else CheckedAdamW
     return kind(rows, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
 
 
-def factor(step: int, steps: int, optim: Optim) -> float:
+def factor(step: int, steps: int, optim: OptimConfig) -> float:
     """Share of the peak learning rate at step 0 … steps - 1: a linear rise over the warm-up, then the schedule, which
     would reach 0 at `steps`."""
     rise = round(optim.warmup * steps)

@@ -12,17 +12,9 @@ from typing import Any
 import torch
 
 from lad_dist import deepspeed_keys, models, narrow, processes, surgery
-from lad_dist.config import (
-    CorpusData,
-    Named,
-    TaskConfig,
-    TaskData,
-    TrainConfig,
-    UserError,
-    arguments,
-    check_place,
-    pick,
-)
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import check_writable, lookup, validate_arguments
+from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
 from lad_dist.core.batch import Batch, Head
 from lad_dist.core.outputs import ModelDims, OutputSpec
 from lad_dist.data.feed import CorpusFeed, TaskFeed, open_shards
@@ -64,7 +56,7 @@ class Plan:
 
     def feed(self) -> CorpusFeed | TaskFeed:
         """The data, opened."""
-        if isinstance(self.config.data, CorpusData):
+        if isinstance(self.config.data, CorpusDataConfig):
             return CorpusFeed(self.config.data, self.tokenizer, self.config.run.seed)
         return self._task_feed(self.tokenizer)
 
@@ -73,7 +65,7 @@ class Plan:
         return feed if self.teacher_tokenizer is self.tokenizer else self._task_feed(self.teacher_tokenizer)
 
     def _task_feed(self, tokenizer: PreTrainedTokenizerFast) -> TaskFeed:
-        assert isinstance(self.config.data, TaskData)
+        assert isinstance(self.config.data, TaskDataConfig)
         assert self.task is not None
         return TaskFeed(self.config.data, self.task, tokenizer, self.config.run.seed)
 
@@ -144,8 +136,10 @@ def _sample(feed: CorpusFeed | TaskFeed) -> list[Batch]:
 def resolve(config: TrainConfig) -> TrainConfig:
     """The config with every argument of its objective and surgeries written out."""
     _, options = _objective(config)
-    objective = Named.model_validate({"name": config.objective.name, **options})
-    surgeries = [Named.model_validate({"name": named.name, **_surgery(named).keywords}) for named in config.surgery]
+    objective = NamedOptions.model_validate({"name": config.objective.name, **options})
+    surgeries = [
+        NamedOptions.model_validate({"name": named.name, **_surgery(named).keywords}) for named in config.surgery
+    ]
     return config.model_copy(update={"objective": objective, "surgery": surgeries})
 
 
@@ -153,19 +147,19 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     """Checks the config, for `world` processes where they are not those that are here. Raises UserError naming the
     place and what to do."""
     deepspeed_keys.check(config.deepspeed)
-    check_place("run.dir", config.run.folder)
+    check_writable("run.dir", config.run.folder)
     if config.teacher is not None and config.teacher.cache is not None:
-        check_place("teacher.cache", config.teacher.cache)
+        check_writable("teacher.cache", config.teacher.cache)
     _check_slots(config, world or processes.world())
     kind, options = _objective(config)
     surgeries = [_surgery(named) for named in config.surgery]
-    if isinstance(config.data, TaskData):
+    if isinstance(config.data, TaskDataConfig):
         check_task(config.data)
-    task = load_task(config.data) if isinstance(config.data, TaskData) else None
-    corpus = Shards(config.data.shards) if isinstance(config.data, CorpusData) else None
+    task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
+    corpus = Shards(config.data.shards) if isinstance(config.data, CorpusDataConfig) else None
     head: Head = task.kind if task is not None else "none" if kind.headless else "mlm"
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
-    if isinstance(config.data, CorpusData):
+    if isinstance(config.data, CorpusDataConfig):
         open_shards(config.data, tokenizer)
     student, layers, thin = _student_shape(config, head, task, tokenizer)
     teacher_head, teacher = _teacher_shape(config, head, task)
@@ -194,8 +188,8 @@ def _check_slots(config: TrainConfig, world: int) -> None:
 
 def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
     name = config.objective.name
-    kind: type[Objective] = pick("objective.name", name, OBJECTIVES)
-    options = arguments("objective", kind, config.objective.options)
+    kind: type[Objective] = lookup("objective.name", name, OBJECTIVES)
+    options = validate_arguments("objective", kind, config.objective.options)
     where = "task" if isinstance(config, TaskConfig) else "corpus"
     if where not in kind.runs_on:
         fitting = [other for other, k in OBJECTIVES.items() if where in k.runs_on]
@@ -207,9 +201,9 @@ def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
     return kind, options
 
 
-def _surgery(named: Named) -> "partial[models.PreTrainedModel]":
-    function: Callable[..., models.PreTrainedModel] = pick("surgery.name", named.name, surgery.SURGERIES)
-    return partial(function, **arguments(f"surgery {named.name}", function, named.options))
+def _surgery(named: NamedOptions) -> "partial[models.PreTrainedModel]":
+    function: Callable[..., models.PreTrainedModel] = lookup("surgery.name", named.name, surgery.SURGERIES)
+    return partial(function, **validate_arguments(f"surgery {named.name}", function, named.options))
 
 
 def _tokenizer_path(config: TrainConfig, corpus: Shards | None) -> str:
@@ -227,7 +221,7 @@ def _student_shape(
     config: TrainConfig, head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[ModelDims, list[int] | None, narrow.Size | None]:
     words = config.student
-    span = config.data.pad_to if isinstance(config.data, TaskData) else None
+    span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
     size = partial(models.shape, head=head, labels=len(task.outputs) if task else 0, span=span)
     if words.path is None:
         assert words.architecture is not None
@@ -250,7 +244,7 @@ def _student_shape(
 
 
 def _check_length(config: TrainConfig, model: models.PreTrainedConfig, name: str) -> None:
-    pad_to = config.data.pad_to if isinstance(config.data, TaskData) else None
+    pad_to = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
     models.check_length(model, name, max(config.data.max_length, pad_to or 0))
 
 
@@ -282,5 +276,5 @@ def _teacher_shape(config: TrainConfig, head: Head, task: Task | None) -> tuple[
         models.label_order(path, task.kind, task.outputs)
     elif head == "mlm" and not models.has_mlm_head(model):
         head = "none"
-    span = config.data.pad_to if isinstance(config.data, TaskData) else None
+    span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
     return head, models.shape(model, head, labels=len(task.outputs) if task else 0, span=span)

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 from lad_dist import costs, plan, processes, sizes
-from lad_dist.config import AGAIN, CorpusData, Fault, UserError
+from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
+from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.data.shards import SPLITS, Shards
 
 NUMBERS = 1 << 17  # of the all-reduce: 1 MiB
@@ -33,7 +34,7 @@ Result = TypeVar("Result")
 class Unfit(Fault):
     """Of this set of machines."""
 
-    code = AGAIN
+    code = EXIT_RUN_AGAIN
 
 
 class Device(NamedTuple):
@@ -108,7 +109,7 @@ def _sum() -> None:
 
 def _see_data(made: plan.Plan) -> None:
     """Every file of the corpus is there, as long as the manifest says. Raises UserError."""
-    if isinstance(made.config.data, CorpusData):
+    if isinstance(made.config.data, CorpusDataConfig):
         for split in SPLITS:
             Shards(made.config.data.shards, split)
 

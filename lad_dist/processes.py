@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lad_dist.config import Fault, UserError
+from lad_dist.config.errors import Fault, UserError
 
 T = TypeVar("T")
 

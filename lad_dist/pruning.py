@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.parts import Moment, Part
 
 

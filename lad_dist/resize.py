@@ -28,7 +28,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from lad_dist import processes
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 
 Layout = Mapping[str, int]  # "processes", and the stage as "zero"
 

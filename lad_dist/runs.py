@@ -31,7 +31,9 @@ from torch.utils.tensorboard import SummaryWriter
 from lad_dist import processes
 from lad_dist.card import card
 from lad_dist.checkpoints import Checkpoints
-from lad_dist.config import AGAIN, NO_PROGRESS, TrainConfig, UserError, dump, filled
+from lad_dist.config.errors import EXIT_NO_PROGRESS, EXIT_RUN_AGAIN, UserError
+from lad_dist.config.load import dump_config, with_defaults
+from lad_dist.config.schema import TrainConfig
 from lad_dist.utils.atomic_io import append_text, file_lock, write_text
 
 RESULTS = "results.json"
@@ -55,13 +57,13 @@ FREE = {
 class Occupied(UserError):
     """Another life of the run goes on. When it has ended, the same command is right."""
 
-    code = AGAIN
+    code = EXIT_RUN_AGAIN
 
 
 class NoProgress(UserError):
     """The run died too often at the same place: trying again would burn the allocation."""
 
-    code = NO_PROGRESS
+    code = EXIT_NO_PROGRESS
 
 
 class Run:
@@ -83,13 +85,13 @@ class Run:
         self._tensorboard = str(self.folder / "tensorboard")
         self._board: SummaryWriter | None = None
         self._check_same(config)
-        self._text = dump(config)
+        self._text = dump_config(config)
 
     def _check_same(self, config: TrainConfig) -> None:
         if not self._config.exists():
             return
-        before = _flatten(filled(type(config), _config_in(self._config)))
-        now = _flatten(tomllib.loads(dump(config)))
+        before = _flatten(with_defaults(type(config), _config_in(self._config)))
+        now = _flatten(tomllib.loads(dump_config(config)))
         changed = sorted(k for k in (before.keys() | now.keys()) - FREE if before.get(k) != now.get(k))
         if changed:
             key = changed[0]

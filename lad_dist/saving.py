@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lad_dist import processes
 from lad_dist.checkpoints import Checkpoints
-from lad_dist.config import AGAIN, Fault
+from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault
 from lad_dist.utils.atomic_io import Digest, fsync
 
 FAILURES = 3  # in a row, after which the run stops
@@ -38,7 +38,7 @@ Files = list[tuple[Path, Any]]
 class Unsaved(Fault):
     """Nothing can be saved: elsewhere, or later, it may be possible."""
 
-    code = AGAIN
+    code = EXIT_RUN_AGAIN
 
 
 class Copies:

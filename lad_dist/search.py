@@ -46,7 +46,9 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from lad_dist import plan
-from lad_dist.config import Fault, Search, SearchConfig, TaskConfig, UserError, dump, read
+from lad_dist.config.errors import Fault, UserError
+from lad_dist.config.load import dump_config, read_toml
+from lad_dist.config.schema import SearchConfig, SearchOptions, TaskConfig
 from lad_dist.trials import Trial, bases, dotted, draw
 from lad_dist.utils.atomic_io import write_text
 from lad_dist.utils.strict_json import parse_json
@@ -72,7 +74,7 @@ def search(config: SearchConfig) -> Found | None:
     folder = Path(words.dir) / words.name
     trials = draw(config)
     metrics = _check(config, trials)
-    searched = config.model_dump(exclude_none=True) | {"base": {base: read(base) for base in bases(config)}}
+    searched = config.model_dump(exclude_none=True) | {"base": {base: read_toml(base) for base in bases(config)}}
     _check_same(folder, searched)
     if not (folder / "results.json").exists():
         with _ray(words):
@@ -105,14 +107,14 @@ def _check(config: SearchConfig, trials: list[Trial]) -> list[str]:
         )
     metrics = []
     for trial in trials[:: words.samples]:
-        alike = dump(trial.config.model_copy(update={"run": trials[0].config.run}))
+        alike = dump_config(trial.config.model_copy(update={"run": trials[0].config.run}))
         if alike not in known:
             known[alike] = _metric(words, trial.config)
         metrics += [known[alike]] * words.samples
     return metrics
 
 
-def _metric(words: Search, config: TaskConfig) -> str:
+def _metric(words: SearchOptions, config: TaskConfig) -> str:
     task = plan.make(config).task
     assert task is not None
     if words.metric is not None and words.metric not in task.metrics:
@@ -124,7 +126,7 @@ def _check_same(folder: Path, searched: Mapping[str, Any]) -> None:
     """Raises UserError when the folder holds another search."""
     if not (folder / "search.toml").exists():
         return
-    old, new = (dict(dotted(tables)) for tables in (read(folder / "search.toml"), searched))
+    old, new = (dict(dotted(tables)) for tables in (read_toml(folder / "search.toml"), searched))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         key = changed[0]
@@ -135,7 +137,7 @@ def _check_same(folder: Path, searched: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _ray(words: Search) -> Iterator[None]:
+def _ray(words: SearchOptions) -> Iterator[None]:
     """Ray, joined at RAY_ADDRESS or started here for as long as it is needed."""
     address, folder = os.environ.get("RAY_ADDRESS"), None
     try:
@@ -159,7 +161,7 @@ def _ray(words: Search) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_room(words: Search) -> None:
+def _check_room(words: SearchOptions) -> None:
     """Tune would wait without end for a node that can hold a trial."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(words.cpus <= node.get("CPU", 0) and words.gpus <= node.get("GPU", 0) for node in nodes):
@@ -199,7 +201,7 @@ def _tuner(config: SearchConfig, trials: list[Trial], metrics: list[str], folder
     return tune.Tuner(trainable, param_space=space, tune_config=settings, run_config=place)
 
 
-def _asha(words: Search, config: TaskConfig) -> ASHAScheduler:
+def _asha(words: SearchOptions, config: TaskConfig) -> ASHAScheduler:
     return ASHAScheduler(
         time_attr="step",
         max_t=10**9,  # ASHA ends no run that its config does not
@@ -223,7 +225,7 @@ class _Progress(tune.Callback):
         print(f"{self.names[trial.config['number']]} failed", file=sys.stderr, flush=True)
 
 
-def _train(words: Search, config: TaskConfig, metric: str) -> None:
+def _train(words: SearchOptions, config: TaskConfig, metric: str) -> None:
     """A trial, in the process that Tune gave it."""
     if not words.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that asked for none
@@ -291,4 +293,4 @@ def _write_best(row: Mapping[str, Any], config: TaskConfig, count: int, folder: 
     best = config.model_copy(update={"run": run, "teacher": teacher})
     command = f"# python launch/task_distill.py {folder / 'best.toml'}"
     found = f"# {row['trial']}, the best of {count} trials by {row['metric']} on the dev set"
-    write_text(folder / "best.toml", f"{command}\n{found}\n{dump(best)}")
+    write_text(folder / "best.toml", f"{command}\n{found}\n{dump_config(best)}")

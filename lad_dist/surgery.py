@@ -25,7 +25,8 @@ from torch import nn
 
 from lad_dist import budget, families, parts, pruning, theseus
 from lad_dist import low_rank as lowering
-from lad_dist.config import TrainConfig, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch, Head
 from lad_dist.low_rank import LowRank, LowRankEmbedding
 from lad_dist.models import PreTrainedModel, layers

@@ -25,7 +25,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lad_dist import families, models
-from lad_dist.config import TrainConfig, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Head
 from lad_dist.models import PreTrainedModel
 from lad_dist.parts import Moment, Part

@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lad_dist import compact, models
-from lad_dist.config import EvaluateConfig, ModelPath, TaskConfig, UserError, parse, train_schema
-from lad_dist.config import read as read_tables
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import parse_config
+from lad_dist.config.load import read_toml as read_tables
+from lad_dist.config.schema import EvaluateConfig, ModelPathConfig, TaskConfig, train_schema
 from lad_dist.evaluate import evaluate
 from lad_dist.utils.atomic_io import write_text
 
@@ -170,7 +172,7 @@ def shuffle_test(masks: Masks, times: int, base: str | None = None) -> Shuffled 
     if masks.file is None or masks.run is None:
         return None
     tables = read_tables(masks.run / "config.toml")
-    config = parse(train_schema(tables), tables, str(masks.run / "config.toml"))
+    config = parse_config(train_schema(tables), tables, str(masks.run / "config.toml"))
     if not isinstance(config, TaskConfig):
         return None
     found = [
@@ -188,7 +190,7 @@ def _scores(masks: Masks, kept: Kept, config: TaskConfig, base: str | None) -> d
         shutil.copytree(masks.file.parent, folder, ignore=shutil.ignore_patterns("*.safetensors", "onnx*"))
         compact.replace_masks(masks.file, {name: torch.from_numpy(mask) for name, mask in kept.items()}, folder)
         models.save(compact.load_masked(folder, base), folder)
-        words = EvaluateConfig(model=ModelPath(path=str(folder)), teacher=None, data=config.data, out=None)
+        words = EvaluateConfig(model=ModelPathConfig(path=str(folder)), teacher=None, data=config.data, out=None)
         scores = evaluate(words)["model"]
     return {name: value for name, value in scores.items() if name not in ("path", "parameters")}
 

@@ -27,7 +27,8 @@ from lad_dist.agreement import dissenters
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
 from lad_dist.checkpoints import facts_of
-from lad_dist.config import Fault, TrainConfig, UserError
+from lad_dist.config.errors import Fault, UserError
+from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelOutputs, OutputSpec
 from lad_dist.data.feed import TaskFeed

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist import plan
-from lad_dist.config import SearchConfig, TaskConfig, UserError, override, parse, pick, read
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import apply_overrides, lookup, parse_config, read_toml
+from lad_dist.config.schema import SearchConfig, TaskConfig
 
 Choices = tuple[tuple[str, str], ...]
 
@@ -42,7 +44,7 @@ def draw(config: SearchConfig) -> list[Trial]:
             sample = {key: law(random.Random(f"{words.seed}/{number}/{key}")) for key, law in space.items()}
             numbered = [f"{number:0{width}}"] if space else []
             name = "-".join([*(choice for _, choice in choices), *numbered] if choices else ["trial", *numbered])
-            run = _run(config, override(tables, sample.items()), name, base)
+            run = _run(config, apply_overrides(tables, sample.items()), name, base)
             trials.append(Trial({**dict(choices), **sample}, run))
     return trials
 
@@ -63,13 +65,13 @@ def _tables(config: SearchConfig, choices: Choices) -> tuple[dict[str, Any], str
     """The config of a combination, and the file that it starts from."""
     changes = [_choice(config, axis, choice) for axis, choice in choices]
     base = [config.search.base, *(change.pop("base") for change in changes if "base" in change)][-1]
-    return override(read(base), itertools.chain(dotted(config.override), *map(dotted, changes))), base
+    return apply_overrides(read_toml(base), itertools.chain(dotted(config.override), *map(dotted, changes))), base
 
 
 def _choice(config: SearchConfig, axis: str, choice: str) -> dict[str, Any]:
     changes = config.grid[axis][choice]
     for key in changes:
-        pick(f"grid.{axis}.{choice}: key", key.split(".")[0], dict.fromkeys(["base", *TaskConfig.model_fields]))
+        lookup(f"grid.{axis}.{choice}: key", key.split(".")[0], dict.fromkeys(["base", *TaskConfig.model_fields]))
     return dict(changes)
 
 
@@ -90,7 +92,7 @@ def _laws(space: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _distribution(key: str, name: str, values: Any) -> Callable[[random.Random], Any]:
-    law = pick(f"space.{key}: distribution", name, DISTRIBUTIONS)
+    law = lookup(f"space.{key}: distribution", name, DISTRIBUTIONS)
     if not isinstance(values, list) or not values:
         raise UserError(f"space.{key}.{name}: give a list, [low, high] or for choice the values, not {values!r}")
     if name != "choice":
@@ -120,6 +122,6 @@ def _run(config: SearchConfig, tables: Mapping[str, Any], name: str, base: str) 
     place: dict[str, Any] = {"run.name": name, "run.dir": str(folder)}
     if "teacher" in tables and "cache" not in tables["teacher"]:
         place["teacher.cache"] = str(folder / "answers")
-    run = parse(TaskConfig, override(tables, place.items()), where=base)
+    run = parse_config(TaskConfig, apply_overrides(tables, place.items()), where=base)
     plan.resolve(run)
     return run

@@ -17,18 +17,20 @@ example: python launch/benchmark.py step configs/task/lad.toml data.task=rte
 import sys
 
 from lad_dist import cli
-from lad_dist.config import DONE, PrepareConfig, UserError, load, read, train_schema
+from lad_dist.config.errors import EXIT_DONE, UserError
+from lad_dist.config.load import load_config, read_toml
+from lad_dist.config.schema import PrepareConfig, train_schema
 
 
 def step(path: str, overrides: list[str]) -> None:
-    config = load(train_schema(read(path)), path, overrides)
+    config = load_config(train_schema(read_toml(path)), path, overrides)
     from lad_dist.benchmarks.step import measure
 
     cli.print_table(f"a step of {config.run.name}", ("", ""), measure(config).rows)
 
 
 def data(path: str, overrides: list[str]) -> None:
-    config = load(PrepareConfig, path, overrides)
+    config = load_config(PrepareConfig, path, overrides)
     from lad_dist.benchmarks.data import measure
 
     cli.print_table(f"the data of {path}", ("", ""), measure(config))
@@ -43,7 +45,7 @@ def main() -> int:
         given = " ".join(words) or "nothing"
         raise UserError(f"benchmark: say what to time, {' or '.join(TIMED)}, and give a CONFIG.toml, not {given}")
     TIMED[words[0]](words[1], words[2:])
-    return DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

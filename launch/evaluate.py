@@ -8,7 +8,7 @@ example: python launch/evaluate.py configs/task/evaluate.toml data.task=rte mode
 """
 
 from lad_dist import cli
-from lad_dist.config import EvaluateConfig
+from lad_dist.config.schema import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> int:

@@ -7,7 +7,7 @@ example: python launch/finetune_teacher.py configs/task/teacher.toml data.task=r
 """
 
 from lad_dist import cli
-from lad_dist.config import TaskConfig
+from lad_dist.config.schema import TaskConfig
 
 if __name__ == "__main__":
     cli.train_script(__doc__, TaskConfig)

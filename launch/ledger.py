@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lad_dist import cli
-from lad_dist.config import DONE, UserError
+from lad_dist.config.errors import EXIT_DONE, UserError
 
 
 class Words(argparse.ArgumentParser):
@@ -45,7 +45,7 @@ def main() -> int:
     cli.print_table(str(given.folder), *speed(ledger))
     for line in (conditions(ledger), *remarks(ledger["student"], ledger)):
         cli.say(line)
-    return DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

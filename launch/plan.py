@@ -17,7 +17,9 @@ import math
 from typing import Any, NoReturn
 
 from lad_dist import cli
-from lad_dist.config import DONE, SearchConfig, Table, TrainConfig, UserError, load, pick, read, train_schema
+from lad_dist.config.errors import EXIT_DONE, UserError
+from lad_dist.config.load import load_config, lookup, read_toml
+from lad_dist.config.schema import ConfigTable, SearchConfig, TrainConfig, train_schema
 
 ASSUMED_MFU = 0.3
 
@@ -46,19 +48,19 @@ def parsed() -> argparse.Namespace:
     return given
 
 
-def schema_of(path: str) -> type[Table]:
+def schema_of(path: str) -> type[ConfigTable]:
     """What a file is for, by its content."""
-    tables = read(path)
+    tables = read_toml(path)
     return SearchConfig if "search" in tables else train_schema(tables)
 
 
 def main() -> int:
     given = parsed()
-    config = load(schema_of(given.config), given.config, given.overrides)
+    config = load_config(schema_of(given.config), given.config, given.overrides)
     from lad_dist.costs import GPUS
     from lad_dist.trials import draw
 
-    pick("--gpu", given.gpu, GPUS)
+    lookup("--gpu", given.gpu, GPUS)
     if isinstance(config, SearchConfig):
         trials = draw(config)
         each = config.search.gpus or 1
@@ -67,7 +69,7 @@ def main() -> int:
     else:
         assert isinstance(config, TrainConfig)
         show(config, given, world=given.gpus, trials=1, at_once=1)
-    return DONE
+    return EXIT_DONE
 
 
 def show(config: TrainConfig, given: argparse.Namespace, world: int, trials: int, at_once: int) -> None:

@@ -15,7 +15,8 @@ import sys
 import time
 
 from lad_dist import cli
-from lad_dist.config import AGAIN, DONE, PrepareConfig, UserError
+from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN, UserError
+from lad_dist.config.schema import PrepareConfig
 
 LINE_EVERY = 10  # seconds
 
@@ -30,8 +31,8 @@ def main(config: PrepareConfig) -> int:
         console.close()
     if not complete:
         cli.say(f"{config.out}: stopped early; run again to go on")
-        return AGAIN
-    return DONE
+        return EXIT_RUN_AGAIN
+    return EXIT_DONE
 
 
 def verify(words: list[str]) -> int:
@@ -42,7 +43,7 @@ def verify(words: list[str]) -> int:
     begin = time.monotonic()
     size = verify(words[0], cli.say) / 1e9
     cli.say(f"{size:.2f} GB in {time.monotonic() - begin:.1f} s")
-    return DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

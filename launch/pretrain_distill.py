@@ -7,7 +7,7 @@ example: deepspeed launch/pretrain_distill.py configs/pretrain/kd.toml data.shar
 """
 
 from lad_dist import cli
-from lad_dist.config import PretrainConfig
+from lad_dist.config.schema import PretrainConfig
 
 if __name__ == "__main__":
     cli.train_script(__doc__, PretrainConfig)

@@ -18,22 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lad_dist import cli
-from lad_dist.config import (
-    AGAIN,
-    DONE,
-    EvaluateConfig,
-    PrepareConfig,
-    PretrainConfig,
+from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
+from lad_dist.config.load import (
     Schema,
-    TaskConfig,
-    TrainConfig,
-    arguments,
-    assignment,
-    override,
-    parse,
-    pick,
-    read,
+    apply_overrides,
+    lookup,
+    parse_config,
+    parse_override,
+    read_toml,
+    validate_arguments,
 )
+from lad_dist.config.schema import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig, TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
 FOLDER = Path("runs/quickstart")
@@ -82,7 +77,7 @@ def check(folder: Path, changes: Changes) -> None:
     from lad_dist import plan
     from lad_dist.data import documentation
 
-    arguments("text", documentation.write, dict(changes.get("text", [])))
+    validate_arguments("text", documentation.write, dict(changes.get("text", [])))
     configured(PrepareConfig, "corpus", folder, changes)
     for name, stage in RUNS.items():
         plan.resolve(configured(stage.schema, name, folder, changes))
@@ -95,7 +90,7 @@ def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
     from lad_dist.data.tokenizers import train_wordpiece
 
     cli.say("1/6 Reading the documentation of this installation: about half a minute.")
-    options = arguments("text", documentation.write, dict(changes.get("text", [])))
+    options = validate_arguments("text", documentation.write, dict(changes.get("text", [])))
     counts = documentation.write(folder / "text", **options)
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         files = sorted((folder / "text" / "corpus").glob("*.txt"))
@@ -116,8 +111,8 @@ def say_text(counts: Mapping[str, int]) -> None:
 def configured(schema: type[Schema], stage: str, folder: Path, changes: Changes) -> Schema:
     """The stage's config file with its paths moved to `folder`, then changed."""
     file = CONFIGS / f"{stage}.toml"
-    moved = override(moved_to(folder, read(file)), changes.get(stage, []))
-    return parse(schema, moved, where=str(file))
+    moved = apply_overrides(moved_to(folder, read_toml(file)), changes.get(stage, []))
+    return parse_config(schema, moved, where=str(file))
 
 
 def moved_to(folder: Path, value: Any) -> Any:
@@ -152,7 +147,7 @@ def compare(folder: Path, changes: Changes) -> Results:
             "model": {"path": str(folder / name / "export")},
             "teacher": {"path": str(folder / "teacher" / "export")},
         }
-        result = evaluate(parse(EvaluateConfig, {**paths, "data": data}, where="quickstart"))
+        result = evaluate(parse_config(EvaluateConfig, {**paths, "data": data}, where="quickstart"))
         found |= {name: result["model"], "teacher": result["teacher"]}
     return {name: found[name] for name in ("teacher", "lad", "alone")}
 
@@ -189,9 +184,9 @@ def rows(results: Results) -> Iterable[tuple[str, ...]]:
 def sorted_changes(words: Iterable[str]) -> Changes:
     """`stage.key=value` words by stage. Raises UserError for a stage that is none."""
     changes: dict[str, list[tuple[str, Any]]] = {}
-    for key, value in map(assignment, words):
+    for key, value in map(parse_override, words):
         stage, _, rest = key.partition(".")
-        pick("stage", stage, dict.fromkeys(STAGES))
+        lookup("stage", stage, dict.fromkeys(STAGES))
         changes.setdefault(stage, []).append((rest, value))
     return changes
 
@@ -202,9 +197,9 @@ def main() -> int:
     results = journey(FOLDER, changes)
     if results is None:
         cli.say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
-        return AGAIN
+        return EXIT_RUN_AGAIN
     show(FOLDER, results)
-    return DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

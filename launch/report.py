@@ -17,7 +17,7 @@ import argparse
 from typing import NoReturn
 
 from lad_dist import cli
-from lad_dist.config import DONE, UserError
+from lad_dist.config.errors import EXIT_DONE, UserError
 
 
 class Words(argparse.ArgumentParser):
@@ -34,7 +34,7 @@ def main() -> int:
     from lad_dist.report import report
 
     cli.say(report(given.folders, given.baseline, given.out).rstrip("\n"))
-    return DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

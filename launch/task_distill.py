@@ -7,7 +7,7 @@ example: deepspeed launch/task_distill.py configs/task/lad.toml data.task=rte
 """
 
 from lad_dist import cli
-from lad_dist.config import TaskConfig
+from lad_dist.config.schema import TaskConfig
 
 if __name__ == "__main__":
     cli.train_script(__doc__, TaskConfig)

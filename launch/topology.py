@@ -15,7 +15,7 @@ import argparse
 from typing import NoReturn
 
 from lad_dist import cli
-from lad_dist.config import DONE, UserError
+from lad_dist.config.errors import EXIT_DONE, UserError
 
 
 class Words(argparse.ArgumentParser):
@@ -34,7 +34,7 @@ def main() -> int:
 
     for title, header, rows in report(given.folders, given.out, given.shuffles, given.base):
         cli.print_table(title, header, rows)
-    return DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

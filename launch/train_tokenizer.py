@@ -6,14 +6,15 @@ example: python launch/train_tokenizer.py configs/pretrain/tokenizer_unigram.tom
 """
 
 from lad_dist import cli
-from lad_dist.config import DONE, TokenizerConfig
+from lad_dist.config.errors import EXIT_DONE
+from lad_dist.config.schema import TokenizerConfig
 
 
 def main(config: TokenizerConfig) -> int:
     from lad_dist.data.train_tokenizer import train
 
     train(config, cli.say)
-    return DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ example: python launch/tune.py configs/tune/lad.toml search.samples=8
 from pathlib import Path
 
 from lad_dist import cli
-from lad_dist.config import AGAIN, DONE, SearchConfig
+from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
+from lad_dist.config.schema import SearchConfig
 
 
 def main(config: SearchConfig) -> int:
@@ -20,7 +21,7 @@ def main(config: SearchConfig) -> int:
     found = search(config)
     if found is None:
         cli.say(f"{config.search.name}: stopped early; run the same command again to go on")
-        return AGAIN
+        return EXIT_RUN_AGAIN
     header = list(found.trials[0])
     cli.print_table(config.search.name, header, [[row[key] for key in header] for row in found.trials])
     folder = Path(config.search.dir) / config.search.name
@@ -31,7 +32,7 @@ def main(config: SearchConfig) -> int:
         cli.say(f"{failed}; to run them again remove {folder}/results.json")
     best = f"best config: {found.best}; python launch/task_distill.py {found.best}"
     cli.say(best if found.best else f"compare them: python launch/report.py {folder} --out {folder}/report")
-    return DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from conftest import World
 from launching import FORKS, ROOT, environment, free_port, launcher
 
 from lad_dist import checkpoints
-from lad_dist.config import override
+from lad_dist.config.load import apply_overrides
 
 LONG = os.environ.get("LAD_DIST_CHAOS") == "long"
 STEPS = 240 if LONG else 48
@@ -116,7 +116,7 @@ def victim(folder: Path, world: World, changes: Mapping[str, Any] | None = None,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.toml"
-    path.write_text(tomli_w.dumps(override(tables, mine.items())))
+    path.write_text(tomli_w.dumps(apply_overrides(tables, mine.items())))
     return Victim(runs / "toy", path)
 
 

@@ -21,7 +21,7 @@ from conftest import World
 from launching import ROOT
 from slurm_cluster import LOOK_EVERY, RESTART_AFTER, SlurmCluster
 
-from lad_dist.config import override
+from lad_dist.config.load import apply_overrides
 
 pytest_plugins = ["chaos_fixtures"]
 Figures = list[tuple[str, str]]
@@ -153,7 +153,7 @@ def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "launch").symlink_to(ROOT / "launch")
     tables = toy.task_config(Path("runs"), world.files, world.teacher, world.pretrained)
     changes = {"run.steps": SLURM_STEPS, "run.save_every": 50, "data.slots": 2, "data.workers": 0}
-    (made / "toy.toml").write_text(tomli_w.dumps(override(tables, changes.items())))
+    (made / "toy.toml").write_text(tomli_w.dumps(apply_overrides(tables, changes.items())))
     return made
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lad_dist.config import override
+from lad_dist.config.load import apply_overrides
 
 METRICS = {"rte": "accuracy", "cola": "matthews"}
 
@@ -34,7 +34,7 @@ def run(folder: Path, objective: str, task: str, seed: int, score: float, **chan
         "device": "cpu",
         "versions": {},
     }
-    changed = override(results, ((_place(key), value) for key, value in changes.items()))
+    changed = apply_overrides(results, ((_place(key), value) for key, value in changes.items()))
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
     (folder / "results.json").write_text(json.dumps(changed))

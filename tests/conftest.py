@@ -16,7 +16,7 @@ import toy
 from hypothesis import settings
 
 from lad_dist import models
-from lad_dist.config import PrepareConfig
+from lad_dist.config.schema import PrepareConfig
 from lad_dist.data.prepare import prepare
 
 settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a machine is, not whether the code is right

@@ -17,7 +17,7 @@ import toy
 from conftest import World
 from launching import ROOT
 
-from lad_dist.config import override
+from lad_dist.config.load import apply_overrides
 
 LONGEST = 300  # characters of a complaint
 SECONDS = 5.0  # of a process that has imported what it needs
@@ -114,7 +114,7 @@ def _config(case: Case, here: Path, world: World, places: Mapping[str, Path]) ->
         file.write_bytes(case.config)
         return file
     changes = {key: _filled(value, places) for key, value in case.changes.items()}
-    file.write_text(tomli_w.dumps(_kept(override(tables(case.script, here, world), changes.items()))))
+    file.write_text(tomli_w.dumps(_kept(apply_overrides(tables(case.script, here, world), changes.items()))))
     return file
 
 

@@ -18,7 +18,8 @@ import torch
 from launching import ROOT, launch
 
 from lad_dist import processes, resize
-from lad_dist.config import parse, train_schema
+from lad_dist.config.load import parse_config
+from lad_dist.config.schema import train_schema
 from lad_dist.engine import snapshot
 from lad_dist.runs import Run
 from lad_dist.saving import write
@@ -86,7 +87,7 @@ def start(stretch: Stretch) -> Loop:
     tables = stretch.config | {"run": stretch.config["run"] | {"dir": stretch.folder}}
     words = stretch.config["deepspeed"]
     zero = words.get("zero_optimization", {}) | {"stage": stretch.layout["zero"]}
-    config = parse(train_schema(tables), tables | {"deepspeed": words | {"zero_optimization": zero}}, "toy")
+    config = parse_config(train_schema(tables), tables | {"deepspeed": words | {"zero_optimization": zero}}, "toy")
     return prepare(check(config), Run(config))
 
 

@@ -3,27 +3,27 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lad_dist.config import (
+from lad_dist.config.schema import (
+    ConfigTable,
     EvaluateConfig,
     PrepareConfig,
     PretrainConfig,
     SearchConfig,
-    Table,
     TaskConfig,
     TokenizerConfig,
     train_schema,
 )
 
-SCHEMAS: tuple[type[Table], ...] = (
+SCHEMAS: tuple[type[ConfigTable], ...] = (
     PretrainConfig, TaskConfig, PrepareConfig, TokenizerConfig, EvaluateConfig, SearchConfig
 )  # fmt: skip
 
 
-def schema_of(tables: Mapping[str, Any]) -> type[Table]:
+def schema_of(tables: Mapping[str, Any]) -> type[ConfigTable]:
     """A file's content says what it is for."""
     if "run" in tables:
         return train_schema(tables)
-    names: dict[str, type[Table]] = {
+    names: dict[str, type[ConfigTable]] = {
         "vocabulary": TokenizerConfig,
         "source": PrepareConfig,
         "search": SearchConfig,

@@ -24,7 +24,7 @@ from deepspeed.utils import logger
 from lad_dist import optim, processes
 from lad_dist.agreement import dissenters
 from lad_dist.anomalies import Guard, Judge
-from lad_dist.config import Optim
+from lad_dist.config.schema import OptimConfig
 
 STEPS, SLOTS, SPOILT = 5, 4, 2
 HALF = {"bf16": {"enabled": True}, "fp16": {"enabled": True, "loss_scale": 128.0}}
@@ -58,7 +58,7 @@ def engine(stage: int, precision: str) -> Any:
     deepspeed.ops.__compatible_ops__ = {}
     torch.manual_seed(0)
     model = Tiny().to(processes.device())
-    words = Optim(lr=1e-2)
+    words = OptimConfig(lr=1e-2)
     optimizer = optim.adamw(optim.groups(model, nn.Identity(), words), words, stage)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
     made, *_ = deepspeed.initialize(

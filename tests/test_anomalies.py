@@ -11,7 +11,7 @@ from launching import ROOT, launch
 
 from lad_dist import deepspeed_keys, processes
 from lad_dist.anomalies import FEWEST, HOPELESS, WINDOW, Fate, Judge
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 
 FATES = ["skipped" if step == skipping.SPOILT else "proceed" for step in range(skipping.STEPS)]
 CHANGED = [step != skipping.SPOILT for step in range(1, skipping.STEPS)]

@@ -13,7 +13,8 @@ from test_train import curve, digest, lad
 
 from lad_dist import answers, models
 from lad_dist.answers import Answers
-from lad_dist.config import TaskData, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelOutputs, OutputSpec
 from lad_dist.data.feed import TaskFeed
@@ -32,7 +33,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def feed(world: World, **words: Any) -> TaskFeed:
-    data = TaskData(**world.files, max_length=32, examples_per_slot=7, **words)
+    data = TaskDataConfig(**world.files, max_length=32, examples_per_slot=7, **words)
     return TaskFeed(data, load_task(data), load_tokenizer(str(world.tokenizer)), seed=3)
 
 

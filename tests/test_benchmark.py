@@ -11,14 +11,15 @@ from conftest import World
 from launching import ROOT, launch
 
 from lad_dist.benchmarks import data, step
-from lad_dist.config import PrepareConfig, TaskConfig, parse
+from lad_dist.config.load import parse_config
+from lad_dist.config.schema import PrepareConfig, TaskConfig
 from lad_dist.data.shards import Shards, read_manifest
 
 
 def test_a_step_is_taken_apart(world: World, tmp_path: Path) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
     tables["deepspeed"] = {"zero_optimization": {"stage": 1}}
-    figures = step.measure(parse(TaskConfig, tables, "toy"), steps=8)
+    figures = step.measure(parse_config(TaskConfig, tables, "toy"), steps=8)
     assert set(figures.phases) == {"data", "teacher", "forward", "backward", "optimizer"}
     assert all(value > 0 for value in figures.phases.values())
     assert 0.5 * figures.seconds < sum(figures.phases.values()) <= figures.seconds

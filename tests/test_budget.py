@@ -13,7 +13,8 @@ from launching import ROOT
 
 from lad_dist import budget, models, parts, plan, surgery
 from lad_dist.budget import Counts, Factors
-from lad_dist.config import UserError, arguments, read
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import read_toml, validate_arguments
 from lad_dist.low_rank import LowRank, LowRankEmbedding
 from lad_dist.parts import Moment
 from lad_dist.pruning import Pruning
@@ -33,7 +34,7 @@ def cut(model: models.PreTrainedModel, **options: Any) -> dict[str, float]:
     """What the surgery tells, with which all of its weights go at once."""
     told: dict[str, float] = {}
     options = {"begin": 0.0, "end": 0.0, **options}
-    surgery.ladabert(model, tell=told.update, **arguments("surgery ladabert", surgery.ladabert, options))
+    surgery.ladabert(model, tell=told.update, **validate_arguments("surgery ladabert", surgery.ladabert, options))
     for part in parts.parts(model):
         part.at(Moment(0, 10, seed=0))
     return told
@@ -99,7 +100,7 @@ def test_a_budget_is_met(
     before = models.parameters(model)
     given = dict(zip([name for name in NAMES if name != missing], factors, strict=True))
     try:
-        surgery.ladabert(model, **arguments("", surgery.ladabert, {"reduction": reduction, **given}))
+        surgery.ladabert(model, **validate_arguments("", surgery.ladabert, {"reduction": reduction, **given}))
     except UserError:
         return
     prunings = [part for part in parts.parts(model) if isinstance(part, Pruning)]
@@ -175,7 +176,7 @@ def test_pruning_alone_is_on_the_maps() -> None:
 def test_the_papers_sizes(number: int, millions: int) -> None:
     """Of BERT-base, by the configs; the factors that their first lines say."""
     file = ROOT / f"configs/task/ladabert-{number}.toml"
-    (options,) = read(file)["surgery"]
+    (options,) = read_toml(file)["surgery"]
     options.pop("name")
     with torch.device("meta"):
         model = made({"model_type": "bert"}, 30522)
@@ -183,7 +184,7 @@ def test_the_papers_sizes(number: int, millions: int) -> None:
     factors = budget.solve(counts, **{"weight": None, **options})
     assert f"solved for: {factors.weight:.2f} where" in file.read_text()
     assert round(counts.total / options["reduction"] / 1e6) == millions
-    surgery.ladabert(model, **arguments("", surgery.ladabert, options))
+    surgery.ladabert(model, **validate_arguments("", surgery.ladabert, options))
     (pruning,) = [part for part in parts.parts(model) if isinstance(part, Pruning)]
     left = models.parameters(model) - round(pruning.schedule.sparsity * _size(pruning))
     assert left * options["reduction"] == pytest.approx(counts.total, rel=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from lad_dist import cli
 from lad_dist.checkpoints import MANIFEST, Checkpoints, NothingToResume, facts_of
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.utils.atomic_io import file_digest, list_files
 
 

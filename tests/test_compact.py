@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lad_dist import compact, models
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import PreTrainedModel
 from lad_dist.train import train

@@ -10,8 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lad_dist import config as c
-from lad_dist.config import UserError, assignment, load, override, parse
+from lad_dist.config.describe import describe_keys
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import (
+    apply_overrides,
+    dump_config,
+    keyword_parameters,
+    load_config,
+    parse_config,
+    parse_override,
+    validate_arguments,
+)
+from lad_dist.config.schema import (
+    ConfigTable,
+    EvaluateConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SearchConfig,
+    TaskConfig,
+    TrainConfig,
+    train_schema,
+)
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.surgery import SURGERIES
 
@@ -30,12 +49,12 @@ SEARCH: dict[str, Any] = {
     "search": {"name": "n", "base": "b", "samples": 1, "metric": "accuracy"},
     "space": {"optim.lr": {"uniform": [0, 1]}},
 }
-SCHEMAS: list[tuple[type[c.Table], dict[str, Any]]] = [
-    (c.TaskConfig, TASK),
-    (c.PretrainConfig, PRETRAIN),
-    (c.PrepareConfig, PREPARE),
-    (c.EvaluateConfig, EVALUATE),
-    (c.SearchConfig, SEARCH),
+SCHEMAS: list[tuple[type[ConfigTable], dict[str, Any]]] = [
+    (TaskConfig, TASK),
+    (PretrainConfig, PRETRAIN),
+    (PrepareConfig, PREPARE),
+    (EvaluateConfig, EVALUATE),
+    (SearchConfig, SEARCH),
 ]
 
 
@@ -49,7 +68,7 @@ def every_key() -> list[Any]:
     """(schema, tables, path of a table, key) for every key of every schema, written out from `describe`."""
     found = []
     for schema, tables in SCHEMAS:
-        rows = [row[0] for row in c.describe(schema)]
+        rows = [row[0] for row in describe_keys(schema)]
         names = {tuple(row.replace("[]", "").split(".")) for row in rows}
         names |= {path[:1] for path in names}
         names -= {("objective", "name"), ("surgery", "name")}  # beside these, keys are arguments: tested below
@@ -61,7 +80,7 @@ def every_key() -> list[Any]:
 
 @pytest.mark.parametrize(("schema", "tables", "path"), every_key())
 def test_every_misspelt_key_is_named_with_the_right_one(
-    schema: type[c.Table], tables: dict[str, Any], path: tuple[str, ...]
+    schema: type[ConfigTable], tables: dict[str, Any], path: tuple[str, ...]
 ) -> None:
     *outer, key = path
     wrong = misspelt(key)
@@ -73,7 +92,7 @@ def test_every_misspelt_key_is_named_with_the_right_one(
         table = table[0]
     table[wrong] = table.pop(key, {"x": 1} if not outer else "x")
     with pytest.raises(UserError) as caught:
-        parse(schema, changed, "here.toml")
+        parse_config(schema, changed, "here.toml")
     line = str(caught.value)
     assert "\n" not in line
     assert line.startswith("here.toml: ")
@@ -85,10 +104,12 @@ NAMED = [(f"objective {name}", kind) for name, kind in OBJECTIVES.items()]
 NAMED += [(f"surgery {name}", function) for name, function in SURGERIES.items()]
 
 
-@pytest.mark.parametrize(("where", "function", "key"), [(where, f, key) for where, f in NAMED for key in c.keywords(f)])
+@pytest.mark.parametrize(
+    ("where", "function", "key"), [(where, f, key) for where, f in NAMED for key in keyword_parameters(f)]
+)
 def test_every_misspelt_argument_is_named_with_the_right_one(where: str, function: Any, key: str) -> None:
     with pytest.raises(UserError, match=f'{misspelt(key)}: no such key; did you mean "{key}"') as caught:
-        c.arguments(where, function, {misspelt(key): 1})
+        validate_arguments(where, function, {misspelt(key): 1})
     assert str(caught.value).startswith(f"{where}: ")
 
 
@@ -129,29 +150,29 @@ def test_every_misspelt_argument_is_named_with_the_right_one(where: str, functio
 )
 def test_values_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse(c.TaskConfig, override(TASK, changes.items()), "here.toml")
+        parse_config(TaskConfig, apply_overrides(TASK, changes.items()), "here.toml")
     line = str(caught.value)
     assert line.startswith(f"here.toml: {message}")
     assert "\n" not in line
 
 
 def test_what_is_frozen_stays() -> None:
-    config = parse(c.TaskConfig, TASK, "x")
+    config = parse_config(TaskConfig, TASK, "x")
     with pytest.raises(ValidationError):
         config.run.seed = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("schema", "tables"), SCHEMAS)
-def test_dump_is_read_back_as_the_same_config(schema: type[c.Table], tables: dict[str, Any]) -> None:
-    config = parse(schema, tables, "x")
-    text = c.dump(config)
-    assert parse(schema, tomllib.loads(text), "dump") == config
-    assert c.dump(parse(schema, tomllib.loads(text), "dump")) == text
+def test_dump_is_read_back_as_the_same_config(schema: type[ConfigTable], tables: dict[str, Any]) -> None:
+    config = parse_config(schema, tables, "x")
+    text = dump_config(config)
+    assert parse_config(schema, tomllib.loads(text), "dump") == config
+    assert dump_config(parse_config(schema, tomllib.loads(text), "dump")) == text
 
 
 def test_dump_writes_every_default_out() -> None:
-    written = tomllib.loads(c.dump(parse(c.TaskConfig, TASK, "x")))
-    for key, _, default, _ in c.describe(c.TaskConfig):
+    written = tomllib.loads(dump_config(parse_config(TaskConfig, TASK, "x")))
+    for key, _, default, _ in describe_keys(TaskConfig):
         if default in ("required", "-") or "[]" in key:
             continue
         value: Any = written
@@ -175,13 +196,13 @@ def test_dump_writes_every_default_out() -> None:
     ],
 )
 def test_overrides_are_toml_and_a_bare_word_is_a_string(text: str, expected: tuple[str, Any]) -> None:
-    assert assignment(text) == expected
+    assert parse_override(text) == expected
 
 
 @pytest.mark.parametrize("text", ["a", "=1", " =1", "--steps", "a=[1,", 'a="x', "a={x}"])
 def test_overrides_that_are_none(text: str) -> None:
     with pytest.raises(UserError) as caught:
-        assignment(text)
+        parse_override(text)
     assert str(caught.value).startswith(repr(text))
     assert "\n" not in str(caught.value)
 
@@ -194,7 +215,7 @@ tables_of = st.recursive(st.integers(), lambda inner: st.dictionaries(words, inn
 def test_an_override_sets_its_key_and_nothing_else(tables: dict[str, Any], path: list[str], value: int) -> None:
     before = repr(tables)
     try:
-        changed = override(tables, [(".".join(path), value)])
+        changed = apply_overrides(tables, [(".".join(path), value)])
     except UserError:
         return  # a value stands where a table should
     finally:
@@ -208,23 +229,23 @@ def test_an_override_sets_its_key_and_nothing_else(tables: dict[str, Any], path:
 
 def test_an_override_inside_a_value() -> None:
     with pytest.raises(UserError, match=r"run\.name\.x: name is not a table"):
-        override(TASK, [("run.name.x", 1)])
+        apply_overrides(TASK, [("run.name.x", 1)])
 
 
 def test_an_override_inside_a_list() -> None:
     tables = {"surgery": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
-    changed = override(tables, [("surgery.0.keep", 0.25), ("surgery.1.share", 1)])
+    changed = apply_overrides(tables, [("surgery.0.keep", 0.25), ("surgery.1.share", 1)])
     assert changed == {"surgery": [{"name": "a", "keep": 0.25}, {"name": "b", "share": 1}]}
     assert tables == {"surgery": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
     for place in ("2", "-1", "x"):
         with pytest.raises(UserError, match=rf"surgery\.{place}\.keep: there is no {place} in a list of 2"):
-            override(tables, [(f"surgery.{place}.keep", 0.5)])
+            apply_overrides(tables, [(f"surgery.{place}.keep", 0.5)])
 
 
 def test_load_reads_a_file_and_applies_overrides(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text(tomli_w.dumps(TASK))
-    config = load(c.TaskConfig, file, ["run.steps=3", "data.task=cola", "deepspeed.bf16.enabled=true"])
+    config = load_config(TaskConfig, file, ["run.steps=3", "data.task=cola", "deepspeed.bf16.enabled=true"])
     assert (config.run.steps, config.data.task, config.deepspeed) == (3, "cola", {"bf16": {"enabled": True}})
 
 
@@ -234,14 +255,14 @@ def test_a_file_that_is_no_config(content: bytes | None, tmp_path: Path) -> None
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        load(c.TaskConfig, file)
+        load_config(TaskConfig, file)
     assert str(caught.value).startswith(f"{file}: ")
     assert "\n" not in str(caught.value)
 
 
 def test_describe_says_type_default_and_meaning_of_every_key() -> None:
     for schema, _ in SCHEMAS:
-        for key, kind, default, text in c.describe(schema):
+        for key, kind, default, text in describe_keys(schema):
             assert text, f"{schema.__name__} {key} has no description"
             assert kind
             assert default
@@ -251,16 +272,14 @@ def test_describe_says_type_default_and_meaning_of_every_key() -> None:
 def test_arguments_are_completed_by_their_defaults() -> None:
     def function(x: int, *, a: int, b: float = 0.5) -> None: ...
 
-    assert c.arguments("f", function, {"a": 1}) == {"a": 1, "b": 0.5}
+    assert validate_arguments("f", function, {"a": 1}) == {"a": 1, "b": 0.5}
     with pytest.raises(UserError, match=r"f: a: missing"):
-        c.arguments("f", function, {})
+        validate_arguments("f", function, {})
     with pytest.raises(UserError, match=r"f: x: no such key"):
-        c.arguments("f", function, {"a": 1, "x": 1})
+        validate_arguments("f", function, {"a": 1, "x": 1})
 
 
-@pytest.mark.parametrize(
-    ("data", "schema"), [({"shards": "s"}, c.PretrainConfig), ({}, c.TaskConfig), (1, c.TaskConfig)]
-)
-def test_the_data_of_a_training_say_what_it_is(data: Any, schema: type[c.TrainConfig]) -> None:
+@pytest.mark.parametrize(("data", "schema"), [({"shards": "s"}, PretrainConfig), ({}, TaskConfig), (1, TaskConfig)])
+def test_the_data_of_a_training_say_what_it_is(data: Any, schema: type[TrainConfig]) -> None:
     """Also where they are no table: then the config's own check complains of them."""
-    assert c.train_schema({"data": data}) is schema
+    assert train_schema({"data": data}) is schema

@@ -12,15 +12,14 @@ from schemas import schema_of
 from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist import plan
-from lad_dist.config import (
+from lad_dist.config.load import parse_config, read_toml
+from lad_dist.config.schema import (
     EvaluateConfig,
     PrepareConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,
     TokenizerConfig,
-    parse,
-    read,
 )
 from lad_dist.train import train
 from lad_dist.trials import draw
@@ -32,19 +31,19 @@ def ids(files: list[Path]) -> list[str]:
     return [str(file.relative_to(ROOT / "configs")) for file in files]
 
 
-TRAINING = [file for file in FILES if "run" in read(file)]
-SEARCHES = [file for file in FILES if "search" in read(file)]
+TRAINING = [file for file in FILES if "run" in read_toml(file)]
+SEARCHES = [file for file in FILES if "search" in read_toml(file)]
 
 
 def test_there_are_configs_of_every_kind() -> None:
-    assert {schema_of(read(file)) for file in FILES} == {
+    assert {schema_of(read_toml(file)) for file in FILES} == {
         PretrainConfig, TaskConfig, TokenizerConfig, PrepareConfig, SearchConfig, EvaluateConfig
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
 def test_it_is_read(file: Path) -> None:
-    parse(schema_of(read(file)), read(file), str(file))
+    parse_config(schema_of(read_toml(file)), read_toml(file), str(file))
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
@@ -97,7 +96,7 @@ def _toy_budgets(tables: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("file", TRAINING, ids=ids(TRAINING))
 def test_a_training_config_takes_a_step(file: Path, world: World, tmp_path: Path) -> None:
-    tables = read(file)
+    tables = read_toml(file)
     rows: list[dict[str, Any]] = []
     outcome = train(toy.parsed(tables, toy_places(tables, world, tmp_path)), rows.append)
     assert outcome.results is not None
@@ -110,7 +109,7 @@ def test_a_search_draws_trials_that_its_base_can_run(
     file: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    config = parse(SearchConfig, read(file), str(file))
+    config = parse_config(SearchConfig, read_toml(file), str(file))
     trials = draw(config)
     assert len(trials) == config.search.samples * math.prod(map(len, config.grid.values()))
     assert {key.split(".")[0] for key in trials[0].sample} == {

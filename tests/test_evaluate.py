@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lad_dist import evaluate, processes
-from lad_dist.config import EvaluateConfig, TaskData, parse
+from lad_dist.config.load import parse_config
+from lad_dist.config.schema import EvaluateConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.data.examples import tokenize
 from lad_dist.data.tasks import Task, Texts
@@ -79,7 +80,7 @@ def test_scores_of_a_second_dev_set_carry_its_name(world: World) -> None:
         for name, labels in (("dev", [0, 0]), ("dev_mismatched", [0, 1]))
     }
     task = Task("mnli", "classification", ("a", "b"), ("accuracy",), texts["dev"], texts)
-    words, data = load_tokenizer(world.tokenizer), TaskData(task="mnli")
+    words, data = load_tokenizer(world.tokenizer), TaskDataConfig(task="mnli")
     dev = {name: tokenize(task, raw, words, data, name) for name, raw in texts.items()}
     seen = dict.fromkeys(dev, Predictions(np.array([[1.0, 0.0], [1.0, 0.0]]), 1.0))
     assert evaluate.task_scores(dev, seen) == {"accuracy": 1.0, "accuracy_mismatched": 0.5}
@@ -87,7 +88,7 @@ def test_scores_of_a_second_dev_set_carry_its_name(world: World) -> None:
 
 def tables(world: World, model: Path, **more: Any) -> EvaluateConfig:
     data = {**world.files, "max_length": 32}
-    return parse(EvaluateConfig, {"model": {"path": str(model)}, "data": data, **more}, "toy")
+    return parse_config(EvaluateConfig, {"model": {"path": str(model)}, "data": data, **more}, "toy")
 
 
 def test_an_export_scores_what_its_run_said(world: World, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from toy_families import LIKE, SIZES
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from lad_dist import families, models, parts, sizes, surgery
-from lad_dist.config import EvaluateConfig, PrepareConfig, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import EvaluateConfig, PrepareConfig
 from lad_dist.core.batch import Batch, Head, pad, unpad
 from lad_dist.core.collate import collate, span_starts
 from lad_dist.core.outputs import OutputSpec

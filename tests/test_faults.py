@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lad_dist import agreement, cli, processes, saving
 from lad_dist.checkpoints import Checkpoints
-from lad_dist.config import AGAIN, Fault, TrainConfig, UserError
+from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
+from lad_dist.config.schema import TrainConfig
 from lad_dist.method import Method
 from lad_dist.parts import Moment
 from lad_dist.runs import NoProgress
@@ -150,7 +151,7 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_after_three(
     config = make({"run.steps": 30, "run.save_every": 2})
     with pytest.raises(Fault, match="No space left on device") as found:
         train(config, rows.append)
-    assert found.value.code == AGAIN
+    assert found.value.code == EXIT_RUN_AGAIN
     assert 3 <= len(rows) < 30
     for _ in range(2):
         with pytest.raises(Fault):

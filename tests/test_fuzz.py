@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lad_dist import cli
-from lad_dist.config import TaskConfig, TaskData, UserError, load
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import load_config
+from lad_dist.config.schema import TaskConfig, TaskDataConfig
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import load_task
 
@@ -30,13 +32,13 @@ Reader = Callable[[Path, World], Any]
 
 def labelled(kind: str) -> Reader:
     def read(file: Path, world: World) -> None:
-        load_task(TaskData.model_validate({"train": str(file), "dev": str(file), "kind": kind}))
+        load_task(TaskDataConfig.model_validate({"train": str(file), "dev": str(file), "kind": kind}))
 
     return read
 
 
 READERS: dict[str, Reader] = {
-    "a.toml": lambda file, world: load(TaskConfig, file),
+    "a.toml": lambda file, world: load_config(TaskConfig, file),
     "a.csv": labelled("classification"),
     "b.csv": labelled("regression"),
     "a.tsv": labelled("classification"),

@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from lad_dist import models, plan
-from lad_dist.config import EvaluateConfig, TrainConfig, UserError, parse
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import parse_config
+from lad_dist.config.schema import EvaluateConfig, TrainConfig
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.examples import QuestionExamples
 from lad_dist.data.feed import TaskFeed
@@ -127,7 +129,7 @@ def test_an_export_scores_what_its_run_said(head: str, files: Files, taught: dic
     folder = str(export(taught[head]))
     data = {**files[head], **SIZES}
     tables = {"model": {"path": folder}, "teacher": {"path": folder}, "data": data}
-    found = evaluate(parse(EvaluateConfig, tables, "toy"))
+    found = evaluate(parse_config(EvaluateConfig, tables, "toy"))
     results = taught[head].results
     assert results is not None
     for name, value in results["metrics"].items():
@@ -168,7 +170,7 @@ def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, Out
     folder = export(taught["question_answering"])
     words = load_tokenizer(folder)
     tables = {"model": {"path": str(folder)}, "data": {**files["question_answering"], **SIZES}}
-    data = parse(EvaluateConfig, tables, "toy").data
+    data = parse_config(EvaluateConfig, tables, "toy").data
     dev = TaskFeed(data, load_task(data), words, seed=0).dev["dev"]
     assert isinstance(dev, QuestionExamples)
     frozen = models.load(str(folder), "question_answering", whole=True).eval()

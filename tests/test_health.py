@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from watched import BOUND, Rank
 
 from lad_dist import health, processes
-from lad_dist.config import AGAIN, DIED, UserError
+from lad_dist.config.errors import EXIT_FAULT, EXIT_RUN_AGAIN, UserError
 from lad_dist.health import Failure, Mark, Member, Roster, Watch
 
 HOST = socket.gethostname()
@@ -50,7 +50,7 @@ def test_a_rank_that_is_killed_takes_the_others_along(victim: int, others: watch
     time.sleep(0.2)
     ranks[victim].process.kill()
     codes = await_end(ranks, seconds=5.0)
-    assert codes == [-signal.SIGKILL if rank == victim else DIED for rank in range(3)]
+    assert codes == [-signal.SIGKILL if rank == victim else EXIT_FAULT for rank in range(3)]
     (line,) = lines(ranks)
     assert line.startswith(f"{named(ranks[victim])} died")
 
@@ -63,7 +63,7 @@ def test_a_stopped_rank_is_named_and_killed(victim: int, tmp_path: Path) -> None
         rank.await_fault()
     os.kill(ranks[victim].process.pid or 0, signal.SIGSTOP)
     codes = await_end(ranks, seconds=2 * BOUND + 4)
-    assert codes == [-signal.SIGKILL if rank == victim else AGAIN for rank in range(3)]
+    assert codes == [-signal.SIGKILL if rank == victim else EXIT_RUN_AGAIN for rank in range(3)]
     (line,) = lines(ranks)
     assert named(ranks[victim]) in line
     assert all("sleep_forever" in rank.stacks for rank in ranks if rank.number != victim)
@@ -72,7 +72,7 @@ def test_a_stopped_rank_is_named_and_killed(victim: int, tmp_path: Path) -> None
 @pytest.mark.processes
 def test_a_rank_that_the_others_wait_for_is_named(tmp_path: Path) -> None:
     ranks = watched.begin(tmp_path, {1: watched.sleep_forever}, 3)
-    assert await_end(ranks, seconds=60) == [AGAIN] * 3
+    assert await_end(ranks, seconds=60) == [EXIT_RUN_AGAIN] * 3
     (line,) = lines(ranks)
     assert f"{named(ranks[1])} in step {watched.FAULTY_STEP}, forward, micro-batch 0" in line
     assert not any(named(rank) in line for rank in (ranks[0], ranks[2]))
@@ -85,7 +85,7 @@ def test_a_rank_that_the_others_wait_for_is_named(tmp_path: Path) -> None:
 def test_so_is_one_that_holds_pythons_lock_and_leaves_its_stack(culprit: int, tmp_path: Path) -> None:
     ranks = watched.begin(tmp_path, {culprit: watched.wait_with_the_lock}, 2)
     codes = await_end(ranks, seconds=60)
-    assert codes == [-signal.SIGKILL if rank == culprit else AGAIN for rank in range(2)]
+    assert codes == [-signal.SIGKILL if rank == culprit else EXIT_RUN_AGAIN for rank in range(2)]
     (line,) = lines(ranks)
     assert named(ranks[culprit]) in line
     assert "wait_with_the_lock" in ranks[culprit].stacks
@@ -94,7 +94,7 @@ def test_so_is_one_that_holds_pythons_lock_and_leaves_its_stack(culprit: int, tm
 @pytest.mark.processes
 def test_a_process_alone_finds_that_it_hangs(tmp_path: Path) -> None:
     (rank,) = watched.begin(tmp_path, {0: watched.sleep_forever}, 1)
-    assert await_end([rank], seconds=60) == [AGAIN]
+    assert await_end([rank], seconds=60) == [EXIT_RUN_AGAIN]
     assert named(rank) in rank.said
     assert "sleep_forever" in rank.stacks
 
@@ -103,7 +103,7 @@ def test_a_process_alone_finds_that_it_hangs(tmp_path: Path) -> None:
 def test_a_disk_that_takes_no_stacks_hinders_nobody_from_ending(tmp_path: Path) -> None:
     (tmp_path / "stacks").write_text("in the way")
     (rank,) = watched.begin(tmp_path, {0: watched.sleep_forever}, 1)
-    assert await_end([rank], seconds=60) == [AGAIN]
+    assert await_end([rank], seconds=60) == [EXIT_RUN_AGAIN]
     assert f"no progress for {watched.BOUND:.0f} s" in rank.said
     assert "sleep_forever" in rank.said
 
@@ -129,7 +129,7 @@ def test_nor_while_any_rank_is_paused(tmp_path: Path) -> None:
 def test_an_error_on_one_rank_is_told_by_the_others(culprit: int, tmp_path: Path) -> None:
     ranks = watched.begin(tmp_path, {culprit: watched.raise_error}, 2, hang_seconds=60.0)
     ranks[culprit].await_fault()
-    assert await_end(ranks, seconds=5 + 1) == [DIED, DIED]
+    assert await_end(ranks, seconds=5 + 1) == [EXIT_FAULT, EXIT_FAULT]
     assert f"{named(ranks[culprit])} failed: RuntimeError: a device fell off" in ranks[1 - culprit].said
     assert "raise_error" in ranks[culprit].said  # its traceback
 

@@ -11,19 +11,30 @@ import toy
 from conftest import World
 from launching import ROOT, launch
 
-from lad_dist import config as c
+from lad_dist.config.describe import describe_keys
+from lad_dist.config.load import keyword_parameters
+from lad_dist.config.schema import (
+    ConfigTable,
+    EvaluateConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SearchConfig,
+    TaskConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.surgery import SURGERIES
 
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
-SCHEMAS: dict[str, type[c.Table]] = {
-    "train_tokenizer.py": c.TokenizerConfig,
-    "prepare_corpus.py": c.PrepareConfig,
-    "pretrain_distill.py": c.PretrainConfig,
-    "finetune_teacher.py": c.TaskConfig,
-    "task_distill.py": c.TaskConfig,
-    "evaluate.py": c.EvaluateConfig,
-    "tune.py": c.SearchConfig,
+SCHEMAS: dict[str, type[ConfigTable]] = {
+    "train_tokenizer.py": TokenizerConfig,
+    "prepare_corpus.py": PrepareConfig,
+    "pretrain_distill.py": PretrainConfig,
+    "finetune_teacher.py": TaskConfig,
+    "task_distill.py": TaskConfig,
+    "evaluate.py": EvaluateConfig,
+    "tune.py": SearchConfig,
 }
 
 
@@ -52,13 +63,13 @@ def test_help_says_how_to_call_it(script: str, capsys: pytest.CaptureFixture[str
 def test_help_names_every_key(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(script, "-h") == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    for key, *_ in c.describe(SCHEMAS[script]):
+    for key, *_ in describe_keys(SCHEMAS[script]):
         assert any(line.startswith(f"{key} (") for line in lines), key
-    if issubclass(SCHEMAS[script], c.TrainConfig):
+    if issubclass(SCHEMAS[script], TrainConfig):
         for kind, choices in (("objective", OBJECTIVES), ("surgery", SURGERIES)):
             for name, function in choices.items():
                 assert f'With {kind}.name = "{name}":' in lines
-                keys = [f"{kind}.{key} (" for key in c.keywords(function)]
+                keys = [f"{kind}.{key} (" for key in keyword_parameters(function)]
                 assert all(any(line.startswith(key) for line in lines) for key in keys)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims
 from lad_dist.objectives.alp import ALP

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lad_dist import low_rank, models, observe, parts, plan, surgery
-from lad_dist.config import UserError, arguments
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import validate_arguments
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.low_rank import LowRank, LowRankEmbedding
@@ -207,7 +208,7 @@ def test_words_count_once_more_than_they_occur() -> None:
 
 
 def lowered(model: models.PreTrainedModel, **options: Any) -> models.PreTrainedModel:
-    return surgery.low_rank(model, lambda: SAMPLE, **arguments("low_rank", surgery.low_rank, options))
+    return surgery.low_rank(model, lambda: SAMPLE, **validate_arguments("low_rank", surgery.low_rank, options))
 
 
 def test_it_replaces_the_maps_that_match_and_keeps_the_share() -> None:
@@ -275,7 +276,7 @@ def test_a_sample_makes_the_outputs_on_it_nearer() -> None:
 )
 def test_what_it_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        surgery.low_rank(made(), **arguments("surgery low_rank", surgery.low_rank, options))
+        surgery.low_rank(made(), **validate_arguments("surgery low_rank", surgery.low_rank, options))
 
 
 def test_twice_is_refused() -> None:

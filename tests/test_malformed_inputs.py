@@ -12,7 +12,7 @@ from conftest import World
 from launching import ROOT, environment, free_port, launcher
 from malformed import Case, assert_one_line, complaint, jsonl, tables
 
-from lad_dist.config import read
+from lad_dist.config.load import read_toml
 
 SCRIPTS = ("pretrain_distill", "task_distill", "finetune_teacher", "evaluate", "prepare_corpus", "train_tokenizer")
 
@@ -183,7 +183,7 @@ def test_it_ends_in_one_line(case: Case, world: World, tmp_path: Path, monkeypat
 
 def test_a_mark_at_the_beginning_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("run.name = 'a'", encoding="utf-8-sig")
-    assert read(tmp_path / "config.toml") == {"run": {"name": "a"}}
+    assert read_toml(tmp_path / "config.toml") == {"run": {"name": "a"}}
 
 
 @pytest.mark.processes

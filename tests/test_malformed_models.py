@@ -268,7 +268,7 @@ def test_it_ends_in_one_line(case: Case, world: World, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
 def test_weights_of_another_model(case: Case, world: World, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     from lad_dist import models
-    from lad_dist.config import UserError
+    from lad_dist.config.errors import UserError
 
     assert case.make is not None
     case.make(tmp_path, world)

@@ -14,23 +14,25 @@ from pydantic import BaseModel
 from schemas import schema_of
 
 from lad_dist import deepspeed_keys, models, plan
-from lad_dist.config import (
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import (
+    apply_overrides,
+    keyword_parameters,
+    lookup,
+    parse_config,
+    parse_override,
+    read_toml,
+    validate_arguments,
+)
+from lad_dist.config.schema import (
+    ConfigTable,
     EvaluateConfig,
     PrepareConfig,
     PretrainConfig,
     SearchConfig,
-    Table,
     TaskConfig,
     TokenizerConfig,
     TrainConfig,
-    UserError,
-    arguments,
-    assignment,
-    keywords,
-    override,
-    parse,
-    pick,
-    read,
 )
 from lad_dist.families import FAMILIES
 from lad_dist.objectives import OBJECTIVES
@@ -145,7 +147,7 @@ RUN = {
     "objective": {"name": "kd"},
     "surgery": [{"name": "quiet_positions", "share": 0.5}],
 }
-TABLES: dict[type[Table], dict[str, Any]] = {
+TABLES: dict[type[ConfigTable], dict[str, Any]] = {
     TaskConfig: {**RUN, **TRAINED, "data": {"task": "rte"}, "deepspeed": {}},
     PretrainConfig: {**RUN, **TRAINED, "data": {"shards": "shards"}, "deepspeed": {}},
     PrepareConfig: {"out": "out", "tokenizer": "words", "source": [SOURCE]},
@@ -168,14 +170,14 @@ def paths(schema: type[BaseModel], tables: Any, prefix: Path_ = ()) -> Iterator[
 
 
 def _model(schema: type[BaseModel], name: str) -> Any:
-    from lad_dist.config import _tables_in
+    from lad_dist.config.load import tables_in
 
-    return next(iter(_tables_in(schema.model_fields[name].annotation)), None)
+    return next(iter(tables_in(schema.model_fields[name].annotation)), None)
 
 
-def of_schema(schema: type[Table]) -> Check:
+def of_schema(schema: type[ConfigTable]) -> Check:
     def check(tables: dict[str, Any]) -> None:
-        config = parse(schema, tables, where="toy.toml")
+        config = parse_config(schema, tables, where="toy.toml")
         if isinstance(config, TrainConfig):
             plan.resolve(config)
             deepspeed_keys.check(config.deepspeed)
@@ -188,7 +190,7 @@ def of_schema(schema: type[Table]) -> Check:
 
 
 @pytest.mark.parametrize("schema", TABLES, ids=lambda schema: schema.__name__)
-def test_keys_of_schemas(schema: type[Table]) -> None:
+def test_keys_of_schemas(schema: type[ConfigTable]) -> None:
     tables = TABLES[schema]
     assert said(of_schema(schema), tables) is None
     tried = [(slip, renamed(tables, slip)) for path, others in paths(schema, tables) for slip in slips(path, others)]
@@ -196,10 +198,10 @@ def test_keys_of_schemas(schema: type[Table]) -> None:
 
 
 @pytest.mark.parametrize("schema", TABLES, ids=lambda schema: schema.__name__)
-def test_keys_of_overrides(schema: type[Table]) -> None:
+def test_keys_of_overrides(schema: type[ConfigTable]) -> None:
     tables = TABLES[schema]
     tried = [
-        (slip, override(tables, [assignment(f"{slip.dotted}=1")]))
+        (slip, apply_overrides(tables, [parse_override(f"{slip.dotted}=1")]))
         for path, others in paths(schema, tables)
         if not any(isinstance(key, int) for key in path)
         for slip in slips(path, others)
@@ -213,16 +215,16 @@ def test_keys_of_overrides(schema: type[Table]) -> None:
 def test_arguments(where: str, choices: Mapping[str, Any]) -> None:
     tried = []
     for function in choices.values():
-        names = keywords(function)
+        names = keyword_parameters(function)
         required = {key: 0.5 for key, words in names.items() if words.default is words.empty}
         tried += [(slip, (function, renamed(required, slip))) for key in names for slip in slips((key,), names)]
-    assert_named(count(lambda pair: arguments(where, *pair), tried))
+    assert_named(count(lambda pair: validate_arguments(where, *pair), tried))
 
 
 @pytest.mark.parametrize("choices", [OBJECTIVES, SURGERIES, FAMILIES], ids=["objective", "surgery", "model_type"])
 def test_names(choices: Mapping[str, Any]) -> None:
     tried = [(slip, slip.wrong) for name in choices for slip in slips((name,), choices)]
-    assert_named(count(lambda wrong: pick("name", wrong, choices), tried))
+    assert_named(count(lambda wrong: lookup("name", wrong, choices), tried))
 
 
 @pytest.mark.parametrize("place", deepspeed_keys.KEYS)
@@ -264,7 +266,7 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.toml"))
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: str(file.relative_to(ROOT / "configs")))
 def test_keys_in_shipped_configs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    tables = read(file)
+    tables = read_toml(file)
     schema = schema_of(tables)
     for axis, choices in tables.get("grid", {}).items():
         tables["grid"][axis] = {str(sorted(written(choice))): choice for choice in choices.values()}  # alike ones once

@@ -12,7 +12,8 @@ from conftest import World
 from launching import ROOT, launch
 
 from lad_dist import cli
-from lad_dist.config import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig, load
+from lad_dist.config.load import load_config
+from lad_dist.config.schema import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig
 from lad_dist.data.prepare import prepare
 from lad_dist.data.tokenizers import train_wordpiece
 
@@ -224,7 +225,7 @@ def test_a_mistake_ends_in_one_line(
     filled = {key: fill(value, places) for key, value in changes.items()}
     path = written(tmp_path, tables_of(kind, places, work), filled)
     schema = TaskConfig if kind == TASK else PretrainConfig
-    code = cli.guarded(lambda: train_job(load(schema, path)))
+    code = cli.guarded(lambda: train_job(load_config(schema, path)))
     seen = capfd.readouterr()
     assert code == 2
     assert seen.out == ""
@@ -242,7 +243,7 @@ def test_slots_are_shared_out_evenly(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "29500")
     path = written(tmp_path, tables_of(TASK, places, tmp_path / "runs"), {})
-    assert cli.guarded(lambda: train_job(load(TaskConfig, path))) == 2
+    assert cli.guarded(lambda: train_job(load_config(TaskConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, "data.slots = 4: cannot be shared out over 3 processes; 3 can")
 
 
@@ -268,7 +269,7 @@ def test_mistakes_of_an_evaluation(
     model = {"path": str(places.world.teacher)}
     tables = {"model": model, "teacher": dict(model), "data": data, "out": str(tmp_path / "result.json")}
     path = written(tmp_path, tables, {key: fill(value, places) for key, value in changes.items()})
-    assert cli.guarded(lambda: evaluate_job(load(EvaluateConfig, path))) == 2
+    assert cli.guarded(lambda: evaluate_job(load_config(EvaluateConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, expected)
     assert not (tmp_path / "result.json").exists()
 
@@ -307,7 +308,7 @@ def test_mistakes_of_a_preparation(
     tables = {"out": str(tmp_path / "out"), "tokenizer": str(places.world.tokenizer), "source": filled([ROWS])}
     path = written(tmp_path, tables, {key: filled(value) for key, value in changes.items()})
     before = set(tmp_path.iterdir())
-    assert cli.guarded(lambda: not prepare(load(PrepareConfig, path))) == 2
+    assert cli.guarded(lambda: not prepare(load_config(PrepareConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, expected)
     assert set(tmp_path.iterdir()) == before
 

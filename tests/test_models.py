@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from lad_dist import models
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch, Head, unpad
 from lad_dist.core.collate import collate, span_starts
 from lad_dist.core.outputs import OutputSpec

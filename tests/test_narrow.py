@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lad_dist import models, narrow, plan
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.narrow import Size
 from lad_dist.train import train

@@ -7,7 +7,7 @@ from torch import Tensor
 from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 
 from lad_dist import models
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import OBJECTIVES
 

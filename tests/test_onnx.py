@@ -9,7 +9,7 @@ import toy
 import toy_families
 
 from lad_dist import models, onnx_export, parts, surgery
-from lad_dist.config import Fault, UserError
+from lad_dist.config.errors import Fault, UserError
 from lad_dist.core.batch import Head
 from lad_dist.data.tokenizers import load_tokenizer
 

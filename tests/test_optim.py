@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lad_dist import models, optim
-from lad_dist.config import Optim
+from lad_dist.config.schema import OptimConfig
 from lad_dist.core.outputs import ModelDims
 from lad_dist.objectives.lad import LAD
 
@@ -19,7 +19,7 @@ schedules = st.sampled_from(["linear", "cosine", "constant"])
 
 @given(st.integers(1, 500), st.floats(0, 0.99), schedules)
 def test_factor_rises_and_then_never_does(steps: int, warmup: float, schedule: str) -> None:
-    words = Optim(lr=1.0, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
+    words = OptimConfig(lr=1.0, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
     shares = [optim.factor(step, steps, words) for step in range(steps)]
     rise = round(warmup * steps)
     assert all(0 < share <= 1 for share in shares)
@@ -30,7 +30,7 @@ def test_factor_rises_and_then_never_does(steps: int, warmup: float, schedule: s
 
 def test_factor_by_hand() -> None:
     def shares(schedule: str) -> list[float]:
-        words = Optim(lr=1.0, warmup=0.2, schedule=schedule)  # type: ignore[arg-type]
+        words = OptimConfig(lr=1.0, warmup=0.2, schedule=schedule)  # type: ignore[arg-type]
         return [round(optim.factor(step, 10, words), 4) for step in range(10)]
 
     assert shares("linear") == [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
@@ -42,7 +42,7 @@ def test_every_parameter_is_in_one_group(world: World) -> None:
     student = models.load(str(world.pretrained), "mlm")  # its decoder and its embeddings are one parameter
     shape = ModelDims(4, 32, 4, "mlm", 200, span=8)
     objective = LAD(shape, shape, variant="paper")
-    words = Optim(lr=1e-3, objective_lr=1e-2, weight_decay=0.1)
+    words = OptimConfig(lr=1e-3, objective_lr=1e-2, weight_decay=0.1)
     rows = optim.groups(student, objective, words)
     members = [id(p) for row in rows for p in row["params"]]
     assert len(members) == len(set(members))
@@ -58,13 +58,13 @@ def test_every_parameter_is_in_one_group(world: World) -> None:
 def test_frozen_parameters_and_empty_groups_are_left_away() -> None:
     student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     student[0].requires_grad_(False)
-    rows = optim.groups(student, nn.Identity(), Optim(lr=1.0))
+    rows = optim.groups(student, nn.Identity(), OptimConfig(lr=1.0))
     assert [len(row["params"]) for row in rows] == [1, 1]
 
 
 def test_set_learning_rate_is_a_share_of_each_peak() -> None:
     student, objective = nn.Linear(2, 2), nn.Linear(2, 2)
-    words = Optim(lr=1.0, objective_lr=10.0)
+    words = OptimConfig(lr=1.0, objective_lr=10.0)
     optimizer = optim.adamw(optim.groups(student, objective, words), words)
     optim.set_learning_rate(optimizer.param_groups, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25, 2.5, 2.5]

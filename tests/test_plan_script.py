@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lad_dist import costs, models, plan, sizes
-from lad_dist.config import TrainConfig
+from lad_dist.config.schema import TrainConfig
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.train import train

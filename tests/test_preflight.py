@@ -11,7 +11,7 @@ from conftest import World
 from launching import launch
 
 from lad_dist import costs, models, plan, preflight
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.preflight import Device, Unfit, check_devices
 
 H200, A100 = "NVIDIA H200", "NVIDIA A100"
@@ -46,8 +46,8 @@ import json, sys, torch
 import torch.distributed as dist
 from lad_dist import preflight
 from lad_dist import processes
-from lad_dist.config import Fault
-from lad_dist.config import UserError
+from lad_dist.config.errors import Fault
+from lad_dist.config.errors import UserError
 
 processes.start()
 rank = processes.rank()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lad_dist import models, parts, pruning, surgery
-from lad_dist.config import UserError, arguments
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import validate_arguments
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import PreTrainedModel
 from lad_dist.parts import Moment
@@ -32,7 +33,7 @@ def made() -> PreTrainedModel:
 
 
 def pruned(**options: Any) -> tuple[PreTrainedModel, Pruning]:
-    model = surgery.prune(made(), **arguments("prune", surgery.prune, options))
+    model = surgery.prune(made(), **validate_arguments("prune", surgery.prune, options))
     return model, pruning_of(model)
 
 
@@ -256,7 +257,7 @@ def test_steps_that_are_left_out_change_no_sparsity(criterion: str) -> None:
 def test_a_weight_that_the_head_shares_is_refused() -> None:
     torch.manual_seed(0)
     model = models.create({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90)
-    options = arguments("prune", surgery.prune, {"sparsity": 0.5, "modules": "word_embeddings"})
+    options = validate_arguments("prune", surgery.prune, {"sparsity": 0.5, "modules": "word_embeddings"})
     with pytest.raises(UserError, match="word_embeddings shares its weight with another module; leave it out of"):
         surgery.prune(model, **options)
 
@@ -264,7 +265,7 @@ def test_a_weight_that_the_head_shares_is_refused() -> None:
 def test_only_weights_that_train_are_pruned() -> None:
     model = made()
     models.layers(model)[0].requires_grad_(False)
-    surgery.prune(model, **arguments("prune", surgery.prune, {"sparsity": 0.5}))
+    surgery.prune(model, **validate_arguments("prune", surgery.prune, {"sparsity": 0.5}))
     assert not any(".layer.0." in name for name in pruning_of(model).masked)
 
 
@@ -353,9 +354,9 @@ def _moments_of(made: Any, weight: nn.Parameter, kept: Tensor) -> list[tuple[Ten
 
 
 def test_masks_after_low_rank_are_on_its_factors() -> None:
-    operate = partial(surgery.low_rank, **arguments("low_rank", surgery.low_rank, {"keep": 0.5}))
+    operate = partial(surgery.low_rank, **validate_arguments("low_rank", surgery.low_rank, {"keep": 0.5}))
     model = surgery.operate(made(), [operate], list, dict[str, float]().update)
-    surgery.prune(model, **arguments("prune", surgery.prune, {"sparsity": 0.5}))
+    surgery.prune(model, **validate_arguments("prune", surgery.prune, {"sparsity": 0.5}))
     part = pruning_of(model)
     assert all(name.endswith((".inner", ".outer")) for name in part.masked)
     part.tighten(0.5)

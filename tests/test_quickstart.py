@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = """

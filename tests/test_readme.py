@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 from schemas import SCHEMAS
 
-from lad_dist.config import Table, describe
+from lad_dist.config.describe import describe_keys
+from lad_dist.config.schema import ConfigTable
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
-def test_every_key_stands_in_the_table_as_it_is(schema: type[Table]) -> None:
-    for key, kind, default, text in describe(schema):
+def test_every_key_stands_in_the_table_as_it_is(schema: type[ConfigTable]) -> None:
+    for key, kind, default, text in describe_keys(schema):
         assert f"| `{key}` | {kind}, {default} | {text} |" in README.replace("\\|", "|"), key
 
 

@@ -19,7 +19,7 @@ from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.report import pareto, report
 from lad_dist.report.comparison import Comparison, compare
 from lad_dist.report.found import collect

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from resizing import State, Stretch, run, start, state
 
 from lad_dist import processes, resize
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 
 STEPS, SAVED = 8, 2
 

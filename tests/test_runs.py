@@ -15,7 +15,8 @@ import toy
 from conftest import World
 from launching import ROOT
 
-from lad_dist.config import TrainConfig, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TrainConfig
 from lad_dist.runs import DEATHS, NoProgress, Run
 from lad_dist.utils import atomic_io
 

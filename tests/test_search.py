@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from launching import ROOT, environment, launch
 
 from lad_dist import models, processes, train
-from lad_dist.config import Fault, SearchConfig, TaskConfig, UserError, load, parse
+from lad_dist.config.errors import Fault, UserError
+from lad_dist.config.load import load_config, parse_config
+from lad_dist.config.schema import SearchConfig, TaskConfig
 from lad_dist.search import _train, search
 from lad_dist.trials import draw
 
@@ -106,7 +108,7 @@ def test_mistakes_are_refused_before_ray_starts(
 ) -> None:
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
     with pytest.raises(UserError, match=message) as caught:
-        search(parse(SearchConfig, tables(work, **changes), "toy"))
+        search(parse_config(SearchConfig, tables(work, **changes), "toy"))
     assert "\n" not in str(caught.value)
     assert not (work / "s").exists()
 
@@ -126,7 +128,7 @@ def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, rat
             **more,
         }
         words = tables(folder, search={"samples": samples, "seed": seed})
-        return [trial.sample for trial in draw(parse(SearchConfig, {**words, "space": space}, "toy"))]
+        return [trial.sample for trial in draw(parse_config(SearchConfig, {**words, "space": space}, "toy"))]
 
     samples = drawn(count)
     assert samples == drawn(count + 3)[:count]
@@ -139,7 +141,7 @@ def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, rat
 def test_tables_and_dotted_keys_say_the_same(work: Path) -> None:
     (work / "search.toml").write_text(tomli_w.dumps(tables(work)))
     overrides = ["override.data.slots=2", "space.optim.lr={uniform=[0.25,0.5]}"]
-    config = load(SearchConfig, work / "search.toml", overrides)
+    config = load_config(SearchConfig, work / "search.toml", overrides)
     for trial in draw(config):
         assert (trial.config.data.slots, trial.config.run.eval_every) == (2, 2)
         assert trial.config.data.examples_per_slot == 4
@@ -147,10 +149,14 @@ def test_tables_and_dotted_keys_say_the_same(work: Path) -> None:
 
 
 def test_a_grid_is_every_combination_each_with_the_same_samples(work: Path) -> None:
-    (work / "other.toml").write_text(tomli_w.dumps(load(TaskConfig, work / "base.toml").model_dump(exclude_none=True)))
+    (work / "other.toml").write_text(
+        tomli_w.dumps(load_config(TaskConfig, work / "base.toml").model_dump(exclude_none=True))
+    )
     grid = {**GRID, "start": {"own": {"student.path": "teacher"}, "other": {"base": str(work / "other.toml")}}}
     space = {"optim.lr": {"uniform": [0.1, 0.2]}}
-    config = parse(SearchConfig, tables(work, search={"samples": 2}, space=None, grid=grid) | {"space": space}, "toy")
+    config = parse_config(
+        SearchConfig, tables(work, search={"samples": 2}, space=None, grid=grid) | {"space": space}, "toy"
+    )
     trials = {trial.config.run.name: trial for trial in draw(config)}
     combinations = itertools.product(("lad", "pkd"), "01", ("other", "own"), "01")
     assert sorted(trials) == ["-".join(choices) for choices in combinations]
@@ -202,7 +208,7 @@ def searched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Searched
     work = with_base(world, tmp_path_factory.mktemp("search"))
     space = {"student.depth": {"choice": [2, DEEPER_THAN_THE_MODEL]}}
     config = tables(work, search={"seed": SEED_SEARCHED}, space=space)
-    samples = [trial.sample for trial in draw(parse(SearchConfig, config, "toy"))]
+    samples = [trial.sample for trial in draw(parse_config(SearchConfig, config, "toy"))]
     assert [row["optim.lr"] for row in samples[:3]] == [GOOD, GOOD, HOPELESS]
     assert [row["student.depth"] for row in samples] == [2, 2, 2, DEEPER_THAN_THE_MODEL]
     (work / "tune.toml").write_text(tomli_w.dumps(config))
@@ -231,7 +237,7 @@ def test_a_failed_trial_is_counted_and_said(searched: Searched) -> None:
 def test_failed_trials_run_again_once_the_results_are_removed(work: Path) -> None:
     grid = {"term": {"hard": {}, "both": {"objective.hidden": 1.0}}}
     words = {"samples": 1, "name": "again", "dir": str(work)}
-    config = parse(SearchConfig, tables(work, search=words, space=None, grid=grid), "toy")
+    config = parse_config(SearchConfig, tables(work, search=words, space=None, grid=grid), "toy")
     damaged = work / "again" / "both" / "config.toml"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("[run")
@@ -283,11 +289,11 @@ def test_the_best_config_runs_and_scores_as_its_trial_did(searched: Searched) ->
 @pytest.mark.ray
 def test_a_complete_search_is_not_run_twice(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
-    found = search(load(SearchConfig, searched.config))
+    found = search(load_config(SearchConfig, searched.config))
     assert found is not None
     assert {"trials": found.trials, "failed": found.failed} == searched.results
     with pytest.raises(UserError, match=r"holds a search with search.samples = 4, now it is 5"):
-        search(load(SearchConfig, searched.config, ["search.samples=5"]))
+        search(load_config(SearchConfig, searched.config, ["search.samples=5"]))
 
 
 def test_a_trial_that_fits_nowhere_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +301,7 @@ def test_a_trial_that_fits_nowhere_is_refused(work: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     with pytest.raises(UserError, match="no node can hold such a trial, the largest has 8 CPUs and 1 GPUs"):
-        search(parse(SearchConfig, tables(work, search={"cpus": 4, "gpus": 1}), "toy"))
+        search(parse_config(SearchConfig, tables(work, search={"cpus": 4, "gpus": 1}), "toy"))
     assert not (work / "s").exists()
 
 
@@ -327,7 +333,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def test_a_trial_that_was_asked_to_stop_is_no_result(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse(SearchConfig, tables(work), "toy")
+    config = parse_config(SearchConfig, tables(work), "toy")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(train, "train", lambda config, report: train.Outcome(work, None))

@@ -17,7 +17,8 @@ from conftest import World
 from slurm_cluster import SlurmCluster
 
 from lad_dist import models
-from lad_dist.config import PrepareConfig, TaskConfig, override, parse
+from lad_dist.config.load import apply_overrides, parse_config
+from lad_dist.config.schema import PrepareConfig, TaskConfig
 from lad_dist.data.prepare import prepare
 from lad_dist.train import train
 
@@ -439,7 +440,7 @@ def trained(cluster: SlurmCluster, world: World, tmp_path_factory: pytest.TempPa
 
 def training(world: World) -> dict[str, Any]:
     tables = toy.task_config(Path("runs"), world.files, world.teacher, world.pretrained)
-    return override(tables, {"run.steps": 40}.items())
+    return apply_overrides(tables, {"run.steps": 40}.items())
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -457,8 +458,8 @@ def exported(run: Path) -> str:
 
 
 def test_two_nodes_train_as_one_process_does(trained: Path, world: World) -> None:
-    alone = override(training(world), {"run.dir": str(trained / "runs"), "run.name": "one"}.items())
-    train(parse(TaskConfig, alone, "toy"))
+    alone = apply_overrides(training(world), {"run.dir": str(trained / "runs"), "run.name": "one"}.items())
+    train(parse_config(TaskConfig, alone, "toy"))
     two = trained / "runs" / "two"
     assert results(two)["processes"] == 2
     assert len(losses(two)) == 40
@@ -489,7 +490,7 @@ def test_a_corpus_from_an_array_is_the_corpus_from_one_process(
     ended = cluster.wait(jobs["prepare"], 200)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
     assert "array: 3 pieces are tokenized; merging them" in ended.output
-    prepare(parse(PrepareConfig, {**tables, "out": str(trained / "alone"), "workers": 1}, "toy"))
+    prepare(parse_config(PrepareConfig, {**tables, "out": str(trained / "alone"), "workers": 1}, "toy"))
     array, alone = (files_in(trained / name) for name in ("array", "alone"))
     assert len(array) >= 7
     assert array == alone

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lad_dist import models, surgery
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 
 FAMILIES = {

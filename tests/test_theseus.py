@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from lad_dist import costs, models, parts, plan, surgery
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.method import Method

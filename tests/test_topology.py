@@ -21,7 +21,7 @@ from test_launchers import run as script
 from torch import nn
 
 from lad_dist import compact, models, topology
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.topology import Masks, group, overlap, read, report, shuffle_test, shuffled, sparsity
 from lad_dist.train import train
 

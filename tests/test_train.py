@@ -27,7 +27,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 from lad_dist import engine, models, processes
 from lad_dist.checkpoints import Checkpoints, facts_of
-from lad_dist.config import TrainConfig, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TrainConfig
 from lad_dist.method import Method
 from lad_dist.train import Averages, Outcome, train
 from lad_dist.utils import atomic_io

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from lad_dist import models
-from lad_dist.config import TrainConfig, override, parse, train_schema
+from lad_dist.config.load import apply_overrides, parse_config
+from lad_dist.config.schema import TrainConfig, train_schema
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate, pack
 from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
@@ -124,8 +125,8 @@ def corpus_config(work: Path, shards: Path, teacher: Path, student: Path, **tabl
 
 def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> TrainConfig:
     """The config of plain tables after changes {"a.b": value}, None taking a key away; the data say of which kind."""
-    changed = _without_none(override(tables, (changes or {}).items()))
-    return parse(train_schema(changed), changed, where="toy")
+    changed = _without_none(apply_overrides(tables, (changes or {}).items()))
+    return parse_config(train_schema(changed), changed, where="toy")
 
 
 def _without_none(tables: dict[str, Any]) -> dict[str, Any]:

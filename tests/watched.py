@@ -17,7 +17,7 @@ import torch.distributed as dist
 from launching import FORKS, free_port
 
 from lad_dist import processes
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.health import Link, Watch
 
 BOUND = 2.0  # seconds without progress that are a hang

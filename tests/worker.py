@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist import processes
-from lad_dist.config import parse, read, train_schema
+from lad_dist.config.load import parse_config, read_toml
+from lad_dist.config.schema import train_schema
 from lad_dist.train import train
 
 
@@ -17,8 +18,8 @@ def main() -> None:
     out, *paths = (word for word in sys.argv[1:] if not word.startswith("--local"))
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
-        tables = read(path)
-        train(parse(train_schema(tables), tables, path), rows.setdefault(Path(path).stem, []).append)
+        tables = read_toml(path)
+        train(parse_config(train_schema(tables), tables, path), rows.setdefault(Path(path).stem, []).append)
     if processes.main():
         Path(out).write_text(json.dumps(rows))
 

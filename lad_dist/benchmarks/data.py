@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lad_dist.config import CorpusData, PrepareConfig, PretrainConfig
+from lad_dist.config.schema import CorpusDataConfig, PrepareConfig, PretrainConfig
 from lad_dist.data import corpus, tokenizers
 from lad_dist.data.feed import CorpusFeed
 from lad_dist.data.loader import load
@@ -169,7 +169,7 @@ def _prepare(clock: Any, config: PrepareConfig, file: Path, processes: int, out:
 
 def _map(clock: Any, config: PrepareConfig, file: Path, processes: int, cache: Path) -> None:
     """As in the recipes that train masked language models with `datasets`."""
-    import datasets  # noqa: PLC0415  slow, and needed only here
+    import datasets
 
     datasets.disable_progress_bars()
     tokenizer = tokenizers.load_tokenizer(config.tokenizer)
@@ -194,7 +194,7 @@ def _blocks(rows: Mapping[str, list[list[int]]], length: int = 128) -> dict[str,
 def _serve(clock: Any, shards: Path, length: int) -> tuple[int, int, float]:
     """(sequences, tokens, share of the slots that they fill)"""
     tables = {"shards": str(shards), "max_length": length, "tokens_per_slot": TOKENS_PER_SLOT}
-    feed = CorpusFeed(CorpusData.model_validate(tables), tokenizers.load_tokenizer(shards / "tokenizer"), seed=0)
+    feed = CorpusFeed(CorpusDataConfig.model_validate(tables), tokenizers.load_tokenizer(shards / "tokenizer"), seed=0)
     batches = load(feed, range(BATCHES), range(1), workers=1)
     next(batches)
     sequences = tokens = 0
@@ -206,7 +206,7 @@ def _serve(clock: Any, shards: Path, length: int) -> tuple[int, int, float]:
 
 def _train(clock: Any, shards: Path) -> float:
     """Share of a step that waits for data, with a small student."""
-    from lad_dist.benchmarks import step  # noqa: PLC0415  brings deepspeed
+    from lad_dist.benchmarks import step
 
     tables = {
         "run": {"name": "data", "steps": 1},

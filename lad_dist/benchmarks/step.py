@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lad_dist import processes, sizes
-from lad_dist.config import TrainConfig
+from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
 from lad_dist.engine import communication_seconds
 from lad_dist.runs import Run

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lad_dist.config import Source, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import SourceConfig
 from lad_dist.data import hub, tables
 from lad_dist.data.lines import Damaged, Lines, Span, is_compressed
 from lad_dist.utils.strict_json import parse_json
@@ -43,7 +44,7 @@ class Bad(NamedTuple):
 Documents = Iterator[str | Bad]
 
 
-def documents(source: Source) -> Iterator[str]:
+def documents(source: SourceConfig) -> Iterator[str]:
     """The documents in a fixed order: files sorted by path. Raises UserError naming file and line where one is
     damaged."""
     for span in spans(source):
@@ -53,7 +54,7 @@ def documents(source: Source) -> Iterator[str]:
             yield document
 
 
-def check(source: Source) -> None:
+def check(source: SourceConfig) -> None:
     """Raises UserError when the path is missing, holds no documents of its kind, or when its first table has no such
     column; asks nothing of a hub dataset."""
     if source.kind in ("parquet", "arrow"):
@@ -62,7 +63,7 @@ def check(source: Source) -> None:
         files(source)
 
 
-def files(source: Source) -> list[Path]:
+def files(source: SourceConfig) -> list[Path]:
     """Of every kind but hub. Raises UserError when there are none."""
     root = Path(source.path)
     if not root.exists():
@@ -76,21 +77,21 @@ def files(source: Source) -> list[Path]:
     return found
 
 
-def spans(source: Source) -> list[Span]:
+def spans(source: SourceConfig) -> list[Span]:
     """The whole source, a span for each file."""
     if source.kind == "hub":
         return [Span(Path(source.path), 0, 1)]
     return [Span(file, 0, file.stat().st_size) for file in files(source)]
 
 
-def can_be_cut(source: Source, file: Path) -> bool:
+def can_be_cut(source: SourceConfig, file: Path) -> bool:
     """Whether spans of this file may begin and end anywhere in it."""
     if source.kind == "text" and source.document == "file":
         return False
     return source.kind != "arrow" and not is_compressed(file)
 
 
-def read(source: Source, span: Span) -> Documents:
+def read(source: SourceConfig, span: Span) -> Documents:
     """The documents of the span in order. Spans that divide a file give its documents once each, and in order. Raises
     UserError for what cannot be skipped: a file that the system does not hand out, a missing column."""
     if source.kind == "hub":
@@ -105,19 +106,19 @@ def read(source: Source, span: Span) -> Documents:
         yield Bad(str(damage))
 
 
-def _hub(source: Source, span: Span) -> Documents:
+def _hub(source: SourceConfig, span: Span) -> Documents:
     data = hub.load(source.path, source.config, source.split, [source.column], streaming=True)
     values = hub.values(data, source.path, source.column, span.begin, span.end)
     place = f"{source.path}, shard {span.begin + 1} of {span.end}, row"
     yield from (_placed(value, source.column, f"{place} {row}") for row, value in enumerate(values, 1))
 
 
-def _tables(source: Source, span: Span) -> Documents:
+def _tables(source: SourceConfig, span: Span) -> Documents:
     for row, value in tables.values(span, source.column, source.kind):
         yield _placed(value, source.column, f"{span.file}:{row}")
 
 
-def _lines(source: Source, span: Span) -> Documents:
+def _lines(source: SourceConfig, span: Span) -> Documents:
     if source.kind == "wikiextractor":
         return _articles(Lines(span, ARTICLE_END))
     if source.kind == "jsonl":

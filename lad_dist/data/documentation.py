@@ -25,7 +25,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.utils.strict_json import parse_json
 
 # Libraries that lad_dist depends on and that differ in what they are for, with the names that would give them away.

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lad_dist import metrics, processes
-from lad_dist.config import TaskData
+from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate, span_starts
 from lad_dist.data import tokenizers
@@ -100,7 +100,7 @@ class TaskExamples:
 
 
 def tokenize(
-    task: Task, raw: Raw, tokenizer: PreTrainedTokenizerFast, data: TaskData, what: str, pad_to: int | None = None
+    task: Task, raw: Raw, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig, what: str, pad_to: int | None = None
 ) -> TaskExamples:
     """`what` names them in complaints. Raises UserError when the tokenizer does not know the text."""
     kinds: dict[type[Any], Any] = {
@@ -113,7 +113,13 @@ def tokenize(
 
 class TextExamples(TaskExamples):
     def __init__(
-        self, task: Task, raw: Texts, tokenizer: PreTrainedTokenizerFast, data: TaskData, what: str, pad_to: int | None
+        self,
+        task: Task,
+        raw: Texts,
+        tokenizer: PreTrainedTokenizerFast,
+        data: TaskDataConfig,
+        what: str,
+        pad_to: int | None,
     ) -> None:
         encoded = tokenizers.encode_framed(tokenizer, raw.texts, raw.pairs, data.max_length)
         super().__init__(encoded, [FIRST] * len(encoded.ids), list(raw.labels[:, None]), tokenizer, what, pad_to)
@@ -134,7 +140,7 @@ class TaggingExamples(TaskExamples):
         task: Task,
         raw: Sentences,
         tokenizer: PreTrainedTokenizerFast,
-        data: TaskData,
+        data: TaskDataConfig,
         what: str,
         pad_to: int | None,
     ) -> None:
@@ -198,7 +204,7 @@ class QuestionExamples(TaskExamples):
         task: Task,
         raw: Questions,
         tokenizer: PreTrainedTokenizerFast,
-        data: TaskData,
+        data: TaskDataConfig,
         what: str,
         pad_to: int | None,
     ) -> None:

@@ -12,7 +12,8 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from lad_dist.config import CorpusData, TaskData, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import CorpusDataConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import pack
 from lad_dist.data import tokenizers
@@ -31,7 +32,7 @@ HELD_OUT_SLOTS = 32
 class CorpusFeed:
     """Windows of the corpus between the tokenizer's special tokens, some of their tokens masked."""
 
-    def __init__(self, data: CorpusData, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Raises UserError when the shards are damaged or made with another tokenizer, the tokenizer has no mask
         token, or data.weights names a source that is not there."""
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
@@ -73,7 +74,7 @@ class CorpusFeed:
         return [partial(held_out.batch, order.slot(number, 0), 0) for number in range(slots)]
 
 
-def open_shards(data: CorpusData, tokenizer: PreTrainedTokenizerFast, split: str = "train") -> Shards:
+def open_shards(data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, split: str = "train") -> Shards:
     """Raises UserError when the shards are damaged or made with another tokenizer, or data.weights names a source that
     is not there."""
     shards = Shards(data.shards, split)
@@ -86,7 +87,7 @@ def open_shards(data: CorpusData, tokenizer: PreTrainedTokenizerFast, split: str
 class _Windows:
     """One split of the shards, cut into windows. U windows, L = max_length places."""
 
-    def __init__(self, data: CorpusData, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
+    def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
         shards = open_shards(data, tokenizer, split)
         self.fingerprint = shards.fingerprint
         self._frame = tokenizers.frame(tokenizer)
@@ -150,7 +151,7 @@ class _Windows:
         return found
 
 
-def _weights(data: CorpusData, shards: Shards) -> list[float]:
+def _weights(data: CorpusDataConfig, shards: Shards) -> list[float]:
     names = [source["name"] for source in shards.manifest["sources"]]
     for name in data.weights:
         if name not in names:
@@ -168,7 +169,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast, whole_words: bool) -> Vocabu
 class TaskFeed:
     """Examples of a task, tokenized when the feed is made."""
 
-    def __init__(self, data: TaskData, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    def __init__(self, data: TaskDataConfig, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Raises UserError when the tokenizer does not know the text."""
         self.train = tokenize(task, task.train, tokenizer, data, f"{task.name}'s training data", data.pad_to)
         self._order = TaskOrder(self.train.count, data.examples_per_slot, data.slots, seed)

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.utils.strict_json import parse_json
 
 BYTE_ORDER_MARK = "\ufeff"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.utils import worker_process
 

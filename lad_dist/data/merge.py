@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lad_dist.config import PrepareConfig
+from lad_dist.config.schema import PrepareConfig
 from lad_dist.data.pieces import Complaints, Piece, chunks, records_of
 from lad_dist.data.shards import SPLITS
 from lad_dist.utils.atomic_io import sha256

@@ -21,7 +21,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lad_dist.config import Source, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import SourceConfig
 from lad_dist.data import corpus, hub, tokenizers
 from lad_dist.data.lines import Span
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
@@ -50,7 +51,7 @@ class Piece(NamedTuple):
 class Job(NamedTuple):
     """What all pieces have in common."""
 
-    sources: Sequence[Source]
+    sources: Sequence[SourceConfig]
     tokenizer: tokenizers.PreTrainedTokenizerFast
     folder: Path
     dtype: np.dtype
@@ -71,7 +72,7 @@ class Complaints:
         self.messages += messages[: LISTED - len(self.messages)]
 
 
-def plan(sources: Sequence[Source]) -> list[Piece]:
+def plan(sources: Sequence[SourceConfig]) -> list[Piece]:
     """Files that can be cut are cut, small ones put together. Raises UserError for a source without documents."""
     spans = [_shards(source) if source.kind == "hub" else corpus.spans(source) for source in sources]
     total = sum(span.end for source, its in zip(sources, spans, strict=True) for span in its if source.kind != "hub")
@@ -84,13 +85,13 @@ def plan(sources: Sequence[Source]) -> list[Piece]:
     return pieces
 
 
-def _shards(source: Source) -> list[Span]:
+def _shards(source: SourceConfig) -> list[Span]:
     data = hub.load(source.path, source.config, source.split, [source.column], streaming=True)
     count = hub.shards(data)
     return [Span(Path(source.path), shard, count) for shard in range(count)]
 
 
-def _cut(source: Source, spans: Iterable[Span], size: int) -> Iterator[Span]:
+def _cut(source: SourceConfig, spans: Iterable[Span], size: int) -> Iterator[Span]:
     for span in spans:
         if span.end > size and corpus.can_be_cut(source, span.file):
             yield from (Span(span.file, at, min(at + size, span.end)) for at in range(0, span.end, size))
@@ -111,7 +112,9 @@ def _grouped(spans: Iterable[Span], size: int) -> Iterator[tuple[Span, ...]]:
         yield tuple(group)
 
 
-def identity(sources: Sequence[Source], pieces: Sequence[Piece], fingerprint: str, library: str) -> dict[str, str]:
+def identity(
+    sources: Sequence[SourceConfig], pieces: Sequence[Piece], fingerprint: str, library: str
+) -> dict[str, str]:
     """Pieces of the same identity are the same, whoever writes them."""
     digest = hashlib.sha256()
     for source in sources:

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from tokenizers import __version__ as tokenizers_version
 
-from lad_dist.config import PrepareConfig, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import PrepareConfig
 from lad_dist.data import corpus, pieces, tokenizers
 from lad_dist.data.merge import Merge, merge
 from lad_dist.data.pieces import Job, Piece, Stopped

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.utils.strict_json import parse_json
 
 FORMAT = 2

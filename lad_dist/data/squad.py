@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lad_dist.config import UserError, pick
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import lookup
 from lad_dist.utils.strict_json import parse_json
 
 
@@ -49,7 +50,7 @@ class Rows(NamedTuple):
 
 def reader(file: Path) -> Any:
     """What reads files of that ending. Raises UserError when nothing does."""
-    return pick(f"{file}: file type", file.suffix, {".json": _read})
+    return lookup(f"{file}: file type", file.suffix, {".json": _read})
 
 
 def load_squad(train_file: Path, dev_file: Path) -> tuple[Questions, Questions]:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.data.lines import Span, refused
 from lad_dist.utils.suggest import did_you_mean
 

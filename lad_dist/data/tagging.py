@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lad_dist.config import UserError, pick
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import lookup
 from lad_dist.data.labels import class_id, label_name, sorted_names
 from lad_dist.data.lines import numbered_lines, numbered_objects
 
@@ -36,7 +37,7 @@ class _Sentence(NamedTuple):
 def reader(file: Path) -> Any:
     """What reads files of that ending. Raises UserError when nothing does."""
     conll = dict.fromkeys((".conll", ".bio", ".iob", ".txt", ".tsv"), _conll)
-    return pick(f"{file}: file type", file.suffix, {**conll, ".jsonl": _jsonl})
+    return lookup(f"{file}: file type", file.suffix, {**conll, ".jsonl": _jsonl})
 
 
 def load_tagging(train_file: Path, dev_file: Path) -> tuple[Sentences, Sentences, tuple[str, ...]]:

@@ -22,7 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lad_dist.config import TaskData, UserError, pick
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import lookup
+from lad_dist.config.schema import TaskDataConfig
 from lad_dist.data import hub, squad, tagging
 from lad_dist.data.labels import class_id, label_name, sorted_names
 from lad_dist.data.lines import numbered_lines, numbered_objects
@@ -139,19 +141,19 @@ GLUE = {
 }
 
 
-def check_task(data: TaskData) -> None:
+def check_task(data: TaskDataConfig) -> None:
     """Raises UserError for an unknown task, a missing file, or a kind of file that cannot be read."""
     if data.task is None:
         for file in _own_files(data):
             OWN_KINDS[data.kind].reader(file)
             _require_file(file)
     else:
-        task = pick("task", data.task, GLUE)
+        task = lookup("task", data.task, GLUE)
         for file in _glue_files(data.path, task) if data.path is not None else []:
             _require_file(file)
 
 
-def load_task(data: TaskData) -> Task:
+def load_task(data: TaskDataConfig) -> Task:
     """The task's data, from GLUE's files, the hub or the user's own files. Raises UserError naming file and line."""
     check_task(data)
     if data.task is None:
@@ -171,7 +173,7 @@ def _glue_files(path: str, task: GlueTask) -> list[Path]:
     return [Path(path) / task.folder / name for name in ("train.tsv", *(file for _, file, _ in task.dev))]
 
 
-def _own_files(data: TaskData) -> tuple[Path, Path]:
+def _own_files(data: TaskDataConfig) -> tuple[Path, Path]:
     assert data.train is not None
     assert data.dev is not None
     return Path(data.train), Path(data.dev)
@@ -272,7 +274,9 @@ def _number(value: Any) -> float:
 
 
 def _reader(file: Path) -> Callable[..., _Rows]:
-    return pick(f"{file}: file type", file.suffix, {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".parquet": _parquet})
+    return lookup(
+        f"{file}: file type", file.suffix, {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".parquet": _parquet}
+    )
 
 
 def _tsv(

@@ -38,7 +38,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import is_protobuf_available, logging
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of the tokenizers trained here: ids 0 to 4
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")

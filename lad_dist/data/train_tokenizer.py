@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lad_dist.config import Source, TokenizerConfig, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import SourceConfig, TokenizerConfig
 from lad_dist.data import corpus, tokenizers
 from lad_dist.utils.atomic_io import commit
 from lad_dist.utils.strict_json import parse_json
@@ -80,7 +81,7 @@ def _write(config: TokenizerConfig, request: dict[str, Any], folder: Path, progr
     return characters
 
 
-def sample(sources: Sequence[Source], characters: int) -> Iterator[str]:
+def sample(sources: Sequence[SourceConfig], characters: int) -> Iterator[str]:
     """Lines of about so many characters, no empty ones, in order.
 
     The characters are shared out over the sources by weight; what a source is short of goes to those after it. Of a
@@ -94,7 +95,7 @@ def sample(sources: Sequence[Source], characters: int) -> Iterator[str]:
             yield line
 
 
-def _spread(source: Source, share: int) -> Iterator[str]:
+def _spread(source: SourceConfig, share: int) -> Iterator[str]:
     """The lines of a source at which what was taken lags behind what was passed."""
     size = share if source.kind == "hub" else sum(map(len, _lines(source)))
     taken = passed = 0
@@ -107,6 +108,6 @@ def _spread(source: Source, share: int) -> Iterator[str]:
             yield line
 
 
-def _lines(source: Source) -> Iterator[str]:
+def _lines(source: SourceConfig) -> Iterator[str]:
     for document in corpus.documents(source):
         yield from filter(str.strip, document.split("\n"))

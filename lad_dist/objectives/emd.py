@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lad_dist import processes
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses, transport

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch, pad, unpad
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses

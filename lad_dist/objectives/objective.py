@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 

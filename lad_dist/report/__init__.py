@@ -17,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.utils.atomic_io import write_text
 from lad_dist.report import pareto, plot
 from lad_dist.report.comparison import Comparison, compare

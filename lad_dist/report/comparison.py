@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.report.found import Found, TaskRun
 from lad_dist.report.variants import Variant, generic, grouped, tails, variants, words_of
 from lad_dist.utils.suggest import did_you_mean

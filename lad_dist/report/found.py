@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lad_dist.config import TaskConfig, UserError, filled
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import with_defaults
+from lad_dist.config.schema import TaskConfig
 from lad_dist.runs import FREE
 from lad_dist.utils.strict_json import parse_json
 
@@ -255,7 +257,7 @@ def _take(file: Path, found: Found) -> None:
     if task is None:
         found.left_out["on a corpus"].append(str(file.parent))
         return
-    settings = {key: value for key, value in _leaves(filled(TaskConfig, tables["config"])) if key not in PLACE}
+    settings = {key: value for key, value in _leaves(with_defaults(TaskConfig, tables["config"])) if key not in PLACE}
     found.runs.append(TaskRun(str(file.parent), task, results, settings))
 
 

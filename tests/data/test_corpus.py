@@ -15,7 +15,8 @@ import pytest
 from pydantic import ValidationError
 from toy_text import sentence
 
-from lad_dist.config import Source, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import SourceConfig
 from lad_dist.data import corpus
 from lad_dist.data.corpus import Bad
 from lad_dist.data.lines import Span
@@ -23,19 +24,19 @@ from lad_dist.data.lines import Span
 pytest_plugins = ["data_fixtures"]
 
 
-def source(kind: str, path: Path | str, **rest: str) -> Source:
-    return Source(kind=kind, path=str(path), **rest)
+def source(kind: str, path: Path | str, **rest: str) -> SourceConfig:
+    return SourceConfig(kind=kind, path=str(path), **rest)
 
 
-def everything(source: Source) -> list[str | Bad]:
+def everything(source: SourceConfig) -> list[str | Bad]:
     return [document for span in corpus.spans(source) for document in corpus.read(source, span)]
 
 
-def complaints(source: Source) -> list[str]:
+def complaints(source: SourceConfig) -> list[str]:
     return [document.message for document in everything(source) if isinstance(document, Bad)]
 
 
-def texts(source: Source) -> list[str]:
+def texts(source: SourceConfig) -> list[str]:
     return [document for document in everything(source) if isinstance(document, str)]
 
 
@@ -97,7 +98,7 @@ def write_arrow(file: Path, table: pa.Table, stream: bool) -> None:
         writer.write_table(table, max_chunksize=3)
 
 
-def write_all(folder: Path, documents: list[str]) -> dict[str, Source]:
+def write_all(folder: Path, documents: list[str]) -> dict[str, SourceConfig]:
     """The documents in every form."""
     names = {"wikiextractor": "wiki_00", "jsonl": "a.jsonl", "text": "a.txt"}
     content = {
@@ -356,7 +357,7 @@ def test_a_source_is_called_by_the_last_part_of_its_path(path: str, name: str) -
 )
 def test_keys_that_do_not_go_together_are_refused(keys: dict[str, str], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        Source.model_validate({"path": "p"} | keys)
+        SourceConfig.model_validate({"path": "p"} | keys)
 
 
 @pytest.mark.data

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.data import documentation
 from lad_dist.data.documentation import (
     LIBRARIES,

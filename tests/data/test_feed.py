@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from toy_shards import Documents, write_shards
 from toy_text import WORDS, sentence
 
-from lad_dist.config import CorpusData, TaskData, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import CorpusDataConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.data import tokenizers
 from lad_dist.data.feed import CorpusFeed, TaskFeed
@@ -37,8 +38,8 @@ def shards(tmp_path: Path, toy_tokenizer) -> Path:
     return write_shards(tmp_path / "shards", toy_tokenizer, {"a": MANY, "b": documents_of([33, 8])}, MANY[:6])
 
 
-def corpus_data(shards: Path, **rest: object) -> CorpusData:
-    return CorpusData.model_validate(
+def corpus_data(shards: Path, **rest: object) -> CorpusDataConfig:
+    return CorpusDataConfig.model_validate(
         {"shards": str(shards), "max_length": 16, "tokens_per_slot": 64, "slots": 3} | rest
     )
 
@@ -51,8 +52,8 @@ def toy_task(count: int, pairs: bool = True) -> Task:
     return Task("toy", "classification", ("no", "yes"), ("accuracy",), examples(count), {"dev": examples(150)})
 
 
-def task_data(**rest: object) -> TaskData:
-    return TaskData.model_validate({"task": "rte", "max_length": 16, "examples_per_slot": 4, "slots": 3} | rest)
+def task_data(**rest: object) -> TaskDataConfig:
+    return TaskDataConfig.model_validate({"task": "rte", "max_length": 16, "examples_per_slot": 4, "slots": 3} | rest)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -242,13 +243,13 @@ def test_a_slot_that_is_no_multiple_of_a_window_is_refused() -> None:
 
 BILLION = """
 import sys, time
-from lad_dist.config import CorpusData
+from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.data import tokenizers
 from lad_dist.data.feed import CorpusFeed
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 tokenizer = tokenizers.load_tokenizer(sys.argv[2])
-data = CorpusData(shards=sys.argv[1], max_length=128, tokens_per_slot=4096, slots=64)
+data = CorpusDataConfig(shards=sys.argv[1], max_length=128, tokens_per_slot=4096, slots=64)
 before, began = peak(), time.perf_counter()
 feed = CorpusFeed(data, tokenizer, seed=1)
 feed.batch(400_000, 63)
@@ -330,7 +331,7 @@ def test_a_task_that_the_tokenizer_does_not_know_is_refused(toy_tokenizer) -> No
 
 @pytest.mark.data
 def test_real_task_through_a_tokenizer_of_its_own(real_data: Path, tmp_path: Path) -> None:
-    data = TaskData(task="stsb", path=str(real_data / "glue"), max_length=64, examples_per_slot=32)
+    data = TaskDataConfig(task="stsb", path=str(real_data / "glue"), max_length=64, examples_per_slot=32)
     task = load_task(data)
     tokenizers.train_wordpiece([*task.train.texts, *(task.train.pairs or [])], 2000, tmp_path / "tokenizer")
     feed = TaskFeed(data, task, tokenizers.load_tokenizer(tmp_path / "tokenizer"), seed=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import pack
 from lad_dist.data.loader import load

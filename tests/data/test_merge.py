@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.config import PrepareConfig
+from lad_dist.config.schema import PrepareConfig
 from lad_dist.data import merge as merging
 from lad_dist.data import pieces
 from lad_dist.data.merge import Merge, ShardWriter, held_out, merge

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_text import apart, sentence
 
-from lad_dist.config import Source, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import SourceConfig
 from lad_dist.data import corpus, pieces
 from lad_dist.data.lines import Span
 from lad_dist.data.pieces import Job, Piece, Stopped, plan
@@ -26,7 +27,7 @@ FORMS = {
 
 
 @st.composite
-def files(draw: st.DrawFn) -> tuple[Source, bytes]:
+def files(draw: st.DrawFn) -> tuple[SourceConfig, bytes]:
     """Text of one kind, sound or not, with every sort of line end."""
     kind = draw(st.sampled_from(sorted(FORMS)))
     lines = draw(st.lists(st.sampled_from(FORMS[kind]), min_size=1, max_size=30))
@@ -34,7 +35,7 @@ def files(draw: st.DrawFn) -> tuple[Source, bytes]:
     text = draw(st.sampled_from(["", "\ufeff"])) + "".join(map(str.__add__, lines, ends))
     broken = text.encode().replace(b"\xce", b"\xff") if draw(st.booleans()) else text.encode()
     rest = {"document": "block"} if kind == "text" else {}
-    return Source.model_validate({"kind": kind, "path": "p", **rest}), broken[: draw(st.integers(1, len(broken)))]
+    return SourceConfig.model_validate({"kind": kind, "path": "p", **rest}), broken[: draw(st.integers(1, len(broken)))]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(files(), st.integers(1, 50))
 @settings(max_examples=500)
 def test_a_file_cut_anywhere_gives_the_documents_and_complaints_of_the_whole(
-    scratch: Path, form: tuple[Source, bytes], size: int
+    scratch: Path, form: tuple[SourceConfig, bytes], size: int
 ) -> None:
     source, content = form
     scratch.write_bytes(content)
@@ -64,7 +65,7 @@ def test_a_parquet_file_cut_anywhere_gives_the_rows_of_the_whole(
     pq.write_table(
         pa.table({"id": range(rows), "text": pa.array(documents, pa.string())}), scratch, row_group_size=group
     )
-    source = Source(kind="parquet", path=str(scratch))
+    source = SourceConfig(kind="parquet", path=str(scratch))
     whole = Span(scratch, 0, scratch.stat().st_size)
     parts = pieces._cut(source, [whole], size)
     assert [d for part in parts for d in corpus.read(source, part)] == list(corpus.read(source, whole))
@@ -72,7 +73,7 @@ def test_a_parquet_file_cut_anywhere_gives_the_rows_of_the_whole(
 
 def test_a_damaged_parquet_file_is_complained_of_once(scratch: Path) -> None:
     scratch.write_bytes(b"PAR1" * 100)
-    source = Source(kind="parquet", path=str(scratch))
+    source = SourceConfig(kind="parquet", path=str(scratch))
     parts = pieces._cut(source, [Span(scratch, 0, 400)], 100)
     assert len([d for part in parts for d in corpus.read(source, part)]) == 1
 
@@ -83,7 +84,10 @@ def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, m
     for name, size in sizes.items():
         (tmp_path / f"{name}.jsonl").write_bytes(b"\n" * size)
         (tmp_path / f"{name}.txt").write_bytes(b"\n" * size)
-    rows, books = Source(kind="jsonl", path=str(tmp_path)), Source(kind="text", path=str(tmp_path), name="books")
+    rows, books = (
+        SourceConfig(kind="jsonl", path=str(tmp_path)),
+        SourceConfig(kind="text", path=str(tmp_path), name="books"),
+    )
     planned = plan([rows, books])
     assert [piece.number for piece in planned] == list(range(len(planned)))
     spans = [[(span.file.stem, span.begin, span.end) for span in piece.spans] for piece in planned]
@@ -104,11 +108,11 @@ def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, m
 def test_pieces_have_a_five_hundredth_of_the_text_within_limits(tmp_path: Path) -> None:
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.truncate(4 << 30)  # no disk is used
-    planned = plan([Source(kind="jsonl", path=str(tmp_path))])
+    planned = plan([SourceConfig(kind="jsonl", path=str(tmp_path))])
     assert {span.end - span.begin for piece in planned for span in piece.spans} == {8 << 20}
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.truncate(100 << 30)
-    planned = plan([Source(kind="jsonl", path=str(tmp_path))])
+    planned = plan([SourceConfig(kind="jsonl", path=str(tmp_path))])
     assert {span.end - span.begin for piece in planned for span in piece.spans} == {64 << 20}
 
 
@@ -117,14 +121,16 @@ def test_a_hub_dataset_has_a_piece_for_each_shard_or_only_one(monkeypatch: pytes
 
     data = datasets.Dataset.from_dict({"text": list("abcdef")}).to_iterable_dataset(num_shards=3)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
-    planned = plan([Source(kind="hub", path="w/pedia")])
+    planned = plan([SourceConfig(kind="hub", path="w/pedia")])
     assert [piece.spans for piece in planned] == [(Span(Path("w/pedia"), n, 3),) for n in range(3)]
 
     class Unsharded:
         column_names = None
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Unsharded())
-    assert [piece.spans for piece in plan([Source(kind="hub", path="w/pedia")])] == [(Span(Path("w/pedia"), 0, 1),)]
+    assert [piece.spans for piece in plan([SourceConfig(kind="hub", path="w/pedia")])] == [
+        (Span(Path("w/pedia"), 0, 1),)
+    ]
 
 
 def test_identity_depends_on_text_and_tokenizer_and_not_on_names_and_weights(tmp_path: Path) -> None:
@@ -132,7 +138,7 @@ def test_identity_depends_on_text_and_tokenizer_and_not_on_names_and_weights(tmp
     file.write_text('{"text": "a"}\n')
 
     def identity(tokenizer: str = "t", **rest: object) -> dict[str, str]:
-        source = Source.model_validate({"kind": "jsonl", "path": str(tmp_path), **rest})
+        source = SourceConfig.model_validate({"kind": "jsonl", "path": str(tmp_path), **rest})
         return pieces.identity([source], plan([source]), tokenizer, "1.0")
 
     first = identity()
@@ -145,7 +151,7 @@ def test_identity_depends_on_text_and_tokenizer_and_not_on_names_and_weights(tmp
 
 @pytest.fixture
 def job(tmp_path: Path, toy_tokenizer) -> Job:
-    source = Source(kind="jsonl", path=str(tmp_path / "text.jsonl"))
+    source = SourceConfig(kind="jsonl", path=str(tmp_path / "text.jsonl"))
     texts = [sentence(n, n % 13) for n in range(90)]
     Path(source.path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "work").mkdir()

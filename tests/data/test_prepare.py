@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from toy_text import sentence
 
-from lad_dist.config import PrepareConfig, UserError, override
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import apply_overrides
+from lad_dist.config.schema import PrepareConfig
 from lad_dist.data import corpus, pieces, prepare, tokenizers
 from lad_dist.data.shards import Shards, read_manifest, verify
 
@@ -244,7 +246,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_the_same(mixed: PrepareConfi
             family = descendants(process.pid or 0)
             process.kill()
             process.join()
-            wait_until(lambda: not any(map(alive, family)))  # noqa: B023
+            wait_until(lambda: not any(map(alive, family)))
             kills += 1
             left_something += any(work(again).glob("*.json"))
         if Path(again.out).exists():  # nothing is left to be killed: check, and begin anew
@@ -352,7 +354,7 @@ def test_a_finished_folder_is_left_alone_and_another_request_refused(config: Pre
 def test_other_weights_are_written_into_a_finished_manifest(config: PrepareConfig) -> None:
     first = prepared(config)
     heavier = PrepareConfig.model_validate(
-        override(config.model_dump(), [("source", [config.source[0].model_dump() | {"weight": 2.5}])])
+        apply_overrides(config.model_dump(), [("source", [config.source[0].model_dump() | {"weight": 2.5}])])
     )
     said: list[str] = []
     assert prepare.prepare(heavier, said.append)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toy_shards import write_shards
 
-from lad_dist.config import UserError
+from lad_dist.config.errors import UserError
 from lad_dist.data import shards as module
 from lad_dist.data.shards import Shards, verify
 

@@ -15,7 +15,8 @@ import toy_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.config import TaskData, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TaskDataConfig
 from lad_dist.data.examples import QuestionExamples, tokenize
 from lad_dist.data.squad import Answer, Questions, Rows, find_answers
 from lad_dist.data.tasks import Task, load_task
@@ -29,7 +30,7 @@ def own(train: Any, dev: Any, folder: Path) -> Task:
     for name, value in (("train", train), ("dev", dev)):
         (folder / f"{name}.json").write_text(value if isinstance(value, str) else json.dumps(value))
         places[name] = str(folder / f"{name}.json")
-    return load_task(TaskData.model_validate({**places, "kind": "question_answering"}))
+    return load_task(TaskDataConfig.model_validate({**places, "kind": "question_answering"}))
 
 
 def article(context: str, *questions: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def test_every_answer_is_found_in_a_window_and_read_back(
     first = begin % (len(places) - 2)
     answer = Answer(CONTEXT[places[first][0] : places[first + count - 1][1]], places[first][0])
     raw = Questions(["ban dert " * (9 if long else 1)], [CONTEXT], [[answer]], False)
-    data = TaskData(train="", dev="", kind="question_answering", max_length=32, stride=stride)
+    data = TaskDataConfig(train="", dev="", kind="question_answering", max_length=32, stride=stride)
     task = Task("t", "question_answering", (), ("f1", "exact_match"), raw, {})
     tokenizer = words(family)
     if len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) > stride - 1:
@@ -161,7 +162,7 @@ def test_answers_that_no_window_holds_are_reported(
     text = toy.sentence(4) * 3
     raw = Questions(["ban"] * 3, [text] * 3, [[Answer(text, 0)], [Answer(text[:3], 0)], []], True)
     task = Task("t", "question_answering", (), (), raw, {})
-    data = TaskData(train="", dev="", kind="question_answering", max_length=16)
+    data = TaskDataConfig(train="", dev="", kind="question_answering", max_length=16)
     tokenize(task, raw, words("bert"), data, "toy's data")
     assert capfd.readouterr().err == (
         "toy's data: 1 of 3 answers are in no window as a whole; raise data.stride or data.max_length\n"
@@ -196,7 +197,7 @@ def test_a_toy_file_survives_the_way_there_and_back(
 ) -> None:
     """Through labels alone, questions without answers among them."""
     files = toy_heads.question_files(tmp_path, train=20, dev=20, length=60, unanswerable=True)
-    data = TaskData.model_validate({**files, "max_length": 48, "stride": 20})
+    data = TaskDataConfig.model_validate({**files, "max_length": 48, "stride": 20})
     task = load_task(data)
     examples = tokenize(task, task.dev["dev"], words("bert"), data, "it")
     assert examples.count > 20

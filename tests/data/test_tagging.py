@@ -10,7 +10,8 @@ import toy_families
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.config import TaskData, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TaskDataConfig
 from lad_dist.data.examples import TaggingExamples, pieces, tokenize
 from lad_dist.data.tasks import Task, check_task, load_task
 from lad_dist.data.tokenizers import Words, encode_words, frame, load_tokenizer
@@ -22,7 +23,7 @@ GOOD = "Ada B-PER\nwent O\n\nto O\nRome B-LOC\n"
 
 
 def own(train: Path, dev: Path, **rest: object) -> Task:
-    return load_task(TaskData.model_validate({"train": str(train), "dev": str(dev), "kind": "tagging", **rest}))
+    return load_task(TaskDataConfig.model_validate({"train": str(train), "dev": str(dev), "kind": "tagging", **rest}))
 
 
 def written(file: Path, text: str) -> Path:
@@ -94,7 +95,7 @@ def test_a_tag_that_training_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'dev\.bio:1: label "B-PERS" is unknown: did you mean "B-PER"\?'):
         own(train, dev)
     with pytest.raises(UserError, match=r"nowhere\.bio: no such file"):
-        check_task(TaskData(train=str(train), dev=str(tmp_path / "nowhere.bio"), kind="tagging"))
+        check_task(TaskDataConfig(train=str(train), dev=str(tmp_path / "nowhere.bio"), kind="tagging"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,7 +128,7 @@ def test_pieces_cover_all_words_and_fit(sizes: list[int], room: int) -> None:
 def test_long_sentences_are_cut_between_words_and_none_is_lost(toy_tokenizer, tmp_path: Path) -> None:
     long = [("the", "O"), ("and", "B-X")] * 40 + [("andthe" * 20, "O")] + [("and", "B-X")]
     file = written(tmp_path / "a.bio", "".join(f"{word} {tag}\n" for word, tag in long) + "\nthe O\n")
-    data = TaskData(train=str(file), dev=str(file), kind="tagging", max_length=16)
+    data = TaskDataConfig(train=str(file), dev=str(file), kind="tagging", max_length=16)
     task = load_task(data)
     examples = tokenize(task, task.train, toy_tokenizer, data, "it")
     assert isinstance(examples, TaggingExamples)

@@ -7,14 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lad_dist.config import TaskData, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TaskDataConfig
 from lad_dist.data.tasks import GLUE, Task, check_task, load_task
 
 pytest_plugins = ["data_fixtures"]
 
 
 def glue(path: Path, task: str) -> Task:
-    return load_task(TaskData(task=task, path=str(path)))
+    return load_task(TaskDataConfig(task=task, path=str(path)))
 
 
 def write_tsv(file: Path, *rows: str) -> None:
@@ -23,7 +24,7 @@ def write_tsv(file: Path, *rows: str) -> None:
 
 
 def own(train: Path, dev: Path, **rest: str) -> Task:
-    return load_task(TaskData(train=str(train), dev=str(dev), **rest))
+    return load_task(TaskDataConfig(train=str(train), dev=str(dev), **rest))
 
 
 @pytest.mark.data
@@ -104,7 +105,7 @@ def test_the_hub_is_read_in_its_own_columns_and_order(monkeypatch: pytest.Monkey
         return datasets.Dataset.from_dict({"premise": ["p"], "hypothesis": ["h"], "label": [2], "idx": [0]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    task = load_task(TaskData(task="mnli"))
+    task = load_task(TaskDataConfig(task="mnli"))
     assert asked == [("nyu-mll/glue", "mnli", s) for s in ("train", "validation_matched", "validation_mismatched")]
     assert (task.train.texts, task.train.pairs, task.train.labels.tolist()) == (["p"], ["h"], [2])
     assert list(task.dev) == ["dev", "dev_mismatched"]
@@ -212,19 +213,19 @@ def test_an_unknown_label_in_glues_files(tmp_path: Path) -> None:
 
 def test_checks_come_before_reading(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'task "sst-2" is unknown: did you mean "sst2"\?'):
-        check_task(TaskData(task="sst-2"))
+        check_task(TaskDataConfig(task="sst-2"))
     with pytest.raises(UserError, match=r"SST-2/train\.tsv: no such file"):
-        check_task(TaskData(task="sst2", path=str(tmp_path)))
+        check_task(TaskDataConfig(task="sst2", path=str(tmp_path)))
     (tmp_path / "train.csv").write_text("not even a header")
     with pytest.raises(UserError, match=r"dev\.csv: no such file"):
-        check_task(TaskData(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "dev.csv")))
-    check_task(TaskData(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "train.csv")))
+        check_task(TaskDataConfig(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "dev.csv")))
+    check_task(TaskDataConfig(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "train.csv")))
 
 
 def test_checking_imports_nothing_slow() -> None:
     script = (
-        "import json, sys; from lad_dist.config import TaskData; from lad_dist.data.tasks import check_task;"
-        "check_task(TaskData(task='rte')); print(json.dumps([m for m in ('torch', 'datasets') if m in sys.modules]))"
+        "import json, sys; from lad_dist.config.schema import TaskDataConfig; from lad_dist.data.tasks import check_task;"
+        "check_task(TaskDataConfig(task='rte')); print(json.dumps([m for m in ('torch', 'datasets') if m in sys.modules]))"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)

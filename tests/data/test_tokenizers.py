@@ -16,7 +16,8 @@ from tokenizers import decoders as backend_decoders
 from toy_text import WORDS, apart, sentence
 from transformers import PreTrainedTokenizerFast
 
-from lad_dist.config import Source, UserError
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import SourceConfig
 from lad_dist.data import corpus, tokenizers
 
 pytest_plugins = ["data_fixtures"]
@@ -63,8 +64,8 @@ def roberta(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
     return tokenizers.load_tokenizer(folder)
 
 
-def source(kind: str, path: Path) -> Source:
-    return Source.model_validate({"kind": kind, "path": str(path)})
+def source(kind: str, path: Path) -> SourceConfig:
+    return SourceConfig.model_validate({"kind": kind, "path": str(path)})
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:

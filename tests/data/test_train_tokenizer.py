@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from toy_text import sentence
 
-from lad_dist.config import Source, TokenizerConfig, UserError, dump
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import dump_config
+from lad_dist.config.schema import SourceConfig, TokenizerConfig
 from lad_dist.data import corpus, tokenizers
 from lad_dist.data.train_tokenizer import sample, train
 
@@ -40,11 +42,11 @@ def test_it_writes_a_tokenizer_and_nothing_else(kind: str, toy_corpus: Path, tmp
 
 TRAIN_IN_A_PROCESS = """
 import sys
-from lad_dist.config import TokenizerConfig
-from lad_dist.config import load
+from lad_dist.config.schema import TokenizerConfig
+from lad_dist.config.load import load_config
 from lad_dist.data.train_tokenizer import train
 for path in sys.argv[1:]:
-    train(load(TokenizerConfig, path))
+    train(load_config(TokenizerConfig, path))
 """
 
 
@@ -58,7 +60,7 @@ def test_the_same_request_gives_the_same_bytes_in_another_process(tmp_path: Path
         request = config(tmp_path / kind, tmp_path / "texts", kind=kind, vocabulary=180)
         train(request, lambda _: None)
         paths.append(tmp_path / f"{kind}.toml")
-        paths[-1].write_text(dump(request.model_copy(update={"out": str(tmp_path / f"{kind} again")})))
+        paths[-1].write_text(dump_config(request.model_copy(update={"out": str(tmp_path / f"{kind} again")})))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     words = [sys.executable, "-c", TRAIN_IN_A_PROCESS, *paths]
     subprocess.run(words, env=environment, check=True, capture_output=True)
@@ -122,13 +124,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 # What is read
 
 
-def numbered(folder: Path, documents: int, lines: int) -> Source:
+def numbered(folder: Path, documents: int, lines: int) -> SourceConfig:
     """A source whose lines are 0000000, 0000001, …: 7 characters each."""
     folder.mkdir()
     for number in range(documents):
         text = "\n\n".join(f"{number * lines + line:07d}" for line in range(lines))
         (folder / f"{number:03d}.txt").write_text(text)
-    return Source(kind="text", path=str(folder))
+    return SourceConfig(kind="text", path=str(folder))
 
 
 def test_lines_are_spread_evenly_over_a_source(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_sources_share_by_weight_and_pass_on_what_they_lack(tmp_path: Path) -> N
     assert lines_of_each([small, heavy, large[1]], 7 * 50) == [10, 30, 10]
 
 
-def lines_of_each(sources: list[Source], characters: int) -> list[int]:
+def lines_of_each(sources: list[SourceConfig], characters: int) -> list[int]:
     """How many lines come from each: their numbers begin again where a source does."""
     taken = [int(line) for line in sample(sources, characters)]
     begins = [n for n in range(len(taken)) if n == 0 or taken[n] <= taken[n - 1]]
@@ -161,12 +163,12 @@ def lines_of_each(sources: list[Source], characters: int) -> list[int]:
 def test_of_a_hub_dataset_only_the_beginning_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[int] = []
 
-    def documents(source: Source) -> Any:
+    def documents(source: SourceConfig) -> Any:
         for number in range(1000):
             fetched.append(number)
             yield f"{number:07d}\n\n{number:07d}"
 
     monkeypatch.setattr(corpus, "documents", documents)
-    lines = list(sample([Source(kind="hub", path="some/where")], 70))
+    lines = list(sample([SourceConfig(kind="hub", path="some/where")], 70))
     assert lines == [f"{number:07d}" for number in range(5) for _ in range(2)]
     assert len(fetched) <= 6

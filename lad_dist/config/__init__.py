@@ -1,0 +1,1 @@
+"""Configs: schema, loading, checks, key descriptions, user errors and exit codes."""

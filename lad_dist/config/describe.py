@@ -1,0 +1,45 @@
+"""Descriptions of config keys: what `--help` prints."""
+
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from lad_dist.config.load import tables_in
+from lad_dist.config.schema import ConfigTable
+
+
+def describe_keys(schema: type[ConfigTable], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """Rows of (key, type, default, description) for every key that the schema reads."""
+    rows = []
+    for name, field in schema.model_fields.items():
+        tables = tables_in(field.annotation)
+        repeated = typing.get_origin(field.annotation) is list
+        if tables:
+            rows += describe_keys(tables[0], f"{prefix}{name}{'[]' if repeated else ''}.")
+        else:
+            rows.append((prefix + name, type_name(field.annotation), _default(field), field.description or ""))
+    return rows
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation as a user reads it."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return type_name(inner[0])
+    if origin is Literal:
+        return " | ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in inner)
+    if origin is list:
+        return f"[{type_name(inner[0])}]"
+    if origin is dict:
+        return "table"
+    if inner:
+        return " | ".join(type_name(part) for part in inner if part is not type(None))
+    return {"str": "string", "Any": "any"}.get(annotation.__name__, annotation.__name__)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    return "-" if field.default is None else repr(field.default)
