@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lad_dist import processes
+from lad_dist.distributed import processes
 
 WINDOW = 128  # losses that a spike is measured against, as OLMo's SkipStepOptimizer
 FEWEST = WINDOW // 2  # before there are as many, nothing is a spike
@@ -133,5 +133,5 @@ class Guard:
 
     def _mean_loss(self) -> float:
         if self._mean is None:
-            self._mean = processes.mean_of({"": torch.stack(self._losses).mean()})[""]
+            self._mean = processes.means({"": torch.stack(self._losses).mean()})[""]
         return self._mean

@@ -33,11 +33,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lad_dist import processes
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TeacherConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import QKV, ModelDims, ModelOutputs, OutputSpec
+from lad_dist.distributed import processes
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
 
 FORMAT = 1
@@ -159,7 +159,7 @@ class Answers:
 
     def _fill(self, size: int) -> None:
         """This process's share of what is missing. Runs that fill one folder together begin at different blocks."""
-        world, rank = processes.world(), processes.rank()
+        world, rank = processes.world_size(), processes.rank()
         first = processes.from_main(os.getpid())
         order = [(first + block) % self._blocks for block in range(self._blocks)]
         missing = processes.from_main([block for block in order if self._missing(block)])

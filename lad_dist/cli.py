@@ -27,11 +27,12 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from lad_dist import processes
 from lad_dist.config.describe import describe_keys, type_name
 from lad_dist.config.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, Fault, UserError
 from lad_dist.config.load import keyword_parameters, load_config
 from lad_dist.config.schema import ConfigTable
+from lad_dist.distributed import processes
+from lad_dist.distributed.environment import check_environment
 
 # Of the file system: nothing is wrong with the program where these are met.
 REFUSALS = frozenset(
@@ -85,7 +86,7 @@ def _choices() -> Named:
 def guarded(work: Callable[[], int | None]) -> int:
     """The exit code of `work`; a UserError is one line on stderr, and so are Ctrl-C and what the system refuses."""
     try:
-        processes.check_environment()
+        check_environment()
         return work() or EXIT_DONE
     except (UserError, Fault) as error:
         _complain(f"error: {one_line(str(error))}")
@@ -104,7 +105,7 @@ def guarded(work: Callable[[], int | None]) -> int:
 def _complain(line: str, patience: float = PATIENCE) -> None:
     """To the user, once for each host: what one of them lacks the others may have."""
     with contextlib.suppress(ValueError):  # the ranks are perhaps the mistake
-        if 0 < processes.rank() < processes.world():
+        if 0 < processes.rank() < processes.world_size():
             if processes.local_rank() > 0:
                 _await_the_complaint(patience)
                 return
@@ -162,7 +163,7 @@ class Console:
         self.bar: Progress | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        if not processes.main():
+        if not processes.is_main():
             return
         line = "  ".join(
             f"{key} {_short(value)}" for key, value in row.items() if key not in ("step", "steps") and "/" not in key
@@ -215,7 +216,7 @@ def _short(value: float) -> str:
 
 def say(text: str) -> None:
     """A line on standard output, from the main process, for as long as anyone reads it: `| head` is no mistake."""
-    if not processes.main():
+    if not processes.is_main():
         return
     try:
         print(text, flush=True)
@@ -225,7 +226,7 @@ def say(text: str) -> None:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table for a person on standard output, from the main process."""
-    if not processes.main():
+    if not processes.is_main():
         return
     table = RichTable(title=title)
     for name in header:

@@ -29,9 +29,10 @@ from deepspeed.utils import logger
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lad_dist import optim, processes, resize
+from lad_dist import optim, resize
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
+from lad_dist.distributed import processes
 from lad_dist.method import Method
 from lad_dist.saving import Copies, Files
 
@@ -64,7 +65,7 @@ def build(method: Method, config: TrainConfig) -> Any:
     words = {
         "train_batch_size": config.data.slots,
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.data.slots // processes.world(),
+        "gradient_accumulation_steps": config.data.slots // processes.world_size(),
         "gradient_clipping": 1.0,
         "steps_per_print": sys.maxsize,
         "zero_force_ds_cpu_optimizer": False,  # [optim] decides, with weights offloaded too

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lad_dist import models, processes
+from lad_dist import models
 from lad_dist.config.load import check_writable
 from lad_dist.config.schema import EvaluateConfig
 from lad_dist.core.batch import Batch
@@ -29,6 +29,7 @@ from lad_dist.data.examples import TaskExamples
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import check_task, load_task
 from lad_dist.data.tokenizers import load_tokenizer, tokenizer_of_teacher
+from lad_dist.distributed import processes
 
 Batches = Sequence[Callable[[], Batch]]
 Dev = Mapping[str, TaskExamples]
@@ -44,7 +45,7 @@ class Predictions(NamedTuple):
 def share(batches: Batches) -> Iterator[tuple[Batch, bool]]:
     """This process's batches, and whether each counts: the last ones are filled up so that all processes have as
     many."""
-    world, rank = processes.world(), processes.rank()
+    world, rank = processes.world_size(), processes.rank()
     for first in range(0, len(batches), world):
         index = first + rank
         yield batches[min(index, len(batches) - 1)](), index < len(batches)
@@ -60,7 +61,7 @@ def predict(forward: Forward, batches: Batches) -> Predictions:
         seconds += time.perf_counter() - begin
         if counts:
             mine.append(logits)
-    everyone = processes.gather(mine)
+    everyone = processes.all_gather(mine)
     # Process r made batches r, r + world, …: reading round the processes restores their order.
     rows = [everyone[i % len(everyone)][i // len(everyone)] for i in range(len(batches))]
     return Predictions(np.concatenate(rows), seconds)
@@ -76,7 +77,7 @@ def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches)
         for name, value in values.items():
             totals[name] = totals.get(name, torch.zeros((), device=device)) + value * counts
     totals["count"] = torch.tensor(float(count), device=device)
-    means = processes.mean_of(totals)
+    means = processes.means(totals)
     everything = means.pop("count")
     return {name: value / everything for name, value in means.items()}
 
@@ -110,7 +111,7 @@ def compare(
 
 def _speedup(student: Forward, teacher: Forward, batches: Batches, teacher_batches: Batches) -> float:
     """Teacher seconds / student seconds over these batches, one process after a warm-up, the two measured in turn."""
-    mine, its = (some[: 8 * processes.world()] for some in (batches, teacher_batches))
+    mine, its = (some[: 8 * processes.world_size()] for some in (batches, teacher_batches))
     ratios = [predict(teacher, its).seconds / predict(student, mine).seconds for _ in range(3)]
     return float(np.median(ratios))
 
@@ -145,7 +146,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         name: {"path": path, "parameters": models.parameters(model.model), **found[role]}
         for name, role, path, model in zip(("model", "teacher"), found, paths, frozen, strict=False)
     }
-    if config.out is not None and processes.main():
+    if config.out is not None and processes.is_main():
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lad_dist import deepspeed_keys, models, narrow, processes, surgery
+from lad_dist import deepspeed_keys, models, narrow, surgery
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import check_writable, lookup, validate_arguments
 from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
@@ -21,6 +21,7 @@ from lad_dist.data.feed import CorpusFeed, TaskFeed, open_shards
 from lad_dist.data.shards import Shards
 from lad_dist.data.tasks import Task, check_task, load_task
 from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer, role_ids, tokenizer_of_teacher
+from lad_dist.distributed import processes
 from lad_dist.method import Method
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.objectives.objective import Objective
@@ -150,7 +151,7 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     check_writable("run.dir", config.run.folder)
     if config.teacher is not None and config.teacher.cache is not None:
         check_writable("teacher.cache", config.teacher.cache)
-    _check_slots(config, world or processes.world())
+    _check_slots(config, world or processes.world_size())
     kind, options = _objective(config)
     surgeries = [_surgery(named) for named in config.surgery]
     if isinstance(config.data, TaskDataConfig):

@@ -20,10 +20,11 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from lad_dist import costs, plan, processes, sizes
+from lad_dist import costs, plan, sizes
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.data.shards import SPLITS, Shards
+from lad_dist.distributed import processes
 
 NUMBERS = 1 << 17  # of the all-reduce: 1 MiB
 BOUND = timedelta(seconds=120)  # for it: the first one also connects everybody with everybody
@@ -47,7 +48,7 @@ class Device(NamedTuple):
 
 def check(made: plan.Plan, folder: Path) -> None:
     """Raises UserError or Unfit, the same on all processes. `folder` is the run's."""
-    check_devices(processes.gather(_mine()))
+    check_devices(processes.all_gather(_mine()))
     together(_sum)
     together(lambda: _see_data(made))
     processes.on_main(lambda: _check_room(made, folder))
@@ -60,7 +61,7 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except UserError as caught:
         error = caught
-    faults = processes.gather(error and f"on {socket.gethostname()}: {error}")
+    faults = processes.all_gather(error and f"on {socket.gethostname()}: {error}")
     failed = [rank for rank, fault in enumerate(faults) if fault]
     if not failed:
         return result
@@ -94,7 +95,7 @@ def check_devices(devices: list[Device]) -> None:
 
 def _sum() -> None:
     """An all-reduce of whole numbers, whose sum is known exactly."""
-    world = processes.world()
+    world = processes.world_size()
     if world == 1:
         return
     places = torch.arange(NUMBERS, device=processes.device())

@@ -27,8 +27,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from lad_dist import processes
 from lad_dist.config.errors import UserError
+from lad_dist.distributed import processes
 
 Layout = Mapping[str, int]  # "processes", and the stage as "zero"
 
@@ -51,7 +51,7 @@ def load(engine: Any, checkpoint: Path, was: Layout, now: Layout) -> None:
         raise UserError(f"{checkpoint}: {_change(was, now)}; ZeRO 3 is resumed with what it was saved with")
     engine.load_checkpoint(str(checkpoint), tag=TAG, load_optimizer_states=False)
     saved = _saved(engine, checkpoint, was)
-    wrong = [name for name in processes.gather(_mismatch(engine, saved)) if name]
+    wrong = [name for name in processes.all_gather(_mismatch(engine, saved)) if name]
     if wrong:
         raise UserError(
             f"{checkpoint}: {_change(was, now)}, and the optimizer's copy of {wrong[0]} is not where DeepSpeed says; "
@@ -161,7 +161,7 @@ def _mismatch(engine: Any, saved: _Saved) -> str | None:
     """A parameter whose fp32 copy is not the weight that the model has loaded. Parameters are shared out over the
     processes."""
     parameters = [parameter for group in groups(engine) for parameter in group]
-    for parameter in parameters[processes.rank() :: processes.world()]:
+    for parameter in parameters[processes.rank() :: processes.world_size()]:
         name = engine.param_names[parameter]
         copy = torch.cat(saved.pieces.get(name, {}).get(WEIGHTS, [torch.empty(0)]))
         if not torch.equal(copy.to(parameter.dtype), parameter.detach().flatten().cpu()):
@@ -185,7 +185,7 @@ def _fill(engine: Any, saved: _Saved) -> None:
             inner[number] = share | _copied(counts)
     if hasattr(optimizer, "loss_scaler"):
         _fill_scale(vars(optimizer.loss_scaler), saved)
-    optimizer.load_state_dict([state] * processes.world(), load_from_fp32_weights=True)
+    optimizer.load_state_dict([state] * processes.world_size(), load_from_fp32_weights=True)
 
 
 def _fill_parameter(share: dict[str, Tensor], mapping: Any, values: Iterator[tuple[str, Tensor]]) -> None:

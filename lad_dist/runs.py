@@ -28,12 +28,12 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lad_dist import processes
 from lad_dist.card import card
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config.errors import EXIT_NO_PROGRESS, EXIT_RUN_AGAIN, UserError
 from lad_dist.config.load import dump_config, with_defaults
 from lad_dist.config.schema import TrainConfig
+from lad_dist.distributed import processes
 from lad_dist.utils.atomic_io import append_text, file_lock, write_text
 
 RESULTS = "results.json"
@@ -108,7 +108,7 @@ class Run:
     def begin(self, step: int) -> None:
         """Opens the folder for writing from `step` on; rows that a lost stretch had reported after it are dropped: from
         step 0 on, all of them."""
-        if not processes.main():
+        if not processes.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._config, self._text)
@@ -119,7 +119,7 @@ class Run:
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Adds a row to metrics.jsonl and to TensorBoard. A full disk costs rows, not the run."""
-        if not processes.main():
+        if not processes.is_main():
             return
         try:
             append_text(self._metrics, json.dumps(row) + "\n")
@@ -139,7 +139,7 @@ class Run:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Marks the run complete."""
-        if processes.main():
+        if processes.is_main():
             self._draw()
             _write_results(self.folder, results)
             shutil.rmtree(self.answers, ignore_errors=True)
@@ -212,7 +212,7 @@ class Run:
             return state, 0
 
     def _write_deaths(self, found: Mapping[str, Any] | None) -> None:
-        if not processes.main():
+        if not processes.is_main():
             return
         if found is None:
             self._deaths.unlink(missing_ok=True)
@@ -228,7 +228,7 @@ class Run:
 
     def skipped(self, row: Mapping[str, Any], left_out: Sequence[int]) -> None:
         """Notes an update that was skipped, and the steps that are left out from now on."""
-        if not processes.main():
+        if not processes.is_main():
             return
         print(f"{self.folder}: the update of step {row['step']} was skipped: {row['why']}", file=sys.stderr)
         before = self._read_skipped()["skipped"]
@@ -237,19 +237,19 @@ class Run:
     def go_back(self, step: int) -> None:
         """Makes the newest checkpoint one that is not later than the step, where there is one."""
         kept = processes.on_main(partial(self.checkpoints.go_back, step))
-        if processes.main():
+        if processes.is_main():
             print(f"{self.folder}: going back to {kept or 'the beginning'}", file=sys.stderr)
 
     def asked_to_stop(self) -> bool:
         """Whether the file STOP is there: looked for by the main process, and not at every step."""
-        if not processes.main() or time.monotonic() - self._looked < LOOK_EVERY:
+        if not processes.is_main() or time.monotonic() - self._looked < LOOK_EVERY:
             return False
         self._looked = time.monotonic()
         return self._stop.exists()
 
     def stopped(self) -> None:
         """The wish was granted."""
-        if processes.main():
+        if processes.is_main():
             self._stop.unlink(missing_ok=True)
 
 

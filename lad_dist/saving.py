@@ -25,9 +25,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lad_dist import processes
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault
+from lad_dist.distributed import processes
 from lad_dist.utils.atomic_io import Digest, fsync
 
 FAILURES = 3  # in a row, after which the run stops
@@ -221,7 +221,7 @@ class Saver:
             self.wait(step)
             return
         self._await_files(step)
-        if processes.main():
+        if processes.is_main():
             self.checkpoints.discard(self.writing.draft)
         self.writing = None
 
@@ -256,13 +256,13 @@ class Saver:
         """Commits what all have written, or drops it when one could not."""
         assert self.writing is not None
         writing, self.writing = self.writing, None
-        found = processes.gather((writing.digests, writing.error))
+        found = processes.all_gather((writing.digests, writing.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error]
         if not errors:
             errors = self._commit(writing, {name: digest for digests, _ in found for name, digest in digests.items()})
         if errors:
             self._fail(errors)
-            if processes.main():
+            if processes.is_main():
                 self.checkpoints.discard(writing.draft)
             return
         self.failures = 0
@@ -278,7 +278,7 @@ class Saver:
     def _fail(self, errors: list[str]) -> None:
         self.failures += 1
         self.why = errors[0]
-        if processes.main():
+        if processes.is_main():
             stands = f"the one of step {self.committed} stands" if self.committed else "there is none before it"
             print(
                 f"{self.checkpoints.folder}: the checkpoint of step {self.begun} could not be saved ({errors[0]}); "

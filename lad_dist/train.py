@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lad_dist import compact, evaluate, models, optim, plan, preflight, processes, resize, sizes
+from lad_dist import compact, evaluate, models, optim, plan, preflight, resize, sizes
 from lad_dist import engine as engines
-from lad_dist.agreement import dissenters
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
 from lad_dist.checkpoints import facts_of
@@ -35,7 +34,9 @@ from lad_dist.data.feed import TaskFeed
 from lad_dist.data.loader import load
 from lad_dist.data.order import share
 from lad_dist.data.tokenizers import save_beside
-from lad_dist.health import Watch
+from lad_dist.distributed import processes
+from lad_dist.distributed.replica_check import divergent_ranks
+from lad_dist.distributed.watchdog import Watchdog
 from lad_dist.method import Method
 from lad_dist.parts import Moment
 from lad_dist.runs import Run
@@ -83,8 +84,8 @@ class Averages:
         """Means over micro-batches and processes, tokens per second of all processes; starts anew."""
         values = {name: value / self.count for name, value in self.sums.items()}
         device = next(iter(values.values())).device
-        means = processes.mean_of(values | {"tokens": torch.tensor(float(self.tokens), device=device)})
-        means["tokens_per_second"] = means.pop("tokens") * processes.world() / (time.perf_counter() - self.since)
+        means = processes.means(values | {"tokens": torch.tensor(float(self.tokens), device=device)})
+        means["tokens_per_second"] = means.pop("tokens") * processes.world_size() / (time.perf_counter() - self.since)
         self.__init__()  # type: ignore[misc]
         return means
 
@@ -100,7 +101,7 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     made = check(config)
     processes.start()
     processes.catch_signals()
-    with run.life(), Watch(run.folder / "stacks", config.run.hang_seconds) as watch:
+    with run.life(), Watchdog(run.folder / "stacks", config.run.hang_seconds) as watch:
         ended = processes.on_main(lambda: run.results)  # by a life that was waited for
         if ended is not None:
             return Outcome(run.folder, ended)
@@ -118,7 +119,7 @@ def check(config: TrainConfig) -> plan.Plan:
     return made
 
 
-def _attempt(made: plan.Plan, run: Run, report: Report, clock: Clock, watch: Watch) -> Outcome | None:
+def _attempt(made: plan.Plan, run: Run, report: Report, clock: Clock, watch: Watchdog) -> Outcome | None:
     """None when the run has to go back to an earlier checkpoint."""
     with watch.paused():
         loop = prepare(made, run, report, clock, watch)
@@ -128,7 +129,7 @@ def _attempt(made: plan.Plan, run: Run, report: Report, clock: Clock, watch: Wat
 
 
 def prepare(
-    made: plan.Plan, run: Run, report: Report = silent, clock: Clock = untimed, watch: Watch | None = None
+    made: plan.Plan, run: Run, report: Report = silent, clock: Clock = untimed, watch: Watchdog | None = None
 ) -> "Loop":
     """Everything up to the first step: processes, data, teacher, student, engine."""
     config = made.config
@@ -142,14 +143,14 @@ def prepare(
     answers = _answers(made, run, teacher_feed, teacher, method.objective.teacher_needs, steps)
     engine = engines.build(method, config)
     guard = Guard(engine, Judge(config.run.max_skips, config.run.spike_sigma, run.left_out()))
-    watch = watch or Watch(run.folder / "stacks")
+    watch = watch or Watchdog(run.folder / "stacks")
     return Loop(made, run, engine, guard, method, feed, teacher, teacher_feed, answers, steps, report, clock, watch)
 
 
 def _warn_of_slow_precision(made: plan.Plan, device: torch.device) -> None:
     """A CPU that multiplies no bf16 does so number by number, some forty times as slowly as in fp32."""
     half = made.precision == "bfloat16"
-    if half and device.type == "cpu" and processes.main() and not _cpu_has_bf16():
+    if half and device.type == "cpu" and processes.is_main() and not _cpu_has_bf16():
         print("this CPU has no bf16 arithmetic and is far faster with deepspeed.bf16.enabled=false", file=sys.stderr)
 
 
@@ -169,7 +170,7 @@ def _answers(
         return None
     size = bytes_of(needs, made.teacher_shape, feed.train, teacher.model.dtype)
     if size > words.cache_gb * 1e9:
-        if processes.main():
+        if processes.is_main():
             print(f"{run.folder}: the teacher is asked anew at each step; {_too_large(size)}", file=sys.stderr)
         return None
     folder = run.answers if words.cache is None else Path(words.cache)
@@ -194,7 +195,7 @@ class Loop:
     steps: int
     report: Report
     clock: Clock
-    watch: Watch
+    watch: Watchdog
     seconds: float = 0.0  # of earlier stretches of this run
     tokens: int = 0  # of this stretch, this process
     began: float = field(default_factory=time.perf_counter)
@@ -253,8 +254,8 @@ class Loop:
 
     def _stops(self, done: int) -> bool:
         """Saves when due. Whether the run was asked to end here: all processes agree. Raises Unsaved."""
-        asked = processes.asked_to_stop() or self.run.asked_to_stop()
-        asked, busy = processes.each_of(asked, self.saver.busy)
+        asked = processes.stop_requested() or self.run.asked_to_stop()
+        asked, busy = processes.any_of_each(asked, self.saver.busy)
         if _due(done, self.config.run.check_every):
             self._check_agreement(done)
         self.watch.mark(done, "saving")
@@ -270,7 +271,7 @@ class Loop:
         """Raises Fault where processes hold other weights than the rest."""
         if not _alike(self.config):
             return
-        wrong = dissenters(self.method.parameters())
+        wrong = divergent_ranks(self.method.parameters())
         if wrong:
             ranks = ", ".join(map(str, wrong))
             raise Fault(
@@ -287,7 +288,7 @@ class Loop:
         self.method.at(Moment(step, self.steps, self.config.run.seed))
         engines.forget(self.engine, self.method.pruned())
         for index, batch in enumerate(batches):
-            slot = processes.rank() + index * processes.world()
+            slot = processes.rank() + index * processes.world_size()
             self.watch.mark(step, "forward", index)
             processes.seed_everything(self.config.run.seed, step, slot)
             with self.clock("data"):
@@ -317,7 +318,7 @@ class Loop:
 
     def batches(self, first: int) -> Generator[list[Batch]]:
         """This process's slots of each step, made ahead of it."""
-        mine = share(self.feed.slots, processes.rank(), processes.world())
+        mine = share(self.feed.slots, processes.rank(), processes.world_size())
         loaded = load(self.feed, self._steps(first), mine, self.config.data.workers)
         while True:
             with self.clock("data"):
@@ -397,7 +398,7 @@ class Loop:
         }
 
     def _layout(self) -> dict[str, int]:
-        return {"processes": processes.world(), "zero": self.config.zero_stage}
+        return {"processes": processes.world_size(), "zero": self.config.zero_stage}
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.began
@@ -405,7 +406,7 @@ class Loop:
     def _tokens_per_second(self) -> float:
         """Real tokens of all processes by the wall clock, over this stretch."""
         tokens = torch.tensor(float(self.tokens), device=processes.device())
-        return processes.mean_of({"": tokens})[""] * processes.world() / (time.perf_counter() - self.began)
+        return processes.means({"": tokens})[""] * processes.world_size() / (time.perf_counter() - self.began)
 
     def _finish(self) -> Outcome:
         trained, pace = self._elapsed(), self._tokens_per_second()
@@ -414,7 +415,7 @@ class Loop:
         self._report({"step": self.steps, **_prefixed("dev", metrics)})
         with engines.whole(self.method, self.config.zero_stage):
             size = self._size(self.method.student)  # before its Parts are folded
-            packed = compact.pack(self.method.student) if processes.main() else None
+            packed = compact.pack(self.method.student) if processes.is_main() else None
             student = self.method.export()
             results: dict[str, Any] = {
                 "command": shlex.join(["python", *sys.argv]),
@@ -428,7 +429,7 @@ class Loop:
                 "steps": self.steps,
                 "seconds": trained,
                 "tokens_per_second": pace,
-                "processes": processes.world(),
+                "processes": processes.world_size(),
                 "device": processes.device_name(),
                 "versions": {"torch": torch.__version__, "deepspeed": engines.VERSION},
             }
@@ -453,7 +454,7 @@ class Loop:
 
 def _alike(config: TrainConfig) -> bool:
     """Whether several processes hold the same weights."""
-    return processes.world() > 1 and config.zero_stage < 3
+    return processes.world_size() > 1 and config.zero_stage < 3
 
 
 def _due(step: int, every: int) -> bool:

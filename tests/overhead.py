@@ -35,7 +35,7 @@ def timed(out: Path) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from lad_dist.anomalies import Guard
-    from lad_dist.health import Watch
+    from lad_dist.distributed.watchdog import Watchdog
     from lad_dist.saving import Saver
     from lad_dist.train import Loop
 
@@ -44,8 +44,8 @@ def timed(out: Path) -> None:
         ("backward, guarded", Guard, "backward"),
         ("backward", DeepSpeedEngine, "backward"),
         ("verdict", Guard, "verdict"),
-        ("marks", Watch, "mark"),
-        ("watch thread", Watch, "_run"),
+        ("marks", Watchdog, "mark"),
+        ("watch thread", Watchdog, "_run"),
         ("agreement", Loop, "_check_agreement"),
         ("saving, main thread", Saver, "after"),
         ("saving, its thread", Saver, "_write"),

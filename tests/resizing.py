@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from launching import ROOT, launch
 
-from lad_dist import processes, resize
+from lad_dist import resize
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import train_schema
+from lad_dist.distributed import processes
 from lad_dist.engine import snapshot
 from lad_dist.runs import Run
 from lad_dist.saving import write
@@ -76,8 +77,8 @@ def work(stretch: Stretch) -> None:
             write(snapshot(loop.engine, folder), folder)
             found["saves"][done] = state(loop.engine)
     found["end"] = state(loop.engine)
-    found["samples"] = {key: digest for its in processes.gather(found["samples"]) for key, digest in its.items()}
-    if processes.main():
+    found["samples"] = {key: digest for its in processes.all_gather(found["samples"]) for key, digest in its.items()}
+    if processes.is_main():
         Path(stretch.folder).mkdir(parents=True, exist_ok=True)
         torch.save(found, Path(stretch.folder) / "found.pt")
     processes.barrier()
@@ -97,7 +98,7 @@ def train(loop: Loop, stretch: Stretch, samples: dict[tuple[int, int], str]) -> 
     for step in range(stretch.first, stretch.last):
         mine = next(batches)
         for index, batch in enumerate(mine):
-            slot = processes.rank() + index * processes.world()
+            slot = processes.rank() + index * processes.world_size()
             samples[step, slot] = hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()
         loop.step(step, mine, averages)
         yield step + 1
@@ -133,7 +134,7 @@ def parameter_state(engine: Any, parameter: torch.nn.Parameter) -> dict[str, tor
         here, at = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
         held = {"fp32": flat.detach(), **optimizer.optimizer.state[flat]}
         mine = {at: {key: x.narrow(0, here.start, here.numel).clone() for key, x in held.items() if x.dim()}}
-    pieces = {at: piece for its in processes.gather(mine) for at, piece in its.items()}
+    pieces = {at: piece for its in processes.all_gather(mine) for at, piece in its.items()}
     return {key: torch.cat([pieces[at][key] for at in sorted(pieces)]).view_as(parameter) for key in pieces[0]}
 
 

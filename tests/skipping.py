@@ -21,10 +21,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.utils import logger
 
-from lad_dist import optim, processes
-from lad_dist.agreement import dissenters
+from lad_dist import optim
 from lad_dist.anomalies import Guard, Judge
 from lad_dist.config.schema import OptimConfig
+from lad_dist.distributed import processes
+from lad_dist.distributed.replica_check import divergent_ranks
 
 STEPS, SLOTS, SPOILT = 5, 4, 2
 HALF = {"bf16": {"enabled": True}, "fp16": {"enabled": True, "loss_scale": 128.0}}
@@ -67,7 +68,7 @@ def engine(stage: int, precision: str) -> Any:
         config={
             "train_batch_size": SLOTS,
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": SLOTS // processes.world(),
+            "gradient_accumulation_steps": SLOTS // processes.world_size(),
             "gradient_clipping": 1.0,
             "steps_per_print": sys.maxsize,
             "zero_optimization": zero,
@@ -85,7 +86,7 @@ def train(stage: int, precision: str, fault: str = "", leave_out: int | None = N
     for step in range(STEPS):
         if step == leave_out:
             continue
-        for slot in range(processes.rank(), SLOTS, processes.world()):
+        for slot in range(processes.rank(), SLOTS, processes.world_size()):
             batch = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + slot))
             wrong = fault if (step, slot) == (SPOILT, SLOTS - 1) else ""
             guard.backward(made(batch.to(processes.device()), wrong))
@@ -113,14 +114,14 @@ def outcomes(cases: list[tuple[int, str, str]]) -> dict[str, Any]:
 
 def dissent() -> list[list[int]]:
     made = engine(1, "bf16")
-    before = dissenters(made.module.parameters())
-    if processes.rank() == processes.world() - 1:
+    before = divergent_ranks(made.module.parameters())
+    if processes.rank() == processes.world_size() - 1:
         made.module.layers[0].bias.data.view(torch.int16)[5] ^= 1
-    return [before, dissenters(made.module.parameters())]
+    return [before, divergent_ranks(made.module.parameters())]
 
 
 if __name__ == "__main__":
     processes.start()
-    result = {"outcomes": processes.gather(outcomes(CASES)), "dissent": processes.gather(dissent())}
-    if processes.main():
+    result = {"outcomes": processes.all_gather(outcomes(CASES)), "dissent": processes.all_gather(dissent())}
+    if processes.is_main():
         Path(sys.argv[1]).write_text(json.dumps(result))

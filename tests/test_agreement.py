@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist import processes
-from lad_dist.agreement import CHUNK, dissenters, fingerprint
+from lad_dist.distributed import processes
+from lad_dist.distributed.replica_check import CHUNK, divergent_ranks, parameter_hash
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -20,35 +20,35 @@ def weights(dtype: torch.dtype, *sizes: int) -> list[torch.Tensor]:
 def test_any_bit_that_flips_changes_it(dtype: torch.dtype, sizes: list[int], data: st.DataObject) -> None:
     before = weights(dtype, *sizes)
     after = [x.clone() for x in before]
-    assert fingerprint(after) == fingerprint(before)
+    assert parameter_hash(after) == parameter_hash(before)
     tensor = data.draw(st.sampled_from(after))
     byte = data.draw(st.integers(0, tensor.numel() * tensor.element_size() - 1))
     tensor.view(torch.uint8)[byte] ^= 1 << data.draw(st.integers(0, 7))
-    assert fingerprint(after) != fingerprint(before)
+    assert parameter_hash(after) != parameter_hash(before)
 
 
 @pytest.mark.parametrize("place", [0, CHUNK, 5 * CHUNK - 1])
 def test_in_tensors_of_many_chunks_too(place: int) -> None:
     (x,) = weights(torch.float32, 5 * CHUNK)
-    before = fingerprint([x])
+    before = parameter_hash([x])
     x.view(torch.int32)[place] ^= 1 << 31
-    assert fingerprint([x]) != before
+    assert parameter_hash([x]) != before
 
 
 def test_places_count() -> None:
     a, b = weights(torch.float32, 6, 6)
-    assert fingerprint([a, b]) != fingerprint([b, a])
-    assert fingerprint([a]) != fingerprint([a.flip(0)])
-    assert fingerprint([torch.cat([a, b])]) != fingerprint([torch.cat([b, a])])
+    assert parameter_hash([a, b]) != parameter_hash([b, a])
+    assert parameter_hash([a]) != parameter_hash([a.flip(0)])
+    assert parameter_hash([torch.cat([a, b])]) != parameter_hash([torch.cat([b, a])])
 
 
 def test_where_the_weights_lie_does_not() -> None:
     (a,) = weights(torch.float32, 8)
     shifted = torch.empty(9)[1:].copy_(a)
     assert shifted.data_ptr() % 8 != a.data_ptr() % 8
-    assert fingerprint([shifted]) == fingerprint([a])
+    assert parameter_hash([shifted]) == parameter_hash([a])
     square = a.view(2, 4)
-    assert fingerprint([square.t().contiguous().t()]) == fingerprint([square])
+    assert parameter_hash([square.t().contiguous().t()]) == parameter_hash([square])
 
 
 @pytest.mark.parametrize(
@@ -56,5 +56,5 @@ def test_where_the_weights_lie_does_not() -> None:
     [([7], []), ([7, 7, 7], []), ([7, 8, 7, 7], [1]), ([7, 8], [0, 1]), ([7, 7, 8, 8], [0, 1, 2, 3])],
 )
 def test_who_dissents(prints: list[int], ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "gather", lambda own: prints)
-    assert dissenters([]) == ranks
+    monkeypatch.setattr(processes, "all_gather", lambda own: prints)
+    assert divergent_ranks([]) == ranks

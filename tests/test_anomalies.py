@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, launch
 
-from lad_dist import deepspeed_keys, processes
+from lad_dist import deepspeed_keys
 from lad_dist.anomalies import FEWEST, HOPELESS, WINDOW, Fate, Judge
 from lad_dist.config.errors import UserError
+from lad_dist.distributed import processes
 
 FATES = ["skipped" if step == skipping.SPOILT else "proceed" for step in range(skipping.STEPS)]
 CHANGED = [step != skipping.SPOILT for step in range(1, skipping.STEPS)]

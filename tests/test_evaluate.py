@@ -12,13 +12,14 @@ from conftest import World
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist import evaluate, processes
+from lad_dist import evaluate
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import EvaluateConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.data.examples import tokenize
 from lad_dist.data.tasks import Task, Texts
 from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.distributed import processes
 from lad_dist.evaluate import Predictions
 from lad_dist.train import train
 
@@ -32,7 +33,7 @@ def batches(count: int) -> list[Any]:
 def test_every_batch_counts_once_and_all_processes_make_as_many(world_size: int, count: int) -> None:
     shares = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "world", lambda: world_size)
+        patch.setattr(processes, "world_size", lambda: world_size)
         for rank in range(world_size):
             patch.setattr(processes, "rank", lambda rank=rank: rank)
             shares.append([(len(batch.lengths), counts) for batch, counts in evaluate.share(batches(count))])
@@ -49,7 +50,7 @@ def test_predictions_come_in_order(world_size: int, monkeypatch: pytest.MonkeyPa
         return batch.labels[:, None].double()
 
     handed: list[Any] = []
-    monkeypatch.setattr(processes, "world", lambda: world_size)
+    monkeypatch.setattr(processes, "world_size", lambda: world_size)
 
     def gather(value: Any) -> list[Any]:
         handed.append(value)
@@ -57,7 +58,7 @@ def test_predictions_come_in_order(world_size: int, monkeypatch: pytest.MonkeyPa
             raise InterruptedError
         return handed
 
-    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(processes, "all_gather", gather)
     for rank in range(world_size):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         if rank < world_size - 1:

@@ -11,10 +11,11 @@ import toy
 from conftest import World
 from torch import Tensor
 
-from lad_dist import agreement, cli, processes, saving
+from lad_dist import cli, saving
 from lad_dist.checkpoints import Checkpoints
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import TrainConfig
+from lad_dist.distributed import processes, replica_check
 from lad_dist.method import Method
 from lad_dist.parts import Moment
 from lad_dist.runs import NoProgress
@@ -167,7 +168,7 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_after_three(
 def test_other_data_are_refused_when_a_run_is_taken_up(change: str, world: World, tmp_path: Path) -> None:
     files = toy.task_files(tmp_path / "files")
     config = toy.parsed(toy.task_config(tmp_path, files, world.teacher, world.pretrained), {"run.steps": 4})
-    train(config, stop_at(1, processes._ask_to_stop))
+    train(config, stop_at(1, processes._request_stop))
     lines = Path(files["train"]).read_text().splitlines()
     text, label = lines[5].split(",")
     lines[5] = f"{text} de,{label}" if change == "text" else f"{text},{'no' if label == 'yes' else 'yes'}"
@@ -185,4 +186,4 @@ def test_weights_that_differ_end_the_run_before_they_are_saved(
     with pytest.raises(Fault, match="after step 2 the weights of rank 1 are not those of the others"):
         train(config)
     assert Checkpoints(config.run.folder / "checkpoints").newest() is None
-    assert agreement.dissenters([]) == []
+    assert replica_check.divergent_ranks([]) == []

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from watched import BOUND, Rank
 
-from lad_dist import health, processes
 from lad_dist.config.errors import EXIT_FAULT, EXIT_RUN_AGAIN, UserError
-from lad_dist.health import Failure, Mark, Member, Roster, Watch
+from lad_dist.distributed import processes, watchdog
+from lad_dist.distributed.cluster_state import GRACE, ClusterState, Failure, Peer, ProgressMark
+from lad_dist.distributed.connections import _accept
+from lad_dist.distributed.watchdog import Watchdog
 
 HOST = socket.gethostname()
 
@@ -174,7 +176,7 @@ def test_a_stranger_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     friend = socket.create_connection(server.getsockname())
     friend.sendall(b"right 00000001")
     with server:
-        links = health._accept(server, "right")
+        links = _accept(server, "right")
     friend.sendall(b'{"bye": true}\n')
     deadline = time.monotonic() + 5
     messages: list[dict[str, bool]] = []
@@ -188,7 +190,7 @@ def test_a_trial_of_a_search_is_not_watched(tmp_path: Path) -> None:
     """It runs in a thread, and the process is not its own."""
 
     def trial() -> None:
-        with Watch(tmp_path / "stacks", hang_seconds=0.1, start_seconds=0.0):
+        with Watchdog(tmp_path / "stacks", hang_seconds=0.1, start_seconds=0.0):
             time.sleep(0.5)
 
     thread = threading.Thread(target=trial)
@@ -197,12 +199,12 @@ def test_a_trial_of_a_search_is_not_watched(tmp_path: Path) -> None:
     assert not (tmp_path / "stacks").exists()
 
 
-def roster(world: int) -> Roster:
-    return Roster([Member(f"node{rank}", 100 + rank, "") for rank in range(world)], now=0.0)
+def roster(world: int) -> ClusterState:
+    return ClusterState([Peer(f"node{rank}", 100 + rank, "") for rank in range(world)], now=0.0)
 
 
-def at(number: int) -> Mark:
-    return Mark(number, 7, "forward", 0)
+def at(number: int) -> ProgressMark:
+    return ProgressMark(number, 7, "forward", 0)
 
 
 MARKS = st.lists(st.integers(0, 5), min_size=2, max_size=5)
@@ -252,8 +254,8 @@ def test_the_first_that_failed_is_named_after_the_grace() -> None:
     ranks = roster(3)
     ranks.fail(2, Failure("RuntimeError: it", 1), now=10.0)
     ranks.fail(1, Failure("RuntimeError: connection closed by peer", 1), now=10.1)
-    assert ranks.failure(10.0 + health.GRACE - 0.1) is None
-    found = ranks.failure(10.0 + health.GRACE)
+    assert ranks.failure(10.0 + GRACE - 0.1) is None
+    found = ranks.failure(10.0 + GRACE)
     assert found is not None
     assert (found.ranks, found.code) == ([2], 1)
     assert "node2" in found.line
@@ -266,8 +268,8 @@ def test_the_first_that_failed_is_named_after_the_grace() -> None:
 )
 def test_a_hang_is_ten_median_steps(steps: list[float], bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(health.time, "monotonic", lambda: now[0])
-    watch = Watch(Path("stacks"), hang_seconds=60.0)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    watch = Watchdog(Path("stacks"), hang_seconds=60.0)
     for step, seconds in enumerate([*steps, 0.0]):
         for slot in range(3):
             watch.mark(step, "forward", slot)
@@ -276,5 +278,5 @@ def test_a_hang_is_ten_median_steps(steps: list[float], bound: float, monkeypatc
 
 
 def test_deaths_are_seen_where_hangs_are_not_looked_for() -> None:
-    assert Watch(Path("stacks"), hang_seconds=0.0)._bound() == float("inf")
-    assert processes.world() == 1
+    assert Watchdog(Path("stacks"), hang_seconds=0.0)._bound() == float("inf")
+    assert processes.world_size() == 1

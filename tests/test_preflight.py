@@ -45,7 +45,7 @@ WORKER = """
 import json, sys, torch
 import torch.distributed as dist
 from lad_dist import preflight
-from lad_dist import processes
+from lad_dist.distributed import processes
 from lad_dist.config.errors import Fault
 from lad_dist.config.errors import UserError
 

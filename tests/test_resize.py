@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from resizing import State, Stretch, run, start, state
 
-from lad_dist import processes, resize
+from lad_dist import resize
 from lad_dist.config.errors import UserError
+from lad_dist.distributed import processes
 
 STEPS, SAVED = 8, 2
 

@@ -23,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT, environment, launch
 
-from lad_dist import models, processes, train
+from lad_dist import models, train
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.config.load import load_config, parse_config
 from lad_dist.config.schema import SearchConfig, TaskConfig
+from lad_dist.distributed import processes
 from lad_dist.search import _train, search
 from lad_dist.trials import draw
 

@@ -25,10 +25,11 @@ from launching import ROOT, environment
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lad_dist import engine, models, processes
+from lad_dist import engine, models
 from lad_dist.checkpoints import Checkpoints, facts_of
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
+from lad_dist.distributed import processes
 from lad_dist.method import Method
 from lad_dist.train import Averages, Outcome, train
 from lad_dist.utils import atomic_io
@@ -52,7 +53,7 @@ def stopped_at(config: TrainConfig, step: int, rows: list[dict[str, Any]] | None
         if rows is not None:
             rows.append(row)
         if row["step"] == step:
-            processes._ask_to_stop()
+            processes._request_stop()
 
     return train(config, report)
 

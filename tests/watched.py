@@ -16,50 +16,51 @@ import torch
 import torch.distributed as dist
 from launching import FORKS, free_port
 
-from lad_dist import processes
 from lad_dist.config.errors import UserError
-from lad_dist.health import Link, Watch
+from lad_dist.distributed import processes
+from lad_dist.distributed.connections import Connection
+from lad_dist.distributed.watchdog import Watchdog
 
 BOUND = 2.0  # seconds without progress that are a hang
 FAULTY_STEP = 4
 
 
-def sleep_forever(watch: Watch) -> None:
+def sleep_forever(watch: Watchdog) -> None:
     time.sleep(1000)
 
 
-def wait_with_the_lock(watch: Watch) -> None:
+def wait_with_the_lock(watch: Watchdog) -> None:
     time.sleep(BOUND / 2)  # the watch is well under way
     ctypes.PyDLL(None).sleep(1000)
 
 
-def raise_error(watch: Watch) -> None:
+def raise_error(watch: Watchdog) -> None:
     raise RuntimeError("a device fell off")
 
 
-def make_a_mistake(watch: Watch) -> None:
+def make_a_mistake(watch: Watchdog) -> None:
     raise UserError("data/train.csv: cannot be read")
 
 
-def be_slow(watch: Watch) -> None:
+def be_slow(watch: Watchdog) -> None:
     for slot in range(4):
         watch.mark(FAULTY_STEP, "forward", slot)
         time.sleep(BOUND / 2)
 
 
-def be_busy_with_something_else(watch: Watch) -> None:
+def be_busy_with_something_else(watch: Watchdog) -> None:
     with watch.paused():
         time.sleep(2 * BOUND)
 
 
-def crash(watch: Watch) -> None:
+def crash(watch: Watchdog) -> None:
     ctypes.string_at(0)
 
 
-def nothing(watch: Watch) -> None: ...
+def nothing(watch: Watchdog) -> None: ...
 
 
-Fault = Callable[[Watch], None]
+Fault = Callable[[Watchdog], None]
 
 
 @dataclass
@@ -104,7 +105,7 @@ def _run(folder: Path, environment: dict[str, str], fault: Fault, hang_seconds: 
     with (folder / f"stderr-{processes.rank()}").open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     processes.start()
-    with Watch(folder / "stacks", hang_seconds, start_seconds=0.0) as watch:
+    with Watchdog(folder / "stacks", hang_seconds, start_seconds=0.0) as watch:
         for step in range(FAULTY_STEP + 1):
             watch.mark(step, "forward")
             if step == FAULTY_STEP:
@@ -112,7 +113,7 @@ def _run(folder: Path, environment: dict[str, str], fault: Fault, hang_seconds: 
                 fault(watch)
             time.sleep(0.02)
             watch.mark(step, "backward")
-            if processes.world() > 1:
+            if processes.world_size() > 1:
                 dist.all_reduce(torch.ones(1))
 
 
@@ -133,8 +134,8 @@ def _lose_the_network(out: Path, speaks: bool) -> None:
         return
     _set_loopback(up=True)
     server = socket.create_server(("127.0.0.1", 0))
-    here = Link(socket.create_connection(server.getsockname()))
-    there = Link(server.accept()[0])
+    here = Connection(socket.create_connection(server.getsockname()))
+    there = Connection(server.accept()[0])
     _set_loopback(up=False)
     begin = time.monotonic()
     while here.receive()[1] and there.receive()[1] and time.monotonic() < begin + 20:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lad_dist import processes
 from lad_dist.config.load import parse_config, read_toml
 from lad_dist.config.schema import train_schema
+from lad_dist.distributed import processes
 from lad_dist.train import train
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     for path in paths:
         tables = read_toml(path)
         train(parse_config(train_schema(tables), tables, path), rows.setdefault(Path(path).stem, []).append)
-    if processes.main():
+    if processes.is_main():
         Path(out).write_text(json.dumps(rows))
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lad_dist import processes, sizes
+from lad_dist import sizes
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
+from lad_dist.distributed import processes
 from lad_dist.engine import communication_seconds
 from lad_dist.runs import Run
 from lad_dist.train import Averages, Loop, check, prepare
@@ -85,7 +86,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
         seconds / steps,
         sum(batch.tokens for batch in mine) / steps,
         flops / steps,
-        peak(loop) * processes.world(),
+        peak(loop) * processes.world_size(),
         {phase: total / steps for phase, total in watch.seconds.items()},
         communication / steps,
     )

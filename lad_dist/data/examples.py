@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lad_dist import metrics, processes
+from lad_dist import metrics
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate, span_starts
@@ -28,6 +28,7 @@ from lad_dist.data.squad import Answer, Questions, Rows, find_answers
 from lad_dist.data.tagging import Sentences
 from lad_dist.data.tasks import Raw, Task, Texts
 from lad_dist.data.tokenizers import Encoded, Frame, PreTrainedTokenizerFast, Words
+from lad_dist.distributed import processes
 
 DEV_EXAMPLES = 64
 UNKNOWN_EXAMPLES = 500
@@ -258,7 +259,7 @@ def _warn_of_lost(raw: Questions, question: np.ndarray, labels: Sequence[np.ndar
     """Says how many answers are in no window as a whole, so that each says "no answer"."""
     found = {number for number, each in zip(question.tolist(), labels, strict=True) if not each[0, 0]}
     lost = sum(bool(answers) and number not in found for number, answers in enumerate(raw.answers))
-    if lost and processes.main():
+    if lost and processes.is_main():
         print(
             f"{what}: {lost} of {len(raw.answers)} answers are in no window as a whole; "
             "raise data.stride or data.max_length",

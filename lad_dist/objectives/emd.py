@@ -24,10 +24,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lad_dist import processes
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
+from lad_dist.distributed import processes
 from lad_dist.objectives import losses, transport
 from lad_dist.objectives.kd import KD, Weight
 from lad_dist.objectives.objective import projection, reads, same_heads

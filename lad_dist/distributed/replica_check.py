@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lad_dist import processes
+from lad_dist.distributed import processes
 
 CHUNK = 1 << 18  # words: few kernels, little memory
 NEXT = 6364136223846793005  # odd, as every factor of a word: then no power of 2 times it is 0 modulo 2^64
@@ -22,7 +22,7 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def fingerprint(tensors: Iterable[Tensor]) -> int:
+def parameter_hash(tensors: Iterable[Tensor]) -> int:
     """A sum over all words of odd factors times words, modulo 2^64. Waits for the device once."""
     total: Tensor | None = None
     factors: Tensor | None = None
@@ -51,10 +51,10 @@ def _words(tensor: Tensor) -> Tensor:
     return aligned.view(torch.int64)
 
 
-def dissenters(tensors: Iterable[Tensor]) -> list[int]:
+def divergent_ranks(tensors: Iterable[Tensor]) -> list[int]:
     """The ranks whose tensors are not those of most ranks; all ranks where no more than half of them agree. All
     processes call it together, and get one answer."""
-    prints = processes.gather(fingerprint(tensors))
+    prints = processes.all_gather(parameter_hash(tensors))
     (common, votes), *_ = Counter(prints).most_common()
     agreed = 2 * votes > len(prints)
     return [rank for rank, own in enumerate(prints) if own != common or not agreed]

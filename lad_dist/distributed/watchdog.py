@@ -19,10 +19,8 @@ They end by os._exit: a main thread that waits in a collective cannot be asked.
 import contextlib
 import faulthandler
 import itertools
-import json
 import math
 import os
-import secrets
 import selectors
 import signal
 import socket
@@ -31,223 +29,32 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, Self, TextIO
 
-from lad_dist import processes
-from lad_dist.config.errors import EXIT_FAULT, EXIT_RUN_AGAIN, Fault, UserError
+from lad_dist.config.errors import EXIT_FAULT, Fault, UserError
+from lad_dist.distributed import processes
+from lad_dist.distributed.cluster_state import (
+    GRACE,
+    NO_PROGRESS_YET,
+    ClusterState,
+    Diagnosis,
+    Failure,
+    Peer,
+    ProgressMark,
+)
+from lad_dist.distributed.connections import FLUSH_SECONDS, connect_all
 
-BEAT = 1.0  # seconds between the lines of a rank
-SILENT = 5  # beats without a line after which a rank counts as silent, once nobody makes progress
-GRACE = 2.0  # seconds in which others may fail alike, or a failure may turn out to be another's death
-MEETING, INTRODUCTION, PARTING = 60.0, 2.0, 1.0  # seconds at most for all to connect, for one, for last words
+HEARTBEAT_SECONDS = 1.0  # seconds between the lines of a rank
+SILENT_BEATS = 5  # beats without a line after which a rank counts as silent, once nobody makes progress
 START_SECONDS = 600.0  # compilation, the first collectives
-STEPS = 3  # after which there is a median
-MEDIAN_OF = 64  # steps
-UNACKNOWLEDGED = 3000  # milliseconds
-NAMED = 4  # ranks in one line
+MIN_STEPS = 3  # after which there is a median
+MEDIAN_WINDOW = 64  # steps
 
 
-class Mark(NamedTuple):
-    """Where a main thread stands. `number` grows with each mark."""
-
-    number: int
-    step: int
-    phase: str
-    slot: int
-
-    def __str__(self) -> str:
-        return f"in step {self.step}, {self.phase}, micro-batch {self.slot}" if self.number else "before its first step"
-
-
-UNMARKED = Mark(0, 0, "", 0)
-
-
-class Failure(NamedTuple):
-    text: str
-    code: int
-
-
-@dataclass
-class Member:
-    """A rank as the others know it. `space` tells whose process ids mean the same."""
-
-    host: str
-    pid: int
-    space: str
-    mark: Mark = UNMARKED
-    paused: bool = False
-    left: bool = False
-    heard: float = 0.0  # when
-    failure: Failure | None = None
-
-
-class Verdict(NamedTuple):
-    """Why all end. `ranks` are to blame, of these `silent` cannot end by themselves."""
-
-    code: int
-    line: str
-    ranks: list[int]
-    silent: list[int] = []
-    stacks: bool = False
-
-
-class Roster:
-    """What is known of all ranks at a time `now`, in seconds of any clock."""
-
-    def __init__(self, members: Sequence[Member], now: float) -> None:
-        self.members = list(members)
-        self.failed: list[int] = []  # in the order in which they did
-        self.failed_at = 0.0
-        self.awake(now)
-
-    def awake(self, now: float) -> None:
-        """Counts time from now on: before, this process itself was stopped."""
-        self.moved = now
-        for member in self.members:
-            member.heard = now
-
-    def hear(self, rank: int, mark: Mark, paused: bool, now: float) -> None:
-        member = self.members[rank]
-        if paused or member.mark != mark:
-            self.moved = now
-        member.mark, member.paused, member.heard = mark, paused, now
-
-    def fail(self, rank: int, failure: Failure, now: float) -> None:
-        self.failed_at = self.failed_at if self.failed else now
-        self.failed.append(rank)
-        self.members[rank].failure = failure
-
-    def death(self, rank: int) -> Verdict:
-        return Verdict(EXIT_FAULT, f"{self._name(rank)} died, last seen {self.members[rank].mark}", [rank])
-
-    def failure(self, now: float) -> Verdict | None:
-        """The first that failed brings all down, after the grace."""
-        if not self.failed or now - self.failed_at < GRACE:
-            return None
-        first = self.failed[0]
-        failure = self.members[first].failure
-        assert failure is not None
-        return Verdict(failure.code, f"{self._name(first)} failed: {failure.text}", [first])
-
-    def hang(self, now: float, bound: float, silence: float, known: Iterable[int]) -> Verdict | None:
-        """Who keeps the others waiting, of the `known` ranks, where none of these moved within `bound`."""
-        still = now - self.moved
-        here = [rank for rank in known if not self.members[rank].left]
-        if still <= bound or not here:
-            return None
-        silent = [rank for rank in here if now - self.members[rank].heard > silence]
-        least = min(self.members[rank].mark.number for rank in here)
-        blamed = silent or [rank for rank in here if self.members[rank].mark.number == least]
-        names = ", ".join(f"{self._name(rank)} {self.members[rank].mark}" for rank in blamed[:NAMED])
-        more = f" and {len(blamed) - NAMED} more" if len(blamed) > NAMED else ""
-        how = "no answer" if silent else "no progress"
-        return Verdict(EXIT_RUN_AGAIN, f"{how} for {still:.0f} s: {names}{more}", blamed, silent, stacks=True)
-
-    def _name(self, rank: int) -> str:
-        member = self.members[rank]
-        return f"rank {rank} on {member.host} (pid {member.pid})"
-
-
-class Link:
-    """A connection that carries a line of JSON per message and never waits."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        watch_the_other_host(connection)
-        self.socket = connection
-        self._in = self._out = b""
-
-    def send(self, **message: Any) -> None:
-        self._out += json.dumps(message).encode() + b"\n"
-        with contextlib.suppress(OSError):  # what is wrong shows when it is read
-            while self._out:
-                self._out = self._out[self.socket.send(self._out) :]
-
-    @property
-    def clogged(self) -> bool:
-        return bool(self._out)
-
-    def receive(self) -> tuple[list[dict[str, Any]], bool]:
-        """The messages that came, and whether the connection stands."""
-        stands = False
-        try:
-            while data := self.socket.recv(1 << 16):
-                self._in += data
-        except BlockingIOError:
-            stands = True
-        except OSError:
-            pass
-        *lines, self._in = self._in.split(b"\n")
-        return [json.loads(line) for line in lines], stands
-
-
-def watch_the_other_host(connection: socket.socket) -> None:
-    """Ends the connection when the other host is gone for 4 seconds: a dead one sends no end."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("KEEPIDLE", 1), ("KEEPINTVL", 1), ("KEEPCNT", 3), ("USER_TIMEOUT", UNACKNOWLEDGED)):
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def star(one_host: bool) -> dict[int, Link]:
-    """Connections of rank 0 to each other rank, of these to rank 0; none of a rank alone. Whoever does not know the
-    word that the ranks share is turned away. Raises TimeoutError."""
-    if processes.world() == 1:
-        return {}
-    server = _listen(one_host) if processes.main() else None
-    call = (server.getsockname()[1], secrets.token_hex(16)) if server is not None else (0, "")
-    port, word = processes.from_main(call)
-    if server is not None:
-        with server:
-            return _accept(server, word)
-    connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=MEETING)
-    connection.sendall(f"{word} {processes.rank():08}".encode())
-    return {0: Link(connection)}
-
-
-def _listen(one_host: bool) -> socket.socket:
-    """Where the others reach rank 0: by the name that they met it at, which at home may stand for a local address."""
-    kind, _, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 0, type=socket.SOCK_STREAM)[0]
-    if one_host:
-        return socket.create_server((str(address[0]), 0), family=kind, backlog=processes.world())
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", 0), family=family, backlog=processes.world(), dualstack_ipv6=both)
-
-
-def _accept(server: socket.socket, word: str) -> dict[int, Link]:
-    links: dict[int, Link] = {}
-    end = time.monotonic() + MEETING
-    while missing := set(range(1, processes.world())) - links.keys():
-        server.settimeout(max(0.001, end - time.monotonic()))
-        try:
-            connection, _ = server.accept()
-        except TimeoutError:
-            raise TimeoutError(f"ranks {sorted(missing)} did not connect to rank 0 in {MEETING:.0f} s") from None
-        rank = _introduced(connection, word)
-        if rank in missing:
-            links[rank] = Link(connection)
-        else:
-            connection.close()
-    return links
-
-
-def _introduced(connection: socket.socket, word: str) -> int | None:
-    """The rank that the other end says it is, if it knows the word."""
-    connection.settimeout(INTRODUCTION)
-    text = b""
-    with contextlib.suppress(OSError):
-        while len(text) < len(word) + 9 and (data := connection.recv(len(word) + 9 - len(text))):
-            text += data
-    known, _, rank = text.partition(b" ")
-    return int(rank) if secrets.compare_digest(known, word.encode()) and rank.isdigit() else None
-
-
-class Watch:
+class Watchdog:
     """See the module. hang_seconds: 0 looks for no hangs, only for deaths. start_seconds: in place of it before
     there is a median, where it is more. In a thread that is not the main one, as a search's trial, it does nothing:
     who ends such a process is not ours to say."""
@@ -256,11 +63,11 @@ class Watch:
         self.rank = processes.rank()
         self._hang_seconds = hang_seconds or math.inf
         self._start_seconds = max(start_seconds, self._hang_seconds)
-        self._beat = min(BEAT, self._hang_seconds / 10)
+        self._beat = min(HEARTBEAT_SECONDS, self._hang_seconds / 10)
         self._path = stacks / f"rank-{self.rank:05}.txt"
-        self._mark = UNMARKED
+        self._mark = NO_PROGRESS_YET
         self._pauses = 0
-        self._begun: deque[float] = deque(maxlen=MEDIAN_OF + 1)  # when the last steps began
+        self._begun: deque[float] = deque(maxlen=MEDIAN_WINDOW + 1)  # when the last steps began
         self._file: TextIO | None = None
         self._leaving: dict[str, Any] | None = None  # the last words
         self._thread: threading.Thread | None = None
@@ -270,7 +77,7 @@ class Watch:
         before = self._mark
         if step != before.step or not self._begun:
             self._begun.append(time.monotonic())
-        self._mark = Mark(before.number + 1, step, phase, slot)
+        self._mark = ProgressMark(before.number + 1, step, phase, slot)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -286,9 +93,9 @@ class Watch:
             return self
         if not faulthandler.is_enabled():
             faulthandler.enable(sys.__stderr__ or 2)
-        members = processes.gather(Member(socket.gethostname(), os.getpid(), _space()))
-        self._links = star(len({member.space for member in members}) == 1)
-        self._roster = Roster(members, time.monotonic())
+        members = processes.all_gather(Peer(socket.gethostname(), os.getpid(), _pid_namespace()))
+        self._links = connect_all(len({member.space for member in members}) == 1)
+        self._roster = ClusterState(members, time.monotonic())
         self._woken, self._wake = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
         self._thread.start()
@@ -352,11 +159,11 @@ class Watch:
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         now = time.monotonic()
         if "mark" in message:
-            self._roster.hear(rank, Mark(*message["mark"]), message["paused"], now)
+            self._roster.hear(rank, ProgressMark(*message["mark"]), message["paused"], now)
         elif "failed" in message:
             self._roster.fail(rank, Failure(*message["failed"]), now)
         elif "end" in message:
-            self._leave_all(Verdict(**message["end"]))
+            self._leave_all(Diagnosis(**message["end"]))
         else:
             self._roster.members[rank].left = True
 
@@ -379,7 +186,7 @@ class Watch:
     def _bound(self) -> float:
         """Seconds without progress that are a hang."""
         begun = list(self._begun)
-        if len(begun) <= STEPS:
+        if len(begun) <= MIN_STEPS:
             return self._start_seconds
         median = statistics.median(b - a for a, b in itertools.pairwise(begun))
         return max(self._hang_seconds, 10 * median)
@@ -391,14 +198,14 @@ class Watch:
         else:
             faulthandler.cancel_dump_traceback_later()
 
-    def _hang(self, now: float, bound: float) -> Verdict | None:
+    def _hang(self, now: float, bound: float) -> Diagnosis | None:
         """Rank 0 hears all and decides; the others hear it alone and decide on it."""
         if self.rank == 0:
-            return self._roster.hang(now, bound, SILENT * self._beat, range(len(self._roster.members)))
-        verdict = self._roster.hang(now, bound, SILENT * self._beat, (0, self.rank))
+            return self._roster.hang(now, bound, SILENT_BEATS * self._beat, range(len(self._roster.members)))
+        verdict = self._roster.hang(now, bound, SILENT_BEATS * self._beat, (0, self.rank))
         return verdict if verdict is not None and 0 in verdict.silent else None
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, verdict: Diagnosis) -> None:
         """Ends all ranks, this one too unless it failed by itself: then its main thread is on its way."""
         if self.rank in verdict.ranks and not verdict.stacks:
             return
@@ -408,13 +215,13 @@ class Watch:
             os.write(2, f"{verdict.line}: all processes end\n".encode())
         self._leave_all(verdict)
 
-    def _speaker(self, verdict: Verdict) -> int:
+    def _speaker(self, verdict: Diagnosis) -> int:
         """Rank 0, or where it is to blame the first of each host: all of them have found it."""
         here = self._roster.members[self.rank].space
         heirs = (rank for rank, member in enumerate(self._roster.members) if rank and member.space == here)
         return next(heirs, 0) if 0 in verdict.ranks else 0
 
-    def _leave_all(self, verdict: Verdict) -> None:
+    def _leave_all(self, verdict: Diagnosis) -> None:
         if self.rank in verdict.ranks and not verdict.stacks:
             return
         try:
@@ -437,7 +244,7 @@ class Watch:
 
     def _await_others(self) -> None:
         """Until the others have read the last words, or for a second."""
-        end = time.monotonic() + PARTING
+        end = time.monotonic() + FLUSH_SECONDS
         while time.monotonic() < end and any(link.receive()[1] for link in self._links.values()):
             time.sleep(0.02)
 
@@ -462,9 +269,9 @@ class Watch:
                 self._path.unlink()
                 self._path.parent.rmdir()
 
-    def _kill(self, member: Member) -> None:
+    def _kill(self, member: Peer) -> None:
         """A stopped process would keep its memory and its device. Elsewhere its id is another process's."""
-        if member.space == _space() and member.pid != os.getpid():
+        if member.space == _pid_namespace() and member.pid != os.getpid():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(member.pid, signal.SIGKILL)
 
@@ -475,7 +282,7 @@ def _failure(error: BaseException) -> Failure:
     return Failure(text[:300], code if isinstance(code, int) else EXIT_FAULT)
 
 
-def _space() -> str:
+def _pid_namespace() -> str:
     """What two processes have in common that mean the same one by an id: a running kernel, a name space in it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -491,4 +298,4 @@ def _flush() -> None:
 
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()
-    thread.join(PARTING)
+    thread.join(FLUSH_SECONDS)

@@ -1,0 +1,1 @@
+"""Processes of a run: ranks, devices, collectives, the watchdog, the comparison of replicas."""

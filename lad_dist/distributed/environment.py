@@ -1,0 +1,54 @@
+"""Checks of the environment that launchers set, before anything goes by it."""
+
+import os
+import re
+
+from lad_dist.config.errors import UserError
+from lad_dist.distributed.processes import rank, world_size
+
+# An index, or NVIDIA's name of a device or of a part of one; what hides them all.
+DEVICE_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
+NO_DEVICES = ("", "-1", "none", "nodevfiles", "void")
+
+
+def check_environment() -> None:
+    """Raises UserError for a variable of the environment that says nonsense, or lacks another that it needs."""
+    _check_numbers("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    _check_numbers(*(f"SLURM_{name}" for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID")))
+    _check_world()
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", threads):
+        raise UserError(f"OMP_NUM_THREADS = {threads!r} is no number of threads; set it to one, or unset it")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    wrong = [name for name in visible.split(",") if not DEVICE_NAME.fullmatch(name.strip())]
+    if wrong and visible.lower() not in NO_DEVICES:
+        raise UserError(f"CUDA_VISIBLE_DEVICES = {visible!r}: {wrong[0]!r} is no device; list numbers such as 0,1")
+    folder = os.environ.get("TMPDIR")
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"TMPDIR = {folder!r} is no folder that can be written; make it, or unset TMPDIR")
+
+
+def _check_numbers(*names: str) -> None:
+    for name in names:
+        value = os.environ.get(name)
+        if value and not re.fullmatch(r"\d{1,9}", value):
+            raise UserError(f"{name} = {value!r} is not a whole number; unset it, or let a launcher set it")
+
+
+def _check_world() -> None:
+    set_ = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if bool(set_["RANK"]) != bool(set_["WORLD_SIZE"]):
+        there, lacking = ("RANK", "WORLD_SIZE") if set_["RANK"] else ("WORLD_SIZE", "RANK")
+        raise UserError(f"{there} is set and {lacking} is not; unset it, or start with deepspeed, torchrun or srun")
+    if world_size() < 1 or rank() >= world_size():
+        raise UserError(
+            f"RANK = {rank()}, but the {world_size()} processes of WORLD_SIZE are numbered from 0; mend one"
+        )
+    if world_size() > 1 and set_["WORLD_SIZE"]:
+        lacking_names = [name for name, value in set_.items() if not value]
+        if lacking_names:
+            raise UserError(
+                f"{lacking_names[0]} is not set, and {world_size()} processes need it; let a launcher set it"
+            )
+        if not 0 < int(set_["MASTER_PORT"] or 0) < 65536:
+            raise UserError(f"MASTER_PORT = {set_['MASTER_PORT']} is no port; give one from 1024 to 65535")

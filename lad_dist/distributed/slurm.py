@@ -1,0 +1,38 @@
+"""The variables that SLURM sets. The only module that reads them."""
+
+import os
+import subprocess
+
+from lad_dist.config.errors import UserError
+
+
+def slurm_variable(name: str) -> str | None:
+    return os.environ.get(f"SLURM_{name}")
+
+
+def launcher_variables() -> dict[str, str]:
+    """RANK and its companions for a process that no launcher set up."""
+    if not slurm_variable("STEP_NUM_TASKS") or slurm_variable("STEP_NUM_TASKS") == "1":
+        return {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+        }  # fmt: skip
+    needed = ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID")
+    lacking = [name for name in needed if not slurm_variable(name)]
+    if lacking:
+        raise UserError(f"SLURM_STEP_NUM_TASKS is set and SLURM_{lacking[0]} is not; start the processes with srun")
+    return {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000),
+    }
+
+
+def _first_host(nodes: str) -> str:
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(f"SLURM_STEP_NODELIST = {nodes!r}: scontrol names no host of it; set MASTER_ADDR") from None
