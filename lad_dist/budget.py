@@ -17,9 +17,9 @@ much, unless that is less than TOLERANCE of the budget.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lad_dist import models
 from lad_dist.config.errors import UserError
-from lad_dist.models import PreTrainedModel
+from lad_dist.models.dims import count_parameters
+from lad_dist.models.loading import PreTrainedModel
 
 TOLERANCE = 0.005  # of the weights asked for
 
@@ -43,8 +43,8 @@ class Factors(NamedTuple):
 def count(model: PreTrainedModel, maps: Iterable[str]) -> Counts:
     """`maps`: the names of those that weights are taken from, by low rank or by pruning."""
     chosen = {model.get_submodule(name).get_parameter("weight") for name in maps}
-    words, linear = models.parameters(model.get_input_embeddings()), sum(weight.numel() for weight in chosen)
-    return Counts(words, linear, models.parameters(model) - words - linear)
+    words, linear = count_parameters(model.get_input_embeddings()), sum(weight.numel() for weight in chosen)
+    return Counts(words, linear, count_parameters(model) - words - linear)
 
 
 def solve(

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from lad_dist import models, sizes
+from lad_dist import sizes
+from lad_dist.models.heads import MODEL_CLASSES
 
 PIPELINES = {  # by kind of task, as the hub sorts models
     "classification": "text-classification",
@@ -49,7 +50,7 @@ def card(results: Numbers) -> str:
 def _usage(config: Numbers) -> str:
     """How to load it and ask it something, in Python."""
     kind, folder = config["data"].get("kind"), PurePath(config["run"]["dir"], config["run"]["name"], "export")
-    auto = models.CLASSES[kind].__name__ if kind else "AutoModel"
+    auto = MODEL_CLASSES[kind].__name__ if kind else "AutoModel"
     asked = '"Who is asked?", "One is asked."' if kind == "question_answering" else '"Some text."'
     return (
         f"from transformers import {auto}, AutoTokenizer\n\n"

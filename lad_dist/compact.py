@@ -24,9 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lad_dist import models, parts, surgery
+from lad_dist import parts, surgery
 from lad_dist.config.errors import UserError
-from lad_dist.models import PreTrainedModel
+from lad_dist.models import loading
+from lad_dist.models.frozen import weights_digest
+from lad_dist.models.heads import head_of_architectures, label_names
+from lad_dist.models.hf_config import load_hf_config
+from lad_dist.models.loading import PreTrainedModel, new_model
 from lad_dist.parts import COMPACT, FOLDED, Plain
 from lad_dist.pruning import Masked, Pruning
 
@@ -71,7 +75,7 @@ def pack(student: PreTrainedModel) -> Packed:
         return Packed(compact, {}, "", shapes, dtype)
     masks = {f"{name}.weight{BITS}": _bits(part.mask.kept) for name, part in masked.items()}
     frozen, learnt = _sides(student, masked)
-    return Packed(compact, masks | learnt, models.digest_of(frozen), shapes, dtype)
+    return Packed(compact, masks | learnt, weights_digest(frozen), shapes, dtype)
 
 
 def _plain(student: nn.Module, plain: Plain) -> Iterator[tuple[str, Tensor]]:
@@ -128,12 +132,12 @@ def load(folder: str | Path) -> PreTrainedModel:
     """The model of an export, in its compact form where one lies there, otherwise in its ordinary one, ready to run.
     Raises UserError."""
     path = Path(folder) / COMPACT_FILE
-    config = models.configuration(str(folder))
-    head = models.head_of(config.architectures or ())
+    config = load_hf_config(str(folder))
+    head = head_of_architectures(config.architectures or ())
     if not path.exists():
-        return models.load(str(folder), head, whole=True)
+        return loading.load_model(str(folder), head, whole=True)
     values, facts = _read(path)
-    model = models.new(config, head)
+    model = new_model(config, head)
     weights = _unpacked(values, facts["shapes"])
     if head == "none":
         weights = _encoder(model, weights)
@@ -170,15 +174,15 @@ def load_masked(folder: str | Path, base: str | None = None) -> PreTrainedModel:
     are read, and not its weights. `base`: where the base lies now, by default where it lay. Raises UserError, also
     where the base is not the one that the masks were learnt over."""
     path = Path(folder) / MASK_FILE
-    config = models.configuration(str(folder))
+    config = load_hf_config(str(folder))
     values, facts = _read(path)
     place = base or facts["base"]
-    model = models.load(place, models.head_of(config.architectures or ()), labels=models.label_names(config))
+    model = loading.load_model(place, head_of_architectures(config.architectures or ()), labels=label_names(config))
     model = surgery.keep_layers(model, facts["layers"])
     learnt = {name: value for name, value in values.items() if not name.endswith(BITS)}
     dtype = getattr(torch, facts["dtype"])
     weights = {name: weight.detach().to(dtype).float() for name, weight in model.named_parameters()}
-    if models.digest_of({name: weight for name, weight in weights.items() if name not in learnt}) != facts["digest"]:
+    if weights_digest({name: weight for name, weight in weights.items() if name not in learnt}) != facts["digest"]:
         raise UserError(f"{place}: its weights are not those that {path} was learnt over")
     for name, mask in _masks(values, facts["shapes"]).items():
         weights[name] = weights[name] * mask

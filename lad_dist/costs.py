@@ -28,13 +28,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from lad_dist import models, optim, plan, sizes
+from lad_dist import optim, plan, sizes
 from lad_dist.answers import bytes_of, worth_keeping
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.data.feed import CorpusFeed, TaskFeed
 from lad_dist.data.shards import SPLITS, read_manifest
 from lad_dist.method import Method
+from lad_dist.models.dims import count_parameters
+from lad_dist.models.hf_config import load_hf_config
+from lad_dist.models.loading import PreTrainedModel, new_model
 
 SAMPLE = 8  # micro-batches that stand for all
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -121,8 +124,8 @@ def of(made: plan.Plan, world: int) -> Costs:
     student = sizes.exported(method.student)
     return Costs(
         student=student,
-        objective=models.parameters(method.objective),
-        teacher=0 if teacher is None else models.parameters(teacher),
+        objective=count_parameters(method.objective),
+        teacher=0 if teacher is None else count_parameters(teacher),
         memory=_memory(made, method, teacher, max(batches, key=lambda batch: batch.filled), world),
         steps=steps,
         epochs=steps / feed.steps_per_epoch,
@@ -137,7 +140,7 @@ def of(made: plan.Plan, world: int) -> Costs:
     )
 
 
-def _flops(model: models.PreTrainedModel, batches: Sequence[Batch]) -> int:
+def _flops(model: PreTrainedModel, batches: Sequence[Batch]) -> int:
     return sum(sizes.flops(model, *batches).values())
 
 
@@ -147,11 +150,11 @@ def skeleton(made: plan.Plan) -> Method:
         return Method(made.skeleton(), made.objective())
 
 
-def _teacher(made: plan.Plan) -> models.PreTrainedModel | None:
+def _teacher(made: plan.Plan) -> PreTrainedModel | None:
     if made.config.teacher is None:
         return None
     with torch.device("meta"):
-        return models.new(models.configuration(made.config.teacher.path), made.teacher_head, made.labels)
+        return new_model(load_hf_config(made.config.teacher.path), made.teacher_head, made.labels)
 
 
 def checkpoint_bytes(made: plan.Plan, method: Method) -> int:
@@ -167,7 +170,7 @@ def checkpoint_bytes(made: plan.Plan, method: Method) -> int:
 def _weights(method: Method) -> tuple[int, int]:
     """How many train, and how many do not."""
     trained = sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
-    return trained, models.parameters(method) - trained
+    return trained, count_parameters(method) - trained
 
 
 def _memory(made: plan.Plan, method: Method, teacher: nn.Module | None, batch: Batch, world: int) -> Memory:
@@ -208,7 +211,7 @@ def _teacher_bytes(made: plan.Plan, method: Method, teacher: nn.Module | None, b
     size, needs = BYTES[made.config.teacher.dtype or made.precision], method.objective.teacher_needs
     states = batch.filled * made.teacher_shape.width * (len(needs.hidden) + 3 * len(needs.qkv))
     said = states + len(batch.rows) * made.teacher_shape.outputs * needs.logits
-    return size * (models.parameters(teacher) + said)
+    return size * (count_parameters(teacher) + said)
 
 
 def _answers(

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lad_dist import models
 from lad_dist.config.load import check_writable
 from lad_dist.config.schema import EvaluateConfig
 from lad_dist.core.batch import Batch
@@ -30,6 +29,11 @@ from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import check_task, load_task
 from lad_dist.data.tokenizers import load_tokenizer, tokenizer_of_teacher
 from lad_dist.distributed import processes
+from lad_dist.models.dims import check_length, check_vocabulary, count_parameters
+from lad_dist.models.frozen import FrozenModel
+from lad_dist.models.heads import label_order
+from lad_dist.models.hf_config import load_hf_config
+from lad_dist.models.loading import check_weight_files
 
 Batches = Sequence[Callable[[], Batch]]
 Dev = Mapping[str, TaskExamples]
@@ -125,25 +129,25 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     task = load_task(config.data)
     paths = [words.path for words in (config.model, config.teacher) if words is not None]
     for path in paths:
-        models.label_order(path, task.kind, task.outputs)
-        models.check_files(path)
-        models.check_length(models.configuration(path), path, config.data.max_length)
+        label_order(path, task.kind, task.outputs)
+        check_weight_files(path)
+        check_length(load_hf_config(path), path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)
     compared = None if task.kind in ("classification", "regression") else f'data.kind = "{task.kind}"'
     its = tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, compared)
     for path, words in zip(paths, (tokenizer, its), strict=False):
-        models.check_vocabulary(models.configuration(path), path, len(words))
+        check_vocabulary(load_hf_config(path), path, len(words))
     device = processes.start()
     dev = TaskFeed(config.data, task, tokenizer, seed=0).dev
     teacher_dev = dev if its is tokenizer else TaskFeed(config.data, task, its, seed=0).dev
-    frozen = [models.Frozen(path, task.kind, device=device, labels=task.outputs) for path in paths]
+    frozen = [FrozenModel(path, task.kind, device=device, labels=task.outputs) for path in paths]
     forwards = [partial(logits_of, model) for model in frozen]
     ours, theirs = forwards[0], forwards[1] if len(forwards) > 1 else None
     found = compare(dev, ours, theirs, teacher_dev)
     if theirs is not None:
         found["student"]["speedup"] = _speedup(ours, theirs, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     result = {
-        name: {"path": path, "parameters": models.parameters(model.model), **found[role]}
+        name: {"path": path, "parameters": count_parameters(model.model), **found[role]}
         for name, role, path, model in zip(("model", "teacher"), found, paths, frozen, strict=False)
     }
     if config.out is not None and processes.is_main():
@@ -152,7 +156,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def logits_of(model: models.Frozen, batch: Batch) -> Tensor:
+def logits_of(model: FrozenModel, batch: Batch) -> Tensor:
     """What a frozen model answers [R, V]."""
     logits = model(batch, LOGITS).logits
     assert logits is not None

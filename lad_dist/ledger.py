@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lad_dist import compact, evaluate, models, onnx_export, runs, sizes
+from lad_dist import compact, evaluate, onnx_export, runs, sizes
 from lad_dist.benchmarks import latency
 from lad_dist.card import INT8, ONNX, STUDENT, TEACHER
 from lad_dist.config.errors import UserError
@@ -31,7 +31,12 @@ from lad_dist.core.collate import collate
 from lad_dist.data.examples import TaskExamples, tokenize
 from lad_dist.data.tasks import check_task, load_task
 from lad_dist.data.tokenizers import load_tokenizer
-from lad_dist.models import Served
+from lad_dist.models import loading
+from lad_dist.models.dims import max_positions
+from lad_dist.models.frozen import InferenceModel
+from lad_dist.models.heads import head_of_architectures
+from lad_dist.models.hf_config import load_hf_config
+from lad_dist.models.loading import PreTrainedModel, check_weight_files
 from lad_dist.onnx_export import Session
 
 CPU = torch.device("cpu")
@@ -60,8 +65,8 @@ def measure(asked: Asked) -> dict[str, Any]:
     taught_by = asked.teacher or (config.teacher.path if config.teacher else None)
     room = _check(asked, taught_by)
     dev = _dev(config, asked) if asked.onnx or asked.int8 else None
-    student = Served(compact.load(asked.export))
-    teacher = None if taught_by is None else Served(_teacher(taught_by, student))
+    student = InferenceModel(compact.load(asked.export))
+    teacher = None if taught_by is None else InferenceModel(_teacher(taught_by, student))
     sessions = _sessions(asked, student)
     forms = {STUDENT: student} if teacher is None else {TEACHER: teacher, STUDENT: student}
     ledger: dict[str, Any] = {
@@ -89,8 +94,8 @@ def _check(asked: Asked, teacher: str | None) -> int:
         raise UserError(f"{asked.export}: no such folder; a run that is complete has its student there")
     paths = [str(asked.export), *([teacher] if teacher else [])]
     for path in paths:
-        models.check_files(path)
-    return min(models.positions(models.configuration(path)) for path in paths)
+        check_weight_files(path)
+    return min(max_positions(load_hf_config(path)) for path in paths)
 
 
 def _dev(config: TrainConfig, asked: Asked) -> TaskExamples | None:
@@ -103,13 +108,13 @@ def _dev(config: TrainConfig, asked: Asked) -> TaskExamples | None:
     return tokenize(task, task.dev["dev"], tokenizer, config.data, f"{task.name}'s dev data")
 
 
-def _teacher(path: str, student: Served) -> models.PreTrainedModel:
+def _teacher(path: str, student: InferenceModel) -> PreTrainedModel:
     """With a head of the student's kind."""
-    head = models.head_of([type(student.model).__name__])
-    return models.load(path, head, whole=head != "none")
+    head = head_of_architectures([type(student.model).__name__])
+    return loading.load_model(path, head, whole=head != "none")
 
 
-def _sessions(asked: Asked, student: Served) -> dict[str, Session]:
+def _sessions(asked: Asked, student: InferenceModel) -> dict[str, Session]:
     """The files that are asked for, written anew. int8 is made of fp32."""
     wanted = [form for form, wish in ((ONNX, asked.onnx or asked.int8), (INT8, asked.int8)) if wish]
     files = {form: asked.export / sizes.FORMS[form] for form in wanted}
@@ -120,7 +125,7 @@ def _sessions(asked: Asked, student: Served) -> dict[str, Session]:
     return {form: Session(file) for form, file in files.items()}
 
 
-def _sizes(served: Served, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _sizes(served: InferenceModel, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """At the shortest length, and the FLOPs per token at each."""
     lengths = sorted({length for _, length in shapes})
     batches = {length: _one(served, length) for length in lengths}
@@ -131,16 +136,16 @@ def _sizes(served: Served, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     return {**sizes.of(served.model, batches[lengths[0]]), **at}
 
 
-def _one(served: Served, length: int) -> Batch:
+def _one(served: InferenceModel, length: int) -> Batch:
     """A sequence of that length; heads of tokens read all of it."""
-    whole = models.head_of([type(served.model).__name__]) in ("tagging", "question_answering")
+    whole = head_of_architectures([type(served.model).__name__]) in ("tagging", "question_answering")
     rows = np.arange(length if whole else 1)
     tokens = np.zeros(length, dtype=np.int64)
     return collate([tokens], [tokens.astype(np.uint8)], rows, np.zeros(len(rows), dtype=np.int64))
 
 
 def _timings(
-    forms: Mapping[str, Served],
+    forms: Mapping[str, InferenceModel],
     sessions: Mapping[str, Session],
     shapes: Sequence[tuple[int, int]],
     rounds: int | None,
@@ -158,7 +163,7 @@ def _timings(
     return found
 
 
-def _call(served: Served, batch: int, length: int, device: torch.device) -> Callable[[], object]:
+def _call(served: InferenceModel, batch: int, length: int, device: torch.device) -> Callable[[], object]:
     given = {name: x.to(device) for name, x in onnx_export.example_inputs(served, [length] * batch).items()}
     return partial(served, **given)
 
@@ -167,7 +172,7 @@ def _gpu() -> dict[str, str]:
     return {"cuda": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
-def _quality(dev: TaskExamples, student: Served, sessions: Mapping[str, Session]) -> dict[str, Any]:
+def _quality(dev: TaskExamples, student: InferenceModel, sessions: Mapping[str, Session]) -> dict[str, Any]:
     """Of each exported form, the task's metrics, and how far it decides as the student does."""
 
     def answers(run: Callable[[dict[str, Tensor]], Sequence[Any]]) -> Any:
@@ -181,7 +186,7 @@ def _quality(dev: TaskExamples, student: Served, sessions: Mapping[str, Session]
     return found
 
 
-def _logits(run: Callable[[dict[str, Tensor]], Sequence[Any]], served: Served, batch: Batch) -> Tensor:
+def _logits(run: Callable[[dict[str, Tensor]], Sequence[Any]], served: InferenceModel, batch: Batch) -> Tensor:
     """[R, V] of a padded forward."""
     longest = int(batch.lengths.max())
     real = torch.arange(longest) < batch.lengths[:, None]

@@ -25,10 +25,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lad_dist import observe
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
-from lad_dist.models import PreTrainedModel
+from lad_dist.models import activations
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.parts import Part
 
 DAMPING = 1e-3  # of the mean of the second moments' diagonal
@@ -158,8 +158,10 @@ def second_moments(
     names, training = list(maps), model.training
     model.eval()
     for batch in batches:
-        with observe.seen(list(maps.values()), lambda n, x, _: _add(found[names[n]], observe.rows(x, batch))):
-            observe.run(model, batch)
+        with activations.capture(
+            list(maps.values()), lambda n, x, _: _add(found[names[n]], activations.token_rows(x, batch))
+        ):
+            activations.run_logits(model, batch)
     model.train(training)
     counted = {name: _counts(module, batches) for name, module in modules.items() if isinstance(module, nn.Embedding)}
     return found | counted
@@ -173,7 +175,7 @@ def _add(total: Tensor, x: Tensor) -> None:
 def _counts(words: nn.Embedding, batches: Sequence[Batch]) -> Tensor:
     total = torch.ones(words.num_embeddings)
     for batch in batches:
-        total += torch.bincount(observe.real(batch.input_ids, batch), minlength=words.num_embeddings)
+        total += torch.bincount(activations.real_tokens(batch.input_ids, batch), minlength=words.num_embeddings)
     return total.to(words.weight.device)
 
 

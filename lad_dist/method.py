@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lad_dist import parts
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelOutputs
-from lad_dist.models import PreTrainedModel, trace
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.objectives.objective import Objective
 from lad_dist.parts import Moment
 
@@ -37,7 +38,7 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch, target: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss, and by name its terms and what the objective observed (detached scalars)."""
-        seen = trace(self.student, batch, self.objective.student_needs)
+        seen = compute_outputs(self.student, batch, self.objective.student_needs)
         terms = self.objective(seen, target, batch)
         loss = torch.stack(list(terms.values())).sum()
         return loss, {name: x.detach() for name, x in (terms | self.objective.observed).items()}

@@ -34,10 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lad_dist import observe
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
-from lad_dist.models import PreTrainedModel, layers
+from lad_dist.models import activations
+from lad_dist.models.dims import encoder_layers
+from lad_dist.models.loading import PreTrainedModel
 
 Directions = Literal["principal", "random"]
 
@@ -159,10 +160,16 @@ class _Parts:
         self.model = model
         self.embeddings = base.embeddings
         self.project: nn.Linear | None = getattr(base, "embeddings_project", None)
-        self.layers = [{role: layer.get_submodule(name) for role, name in names.items()} for layer in layers(model)]
+        self.layers = [
+            {role: layer.get_submodule(name) for role, name in names.items()} for layer in encoder_layers(model)
+        ]
         first = self.embeddings.LayerNorm if self.project is None else self.project
         self.stream = [first, *(layer[norm] for layer in self.layers for norm in ("attention_norm", "layer_norm"))]
-        inside = {*self.embeddings.modules(), *(m for layer in layers(model) for m in layer.modules()), self.project}
+        inside = {
+            *self.embeddings.modules(),
+            *(m for layer in encoder_layers(model) for m in layer.modules()),
+            self.project,
+        }
         embedded = model.get_input_embeddings().get_parameter("weight")
         self.words = embedded.detach().double().cpu()
         outside = [module for module in model.modules() if module not in inside]
@@ -237,11 +244,13 @@ def _measure(wide: _Parts, batches: Sequence[Batch]) -> _Found:
     dense = [wide.head_norm] if wide.tied and wide.head_norm is not None else wide.head[1:2]
     for batch in batches:
         with (
-            observe.seen(wide.stream, lambda n, _, y: found.states[n].append(observe.rows(y, batch).float())),
-            observe.seen(outer, lambda n, x, _: found.inner[n].add(observe.rows(x, batch))),
-            observe.seen(dense, lambda _, x, y: found.units.add(y if wide.tied else x)),
+            activations.capture(
+                wide.stream, lambda n, _, y: found.states[n].append(activations.token_rows(y, batch).float())
+            ),
+            activations.capture(outer, lambda n, x, _: found.inner[n].add(activations.token_rows(x, batch))),
+            activations.capture(dense, lambda _, x, y: found.units.add(y if wide.tied else x)),
         ):
-            observe.run(wide.model, batch)
+            activations.run_logits(wide.model, batch)
     for moments, states in zip(found.stream, found.states, strict=True):
         for state in states:
             moments.add(state)
@@ -333,7 +342,7 @@ class _Fit:
         turn = self.axes.float().to(self.states[place][0].device)
         wanted = [x @ turn for x in self.states[place]]
         inputs = zip(_inputs(self.thin, module, self.batches), self.batches, strict=True)
-        given = [observe.rows(x, batch).float() for x, batch in inputs]
+        given = [activations.token_rows(x, batch).float() for x, batch in inputs]
         if isinstance(module, nn.LayerNorm):
             _fit_norm(module, given, wanted)
         outputs = [module(x.to(next(module.parameters()))).float() for x in given]
@@ -502,8 +511,8 @@ def _inputs(parts: _Parts, module: nn.Module, batches: Sequence[Batch]) -> list[
         raise _Enough
 
     for batch in batches:
-        with observe.seen([module], keep), contextlib.suppress(_Enough):
-            observe.run(parts.model, batch)
+        with activations.capture([module], keep), contextlib.suppress(_Enough):
+            activations.run_logits(parts.model, batch)
     return given
 
 
@@ -526,8 +535,8 @@ def _fit_head_norm(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batc
     wanted: list[Tensor] = []
     turn = turn.float().to(wide.model.device)
     for batch in batches:
-        with observe.seen([wide.head_norm], lambda _, __, y: wanted.append(y.flatten(0, -2).float() @ turn)):
-            observe.run(wide.model, batch)
+        with activations.capture([wide.head_norm], lambda _, __, y: wanted.append(y.flatten(0, -2).float() @ turn)):
+            activations.run_logits(wide.model, batch)
     given = [x.flatten(0, -2) for x in _inputs(thin, thin.head_norm, batches)]
     _fit_norm(thin.head_norm, given, wanted)
 
@@ -544,8 +553,10 @@ def _errors(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batches: Se
         outputs = []
         for parts in (wide, thin):
             seen: list[list[Tensor]] = [[] for _ in points]
-            with observe.seen([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):
-                outputs.append((observe.run(parts.model, batch), [observe.rows(x[0], batch) for x in seen]))
+            with activations.capture([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):
+                outputs.append(
+                    (activations.run_logits(parts.model, batch), [activations.token_rows(x[0], batch) for x in seen])
+                )
         (z, h), (z_thin, h_thin) = outputs
         states = [
             total + (x @ turn - y).double().square().sum().item() for total, x, y in zip(states, h, h_thin, strict=True)

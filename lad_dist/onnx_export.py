@@ -23,10 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lad_dist import models
 from lad_dist.config.errors import Fault, UserError
-from lad_dist.models import Served
+from lad_dist.models.dims import max_positions
+from lad_dist.models.frozen import INPUT_NAMES, InferenceModel
 from lad_dist.utils.atomic_io import temporary_path
+from lad_dist.utils.errors import first_line
 
 OPSET = 18
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -42,14 +43,14 @@ def check() -> None:
         raise UserError(f"{lacking[0]} is not installed, which ONNX needs; pip install {' '.join(NEEDED)}")
 
 
-def export(served: Served, file: Path) -> float:
+def export(served: InferenceModel, file: Path) -> float:
     """Writes the model, which is on the CPU; returns how far the file's outputs are from its own, at most. Raises
     UserError where the model's family cannot be exported, Fault where the outputs differ by more than rounding."""
     config, draft = served.model.config, temporary_path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     example = example_inputs(served, (5, 3))
     batch = torch.export.Dim("batch", min=1, max=MOST_BATCH)
-    length = torch.export.Dim("length", min=2, max=models.positions(config))
+    length = torch.export.Dim("length", min=2, max=max_positions(config))
     try:
         with _quiet(), torch.no_grad():
             torch.onnx.export(
@@ -72,7 +73,7 @@ def export(served: Served, file: Path) -> float:
     except (Fault, OSError):
         raise
     except Exception as error:  # the exporter's own, of many kinds
-        reason = models.first_line(error)
+        reason = first_line(error)
         raise UserError(f"{file}: the exporter cannot write a {config.model_type} ({reason})") from None
     finally:
         draft.unlink(missing_ok=True)
@@ -113,7 +114,7 @@ class Session:
         return list(found)
 
 
-def example_inputs(served: Served, lengths: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
+def example_inputs(served: InferenceModel, lengths: Sequence[int], seed: int = 0) -> dict[str, Tensor]:
     """int64 [B, S] by name: random tokens, padded on the right; the second segment begins in the middle."""
     chance, config = torch.Generator().manual_seed(seed), served.model.config
     size = (len(lengths), max(lengths))
@@ -122,13 +123,13 @@ def example_inputs(served: Served, lengths: Sequence[int], seed: int = 0) -> dic
     ids = torch.randint(config.vocab_size, size, generator=chance)
     ids[ids == padding] = (padding + 1) % config.vocab_size
     segments = (torch.arange(size[1]) >= torch.tensor(lengths)[:, None] // 2).long() * mask
-    given = dict(zip(models.INPUTS, (torch.where(mask > 0, ids, padding), mask, segments), strict=True))
+    given = dict(zip(INPUT_NAMES, (torch.where(mask > 0, ids, padding), mask, segments), strict=True))
     return {name: given[name] for name in served.inputs}
 
 
-def distance(served: Served, session: Session) -> float:
+def distance(served: InferenceModel, session: Session) -> float:
     """The largest difference of an output of a real token or sequence, over ragged batches."""
-    worst, longest = 0.0, models.positions(served.model.config)
+    worst, longest = 0.0, max_positions(served.model.config)
     for lengths in RAGGED:
         inputs = example_inputs(served, [min(length, longest) for length in lengths])
         real = inputs["attention_mask"].bool()

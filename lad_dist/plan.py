@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lad_dist import deepspeed_keys, models, narrow, surgery
+from lad_dist import deepspeed_keys, narrow, surgery
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import check_writable, lookup, validate_arguments
 from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
@@ -23,6 +23,12 @@ from lad_dist.data.tasks import Task, check_task, load_task
 from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer, role_ids, tokenizer_of_teacher
 from lad_dist.distributed import processes
 from lad_dist.method import Method
+from lad_dist.models import loading
+from lad_dist.models.dims import check_length, check_vocabulary, model_dims
+from lad_dist.models.frozen import FrozenModel
+from lad_dist.models.heads import has_mlm_head, label_order
+from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, load_hf_config
+from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.objectives.objective import Objective
 
@@ -43,7 +49,7 @@ class Plan:
     layers: list[int] | None  # of the model that the student starts from
     size: narrow.Size | None  # where it is to be smaller than that model
     objective: Callable[[], Objective]
-    surgeries: Sequence["partial[models.PreTrainedModel]"]
+    surgeries: Sequence["partial[PreTrainedModel]"]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -70,13 +76,11 @@ class Plan:
         assert self.task is not None
         return TaskFeed(self.config.data, self.task, tokenizer, self.config.run.seed)
 
-    def teacher(self, device: torch.device) -> models.Frozen | None:
+    def teacher(self, device: torch.device) -> FrozenModel | None:
         if self.config.teacher is None:
             return None
         dtype = getattr(torch, self.config.teacher.dtype or self.precision)
-        return models.Frozen(
-            self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels
-        )
+        return FrozenModel(self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels)
 
     def method(self, feed: CorpusFeed | TaskFeed) -> Method:
         """Student and objective, weights drawn from the run's seed; what of them is fitted to data is fitted to the
@@ -97,31 +101,31 @@ class Plan:
             student = surgery.operate(student, self.surgeries, partial(_sample, feed), found.update)
         return Method(student, self.objective(), found)
 
-    def skeleton(self) -> models.PreTrainedModel:
+    def skeleton(self) -> PreTrainedModel:
         """The student on the meta device: shapes without numbers. Raises UserError where a surgery does not fit it."""
         words = self.config.student
         with torch.device("meta"):
             if words.path is None:
                 assert words.architecture is not None
-                origin = models.architecture_config(words.architecture, len(self.tokenizer), role_ids(self.tokenizer))
+                origin = architecture_config(words.architecture, len(self.tokenizer), role_ids(self.tokenizer))
             else:
-                origin = models.configuration(words.path)
+                origin = load_hf_config(words.path)
             if self.size is not None:
                 origin = narrow.resized(origin, self.size)
-            student = models.new(origin, self.head, self.labels)
+            student = new_model(origin, self.head, self.labels)
             if self.layers is not None:
                 student = surgery.keep_layers(student, self.layers)
             return surgery.operate(student, self.surgeries)
 
-    def _origin(self) -> models.PreTrainedModel:
+    def _origin(self) -> PreTrainedModel:
         words = self.config.student
         if words.path is None:
             assert words.architecture is not None
             special = role_ids(self.tokenizer)
-            return models.create(
+            return loading.create_model(
                 words.architecture, self.head, vocabulary=len(self.tokenizer), special=special, labels=self.labels
             )
-        model = models.load(words.path, self.head, labels=self.labels)
+        model = loading.load_model(words.path, self.head, labels=self.labels)
         assert self.layers is not None
         return surgery.keep_layers(model, self.layers)
 
@@ -170,7 +174,7 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
         raise UserError("objective: all its weights are 0, so there is nothing to learn")
     its = _teacher_tokenizer(config, objective, head, tokenizer)
     if config.teacher is not None:
-        models.check_vocabulary(models.configuration(config.teacher.path), config.teacher.path, len(its))
+        check_vocabulary(load_hf_config(config.teacher.path), config.teacher.path, len(its))
     made = Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
     for named, operate in zip(config.surgery, surgeries, strict=True):
         if named.name in surgery.CHECKS:
@@ -202,8 +206,8 @@ def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
     return kind, options
 
 
-def _surgery(named: NamedOptions) -> "partial[models.PreTrainedModel]":
-    function: Callable[..., models.PreTrainedModel] = lookup("surgery.name", named.name, surgery.SURGERIES)
+def _surgery(named: NamedOptions) -> "partial[PreTrainedModel]":
+    function: Callable[..., PreTrainedModel] = lookup("surgery.name", named.name, surgery.SURGERIES)
     return partial(function, **validate_arguments(f"surgery {named.name}", function, named.options))
 
 
@@ -223,14 +227,14 @@ def _student_shape(
 ) -> tuple[ModelDims, list[int] | None, narrow.Size | None]:
     words = config.student
     span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
-    size = partial(models.shape, head=head, labels=len(task.outputs) if task else 0, span=span)
+    size = partial(model_dims, head=head, labels=len(task.outputs) if task else 0, span=span)
     if words.path is None:
         assert words.architecture is not None
-        origin = models.architecture_config(words.architecture, len(tokenizer), role_ids(tokenizer))
+        origin = architecture_config(words.architecture, len(tokenizer), role_ids(tokenizer))
         _check_length(config, origin, "student.architecture")
         return size(origin), None, None
-    origin = models.configuration(words.path)
-    models.check_files(words.path)
+    origin = load_hf_config(words.path)
+    check_weight_files(words.path)
     _check_length(config, origin, words.path)
     numbers = surgery.layer_numbers(words.layers, words.depth, origin.num_hidden_layers)
     if origin.vocab_size < len(tokenizer):
@@ -244,9 +248,9 @@ def _student_shape(
     return size(origin)._replace(layers=len(numbers)), numbers, thin
 
 
-def _check_length(config: TrainConfig, model: models.PreTrainedConfig, name: str) -> None:
+def _check_length(config: TrainConfig, model: PreTrainedConfig, name: str) -> None:
     pad_to = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
-    models.check_length(model, name, max(config.data.max_length, pad_to or 0))
+    check_length(model, name, max(config.data.max_length, pad_to or 0))
 
 
 def _teacher_tokenizer(
@@ -270,12 +274,12 @@ def _teacher_shape(config: TrainConfig, head: Head, task: Task | None) -> tuple[
     if config.teacher is None:
         return "none", None
     path = config.teacher.path
-    model = models.configuration(path)
-    models.check_files(path)
+    model = load_hf_config(path)
+    check_weight_files(path)
     _check_length(config, model, path)
     if task is not None:
-        models.label_order(path, task.kind, task.outputs)
-    elif head == "mlm" and not models.has_mlm_head(model):
+        label_order(path, task.kind, task.outputs)
+    elif head == "mlm" and not has_mlm_head(model):
         head = "none"
     span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
-    return head, models.shape(model, head, labels=len(task.outputs) if task else 0, span=span)
+    return head, model_dims(model, head, labels=len(task.outputs) if task else 0, span=span)

@@ -25,9 +25,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lad_dist import families, models, parts
+from lad_dist import parts
 from lad_dist.core.batch import Batch
-from lad_dist.models import PreTrainedModel
+from lad_dist.models import families
+from lad_dist.models.dims import encoder_layers
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.parts import COMPACT, FOLDED
 
 COMPONENTS = ("embeddings", "attention", "feed_forward", "head")
@@ -58,7 +60,7 @@ class _Plan:
 
     @cached_property
     def layers(self) -> str:
-        stack = models.layers(self.model)
+        stack = encoder_layers(self.model)
         return next(f"{name}." for name, module in self.model.named_modules() if module is stack)
 
     def component(self, name: str) -> str:
@@ -104,7 +106,7 @@ def _rows(plan: _Plan, name: str, batch: Batch) -> int:
         return 0 if plan.base == "" else len(batch.rows)
     if not name.startswith(plan.layers):
         return batch.tokens
-    times = config.num_hidden_layers if families.of(config).shared_layers else 1
+    times = config.num_hidden_layers if families.family_of(config).shared_layers else 1
     return times * (batch.tokens * (".pos_" not in name) + _relative_rows(config, name))
 
 

@@ -23,13 +23,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from lad_dist import budget, families, parts, pruning, theseus
+from lad_dist import budget, parts, pruning, theseus
 from lad_dist import low_rank as lowering
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch, Head
 from lad_dist.low_rank import LowRank, LowRankEmbedding
-from lad_dist.models import PreTrainedModel, layers
+from lad_dist.models import families
+from lad_dist.models.dims import encoder_layers
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.pruning import CRITERIA, Magnitude, Pattern, Schedule
 
 LAYERS = r"(^|\.)(layers?|albert_layer_groups)\."  # names of modules in the encoder's layers
@@ -87,9 +89,9 @@ def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
     """The model with only these layers, numbered from 1. Where all layers share their weights (ALBERT), the model runs
     its one layer as many times as there are numbers."""
     model.config.num_hidden_layers = len(numbers)
-    if families.of(model.config).shared_layers:
+    if families.family_of(model.config).shared_layers:
         return model
-    stack = layers(model)
+    stack = encoder_layers(model)
     kept = [stack[n - 1] for n in numbers]
     del stack[:]
     stack.extend(kept)

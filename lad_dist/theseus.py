@@ -24,11 +24,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lad_dist import families, models
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Head
-from lad_dist.models import PreTrainedModel
+from lad_dist.models import families, loading
+from lad_dist.models.dims import encoder_layers
+from lad_dist.models.heads import keeps_head
+from lad_dist.models.hf_config import load_hf_config
+from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.parts import Moment, Part
 from lad_dist.utils.rng import COIN, derive_key
 
@@ -121,8 +124,8 @@ def theseus(
     """Makes the student's layers successors of a predecessor's blocks, which they replace while they train. Raises
     UserError where the one's layers cannot stand in the places of the other's."""
     path = predecessor or str(model.name_or_path)
-    _check_layers(model, models.configuration(path), path)
-    stack = models.layers(model)
+    _check_layers(model, load_hf_config(path), path)
+    stack = encoder_layers(model)
     old = _layers_of(path, model.device)
     if frozen:
         for weight in set(model.parameters()) - set(stack.parameters()):
@@ -136,9 +139,9 @@ def theseus(
 def _layers_of(path: str, device: torch.device) -> nn.ModuleList:
     """On the meta device their shapes alone."""
     if device.type == "meta":
-        models.check_files(path)
-        return models.layers(models.new(models.configuration(path), "none"))
-    return models.layers(models.load(path, "none").to(device=device))  # type: ignore[call-arg]
+        check_weight_files(path)
+        return encoder_layers(new_model(load_hf_config(path), "none"))
+    return encoder_layers(loading.load_model(path, "none").to(device=device))  # type: ignore[call-arg]
 
 
 def _blocks(old: nn.ModuleList, count: int) -> list[list[nn.Module]]:
@@ -149,7 +152,7 @@ def _blocks(old: nn.ModuleList, count: int) -> list[list[nn.Module]]:
 
 def _check_layers(model: PreTrainedModel, old: Any, path: str) -> None:
     """Whether layers of a predecessor with this config can stand in the places of the model's. Raises UserError."""
-    new, family = model.config, families.of(old)
+    new, family = model.config, families.family_of(old)
     if old.model_type != new.model_type:
         raise UserError(f"surgery theseus: the student is of the family {new.model_type}, {path} of {old.model_type}")
     if family.shared_layers:
@@ -190,7 +193,7 @@ def check(
             "surgery theseus: frozen embeddings and head have to be the predecessor's; set student.path to it and "
             'student.embeddings to "copy", or frozen to false'
         )
-    if frozen and not models.keeps_head(models.configuration(path), head, labels):
+    if frozen and not keeps_head(load_hf_config(path), head, labels):
         labelled = f" with the labels {', '.join(labels)}" if labels else ""
         raise UserError(
             f"surgery theseus: {path} has no {head} head{labelled}, and a new one would stay frozen; fine-tune it "

@@ -29,12 +29,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lad_dist import compact, models
+from lad_dist import compact
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.load import read_toml as read_tables
 from lad_dist.config.schema import EvaluateConfig, ModelPathConfig, TaskConfig, train_schema
 from lad_dist.evaluate import evaluate
+from lad_dist.models.loading import save_model
 from lad_dist.utils.atomic_io import write_text
 
 Kept = Mapping[str, NDArray[np.bool_]]  # by weight [O, I]: True where it stays
@@ -189,7 +190,7 @@ def _scores(masks: Masks, kept: Kept, config: TaskConfig, base: str | None) -> d
         folder = Path(work) / "export"
         shutil.copytree(masks.file.parent, folder, ignore=shutil.ignore_patterns("*.safetensors", "onnx*"))
         compact.replace_masks(masks.file, {name: torch.from_numpy(mask) for name, mask in kept.items()}, folder)
-        models.save(compact.load_masked(folder, base), folder)
+        save_model(compact.load_masked(folder, base), folder)
         words = EvaluateConfig(model=ModelPathConfig(path=str(folder)), teacher=None, data=config.data, out=None)
         scores = evaluate(words)["model"]
     return {name: value for name, value in scores.items() if name not in ("path", "parameters")}

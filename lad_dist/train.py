@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lad_dist import compact, evaluate, models, optim, plan, preflight, resize, sizes
+from lad_dist import compact, evaluate, optim, plan, preflight, resize, sizes
 from lad_dist import engine as engines
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
@@ -38,6 +38,10 @@ from lad_dist.distributed import processes
 from lad_dist.distributed.replica_check import divergent_ranks
 from lad_dist.distributed.watchdog import Watchdog
 from lad_dist.method import Method
+from lad_dist.models.dims import uses_segments
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.frozen import FrozenModel
+from lad_dist.models.loading import PreTrainedModel, save_model
 from lad_dist.parts import Moment
 from lad_dist.runs import Run
 from lad_dist.saving import Files, Saver, Unsaved
@@ -159,7 +163,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _answers(
-    made: plan.Plan, run: Run, feed: Any, teacher: models.Frozen | None, needs: OutputSpec, steps: int
+    made: plan.Plan, run: Run, feed: Any, teacher: FrozenModel | None, needs: OutputSpec, steps: int
 ) -> Answers | None:
     """The teacher's, where they are worth keeping."""
     words = made.config.teacher
@@ -189,7 +193,7 @@ class Loop:
     guard: Guard
     method: Method
     feed: Any
-    teacher: models.Frozen | None
+    teacher: FrozenModel | None
     teacher_feed: Any
     answers: Answers | None
     steps: int
@@ -347,7 +351,7 @@ class Loop:
         return evaluate.mean_terms(self._terms, self.feed.held_out)
 
     def _logits(self, batch: Batch) -> Tensor:
-        logits = models.trace(self.method.student, batch, evaluate.LOGITS).logits
+        logits = compute_outputs(self.method.student, batch, evaluate.LOGITS).logits
         assert logits is not None
         return logits
 
@@ -434,9 +438,9 @@ class Loop:
                 "versions": {"torch": torch.__version__, "deepspeed": engines.VERSION},
             }
             if packed is not None:
-                models.save(student, self.run.export)
+                save_model(student, self.run.export)
                 packed.save(self.run.export, self.config.student.path, self.made.layers)
-                save_beside(self.made.tokenizer, self.run.export, models.tells_segments(student.config))
+                save_beside(self.made.tokenizer, self.run.export, uses_segments(student.config))
         results["student"] |= processes.on_main(lambda: sizes.table_on_disk(self.run.export))
         self.run.finish(results)
         return Outcome(self.run.folder, results)
@@ -448,7 +452,7 @@ class Loop:
         teacher = partial(evaluate.logits_of, self.teacher) if self.teacher else None
         return evaluate.compare(self.feed.dev, self._logits, teacher, self.teacher_feed.dev)
 
-    def _size(self, model: models.PreTrainedModel) -> dict[str, float]:
+    def _size(self, model: PreTrainedModel) -> dict[str, float]:
         return sizes.of(model, self.feed.batch(0, 0))
 
 

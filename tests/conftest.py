@@ -11,13 +11,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
 import toy
 from hypothesis import settings
 
-from lad_dist import models
 from lad_dist.config.schema import PrepareConfig
 from lad_dist.data.prepare import prepare
+from lad_dist.models import loading
 
 settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a machine is, not whether the code is right
 settings.load_profile("lad_dist")
@@ -67,5 +68,5 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were read or drawn before the mistake was found")
 
-    monkeypatch.setattr(models, "load", forbidden)
-    monkeypatch.setattr(models, "create", forbidden)
+    monkeypatch.setattr(loading, "load_model", forbidden)
+    monkeypatch.setattr(loading, "create_model", forbidden)

@@ -23,8 +23,9 @@ import chaos
 import tomli_w
 from chaos import Victim
 
-from lad_dist import models
 from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.models import loading
+from lad_dist.models.loading import save_model
 
 EVERY, WARM_UP = 100, 10
 Seconds = list[float]  # of the processor, of the wall
@@ -116,7 +117,7 @@ def write_data(folder: Path) -> None:
 
 
 def with_a_head(teacher: str, folder: Path) -> str:
-    models.save(models.load(teacher, "classification", labels=("0", "1")), folder)
+    save_model(loading.load_model(teacher, "classification", labels=("0", "1")), folder)
     load_tokenizer(teacher).save_pretrained(folder)
     return str(folder)
 

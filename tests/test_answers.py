@@ -11,7 +11,7 @@ import toy
 from conftest import World
 from test_train import curve, digest, lad
 
-from lad_dist import answers, models
+from lad_dist import answers
 from lad_dist.answers import Answers
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
@@ -20,6 +20,7 @@ from lad_dist.core.outputs import ModelOutputs, OutputSpec
 from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import load_task
 from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.models.frozen import FrozenModel
 from lad_dist.train import train
 
 CPU = torch.device("cpu")
@@ -37,8 +38,8 @@ def feed(world: World, **words: Any) -> TaskFeed:
     return TaskFeed(data, load_task(data), load_tokenizer(str(world.tokenizer)), seed=3)
 
 
-def frozen(world: World) -> models.Frozen:
-    return models.Frozen(str(world.teacher), "classification", device=CPU, labels=toy.LABELS)
+def frozen(world: World) -> FrozenModel:
+    return FrozenModel(str(world.teacher), "classification", device=CPU, labels=toy.LABELS)
 
 
 def kept(folder: Path, ask: answers.Ask, data: TaskFeed, needs: OutputSpec = NEEDS) -> Answers:

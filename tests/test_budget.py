@@ -11,11 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from launching import ROOT
 
-from lad_dist import budget, models, parts, plan, surgery
+from lad_dist import budget, parts, plan, surgery
 from lad_dist.budget import Counts, Factors
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import read_toml, validate_arguments
 from lad_dist.low_rank import LowRank, LowRankEmbedding
+from lad_dist.models import loading
+from lad_dist.models.dims import count_parameters
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.parts import Moment
 from lad_dist.pruning import Pruning
 from lad_dist.train import train
@@ -25,12 +28,12 @@ COUNTS = Counts(words=600, maps=2400, rest=100)
 FACTOR = st.floats(1.0, 6.0)
 
 
-def made(architecture: dict[str, Any], vocabulary: int = 300) -> models.PreTrainedModel:
+def made(architecture: dict[str, Any], vocabulary: int = 300) -> PreTrainedModel:
     torch.manual_seed(0)
-    return models.create(architecture, "classification", vocabulary=vocabulary, labels=toy.LABELS)
+    return loading.create_model(architecture, "classification", vocabulary=vocabulary, labels=toy.LABELS)
 
 
-def cut(model: models.PreTrainedModel, **options: Any) -> dict[str, float]:
+def cut(model: PreTrainedModel, **options: Any) -> dict[str, float]:
     """What the surgery tells, with which all of its weights go at once."""
     told: dict[str, float] = {}
     options = {"begin": 0.0, "end": 0.0, **options}
@@ -40,7 +43,7 @@ def cut(model: models.PreTrainedModel, **options: Any) -> dict[str, float]:
     return told
 
 
-def nonzero(model: models.PreTrainedModel) -> int:
+def nonzero(model: PreTrainedModel) -> int:
     """Weights of the compact form that are not 0."""
     return sum(int(weight.count_nonzero()) for _, weight in parts.weights(model, parts.COMPACT))
 
@@ -97,7 +100,7 @@ def test_a_budget_is_met(
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
     with torch.device("meta"):
         model = made({**toy.SIZES, **sizes}, vocabulary)
-    before = models.parameters(model)
+    before = count_parameters(model)
     given = dict(zip([name for name in NAMES if name != missing], factors, strict=True))
     try:
         surgery.ladabert(model, **validate_arguments("", surgery.ladabert, {"reduction": reduction, **given}))
@@ -105,7 +108,7 @@ def test_a_budget_is_met(
         return
     prunings = [part for part in parts.parts(model) if isinstance(part, Pruning)]
     gone = sum(round(part.schedule.sparsity * _size(part)) for part in prunings)
-    left = models.parameters(model) - gone
+    left = count_parameters(model) - gone
     assert before / left == pytest.approx(reduction, rel=budget.TOLERANCE)
 
 
@@ -118,7 +121,7 @@ def test_what_is_told_is_what_is_left(missing: str | None) -> None:
     model = made(toy.SIZES)
     for weight in model.parameters():
         torch.nn.init.normal_(weight)  # no zeros but those of pruning
-    before = models.parameters(model)
+    before = count_parameters(model)
     options: dict[str, Any] = {"embedding": 2.0, "svd": 1.5, "weight": 2.0}
     if missing:
         options = {"reduction": 2.5} | {name: factor for name, factor in options.items() if name != missing}
@@ -158,7 +161,7 @@ def test_it_holds_for_any_choice_of_maps(modules: str) -> None:
     model = made(toy.SIZES)
     for weight in model.parameters():
         torch.nn.init.normal_(weight)
-    before = models.parameters(model)
+    before = count_parameters(model)
     told = cut(model, embedding=2.0, svd=2.0, weight=2.0, modules=modules)
     assert before / nonzero(model) == pytest.approx(told["budget/achieved/reduction"])
     (pruning,) = [part for part in parts.parts(model) if isinstance(part, Pruning)]
@@ -186,7 +189,7 @@ def test_the_papers_sizes(number: int, millions: int) -> None:
     assert round(counts.total / options["reduction"] / 1e6) == millions
     surgery.ladabert(model, **validate_arguments("", surgery.ladabert, options))
     (pruning,) = [part for part in parts.parts(model) if isinstance(part, Pruning)]
-    left = models.parameters(model) - round(pruning.schedule.sparsity * _size(pruning))
+    left = count_parameters(model) - round(pruning.schedule.sparsity * _size(pruning))
     assert left * options["reduction"] == pytest.approx(counts.total, rel=1e-6)
 
 
@@ -232,5 +235,5 @@ def test_a_run_trains_under_its_budget_and_says_so(world: World, tmp_path: Path)
     assert found["budget/asked/weight"] == pytest.approx(found["budget/achieved/weight"], rel=0.2)
     assert {"embedding", "hidden", "attention", "soft"} < rows[1].keys()
     assert rows[-2]["loss"] < rows[1]["loss"]
-    before = models.parameters(models.load(str(world.teacher), "classification", labels=toy.LABELS))
+    before = count_parameters(loading.load_model(str(world.teacher), "classification", labels=toy.LABELS))
     assert before / results["student"]["nonzero"] == pytest.approx(2.0, rel=0.01)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lad_dist import compact, models
+from lad_dist import compact
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.models import PreTrainedModel
+from lad_dist.models import loading
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.train import train
 
 PRUNE: dict[str, Any] = {"name": "prune", "sparsity": 0.75, "end": 0.0}
@@ -24,7 +26,7 @@ ADAPT = PRUNE | {"criterion": "adapting", "modules": r"(embeddings|layer)\."}
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    found = models.trace(model.eval(), toy.batch([5, 3, 9]), OutputSpec(logits=True)).logits
+    found = compute_outputs(model.eval(), toy.batch([5, 3, 9]), OutputSpec(logits=True)).logits
     assert found is not None
     return found.detach()
 
@@ -45,7 +47,7 @@ def size(path: Path) -> int:
 def test_the_compact_form_is_the_export(surgeries: list[dict[str, Any]], world: World, tmp_path: Path) -> None:
     export = run(world, tmp_path, surgeries)
     small = compact.load(export)
-    whole = models.load(str(export), "classification", whole=True)
+    whole = loading.load_model(str(export), "classification", whole=True)
     torch.testing.assert_close(logits(small), logits(whole), rtol=1e-5, atol=1e-5)
     assert size(export / compact.COMPACT_FILE) < size(export / "model.safetensors")
     pairs = LOW_RANK in surgeries
@@ -57,10 +59,10 @@ def test_an_encoder_is_found_below_the_head_of_a_pre_training(world: World, tmp_
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained, surgery=surgeries)
     outcome = train(toy.parsed(tables, {"run.steps": 2, "objective": {"name": "mlm"}, "teacher": None}))
     export = outcome.folder / "export"
-    small, whole = compact.load(export), models.load(str(export), "none", whole=True)
+    small, whole = compact.load(export), loading.load_model(str(export), "none", whole=True)
     assert any(isinstance(module, torch.nn.Sequential) for module in small.modules())
     batch, needs = toy.batch([5, 3, 9]), OutputSpec(hidden=(2,))
-    found, expected = (models.trace(model.eval(), batch, needs).hidden[2] for model in (small, whole))
+    found, expected = (compute_outputs(model.eval(), batch, needs).hidden[2] for model in (small, whole))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -68,7 +70,9 @@ def test_a_plain_student_has_no_smaller_form(world: World, tmp_path: Path) -> No
     export = run(world, tmp_path, [])
     assert not list(export.glob("compact*"))
     assert not list(export.glob("mask*"))
-    assert torch.equal(logits(compact.load(export)), logits(models.load(str(export), "classification", whole=True)))
+    assert torch.equal(
+        logits(compact.load(export)), logits(loading.load_model(str(export), "classification", whole=True))
+    )
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
@@ -76,7 +80,7 @@ def test_masks_over_a_base_are_the_export(half: bool, world: World, tmp_path: Pa
     """Also without its weights, and with the base elsewhere; they are a bit for each weight, and the head."""
     words = {"deepspeed.bf16.enabled": True, "deepspeed.zero_optimization.stage": 1} if half else {}
     export = run(world, tmp_path, [ADAPT], **{"student.layers": [2, 1]}, **words)
-    whole = models.load(str(export), "classification", whole=True)
+    whole = loading.load_model(str(export), "classification", whole=True)
     expected = logits(whole)
     (export / "model.safetensors").unlink()
     (export / compact.COMPACT_FILE).unlink()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import toy
 import toy_families
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_families import LIKE, SIZES
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lad_dist import families, models, parts, sizes, surgery
+from lad_dist import parts, sizes, surgery
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import EvaluateConfig, PrepareConfig
 from lad_dist.core.batch import Batch, Head, pad, unpad
@@ -30,6 +31,13 @@ from lad_dist.data.prepare import prepare
 from lad_dist.data.tokenizers import load_tokenizer
 from lad_dist.evaluate import evaluate
 from lad_dist.method import Method
+from lad_dist.models import families, loading
+from lad_dist.models.attention import _explicit_attention
+from lad_dist.models.dims import check_length, encoder_layers, model_dims
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.heads import MODEL_CLASSES, has_mlm_head
+from lad_dist.models.hf_config import architecture_config, load_hf_config
+from lad_dist.models.loading import PreTrainedModel, save_model
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.train import train
 
@@ -70,7 +78,7 @@ def labels_of(head: Head) -> tuple[str, ...]:
 
 def as_transformers_does(folder: Path, head: Head, batch: Batch) -> Any:
     """Its own forward over the padded batch, in its own attention, from the folder."""
-    model = models.CLASSES[head].from_pretrained(folder).eval()
+    model = MODEL_CLASSES[head].from_pretrained(folder).eval()
     ids = pad(batch.input_ids, batch).masked_fill(~batch.attended, model.config.pad_token_id)
     inputs = {"input_ids": ids, "attention_mask": batch.attended.long()}
     if getattr(model.config, "type_vocab_size", 0) > 1:
@@ -94,12 +102,12 @@ def real(x: Tensor, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("family", ALL)
 def test_flat_is_padded(family: str, head: Head, words: Any, tmp_path: Path) -> None:
     made = toy_families.made(family, head, words(family), labels_of(head))
-    models.save(made, tmp_path)
-    model = models.load(str(tmp_path), head, labels=labels_of(head)).eval()
+    save_model(made, tmp_path)
+    model = loading.load_model(str(tmp_path), head, labels=labels_of(head)).eval()
     for pad_to in (None, 16):
         batch = batch_of(LENGTHS, head, words(family), pad_to)
         with torch.no_grad():
-            seen = models.trace(model, batch, EVERYTHING)
+            seen = compute_outputs(model, batch, EVERYTHING)
         expected = as_transformers_does(tmp_path, head, batch)
         assert seen.logits is not None
         assert seen.logits.std() > 0.1
@@ -122,9 +130,9 @@ def test_sequences_that_share_a_span_are_each_alone(family: str, words: Any) -> 
         for n, ids in zip(LENGTHS, apart.input_ids.split(LENGTHS), strict=True)
     ]
     with torch.no_grad():
-        parts = [models.trace(model, batch, EVERYTHING) for batch in alone]
+        parts = [compute_outputs(model, batch, EVERYTHING) for batch in alone]
         for span in (12, 40):
-            seen = models.trace(model, toy.packed(apart, span), EVERYTHING)
+            seen = compute_outputs(model, toy.packed(apart, span), EVERYTHING)
             torch.testing.assert_close(seen.logits, torch.cat([p.logits for p in parts]), rtol=1e-5, atol=1e-5)
             for layer in EVERYTHING.hidden:
                 expected = torch.cat([part.hidden[layer] for part in parts])
@@ -144,8 +152,8 @@ def test_queries_keys_and_values_are_those_of_the_layer(family: str, words: Any)
     """Maps of the hidden state before it; also where DeBERTa sends its positions through the same maps."""
     model, batch = toy_families.made(family, "none", words(family)), batch_of(LENGTHS, "none", words(family))
     with torch.no_grad():
-        seen = models.trace(model, batch, OutputSpec(hidden=(1,), qkv=(2,)))
-        stack = models.layers(model)
+        seen = compute_outputs(model, batch, OutputSpec(hidden=(1,), qkv=(2,)))
+        stack = encoder_layers(model)
         maps = {name.rpartition(".")[2]: m for name, m in stack[1 % len(stack)].named_modules()}
         for name, x in zip(MAPS.get(family, ("query", "key", "value")), seen.qkv[2], strict=True):
             torch.testing.assert_close(x.flatten(1), maps[name](seen.hidden[1]), rtol=1e-5, atol=1e-5)
@@ -158,7 +166,7 @@ def test_the_scores_of_modernbert_know_positions(words: Any) -> None:
         batch_of([9], "none", words("modernbert")),
     )
     with torch.no_grad():
-        q, k, _ = models.trace(model, batch, OutputSpec(qkv=(4,))).qkv[4]  # the fourth layer sees everything
+        q, k, _ = compute_outputs(model, batch, OutputSpec(qkv=(4,))).qkv[4]  # the fourth layer sees everything
         model.set_attn_implementation("eager")
         expected = model(input_ids=batch.input_ids[None], output_attentions=True).attentions[3][0]
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
@@ -173,9 +181,9 @@ def test_layers_dropped_exported_and_loaded(family: str, words: Any, tmp_path: P
         model = surgery.keep_layers(toy_families.made(family, head, words(family), labels_of(head)), kept)
         batch = batch_of(LENGTHS, head, words(family))
         with torch.no_grad():
-            seen = models.trace(model, batch, OutputSpec(logits=True))
-        models.save(model, tmp_path / head)
-        assert models.configuration(str(tmp_path / head)).num_hidden_layers == len(kept)
+            seen = compute_outputs(model, batch, OutputSpec(logits=True))
+        save_model(model, tmp_path / head)
+        assert load_hf_config(str(tmp_path / head)).num_hidden_layers == len(kept)
         expected = as_transformers_does(tmp_path / head, head, batch)
         torch.testing.assert_close(seen.logits, theirs(expected, batch, head), rtol=1e-5, atol=1e-5)
 
@@ -186,7 +194,7 @@ def test_the_first_layers_compute_what_they_did(family: str, words: Any) -> None
     surgery.keep_layers(part, [1, 2, 3])
     batch, needs = batch_of(LENGTHS, "none", words(family)), OutputSpec(hidden=(1, 2))
     with torch.no_grad():
-        expected, seen = (models.trace(model, batch, needs).hidden for model in (whole, part))
+        expected, seen = (compute_outputs(model, batch, needs).hidden for model in (whole, part))
     torch.testing.assert_close(seen, expected)
 
 
@@ -196,7 +204,7 @@ def test_another_first_layer_of_modernbert_computes_nearly_what_it_did(words: An
     with torch.no_grad():
         model.embeddings.norm.weight.fill_(0.7)
         layer, batch = model.layers[1], batch_of([9], "none", words("modernbert"))
-        embedded = models.trace(model, batch, OutputSpec(hidden=(0,))).hidden[0]
+        embedded = compute_outputs(model, batch, OutputSpec(hidden=(0,))).hidden[0]
         before = layer.attn.Wqkv(layer.attn_norm(embedded))
         surgery.keep_layers(model, [2, 1])
         assert isinstance(model.layers[0].attn_norm, nn.Identity)
@@ -216,7 +224,7 @@ def test_dropout_is_what_was_asked_for(family: str, words: Any) -> None:
     def moved(hidden: float, attention: float) -> list[bool]:
         """Which layers' outputs differ from one forward to another."""
         surgery.set_dropout(model, hidden, attention)
-        one, other = (models.trace(model, batch, OutputSpec(hidden=(0, 4))).hidden for _ in range(2))
+        one, other = (compute_outputs(model, batch, OutputSpec(hidden=(0, 4))).hidden for _ in range(2))
         return [not torch.equal(one[layer], other[layer]) for layer in (0, 4)]
 
     with torch.no_grad():
@@ -244,23 +252,23 @@ def test_layers_as_thin_products_leave_the_same_trace_when_folded(family: str, w
     """q, k and v are recorded through them too."""
     model, batch = toy_families.made(family, "mlm", words(family)), batch_of(LENGTHS, "mlm", words(family))
     surgery.low_rank(model, keep=0.5)
-    assert len(parts.parts(models.layers(model))) == len(parts.parts(model)) > 0
+    assert len(parts.parts(encoder_layers(model))) == len(parts.parts(model)) > 0
     with torch.no_grad():
-        thin = models.trace(model, batch, EVERYTHING)
-        folded = models.trace(parts.fold(model), batch, EVERYTHING)
+        thin = compute_outputs(model, batch, EVERYTHING)
+        folded = compute_outputs(parts.fold(model), batch, EVERYTHING)
     torch.testing.assert_close(folded, thin, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", SIZES)
 def test_flops_are_those_that_torch_counts(family: str, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of products of matrices; without padding, and with windows that see everything."""
-    monkeypatch.setattr(models.F, "scaled_dot_product_attention", models._explicit_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", _explicit_attention)
     settings = {"local_attention": 64} if family == "modernbert" else {}
     for head in ("classification", *OF_TOKENS):
         model = toy_families.made(family, head, words(family), labels_of(head), **settings).requires_grad_(False)
         batch = batch_of([16] * 4, head, words(family))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            models.trace(model, batch, OutputSpec(logits=True))
+            compute_outputs(model, batch, OutputSpec(logits=True))
         assert counter.get_total_flops() == sum(sizes.flops(model, batch).values())
 
 
@@ -277,19 +285,19 @@ def test_flops_within_windows_by_hand(words: Any) -> None:
 @pytest.mark.parametrize("family", SIZES)
 def test_the_longest_sequence_is_the_longest_that_runs(family: str, words: Any) -> None:
     model = toy_families.made(family, "none", words(family))
-    models.check_length(model.config, "it", 64)
+    check_length(model.config, "it", 64)
     with torch.no_grad():
-        seen = models.trace(model, batch_of([64], "none", words(family)), OutputSpec(hidden=(4,)))
+        seen = compute_outputs(model, batch_of([64], "none", words(family)), OutputSpec(hidden=(4,)))
     assert seen.hidden[4].isfinite().all()
     with pytest.raises(UserError, match="65 tokens, but it has 64 positions"):
-        models.check_length(model.config, "it", 65)
+        check_length(model.config, "it", 65)
 
 
 def test_only_generators_of_electra_have_an_mlm_head() -> None:
     def has(family: str, architecture: str) -> bool:
-        config = models.architecture_config(toy_families.architecture(family), 90)
+        config = architecture_config(toy_families.architecture(family), 90)
         config.architectures = [architecture]
-        return models.has_mlm_head(config)
+        return has_mlm_head(config)
 
     assert has("electra", "ElectraForMaskedLM")
     assert not has("electra", "ElectraForPreTraining")
@@ -306,18 +314,18 @@ def test_only_generators_of_electra_have_an_mlm_head() -> None:
 )
 def test_shapes_that_nothing_here_can_run(family: str, sizes: dict[str, int], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"student.architecture: {message}"):
-        models.architecture_config(toy_families.architecture(family, **sizes), 90)
-    config = models.architecture_config(toy_families.architecture(family, pad_token_id=1), 90)
+        architecture_config(toy_families.architecture(family, **sizes), 90)
+    config = architecture_config(toy_families.architecture(family, pad_token_id=1), 90)
     config.update(sizes)
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}: {message}"):
-        models.configuration(str(tmp_path))
+        load_hf_config(str(tmp_path))
 
 
 def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match=f"{tmp_path}: the family gpt2 is not supported; choose from albert, bert"):
-        models.configuration(str(tmp_path))
+        load_hf_config(str(tmp_path))
 
 
 # Distilling
@@ -339,15 +347,15 @@ def learns(family: str, name: str, words: PreTrainedTokenizerFast) -> bool:
             continue
         student, teacher = _pair(family, head, words)
         student.zero_grad()
-        shapes = [models.shape(model.config, head, labels=len(LABELS)) for model in (student, teacher)]
+        shapes = [model_dims(model.config, head, labels=len(LABELS)) for model in (student, teacher)]
         method = Method(student, kind(*shapes))
         batch = batch_of(LENGTHS, head, words)
         batch = toy.packed(batch, 16) if spans else batch
         with torch.no_grad():
-            target = models.trace(teacher, batch, method.objective.teacher_needs) if kind.taught else None
+            target = compute_outputs(teacher, batch, method.objective.teacher_needs) if kind.taught else None
         loss, _ = method(batch, target)
         loss.backward()
-        gradient = sum(p.grad.abs().sum() for p in models.layers(student).parameters() if p.grad is not None)
+        gradient = sum(p.grad.abs().sum() for p in encoder_layers(student).parameters() if p.grad is not None)
         if not (loss.isfinite() and gradient > 0):
             return False
     return True
@@ -377,8 +385,8 @@ TITLES = {
 }
 
 
-def saved(model: models.PreTrainedModel, words: PreTrainedTokenizerFast, folder: Path) -> Path:
-    models.save(model, folder)
+def saved(model: PreTrainedModel, words: PreTrainedTokenizerFast, folder: Path) -> Path:
+    save_model(model, folder)
     words.save_pretrained(folder)
     return folder
 
@@ -431,7 +439,7 @@ def test_a_family_is_distilled_on_a_corpus(family: str, words: Any, corpora: Any
     outcome = train(toy.parsed(tables, {"run.steps": 2, "data.workers": 0}))
     assert outcome.results is not None
     assert 0 < outcome.results["metrics"]["loss"] < 10
-    assert models.load(str(tmp_path / "toy" / "export"), "none").config.num_hidden_layers == 2
+    assert loading.load_model(str(tmp_path / "toy" / "export"), "none").config.num_hidden_layers == 2
 
 
 # From one family to another
@@ -447,7 +455,7 @@ def test_roberta_teaches_bert_that_reads_its_tokens(words: Any, tmp_path: Path) 
     architecture = toy_families.architecture("bert", num_hidden_layers=2)
     tables["student"] = {"architecture": architecture, "tokenizer": str(teacher)}
     assert train(toy.parsed(tables, {"run.steps": 2})).results is not None
-    student = models.configuration(str(tmp_path / "toy" / "export"))
+    student = load_hf_config(str(tmp_path / "toy" / "export"))
     assert (student.model_type, student.pad_token_id) == ("bert", words("roberta").pad_token_id)
 
 

@@ -17,7 +17,7 @@ from transformers import (
     TokenClassificationPipeline,
 )
 
-from lad_dist import models, plan
+from lad_dist import plan
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import EvaluateConfig, TrainConfig
@@ -27,6 +27,8 @@ from lad_dist.data.feed import TaskFeed
 from lad_dist.data.tasks import load_task
 from lad_dist.data.tokenizers import load_tokenizer
 from lad_dist.evaluate import evaluate, predict
+from lad_dist.models import loading
+from lad_dist.models.forward import compute_outputs
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.train import Outcome, train
 
@@ -173,10 +175,10 @@ def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, Out
     data = parse_config(EvaluateConfig, tables, "toy").data
     dev = TaskFeed(data, load_task(data), words, seed=0).dev["dev"]
     assert isinstance(dev, QuestionExamples)
-    frozen = models.load(str(folder), "question_answering", whole=True).eval()
+    frozen = loading.load_model(str(folder), "question_answering", whole=True).eval()
     with torch.no_grad():
         found = predict(
-            lambda batch: models.trace(frozen, batch, OutputSpec(logits=True)).logits, dev.in_order()
+            lambda batch: compute_outputs(frozen, batch, OutputSpec(logits=True)).logits, dev.in_order()
         ).logits
     raw = load_task(data).dev["dev"]
     inputs = words(raw.questions, raw.contexts, padding=True, return_tensors="pt", return_offsets_mapping=True)
@@ -196,14 +198,14 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
     """A head of the same kind is kept, whatever the outputs for questions are called."""
     labels = LABELS["tagging"]
     classifier = toy.model(tmp_path / "classifier", world.tokenizer, "classification", labels)
-    loaded = models.load(str(classifier), "tagging", labels=labels)
-    before = models.load(str(classifier), "classification", labels=labels).classifier.weight
+    loaded = loading.load_model(str(classifier), "tagging", labels=labels)
+    before = loading.load_model(str(classifier), "classification", labels=labels).classifier.weight
     assert not torch.equal(loaded.classifier.weight, before)
     config = run("tagging", world, files, tmp_path, classifier, {})
     with pytest.raises(UserError, match="is BertForSequenceClassification, which has no head for tagging"):
         plan.make(config)
     unnamed = toy.model(tmp_path / "unnamed", world.tokenizer, "question_answering")
-    first, second = (models.load(str(unnamed), "question_answering", labels=("start", "end")) for _ in range(2))
+    first, second = (loading.load_model(str(unnamed), "question_answering", labels=("start", "end")) for _ in range(2))
     assert torch.equal(first.qa_outputs.weight, second.qa_outputs.weight)
     plan.make(run("question_answering", world, files, tmp_path, unnamed, {}))
 

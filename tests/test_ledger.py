@@ -13,22 +13,25 @@ import toy
 from conftest import World
 from test_launchers import run
 
-from lad_dist import compact, ledger, models, sizes, surgery
+from lad_dist import compact, ledger, sizes, surgery
 from lad_dist.benchmarks import latency
 from lad_dist.card import card, remarks
 from lad_dist.data.tokenizers import load_tokenizer, save_beside
 from lad_dist.ledger import Asked
+from lad_dist.models import loading
+from lad_dist.models.dims import count_parameters, encoder_layers
+from lad_dist.models.loading import save_model
 
 
 def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda student: student) -> Path:
     """A run folder as train() leaves it: two of the teacher's layers after `change`, nothing learnt."""
     tables = toy.task_config(folder, world.files, world.teacher, world.teacher, objective={"name": "kd"})
     config = toy.parsed(tables, {"data.slots": 1})
-    student = change(surgery.keep_layers(models.load(str(world.teacher), "classification", whole=True), [2, 4]))
+    student = change(surgery.keep_layers(loading.load_model(str(world.teacher), "classification", whole=True), [2, 4]))
     batch = toy.batch([16] * 4)
     size, packed = sizes.of(student, batch), compact.pack(student)
     export = config.run.folder / "export"
-    models.save(compact.parts.fold(student), export)  # type: ignore[arg-type]
+    save_model(compact.parts.fold(student), export)  # type: ignore[arg-type]
     packed.save(export, None, None)
     save_beside(load_tokenizer(world.tokenizer), export, segments=True)
     results = {
@@ -100,7 +103,7 @@ def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch:
     measured, real = [], latency.interleaved
 
     def interleaved(forms: Any, *rest: Any) -> list[latency.Timing]:
-        measured.extend(models.parameters(form.func) for form in forms.values())
+        measured.extend(count_parameters(form.func) for form in forms.values())
         return real(forms, *rest)
 
     monkeypatch.setattr(latency, "interleaved", interleaved)
@@ -117,7 +120,7 @@ def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch:
 def test_what_is_smaller_and_not_faster_is_said(world: World, tmp_path: Path) -> None:
     def halved(student: Any) -> Any:
         with torch.no_grad():
-            for layer in models.layers(student):
+            for layer in encoder_layers(student):
                 layer.intermediate.dense.weight[:32] = 0
         return student
 

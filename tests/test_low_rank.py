@@ -13,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lad_dist import low_rank, models, observe, parts, plan, surgery
+from lad_dist import low_rank, parts, plan, surgery
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import validate_arguments
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.low_rank import LowRank, LowRankEmbedding
+from lad_dist.models import activations, loading
+from lad_dist.models.dims import count_parameters, encoder_layers
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.train import train
 
 SAMPLE = [toy.batch([9, 30, 5, 17], seed=seed, labels=[0, 1, 1, 0]) for seed in range(3)]
@@ -27,16 +31,18 @@ SIZES = st.tuples(st.integers(2, 12), st.integers(2, 12)).flatmap(
 )
 
 
-def made(family: str = "bert") -> models.PreTrainedModel:
+def made(family: str = "bert") -> PreTrainedModel:
     torch.manual_seed(0)
     architecture = {"model_type": toy_families.kind(family), "initializer_range": 0.2, **toy_families.SIZES[family]}
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
-    return models.create(architecture, "classification", vocabulary=90, special=special, labels=toy.LABELS).eval()
+    return loading.create_model(
+        architecture, "classification", vocabulary=90, special=special, labels=toy.LABELS
+    ).eval()
 
 
-def logits(model: models.PreTrainedModel, batch: Batch = SAMPLE[0]) -> Tensor:
+def logits(model: PreTrainedModel, batch: Batch = SAMPLE[0]) -> Tensor:
     with torch.no_grad():
-        found = models.trace(model, batch, OutputSpec(logits=True)).logits
+        found = compute_outputs(model, batch, OutputSpec(logits=True)).logits
     assert found is not None
     return found
 
@@ -56,7 +62,7 @@ def test_a_map_is_the_nearest_of_its_rank(sizes: tuple[int, int, int], bias: boo
     assert error.item() == pytest.approx((values[rank:].norm() / values.norm()).item(), abs=1e-6)
     torch.testing.assert_close(folded(x), part(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(small(x), part(x), rtol=1e-5, atol=1e-5)
-    assert models.parameters(small) == min(models.parameters(part), models.parameters(folded))
+    assert count_parameters(small) == min(count_parameters(part), count_parameters(folded))
 
 
 @settings(max_examples=25)
@@ -73,7 +79,7 @@ def test_embeddings_are_the_nearest_of_their_rank(sizes: tuple[int, int, int], p
     assert (folded.weight - embeddings.weight).norm().item() == pytest.approx(dropped.norm().item(), abs=1e-5)
     torch.testing.assert_close(folded(words), part(words), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(small(words), part(words), rtol=1e-5, atol=1e-5)
-    assert models.parameters(small) == min(models.parameters(part), models.parameters(folded))
+    assert count_parameters(small) == min(count_parameters(part), count_parameters(folded))
 
 
 def test_a_padding_word_learns_nothing_as_before() -> None:
@@ -179,7 +185,7 @@ def test_second_moments_are_of_real_tokens(family: str) -> None:
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-3)
 
 
-def _reads_positions(model: models.PreTrainedModel, name: str) -> bool:
+def _reads_positions(model: PreTrainedModel, name: str) -> bool:
     """DeBERTa's maps that see the embeddings of relative positions too, once for each forward."""
     return bool(getattr(model.config, "share_att_key", False)) and name.endswith(("key_proj", "query_proj"))
 
@@ -194,9 +200,9 @@ def _joined(batches: list[Batch]) -> Batch:
 def test_rows_leave_padding_out() -> None:
     batch = toy.batch([2, 3], pad_to=4)
     flat = torch.arange(8.0)[None, :, None]
-    assert observe.rows(flat, batch).flatten().tolist() == [0, 1, 4, 5, 6]
-    assert observe.rows(flat.view(2, 4, 1), batch).flatten().tolist() == [0, 1, 4, 5, 6]
-    assert observe.rows(torch.zeros(2, 1, 3), batch).shape == (2, 3)
+    assert activations.token_rows(flat, batch).flatten().tolist() == [0, 1, 4, 5, 6]
+    assert activations.token_rows(flat.view(2, 4, 1), batch).flatten().tolist() == [0, 1, 4, 5, 6]
+    assert activations.token_rows(torch.zeros(2, 1, 3), batch).shape == (2, 3)
 
 
 def test_words_count_once_more_than_they_occur() -> None:
@@ -207,17 +213,17 @@ def test_words_count_once_more_than_they_occur() -> None:
     assert found.tolist() == [1.0 + (seen == word).sum().item() for word in range(90)]
 
 
-def lowered(model: models.PreTrainedModel, **options: Any) -> models.PreTrainedModel:
+def lowered(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     return surgery.low_rank(model, lambda: SAMPLE, **validate_arguments("low_rank", surgery.low_rank, options))
 
 
 def test_it_replaces_the_maps_that_match_and_keeps_the_share() -> None:
     model = made()
-    before = models.parameters(models.layers(model))
+    before = count_parameters(encoder_layers(model))
     lowered(model, keep=0.5)
     found = parts.parts(model)
     assert len(found) == 4 * 6  # query, key, value, output, intermediate, output
-    assert 0.4 < models.parameters(models.layers(model)) / before < 0.6
+    assert 0.4 < count_parameters(encoder_layers(model)) / before < 0.6
     assert isinstance(model.classifier, nn.Linear)
     assert len(parts.parts(lowered(made(), keep=0.5, modules=r"layer\.0\..*query"))) == 1
 
@@ -226,13 +232,13 @@ def test_embeddings_have_a_share_of_their_own() -> None:
     model = lowered(made(), keep=1.0, embeddings=0.5)
     (part,) = parts.parts(model)
     assert part is model.get_input_embeddings()
-    assert models.parameters(part) == 11 * (90 + 32)  # 0.5 · 90 · 32 / 122 is 11.8
+    assert count_parameters(part) == 11 * (90 + 32)  # 0.5 · 90 · 32 / 122 is 11.8
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("family", toy_families.SIZES)
 def test_one_function_as_parts_folded_and_compact(family: str, weighted: bool) -> None:
-    def model() -> models.PreTrainedModel:
+    def model() -> PreTrainedModel:
         return lowered(made(family), keep=0.4, embeddings=0.4, weighted=weighted)
 
     plain = made(family).state_dict()
@@ -242,7 +248,7 @@ def test_one_function_as_parts_folded_and_compact(family: str, weighted: bool) -
     assert {name: x.shape for name, x in folded.state_dict().items()} == {name: x.shape for name, x in plain.items()}
     torch.testing.assert_close(logits(folded), found, rtol=1e-4, atol=1e-4)
     small = parts.compact(model())
-    assert models.parameters(small) < 0.6 * models.parameters(folded)
+    assert count_parameters(small) < 0.6 * count_parameters(folded)
     torch.testing.assert_close(logits(small), found, rtol=1e-4, atol=1e-4)
 
 

@@ -16,6 +16,8 @@ from conftest import World
 from malformed import Case, assert_one_line, complaint
 from safetensors.torch import load_file, save_file
 
+from lad_dist.models import loading
+
 Edit = Callable[[Path], None]
 
 
@@ -267,11 +269,11 @@ def test_it_ends_in_one_line(case: Case, world: World, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
 def test_weights_of_another_model(case: Case, world: World, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
-    from lad_dist import models
+
     from lad_dist.config.errors import UserError
 
     assert case.make is not None
     case.make(tmp_path, world)
     labels = ("no", "yes")
     with pytest.raises(UserError, match=case.expected):
-        models.load(str(tmp_path / "model"), "classification", labels=labels, whole="teacher" in case.name)
+        loading.load_model(str(tmp_path / "model"), "classification", labels=labels, whole="teacher" in case.name)

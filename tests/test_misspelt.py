@@ -13,7 +13,7 @@ from launching import ROOT
 from pydantic import BaseModel
 from schemas import schema_of
 
-from lad_dist import deepspeed_keys, models, plan
+from lad_dist import deepspeed_keys, plan
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import (
     apply_overrides,
@@ -34,7 +34,8 @@ from lad_dist.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
-from lad_dist.families import FAMILIES
+from lad_dist.models.families import FAMILIES
+from lad_dist.models.hf_config import architecture_config
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.surgery import SURGERIES
 from lad_dist.trials import draw
@@ -182,7 +183,7 @@ def of_schema(schema: type[ConfigTable]) -> Check:
             plan.resolve(config)
             deepspeed_keys.check(config.deepspeed)
             if config.student.architecture is not None:
-                models.architecture_config(config.student.architecture, 100)
+                architecture_config(config.student.architecture, 100)
         elif isinstance(config, SearchConfig) and Path(config.search.base).exists():
             draw(config)
 

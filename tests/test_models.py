@@ -14,11 +14,16 @@ from conftest import World
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from lad_dist import models
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch, Head, unpad
 from lad_dist.core.collate import collate, span_starts
 from lad_dist.core.outputs import OutputSpec
+from lad_dist.models import attention, loading
+from lad_dist.models.attention import _kernel_attention
+from lad_dist.models.dims import encoder_layers
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.frozen import FrozenModel, model_digest
+from lad_dist.models.loading import save_model
 
 VOCABULARY = 90
 LENGTHS = [7, 3, 12, 1, 12]
@@ -30,11 +35,11 @@ def made(folder: Path, head: Head, architecture: dict[str, Any] = toy.SIZES) -> 
     """A folder with a BERT, its weights far from the tiny ones of a new model. Other families: test_families.py."""
     torch.manual_seed(1)
     labels = ("a", "b", "c") if head == "classification" else ()
-    model = models.create(architecture, head, vocabulary=VOCABULARY, labels=labels)
+    model = loading.create_model(architecture, head, vocabulary=VOCABULARY, labels=labels)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
-    models.save(model, folder)
+    save_model(model, folder)
     return folder
 
 
@@ -56,24 +61,24 @@ def real(x: Tensor, batch: Batch) -> Tensor:
 
 
 def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "none")), "none").eval()
+    model = loading.load_model(str(made(tmp_path, "none")), "none").eval()
     together, alone = batch_of([5, 9], "none"), batch_of([5], "none")
     assert together.input_ids[:5].tolist() == alone.input_ids.tolist()
     with torch.no_grad():
-        hidden = [models.trace(model, batch, OutputSpec(hidden=(4,))).hidden[4] for batch in (together, alone)]
+        hidden = [compute_outputs(model, batch, OutputSpec(hidden=(4,))).hidden[4] for batch in (together, alone)]
     torch.testing.assert_close(hidden[0][:5], hidden[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
     """In bf16 and with dropout attention is computed product by product: it keeps the same sequences apart."""
-    model = models.load(str(made(tmp_path, "mlm")), "mlm", dtype=torch.bfloat16).train()
-    for layer in models.layers(model):
+    model = loading.load_model(str(made(tmp_path, "mlm")), "mlm", dtype=torch.bfloat16).train()
+    for layer in encoder_layers(model):
         layer.attention.self.dropout.p = dropout
     apart = batch_of([12, 9, 3], "mlm")
     together = toy.packed(apart._replace(token_type_ids=torch.zeros_like(apart.token_type_ids)), 12)
     model.get_input_embeddings().weight.grad = None
-    hidden = models.trace(model, together, OutputSpec(hidden=(4,))).hidden[4]
+    hidden = compute_outputs(model, together, OutputSpec(hidden=(4,))).hidden[4]
     others = together.input_ids[:12].unique()
     alone = set(range(VOCABULARY)) - set(others.tolist())
     hidden[:12].float().pow(2).sum().backward()
@@ -84,11 +89,11 @@ def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
 
 
 def test_segments_matter(tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "none")), "none").eval()
+    model = loading.load_model(str(made(tmp_path, "none")), "none").eval()
     batch = batch_of(LENGTHS, "none")
     plain = batch._replace(token_type_ids=torch.zeros_like(batch.token_type_ids))
     with torch.no_grad():
-        one, other = (models.trace(model, b, OutputSpec(hidden=(4,))).hidden[4] for b in (batch, plain))
+        one, other = (compute_outputs(model, b, OutputSpec(hidden=(4,))).hidden[4] for b in (batch, plain))
     assert (one - other).abs().max() > 1e-2
 
 
@@ -103,9 +108,9 @@ def test_segments_matter(tmp_path: Path) -> None:
     ],
 )
 def test_a_trace_holds_what_was_needed(needs: OutputSpec, tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "mlm")), "mlm").eval()
+    model = loading.load_model(str(made(tmp_path, "mlm")), "mlm").eval()
     batch = batch_of(LENGTHS, "mlm")
-    seen = models.trace(model, batch, needs)
+    seen = compute_outputs(model, batch, needs)
     assert (seen.logits is not None) is needs.logits
     assert tuple(seen.hidden) == needs.hidden
     assert tuple(seen.qkv) == needs.qkv
@@ -114,19 +119,19 @@ def test_a_trace_holds_what_was_needed(needs: OutputSpec, tmp_path: Path) -> Non
 
 
 def test_the_mlm_head_runs_on_masked_rows_alone(tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "mlm")), "mlm").eval()
+    model = loading.load_model(str(made(tmp_path, "mlm")), "mlm").eval()
     seen: list[int] = []
     model.cls.register_forward_hook(lambda _, args, __: seen.append(args[0].numel() // 32))
     batch = batch_of(LENGTHS, "mlm")
-    models.trace(model, batch, OutputSpec(logits=True))
-    models.trace(model, batch, OutputSpec(hidden=(1,)))  # and not at all where no logits are needed
+    compute_outputs(model, batch, OutputSpec(logits=True))
+    compute_outputs(model, batch, OutputSpec(hidden=(1,)))  # and not at all where no logits are needed
     assert seen == [len(batch.rows)]
 
 
 def test_hooks_are_gone_after_a_forward(tmp_path: Path) -> None:
-    model = models.load(str(made(tmp_path, "mlm")), "mlm").eval()
-    before = models.trace(model, batch_of(LENGTHS, "mlm"), EVERY_LAYER)
-    after = models.trace(model, batch_of([4], "mlm"), EVERY_LAYER)
+    model = loading.load_model(str(made(tmp_path, "mlm")), "mlm").eval()
+    before = compute_outputs(model, batch_of(LENGTHS, "mlm"), EVERY_LAYER)
+    after = compute_outputs(model, batch_of([4], "mlm"), EVERY_LAYER)
     assert before.hidden[1].shape == (35, 32)
     assert after.hidden[1].shape == (4, 32)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -166,48 +171,48 @@ def test_the_kernel_is_called_for_the_same_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel needs a GPU; on a CPU its arguments and layout are held against the padded way. -1: packed spans."""
-    model = models.load(str(made(tmp_path, "mlm", architecture)), "mlm").eval()
+    model = loading.load_model(str(made(tmp_path, "mlm", architecture)), "mlm").eval()
     batch = batch_of(lengths, "mlm", pad_to=pad_to) if pad_to != -1 else toy.packed(batch_of(lengths, "mlm"), 12)
     with torch.no_grad():
-        padded = models.trace(model, batch, EVERY_LAYER)
+        padded = compute_outputs(model, batch, EVERY_LAYER)
         monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
-        monkeypatch.setattr(models, "_padded_attention", models._kernel_attention)
-        kernel = models.trace(model, batch, EVERY_LAYER)
+        monkeypatch.setattr(attention, "_padded_attention", _kernel_attention)
+        kernel = compute_outputs(model, batch, EVERY_LAYER)
     torch.testing.assert_close(kernel.logits, padded.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(real(kernel.hidden[4], batch), real(padded.hidden[4], batch), rtol=1e-5, atol=1e-5)
 
 
 def test_save_and_load_keep_every_bit(world: World, tmp_path: Path) -> None:
-    model = models.load(str(world.pretrained), "mlm")
-    models.save(model, tmp_path)
-    assert models.digest(models.load(str(tmp_path), "mlm")) == models.digest(model)
+    model = loading.load_model(str(world.pretrained), "mlm")
+    save_model(model, tmp_path)
+    assert model_digest(loading.load_model(str(tmp_path), "mlm")) == model_digest(model)
 
 
 def test_digest_sees_one_bit(world: World) -> None:
-    model = models.load(str(world.headless), "none")
-    before = models.digest(model)
+    model = loading.load_model(str(world.headless), "none")
+    before = model_digest(model)
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-6
-    assert models.digest(model) != before
+    assert model_digest(model) != before
 
 
 def test_a_new_head_on_pretrained_layers(world: World) -> None:
     """Layers are those of the folder, the head is the seed's."""
     torch.manual_seed(5)
-    model = models.load(str(world.pretrained), "classification", labels=("x", "y", "z"))
-    source = models.load(str(world.pretrained), "mlm")
-    assert models.digest(models.layers(model)) == models.digest(models.layers(source))
+    model = loading.load_model(str(world.pretrained), "classification", labels=("x", "y", "z"))
+    source = loading.load_model(str(world.pretrained), "mlm")
+    assert model_digest(encoder_layers(model)) == model_digest(encoder_layers(source))
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
     torch.manual_seed(5)
-    again = models.load(str(world.pretrained), "classification", labels=("x", "y", "z"))
-    assert models.digest(again) == models.digest(model)
+    again = loading.load_model(str(world.pretrained), "classification", labels=("x", "y", "z"))
+    assert model_digest(again) == model_digest(model)
     assert model.classifier.weight.abs().max() > 0
 
 
 def test_a_frozen_model_answers_in_the_tasks_order_of_labels(world: World) -> None:
     device = torch.device("cpu")
-    straight = models.Frozen(str(world.teacher), "classification", device=device, labels=("no", "yes"))
-    turned = models.Frozen(str(world.teacher), "classification", device=device, labels=("yes", "no"))
+    straight = FrozenModel(str(world.teacher), "classification", device=device, labels=("no", "yes"))
+    turned = FrozenModel(str(world.teacher), "classification", device=device, labels=("yes", "no"))
     batch = toy.batch(LENGTHS)
     one, other = (m(batch, OutputSpec(logits=True)).logits for m in (straight, turned))
     assert one is not None
@@ -220,9 +225,9 @@ def test_a_frozen_model_answers_in_the_tasks_order_of_labels(world: World) -> No
 
 def test_a_frozen_model_needs_the_head_it_is_asked_for(world: World) -> None:
     with pytest.raises(UserError, match="this model has no mlm head"):
-        models.Frozen(str(world.headless), "mlm", device=torch.device("cpu"))
+        FrozenModel(str(world.headless), "mlm", device=torch.device("cpu"))
 
 
 def test_a_family_of_which_nothing_is_known_is_refused() -> None:
     with pytest.raises(UserError, match=r'student\.architecture\.model_type "t5" is unknown; choose from albert, bert'):
-        models.create({"model_type": "t5", **toy.SIZES}, "none", vocabulary=VOCABULARY)
+        loading.create_model({"model_type": "t5", **toy.SIZES}, "none", vocabulary=VOCABULARY)

@@ -10,9 +10,14 @@ from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist import models, narrow, plan
+from lad_dist import narrow, plan
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
+from lad_dist.models import loading
+from lad_dist.models.dims import model_dims
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.hf_config import architecture_config, load_hf_config
+from lad_dist.models.loading import PreTrainedModel, save_model
 from lad_dist.narrow import Size
 from lad_dist.train import train
 
@@ -27,11 +32,11 @@ SAMPLE = [toy.batch([9, 30, 5, 17], seed=seed, labels=[0, 1, 1, 0]) for seed in 
 ELSEWHERE = toy.batch([7, 12], seed=99, labels=[0, 1])
 
 
-def made(family: str = "bert", head: Any = "classification", **sizes: Any) -> models.PreTrainedModel:
+def made(family: str = "bert", head: Any = "classification", **sizes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     labels = toy.LABELS if head == "classification" else ()
     architecture = {"model_type": family, "initializer_range": 0.2, **FAMILIES[family], **sizes}
-    return models.create(architecture, head, vocabulary=50, labels=labels).eval()
+    return loading.create_model(architecture, head, vocabulary=50, labels=labels).eval()
 
 
 @pytest.mark.parametrize("head", ["classification", "mlm", "none"])
@@ -45,7 +50,7 @@ def test_nothing_is_lost_at_full_width(family: str, head: str) -> None:
     needs = OutputSpec(logits=head != "none", hidden=(0, 1, 4))
     with torch.no_grad():
         torch.testing.assert_close(
-            models.trace(same, ELSEWHERE, needs), models.trace(model, ELSEWHERE, needs), rtol=1e-4, atol=1e-4
+            compute_outputs(same, ELSEWHERE, needs), compute_outputs(model, ELSEWHERE, needs), rtol=1e-4, atol=1e-4
         )
 
 
@@ -53,15 +58,15 @@ def test_nothing_is_lost_at_full_width(family: str, head: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_narrow_model_is_an_ordinary_one(family: str, head: Any, tmp_path: Path) -> None:
     small, errors = narrow.narrow(made(family, head), SAMPLE[:3], Size(16, 2, 20), "principal")
-    models.save(small, tmp_path)
-    again = models.load(str(tmp_path), head, labels=toy.LABELS if head == "classification" else ())
-    assert models.shape(again.config, head).width == 16
-    assert models.shape(again.config, head).heads == 2
+    save_model(small, tmp_path)
+    again = loading.load_model(str(tmp_path), head, labels=toy.LABELS if head == "classification" else ())
+    assert model_dims(again.config, head).width == 16
+    assert model_dims(again.config, head).heads == 2
     assert max(errors.values()) < 1.5
     needs = OutputSpec(hidden=(4,))
     with torch.no_grad():
-        found = models.trace(again.eval(), ELSEWHERE, needs).hidden[4]
-        torch.testing.assert_close(found, models.trace(small, ELSEWHERE, needs).hidden[4])
+        found = compute_outputs(again.eval(), ELSEWHERE, needs).hidden[4]
+        torch.testing.assert_close(found, compute_outputs(small, ELSEWHERE, needs).hidden[4])
 
 
 def test_what_is_lost_falls_with_width_and_faster_along_principal_directions() -> None:
@@ -144,7 +149,7 @@ def test_a_run_says_what_its_student_lost(corpus: bool, world: World, tmp_path: 
         f"initial_error/{name}" for name in ("logits", *(f"{k}/{n}" for k in ("hidden", "lost") for n in (0, 1, 2)))
     }
     assert lost.items() <= results["student"].items()
-    exported = models.configuration(str(config.run.folder / "export"))
+    exported = load_hf_config(str(config.run.folder / "export"))
     assert (exported.hidden_size, exported.intermediate_size, exported.num_hidden_layers) == (16, 32, 2)
 
 
@@ -166,9 +171,9 @@ def test_what_cannot_be_made_is_refused(changes: dict[str, Any], message: str, w
 
 
 def test_models_that_cannot_be_narrowed_say_so() -> None:
-    config = models.architecture_config({"model_type": "albert", "hidden_size": 32, "num_attention_heads": 4}, 50)
+    config = architecture_config({"model_type": "albert", "hidden_size": 32, "num_attention_heads": 4}, 50)
     with pytest.raises(UserError, match="albert cannot be narrowed, only bert"):
         narrow.check(config, 16, None, None, "here")
-    config = models.architecture_config({"model_type": "electra", **FAMILIES["electra"]}, 50)
+    config = architecture_config({"model_type": "electra", **FAMILIES["electra"]}, 50)
     with pytest.raises(UserError, match="as wide as here's embeddings"):
         narrow.check(config, 12, None, None, "here")

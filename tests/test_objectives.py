@@ -6,9 +6,11 @@ import toy
 from torch import Tensor
 from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 
-from lad_dist import models
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
+from lad_dist.models import loading
+from lad_dist.models.dims import model_dims
+from lad_dist.models.forward import compute_outputs
 from lad_dist.objectives import OBJECTIVES
 
 TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.taught)
@@ -21,9 +23,9 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
     torch.manual_seed(0)
     sizes = {**toy.SIZES, "initializer_range": 0.2}  # logits far enough apart that rounding is small beside them
     student, teacher = (
-        models.create(sizes, "classification", vocabulary=50, labels=toy.LABELS).eval() for _ in range(2)
+        loading.create_model(sizes, "classification", vocabulary=50, labels=toy.LABELS).eval() for _ in range(2)
     )
-    size = models.shape(student.config, "classification", labels=2)
+    size = model_dims(student.config, "classification", labels=2)
     objective = OBJECTIVES[name](size, size)
     flat = toy.batch(LENGTHS, labels=[0, 1, 1])
     lengths = [7, 5, 3]
@@ -35,8 +37,8 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
     values = []
     for batch in layouts:
         with torch.no_grad():
-            seen = models.trace(student, batch, objective.student_needs)
-            target = models.trace(teacher, batch, objective.teacher_needs)
+            seen = compute_outputs(student, batch, objective.student_needs)
+            target = compute_outputs(teacher, batch, objective.teacher_needs)
             values.append({key: term.item() for key, term in objective(seen, target, batch).items()})
     for others in values[1:]:
         assert others == pytest.approx(values[0], rel=1e-4, abs=1e-7)

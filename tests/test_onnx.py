@@ -8,20 +8,21 @@ import torch
 import toy
 import toy_families
 
-from lad_dist import models, onnx_export, parts, surgery
+from lad_dist import onnx_export, parts, surgery
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.core.batch import Head
 from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.models.frozen import INPUT_NAMES, InferenceModel
 
 SMALL = {"num_hidden_layers": 1}
 
 
-def served(family: str, head: Head, folder: Path, **settings: Any) -> models.Served:
+def served(family: str, head: Head, folder: Path, **settings: Any) -> InferenceModel:
     """Its linear maps as pairs."""
     words = load_tokenizer(toy_families.tokenizer(family, folder / family))
     labels = {"classification": toy.LABELS, "question_answering": ("start", "end")}.get(head, ())
     model = toy_families.made(family, head, words, labels, **settings)
-    return models.Served(parts.compact(surgery.low_rank(model, keep=0.5)))  # type: ignore[arg-type]
+    return InferenceModel(parts.compact(surgery.low_rank(model, keep=0.5)))  # type: ignore[arg-type]
 
 
 # The other families export alike: they are left out for the seconds that it takes.
@@ -38,7 +39,7 @@ def test_onnx_is_the_model(
     family: str, head: Head, settings: dict[str, Any], inputs: int, outputs: tuple[str, ...], tmp_path: Path
 ) -> None:
     model, file = served(family, head, tmp_path, **settings), tmp_path / "onnx" / "model.onnx"
-    assert (model.inputs, model.outputs) == (models.INPUTS[:inputs], outputs)
+    assert (model.inputs, model.outputs) == (INPUT_NAMES[:inputs], outputs)
     assert onnx_export.export(model, file) < onnx_export.EXACT
     session = onnx_export.Session(file)
     for lengths in ([4], [1, 17], [40, 3, 22]):

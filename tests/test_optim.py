@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lad_dist import models, optim
+from lad_dist import optim
 from lad_dist.config.schema import OptimConfig
 from lad_dist.core.outputs import ModelDims
+from lad_dist.models import loading
 from lad_dist.objectives.lad import LAD
 
 schedules = st.sampled_from(["linear", "cosine", "constant"])
@@ -39,7 +40,7 @@ def test_factor_by_hand() -> None:
 
 
 def test_every_parameter_is_in_one_group(world: World) -> None:
-    student = models.load(str(world.pretrained), "mlm")  # its decoder and its embeddings are one parameter
+    student = loading.load_model(str(world.pretrained), "mlm")  # its decoder and its embeddings are one parameter
     shape = ModelDims(4, 32, 4, "mlm", 200, span=8)
     objective = LAD(shape, shape, variant="paper")
     words = OptimConfig(lr=1e-3, objective_lr=1e-2, weight_decay=0.1)

@@ -13,9 +13,12 @@ from launching import ROOT, launch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lad_dist import costs, models, plan, sizes
+from lad_dist import costs, plan, sizes
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.outputs import OutputSpec
+from lad_dist.models import loading
+from lad_dist.models.dims import count_parameters
+from lad_dist.models.forward import compute_outputs
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.train import train
 
@@ -53,8 +56,8 @@ def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str
     made = plan.make(config_of(world, tmp_path, {"objective": {"name": name}, **taught}))
     real = made.method(made.feed())
     found = costs.of(made, 1)
-    assert found.student == models.parameters(real.student)
-    assert found.objective == models.parameters(real.objective)
+    assert found.student == count_parameters(real.student)
+    assert found.objective == count_parameters(real.objective)
     assert found.memory.optimizer == 8 * (found.student + found.objective)
 
 
@@ -69,18 +72,18 @@ def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str
 )
 def test_parameters_are_those_of_the_export(world: World, tmp_path: Path, changes: dict[str, Any]) -> None:
     made = plan.make(config_of(world, tmp_path, changes))
-    assert costs.of(made, 1).student == models.parameters(made.method(made.feed()).export())
+    assert costs.of(made, 1).student == count_parameters(made.method(made.feed()).export())
 
 
 @pytest.mark.parametrize("head", ["mlm", "none"])
 def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
-    model = models.load(str(world.pretrained), head)  # type: ignore[arg-type]
+    model = loading.load_model(str(world.pretrained), head)  # type: ignore[arg-type]
     batch = toy.batch([16, 16, 16, 16])
     assert batch.filled == batch.tokens
     needs = OutputSpec(logits=head == "mlm", hidden=(4,))
     # The fused kernel of a CPU is not among those that it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        seen = models.trace(model, batch, needs)
+        seen = compute_outputs(model, batch, needs)
         forward = counter.get_total_flops()
         (seen.hidden[4] if seen.logits is None else seen.logits).sum().backward()
     assert sum(sizes.flops(model, batch).values()) == pytest.approx(forward, rel=0.02)

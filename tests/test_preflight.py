@@ -10,8 +10,9 @@ import toy
 from conftest import World
 from launching import launch
 
-from lad_dist import costs, models, plan, preflight
+from lad_dist import costs, plan, preflight
 from lad_dist.config.errors import UserError
+from lad_dist.models.dims import count_parameters
 from lad_dist.preflight import Device, Unfit, check_devices
 
 H200, A100 = "NVIDIA H200", "NVIDIA A100"
@@ -110,7 +111,7 @@ def test_a_corpus_that_lost_a_file_is_refused(world: World, tmp_path: Path) -> N
 def test_a_disk_without_room_for_the_checkpoints(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = corpus_plan(world, tmp_path, {"run.save_every": 1, "run.keep": 3})
     method = made.method(made.feed())
-    needed = 4 * costs.checkpoint_bytes(made, method) + 4 * models.parameters(method.student)
+    needed = 4 * costs.checkpoint_bytes(made, method) + 4 * count_parameters(method.student)
     usage = shutil.disk_usage(tmp_path)
 
     def free(size: int) -> None:

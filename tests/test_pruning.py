@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lad_dist import models, parts, pruning, surgery
+from lad_dist import parts, pruning, surgery
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import validate_arguments
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.models import PreTrainedModel
+from lad_dist.models import loading
+from lad_dist.models.dims import encoder_layers
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.parts import Moment
 from lad_dist.pruning import CRITERIA, Pattern, Pruning, Schedule
 from lad_dist.train import check, train
@@ -29,7 +32,7 @@ LOGITS = OutputSpec(logits=True)
 def made() -> PreTrainedModel:
     torch.manual_seed(0)
     architecture = {"model_type": "bert", **toy.SIZES}
-    return models.create(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
+    return loading.create_model(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
 
 
 def pruned(**options: Any) -> tuple[PreTrainedModel, Pruning]:
@@ -43,7 +46,7 @@ def pruning_of(model: PreTrainedModel) -> Pruning:
 
 
 def logits(model: nn.Module) -> Tensor:
-    found = models.trace(model, toy.batch(LENGTHS), LOGITS).logits  # type: ignore[arg-type]
+    found = compute_outputs(model, toy.batch(LENGTHS), LOGITS).logits  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -74,7 +77,7 @@ def test_it_reaches_its_sparsity_and_folds_into_the_same_function(
     assert torch.equal(logits(folded), found)
     assert set(folded.state_dict()) == set(made().state_dict())
     assert not parts.parts(folded)
-    layers = [m.weight for m in models.layers(model).modules() if isinstance(m, nn.Linear)]
+    layers = [m.weight for m in encoder_layers(model).modules() if isinstance(m, nn.Linear)]
     assert 1 - sum(int(w.count_nonzero()) for w in layers) / sum(w.numel() for w in layers) >= part.sparsity
 
 
@@ -256,7 +259,7 @@ def test_steps_that_are_left_out_change_no_sparsity(criterion: str) -> None:
 
 def test_a_weight_that_the_head_shares_is_refused() -> None:
     torch.manual_seed(0)
-    model = models.create({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90)
+    model = loading.create_model({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90)
     options = validate_arguments("prune", surgery.prune, {"sparsity": 0.5, "modules": "word_embeddings"})
     with pytest.raises(UserError, match="word_embeddings shares its weight with another module; leave it out of"):
         surgery.prune(model, **options)
@@ -264,7 +267,7 @@ def test_a_weight_that_the_head_shares_is_refused() -> None:
 
 def test_only_weights_that_train_are_pruned() -> None:
     model = made()
-    models.layers(model)[0].requires_grad_(False)
+    encoder_layers(model)[0].requires_grad_(False)
     surgery.prune(model, **validate_arguments("prune", surgery.prune, {"sparsity": 0.5}))
     assert not any(".layer.0." in name for name in pruning_of(model).masked)
 

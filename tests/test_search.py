@@ -23,11 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT, environment, launch
 
-from lad_dist import models, train
+from lad_dist import train
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.config.load import load_config, parse_config
 from lad_dist.config.schema import SearchConfig, TaskConfig
 from lad_dist.distributed import processes
+from lad_dist.models import loading
+from lad_dist.models.loading import save_model
 from lad_dist.search import _train, search
 from lad_dist.trials import draw
 
@@ -72,11 +74,11 @@ def with_base(world: World, folder: Path) -> Path:
 
 def denying(world: World, folder: Path) -> Path:
     made = toy.model(folder, world.tokenizer, "classification", toy.LABELS)
-    student = models.load(str(made), "classification", labels=toy.LABELS)
+    student = loading.load_model(str(made), "classification", labels=toy.LABELS)
     with torch.no_grad():
         student.classifier.weight.zero_()
         student.classifier.bias.copy_(torch.tensor([1e-3, 0.0]))
-    models.save(student, folder)
+    save_model(student, folder)
     return folder
 
 

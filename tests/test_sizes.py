@@ -11,11 +11,15 @@ from conftest import World
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lad_dist import models, parts, sizes, surgery
+from lad_dist import parts, sizes, surgery
 from lad_dist.core.batch import Head
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.tokenizers import load_tokenizer
 from lad_dist.low_rank import LowRank
+from lad_dist.models import loading
+from lad_dist.models.dims import count_parameters, encoder_layers
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.loading import PreTrainedModel
 
 VOCABULARY = 50
 # Weights of toy.SIZES, by hand: words, positions, segments, norm; four maps and a norm; two maps and a norm.
@@ -25,10 +29,10 @@ FEED_FORWARD = 2 * 32 * 64 + 64 + 32 + 2 * 32
 POOLER, CLASSIFIER = 32 * 32 + 32, 32 * 2 + 2
 
 
-def made(head: Head = "classification", **settings: Any) -> models.PreTrainedModel:
+def made(head: Head = "classification", **settings: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     labels = toy.LABELS if head == "classification" else ()
-    return models.create({**toy.SIZES, **settings}, head, vocabulary=VOCABULARY, labels=labels)
+    return loading.create_model({**toy.SIZES, **settings}, head, vocabulary=VOCABULARY, labels=labels)
 
 
 def by_component(embeddings: int, attention: int, feed_forward: int, head: int) -> dict[str, int]:
@@ -76,7 +80,7 @@ def test_a_pair_counts_as_a_pair_where_that_is_less(rank: int, less: int) -> Non
     """Of [32, 32] in each of four layers: rank 16 takes no less than the product."""
     model, batch = made(), toy.batch([3, 5])
     plain = sizes.of(model, batch)
-    for layer in models.layers(model):
+    for layer in encoder_layers(model):
         layer.attention.self.query, _ = LowRank.of(layer.attention.self.query, rank)
     found = sizes.of(model, batch)
     assert found["parameters"] == plain["parameters"]
@@ -93,9 +97,9 @@ def test_pairs_are_what_torch_counts() -> None:
     assert sizes.flops(bare, batch) == counted
     compact = parts.compact(model)
     assert sizes.flops(compact, batch) == counted
-    assert sum(sizes.stored(compact).weights.values()) == models.parameters(compact)
+    assert sum(sizes.stored(compact).weights.values()) == count_parameters(compact)
     with FlopCounterMode(display=False) as counter:
-        models.trace(compact, batch, OutputSpec(logits=True))
+        compute_outputs(compact, batch, OutputSpec(logits=True))
     attention = 4 * 4 * 32 * 4 * 16**2  # the fused kernel of a CPU is not among those that it counts
     assert sum(counted.values()) - attention == counter.get_total_flops()
 
@@ -129,8 +133,8 @@ def test_components_of_each_family(family: str, words: Any) -> None:
     """All weights are of one component each; those of layers are of two, and nearly nothing else is."""
     model = toy_families.made(family, "classification", words[family], toy.LABELS)
     found = sizes.stored(model).weights
-    assert sum(found.values()) == models.parameters(model)
-    beside = found["attention"] + found["feed_forward"] - models.parameters(models.layers(model))
+    assert sum(found.values()) == count_parameters(model)
+    beside = found["attention"] + found["feed_forward"] - count_parameters(encoder_layers(model))
     extra = {"mpnet": 32 * 4, "deberta-v2": 32 * 32 * 3 + 3 * 32}  # biases by position; a convolution and its norm
     assert beside == extra.get(family, 0)
     inner = 3 if family == "modernbert" else 2
@@ -146,7 +150,7 @@ def test_narrower_and_shallower_students_count_less(world: World, tmp_path: Path
         tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, objective={"name": "kd"})
         made = plan.make(toy.parsed(tables, {f"student.{key}": value for key, value in changes.items()}))
         model = costs.skeleton(made).student
-        return {"parameters": models.parameters(model), **sizes.flops(model, toy.batch([16]))}
+        return {"parameters": count_parameters(model), **sizes.flops(model, toy.batch([16]))}
 
     whole, shallow, narrow = student(depth=4), student(depth=1), student(depth=4, width=16)
     assert shallow["parameters"] == whole["parameters"] - 3 * (ATTENTION + FEED_FORWARD)

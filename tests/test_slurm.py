@@ -16,10 +16,11 @@ import toy
 from conftest import World
 from slurm_cluster import SlurmCluster
 
-from lad_dist import models
 from lad_dist.config.load import apply_overrides, parse_config
 from lad_dist.config.schema import PrepareConfig, TaskConfig
 from lad_dist.data.prepare import prepare
+from lad_dist.models import loading
+from lad_dist.models.frozen import model_digest
 from lad_dist.train import train
 
 pytestmark = pytest.mark.slurm
@@ -454,7 +455,7 @@ def losses(run: Path) -> list[float]:
 
 
 def exported(run: Path) -> str:
-    return models.digest(models.load(str(run / "export"), "classification", labels=toy.LABELS))
+    return model_digest(loading.load_model(str(run / "export"), "classification", labels=toy.LABELS))
 
 
 def test_two_nodes_train_as_one_process_does(trained: Path, world: World) -> None:

@@ -7,9 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lad_dist import models, surgery
+from lad_dist import surgery
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
+from lad_dist.models import loading
+from lad_dist.models.dims import encoder_layers
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.frozen import model_digest
+from lad_dist.models.loading import PreTrainedModel
 
 FAMILIES = {
     "bert": toy.SIZES,
@@ -19,16 +24,16 @@ FAMILIES = {
 }
 
 
-def made(family: str = "bert") -> models.PreTrainedModel:
+def made(family: str = "bert") -> PreTrainedModel:
     torch.manual_seed(0)
     architecture = {"model_type": family, **FAMILIES[family]}
-    return models.create(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
+    return loading.create_model(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
 
 
-def outputs(model: models.PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(model: PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch = toy.batch([5, 3, 9])
     with torch.no_grad():
-        seen = models.trace(model, batch, OutputSpec(logits=True, hidden=(layer,)))
+        seen = compute_outputs(model, batch, OutputSpec(logits=True, hidden=(layer,)))
     assert seen.logits is not None
     return seen.logits, seen.hidden[layer]
 
@@ -68,19 +73,19 @@ def test_layers_that_are_not_there(rule: str | list[int], depth: int | None) -> 
 def test_kept_layers_are_those_of_the_model(family: str) -> None:
     """Its first two layers compute what they computed in the whole model, and its config counts two."""
     model = made(family)
-    digests = [models.digest(layer) for layer in models.layers(model)]
+    digests = [model_digest(layer) for layer in encoder_layers(model)]
     _, second = outputs(model, 2)
     small = surgery.keep_layers(model, [1, 2])
-    assert [models.digest(layer) for layer in models.layers(small)] == digests[:2]
+    assert [model_digest(layer) for layer in encoder_layers(small)] == digests[:2]
     assert small.config.num_hidden_layers == 2
     torch.testing.assert_close(outputs(small, 2)[1], second)
 
 
 def test_layers_may_be_listed_in_any_order() -> None:
     model = made()
-    digests = [models.digest(layer) for layer in models.layers(model)]
+    digests = [model_digest(layer) for layer in encoder_layers(model)]
     kept = surgery.keep_layers(model, [4, 2])
-    assert [models.digest(layer) for layer in models.layers(kept)] == [digests[3], digests[1]]
+    assert [model_digest(layer) for layer in encoder_layers(kept)] == [digests[3], digests[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

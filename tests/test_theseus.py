@@ -16,11 +16,16 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lad_dist import costs, models, parts, plan, surgery
+from lad_dist import costs, parts, plan, surgery
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.method import Method
+from lad_dist.models import loading
+from lad_dist.models.dims import count_parameters, encoder_layers
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.hf_config import architecture_config
+from lad_dist.models.loading import PreTrainedModel, new_model, save_model
 from lad_dist.objectives.objective import uniform
 from lad_dist.parts import Moment
 from lad_dist.theseus import Theseus, replacing, theseus
@@ -39,21 +44,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in toy_families.SIZES:
         torch.manual_seed(1)
         architecture = toy_families.architecture(family, pad_token_id=1)
-        made = models.create(architecture, "classification", vocabulary=300, labels=toy.LABELS)
+        made = loading.create_model(architecture, "classification", vocabulary=300, labels=toy.LABELS)
         with torch.no_grad():
             for weight in made.parameters():
                 weight.add_(0.2 * torch.randn_like(weight))
         found[family] = tmp_path_factory.mktemp(family)
-        models.save(made, found[family])
+        save_model(made, found[family])
     return found
 
 
-def loaded(folder: Path, kept: list[int] | None = None) -> models.PreTrainedModel:
-    model = models.load(str(folder), "classification", labels=toy.LABELS)
+def loaded(folder: Path, kept: list[int] | None = None) -> PreTrainedModel:
+    model = loading.load_model(str(folder), "classification", labels=toy.LABELS)
     return model if kept is None else surgery.keep_layers(model, kept)
 
 
-def forced(model: models.PreTrainedModel, coins: list[bool]) -> models.PreTrainedModel:
+def forced(model: PreTrainedModel, coins: list[bool]) -> PreTrainedModel:
     """In training, with these blocks replaced."""
     model.train()
     for part, coin in zip(parts.parts(model), coins, strict=True):
@@ -62,7 +67,7 @@ def forced(model: models.PreTrainedModel, coins: list[bool]) -> models.PreTraine
     return model
 
 
-def at(model: models.PreTrainedModel, moment: Moment) -> list[bool]:
+def at(model: PreTrainedModel, moment: Moment) -> list[bool]:
     """The coins of a moment."""
     for part in parts.parts(model):
         part.at(moment)
@@ -79,11 +84,9 @@ def compared(mine: ModelOutputs, its: ModelOutputs, layers: tuple[int, ...]) -> 
             assert torch.equal(x, y)
 
 
-def traced(
-    model: models.PreTrainedModel, layers: tuple[int, ...] = (0, 1, 2), batch: Batch | None = None
-) -> ModelOutputs:
+def traced(model: PreTrainedModel, layers: tuple[int, ...] = (0, 1, 2), batch: Batch | None = None) -> ModelOutputs:
     needs = OutputSpec(logits=True, hidden=layers, qkv=layers[1:])
-    return models.trace(model, toy.batch(LENGTHS) if batch is None else batch, needs)
+    return compute_outputs(model, toy.batch(LENGTHS) if batch is None else batch, needs)
 
 
 # When
@@ -151,13 +154,13 @@ def test_coins_are_functions_of_seed_step_and_block(seed: int, number: int) -> N
 def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> None:
     """Each layer of the predecessor is in one block, in order, and blocks differ by one layer at most."""
     old, new = sizes
-    model = models.create({**toy.SIZES, "num_hidden_layers": new}, "none", vocabulary=8)
+    model = loading.create_model({**toy.SIZES, "num_hidden_layers": new}, "none", vocabulary=8)
     with torch.device("meta"):
-        its = models.new(models.architecture_config({**toy.SIZES, "num_hidden_layers": old}, 8), "none")
-    wide = list(models.layers(its))
+        its = new_model(architecture_config({**toy.SIZES, "num_hidden_layers": old}, 8), "none")
+    wide = list(encoder_layers(its))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lad_dist.theseus._layers_of", lambda *_: models.layers(its))
-        patch.setattr("lad_dist.models.configuration", lambda _: its.config)
+        patch.setattr("lad_dist.theseus._layers_of", lambda *_: encoder_layers(its))
+        patch.setattr("lad_dist.models.hf_config.load_hf_config", lambda _: its.config)
         theseus(model, predecessor="there")
     blocks = [list(part.predecessor) for part in parts.parts(model) if isinstance(part, Theseus)]
     assert [layer for block in blocks for layer in block] == wide
@@ -193,11 +196,11 @@ def test_with_one_block_replaced_it_runs_these_layers_in_a_row(coins: list[bool]
     which was made otherwise, the first or the second."""
     torch.manual_seed(7)
     model, hand = loaded(folders["bert"], [1, 3]), loaded(folders["bert"])
-    for weight in models.layers(model).parameters():
+    for weight in encoder_layers(model).parameters():
         weight.data += 0.1 * torch.randn_like(weight)
-    own, its = list(models.layers(model)), list(models.layers(hand))
+    own, its = list(encoder_layers(model)), list(encoder_layers(hand))
     rows = [[own[0]], its[2:]] if coins[0] else [its[:2], [own[1]]]
-    stack = models.layers(hand)
+    stack = encoder_layers(hand)
     del stack[:]
     stack.extend(layer for row in rows for layer in row)
     expected = traced(hand.eval(), (0, len(rows[0]), 3))
@@ -235,7 +238,7 @@ def test_gradients(coins: list[bool], frozen: bool, folders: dict[str, Path]) ->
         assert all(gradient is not None for gradient in gradients)
         assert any(gradient.any() for gradient in gradients if gradient is not None) == coin
         assert all(weight.grad is None for weight in part.predecessor.parameters())
-    inside = {id(weight) for weight in models.layers(model).parameters()}
+    inside = {id(weight) for weight in encoder_layers(model).parameters()}
     assert all((weight.grad is None) == frozen for weight in model.parameters() if id(weight) not in inside)
 
 
@@ -276,7 +279,7 @@ def test_it_trains_and_the_export_is_the_trained_student(
     seen: dict[str, torch.Tensor] = {}
     export = Method.export
 
-    def watched(method: Method) -> models.PreTrainedModel:
+    def watched(method: Method) -> PreTrainedModel:
         with torch.no_grad():
             logits = traced(method.student.eval()).logits  # type: ignore[arg-type]
         assert logits is not None
@@ -291,11 +294,11 @@ def test_it_trains_and_the_export_is_the_trained_student(
     assert len({row["loss"] for row in rows if "loss" in row}) == 4
     folder = outcome.folder / "export"
     plain = surgery.keep_layers(loaded(world.teacher), [2, 4])
-    assert outcome.results["student"]["parameters"] == models.parameters(plain)
+    assert outcome.results["student"]["parameters"] == count_parameters(plain)
     exported = AutoModelForSequenceClassification.from_pretrained(folder)
     assert exported.state_dict().keys() == plain.state_dict().keys()
     with torch.no_grad():
-        again = traced(models.load(str(folder), "classification", labels=toy.LABELS).eval()).logits
+        again = traced(loading.load_model(str(folder), "classification", labels=toy.LABELS).eval()).logits
     torch.testing.assert_close(again, seen["logits"], rtol=1e-5, atol=1e-5)
     layers = f"{plain.base_model_prefix}.encoder.layer"
     moved = {
@@ -310,8 +313,8 @@ def test_on_a_corpus(world: World, tmp_path: Path) -> None:
     changes = {"objective": {"name": "kd"}, "surgery": [{"name": "theseus"}]}
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained, **changes)
     outcome = train(toy.parsed(tables, {"run.steps": 2}))
-    weights = models.load(str(outcome.folder / "export"), "mlm").state_dict()
-    before = models.load(str(world.pretrained), "mlm").state_dict()
+    weights = loading.load_model(str(outcome.folder / "export"), "mlm").state_dict()
+    before = loading.load_model(str(world.pretrained), "mlm").state_dict()
     words = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(weights[words], before[words])
     assert torch.equal(weights["cls.predictions.bias"], before["cls.predictions.bias"])
@@ -320,7 +323,7 @@ def test_on_a_corpus(world: World, tmp_path: Path) -> None:
 def test_memory_and_checkpoints_are_as_foreseen(world: World, tmp_path: Path) -> None:
     """The predecessor's weights count once, without gradients and moments."""
     origin = toy.model(tmp_path / "wide", world.tokenizer, "classification", toy.LABELS, hidden_size=128)
-    layer = models.parameters(models.layers(loaded(origin))[0])
+    layer = count_parameters(encoder_layers(loaded(origin))[0])
     both = []
     for name, operations in (("plain", []), ("theseus", [{"name": "theseus", "frozen": False}])):
         words = tables(world, tmp_path) | {"surgery": operations, "student": {"path": str(origin), "depth": 2}}
@@ -391,7 +394,7 @@ def test_a_mistake_is_one_line_before_any_weight_is_read(
     def unread(*_: Any, **__: Any) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr(models, "load", unread)
+    monkeypatch.setattr(loading, "load_model", unread)
     filled = {key: x.format_map(places) if isinstance(x, str) else x for key, x in changes.items()}
     operations = {"theseus": {"name": "theseus"}, "low_rank": {"name": "low_rank", "keep": 0.5}}
     operations["theseus"] |= {key: filled.pop(key) for key in list(filled) if "." not in key and key != "surgery"}

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from test_launchers import run as script
 from torch import nn
 
-from lad_dist import compact, models, topology
+from lad_dist import compact, topology
 from lad_dist.config.errors import UserError
+from lad_dist.models import loading
 from lad_dist.topology import Masks, group, overlap, read, report, shuffle_test, shuffled, sparsity
 from lad_dist.train import train
 
@@ -47,7 +48,7 @@ def test_sparsity_by_layer_and_component() -> None:
 def test_every_matrix_has_its_component(family: str) -> None:
     """In every family's words; of layers, none is left over."""
     architecture = toy_families.architecture(family, pad_token_id=1)
-    model = models.create(architecture, "classification", vocabulary=300, labels=toy.LABELS)
+    model = loading.create_model(architecture, "classification", vocabulary=300, labels=toy.LABELS)
     places: dict[Any, list[int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):

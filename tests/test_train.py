@@ -25,12 +25,14 @@ from launching import ROOT, environment
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lad_dist import engine, models
+from lad_dist import engine
 from lad_dist.checkpoints import Checkpoints, facts_of
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
 from lad_dist.method import Method
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.train import Averages, Outcome, train
 from lad_dist.utils import atomic_io
 
@@ -267,7 +269,7 @@ def test_the_export_is_the_trained_model(
     trained: dict[str, Any] = {}
     export = Method.export
 
-    def watched(method: Method) -> models.PreTrainedModel:
+    def watched(method: Method) -> PreTrainedModel:
         trained["before"] = dev_logits(method)
         student = export(method)
         trained["weights"] = {name: weight.clone() for name, weight in student.state_dict().items()}
@@ -287,7 +289,7 @@ def test_the_export_is_the_trained_model(
         needs = OutputSpec(hidden=(2,)) if kind == "none" else OutputSpec(logits=True)
         segments = [np.zeros(len(row), dtype=np.uint8) for row in ids]
         with torch.no_grad():
-            seen = models.trace(method.student, collate(ids, segments, rows, rows), needs)
+            seen = compute_outputs(method.student, collate(ids, segments, rows, rows), needs)
         return seen.hidden[2] if seen.logits is None else seen.logits
 
     monkeypatch.setattr(Method, "export", watched)

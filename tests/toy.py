@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lad_dist import models
 from lad_dist.config.load import apply_overrides, parse_config
 from lad_dist.config.schema import TrainConfig, train_schema
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate, pack
 from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
+from lad_dist.models import loading
+from lad_dist.models.loading import save_model
 
 WORDS = [
     a + b for a in ("ba", "de", "fi", "go", "lu", "ma", "ne", "po") for b in ("n", "rt", "sk", "l", "mp", "st", "d")
@@ -44,8 +45,8 @@ def model(folder: Path, tokenizer_folder: Path, head: str, labels: tuple[str, ..
     """A model folder with new weights and the tokenizer."""
     torch.manual_seed(0)
     words = load_tokenizer(str(tokenizer_folder))
-    made = models.create({**SIZES, **sizes}, head, vocabulary=len(words), labels=labels)  # type: ignore[arg-type]
-    models.save(made, folder)
+    made = loading.create_model({**SIZES, **sizes}, head, vocabulary=len(words), labels=labels)  # type: ignore[arg-type]
+    save_model(made, folder)
     words.save_pretrained(folder)
     return folder
 

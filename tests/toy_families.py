@@ -11,8 +11,9 @@ import toy
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lad_dist import models as encoders
 from lad_dist.data.tokenizers import load_tokenizer, role_ids
+from lad_dist.models import loading
+from lad_dist.models.loading import PreTrainedModel
 
 PADDING_FIRST = {**toy.SIZES, "type_vocab_size": 1, "max_position_embeddings": 66}
 DISTILBERT = {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64}
@@ -81,10 +82,10 @@ def architecture(family: str, **sizes: Any) -> dict[str, Any]:
 
 def made(
     family: str, head: str, words: PreTrainedTokenizerFast, labels: tuple[str, ...] = (), **sizes: Any
-) -> encoders.PreTrainedModel:
+) -> PreTrainedModel:
     """A model in evaluation, its weights far from the tiny ones of a new model."""
     torch.manual_seed(1)
-    model = encoders.create(
+    model = loading.create_model(
         architecture(family, **sizes),
         head,  # type: ignore[arg-type]
         vocabulary=len(words),

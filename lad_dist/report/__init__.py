@@ -18,12 +18,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lad_dist.config.errors import UserError
-from lad_dist.utils.atomic_io import write_text
 from lad_dist.report import pareto, plot
 from lad_dist.report.comparison import Comparison, compare
 from lad_dist.report.found import collect
 from lad_dist.report.tables import table
 from lad_dist.report.text import markdown
+from lad_dist.utils.atomic_io import write_text
 
 
 def report(folders: Sequence[str | Path], baseline: str | None = None, out: str | Path | None = None) -> str:

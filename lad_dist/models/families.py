@@ -68,17 +68,17 @@ FAMILIES = {
 }
 
 
-def of(config: Any) -> Family:
+def family_of(config: Any) -> Family:
     """The facts of the model with this config."""
     return FAMILIES[config.model_type]
 
 
-def check(config: Any, name: str) -> None:
+def check_family(config: Any, name: str) -> None:
     """Raises UserError where the family of the model called `name` is not known, or it is shaped in a way that nothing
     here can run."""
     kind = config.model_type
     if kind not in FAMILIES:
         raise UserError(f"{name}: the family {kind} is not supported; {did_you_mean(kind, FAMILIES)}")
-    for setting, value in of(config).fixed.items():
+    for setting, value in family_of(config).fixed.items():
         if getattr(config, setting) != value:
             raise UserError(f"{name}: {kind} with {setting} = {getattr(config, setting)} is not supported, {value} is")

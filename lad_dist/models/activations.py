@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from lad_dist.core.batch import Batch, one_span_per_sequence, unpad
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.models import PreTrainedModel, trace
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.loading import PreTrainedModel
 
 
 @contextlib.contextmanager
-def seen(modules: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+def capture(modules: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
     """Within it, keep(number, input, output) is called for each of the modules that runs."""
 
     def hook(number: int) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -32,24 +33,24 @@ def seen(modules: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], Non
             handle.remove()
 
 
-def run(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+def run_logits(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     """Its logits, where there is a head."""
     needs = OutputSpec(logits=model.base_model is not model)
     with torch.no_grad():
-        return trace(model, batch.to(model.device), needs).logits
+        return compute_outputs(model, batch.to(model.device), needs).logits
 
 
-def rows(x: Tensor, batch: Batch) -> Tensor:
+def token_rows(x: Tensor, batch: Batch) -> Tensor:
     """[1, N and filler, D] of a body that runs flat, or [U, S, D] of one that runs padded, to the real tokens' [N, D];
     [R, 1, D] of the head to [R, D], and what else has rows of its own likewise."""
     spans = one_span_per_sequence(batch)
     if x.shape[:-1] == spans.sequence.shape:
-        return real(unpad(x, spans._replace(padded_index=spans.padded_index.to(x.device))), batch)
+        return real_tokens(unpad(x, spans._replace(padded_index=spans.padded_index.to(x.device))), batch)
     if len(x) != 1 or x.shape[1] < len(batch.input_ids):
         return x.reshape(-1, x.shape[-1])
-    return real(x[0, : len(batch.input_ids)], batch)
+    return real_tokens(x[0, : len(batch.input_ids)], batch)
 
 
-def real(flat: Tensor, batch: Batch) -> Tensor:
+def real_tokens(flat: Tensor, batch: Batch) -> Tensor:
     """[N, ...] without what `pad_to` padded."""
     return flat if batch.tokens == len(flat) else flat[unpad(batch.attended, batch).to(flat.device)]

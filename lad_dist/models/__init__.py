@@ -1,0 +1,1 @@
+"""Hugging Face encoders: read, created, run on flat tokens, saved."""
