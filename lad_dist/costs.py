@@ -32,8 +32,8 @@ from lad_dist import optim, plan, sizes
 from lad_dist.answers import bytes_of, worth_keeping
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.core.batch import Batch
-from lad_dist.data.feed import CorpusFeed, TaskFeed
-from lad_dist.data.shards import SPLITS, read_manifest
+from lad_dist.data.datasets import CorpusDataset, TaskDataset
+from lad_dist.data.shards.reader import SPLITS, read_manifest
 from lad_dist.method import Method
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.hf_config import load_hf_config
@@ -215,11 +215,11 @@ def _teacher_bytes(made: plan.Plan, method: Method, teacher: nn.Module | None, b
 
 
 def _answers(
-    made: plan.Plan, method: Method, feed: CorpusFeed | TaskFeed, taught: CorpusFeed | TaskFeed, steps: int
+    made: plan.Plan, method: Method, feed: CorpusDataset | TaskDataset, taught: CorpusDataset | TaskDataset, steps: int
 ) -> int:
     """Bytes of the teacher's answers on disk, 0 where it is asked at each step."""
     words = made.config.teacher
-    if words is None or not isinstance(taught, TaskFeed) or not worth_keeping(words, steps, feed.steps_per_epoch):
+    if words is None or not isinstance(taught, TaskDataset) or not worth_keeping(words, steps, feed.steps_per_epoch):
         return 0
     assert made.teacher_shape is not None
     dtype = getattr(torch, words.dtype or made.precision)

@@ -29,12 +29,13 @@ from deepspeed.utils import logger
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lad_dist import optim, resize
+from lad_dist import optim
+from lad_dist.checkpointing import reshard
+from lad_dist.checkpointing.async_save import Files, HostSnapshotEngine
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
 from lad_dist.method import Method
-from lad_dist.saving import Copies, Files
 
 BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 # Of shares, in weights: as many as a CPU computes at once, or a multiple. It rounds those left over at a share's end in
@@ -78,7 +79,7 @@ def build(method: Method, config: TrainConfig) -> Any:
     optimizer = optim.adamw(groups, config.optim, config.zero_stage)
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
-    engine.checkpoint_engine = Copies(resize.read)
+    engine.checkpoint_engine = HostSnapshotEngine(reshard.read)
     engine._copy_recovery_script = lambda _: None  # a checkpoint holds no code
     return engine
 
@@ -104,7 +105,7 @@ def _pieces(x: Tensor) -> Sequence[Tensor]:
 def snapshot(engine: Any, folder: Path) -> Files:
     """All processes call it together; each gets the files that are its own to write."""
     client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
-    engine.save_checkpoint(str(folder), tag=resize.TAG, client_state=client, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=reshard.TAG, client_state=client, save_latest=False)
     return engine.checkpoint_engine.taken()
 
 
@@ -115,7 +116,7 @@ def forget(engine: Any, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         return  # as in most steps
     places = {
         parameter: (number, place)
-        for number, group in enumerate(resize.groups(engine))
+        for number, group in enumerate(reshard.groups(engine))
         for place, parameter in enumerate(group)
     }
     for parameter, kept in pruned:

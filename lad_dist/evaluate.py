@@ -24,10 +24,10 @@ from lad_dist.config.load import check_writable
 from lad_dist.config.schema import EvaluateConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.data.examples import TaskExamples
-from lad_dist.data.feed import TaskFeed
-from lad_dist.data.tasks import check_task, load_task
-from lad_dist.data.tokenizers import load_tokenizer, tokenizer_of_teacher
+from lad_dist.data.datasets import TaskDataset
+from lad_dist.data.tasks.examples import TaskExamples
+from lad_dist.data.tasks.task import check_task, load_task
+from lad_dist.data.tokenization.loading import load_tokenizer, tokenizer_of_teacher
 from lad_dist.distributed import processes
 from lad_dist.models.dims import check_length, check_vocabulary, count_parameters
 from lad_dist.models.frozen import FrozenModel
@@ -138,8 +138,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for path, words in zip(paths, (tokenizer, its), strict=False):
         check_vocabulary(load_hf_config(path), path, len(words))
     device = processes.start()
-    dev = TaskFeed(config.data, task, tokenizer, seed=0).dev
-    teacher_dev = dev if its is tokenizer else TaskFeed(config.data, task, its, seed=0).dev
+    dev = TaskDataset(config.data, task, tokenizer, seed=0).dev
+    teacher_dev = dev if its is tokenizer else TaskDataset(config.data, task, its, seed=0).dev
     frozen = [FrozenModel(path, task.kind, device=device, labels=task.outputs) for path in paths]
     forwards = [partial(logits_of, model) for model in frozen]
     ours, theirs = forwards[0], forwards[1] if len(forwards) > 1 else None

@@ -28,9 +28,9 @@ from lad_dist.config.load import parse_config
 from lad_dist.config.schema import TaskDataConfig, TrainConfig, train_schema
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate
-from lad_dist.data.examples import TaskExamples, tokenize
-from lad_dist.data.tasks import check_task, load_task
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.tasks.examples import TaskExamples, tokenize
+from lad_dist.data.tasks.task import check_task, load_task
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.models import loading
 from lad_dist.models.dims import max_positions
 from lad_dist.models.frozen import InferenceModel

@@ -17,10 +17,11 @@ from lad_dist.config.load import check_writable, lookup, validate_arguments
 from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
 from lad_dist.core.batch import Batch, Head
 from lad_dist.core.outputs import ModelDims, OutputSpec
-from lad_dist.data.feed import CorpusFeed, TaskFeed, open_shards
-from lad_dist.data.shards import Shards
-from lad_dist.data.tasks import Task, check_task, load_task
-from lad_dist.data.tokenizers import PreTrainedTokenizerFast, load_tokenizer, role_ids, tokenizer_of_teacher
+from lad_dist.data.datasets import CorpusDataset, TaskDataset, open_shards
+from lad_dist.data.shards.reader import Shards
+from lad_dist.data.tasks.task import Task, check_task, load_task
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
+from lad_dist.data.tokenization.special_tokens import role_ids
 from lad_dist.distributed import processes
 from lad_dist.method import Method
 from lad_dist.models import loading
@@ -61,20 +62,20 @@ class Plan:
         table = self.config.deepspeed
         return next((name for key, name in PRECISIONS.items() if table.get(key, {}).get("enabled")), "float32")
 
-    def feed(self) -> CorpusFeed | TaskFeed:
+    def feed(self) -> CorpusDataset | TaskDataset:
         """The data, opened."""
         if isinstance(self.config.data, CorpusDataConfig):
-            return CorpusFeed(self.config.data, self.tokenizer, self.config.run.seed)
+            return CorpusDataset(self.config.data, self.tokenizer, self.config.run.seed)
         return self._task_feed(self.tokenizer)
 
-    def teacher_feed(self, feed: CorpusFeed | TaskFeed) -> CorpusFeed | TaskFeed:
+    def teacher_feed(self, feed: CorpusDataset | TaskDataset) -> CorpusDataset | TaskDataset:
         """What the teacher reads: `feed`, or the same examples in its own tokens."""
         return feed if self.teacher_tokenizer is self.tokenizer else self._task_feed(self.teacher_tokenizer)
 
-    def _task_feed(self, tokenizer: PreTrainedTokenizerFast) -> TaskFeed:
+    def _task_feed(self, tokenizer: PreTrainedTokenizerFast) -> TaskDataset:
         assert isinstance(self.config.data, TaskDataConfig)
         assert self.task is not None
-        return TaskFeed(self.config.data, self.task, tokenizer, self.config.run.seed)
+        return TaskDataset(self.config.data, self.task, tokenizer, self.config.run.seed)
 
     def teacher(self, device: torch.device) -> FrozenModel | None:
         if self.config.teacher is None:
@@ -82,7 +83,7 @@ class Plan:
         dtype = getattr(torch, self.config.teacher.dtype or self.precision)
         return FrozenModel(self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels)
 
-    def method(self, feed: CorpusFeed | TaskFeed) -> Method:
+    def method(self, feed: CorpusDataset | TaskDataset) -> Method:
         """Student and objective, weights drawn from the run's seed; what of them is fitted to data is fitted to the
         first batches of the feed."""
         processes.seed_everything(self.config.run.seed)
@@ -130,7 +131,7 @@ class Plan:
         return surgery.keep_layers(model, self.layers)
 
 
-def _sample(feed: CorpusFeed | TaskFeed) -> list[Batch]:
+def _sample(feed: CorpusDataset | TaskDataset) -> list[Batch]:
     """The first batches of the training data: the same on every process."""
     batches: list[Batch] = []
     while sum(batch.tokens for batch in batches) < SAMPLE_TOKENS and len(batches) < SAMPLE_BATCHES:

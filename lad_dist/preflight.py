@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lad_dist import costs, plan, sizes
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import CorpusDataConfig
-from lad_dist.data.shards import SPLITS, Shards
+from lad_dist.data.shards.reader import SPLITS, Shards
 from lad_dist.distributed import processes
 
 NUMBERS = 1 << 17  # of the all-reduce: 1 MiB

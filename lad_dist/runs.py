@@ -29,7 +29,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from lad_dist.card import card
-from lad_dist.checkpoints import Checkpoints
+from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_NO_PROGRESS, EXIT_RUN_AGAIN, UserError
 from lad_dist.config.load import dump_config, with_defaults
 from lad_dist.config.schema import TrainConfig
@@ -71,7 +71,7 @@ class Run:
 
     def __init__(self, config: TrainConfig):
         self.folder = config.run.folder
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.run.keep, config.run.keep_every)
+        self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.run.keep, config.run.keep_every)
         self.export = self.folder / "export"
         self.answers = self.folder / "answers"
         self._metrics = self.folder / "metrics.jsonl"

@@ -21,19 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lad_dist import compact, evaluate, optim, plan, preflight, resize, sizes
+from lad_dist import compact, evaluate, optim, plan, preflight, sizes
 from lad_dist import engine as engines
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
-from lad_dist.checkpoints import facts_of
+from lad_dist.checkpointing import reshard
+from lad_dist.checkpointing.async_save import AsyncCheckpointer, Files, SaveFailed
+from lad_dist.checkpointing.store import read_metadata
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelOutputs, OutputSpec
-from lad_dist.data.feed import TaskFeed
-from lad_dist.data.loader import load
-from lad_dist.data.order import share
-from lad_dist.data.tokenizers import save_beside
+from lad_dist.data.datasets import TaskDataset
+from lad_dist.data.loader import load_batches
+from lad_dist.data.sampling import rank_share
+from lad_dist.data.tokenization.loading import save_beside_model
 from lad_dist.distributed import processes
 from lad_dist.distributed.replica_check import divergent_ranks
 from lad_dist.distributed.watchdog import Watchdog
@@ -44,7 +46,6 @@ from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.loading import PreTrainedModel, save_model
 from lad_dist.parts import Moment
 from lad_dist.runs import Run
-from lad_dist.saving import Files, Saver, Unsaved
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -167,7 +168,7 @@ def _answers(
 ) -> Answers | None:
     """The teacher's, where they are worth keeping."""
     words = made.config.teacher
-    if words is None or teacher is None or not isinstance(feed, TaskFeed):
+    if words is None or teacher is None or not isinstance(feed, TaskDataset):
         return None
     assert made.teacher_shape is not None
     if not worth_keeping(words, steps, feed.steps_per_epoch):
@@ -268,7 +269,7 @@ class Loop:
             self.saver.now(done)
             self.run.stopped()
         if self.saver.gave_up:
-            raise Unsaved(f"{self.run.folder}: stopped, as saving failed again and again ({self.saver.why})")
+            raise SaveFailed(f"{self.run.folder}: stopped, as saving failed again and again ({self.saver.why})")
         return asked
 
     def _check_agreement(self, done: int) -> None:
@@ -322,8 +323,8 @@ class Loop:
 
     def batches(self, first: int) -> Generator[list[Batch]]:
         """This process's slots of each step, made ahead of it."""
-        mine = share(self.feed.slots, processes.rank(), processes.world_size())
-        loaded = load(self.feed, self._steps(first), mine, self.config.data.workers)
+        mine = rank_share(self.feed.slots, processes.rank(), processes.world_size())
+        loaded = load_batches(self.feed, self._steps(first), mine, self.config.data.workers)
         while True:
             with self.clock("data"):
                 batches = next(loaded, None)
@@ -344,7 +345,7 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float]:
         self.engine.eval()
-        if isinstance(self.feed, TaskFeed):
+        if isinstance(self.feed, TaskDataset):
             dev = self.feed.dev
             predictions = {name: evaluate.predict(self._logits, dev[name].in_order()) for name in dev}
             return evaluate.task_scores(dev, predictions)
@@ -365,9 +366,9 @@ class Loop:
         checkpoint = self.run.newest()
         if checkpoint is None:
             return 0
-        facts = facts_of(checkpoint)
+        facts = read_metadata(checkpoint)
         self._check_same_data(checkpoint, facts)
-        resize.load(self.engine, checkpoint, facts["layout"], self._layout())
+        reshard.load_checkpoint(self.engine, checkpoint, facts["layout"], self._layout())
         self.guard.judge.restore(facts["judge"])
         self.seconds = facts["seconds"]
         self.saver.start_at(facts["step"])
@@ -381,9 +382,9 @@ class Loop:
             )
 
     @cached_property
-    def saver(self) -> Saver:
+    def saver(self) -> AsyncCheckpointer:
         every, alive = self.config.run.save_every, partial(self.watch.mark, phase="saving")
-        return Saver(self.run.checkpoints, every, self._snapshot, self._facts, alive)
+        return AsyncCheckpointer(self.run.checkpoints, every, self._snapshot, self._facts, alive)
 
     def _snapshot(self, step: int, folder: Path) -> Files:
         """Of weights that are alike: no checkpoint keeps what a broken device made. Raises Fault."""
@@ -440,14 +441,14 @@ class Loop:
             if packed is not None:
                 save_model(student, self.run.export)
                 packed.save(self.run.export, self.config.student.path, self.made.layers)
-                save_beside(self.made.tokenizer, self.run.export, uses_segments(student.config))
+                save_beside_model(self.made.tokenizer, self.run.export, uses_segments(student.config))
         results["student"] |= processes.on_main(lambda: sizes.table_on_disk(self.run.export))
         self.run.finish(results)
         return Outcome(self.run.folder, results)
 
     def _compare(self) -> dict[str, dict[str, float]]:
         self.engine.eval()
-        if not isinstance(self.feed, TaskFeed):
+        if not isinstance(self.feed, TaskDataset):
             return {"student": evaluate.mean_terms(self._terms, self.feed.held_out)}
         teacher = partial(evaluate.logits_of, self.teacher) if self.teacher else None
         return evaluate.compare(self.feed.dev, self._logits, teacher, self.teacher_feed.dev)

@@ -22,7 +22,7 @@ LINE_EVERY = 10  # seconds
 
 
 def main(config: PrepareConfig) -> int:
-    from lad_dist.data.prepare import prepare
+    from lad_dist.data.shards.prepare import prepare
 
     console = cli.Console(config.out, every=LINE_EVERY)
     try:
@@ -36,7 +36,7 @@ def main(config: PrepareConfig) -> int:
 
 
 def verify(words: list[str]) -> int:
-    from lad_dist.data.shards import verify
+    from lad_dist.data.shards.reader import verify
 
     if len(words) != 1:
         raise UserError("--verify: give the folder of one corpus")

@@ -75,9 +75,9 @@ def journey(folder: Path, changes: Changes) -> Results | None:
 def check(folder: Path, changes: Changes) -> None:
     """Raises UserError for a change that some stage would refuse, before the first one begins."""
     from lad_dist import plan
-    from lad_dist.data import documentation
+    from lad_dist.data.sources import docstrings
 
-    validate_arguments("text", documentation.write, dict(changes.get("text", [])))
+    validate_arguments("text", docstrings.write, dict(changes.get("text", [])))
     configured(PrepareConfig, "corpus", folder, changes)
     for name, stage in RUNS.items():
         plan.resolve(configured(stage.schema, name, folder, changes))
@@ -85,13 +85,13 @@ def check(folder: Path, changes: Changes) -> None:
 
 def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
     """Text, tokenizer and token shards. Returns counts for a person to read; None when it was stopped early."""
-    from lad_dist.data import documentation
-    from lad_dist.data.prepare import prepare
-    from lad_dist.data.tokenizers import train_wordpiece
+    from lad_dist.data.shards.prepare import prepare
+    from lad_dist.data.sources import docstrings
+    from lad_dist.data.tokenization.algorithms import train_wordpiece
 
     cli.say("1/6 Reading the documentation of this installation: about half a minute.")
-    options = validate_arguments("text", documentation.write, dict(changes.get("text", [])))
-    counts = documentation.write(folder / "text", **options)
+    options = validate_arguments("text", docstrings.write, dict(changes.get("text", [])))
+    counts = docstrings.write(folder / "text", **options)
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         files = sorted((folder / "text" / "corpus").glob("*.txt"))
         train_wordpiece((file.read_text(encoding="utf-8") for file in files), VOCABULARY, folder / "tokenizer")

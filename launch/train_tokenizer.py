@@ -11,9 +11,9 @@ from lad_dist.config.schema import TokenizerConfig
 
 
 def main(config: TokenizerConfig) -> int:
-    from lad_dist.data.train_tokenizer import train
+    from lad_dist.data.tokenization.train import train_tokenizer
 
-    train(config, cli.say)
+    train_tokenizer(config, cli.say)
     return EXIT_DONE
 
 

@@ -29,7 +29,7 @@ import toy
 from conftest import World
 from launching import FORKS, ROOT, environment, free_port, launcher
 
-from lad_dist import checkpoints
+from lad_dist.checkpointing import store
 from lad_dist.config.load import apply_overrides
 
 LONG = os.environ.get("LAD_DIST_CHAOS") == "long"
@@ -69,11 +69,11 @@ class Victim:
 
     @property
     def saved(self) -> list[Path]:
-        return checkpoints.Checkpoints(self.checkpoints)._saved()
+        return store.CheckpointStore(self.checkpoints)._saved()
 
     @property
     def saved_step(self) -> int:
-        return checkpoints.facts_of(self.saved[-1])["step"] if self.saved else 0
+        return store.read_metadata(self.saved[-1])["step"] if self.saved else 0
 
     @property
     def drafts(self) -> set[tuple[str, int]]:
@@ -87,7 +87,7 @@ class Victim:
     @property
     def damaged(self) -> list[str]:
         """What is wrong with checkpoints that look whole."""
-        return [f"{path.name}: {fault}" for path in self.saved if (fault := checkpoints._fault(path))]
+        return [f"{path.name}: {fault}" for path in self.saved if (fault := store._fault(path))]
 
     @property
     def done(self) -> bool:

@@ -17,7 +17,7 @@ import toy
 from hypothesis import settings
 
 from lad_dist.config.schema import PrepareConfig
-from lad_dist.data.prepare import prepare
+from lad_dist.data.shards.prepare import prepare
 from lad_dist.models import loading
 
 settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a machine is, not whether the code is right

@@ -23,7 +23,7 @@ import chaos
 import tomli_w
 from chaos import Victim
 
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.models import loading
 from lad_dist.models.loading import save_model
 
@@ -36,8 +36,8 @@ def timed(out: Path) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from lad_dist.anomalies import Guard
+    from lad_dist.checkpointing.async_save import AsyncCheckpointer
     from lad_dist.distributed.watchdog import Watchdog
-    from lad_dist.saving import Saver
     from lad_dist.train import Loop
 
     seconds: dict[str, Seconds] = {}
@@ -48,8 +48,8 @@ def timed(out: Path) -> None:
         ("marks", Watchdog, "mark"),
         ("watch thread", Watchdog, "_run"),
         ("agreement", Loop, "_check_agreement"),
-        ("saving, main thread", Saver, "after"),
-        ("saving, its thread", Saver, "_write"),
+        ("saving, main thread", AsyncCheckpointer, "after"),
+        ("saving, its thread", AsyncCheckpointer, "_write"),
     ):
         setattr(owner, method, _added_up(getattr(owner, method), name, seconds))
     step, finish, begun = Loop.step, Loop._finish, _now()

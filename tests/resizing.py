@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from launching import ROOT, launch
 
-from lad_dist import resize
+from lad_dist.checkpointing import reshard
+from lad_dist.checkpointing.async_save import write
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import train_schema
 from lad_dist.distributed import processes
 from lad_dist.engine import snapshot
 from lad_dist.runs import Run
-from lad_dist.saving import write
 from lad_dist.train import Averages, Loop, check, prepare
 
 State = dict[str, Any]
@@ -69,7 +69,7 @@ def run(stretches: list[Stretch]) -> None:
 def work(stretch: Stretch) -> None:
     loop, found = start(stretch), {"starts": [], "saves": {}, "samples": {}}
     for checkpoint, was in stretch.starts:
-        resize.load(loop.engine, Path(checkpoint), was, stretch.layout)
+        reshard.load_checkpoint(loop.engine, Path(checkpoint), was, stretch.layout)
         found["starts"].append(state(loop.engine))
     for done in train(loop, stretch, found["samples"]):
         if done in stretch.saves:

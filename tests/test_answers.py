@@ -17,9 +17,9 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelOutputs, OutputSpec
-from lad_dist.data.feed import TaskFeed
-from lad_dist.data.tasks import load_task
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.datasets import TaskDataset
+from lad_dist.data.tasks.task import load_task
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.train import train
 
@@ -33,16 +33,16 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "BATCH", 5)
 
 
-def feed(world: World, **words: Any) -> TaskFeed:
+def feed(world: World, **words: Any) -> TaskDataset:
     data = TaskDataConfig(**world.files, max_length=32, examples_per_slot=7, **words)
-    return TaskFeed(data, load_task(data), load_tokenizer(str(world.tokenizer)), seed=3)
+    return TaskDataset(data, load_task(data), load_tokenizer(str(world.tokenizer)), seed=3)
 
 
 def frozen(world: World) -> FrozenModel:
     return FrozenModel(str(world.teacher), "classification", device=CPU, labels=toy.LABELS)
 
 
-def kept(folder: Path, ask: answers.Ask, data: TaskFeed, needs: OutputSpec = NEEDS) -> Answers:
+def kept(folder: Path, ask: answers.Ask, data: TaskDataset, needs: OutputSpec = NEEDS) -> Answers:
     return Answers(folder, ask, {"weights": "toy"}, data.train, needs, CPU, size=0)
 
 

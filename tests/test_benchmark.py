@@ -13,7 +13,7 @@ from launching import ROOT, launch
 from lad_dist.benchmarks import data, step
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import PrepareConfig, TaskConfig
-from lad_dist.data.shards import Shards, read_manifest
+from lad_dist.data.shards.reader import Shards, read_manifest
 
 
 def test_a_step_is_taken_apart(world: World, tmp_path: Path) -> None:

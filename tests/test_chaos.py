@@ -19,8 +19,8 @@ from conftest import World
 from test_checkpoints import random_damage
 from traced import changes, failing, killed
 
-from lad_dist.checkpoints import Checkpoints, facts_of
-from lad_dist.saving import write
+from lad_dist.checkpointing.async_save import write
+from lad_dist.checkpointing.store import CheckpointStore, read_metadata
 
 pytestmark = pytest.mark.processes
 
@@ -91,7 +91,7 @@ def content(step: int, draft: str) -> Content:
 
 def save(folder: Path, step: int, draft: str = "") -> None:
     """As a run does, with two files."""
-    store = Checkpoints(folder)
+    store = CheckpointStore(folder)
     path = store.draft(step)
     files = [(path / "state" / "a.pt", content(step, draft)), (path / "state" / "b.pt", {"step": step})]
     store.commit(path, {"step": step}, write(files, path))
@@ -136,9 +136,9 @@ def test_a_save_that_is_killed_at_any_of_its_file_operations_leaves_a_valid_chec
 
 def _saved_step(folder: Path) -> int:
     """Of the newest valid checkpoint, whose content is that of one of its drafts."""
-    newest = Checkpoints(folder).newest()
+    newest = CheckpointStore(folder).newest()
     assert newest is not None
-    step = facts_of(newest)["step"]
+    step = read_metadata(newest)["step"]
     found = torch.load(newest / "state" / "a.pt", weights_only=True)
     assert any(found.keys() == content(step, draft).keys() for draft in ("", "again"))
     assert torch.equal(found["weight"], content(step, "")["weight"])
@@ -153,7 +153,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     stopped_at(victim, STEPS - 20)
     shutil.copytree(victim.folder, whole)
     for _ in range(times):
-        newest, before = victim.saved[-1].name, facts_of(victim.saved[-2])["step"]
+        newest, before = victim.saved[-1].name, read_metadata(victim.saved[-2])["step"]
         done = random_damage(victim.saved[-1], dice)
         life = chaos.begin(victim)
         assert life.end() == [0, 0], (done, life.said[-3000:])

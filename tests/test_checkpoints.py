@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from lad_dist import cli
-from lad_dist.checkpoints import MANIFEST, Checkpoints, NothingToResume, facts_of
+from lad_dist.checkpointing.store import MANIFEST, CheckpointStore, NoValidCheckpoint, read_metadata
 from lad_dist.config.errors import UserError
 from lad_dist.utils.atomic_io import file_digest, list_files
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Checkpoints:
-    return Checkpoints(tmp_path / "checkpoints")
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints")
 
 
 def fill(draft: Path, step: int) -> None:
@@ -25,7 +25,7 @@ def fill(draft: Path, step: int) -> None:
     (draft / "note").write_text(f"of step {step}")
 
 
-def saved(store: Checkpoints, *steps: int) -> Checkpoints:
+def saved(store: CheckpointStore, *steps: int) -> CheckpointStore:
     for step in steps:
         draft = store.draft(step)
         fill(draft, step)
@@ -35,14 +35,14 @@ def saved(store: Checkpoints, *steps: int) -> Checkpoints:
     return store
 
 
-def names(store: Checkpoints) -> list[str]:
+def names(store: CheckpointStore) -> list[str]:
     return sorted(path.name.removeprefix("step-00") for path in store.folder.glob("step-*"))
 
 
-def newest_step(store: Checkpoints) -> int:
+def newest_step(store: CheckpointStore) -> int:
     newest = store.newest()
     assert newest is not None
-    step: int = facts_of(newest)["step"]
+    step: int = read_metadata(newest)["step"]
     return step
 
 
@@ -117,13 +117,13 @@ DAMAGES = [
 ]  # fmt: skip
 
 
-def test_a_new_run_has_nothing_to_resume(store: Checkpoints) -> None:
+def test_a_new_run_has_nothing_to_resume(store: CheckpointStore) -> None:
     assert store.newest() is None
     assert store.newest_name() is None
     assert not store.folder.exists()
 
 
-def test_the_newest_two_are_kept(store: Checkpoints) -> None:
+def test_the_newest_two_are_kept(store: CheckpointStore) -> None:
     saved(store, 2, 10, 9_999, 10_000)
     assert names(store) == ["0009999", "0010000"]
     assert newest_step(store) == 10_000
@@ -131,19 +131,19 @@ def test_the_newest_two_are_kept(store: Checkpoints) -> None:
 
 
 def test_so_many_are_kept_and_every_third_for_good(tmp_path: Path) -> None:
-    store = saved(Checkpoints(tmp_path, keep=3, keep_every=3), *range(10, 120, 10))
+    store = saved(CheckpointStore(tmp_path, keep=3, keep_every=3), *range(10, 120, 10))
     assert [int(name) for name in names(store)] == [30, 60, 90, 100, 110]
 
 
 def test_a_run_taken_up_goes_on_counting(tmp_path: Path) -> None:
     for step in range(10, 120, 10):
-        store = saved(Checkpoints(tmp_path, keep=3, keep_every=3), step)
+        store = saved(CheckpointStore(tmp_path, keep=3, keep_every=3), step)
     assert [int(name) for name in names(store)] == [30, 60, 90, 100, 110]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_checkpoint_gives_way(
-    damage: Callable[[Path], None], store: Checkpoints, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[Path], None], store: CheckpointStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(store, 1, 2)
     damage(store.folder / "step-000000002")
@@ -174,7 +174,7 @@ def random_damage(checkpoint: Path, draw: random.Random) -> str:
     return f"{kind} {file.relative_to(checkpoint)} at {place} of {len(content)}"
 
 
-def test_every_one_of_300_random_damages_is_found(store: Checkpoints, tmp_path: Path) -> None:
+def test_every_one_of_300_random_damages_is_found(store: CheckpointStore, tmp_path: Path) -> None:
     saved(store, 1, 2)
     whole = tmp_path / "whole"
     shutil.copytree(store.folder, whole)
@@ -187,7 +187,7 @@ def test_every_one_of_300_random_damages_is_found(store: Checkpoints, tmp_path: 
     assert newest_step(store) == 2
 
 
-def test_what_damaged_ones_leave_is_removed_by_the_next_commit_and_no_valid_one_with_it(store: Checkpoints) -> None:
+def test_what_damaged_ones_leave_is_removed_by_the_next_commit_and_no_valid_one_with_it(store: CheckpointStore) -> None:
     saved(store, 1, 5)
     flip_a_byte(store.folder / "step-000000005")
     assert newest_step(store) == 1
@@ -196,7 +196,7 @@ def test_what_damaged_ones_leave_is_removed_by_the_next_commit_and_no_valid_one_
 
 
 def test_without_a_valid_checkpoint_nothing_starts_afresh(
-    store: Checkpoints, capsys: pytest.CaptureFixture[str]
+    store: CheckpointStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(store, 1, 2)
     for checkpoint in store.folder.glob("step-*"):
@@ -210,10 +210,10 @@ def test_without_a_valid_checkpoint_nothing_starts_afresh(
         assert cli.guarded(work) == 3
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.endswith("none of the 2 checkpoints is valid; remove the run folder to start afresh")
-    assert issubclass(NothingToResume, UserError)
+    assert issubclass(NoValidCheckpoint, UserError)
 
 
-def test_a_half_written_draft_is_ignored_and_then_replaced(store: Checkpoints) -> None:
+def test_a_half_written_draft_is_ignored_and_then_replaced(store: CheckpointStore) -> None:
     saved(store, 1)
     draft = store.folder / "step-000000002.draft"
     shutil.copytree(store.folder / "step-000000001", draft)
@@ -225,7 +225,7 @@ def test_a_half_written_draft_is_ignored_and_then_replaced(store: Checkpoints) -
     assert not (store.folder / "step-000000002" / "leftover").exists()
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced(store: Checkpoints) -> None:
+def test_a_checkpoint_of_the_same_step_is_replaced(store: CheckpointStore) -> None:
     saved(store, 1)
     flip_a_byte(store.folder / "step-000000001")
     saved(store, 1)
@@ -237,5 +237,5 @@ def test_what_a_crash_left_gives_its_room_back_before_any_is_asked_for(tmp_path:
     for name in ("step-000000001", "step-000000002.draft", "step-000000001.removed", "step-000000003.damaged"):
         (tmp_path / name / "state").mkdir(parents=True)
         (tmp_path / name / "state" / "x.pt").write_bytes(b"x")
-    Checkpoints(tmp_path).tidy()
+    CheckpointStore(tmp_path).tidy()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000003.damaged"]

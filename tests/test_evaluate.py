@@ -16,9 +16,10 @@ from lad_dist import evaluate
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import EvaluateConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
-from lad_dist.data.examples import tokenize
-from lad_dist.data.tasks import Task, Texts
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.tasks.examples import tokenize
+from lad_dist.data.tasks.files import Texts
+from lad_dist.data.tasks.task import Task
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.distributed import processes
 from lad_dist.evaluate import Predictions
 from lad_dist.train import train

@@ -27,8 +27,8 @@ from lad_dist.config.schema import EvaluateConfig, PrepareConfig
 from lad_dist.core.batch import Batch, Head, pad, unpad
 from lad_dist.core.collate import collate, span_starts
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.data.prepare import prepare
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.shards.prepare import prepare
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.evaluate import evaluate
 from lad_dist.method import Method
 from lad_dist.models import families, loading

@@ -11,8 +11,9 @@ import toy
 from conftest import World
 from torch import Tensor
 
-from lad_dist import cli, saving
-from lad_dist.checkpoints import Checkpoints
+from lad_dist import cli
+from lad_dist.checkpointing import async_save
+from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes, replica_check
@@ -147,7 +148,7 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_after_three(
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "write", full)
+    monkeypatch.setattr(async_save, "write", full)
     rows: list[Row] = []
     config = make({"run.steps": 30, "run.save_every": 2})
     with pytest.raises(Fault, match="No space left on device") as found:
@@ -185,5 +186,5 @@ def test_weights_that_differ_end_the_run_before_they_are_saved(
     config = make({"run.save_every": 3})
     with pytest.raises(Fault, match="after step 2 the weights of rank 1 are not those of the others"):
         train(config)
-    assert Checkpoints(config.run.folder / "checkpoints").newest() is None
+    assert CheckpointStore(config.run.folder / "checkpoints").newest() is None
     assert replica_check.divergent_ranks([]) == []

@@ -13,8 +13,8 @@ from lad_dist import cli
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import load_config
 from lad_dist.config.schema import TaskConfig, TaskDataConfig
-from lad_dist.data.shards import Shards
-from lad_dist.data.tasks import load_task
+from lad_dist.data.shards.reader import Shards
+from lad_dist.data.tasks.task import load_task
 
 # Pieces of the formats, put together in any order, beside bytes of any kind.
 TOKENS = [

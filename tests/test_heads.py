@@ -22,10 +22,10 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import EvaluateConfig, TrainConfig
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.data.examples import QuestionExamples
-from lad_dist.data.feed import TaskFeed
-from lad_dist.data.tasks import load_task
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.datasets import TaskDataset
+from lad_dist.data.tasks.examples import QuestionExamples
+from lad_dist.data.tasks.task import load_task
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.evaluate import evaluate, predict
 from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
@@ -173,7 +173,7 @@ def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, Out
     words = load_tokenizer(folder)
     tables = {"model": {"path": str(folder)}, "data": {**files["question_answering"], **SIZES}}
     data = parse_config(EvaluateConfig, tables, "toy").data
-    dev = TaskFeed(data, load_task(data), words, seed=0).dev["dev"]
+    dev = TaskDataset(data, load_task(data), words, seed=0).dev["dev"]
     assert isinstance(dev, QuestionExamples)
     frozen = loading.load_model(str(folder), "question_answering", whole=True).eval()
     with torch.no_grad():

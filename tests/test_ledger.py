@@ -16,7 +16,7 @@ from test_launchers import run
 from lad_dist import compact, ledger, sizes, surgery
 from lad_dist.benchmarks import latency
 from lad_dist.card import card, remarks
-from lad_dist.data.tokenizers import load_tokenizer, save_beside
+from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
 from lad_dist.ledger import Asked
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers
@@ -33,7 +33,7 @@ def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda s
     export = config.run.folder / "export"
     save_model(compact.parts.fold(student), export)  # type: ignore[arg-type]
     packed.save(export, None, None)
-    save_beside(load_tokenizer(world.tokenizer), export, segments=True)
+    save_beside_model(load_tokenizer(world.tokenizer), export, segments=True)
     results = {
         "command": "python train.py",
         "config": config.model_dump(mode="json", exclude_none=True),

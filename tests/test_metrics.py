@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 
-from lad_dist.metrics import answers, entities, likeness, loyalty, score
+from lad_dist.data.tasks.metrics import answers, entities, likeness, loyalty, score
 
 
 def one_hot(classes: list[int], width: int = 2) -> np.ndarray:

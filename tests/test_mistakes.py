@@ -14,8 +14,8 @@ from launching import ROOT, launch
 from lad_dist import cli
 from lad_dist.config.load import load_config
 from lad_dist.config.schema import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig
-from lad_dist.data.prepare import prepare
-from lad_dist.data.tokenizers import train_wordpiece
+from lad_dist.data.shards.prepare import prepare
+from lad_dist.data.tokenization.algorithms import train_wordpiece
 
 TASK, CORPUS = "task", "corpus"
 

@@ -11,7 +11,7 @@ import toy_families
 from lad_dist import onnx_export, parts, surgery
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.core.batch import Head
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.models.frozen import INPUT_NAMES, InferenceModel
 
 SMALL = {"num_hidden_layers": 1}

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from resizing import State, Stretch, run, start, state
 
-from lad_dist import resize
+from lad_dist.checkpointing import reshard
 from lad_dist.config.errors import UserError
 from lad_dist.distributed import processes
 
@@ -168,7 +168,7 @@ def test_it_reads_what_deepspeeds_own_converter_reads(runs: Runs, tmp_path: Path
             keep_temp_folder=False, strict=True, inject_missing_state=False,
         )
     )  # fmt: skip
-    saved = resize._saved(None, folder, layout("2x1"))
+    saved = reshard._saved(None, folder, layout("2x1"))
     names = {path.parent.relative_to(out / "zero").as_posix() for path in out.rglob("exp_avg.pt")}
     assert saved.pieces.keys() == names
     for name in names:
@@ -211,15 +211,15 @@ def test_fp16_keeps_its_loss_scale_and_what_does_not_train(tmp_path: Path, monke
     for number, (was, now) in enumerate(itertools.pairwise((0, 1, 0, 2, 1, 2, 0))):
         engine = half_engine(was, seed=number)
         if before is not None:
-            resize.load(engine, tmp_path / str(number - 1), *before)
+            reshard.load_checkpoint(engine, tmp_path / str(number - 1), *before)
         for _ in range(3):
             loss = engine(torch.randn(2, 3).half())
             engine.backward(loss)
             engine.step()
-        engine.save_checkpoint(str(tmp_path / str(number)), tag=resize.TAG, save_latest=False)
+        engine.save_checkpoint(str(tmp_path / str(number)), tag=reshard.TAG, save_latest=False)
         before = layout(f"1x{was}"), layout(f"1x{now}")
         other = half_engine(now, seed=100)
-        resize.load(other, tmp_path / str(number), *before)
+        reshard.load_checkpoint(other, tmp_path / str(number), *before)
         assert difference(state(engine), state(other)) == 0
         assert state(other)["scale"][0] > 16
 
@@ -247,7 +247,7 @@ def test_no_file_of_a_checkpoint_executes_anything(zipped: bool, runs: Runs, wor
         bomb = Bomb(tmp_path / "exploded")
         torch.save({"optimizer_state_dict": bomb}, checkpoint / "state" / name, _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError) as caught:
-            resize.load(loop.engine, checkpoint, layout("2x1"), layout("1x0"))
+            reshard.load_checkpoint(loop.engine, checkpoint, layout("2x1"), layout("1x0"))
         assert str(caught.value).startswith(f"{checkpoint / 'state' / name}: holds more than tensors")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "exploded").exists()
@@ -258,19 +258,19 @@ def test_shares_that_are_not_where_deepspeed_says_are_refused(runs: Runs, world:
     source = Path(runs.begun["lad", "2x1"].checkpoint(SAVED)[0]) / "state"
     shutil.copytree(source, tmp_path / "state")
     (path,) = tmp_path.glob("state/*rank_1_mp*")
-    share = resize.read(path)
+    share = reshard.read(path)
     slices = share["optimizer_state_dict"]["param_slice_mappings"][0]
     next(iter(slices.values())).start += 1
     torch.save(share, path)
     loop = start(Stretch(config("lad", world), layout("1x0"), str(tmp_path)))
     with pytest.raises(UserError, match="saved by 2 processes under ZeRO 1, now there are 1 under ZeRO 0, and the opt"):
-        resize.load(loop.engine, tmp_path, layout("2x1"), layout("1x0"))
+        reshard.load_checkpoint(loop.engine, tmp_path, layout("2x1"), layout("1x0"))
 
 
 @pytest.mark.parametrize(("was", "now"), [("2x3", "1x3"), ("2x3", "2x1"), ("2x0", "2x3")])
 def test_zero_3_stays_as_it_is(was: str, now: str) -> None:
     with pytest.raises(UserError) as caught:
-        resize.load(None, Path("step-000000010"), layout(was), layout(now))
+        reshard.load_checkpoint(None, Path("step-000000010"), layout(was), layout(now))
     assert str(caught.value).startswith("step-000000010: saved by 2 processes under ZeRO ")
     assert str(caught.value).endswith("; ZeRO 3 is resumed with what it was saved with")
 
@@ -281,7 +281,7 @@ def test_shares_make_a_whole(sizes: list[int], ranks: int, alignment: int) -> No
     total = sum(sizes)
     flat = torch.zeros(-(-total // (alignment * ranks)) * alignment * ranks)
     flat[:total] = torch.arange(1, total + 1)
-    span, saved = len(flat) // ranks, resize._Saved()
+    span, saved = len(flat) // ranks, reshard._SavedState()
     for rank in range(ranks):
         mine, slices, at = flat[rank * span : (rank + 1) * span], {}, 0
         for number, size in enumerate(sizes):
@@ -291,7 +291,7 @@ def test_shares_make_a_whole(sizes: list[int], ranks: int, alignment: int) -> No
             at += size
         state = {0: {"exp_avg": -mine, "step": torch.tensor(7.0)}}
         share = {"base_optimizer_state": {"state": state}, "param_slice_mappings": [slices]}
-        resize._add_share(saved, share | {"single_partition_of_fp32_groups": [mine]})
+        reshard._add_share(saved, share | {"single_partition_of_fp32_groups": [mine]})
     assert saved.counts == [{"step": 7.0}]
     for number, piece in enumerate(flat[:total].split(sizes)):
         found = dict(saved.values(f"p{number}"))

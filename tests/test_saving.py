@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist import saving
-from lad_dist.checkpoints import Checkpoints, facts_of
-from lad_dist.saving import Copies, Files, Saver, to_host, write
+from lad_dist.checkpointing import async_save
+from lad_dist.checkpointing.async_save import AsyncCheckpointer, Files, HostSnapshotEngine, to_host, write
+from lad_dist.checkpointing.store import CheckpointStore, read_metadata
 from lad_dist.utils.atomic_io import file_digest, list_files
 
 
@@ -46,7 +46,7 @@ def test_what_is_written_is_what_is_read_and_its_digests_are_those_of_the_files(
 
 
 def test_deepspeed_writes_into_memory() -> None:
-    copies = Copies(lambda path: path)
+    copies = HostSnapshotEngine(lambda path: path)
     copies.makedirs("nowhere/state")
     copies.save({"a": torch.ones(1)}, "nowhere/state/x.pt")
     assert [path for path, _ in copies.taken()] == [Path("nowhere/state/x.pt")]
@@ -61,7 +61,7 @@ class Disk:
         self.free = threading.Event()
         self.free.set()
         self.broken = False
-        monkeypatch.setattr(saving, "write", self.write)
+        monkeypatch.setattr(async_save, "write", self.write)
 
     def write(self, contents: Files, root: Path) -> Mapping[str, Any]:
         assert self.free.wait(20)
@@ -75,19 +75,19 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def saver(folder: Path, every: int, alive: Callable[[int], None] = lambda _: None) -> Saver:
+def saver(folder: Path, every: int, alive: Callable[[int], None] = lambda _: None) -> AsyncCheckpointer:
     def snapshot(step: int, draft: Path) -> Files:
         return [(draft / "x.pt", {"a": torch.ones(3)})]
 
-    return Saver(Checkpoints(folder), every, snapshot, lambda step: {"step": step}, alive)
+    return AsyncCheckpointer(CheckpointStore(folder), every, snapshot, lambda step: {"step": step}, alive)
 
 
-def newest_step(a: Saver) -> int:
+def newest_step(a: AsyncCheckpointer) -> int:
     newest = a.checkpoints.newest()
-    return 0 if newest is None else int(facts_of(newest)["step"])
+    return 0 if newest is None else int(read_metadata(newest)["step"])
 
 
-def step(a: Saver, number: int) -> None:
+def step(a: AsyncCheckpointer, number: int) -> None:
     a.after(number, a.busy)
 
 
@@ -144,7 +144,7 @@ def test_what_is_recorded_with_a_checkpoint_is_of_the_step_that_it_was_taken_at(
         step(a, number)
     newest = a.checkpoints.newest()
     assert newest is not None
-    assert facts_of(newest) == {"losses": [1, 2, 3, 4]}
+    assert read_metadata(newest) == {"losses": [1, 2, 3, 4]}
 
 
 def test_without_an_interval_nothing_is_saved_until_it_is_asked_for(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lad_dist import parts, sizes, surgery
 from lad_dist.core.batch import Head
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.data.tokenizers import load_tokenizer
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.low_rank import LowRank
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers

@@ -18,7 +18,7 @@ from slurm_cluster import SlurmCluster
 
 from lad_dist.config.load import apply_overrides, parse_config
 from lad_dist.config.schema import PrepareConfig, TaskConfig
-from lad_dist.data.prepare import prepare
+from lad_dist.data.shards.prepare import prepare
 from lad_dist.models import loading
 from lad_dist.models.frozen import model_digest
 from lad_dist.train import train

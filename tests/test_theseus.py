@@ -160,7 +160,7 @@ def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> 
     wide = list(encoder_layers(its))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lad_dist.theseus._layers_of", lambda *_: encoder_layers(its))
-        patch.setattr("lad_dist.models.hf_config.load_hf_config", lambda _: its.config)
+        patch.setattr("lad_dist.theseus.load_hf_config", lambda _: its.config)
         theseus(model, predecessor="there")
     blocks = [list(part.predecessor) for part in parts.parts(model) if isinstance(part, Theseus)]
     assert [layer for block in blocks for layer in block] == wide

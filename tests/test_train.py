@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lad_dist import engine
-from lad_dist.checkpoints import Checkpoints, facts_of
+from lad_dist.checkpointing.store import CheckpointStore, read_metadata
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
@@ -466,7 +466,7 @@ def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> N
     config = lad(world, tmp_path, {"deepspeed.zero_optimization.stage": 1})
     folder = stopped_at(config, 2).folder
     (checkpoint,) = (folder / "checkpoints").glob("step-*")
-    facts = facts_of(checkpoint)
+    facts = read_metadata(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*.pt"))
     assert len(files) == 2  # the module's and the optimizer's
     kept = tmp_path / "kept"
@@ -475,7 +475,7 @@ def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> N
         shutil.rmtree(checkpoint)
         shutil.copytree(kept, checkpoint)
         torch.save({"module": Bomb(tmp_path / f"exploded{number}")}, file)
-        store = Checkpoints(folder / "checkpoints")
+        store = CheckpointStore(folder / "checkpoints")
         draft = checkpoint.rename(checkpoint.with_suffix(".draft"))
         (draft / "manifest.json").unlink()
         store.commit(

@@ -12,7 +12,8 @@ from lad_dist.config.load import apply_overrides, parse_config
 from lad_dist.config.schema import TrainConfig, train_schema
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate, pack
-from lad_dist.data.tokenizers import load_tokenizer, train_wordpiece
+from lad_dist.data.tokenization.algorithms import train_wordpiece
+from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.models import loading
 from lad_dist.models.loading import save_model
 

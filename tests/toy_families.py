@@ -11,7 +11,8 @@ import toy
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lad_dist.data.tokenizers import load_tokenizer, role_ids
+from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.data.tokenization.special_tokens import role_ids
 from lad_dist.models import loading
 from lad_dist.models.loading import PreTrainedModel
 

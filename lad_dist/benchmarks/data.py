@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lad_dist.config.schema import CorpusDataConfig, PrepareConfig, PretrainConfig
-from lad_dist.data import corpus, tokenizers
-from lad_dist.data.feed import CorpusFeed
-from lad_dist.data.loader import load
-from lad_dist.data.prepare import prepare
+from lad_dist.data.datasets import CorpusDataset
+from lad_dist.data.loader import load_batches
+from lad_dist.data.shards.prepare import prepare
+from lad_dist.data.sources import corpus
+from lad_dist.data.tokenization.loading import load_tokenizer
 
 SAMPLE = 32_000_000  # characters of text
 TIMES = 10  # how much longer the text is that memory is measured on beside it
@@ -144,7 +145,7 @@ def _texts(file: Path) -> list[str]:
 def _tokenize(clock: Any, config: PrepareConfig, file: Path, processes: int) -> None:
     """The tokenizer on texts that lie in memory: on its own threads, or in several processes on one each."""
     texts = _texts(file)
-    tokenizer = tokenizers.load_tokenizer(config.tokenizer).backend_tokenizer
+    tokenizer = load_tokenizer(config.tokenizer).backend_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if processes == 1 else "false"
     parts = [partial(_encode, tokenizer, texts[number::processes]) for number in range(processes)]
     children = [get_context("fork").Process(target=part) for part in parts[1:]]
@@ -172,7 +173,7 @@ def _map(clock: Any, config: PrepareConfig, file: Path, processes: int, cache: P
     import datasets
 
     datasets.disable_progress_bars()
-    tokenizer = tokenizers.load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.model_max_length = 10**9
     with clock():
         rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
@@ -194,8 +195,8 @@ def _blocks(rows: Mapping[str, list[list[int]]], length: int = 128) -> dict[str,
 def _serve(clock: Any, shards: Path, length: int) -> tuple[int, int, float]:
     """(sequences, tokens, share of the slots that they fill)"""
     tables = {"shards": str(shards), "max_length": length, "tokens_per_slot": TOKENS_PER_SLOT}
-    feed = CorpusFeed(CorpusDataConfig.model_validate(tables), tokenizers.load_tokenizer(shards / "tokenizer"), seed=0)
-    batches = load(feed, range(BATCHES), range(1), workers=1)
+    feed = CorpusDataset(CorpusDataConfig.model_validate(tables), load_tokenizer(shards / "tokenizer"), seed=0)
+    batches = load_batches(feed, range(BATCHES), range(1), workers=1)
     next(batches)
     sequences = tokens = 0
     with clock():

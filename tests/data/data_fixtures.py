@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 from toy_text import WORDS, sentence
 
-from lad_dist.data import tokenizers
+from lad_dist.data.tokenization.algorithms import train_wordpiece
+from lad_dist.data.tokenization.loading import load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def toy_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "toy"
-    tokenizers.train_wordpiece([" ".join(WORDS)] * 50, 200, out)
+    train_wordpiece([" ".join(WORDS)] * 50, 200, out)
     return out
 
 
 @pytest.fixture
 def toy_tokenizer(toy_tokenizer_folder: Path):
-    return tokenizers.load_tokenizer(toy_tokenizer_folder)
+    return load_tokenizer(toy_tokenizer_folder)
 
 
 @pytest.fixture

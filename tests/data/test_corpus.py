@@ -17,9 +17,9 @@ from toy_text import sentence
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import SourceConfig
-from lad_dist.data import corpus
-from lad_dist.data.corpus import Bad
-from lad_dist.data.lines import Span
+from lad_dist.data.sources import corpus
+from lad_dist.data.sources.corpus import UnreadableDocument
+from lad_dist.data.sources.text_files import Span
 
 pytest_plugins = ["data_fixtures"]
 
@@ -28,12 +28,12 @@ def source(kind: str, path: Path | str, **rest: str) -> SourceConfig:
     return SourceConfig(kind=kind, path=str(path), **rest)
 
 
-def everything(source: SourceConfig) -> list[str | Bad]:
+def everything(source: SourceConfig) -> list[str | UnreadableDocument]:
     return [document for span in corpus.spans(source) for document in corpus.read(source, span)]
 
 
 def complaints(source: SourceConfig) -> list[str]:
-    return [document.message for document in everything(source) if isinstance(document, Bad)]
+    return [document.message for document in everything(source) if isinstance(document, UnreadableDocument)]
 
 
 def texts(source: SourceConfig) -> list[str]:
@@ -150,7 +150,7 @@ def test_an_archive_of_several_frames_is_read_whole_and_a_truncated_one_complain
     assert len(whole) == 3000
     file.write_bytes(b"".join(halves)[:-20])
     *read, last = everything(source("jsonl", tmp_path))
-    assert isinstance(last, Bad)
+    assert isinstance(last, UnreadableDocument)
     assert last.message.startswith(f"{file}: damaged, the rest cannot be read (")
     assert read == whole[: len(read)]
     with pytest.raises(UserError, match="damaged"):
@@ -173,7 +173,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, shards: int = 1, **columns: list[A
 def test_hub_rows_come_from_the_named_column(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = fake_hub(monkeypatch, id=[1, 2, 3], body=["a", None, "b"])
     wanted = source("hub", "w/pedia", config="20231101.en", split="train", column="body")
-    assert everything(wanted) == ["a", Bad("w/pedia, shard 1 of 1, row 2: body is null, not text"), "b"]
+    assert everything(wanted) == ["a", UnreadableDocument("w/pedia, shard 1 of 1, row 2: body is null, not text"), "b"]
     assert asked == {"path": "w/pedia", "config": "20231101.en", "split": "train", "streaming": True}
     with pytest.raises(UserError, match=r'w/pedia: no column "bodi": did you mean "body"\?'):
         everything(source("hub", "w/pedia", column="bodi"))
@@ -305,7 +305,7 @@ def test_a_truncated_arrow_file_is_complained_of(tmp_path: Path, stream: bool) -
     write_arrow(tmp_path / "a.arrow", pa.table({"text": documents}), stream)
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-500])
     *read, last = everything(source("arrow", tmp_path))
-    assert isinstance(last, Bad)
+    assert isinstance(last, UnreadableDocument)
     assert read == documents[: len(read)]
 
 
@@ -315,8 +315,8 @@ def test_rows_of_a_table_that_are_no_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=2)
     assert everything(source("parquet", tmp_path)) == [
         "fine",
-        Bad(f"{tmp_path}/a.parquet:2: text is null, not text"),
-        Bad(f"{tmp_path}/a.parquet:3: text is not UTF-8"),
+        UnreadableDocument(f"{tmp_path}/a.parquet:2: text is null, not text"),
+        UnreadableDocument(f"{tmp_path}/a.parquet:3: text is not UTF-8"),
         "fine too",
     ]
 

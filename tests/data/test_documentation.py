@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lad_dist.config.errors import UserError
-from lad_dist.data import documentation
-from lad_dist.data.documentation import (
+from lad_dist.data.sources.docstrings import (
     LIBRARIES,
+    LONGEST,
     Passage,
     balanced,
     docstrings,
@@ -52,7 +52,7 @@ def test_prose_stays_and_code_headings_and_markup_go() -> None:
 
 def test_long_prose_is_cut_between_words() -> None:
     (only,) = paragraphs(" ".join([PROSE] * 9))
-    assert len(only) <= documentation.LONGEST
+    assert len(only) <= LONGEST
     assert only.split() == " ".join([PROSE] * 9).split()[: len(only.split())]
 
 

@@ -16,10 +16,12 @@ from toy_text import WORDS, sentence
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import CorpusDataConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
-from lad_dist.data import tokenizers
-from lad_dist.data.feed import CorpusFeed, TaskFeed
-from lad_dist.data.order import windows
-from lad_dist.data.tasks import Task, Texts, load_task
+from lad_dist.data.datasets import CorpusDataset, TaskDataset
+from lad_dist.data.sampling import windows
+from lad_dist.data.tasks.files import Texts
+from lad_dist.data.tasks.task import Task, load_task
+from lad_dist.data.tokenization.algorithms import train_wordpiece
+from lad_dist.data.tokenization.loading import load_tokenizer
 
 pytest_plugins = ["data_fixtures"]
 
@@ -74,7 +76,7 @@ def pairs_of(documents: Documents) -> Counter[tuple[int, int]]:
     return Counter(pair for document in documents for pair in pairwise(document))
 
 
-def epoch_of(feed: CorpusFeed, epoch: int = 0) -> list[Batch]:
+def epoch_of(feed: CorpusDataset, epoch: int = 0) -> list[Batch]:
     slots = round(feed.steps_per_epoch * feed.slots)
     return [feed.batch(*divmod(number, feed.slots)) for number in range(epoch * slots, (epoch + 1) * slots)]
 
@@ -91,7 +93,7 @@ def test_an_epoch_of_a_corpus_is_the_corpus(
     """Each token once, in pieces of documents that hold nothing else, in their order, cut as seldom as windows are."""
     documents = documents_of(lengths)
     folder = write_shards(tmp_path_factory.mktemp("shards"), toy_tokenizer, {"a": documents})
-    feed = CorpusFeed(corpus_data(folder, max_length=max_length, tokens_per_slot=max_length), toy_tokenizer, seed)
+    feed = CorpusDataset(corpus_data(folder, max_length=max_length, tokens_per_slot=max_length), toy_tokenizer, seed)
     batches = epoch_of(feed)
     pieces = [sequence for batch in batches for sequence in sequences_in(batch)]
     assert all((piece[0], piece[-1]) == (2, 3) for piece in pieces)
@@ -107,7 +109,7 @@ def test_an_epoch_of_a_corpus_is_the_corpus(
 
 
 def test_slots_hold_windows_and_masks(shards: Path, toy_tokenizer) -> None:
-    batches = epoch_of(CorpusFeed(corpus_data(shards), toy_tokenizer, seed=1))
+    batches = epoch_of(CorpusDataset(corpus_data(shards), toy_tokenizer, seed=1))
     assert all(50 < batch.tokens <= 64 for batch in batches)
     assert {len(batch.rows) for batch in batches} == {4 * 2}  # 15 % of the 12 to 13 tokens in a window
     hidden = torch.cat([batch.input_ids[batch.rows] for batch in batches])
@@ -121,7 +123,7 @@ def test_batches_have_one_shape(tmp_path: Path, toy_tokenizer) -> None:
     """Compiled code that sees them is compiled once."""
     documents = documents_of(list(np.random.default_rng(0).integers(1, 200, 60)))
     folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": documents, "b": MANY})
-    batches = epoch_of(CorpusFeed(corpus_data(folder, slots=1), toy_tokenizer, seed=0))
+    batches = epoch_of(CorpusDataset(corpus_data(folder, slots=1), toy_tokenizer, seed=0))
     assert len(batches) > 50
     shapes = {
         (b.filled, *(len(x) for x in (b.cu_seqlens, b.lengths, b.rows, b.labels)), *b.sequence.shape) for b in batches
@@ -142,23 +144,23 @@ def test_batches_have_one_shape(tmp_path: Path, toy_tokenizer) -> None:
 
 def test_a_sequence_may_run_on_into_the_next_document(shards: Path, toy_tokenizer) -> None:
     data = corpus_data(shards, cross_documents=True)
-    batches = epoch_of(CorpusFeed(data, toy_tokenizer, seed=1))
+    batches = epoch_of(CorpusDataset(data, toy_tokenizer, seed=1))
     pieces = [sequence for batch in batches for sequence in sequences_in(batch)]
     assert {int((batch.lengths > 0).sum()) for batch in batches} == {4}
     assert all((piece[0], piece[-1]) == (2, 3) for piece in pieces)
-    apart = [s for batch in epoch_of(CorpusFeed(corpus_data(shards), toy_tokenizer, 1)) for s in sequences_in(batch)]
+    apart = [s for batch in epoch_of(CorpusDataset(corpus_data(shards), toy_tokenizer, 1)) for s in sequences_in(batch)]
     assert sum(map(len, pieces)) == sum(map(len, apart))
     assert Counter(t for piece in pieces for t in piece) == Counter(t for piece in apart for t in piece)
 
 
 def test_corpus_batches_are_functions_of_seed_step_and_slot(shards: Path, toy_tokenizer) -> None:
-    feed = CorpusFeed(corpus_data(shards), toy_tokenizer, seed=1)
+    feed = CorpusDataset(corpus_data(shards), toy_tokenizer, seed=1)
     asked = [(9, 2), (0, 0), (4, 1), (9, 2), (30, 0)]
     first = [feed.batch(*place) for place in asked]
     assert same(first[0], first[3])
-    again = CorpusFeed(corpus_data(shards), toy_tokenizer, seed=1)
+    again = CorpusDataset(corpus_data(shards), toy_tokenizer, seed=1)
     assert all(same(again.batch(*place), batch) for place, batch in zip(asked, first, strict=True))
-    assert not same(CorpusFeed(corpus_data(shards), toy_tokenizer, seed=2).batch(0, 0), first[1])
+    assert not same(CorpusDataset(corpus_data(shards), toy_tokenizer, seed=2).batch(0, 0), first[1])
 
 
 def masks_of(batches: list[Batch]) -> dict[tuple[int, ...], list[int]]:
@@ -173,7 +175,7 @@ def masks_of(batches: list[Batch]) -> dict[tuple[int, ...], list[int]]:
 def test_masks_belong_to_the_window_and_change_from_epoch_to_epoch(tmp_path: Path, toy_tokenizer) -> None:
     folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": documents_of([14 * 20 - 2])})
     one, other = (
-        CorpusFeed(corpus_data(folder, tokens_per_slot=16 * n, slots=20 // n), toy_tokenizer, seed=0) for n in (1, 4)
+        CorpusDataset(corpus_data(folder, tokens_per_slot=16 * n, slots=20 // n), toy_tokenizer, seed=0) for n in (1, 4)
     )
     first, second = (masks_of(epoch_of(one, epoch)) for epoch in (0, 1))
     assert len(first) == 20
@@ -186,7 +188,7 @@ def test_whole_words_are_masked(tmp_path: Path, toy_tokenizer) -> None:
     text = toy_tokenizer.encode(" ".join(["zebra fox"] * 40), add_special_tokens=False)  # z ##e ##b ##r ##a fox
     folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": [text]})
     data = corpus_data(folder, max_length=62, tokens_per_slot=62, mask=0.2, whole_words=True)
-    for batch in epoch_of(CorpusFeed(data, toy_tokenizer, seed=0)):
+    for batch in epoch_of(CorpusDataset(data, toy_tokenizer, seed=0)):
         (whole,) = sequences_in(batch)
         words = [set(range(at, at + 5)) for at in range(len(whole) - 5) if whole[at] == text[0]]
         chosen = set(batch.rows.tolist())
@@ -199,7 +201,7 @@ def test_weights_say_how_often_a_source_is_read(tmp_path: Path, toy_tokenizer, w
     one, two = [5, 6] * 7 * 50, [7, 8] * 7 * 20
     folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": [one], "b": [two]}, weights={"b": 2.0})
     data = corpus_data(folder, max_length=16, tokens_per_slot=16, slots=1, weights=weights)
-    batches = epoch_of(CorpusFeed(data, toy_tokenizer, seed=0))
+    batches = epoch_of(CorpusDataset(data, toy_tokenizer, seed=0))
     sources = Counter(5 in sequences_in(batch)[0] for batch in batches)
     wanted = {"a": 1.0, "b": 2.0, **weights}
     assert sources[True] == pytest.approx(windows(len(one) + 2, 14) * wanted["a"], abs=1)
@@ -208,11 +210,11 @@ def test_weights_say_how_often_a_source_is_read(tmp_path: Path, toy_tokenizer, w
 
 def test_a_weight_for_no_source_is_refused(shards: Path, toy_tokenizer) -> None:
     with pytest.raises(UserError, match=r'data\.weights: no source "c" in .*shards; choose from a, b'):
-        CorpusFeed(corpus_data(shards, weights={"c": 1.0}), toy_tokenizer, 0)
+        CorpusDataset(corpus_data(shards, weights={"c": 1.0}), toy_tokenizer, 0)
 
 
 def test_held_out_batches_are_the_same_in_every_run(shards: Path, toy_tokenizer) -> None:
-    first, second = (CorpusFeed(corpus_data(shards), toy_tokenizer, seed).held_out for seed in (1, 2))
+    first, second = (CorpusDataset(corpus_data(shards), toy_tokenizer, seed).held_out for seed in (1, 2))
     assert len(first) > 1
     assert all(same(a(), b()) for a, b in zip(first, second, strict=True))
     assert same(first[0](), first[0]())
@@ -220,20 +222,20 @@ def test_held_out_batches_are_the_same_in_every_run(shards: Path, toy_tokenizer)
 
 def test_at_most_32_held_out_slots(tmp_path: Path, toy_tokenizer) -> None:
     folder = write_shards(tmp_path / "shards", toy_tokenizer, {"a": MANY}, documents_of([1000]))
-    feed = CorpusFeed(corpus_data(folder, max_length=8, tokens_per_slot=8), toy_tokenizer, seed=0)
+    feed = CorpusDataset(corpus_data(folder, max_length=8, tokens_per_slot=8), toy_tokenizer, seed=0)
     assert len(feed.held_out) == 32
 
 
 def test_nothing_held_out(tmp_path: Path, toy_tokenizer) -> None:
     folder = write_shards(tmp_path / "all", toy_tokenizer, {"a": MANY})
-    assert CorpusFeed(corpus_data(folder), toy_tokenizer, seed=0).held_out == []
+    assert CorpusDataset(corpus_data(folder), toy_tokenizer, seed=0).held_out == []
 
 
 def test_another_tokenizer_is_refused(shards: Path, tmp_path: Path) -> None:
-    tokenizers.train_wordpiece([" ".join(WORDS[:10])] * 50, 100, tmp_path / "other")
-    other = tokenizers.load_tokenizer(tmp_path / "other")
+    train_wordpiece([" ".join(WORDS[:10])] * 50, 100, tmp_path / "other")
+    other = load_tokenizer(tmp_path / "other")
     with pytest.raises(UserError, match=r"shards: made with another tokenizer; use the one in .*tokenizer"):
-        CorpusFeed(corpus_data(shards), other, seed=0)
+        CorpusDataset(corpus_data(shards), other, seed=0)
 
 
 def test_a_slot_that_is_no_multiple_of_a_window_is_refused() -> None:
@@ -244,14 +246,14 @@ def test_a_slot_that_is_no_multiple_of_a_window_is_refused() -> None:
 BILLION = """
 import sys, time
 from lad_dist.config.schema import CorpusDataConfig
-from lad_dist.data import tokenizers
-from lad_dist.data.feed import CorpusFeed
+from lad_dist.data.tokenization import encoding
+from lad_dist.data.datasets import CorpusDataset
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-tokenizer = tokenizers.load_tokenizer(sys.argv[2])
+tokenizer = encoding.load_tokenizer(sys.argv[2])
 data = CorpusDataConfig(shards=sys.argv[1], max_length=128, tokens_per_slot=4096, slots=64)
 before, began = peak(), time.perf_counter()
-feed = CorpusFeed(data, tokenizer, seed=1)
+feed = CorpusDataset(data, tokenizer, seed=1)
 feed.batch(400_000, 63)
 print(feed.steps_per_epoch * 64 * 32, time.perf_counter() - began, peak() - before)
 """
@@ -280,7 +282,7 @@ def test_a_billion_sequences_start_anywhere_within_a_second_and_100_megabytes(
 @pytest.mark.parametrize("pairs", [True, False])
 def test_task_batches_are_what_the_tokenizer_says(toy_tokenizer, pairs: bool) -> None:
     task = toy_task(10, pairs)
-    feed = TaskFeed(task_data(), task, toy_tokenizer, seed=0)
+    feed = TaskDataset(task_data(), task, toy_tokenizer, seed=0)
     assert feed.steps_per_epoch == 10 / 12
     expected = toy_tokenizer(task.train.texts, task.train.pairs, truncation=True, max_length=16)["input_ids"]
     seen = []
@@ -297,7 +299,7 @@ def test_task_batches_are_what_the_tokenizer_says(toy_tokenizer, pairs: bool) ->
 
 def test_dev_batches_are_in_order_flat_and_small(toy_tokenizer) -> None:
     task = toy_task(10)
-    feed = TaskFeed(task_data(pad_to=20), task, toy_tokenizer, seed=0)
+    feed = TaskDataset(task_data(pad_to=20), task, toy_tokenizer, seed=0)
     batches = [make() for make in feed.dev["dev"].in_order()]
     assert [len(batch.labels) for batch in batches] == [64, 64, 22]
     assert torch.cat([batch.labels for batch in batches]).tolist() == task.dev["dev"].labels.tolist()
@@ -306,7 +308,7 @@ def test_dev_batches_are_in_order_flat_and_small(toy_tokenizer) -> None:
 
 
 def test_padding_as_a_data_option(toy_tokenizer) -> None:
-    flat, padded = (TaskFeed(task_data(pad_to=p), toy_task(10), toy_tokenizer, 0).batch(1, 1) for p in (None, 20))
+    flat, padded = (TaskDataset(task_data(pad_to=p), toy_task(10), toy_tokenizer, 0).batch(1, 1) for p in (None, 20))
     assert padded.input_ids.shape == (80,)
     assert padded.tokens == flat.tokens
     assert padded.labels.equal(flat.labels)
@@ -316,7 +318,7 @@ def test_padding_as_a_data_option(toy_tokenizer) -> None:
 
 
 def test_task_batches_are_functions_of_seed_step_and_slot(toy_tokenizer) -> None:
-    feeds = [TaskFeed(task_data(), toy_task(50), toy_tokenizer, seed) for seed in (0, 0, 1)]
+    feeds = [TaskDataset(task_data(), toy_task(50), toy_tokenizer, seed) for seed in (0, 0, 1)]
     feeds[0].batch(20, 0)
     assert same(feeds[0].batch(3, 2), feeds[1].batch(3, 2))
     assert not same(feeds[0].batch(3, 2), feeds[2].batch(3, 2))
@@ -326,15 +328,15 @@ def test_a_task_that_the_tokenizer_does_not_know_is_refused(toy_tokenizer) -> No
     unknown = Texts(["ζωή και the"] * 20, None, np.arange(20) % 2)
     task = toy_task(10)._replace(train=unknown)
     with pytest.raises(UserError, match=r"toy's training data: 40 of the first 60 tokens are \[UNK\]"):
-        TaskFeed(task_data(), task, toy_tokenizer, seed=0)
+        TaskDataset(task_data(), task, toy_tokenizer, seed=0)
 
 
 @pytest.mark.data
 def test_real_task_through_a_tokenizer_of_its_own(real_data: Path, tmp_path: Path) -> None:
     data = TaskDataConfig(task="stsb", path=str(real_data / "glue"), max_length=64, examples_per_slot=32)
     task = load_task(data)
-    tokenizers.train_wordpiece([*task.train.texts, *(task.train.pairs or [])], 2000, tmp_path / "tokenizer")
-    feed = TaskFeed(data, task, tokenizers.load_tokenizer(tmp_path / "tokenizer"), seed=0)
+    train_wordpiece([*task.train.texts, *(task.train.pairs or [])], 2000, tmp_path / "tokenizer")
+    feed = TaskDataset(data, task, load_tokenizer(tmp_path / "tokenizer"), seed=0)
     assert feed.steps_per_epoch == 5749 / 32
     assert feed.batch(0, 0).labels.dtype == torch.float32
     assert sum(len(make().labels) for make in feed.dev["dev"].in_order()) == 1500

@@ -12,7 +12,7 @@ import torch
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import pack
-from lad_dist.data.loader import load
+from lad_dist.data.loader import load_batches
 
 
 class Numbers:
@@ -26,7 +26,7 @@ class Numbers:
 
 
 def read(steps: range, slots: range, workers: int) -> list[list[list[int]]]:
-    return [[b.input_ids.tolist()[:2] for b in batches] for batches in load(Numbers(), steps, slots, workers)]
+    return [[b.input_ids.tolist()[:2] for b in batches] for batches in load_batches(Numbers(), steps, slots, workers)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -38,8 +38,8 @@ def test_batches_come_in_order_whatever_the_workers(workers: int) -> None:
 def test_batches_arrive_whole_and_nothing_random_is_touched() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    (batches,) = load(Numbers(), range(1), range(1), 1)
-    (mine,) = load(Numbers(), range(1), range(1), 0)
+    (batches,) = load_batches(Numbers(), range(1), range(1), 1)
+    (mine,) = load_batches(Numbers(), range(1), range(1), 0)
     assert torch.get_rng_state().equal(before)
     for name, value in batches[0]._asdict().items():
         expected = getattr(mine[0], name)
@@ -60,7 +60,7 @@ def test_the_users_mistake_stays_one_line(workers: int) -> None:
 def test_many_batches_open_no_files() -> None:
     before = len(os.listdir("/proc/self/fd"))
     kept = []
-    for batches in load(Numbers(), range(8, 12), range(200), 2):
+    for batches in load_batches(Numbers(), range(8, 12), range(200), 2):
         kept.append(batches)
         assert len(os.listdir("/proc/self/fd")) < before + 40
     assert len(kept) == 4
@@ -70,10 +70,10 @@ TRAINER = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from test_loader import Numbers
-from lad_dist.data.loader import load
+from lad_dist.data.loader import load_batches
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda *_: None)
-batches = load(Numbers(), range(10, 10**6), range(1), 2)
+batches = load_batches(Numbers(), range(10, 10**6), range(1), 2)
 loaders = {int(next(batches)[0].input_ids[2]) for _ in range(8)}
 print(*loaders, flush=True)
 sys.stdin.readline()

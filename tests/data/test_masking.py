@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist.data.masking import Vocabulary, mask_windows
+from lad_dist.data.mlm import Vocabulary, mask_windows
 from lad_dist.utils.rng import derive_keys
 
 MASK, SIZE = 4, 30_000

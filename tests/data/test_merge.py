@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lad_dist.config.schema import PrepareConfig
-from lad_dist.data import merge as merging
-from lad_dist.data import pieces
-from lad_dist.data.merge import Merge, ShardWriter, held_out, merge
-from lad_dist.data.pieces import RECORD, Piece
+from lad_dist.data.shards import chunks
+from lad_dist.data.shards import merge as merging
+from lad_dist.data.shards.chunks import RECORD, TextChunk
+from lad_dist.data.shards.merge import MergeJob, ShardWriter, held_out, merge_chunks
 
 SEPARATOR = [3, 2]
 
@@ -42,7 +42,7 @@ corpora: st.SearchStrategy[Corpus] = st.lists(
 )
 
 
-def job_of(folder: Path, corpus: Corpus, **settings: Any) -> Merge:
+def job_of(folder: Path, corpus: Corpus, **settings: Any) -> MergeJob:
     """Pieces on disk, written by hand."""
     work, out = folder / "work", folder / "out"
     for place in (work, out):
@@ -57,10 +57,10 @@ def job_of(folder: Path, corpus: Corpus, **settings: Any) -> Merge:
             skipped = len(planned) % 2
             errors = [f"piece {len(planned)}"] * skipped
             said.append({"documents": len(piece), "ids": len(ids), "skipped": skipped, "errors": errors})
-            planned.append(Piece(len(planned), number, nth == 0, ()))
+            planned.append(TextChunk(len(planned), number, nth == 0, ()))
     sources = [{"kind": "text", "path": f"s{number}"} for number in range(len(corpus))]
     config = PrepareConfig.model_validate({"out": str(out), "tokenizer": "t", "source": sources} | settings)
-    return Merge(config, planned, said, work, out, np.dtype(np.uint16), len(SEPARATOR), lambda: None)
+    return MergeJob(config, planned, said, work, out, np.dtype(np.uint16), len(SEPARATOR), lambda: None)
 
 
 def expected(corpus: Corpus, config: PrepareConfig) -> list[dict[str, Any]]:
@@ -121,10 +121,10 @@ def test_every_document_is_in_one_split_or_dropped_for_one_reason(
     options = {"held_out": share, "min_tokens": min_tokens, "deduplicate": deduplicate}
     job = job_of(tmp_path_factory.mktemp("merge"), corpus, tokens_per_shard=tokens_per_shard, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "CHUNK_IDS", chunk)
-        patch.setattr(pieces, "CHUNK_DOCUMENTS", chunk)
+        patch.setattr(chunks, "BLOCK_IDS", chunk)
+        patch.setattr(chunks, "BLOCK_DOCUMENTS", chunk)
         patch.setattr(merging, "BUCKET_BYTES", bucket)
-        merged = merge(job)
+        merged = merge_chunks(job)
     for source, wanted in zip(merged["sources"], expected(corpus, job.config), strict=True):
         assert source["documents_read"] == wanted["read"]
         assert source["bytes_read"] == 5 * wanted["read"]
@@ -142,7 +142,7 @@ def test_every_document_is_in_one_split_or_dropped_for_one_reason(
 
 def test_buckets_are_gone_after_the_merge(tmp_path: Path) -> None:
     job = job_of(tmp_path, [[[Document(n, 6) for n in range(30)]]], min_tokens=1)
-    merge(job)
+    merge_chunks(job)
     assert sorted(file.name for file in job.work.iterdir()) == ["0.documents", "0.ids", "repeated"]
 
 

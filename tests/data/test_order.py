@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.data.order import EPOCHS, CorpusOrder, Reading, TaskOrder, share, window_span, windows
+from lad_dist.data.sampling import EPOCHS, CorpusOrder, TaskOrder, WindowRead, rank_share, window_span, windows
 
 EXAMPLES = int(os.environ.get("LAD_DIST_EXAMPLES", "400"))
 
@@ -44,12 +44,12 @@ def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_
     total = sum(counts)
     steps = -(-2 * total // (size * slots)) + 1
     cuts = sorted(data.draw(st.lists(st.integers(0, steps), min_size=len(worlds) - 1, max_size=len(worlds) - 1)))
-    read: dict[tuple[int, int], Reading] = {}
+    read: dict[tuple[int, int], WindowRead] = {}
     for (first, last), world in zip(pairwise([0, *cuts, steps]), worlds, strict=True):
         for rank in range(world):
             order = CorpusOrder(counts, [1.0] * len(counts), size, slots, seed)
             for step in range(first, last):
-                for slot in share(slots, rank, world):
+                for slot in rank_share(slots, rank, world):
                     assert (step, slot) not in read
                     read[step, slot] = order.slot(step, slot)
     assert len(read) == steps * slots
@@ -129,7 +129,7 @@ def test_a_billion_windows_start_at_any_step_at_once() -> None:
 
 
 def test_slots_are_shared_out() -> None:
-    assert [list(share(5, rank, 2)) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
+    assert [list(rank_share(5, rank, 2)) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
 
 
 def slots_from(order: TaskOrder, first: int, count: int) -> list[np.ndarray]:

@@ -13,9 +13,10 @@ from toy_text import apart, sentence
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import SourceConfig
-from lad_dist.data import corpus, pieces
-from lad_dist.data.lines import Span
-from lad_dist.data.pieces import Job, Piece, Stopped, plan
+from lad_dist.data.shards import chunks
+from lad_dist.data.shards.chunks import Stopped, TextChunk, TokenizeJob, plan_chunks
+from lad_dist.data.sources import corpus
+from lad_dist.data.sources.text_files import Span
 
 pytest_plugins = ["data_fixtures"]
 
@@ -51,7 +52,7 @@ def test_a_file_cut_anywhere_gives_the_documents_and_complaints_of_the_whole(
     source, content = form
     scratch.write_bytes(content)
     whole = Span(scratch, 0, len(content))
-    parts = list(pieces._cut(source, [whole], size))
+    parts = list(chunks._cut(source, [whole], size))
     assert len(parts) == -(-len(content) // size)
     assert [d for part in parts for d in corpus.read(source, part)] == list(corpus.read(source, whole))
 
@@ -67,19 +68,19 @@ def test_a_parquet_file_cut_anywhere_gives_the_rows_of_the_whole(
     )
     source = SourceConfig(kind="parquet", path=str(scratch))
     whole = Span(scratch, 0, scratch.stat().st_size)
-    parts = pieces._cut(source, [whole], size)
+    parts = chunks._cut(source, [whole], size)
     assert [d for part in parts for d in corpus.read(source, part)] == list(corpus.read(source, whole))
 
 
 def test_a_damaged_parquet_file_is_complained_of_once(scratch: Path) -> None:
     scratch.write_bytes(b"PAR1" * 100)
     source = SourceConfig(kind="parquet", path=str(scratch))
-    parts = pieces._cut(source, [Span(scratch, 0, 400)], 100)
+    parts = chunks._cut(source, [Span(scratch, 0, 400)], 100)
     assert len([d for part in parts for d in corpus.read(source, part)]) == 1
 
 
 def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "SMALLEST", 100)
+    monkeypatch.setattr(chunks, "MIN_CHUNK_BYTES", 100)
     sizes = {"a": 30, "b": 30, "c": 30, "d": 450, "e": 30, "f": 0}
     for name, size in sizes.items():
         (tmp_path / f"{name}.jsonl").write_bytes(b"\n" * size)
@@ -88,7 +89,7 @@ def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, m
         SourceConfig(kind="jsonl", path=str(tmp_path)),
         SourceConfig(kind="text", path=str(tmp_path), name="books"),
     )
-    planned = plan([rows, books])
+    planned = plan_chunks([rows, books])
     assert [piece.number for piece in planned] == list(range(len(planned)))
     spans = [[(span.file.stem, span.begin, span.end) for span in piece.spans] for piece in planned]
     assert spans == [
@@ -108,11 +109,11 @@ def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, m
 def test_pieces_have_a_five_hundredth_of_the_text_within_limits(tmp_path: Path) -> None:
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.truncate(4 << 30)  # no disk is used
-    planned = plan([SourceConfig(kind="jsonl", path=str(tmp_path))])
+    planned = plan_chunks([SourceConfig(kind="jsonl", path=str(tmp_path))])
     assert {span.end - span.begin for piece in planned for span in piece.spans} == {8 << 20}
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.truncate(100 << 30)
-    planned = plan([SourceConfig(kind="jsonl", path=str(tmp_path))])
+    planned = plan_chunks([SourceConfig(kind="jsonl", path=str(tmp_path))])
     assert {span.end - span.begin for piece in planned for span in piece.spans} == {64 << 20}
 
 
@@ -121,14 +122,14 @@ def test_a_hub_dataset_has_a_piece_for_each_shard_or_only_one(monkeypatch: pytes
 
     data = datasets.Dataset.from_dict({"text": list("abcdef")}).to_iterable_dataset(num_shards=3)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
-    planned = plan([SourceConfig(kind="hub", path="w/pedia")])
+    planned = plan_chunks([SourceConfig(kind="hub", path="w/pedia")])
     assert [piece.spans for piece in planned] == [(Span(Path("w/pedia"), n, 3),) for n in range(3)]
 
     class Unsharded:
         column_names = None
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Unsharded())
-    assert [piece.spans for piece in plan([SourceConfig(kind="hub", path="w/pedia")])] == [
+    assert [piece.spans for piece in plan_chunks([SourceConfig(kind="hub", path="w/pedia")])] == [
         (Span(Path("w/pedia"), 0, 1),)
     ]
 
@@ -139,7 +140,7 @@ def test_identity_depends_on_text_and_tokenizer_and_not_on_names_and_weights(tmp
 
     def identity(tokenizer: str = "t", **rest: object) -> dict[str, str]:
         source = SourceConfig.model_validate({"kind": "jsonl", "path": str(tmp_path), **rest})
-        return pieces.identity([source], plan([source]), tokenizer, "1.0")
+        return chunks.identity([source], plan_chunks([source]), tokenizer, "1.0")
 
     first = identity()
     assert identity(name="other", weight=2.0) == first
@@ -150,71 +151,73 @@ def test_identity_depends_on_text_and_tokenizer_and_not_on_names_and_weights(tmp
 
 
 @pytest.fixture
-def job(tmp_path: Path, toy_tokenizer) -> Job:
+def job(tmp_path: Path, toy_tokenizer) -> TokenizeJob:
     source = SourceConfig(kind="jsonl", path=str(tmp_path / "text.jsonl"))
     texts = [sentence(n, n % 13) for n in range(90)]
     Path(source.path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "work").mkdir()
     separator = np.array([toy_tokenizer.sep_token_id, toy_tokenizer.cls_token_id])
-    return Job([source], toy_tokenizer, tmp_path / "work", np.dtype(np.uint16), separator, False, lambda: False)
+    return TokenizeJob([source], toy_tokenizer, tmp_path / "work", np.dtype(np.uint16), separator, False, lambda: False)
 
 
-def whole(job: Job) -> Piece:
+def whole(job: TokenizeJob) -> TextChunk:
     file = Path(job.sources[0].path)
-    return Piece(0, 0, True, (Span(file, 0, file.stat().st_size),))
+    return TextChunk(0, 0, True, (Span(file, 0, file.stat().st_size),))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
-def test_a_piece_is_read_back_in_chunks(job: Job, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 300)
-    monkeypatch.setattr(pieces, "CHUNK_DOCUMENTS", chunk)
-    monkeypatch.setattr(pieces, "CHUNK_IDS", chunk)
-    pieces.write(whole(job), job)
+def test_a_piece_is_read_back_in_chunks(job: TokenizeJob, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(chunks, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(chunks, "BLOCK_DOCUMENTS", chunk)
+    monkeypatch.setattr(chunks, "BLOCK_IDS", chunk)
+    chunks.write_chunk(whole(job), job)
     assert sorted(file.name for file in job.folder.iterdir()) == ["0.documents", "0.ids", "0.json"]
     texts = list(corpus.documents(job.sources[0]))
     expected = [[*ids, *job.separator] for ids in apart(job.tokenizer, texts)]
-    read = list(pieces.chunks(job.folder, whole(job), job.dtype))
+    read = list(chunks.token_blocks(job.folder, whole(job), job.dtype))
     assert [list(part) for records, ids in read for part in np.split(ids, np.cumsum(records["ids"])[:-1])] == expected
     assert all(len(ids) <= chunk or len(records) == 1 for records, ids in read)
     records = np.concatenate([records for records, _ in read])
     assert records["bytes"].tolist() == [len(text.encode()) for text in texts]
     digests = {text: (high, low) for text, high, low in zip(texts, records["high"], records["low"], strict=True)}
     assert len(set(digests.values())) == len(set(texts)) < len(texts)
-    said = pieces.written(job.folder, whole(job), job.dtype)
+    said = chunks.read_chunk_info(job.folder, whole(job), job.dtype)
     assert said == {"documents": 90, "ids": sum(map(len, expected)), "skipped": 0, "errors": []}
 
 
 @pytest.mark.parametrize("kind", ["ids", "documents", "json"])
-def test_a_piece_that_lacks_something_is_not_there(job: Job, kind: str) -> None:
-    pieces.write(whole(job), job)
+def test_a_piece_that_lacks_something_is_not_there(job: TokenizeJob, kind: str) -> None:
+    chunks.write_chunk(whole(job), job)
     file = job.folder / f"0.{kind}"
     file.write_bytes(file.read_bytes()[:-1])
-    assert pieces.written(job.folder, whole(job), job.dtype) is None
+    assert chunks.read_chunk_info(job.folder, whole(job), job.dtype) is None
     file.unlink()
-    assert pieces.written(job.folder, whole(job), job.dtype) is None
+    assert chunks.read_chunk_info(job.folder, whole(job), job.dtype) is None
 
 
-def test_a_piece_that_is_stopped_or_damaged_leaves_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 300)
+def test_a_piece_that_is_stopped_or_damaged_leaves_nothing(job: TokenizeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "BATCH_CHARACTERS", 300)
     answers = iter([False] * 50)
     with pytest.raises(Stopped):
-        pieces.write(whole(job), job._replace(stopping=lambda: next(answers, True)))
+        chunks.write_chunk(whole(job), job._replace(stopping=lambda: next(answers, True)))
     assert list(job.folder.iterdir()) == []
     with open(job.sources[0].path, "a") as file:
         file.write("{\n")
     with pytest.raises(
         UserError, match=r'text\.jsonl:91: not valid JSON .*; mend or remove it, or set on_error = "skip"'
     ):
-        pieces.write(whole(job), job)
+        chunks.write_chunk(whole(job), job)
     assert list(job.folder.iterdir()) == []
 
 
-def test_what_is_skipped_is_counted_and_the_first_of_it_listed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "LISTED", 3)
+def test_what_is_skipped_is_counted_and_the_first_of_it_listed(
+    job: TokenizeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "LISTED", 3)
     with open(job.sources[0].path, "a") as file:
         file.write("[]\n" * 5)
-    pieces.write(whole(job), job._replace(skip=True))
-    said = pieces.written(job.folder, whole(job), job.dtype)
+    chunks.write_chunk(whole(job), job._replace(skip=True))
+    said = chunks.read_chunk_info(job.folder, whole(job), job.dtype)
     assert said is not None
     assert (said["documents"], said["skipped"]) == (90, 5)
     place = job.sources[0].path

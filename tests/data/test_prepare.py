@@ -18,8 +18,12 @@ from toy_text import sentence
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import apply_overrides
 from lad_dist.config.schema import PrepareConfig
-from lad_dist.data import corpus, pieces, prepare, tokenizers
-from lad_dist.data.shards import Shards, read_manifest, verify
+from lad_dist.data.shards import chunks, prepare
+from lad_dist.data.shards.reader import Shards, read_manifest, verify
+from lad_dist.data.sources import corpus
+from lad_dist.data.tokenization.algorithms import train_wordpiece
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerprint, load_tokenizer
+from lad_dist.utils import atomic_io
 
 pytest_plugins = ["data_fixtures"]
 
@@ -34,8 +38,8 @@ def quiet(_: str) -> None:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Toy text is several pieces, and a piece several batches. A process may be killed here, but not the machine: what
     is written need not wait for the disk."""
-    monkeypatch.setattr(pieces, "SMALLEST", 1000)
-    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(chunks, "MIN_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks, "BATCH_CHARACTERS", 300)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -113,7 +117,7 @@ def test_manifest(mixed: PrepareConfig, toy_tokenizer) -> None:
     assert manifest["format"] == 2
     assert manifest["frame"] == {"before": [2], "after": [3]}
     assert manifest["dtype"] == "uint16"
-    assert manifest["tokenizer"]["fingerprint"] == tokenizers.fingerprint(toy_tokenizer)
+    assert manifest["tokenizer"]["fingerprint"] == fingerprint(toy_tokenizer)
     texts, rows = manifest["sources"]
     assert (texts["name"], texts["kind"], texts["weight"], texts["document"]) == ("texts", "text", 1.0, "file")
     assert (rows["name"], rows["kind"], rows["column"], rows["skipped"]) == ("rows", "jsonl", "text", 6)
@@ -136,7 +140,7 @@ def test_large_vocabularies_take_four_bytes(config: PrepareConfig, toy_tokenizer
     vocabulary = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = vocabulary | {f"filler{i}": len(vocabulary) + i for i in range(65536)}
     large = tmp_path / "large"
-    tokenizers.load_tokenizer(toy_tokenizer_folder).save_pretrained(large)
+    load_tokenizer(toy_tokenizer_folder).save_pretrained(large)
     (large / "tokenizer.json").write_text(json.dumps(tokenizer))
     first = prepared(config)
     second = prepared(changed(config, out=config.out + "-large", tokenizer=str(large)))
@@ -191,11 +195,11 @@ def test_parts_in_any_order_leave_no_trace(mixed: PrepareConfig, parts: int) -> 
 def test_a_part_that_is_missing_is_done_by_the_merge_and_no_other_again(
     mixed: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = pieces.plan(mixed.source)
+    planned = chunks.plan_chunks(mixed.source)
     assert prepare.prepare(changed(mixed, part=1, parts=3), quiet)
     done: list[int] = []
-    write = pieces.write
-    monkeypatch.setattr(pieces, "write", lambda piece, job: (done.append(piece.number), write(piece, job)))
+    write = chunks.write_chunk
+    monkeypatch.setattr(chunks, "write_chunk", lambda piece, job: (done.append(piece.number), write(piece, job)))
     prepared(mixed)
     assert done == [piece.number for piece in planned if piece.number % 3 != 1]
 
@@ -266,13 +270,13 @@ def test_asked_to_stop_it_keeps_what_is_finished(
     mixed: PrepareConfig, workers: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = changed(mixed, workers=workers)
-    write = pieces.write
+    write = chunks.write_chunk
 
-    def slow(piece: pieces.Piece, job: pieces.Job) -> None:
+    def slow(piece: chunks.TextChunk, job: chunks.TokenizeJob) -> None:
         write(piece, job)
         time.sleep(0.1)  # or the children are done with all of them before the parent hears of the fourth
 
-    monkeypatch.setattr(pieces, "write", slow)
+    monkeypatch.setattr(chunks, "write_chunk", slow)
     handler = signal.getsignal(number)
     rows: list[dict[str, Any]] = []
 
@@ -287,7 +291,7 @@ def test_asked_to_stop_it_keeps_what_is_finished(
     kept = [file for file in work(config).iterdir() if file.suffix == ".json"]
     assert 4 <= len(kept) < rows[0]["steps"]
     assert not list(work(config).glob("*.draft"))
-    monkeypatch.setattr(pieces, "write", write)
+    monkeypatch.setattr(chunks, "write_chunk", write)
     rows.clear()
     assert prepare.prepare(config, quiet, rows.append)
     assert rows[0]["step"] == len(kept)
@@ -417,7 +421,7 @@ def test_a_tokenizer_that_does_not_know_the_text_is_refused(config: PrepareConfi
 def test_a_tokenizer_without_a_frame_is_refused(
     config: PrepareConfig, toy_tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    tokenizers.load_tokenizer(toy_tokenizer_folder).save_pretrained(tmp_path / "bare")
+    load_tokenizer(toy_tokenizer_folder).save_pretrained(tmp_path / "bare")
     file = tmp_path / "bare" / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
     with pytest.raises(UserError, match="bare: puts no special tokens around a text"):
@@ -435,7 +439,7 @@ def test_a_full_disk_is_one_line(config: PrepareConfig, monkeypatch: pytest.Monk
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "0.ids")
 
-    monkeypatch.setattr(pieces, "sync", full)
+    monkeypatch.setattr(chunks, "sync", full)
     for workers in (1, 2):
         with pytest.raises(UserError, match=r"0\.ids: No space left on device; what is finished is kept, run again"):
             prepare.prepare(changed(config, workers=workers), quiet)
@@ -448,7 +452,7 @@ def test_a_disk_that_is_full_only_for_the_tokenizer_is_one_line(
         raise Exception("No space left on device (os error 28)")  # as the Rust library does
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizers.PreTrainedTokenizerFast, "save_pretrained", full)
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
         with pytest.raises(UserError, match=r"shards: No space left on device .*; what is finished is kept, run again"):
             prepare.prepare(config, quiet)
     assert not Path(config.out).exists()
@@ -464,7 +468,7 @@ def test_a_finished_manifest_that_cannot_be_written_is_one_line(
     def refuse(path: Path, text: str) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(prepare, "write_text", refuse)
+    monkeypatch.setattr(atomic_io, "write_text", refuse)
     heavier = [config.source[0].model_dump() | {"weight": 2.5}]
     with pytest.raises(UserError, match=r"manifest\.json: Read-only file system"):
         prepare.prepare(changed(config, source=heavier), quiet)
@@ -485,7 +489,7 @@ def test_a_process_that_is_ended_from_outside_is_one_line(
     def end(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(pieces, "write", end)
+    monkeypatch.setattr(chunks, "write_chunk", end)
     with pytest.raises(UserError, match="run again, with fewer workers"):
         prepare.prepare(changed(config, workers=2), quiet)
 
@@ -513,13 +517,13 @@ def test_real_corpus_end_to_end(real_data: Path, tmp_path: Path) -> None:
         }
     )
     texts = [text for source in config.source for text in corpus.documents(source)]
-    tokenizers.train_wordpiece(texts, 3000, Path(config.tokenizer))
+    train_wordpiece(texts, 3000, Path(config.tokenizer))
     manifest = prepared(config)
     assert manifest["vocabulary"] == 3000
     documents = {split: all_documents(config.out, split) for split in ("train", "held_out")}
     dropped = sum(sum(source["dropped"].values()) for source in manifest["sources"])
     assert sum(map(len, documents.values())) + dropped == len(texts) == 93
     assert sum(map(len, documents["train"])) > 450_000
-    tokenizer = tokenizers.load_tokenizer(Shards(config.out).tokenizer_folder)
+    tokenizer = load_tokenizer(Shards(config.out).tokenizer_folder)
     first = tokenizer.decode(documents["train"][0][:40])
     assert first.startswith("anarchism anarchism is a political philosophy that advocates stateless societies")

@@ -7,8 +7,8 @@ import pytest
 from toy_shards import write_shards
 
 from lad_dist.config.errors import UserError
-from lad_dist.data import shards as module
-from lad_dist.data.shards import Shards, verify
+from lad_dist.data.shards import reader as module
+from lad_dist.data.shards.reader import Shards, verify
 
 pytest_plugins = ["data_fixtures"]
 DOCUMENTS = {"a": [list(range(5, 5 + n)) for n in (4, 1, 7, 2, 3, 9, 1)], "b": [[30, 31], [32]]}

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
-from lad_dist.data.examples import QuestionExamples, tokenize
-from lad_dist.data.squad import Answer, Questions, Rows, find_answers
-from lad_dist.data.tasks import Task, load_task
-from lad_dist.data.tokenizers import PreTrainedTokenizerFast, encode_windows, load_tokenizer
+from lad_dist.data.tasks.examples import QuestionExamples, tokenize
+from lad_dist.data.tasks.squad import Answer, AnswerWindows, Questions, find_answers
+from lad_dist.data.tasks.task import Task, load_task
+from lad_dist.data.tokenization.encoding import encode_windows
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer
 
 FAMILIES = ["bert", "roberta", "albert", "xlm-roberta", "deberta-v2"]
 
@@ -178,7 +179,7 @@ def test_the_best_stretch_of_all_windows_wins(seed: int, sizes: list[int], longe
     starts = np.cumsum([0, *(size + 1 for size in sizes)])
     logits = random.normal(size=(starts[-1], 2))
     begins = random.integers(0, 20, size=starts[-1])
-    rows = Rows(np.zeros(len(sizes), dtype=np.int64), starts, np.stack([begins, begins + 1], axis=1))
+    rows = AnswerWindows(np.zeros(len(sizes), dtype=np.int64), starts, np.stack([begins, begins + 1], axis=1))
     best, text, none = -np.inf, "", np.inf
     for first, end in pairwise(starts):
         none = min(none, logits[first].sum())

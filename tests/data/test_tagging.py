@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
-from lad_dist.data.examples import TaggingExamples, pieces, tokenize
-from lad_dist.data.tasks import Task, check_task, load_task
-from lad_dist.data.tokenizers import Words, encode_words, frame, load_tokenizer
+from lad_dist.data.tasks.examples import TaggingExamples, split_sentence, tokenize
+from lad_dist.data.tasks.task import Task, check_task, load_task
+from lad_dist.data.tokenization.encoding import EncodedWords, encode_words
+from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.data.tokenization.special_tokens import frame_of
 
 pytest_plugins = ["data_fixtures"]
 
@@ -118,7 +120,7 @@ def test_every_word_has_a_first_token_of_its_own(family: str, tmp_path: Path) ->
 def test_pieces_cover_all_words_and_fit(sizes: list[int], room: int) -> None:
     """A piece is longer than the room only where it is one word."""
     firsts = np.cumsum([0, *sizes])
-    borders = pieces(Words(np.zeros(firsts[-1], dtype=np.int32), firsts[:-1]), room)
+    borders = split_sentence(EncodedWords(np.zeros(firsts[-1], dtype=np.int32), firsts[:-1]), room)
     assert (borders[0], borders[-1]) == (0, len(sizes))
     for begin, end in pairwise(borders):
         assert begin < end
@@ -132,7 +134,7 @@ def test_long_sentences_are_cut_between_words_and_none_is_lost(toy_tokenizer, tm
     task = load_task(data)
     examples = tokenize(task, task.train, toy_tokenizer, data, "it")
     assert isinstance(examples, TaggingExamples)
-    special = frame(toy_tokenizer)
+    special = frame_of(toy_tokenizer)
     tags = [tag for _, tag in long] + ["O"]
     assert examples.labels.tolist() == [task.label_names.index(tag) for tag in tags]
     batch = examples.batch(np.arange(examples.count))

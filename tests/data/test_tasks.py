@@ -9,7 +9,8 @@ import pytest
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
-from lad_dist.data.tasks import GLUE, Task, check_task, load_task
+from lad_dist.data.tasks.glue import GLUE
+from lad_dist.data.tasks.task import Task, check_task, load_task
 
 pytest_plugins = ["data_fixtures"]
 
@@ -224,7 +225,7 @@ def test_checks_come_before_reading(tmp_path: Path) -> None:
 
 def test_checking_imports_nothing_slow() -> None:
     script = (
-        "import json, sys; from lad_dist.config.schema import TaskDataConfig; from lad_dist.data.tasks import check_task;"
+        "import json, sys; from lad_dist.config.schema import TaskDataConfig; from lad_dist.data.tasks.task import check_task;"
         "check_task(TaskDataConfig(task='rte')); print(json.dumps([m for m in ('torch', 'datasets') if m in sys.modules]))"
     )
     root = Path(__file__).parents[2]

@@ -18,7 +18,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import SourceConfig
-from lad_dist.data import corpus, tokenizers
+from lad_dist.data.sources import corpus
+from lad_dist.data.tokenization import algorithms
+from lad_dist.data.tokenization.algorithms import MODEL_FILE, SPECIAL_TOKENS, train_unigram, train_wordpiece
+from lad_dist.data.tokenization.encoding import encode_flat
+from lad_dist.data.tokenization.loading import fingerprint, load_tokenizer
+from lad_dist.data.tokenization.special_tokens import frame_of, ordinary_ids, special_ids, vocabulary_size, word_starts
 
 pytest_plugins = ["data_fixtures"]
 
@@ -36,13 +41,13 @@ def unigrams(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """By whether it lowers case."""
     folder = tmp_path_factory.mktemp("unigrams")
     for lowercase in (False, True):
-        tokenizers.train_unigram(TEXTS, 300, folder / str(lowercase), lowercase)
+        train_unigram(TEXTS, 300, folder / str(lowercase), lowercase)
     return {lowercase: folder / str(lowercase) for lowercase in (False, True)}
 
 
 @pytest.fixture(scope="module")
 def unigram(unigrams: dict[bool, Path]) -> PreTrainedTokenizerFast:
-    return tokenizers.load_tokenizer(unigrams[False])
+    return load_tokenizer(unigrams[False])
 
 
 def roberta(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
@@ -61,7 +66,7 @@ def roberta(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", mask_token="<mask>", **roles).save_pretrained(
         folder
     )
-    return tokenizers.load_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 def source(kind: str, path: Path) -> SourceConfig:
@@ -78,21 +83,21 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
 
 def test_a_missing_or_empty_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer there") as caught:
-        tokenizers.load_tokenizer(tmp_path / "nowhere")
+        load_tokenizer(tmp_path / "nowhere")
     assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "vocab_size": 200}')
     with pytest.raises(UserError, match="without a vocabulary"):
-        tokenizers.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_fingerprint_depends_on_the_tokens_alone(toy_tokenizer, toy_tokenizer_folder: Path, tmp_path: Path) -> None:
-    before = tokenizers.fingerprint(toy_tokenizer)
+    before = fingerprint(toy_tokenizer)
     toy_tokenizer("the fox", truncation=True, max_length=8, padding="max_length")
-    assert tokenizers.fingerprint(toy_tokenizer) == before
+    assert fingerprint(toy_tokenizer) == before
     toy_tokenizer.save_pretrained(tmp_path / "copy")
-    assert tokenizers.fingerprint(tokenizers.load_tokenizer(tmp_path / "copy")) == before
+    assert fingerprint(load_tokenizer(tmp_path / "copy")) == before
     toy_tokenizer.add_tokens(["extra"])
-    assert tokenizers.fingerprint(toy_tokenizer) != before
+    assert fingerprint(toy_tokenizer) != before
 
 
 # Of each family: the name of its model file, how its pieces are laid out, the frame and what is special afterwards.
@@ -130,11 +135,11 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_with_a_sentencepiece_model_alone_is_a_tokenizer(family: str, families: Path) -> None:
     file, _, before, after, special = FAMILIES[family]
-    tokenizer = tokenizers.load_tokenizer(families / family)
-    frame = tokenizers.frame(tokenizer)
+    tokenizer = load_tokenizer(families / family)
+    frame = frame_of(tokenizer)
     assert tokenizer.convert_ids_to_tokens(frame.before.tolist()) == [before]
     assert tokenizer.convert_ids_to_tokens(frame.after.tolist()) == [after]
-    assert set(tokenizer.convert_ids_to_tokens(tokenizers.special_ids(tokenizer).tolist())) == special
+    assert set(tokenizer.convert_ids_to_tokens(special_ids(tokenizer).tolist())) == special
     text = " ".join(WORDS)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(families / family / file)).encode(text, out_type=str)
     assert tokens_of(tokenizer, text) == pieces
@@ -142,10 +147,10 @@ def test_a_folder_with_a_sentencepiece_model_alone_is_a_tokenizer(family: str, f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_that_spells_special_tokens_yields_none(family: str, families: Path) -> None:
-    tokenizer = tokenizers.load_tokenizer(families / family)
-    special = tokenizers.special_ids(tokenizer)
+    tokenizer = load_tokenizer(families / family)
+    special = special_ids(tokenizer)
     spelt = " ".join(tokenizer.convert_ids_to_tokens(special.tolist()))
-    ids, lengths = tokenizers.encode_flat(tokenizer, ["the fox", f"the {spelt} fox", "", spelt, "dog"])
+    ids, lengths = encode_flat(tokenizer, ["the fox", f"the {spelt} fox", "", spelt, "dog"])
     assert set(ids.tolist()) & set(special.tolist()) <= {tokenizer.unk_token_id}
     rows = np.split(ids, np.cumsum(lengths)[:-1])
     tokens = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in rows]
@@ -157,9 +162,9 @@ def test_text_that_spells_special_tokens_yields_none(family: str, families: Path
 
 
 def test_the_punctuation_that_albert_defines_is_text(families: Path) -> None:
-    tokenizer = tokenizers.load_tokenizer(families / "albert")
+    tokenizer = load_tokenizer(families / "albert")
     assert [token for token in tokens_of(tokenizer, "the (fox).") if token in "()."] == ["(", ")", "."]
-    assert set(tokenizer.convert_tokens_to_ids(["(", ")", "."])) <= set(tokenizers.ordinary_ids(tokenizer).tolist())
+    assert set(tokenizer.convert_tokens_to_ids(["(", ")", "."])) <= set(ordinary_ids(tokenizer).tolist())
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_a_sentencepiece_model_that_cannot_be_read_is_one_line(
     if not protobuf:
         without_protobuf(monkeypatch)
     with pytest.raises(UserError, match=message) as caught:
-        tokenizers.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
     assert "tiktoken" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
@@ -192,7 +197,8 @@ def without_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
 
     missing = (lambda: False, import_utils.PROTOBUF_IMPORT_ERROR)
     monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "protobuf", missing)
-    monkeypatch.setattr(tokenizers, "is_protobuf_available", missing[0])
+    for module in ("loading", "algorithms"):
+        monkeypatch.setattr(f"lad_dist.data.tokenization.{module}.is_protobuf_available", missing[0])
 
 
 # Encoding
@@ -200,7 +206,7 @@ def without_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_frame_and_plain_encoding_ignore_what_an_earlier_call_left_behind(toy_tokenizer) -> None:
     toy_tokenizer("the fox", truncation=True, max_length=4, padding="max_length")
-    frame = tokenizers.frame(toy_tokenizer)
+    frame = frame_of(toy_tokenizer)
     assert (frame.before.tolist(), frame.after.tolist(), frame.size) == ([2], [3], 2)
     (ids,) = apart(toy_tokenizer, ["the quick [SEP] fox jumps over"])
     assert not set(ids.tolist()) & {toy_tokenizer.sep_token_id, toy_tokenizer.cls_token_id, toy_tokenizer.pad_token_id}
@@ -210,7 +216,7 @@ def test_frame_and_plain_encoding_ignore_what_an_earlier_call_left_behind(toy_to
 def test_flat_encoding_is_the_plain_one_end_to_end(toy_tokenizer) -> None:
     texts = ["", sentence(1, 9), "", sentence(2, 3), "[SEP]", ""]
     plain = apart(toy_tokenizer, texts)
-    ids, lengths = tokenizers.encode_flat(toy_tokenizer, texts)
+    ids, lengths = encode_flat(toy_tokenizer, texts)
     assert ids.dtype == lengths.dtype == np.int64
     assert ids.tolist() == np.concatenate(plain).tolist()
     assert lengths.tolist() == [len(row) for row in plain]
@@ -223,7 +229,7 @@ def test_flat_encoding_is_the_plain_one_end_to_end(toy_tokenizer) -> None:
 
 def test_ids_are_special_or_ordinary(toy_tokenizer) -> None:
     toy_tokenizer.add_tokens(["extra", AddedToken("<user>", special=True)])
-    special, ordinary = tokenizers.special_ids(toy_tokenizer), tokenizers.ordinary_ids(toy_tokenizer)
+    special, ordinary = special_ids(toy_tokenizer), ordinary_ids(toy_tokenizer)
     assert special.dtype == ordinary.dtype == np.int64
     assert special.tolist() == [0, 1, 2, 3, 4, toy_tokenizer.convert_tokens_to_ids("<user>")]
     assert sorted([*special, *ordinary]) == sorted(toy_tokenizer.get_vocab().values())
@@ -242,9 +248,9 @@ def words_by(starts: np.ndarray, tokenizer: PreTrainedTokenizerFast, text: str) 
 
 
 def test_to_wordpiece_a_word_is_what_it_splits_text_into(toy_tokenizer) -> None:
-    starts = tokenizers.word_starts(toy_tokenizer)
+    starts = word_starts(toy_tokenizer)
     assert starts.dtype == bool
-    assert starts.shape == (tokenizers.vocabulary_size(toy_tokenizer),)
+    assert starts.shape == (vocabulary_size(toy_tokenizer),)
     text = "the wwatch foxes\nanold-lazy dog while"
     words = [word for word, _ in toy_tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
     assert len(tokens_of(toy_tokenizer, text)) > len(words)
@@ -265,10 +271,10 @@ def test_to_the_others_a_word_is_what_stands_between_spaces(
     if kind == "byte-level":
         tokenizer = roberta(texts, tmp_path)
     else:
-        tokenizers.train_unigram(texts, 110, tmp_path, kind == "unigram, lower case")
-        tokenizer = tokenizers.load_tokenizer(tmp_path)
-    starts = tokenizers.word_starts(tokenizer)
-    assert starts[tokenizers.special_ids(tokenizer)].all()
+        train_unigram(texts, 110, tmp_path, kind == "unigram, lower case")
+        tokenizer = load_tokenizer(tmp_path)
+    starts = word_starts(tokenizer)
+    assert starts[special_ids(tokenizer)].all()
     assert not starts.all()
     for text in (SPACED, *PLAIN[:5]):
         assert len(tokens_of(tokenizer, text)) > len(text.split())
@@ -277,10 +283,10 @@ def test_to_the_others_a_word_is_what_stands_between_spaces(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sentencepiece_families_have_words(family: str, families: Path) -> None:
-    tokenizer = tokenizers.load_tokenizer(families / family)
+    tokenizer = load_tokenizer(families / family)
     text = PLAIN[3]
     assert len(tokens_of(tokenizer, text)) > 12
-    assert words_by(tokenizers.word_starts(tokenizer), tokenizer, text) == text.split()
+    assert words_by(word_starts(tokenizer), tokenizer, text) == text.split()
 
 
 def test_words_of_a_sentencepiece_bpe_without_a_pre_tokenizer(families: Path, tmp_path: Path) -> None:
@@ -290,14 +296,14 @@ def test_words_of_a_sentencepiece_bpe_without_a_pre_tokenizer(families: Path, tm
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(PLAIN), model_writer=written, **options)
     (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     text = PLAIN[3]
-    assert words_by(tokenizers.word_starts(tokenizer), tokenizer, text) == text.split()
+    assert words_by(word_starts(tokenizer), tokenizer, text) == text.split()
 
 
 def test_tokens_added_to_the_vocabulary_are_words(toy_tokenizer) -> None:
     toy_tokenizer.add_tokens(["##extra"])
-    assert tokenizers.word_starts(toy_tokenizer)[toy_tokenizer.convert_tokens_to_ids("##extra")]
+    assert word_starts(toy_tokenizer)[toy_tokenizer.convert_tokens_to_ids("##extra")]
 
 
 def test_a_tokenizer_that_does_not_mark_words_is_refused() -> None:
@@ -305,7 +311,7 @@ def test_a_tokenizer_that_does_not_mark_words_is_refused() -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
     with pytest.raises(UserError, match=r"whole words cannot be told from its tokens \(WordLevel\)"):
-        tokenizers.word_starts(tokenizer)
+        word_starts(tokenizer)
 
 
 # Training WordPiece
@@ -322,32 +328,32 @@ def test_trained_wordpiece_is_uncased_and_framed_like_berts(toy_tokenizer) -> No
 
 
 def test_cased_wordpiece_keeps_case_and_accents(tmp_path: Path) -> None:
-    tokenizers.train_wordpiece(["The fox, the café"] * 9, 80, tmp_path, lowercase=False)
-    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    train_wordpiece(["The fox, the café"] * 9, 80, tmp_path, lowercase=False)
+    tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.tokenize("The the café cafe") == ["The", "the", "café", "c", "##a", "##f", "##e"]
 
 
 def test_the_most_frequent_characters_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizers, "ALPHABET", 3)
-    tokenizers.train_wordpiece(["aaaa bbb cc d"] * 5, 60, tmp_path)
-    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    monkeypatch.setattr(algorithms, "ALPHABET", 3)
+    train_wordpiece(["aaaa bbb cc d"] * 5, 60, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.tokenize("abc d") == ["a", "##b", "##c", "[UNK]"]
 
 
-@pytest.mark.parametrize("train", [tokenizers.train_wordpiece, tokenizers.train_unigram])
+@pytest.mark.parametrize("train", [train_wordpiece, train_unigram])
 def test_a_vocabulary_too_small_for_the_characters_is_refused(train: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vocabulary = 20 is too small: .* alone are (\d+)") as caught:
         train(TEXTS, 20, tmp_path / "out")
     enough = int(str(caught.value).rpartition(" ")[2])
     train(TEXTS, enough, tmp_path / "out")
-    assert tokenizers.vocabulary_size(tokenizers.load_tokenizer(tmp_path / "out")) <= enough
+    assert vocabulary_size(load_tokenizer(tmp_path / "out")) <= enough
 
 
 # Training unigram
 
 
 def test_unigram_is_laid_out_like_our_wordpiece(unigram) -> None:
-    assert unigram.convert_ids_to_tokens(range(5)) == list(tokenizers.SPECIAL_TOKENS)
+    assert unigram.convert_ids_to_tokens(range(5)) == list(SPECIAL_TOKENS)
     encoded = unigram("the fox", "dog", return_token_type_ids=True)
     tokens = unigram.convert_ids_to_tokens(encoded["input_ids"])
     assert (tokens[0], tokens.count("[SEP]"), tokens[-1]) == ("[CLS]", 2, "[SEP]")
@@ -357,22 +363,22 @@ def test_unigram_is_laid_out_like_our_wordpiece(unigram) -> None:
 
 
 def test_case_folding_is_an_option(unigrams: dict[bool, Path]) -> None:
-    lowered, kept = (tokenizers.load_tokenizer(unigrams[lowercase]) for lowercase in (True, False))
+    lowered, kept = (load_tokenizer(unigrams[lowercase]) for lowercase in (True, False))
     assert tokens_of(lowered, "The Straße") == tokens_of(lowered, "the straße")
     assert tokens_of(kept, "The Straße") != tokens_of(kept, "the straße")
 
 
 def test_text_of_few_pieces_gives_a_smaller_unigram_vocabulary(tmp_path: Path) -> None:
-    tokenizers.train_unigram(["the fox"] * 3, 5000, tmp_path)
-    assert 5 < tokenizers.vocabulary_size(tokenizers.load_tokenizer(tmp_path)) < 100
+    train_unigram(["the fox"] * 3, 5000, tmp_path)
+    assert 5 < vocabulary_size(load_tokenizer(tmp_path)) < 100
 
 
 def test_training_unigram_without_protobuf_or_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"sentencepiece cannot learn from this text \(there is none\)"):
-        tokenizers.train_unigram(["", " "], 100, tmp_path / "out")
+        train_unigram(["", " "], 100, tmp_path / "out")
     without_protobuf(monkeypatch)
     with pytest.raises(UserError, match="without protobuf; pip install protobuf"):
-        tokenizers.train_unigram(TEXTS, 300, tmp_path / "out")
+        train_unigram(TEXTS, 300, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -392,13 +398,13 @@ TRICKY = (
     "aeQq ſßẞİıΣς\u0301\u0323\u0307ﬁ\uff21ｶﾞ한ᄒ\u200d\u200b\t\r\n\u0085\u00a0👩\ufe0f①½\uff5e▁▅\x01\x00\x1f[]CLSEPMAK"
 )
 UNICODE = st.text(st.characters(exclude_categories=["Cs", "Cn"]))
-SPELT = st.lists(st.sampled_from([*tokenizers.SPECIAL_TOKENS, *WORDS, *MANY_SCRIPTS.split(), "  ", "\n"])).map("".join)
+SPELT = st.lists(st.sampled_from([*SPECIAL_TOKENS, *WORDS, *MANY_SCRIPTS.split(), "  ", "\n"])).map("".join)
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
 def test_sentencepiece_and_the_fast_tokenizer_are_equal(lowercase: bool, unigrams: dict[bool, Path]) -> None:
-    fast = tokenizers.load_tokenizer(unigrams[lowercase])
-    slow = sentencepiece.SentencePieceProcessor(model_file=str(unigrams[lowercase] / tokenizers.MODEL_FILE))
+    fast = load_tokenizer(unigrams[lowercase])
+    slow = sentencepiece.SentencePieceProcessor(model_file=str(unigrams[lowercase] / MODEL_FILE))
 
     @settings(max_examples=300)
     @given(st.one_of(UNICODE, SPELT, st.text(TRICKY), st.text(MANY_SCRIPTS)).map(composed))
@@ -416,7 +422,7 @@ def test_they_are_equal_on_every_real_line(lowercase: bool, real_data: Path, tmp
     documents = (text for kind, path in sources for text in corpus.documents(source(kind, path)))
     lines = [line for text in documents for line in text.split("\n")][::8]
     assert len(lines) > 10_000
-    tokenizers.train_unigram(lines[::10], 4000, tmp_path, lowercase)
-    slow = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / tokenizers.MODEL_FILE))
-    ours = apart(tokenizers.load_tokenizer(tmp_path), lines)
+    train_unigram(lines[::10], 4000, tmp_path, lowercase)
+    slow = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / MODEL_FILE))
+    ours = apart(load_tokenizer(tmp_path), lines)
     assert [ids.tolist() for ids in ours] == slow.encode(lines)

@@ -12,8 +12,11 @@ from toy_text import sentence
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import dump_config
 from lad_dist.config.schema import SourceConfig, TokenizerConfig
-from lad_dist.data import corpus, tokenizers
-from lad_dist.data.train_tokenizer import sample, train
+from lad_dist.data.sources import corpus
+from lad_dist.data.tokenization.algorithms import MODEL_FILE
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer
+from lad_dist.data.tokenization.special_tokens import vocabulary_size
+from lad_dist.data.tokenization.train import sample, train_tokenizer
 
 pytest_plugins = ["data_fixtures"]
 
@@ -32,21 +35,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_it_writes_a_tokenizer_and_nothing_else(kind: str, toy_corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "made" / "words"
     said: list[str] = []
-    train(config(out, toy_corpus, kind=kind), said.append)
+    train_tokenizer(config(out, toy_corpus, kind=kind), said.append)
     assert list(out.parent.iterdir()) == [out]
-    tokenizer = tokenizers.load_tokenizer(out)
+    tokenizer = load_tokenizer(out)
     assert tokenizer.decode(tokenizer.encode(sentence(3, 9)), skip_special_tokens=True) == sentence(3, 9)
-    assert said[-1].startswith(f"{out}: {tokenizers.vocabulary_size(tokenizer)} tokens, learnt from")
-    assert (out / tokenizers.MODEL_FILE).exists() == (kind == "unigram")
+    assert said[-1].startswith(f"{out}: {vocabulary_size(tokenizer)} tokens, learnt from")
+    assert (out / MODEL_FILE).exists() == (kind == "unigram")
 
 
 TRAIN_IN_A_PROCESS = """
 import sys
 from lad_dist.config.schema import TokenizerConfig
 from lad_dist.config.load import load_config
-from lad_dist.data.train_tokenizer import train
+from lad_dist.data.tokenization.train import train_tokenizer
 for path in sys.argv[1:]:
-    train(load_config(TokenizerConfig, path))
+    train_tokenizer(load_config(TokenizerConfig, path))
 """
 
 
@@ -58,7 +61,7 @@ def test_the_same_request_gives_the_same_bytes_in_another_process(tmp_path: Path
     paths = []
     for kind in ("wordpiece", "unigram"):
         request = config(tmp_path / kind, tmp_path / "texts", kind=kind, vocabulary=180)
-        train(request, lambda _: None)
+        train_tokenizer(request, lambda _: None)
         paths.append(tmp_path / f"{kind}.toml")
         paths[-1].write_text(dump_config(request.model_copy(update={"out": str(tmp_path / f"{kind} again")})))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -71,17 +74,17 @@ def test_the_same_request_gives_the_same_bytes_in_another_process(tmp_path: Path
 
 def test_what_is_finished_is_left_alone_and_another_request_refused(toy_corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "words"
-    train(config(out, toy_corpus), lambda _: None)
+    train_tokenizer(config(out, toy_corpus), lambda _: None)
     before = contents(out)
     said: list[str] = []
     (toy_corpus / "000.txt").write_bytes(b"\xff")  # not read again
-    train(config(out, toy_corpus), said.append)
+    train_tokenizer(config(out, toy_corpus), said.append)
     assert said == [f"{out}: already trained by this request; nothing to do"]
     with pytest.raises(UserError, match="words: made with another lowercase, vocabulary; remove it"):
-        train(config(out, toy_corpus, vocabulary=90, lowercase=False), said.append)
+        train_tokenizer(config(out, toy_corpus, vocabulary=90, lowercase=False), said.append)
     assert contents(out) == before
     with pytest.raises(UserError, match="exists and holds no tokenizer trained here"):
-        train(config(toy_corpus, toy_corpus), said.append)
+        train_tokenizer(config(toy_corpus, toy_corpus), said.append)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_a_mistake_leaves_nothing_behind(
     before = sorted(tmp_path.rglob("*"))
     changes = json.loads(json.dumps(changes).replace("BLANK", str(tmp_path / "blank")))
     with pytest.raises(UserError, match=message):
-        train(config(tmp_path / "words", toy_corpus, **changes), lambda _: None)
+        train_tokenizer(config(tmp_path / "words", toy_corpus, **changes), lambda _: None)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -114,10 +117,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise Exception("No space left on device (os error 28)")  # as the Rust library does
 
-    monkeypatch.setattr(tokenizers.PreTrainedTokenizerFast, "save_pretrained", full)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"words: cannot be written \(No space left"):
-        train(config(tmp_path / "words", toy_corpus), lambda _: None)
+        train_tokenizer(config(tmp_path / "words", toy_corpus), lambda _: None)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lad_dist.data import tokenizers
+from lad_dist.data.tokenization.loading import fingerprint
+from lad_dist.data.tokenization.special_tokens import Frame, frame_of, vocabulary_size
 
 Documents = Sequence[Sequence[int]]
 
@@ -22,7 +23,7 @@ def write_shards(
     shard: int = 3,
 ) -> Path:
     """Sources of documents, `shard` documents a file; what is held out belongs to the first source."""
-    frame = tokenizers.frame(tokenizer)
+    frame = frame_of(tokenizer)
     listed = []
     for number, (name, documents) in enumerate(sources.items()):
         (folder / name).mkdir(parents=True)
@@ -41,8 +42,8 @@ def write_shards(
         listed.append({"name": name, "weight": (weights or {}).get(name, 1.0), "splits": written})
     manifest = {
         "format": 2,
-        "tokenizer": {"fingerprint": tokenizers.fingerprint(tokenizer)},
-        "vocabulary": tokenizers.vocabulary_size(tokenizer),
+        "tokenizer": {"fingerprint": fingerprint(tokenizer)},
+        "vocabulary": vocabulary_size(tokenizer),
         "dtype": "uint16",
         "sources": listed,
     }
@@ -50,7 +51,7 @@ def write_shards(
     return folder
 
 
-def _write(folder: Path, name: str, documents: Documents, frame: tokenizers.Frame) -> dict[str, Any]:
+def _write(folder: Path, name: str, documents: Documents, frame: Frame) -> dict[str, Any]:
     separator = [*frame.after.tolist(), *frame.before.tolist()]
     ids = np.array([token for document in documents for token in (*document, *separator)], dtype=np.uint16)
     ids.tofile(folder / f"{name}.bin")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from lad_dist.data import tokenizers
+from lad_dist.data.tokenization.encoding import encode_flat
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls watch from an old oak near water".split()
 
@@ -16,5 +16,5 @@ def sentence(seed: int, words: int) -> str:
 
 def apart(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
     """The ids of each text, as encode_flat gives them end to end."""
-    ids, lengths = tokenizers.encode_flat(tokenizer, texts)
+    ids, lengths = encode_flat(tokenizer, texts)
     return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []

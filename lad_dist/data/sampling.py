@@ -20,7 +20,7 @@ from lad_dist.utils.rng import SHUFFLE, Permutation, derive_key
 EPOCHS = 1000  # after so many a weight that is no integer comes out even, to half a window
 
 
-def share(slots: int, rank: int, world: int) -> range:
+def rank_share(slots: int, rank: int, world: int) -> range:
     """The slots of a step that process `rank` of `world` computes."""
     return range(rank, slots, world)
 
@@ -38,7 +38,7 @@ def window_span(window: Any, length: int, room: int) -> tuple[Any, Any]:
     return begin, begin + size + (window < longer)
 
 
-class Reading(NamedTuple):
+class WindowRead(NamedTuple):
     """The windows of a slot, int64 [U] each."""
 
     source: np.ndarray
@@ -68,7 +68,7 @@ class CorpusOrder:
     def steps_per_epoch(self) -> float:
         return self._left[0] / (self._epochs * self._size * self.slots)
 
-    def slot(self, step: int, slot: int) -> Reading:
+    def slot(self, step: int, slot: int) -> WindowRead:
         """What micro-batch `slot` of step `step` reads."""
         first = (step * self.slots + slot) * self._size
         places = np.array([self._place(number) for number in range(first, first + self._size)], dtype=np.int64)
@@ -77,7 +77,7 @@ class CorpusOrder:
         for s, t in sorted({(s, t) for s, t, _ in places.tolist()}):
             mine = (source == s) & (turn == t)
             window[mine] = Permutation(self._counts[s], derive_key(SHUFFLE, self._seed, s, t))(position[mine])
-        return Reading(source, window, turn)
+        return WindowRead(source, window, turn)
 
     def _place(self, number: int) -> tuple[int, int, int]:
         """(source, how often it was read through before, position within its shuffle) of a place in the row."""

@@ -21,8 +21,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from lad_dist.config.schema import PrepareConfig
-from lad_dist.data.pieces import Complaints, Piece, chunks, records_of
-from lad_dist.data.shards import SPLITS
+from lad_dist.data.shards.chunks import ErrorLog, TextChunk, records_of, token_blocks
+from lad_dist.data.shards.reader import SPLITS
 from lad_dist.utils.atomic_io import sha256
 
 # A document that is looked for among the others: its hash, and its number in the order of the corpus.
@@ -31,11 +31,11 @@ BUCKET_BYTES = 1 << 26
 MOST_BUCKETS = 512  # files open at once
 
 
-class Merge(NamedTuple):
+class MergeJob(NamedTuple):
     """What is merged, from where to where."""
 
     config: PrepareConfig
-    pieces: Sequence[Piece]
+    pieces: Sequence[TextChunk]
     said: Sequence[Mapping[str, Any]]  # of each piece, by `pieces.written`
     work: Path  # folder of the pieces
     out: Path  # folder for the shards
@@ -44,10 +44,10 @@ class Merge(NamedTuple):
     tick: Callable[[], None]  # called now and then
 
 
-def merge(job: Merge) -> dict[str, Any]:
+def merge_chunks(job: MergeJob) -> dict[str, Any]:
     """{"sources", "errors"} of the manifest."""
     repeated = find_repeated(job)
-    complaints = Complaints()
+    complaints = ErrorLog()
     sources = []
     begin = 0
     for number, source in enumerate(job.config.source):
@@ -67,7 +67,7 @@ def held_out(high: np.ndarray, share: float) -> np.ndarray:
     return high < np.uint64(int(share * 2**64))
 
 
-def find_repeated(job: Merge) -> np.ndarray:
+def find_repeated(job: MergeJob) -> np.ndarray:
     """bool [documents], whether each has the text of an earlier one: a file in the folder of the pieces, mapped."""
     documents = sum(each["documents"] for each in job.said)
     with open(job.work / "repeated", "wb") as made:
@@ -84,7 +84,7 @@ def find_repeated(job: Merge) -> np.ndarray:
     return repeated
 
 
-def _buckets(job: Merge, documents: int) -> list[Path]:
+def _buckets(job: MergeJob, documents: int) -> list[Path]:
     """Files of KEYs: every document that is long enough in the one that the first bits of its hash say."""
     bits = 1
     while 2**bits < min(MOST_BUCKETS, documents * KEY.itemsize / BUCKET_BYTES):
@@ -99,7 +99,7 @@ def _buckets(job: Merge, documents: int) -> list[Path]:
     return files
 
 
-def _keys(job: Merge) -> Iterator[np.ndarray]:
+def _keys(job: MergeJob) -> Iterator[np.ndarray]:
     begin = 0
     for piece in job.pieces:
         for records in records_of(job.work, piece):
@@ -111,11 +111,11 @@ def _keys(job: Merge) -> Iterator[np.ndarray]:
         job.tick()
 
 
-def _short(records: np.ndarray, job: Merge) -> np.ndarray:
+def _short(records: np.ndarray, job: MergeJob) -> np.ndarray:
     return records["ids"] - job.separator < job.config.min_tokens
 
 
-def _merge_source(job: Merge, pieces: Sequence[Piece], name: str, repeated: np.ndarray) -> dict[str, Any]:
+def _merge_source(job: MergeJob, pieces: Sequence[TextChunk], name: str, repeated: np.ndarray) -> dict[str, Any]:
     """Counts and shards of one source; `repeated` begins at its first document."""
     writers = {
         split: ShardWriter(job.out, f"{name}/{split}", job.dtype, job.config.tokens_per_shard) for split in SPLITS
@@ -124,7 +124,7 @@ def _merge_source(job: Merge, pieces: Sequence[Piece], name: str, repeated: np.n
     dropped = Counter(duplicate=0, short=0)
     kept = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     for piece in pieces:
-        for records, ids in chunks(job.work, piece, job.dtype):
+        for records, ids in token_blocks(job.work, piece, job.dtype):
             short, again = _short(records, job), repeated[read["documents"] :][: len(records)]
             read.update(documents=len(records), bytes=int(records["bytes"].sum()))
             dropped.update(duplicate=int(again.sum()), short=int(short.sum()))

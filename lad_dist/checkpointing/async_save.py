@@ -25,23 +25,23 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from lad_dist.checkpoints import Checkpoints
+from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault
 from lad_dist.distributed import processes
 from lad_dist.utils.atomic_io import Digest, fsync
 
-FAILURES = 3  # in a row, after which the run stops
+MAX_FAILURES = 3  # in a row, after which the run stops
 LOOK_EVERY = 0.02  # seconds, while nothing is left to do but to wait for the files
 Files = list[tuple[Path, Any]]
 
 
-class Unsaved(Fault):
+class SaveFailed(Fault):
     """Nothing can be saved: elsewhere, or later, it may be possible."""
 
     code = EXIT_RUN_AGAIN
 
 
-class Copies:
+class HostSnapshotEngine:
     """Takes the place of DeepSpeed's checkpoint engine: nothing is written until `taken` is."""
 
     name = "copies"
@@ -147,7 +147,7 @@ def _save(content: Any, file: _Digesting) -> None:
 
 
 @dataclass
-class Writing:
+class PendingSave:
     """A save that is being written behind the training."""
 
     step: int
@@ -159,14 +159,14 @@ class Writing:
 
 
 @dataclass
-class Saver:
+class AsyncCheckpointer:
     """every: no more than so many steps are ever lost, 0 for no saves of its own accord. All processes call its methods
     together.
 
     A save begins early enough to be committed by the time that `every` steps have been made since the one before;
     where the disk is slower than it was the last time, training waits for it."""
 
-    checkpoints: Checkpoints
+    checkpoints: CheckpointStore
     every: int
     snapshot: Callable[[int, Path], Files]  # of the state after a step, to be written into the folder
     facts: Callable[[int], Mapping[str, Any]]
@@ -176,7 +176,7 @@ class Saver:
     lag: int = 1  # steps that training went on for while the last one was written
     failures: int = 0
     why: str = ""  # the last one failed
-    writing: Writing | None = None
+    writing: PendingSave | None = None
 
     @property
     def busy(self) -> bool:
@@ -185,7 +185,7 @@ class Saver:
 
     @property
     def gave_up(self) -> bool:
-        return self.failures >= FAILURES
+        return self.failures >= MAX_FAILURES
 
     def is_due(self, step: int) -> bool:
         """Whether a save may begin after this step."""
@@ -241,7 +241,7 @@ class Saver:
             self._fail([str(error)])
             return
         thread = threading.Thread(target=self._write, args=[self.snapshot(step, draft)], daemon=True)
-        self.writing = Writing(step, self.facts(step), draft, thread)
+        self.writing = PendingSave(step, self.facts(step), draft, thread)
         self.writing.thread.start()
 
     def _write(self, files: Files) -> None:
@@ -268,7 +268,7 @@ class Saver:
         self.failures = 0
         self.committed, self.lag = writing.step, max(1, step - writing.step)
 
-    def _commit(self, writing: Writing, digests: Mapping[str, Digest]) -> list[str]:
+    def _commit(self, writing: PendingSave, digests: Mapping[str, Digest]) -> list[str]:
         try:
             processes.on_main(partial(self.checkpoints.commit, writing.draft, writing.facts, digests))
         except OSError as error:

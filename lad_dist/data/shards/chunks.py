@@ -23,15 +23,19 @@ import numpy as np
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import SourceConfig
-from lad_dist.data import corpus, hub, tokenizers
-from lad_dist.data.lines import Span
+from lad_dist.data.sources import corpus, hub
+from lad_dist.data.sources.text_files import Span
+from lad_dist.data.tokenization.encoding import FlatIds, encode_flat, refuse_unknown
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
 
-PIECES = 512  # about as many, while they are neither too small to be worth a file nor too long to be lost when killed
-SMALLEST, LARGEST = 1 << 20, 1 << 26  # bytes of text
+MIN_CHUNKS = (
+    512  # about as many, while they are neither too small to be worth a file nor too long to be lost when killed
+)
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 20, 1 << 26  # bytes of text
 BATCH_CHARACTERS = 1_000_000  # encoded at once
 LISTED = 1000  # complaints kept with their words
-CHUNK_DOCUMENTS, CHUNK_IDS = 1 << 16, 1 << 22  # read at once
+BLOCK_DOCUMENTS, BLOCK_IDS = 1 << 16, 1 << 22  # read at once
 
 # ids with the separator, bytes of the text in UTF-8, and 128 bits of its BLAKE2b
 RECORD = np.dtype([("ids", "<i8"), ("bytes", "<i8"), ("high", "<u8"), ("low", "<u8")])
@@ -41,18 +45,18 @@ class Stopped(Exception):
     """The work was asked to stop; what is not finished is gone."""
 
 
-class Piece(NamedTuple):
+class TextChunk(NamedTuple):
     number: int
     source: int
     first: bool  # of its source
     spans: tuple[Span, ...]
 
 
-class Job(NamedTuple):
+class TokenizeJob(NamedTuple):
     """What all pieces have in common."""
 
     sources: Sequence[SourceConfig]
-    tokenizer: tokenizers.PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast
     folder: Path
     dtype: np.dtype
     separator: np.ndarray
@@ -61,7 +65,7 @@ class Job(NamedTuple):
 
 
 @dataclass
-class Complaints:
+class ErrorLog:
     """About documents that cannot be read: how many, and the first of them."""
 
     count: int = 0
@@ -72,16 +76,16 @@ class Complaints:
         self.messages += messages[: LISTED - len(self.messages)]
 
 
-def plan(sources: Sequence[SourceConfig]) -> list[Piece]:
+def plan_chunks(sources: Sequence[SourceConfig]) -> list[TextChunk]:
     """Files that can be cut are cut, small ones put together. Raises UserError for a source without documents."""
     spans = [_shards(source) if source.kind == "hub" else corpus.spans(source) for source in sources]
     total = sum(span.end for source, its in zip(sources, spans, strict=True) for span in its if source.kind != "hub")
-    size = min(max(total // PIECES, SMALLEST), LARGEST)
-    pieces: list[Piece] = []
+    size = min(max(total // MIN_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+    pieces: list[TextChunk] = []
     for number, (source, its) in enumerate(zip(sources, spans, strict=True)):
         groups = [(span,) for span in its] if source.kind == "hub" else _grouped(_cut(source, its, size), size)
         for nth, group in enumerate(groups):
-            pieces.append(Piece(len(pieces), number, nth == 0, group))
+            pieces.append(TextChunk(len(pieces), number, nth == 0, group))
     return pieces
 
 
@@ -113,7 +117,7 @@ def _grouped(spans: Iterable[Span], size: int) -> Iterator[tuple[Span, ...]]:
 
 
 def identity(
-    sources: Sequence[SourceConfig], pieces: Sequence[Piece], fingerprint: str, library: str
+    sources: Sequence[SourceConfig], pieces: Sequence[TextChunk], fingerprint: str, library: str
 ) -> dict[str, str]:
     """Pieces of the same identity are the same, whoever writes them."""
     digest = hashlib.sha256()
@@ -125,7 +129,7 @@ def identity(
     return {"sources": digest.hexdigest(), "tokenizer": fingerprint, "version of tokenizers": library}
 
 
-def written(folder: Path, piece: Piece, dtype: np.dtype) -> dict[str, Any] | None:
+def read_chunk_info(folder: Path, piece: TextChunk, dtype: np.dtype) -> dict[str, Any] | None:
     """{"documents", "ids", "skipped", "errors"} of a finished piece."""
     try:
         said: dict[str, Any] = json.loads((folder / f"{piece.number}.json").read_text(encoding="utf-8"))
@@ -136,16 +140,16 @@ def written(folder: Path, piece: Piece, dtype: np.dtype) -> dict[str, Any] | Non
     return said if whole else None
 
 
-def write(piece: Piece, job: Job) -> None:
+def write_chunk(piece: TextChunk, job: TokenizeJob) -> None:
     """Raises UserError for what cannot be read, unless that is skipped, and for a tokenizer that does not know the
     text; Stopped when asked to. Then nothing of the piece is on disk."""
-    complaints = Complaints()
+    complaints = ErrorLog()
     documents = ids = 0
     with _committed(job.folder, piece.number) as (id_file, document_file):
         for texts in _batches(_texts(piece, job, complaints)):
-            encoded = tokenizers.encode_flat(job.tokenizer, texts)
+            encoded = encode_flat(job.tokenizer, texts)
             if piece.first and documents == 0:
-                tokenizers.refuse_unknown(job.tokenizer, [encoded.ids], job.sources[piece.source].path)
+                refuse_unknown(job.tokenizer, [encoded.ids], job.sources[piece.source].path)
             records = _records(texts, encoded.lengths + len(job.separator))
             id_file.write(_with_separators(encoded, job).data)
             document_file.write(records.data)
@@ -154,7 +158,7 @@ def write(piece: Piece, job: Job) -> None:
     write_text(job.folder / f"{piece.number}.json", json.dumps(said))
 
 
-def _texts(piece: Piece, job: Job, complaints: Complaints) -> Iterator[str]:
+def _texts(piece: TextChunk, job: TokenizeJob, complaints: ErrorLog) -> Iterator[str]:
     for span in piece.spans:
         for document in corpus.read(job.sources[piece.source], span):
             if isinstance(document, str):
@@ -195,7 +199,7 @@ def _records(texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
     return records
 
 
-def _with_separators(encoded: tokenizers.Flat, job: Job) -> np.ndarray:
+def _with_separators(encoded: FlatIds, job: TokenizeJob) -> np.ndarray:
     """The ids, a separator after those of each text."""
     size = len(job.separator)
     places = np.cumsum(encoded.lengths + size)[:, None] + np.arange(-size, 0)
@@ -223,7 +227,7 @@ def _committed(folder: Path, number: int) -> Iterator[tuple[IO[bytes], IO[bytes]
             draft.unlink(missing_ok=True)
 
 
-def chunks(folder: Path, piece: Piece, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def token_blocks(folder: Path, piece: TextChunk, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(records, ids) of the documents in order, a few million ids at a time, or one document that has more."""
     with open(folder / f"{piece.number}.ids", "rb") as ids:
         for records in records_of(folder, piece):
@@ -231,13 +235,13 @@ def chunks(folder: Path, piece: Piece, dtype: np.dtype) -> Iterator[tuple[np.nda
             begin = 0
             while begin < len(records):
                 before = int(ends[begin - 1]) if begin else 0
-                end = max(begin + 1, int(np.searchsorted(ends, before + CHUNK_IDS, side="right")))
+                end = max(begin + 1, int(np.searchsorted(ends, before + BLOCK_IDS, side="right")))
                 yield records[begin:end], np.fromfile(ids, dtype=dtype, count=int(ends[end - 1]) - before)
                 begin = end
 
 
-def records_of(folder: Path, piece: Piece) -> Iterator[np.ndarray]:
+def records_of(folder: Path, piece: TextChunk) -> Iterator[np.ndarray]:
     """The RECORDs of its documents, a few thousand at a time."""
     with open(folder / f"{piece.number}.documents", "rb") as documents:
-        while len(records := np.fromfile(documents, dtype=RECORD, count=CHUNK_DOCUMENTS)):
+        while len(records := np.fromfile(documents, dtype=RECORD, count=BLOCK_DOCUMENTS)):
             yield records

@@ -15,8 +15,8 @@ import numpy as np
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import lookup
-from lad_dist.data.labels import class_id, label_name, sorted_names
-from lad_dist.data.lines import numbered_lines, numbered_objects
+from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
+from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
 
 DOCUMENT = "-DOCSTART-"
 

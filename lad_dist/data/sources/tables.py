@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lad_dist.config.errors import UserError
-from lad_dist.data.lines import Span, refused
+from lad_dist.data.sources.text_files import Span, read_error
 from lad_dist.utils.suggest import did_you_mean
 
 ROWS_AT_ONCE = 1000
@@ -32,7 +32,7 @@ def values(span: Span, column: str, kind: str) -> Iterator[tuple[int, Any]]:
         for first, rows in columns:
             yield from enumerate(_texts(rows), first)
     except BROKEN as error:
-        raise refused(span.file, error) from None
+        raise read_error(span.file, error) from None
 
 
 def check_column(file: Path, column: str, kind: str) -> None:
@@ -41,7 +41,7 @@ def check_column(file: Path, column: str, kind: str) -> None:
     try:
         schema = pq.read_schema(file) if kind == "parquet" else _open_arrow(pa.OSFile(str(file))).schema
     except BROKEN as error:
-        problem = refused(file, error)
+        problem = read_error(file, error)
         if isinstance(problem, UserError):
             raise problem from None
         return
@@ -52,7 +52,7 @@ def _row_groups(span: Span, column: str) -> Columns:
     try:
         table = pq.ParquetFile(span.file, buffer_size=BUFFER)
     except BROKEN as error:
-        if span.begin > 0 and not isinstance(refused(span.file, error), UserError):
+        if span.begin > 0 and not isinstance(read_error(span.file, error), UserError):
             return  # the file's first span complains
         raise
     with table:

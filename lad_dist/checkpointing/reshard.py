@@ -40,7 +40,7 @@ SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def load(engine: Any, checkpoint: Path, was: Layout, now: Layout) -> None:
+def load_checkpoint(engine: Any, checkpoint: Path, was: Layout, now: Layout) -> None:
     """Weights, buffers, optimizer and counters, saved under layout `was`, into an engine of layout `now`. All processes
     call it together. Raises UserError where ZeRO-3 would have to be cut anew, and for a file of more than tensors."""
     # Without partitions nothing depends on the number of processes.
@@ -79,7 +79,7 @@ def _change(was: Layout, now: Layout) -> str:
 
 
 @dataclass
-class _Saved:
+class _SavedState:
     """What an optimizer had saved, whole again. Nothing is read before it is asked for."""
 
     pieces: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)  # by parameter, WEIGHTS or moment
@@ -98,18 +98,18 @@ class _Saved:
         return ((key, torch.cat(pieces)) for key, pieces in self.pieces[parameter].items())
 
 
-def _saved(engine: Any, checkpoint: Path, was: Layout) -> _Saved:
+def _saved(engine: Any, checkpoint: Path, was: Layout) -> _SavedState:
     folder = checkpoint / TAG
     if was["zero"] == 0:
         return _saved_whole(engine, read(folder / "mp_rank_00_model_states.pt", mapped=True))
-    saved = _Saved()
+    saved = _SavedState()
     for rank in range(was["processes"]):
         (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
         _add_share(saved, read(path, mapped=True)["optimizer_state_dict"])
     return saved
 
 
-def _add_share(saved: _Saved, share: dict[str, Any]) -> None:
+def _add_share(saved: _SavedState, share: dict[str, Any]) -> None:
     """What one process of ZeRO-1 or 2 saved. Called in the order of the ranks, along which a parameter goes on."""
     states = share["base_optimizer_state"]["state"]
     pairs = zip(share["param_slice_mappings"], share["single_partition_of_fp32_groups"], strict=True)
@@ -123,11 +123,11 @@ def _add_share(saved: _Saved, share: dict[str, Any]) -> None:
     saved.scale = vars(share["loss_scaler"]) if "loss_scaler" in share else {}
 
 
-def _saved_whole(engine: Any, file: dict[str, Any]) -> _Saved:
+def _saved_whole(engine: Any, file: dict[str, Any]) -> _SavedState:
     """Of stage 0, whose optimizer is one for all: torch's own in fp32, in fp16 with fp32 weights beside it."""
     optimizer = file["optimizer"]
     inner = optimizer.get("optimizer_state_dict", optimizer)
-    saved = _Saved(scale=optimizer)
+    saved = _SavedState(scale=optimizer)
     for number, (names, group) in enumerate(zip(_names(engine), inner["param_groups"], strict=True)):
         weights = optimizer["fp32_groups"][number] if "fp32_groups" in optimizer else [file["module"][n] for n in names]
         saved.counts.append({})
@@ -157,7 +157,7 @@ def _names(engine: Any) -> list[list[str]]:
     return [[engine.param_names[parameter] for parameter in group] for group in groups(engine)]
 
 
-def _mismatch(engine: Any, saved: _Saved) -> str | None:
+def _mismatch(engine: Any, saved: _SavedState) -> str | None:
     """A parameter whose fp32 copy is not the weight that the model has loaded. Parameters are shared out over the
     processes."""
     parameters = [parameter for group in groups(engine) for parameter in group]
@@ -169,7 +169,7 @@ def _mismatch(engine: Any, saved: _Saved) -> str | None:
     return None
 
 
-def _fill(engine: Any, saved: _Saved) -> None:
+def _fill(engine: Any, saved: _SavedState) -> None:
     """This process's share under ZeRO-1 or 2: the optimizer's own state of this layout, with the numbers saved."""
     optimizer = engine.optimizer
     state = optimizer.state_dict()
@@ -194,7 +194,7 @@ def _fill_parameter(share: dict[str, Tensor], mapping: Any, values: Iterator[tup
         share[key].narrow(0, here.start, here.numel).copy_(value.narrow(0, whole.start, whole.numel))
 
 
-def _fill_whole(engine: Any, saved: _Saved) -> None:
+def _fill_whole(engine: Any, saved: _SavedState) -> None:
     """Stage 0: the same numbers by parameter."""
     optimizer = engine.optimizer
     state = optimizer.state_dict()
@@ -212,7 +212,7 @@ def _fill_whole(engine: Any, saved: _Saved) -> None:
     optimizer.load_state_dict(state)
 
 
-def _fill_scale(place: dict[str, Any], saved: _Saved) -> None:
+def _fill_scale(place: dict[str, Any], saved: _SavedState) -> None:
     place.update({key: saved.scale[key] for key in SCALE if key in place and key in saved.scale})
 
 

@@ -30,14 +30,14 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 
 
-class NothingToResume(UserError):
+class NoValidCheckpoint(UserError):
     """Checkpoints are there, none of them valid: a fresh start would hide the loss."""
 
     code = EXIT_NO_CHECKPOINT
 
 
 @dataclass(frozen=True)
-class Checkpoints:
+class CheckpointStore:
     """keep: how many of the newest stay; keep_every: every so many-th stays for good, 0 for none of them."""
 
     folder: Path
@@ -84,7 +84,7 @@ class Checkpoints:
             damaged.append(checkpoint)
             print(f"{checkpoint}: damaged ({fault}), trying the one before it", file=sys.stderr)
         if saved:
-            raise NothingToResume(
+            raise NoValidCheckpoint(
                 f"{self.folder}: none of the {len(saved)} checkpoints is valid; remove the run folder to start afresh"
             )
         return None
@@ -123,7 +123,7 @@ class Checkpoints:
             left.unlink(missing_ok=True)
 
 
-def facts_of(checkpoint: Path) -> dict[str, Any]:
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
     """What was recorded with a checkpoint."""
     return _manifest(checkpoint)["facts"]
 

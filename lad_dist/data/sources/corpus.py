@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import SourceConfig
-from lad_dist.data import hub, tables
-from lad_dist.data.lines import Damaged, Lines, Span, is_compressed
+from lad_dist.data.sources import hub, tables
+from lad_dist.data.sources.text_files import DamagedFile, FileLines, Span, is_compressed
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.suggest import did_you_mean
 
@@ -35,13 +35,13 @@ BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*\n")
 ARTICLE_END = re.compile(rb"\n</doc>\r?\n")
 
 
-class Bad(NamedTuple):
+class UnreadableDocument(NamedTuple):
     """A document, or the rest of a file, that cannot be read: where and what, in one line."""
 
     message: str
 
 
-Documents = Iterator[str | Bad]
+Documents = Iterator[str | UnreadableDocument]
 
 
 def documents(source: SourceConfig) -> Iterator[str]:
@@ -49,7 +49,7 @@ def documents(source: SourceConfig) -> Iterator[str]:
     damaged."""
     for span in spans(source):
         for document in read(source, span):
-            if isinstance(document, Bad):
+            if isinstance(document, UnreadableDocument):
                 raise UserError(f"{document.message}; mend or remove it")
             yield document
 
@@ -98,12 +98,12 @@ def read(source: SourceConfig, span: Span) -> Documents:
         yield from _hub(source, span)
         return
     if span.end == 0:
-        yield Bad(f"{span.file}: empty")
+        yield UnreadableDocument(f"{span.file}: empty")
         return
     try:
         yield from _tables(source, span) if source.kind in ("parquet", "arrow") else _lines(source, span)
-    except Damaged as damage:
-        yield Bad(str(damage))
+    except DamagedFile as damage:
+        yield UnreadableDocument(str(damage))
 
 
 def _hub(source: SourceConfig, span: Span) -> Documents:
@@ -120,13 +120,13 @@ def _tables(source: SourceConfig, span: Span) -> Documents:
 
 def _lines(source: SourceConfig, span: Span) -> Documents:
     if source.kind == "wikiextractor":
-        return _articles(Lines(span, ARTICLE_END))
+        return _articles(FileLines(span, ARTICLE_END))
     if source.kind == "jsonl":
-        return _objects(Lines(span, LINE), source.column)
-    return _blocks(Lines(span, BLANK_LINE)) if source.document == "block" else _whole(Lines(span, LINE))
+        return _objects(FileLines(span, LINE), source.column)
+    return _blocks(FileLines(span, BLANK_LINE)) if source.document == "block" else _whole(FileLines(span, LINE))
 
 
-def _articles(lines: Lines) -> Documents:
+def _articles(lines: FileLines) -> Documents:
     """One text per <doc>, its lines as they are, empty ones left out."""
     opened = 0
     outside = False
@@ -143,59 +143,63 @@ def _articles(lines: Lines) -> Documents:
             body.append(line)
         elif line.strip():
             if not outside:
-                yield Bad(f"{lines.where(number)}: text outside <doc …>; this is not WikiExtractor's output")
+                yield UnreadableDocument(
+                    f"{lines.where(number)}: text outside <doc …>; this is not WikiExtractor's output"
+                )
             outside = not closing  # after it a span may begin: there too, what comes next is complained of anew
     yield from _unclosed(lines, opened)
 
 
-def _unclosed(lines: Lines, opened: int) -> Iterator[Bad]:
+def _unclosed(lines: FileLines, opened: int) -> Iterator[UnreadableDocument]:
     if opened:
-        yield Bad(f"{lines.where(opened)}: this <doc …> is not closed")
+        yield UnreadableDocument(f"{lines.where(opened)}: this <doc …> is not closed")
 
 
-def _objects(lines: Lines, column: str) -> Documents:
+def _objects(lines: FileLines, column: str) -> Documents:
     for number, line in lines:
         if line.strip():
             yield _object(lines, number, line, column)
 
 
-def _object(lines: Lines, number: int, line: bytes, column: str) -> str | Bad:
+def _object(lines: FileLines, number: int, line: bytes, column: str) -> str | UnreadableDocument:
     try:
         row = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError:
         return _decoded(lines, number, [line], str)
     except ValueError as error:
-        return Bad(f"{lines.where(number)}: not valid JSON ({error})")
+        return UnreadableDocument(f"{lines.where(number)}: not valid JSON ({error})")
     if not isinstance(row, dict):
-        return Bad(f"{lines.where(number)}: not a JSON object")
+        return UnreadableDocument(f"{lines.where(number)}: not a JSON object")
     if column not in row:
-        return Bad(f'{lines.where(number)}: no "{column}": {did_you_mean(column, row)}')
+        return UnreadableDocument(f'{lines.where(number)}: no "{column}": {did_you_mean(column, row)}')
     text = _value(row[column], column)
-    return Bad(f"{lines.where(number)}: {text.message}") if isinstance(text, Bad) else text
+    return (
+        UnreadableDocument(f"{lines.where(number)}: {text.message}") if isinstance(text, UnreadableDocument) else text
+    )
 
 
-def _placed(value: Any, column: str, place: str) -> str | Bad:
+def _placed(value: Any, column: str, place: str) -> str | UnreadableDocument:
     text = _value(value, column)
-    return Bad(f"{place}: {text.message}") if isinstance(text, Bad) else text
+    return UnreadableDocument(f"{place}: {text.message}") if isinstance(text, UnreadableDocument) else text
 
 
-def _value(value: Any, column: str) -> str | Bad:
+def _value(value: Any, column: str) -> str | UnreadableDocument:
     if isinstance(value, bytes):
-        return Bad(f"{column} is not UTF-8")
+        return UnreadableDocument(f"{column} is not UTF-8")
     if not isinstance(value, str):
-        return Bad(f"{column} is {json.dumps(value, default=str)[:50]}, not text")
+        return UnreadableDocument(f"{column} is {json.dumps(value, default=str)[:50]}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        return Bad(f"{column} holds half a surrogate pair")
+        return UnreadableDocument(f"{column} holds half a surrogate pair")
     return value
 
 
-def _whole(lines: Lines) -> Documents:
+def _whole(lines: FileLines) -> Documents:
     yield _decoded(lines, 1, [line for _, line in lines], _paragraphs)
 
 
-def _blocks(lines: Lines) -> Documents:
+def _blocks(lines: FileLines) -> Documents:
     """One text per block of lines between blank ones, its lines joined into one paragraph."""
     first = 0
     block: list[bytes] = []
@@ -210,14 +214,14 @@ def _blocks(lines: Lines) -> Documents:
         yield _decoded(lines, first, block, _paragraphs)
 
 
-def _decoded(lines: Lines, first: int, parts: list[bytes], clean: Callable[[str], str]) -> str | Bad:
+def _decoded(lines: FileLines, first: int, parts: list[bytes], clean: Callable[[str], str]) -> str | UnreadableDocument:
     """The lines, the first of which has number `first`, as clean text."""
     data = b"".join(parts)
     try:
         return clean(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         number = first + data.count(b"\n", 0, error.start)
-        return Bad(f"{lines.where(number)}: not UTF-8 (byte 0x{data[error.start]:02x})")
+        return UnreadableDocument(f"{lines.where(number)}: not UTF-8 (byte 0x{data[error.start]:02x})")
 
 
 def _without_empty_lines(text: str) -> str:

@@ -39,7 +39,7 @@ DECOMPRESS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-class Damaged(Exception):
+class DamagedFile(Exception):
     """The rest of a file cannot be read; one line says why."""
 
 
@@ -56,7 +56,7 @@ def is_compressed(file: Path) -> bool:
     return file.suffix in DECOMPRESS
 
 
-class Lines:
+class FileLines:
     """The lines of a span, widened and narrowed to whole documents: both ends move forward to where `boundary`, a
     pattern that ends where a document may begin, next ends. So neighbouring spans have every line once. A compressed
     file is read whole."""
@@ -72,7 +72,7 @@ class Lines:
         try:
             yield from self._compressed() if is_compressed(self._span.file) else self._plain()
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise refused(self._span.file, error) from None
+            raise read_error(self._span.file, error) from None
 
     def where(self, number: int) -> str:
         """FILE:LINE of a line of this span, counted in the whole file."""
@@ -88,7 +88,7 @@ class Lines:
             for number, line in enumerate(stream, 1):
                 yield number, _without_mark(line) if number == 1 else line
         if not number:
-            raise Damaged(f"{self._span.file}: empty")
+            raise DamagedFile(f"{self._span.file}: empty")
 
     def _plain(self) -> Iterator[tuple[int, bytes]]:
         with open(self._span.file, "rb") as stream:
@@ -113,12 +113,12 @@ class Lines:
         return found.end() if found else len(content)
 
 
-def refused(file: Path, error: Exception) -> Damaged | UserError:
+def read_error(file: Path, error: Exception) -> DamagedFile | UserError:
     """What to raise for an exception of a reader: the user's mistake when it is the system's, as for a file that may
     not be read or a disk that fails."""
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(f"{file}: cannot be read ({os.strerror(error.errno)})")
-    return Damaged(f"{file}: damaged, the rest cannot be read ({' '.join(str(error).split())[:200]})")
+    return DamagedFile(f"{file}: damaged, the rest cannot be read ({' '.join(str(error).split())[:200]})")
 
 
 def _without_mark(line: bytes) -> bytes:

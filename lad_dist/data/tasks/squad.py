@@ -40,7 +40,7 @@ class Questions(NamedTuple):
     unanswerable: bool  # whether some question of the task has no answer
 
 
-class Rows(NamedTuple):
+class AnswerWindows(NamedTuple):
     """The rows of all windows, end to end."""
 
     question: np.ndarray  # int64 [windows], which question each is of, ascending
@@ -121,7 +121,7 @@ def _answer(answer: Any, context: str, where: str) -> Answer:
 
 
 def find_answers(
-    logits: NDArray[np.floating], rows: Rows, questions: Questions, longest: int, threshold: float
+    logits: NDArray[np.floating], rows: AnswerWindows, questions: Questions, longest: int, threshold: float
 ) -> list[str]:
     """The answer to each question, from logits [R, 2] of its begin and its end: the stretch of at most `longest` tokens
     with the greatest sum of both in any window. Where questions may lack answers, none ("") when the least sum of any

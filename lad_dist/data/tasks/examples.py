@@ -19,19 +19,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lad_dist import metrics
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate, span_starts
-from lad_dist.data import tokenizers
-from lad_dist.data.squad import Answer, Questions, Rows, find_answers
-from lad_dist.data.tagging import Sentences
-from lad_dist.data.tasks import Raw, Task, Texts
-from lad_dist.data.tokenizers import Encoded, Frame, PreTrainedTokenizerFast, Words
+from lad_dist.data.tasks import metrics
+from lad_dist.data.tasks.files import Texts
+from lad_dist.data.tasks.squad import Answer, AnswerWindows, Questions, find_answers
+from lad_dist.data.tasks.tagging import Sentences
+from lad_dist.data.tasks.task import RawExamples, Task
+from lad_dist.data.tokenization.encoding import (
+    EncodedSequences,
+    EncodedWords,
+    encode_framed,
+    encode_windows,
+    encode_words,
+    refuse_unknown,
+)
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast
+from lad_dist.data.tokenization.special_tokens import Frame, frame_of
 from lad_dist.distributed import processes
 
 DEV_EXAMPLES = 64
-UNKNOWN_EXAMPLES = 500
+CHECKED_EXAMPLES = 500
 FIRST = np.zeros(1, dtype=np.int64)
 
 Logits = NDArray[np.floating]
@@ -43,7 +52,7 @@ class TaskExamples:
 
     def __init__(
         self,
-        encoded: Encoded,
+        encoded: EncodedSequences,
         rows: Sequence[np.ndarray],
         labels: Sequence[np.ndarray],
         tokenizer: PreTrainedTokenizerFast,
@@ -52,9 +61,9 @@ class TaskExamples:
     ) -> None:
         """rows: int64, places in the sequence; labels: one for each row; `what` names the examples in complaints.
         Raises UserError when the tokenizer does not know the text."""
-        tokenizers.refuse_unknown(tokenizer, encoded.ids[:UNKNOWN_EXAMPLES], what)
+        refuse_unknown(tokenizer, encoded.ids[:CHECKED_EXAMPLES], what)
         self._encoded, self._rows, self._labels = encoded, rows, labels
-        self._pad, self._pad_to = tokenizers.frame(tokenizer).pad, pad_to
+        self._pad, self._pad_to = frame_of(tokenizer).pad, pad_to
 
     def score(self, logits: Logits) -> dict[str, float]:
         """The task's metrics of logits [R, V]."""
@@ -101,7 +110,12 @@ class TaskExamples:
 
 
 def tokenize(
-    task: Task, raw: Raw, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig, what: str, pad_to: int | None = None
+    task: Task,
+    raw: RawExamples,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TaskDataConfig,
+    what: str,
+    pad_to: int | None = None,
 ) -> TaskExamples:
     """`what` names them in complaints. Raises UserError when the tokenizer does not know the text."""
     kinds: dict[type[Any], Any] = {
@@ -122,7 +136,7 @@ class TextExamples(TaskExamples):
         what: str,
         pad_to: int | None,
     ) -> None:
-        encoded = tokenizers.encode_framed(tokenizer, raw.texts, raw.pairs, data.max_length)
+        encoded = encode_framed(tokenizer, raw.texts, raw.pairs, data.max_length)
         super().__init__(encoded, [FIRST] * len(encoded.ids), list(raw.labels[:, None]), tokenizer, what, pad_to)
         self._metrics = task.metrics
 
@@ -145,18 +159,18 @@ class TaggingExamples(TaskExamples):
         what: str,
         pad_to: int | None,
     ) -> None:
-        frame = tokenizers.frame(tokenizer)
+        frame = frame_of(tokenizer)
         ids: list[np.ndarray] = []
         rows: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        for words, tags in zip(tokenizers.encode_words(tokenizer, raw.words), raw.tags, strict=True):
-            for first, end in pairwise(pieces(words, data.max_length - frame.size)):
-                sequence, places = _piece(words, first, end, frame, data.max_length)
+        for words, tags in zip(encode_words(tokenizer, raw.words), raw.tags, strict=True):
+            for first, end in pairwise(split_sentence(words, data.max_length - frame.size)):
+                sequence, places = _sequence_of_words(words, first, end, frame, data.max_length)
                 ids.append(sequence)
                 rows.append(places)
                 labels.append(tags[first:end])
         segments = [np.zeros(len(sequence), dtype=np.uint8) for sequence in ids]
-        super().__init__(Encoded(ids, segments), rows, labels, tokenizer, what, pad_to)
+        super().__init__(EncodedSequences(ids, segments), rows, labels, tokenizer, what, pad_to)
         self._metrics, self._names = task.metrics, task.label_names
         self._sentences = np.cumsum([len(words) for words in raw.words])
 
@@ -173,7 +187,7 @@ class TaggingExamples(TaskExamples):
         return [[self._names[n] for n in part] for part in np.split(numbers, self._sentences[:-1])]
 
 
-def pieces(words: Words, room: int) -> list[int]:
+def split_sentence(words: EncodedWords, room: int) -> list[int]:
     """Borders between words, from 0 to the last word's end, so that what stands between two of them takes at most
     `room` tokens, a longer word alone excepted; pieces are about as long as each other."""
     total = len(words.ids)
@@ -187,7 +201,9 @@ def pieces(words: Words, room: int) -> list[int]:
     return [*borders, len(words.firsts)]
 
 
-def _piece(words: Words, first: int, end: int, frame: Frame, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def _sequence_of_words(
+    words: EncodedWords, first: int, end: int, frame: Frame, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Sequence and rows of words first … end - 1. Of a word that does not fit, its first tokens are there."""
     borders = [0, *words.firsts[1:].tolist(), len(words.ids)]
     begin = borders[first]
@@ -209,7 +225,7 @@ class QuestionExamples(TaskExamples):
         what: str,
         pad_to: int | None,
     ) -> None:
-        windows = tokenizers.encode_windows(tokenizer, raw.questions, raw.contexts, data.max_length, data.overlap)
+        windows = encode_windows(tokenizer, raw.questions, raw.contexts, data.max_length, data.overlap)
         rows = [np.concatenate([FIRST, np.arange(part.start, part.stop)]) for part in windows.context]
         labels = [
             _answer_labels(raw.answers[question], characters)
@@ -220,7 +236,7 @@ class QuestionExamples(TaskExamples):
         self._raw, self._data, self._metrics = raw, data, task.metrics
         nothing = np.zeros((1, 2), dtype=np.int64)
         characters = np.concatenate([x for each in windows.characters for x in (nothing, each)])
-        self._places = Rows(windows.question, np.cumsum([0, *map(len, rows)]), characters)
+        self._places = AnswerWindows(windows.question, np.cumsum([0, *map(len, rows)]), characters)
 
     def answers(self, logits: Logits) -> list[str]:
         """The answer to each question."""

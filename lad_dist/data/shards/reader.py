@@ -61,7 +61,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class _Part(BaseModel):
+class _ManifestTable(BaseModel):
     """A part of a manifest: what is read of it later."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
@@ -72,7 +72,7 @@ Inside = Annotated[str, Field(pattern=r"^[^/\x00]+/[^/\x00]+$")]  # a file of a 
 Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _Shard(_Part):
+class _Shard(_ManifestTable):
     file: Inside
     length: Count
     documents: Count
@@ -82,27 +82,27 @@ class _Shard(_Part):
     offsets_sha256: Sum
 
 
-class _Counts(_Part):
+class _Counts(_ManifestTable):
     tokens: Count
     shards: list[_Shard]
 
 
-class _Splits(_Part):
+class _Splits(_ManifestTable):
     train: _Counts
     held_out: _Counts
 
 
-class _Source(_Part):
+class _Source(_ManifestTable):
     name: str
     weight: float = Field(gt=0)
     splits: _Splits
 
 
-class _Tokenizer(_Part):
+class _Tokenizer(_ManifestTable):
     fingerprint: str
 
 
-class _Manifest(_Part):
+class _Manifest(_ManifestTable):
     dtype: Literal["uint16", "uint32"]
     vocabulary: int = Field(ge=1)
     tokenizer: _Tokenizer

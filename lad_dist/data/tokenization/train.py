@@ -12,15 +12,18 @@ from typing import Any
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import SourceConfig, TokenizerConfig
-from lad_dist.data import corpus, tokenizers
+from lad_dist.data.sources import corpus
+from lad_dist.data.tokenization.algorithms import train_unigram, train_wordpiece
+from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.data.tokenization.special_tokens import vocabulary_size
 from lad_dist.utils.atomic_io import commit
 from lad_dist.utils.strict_json import parse_json
 
 REQUEST = "request.json"
-TRAINERS = {"wordpiece": tokenizers.train_wordpiece, "unigram": tokenizers.train_unigram}
+TRAINERS = {"wordpiece": train_wordpiece, "unigram": train_unigram}
 
 
-def train(config: TokenizerConfig, progress: Callable[[str], None] = print) -> None:
+def train_tokenizer(config: TokenizerConfig, progress: Callable[[str], None] = print) -> None:
     """Writes the tokenizer into config.out, a folder for AutoTokenizer. `progress` is called with lines for people.
 
     A finished folder made by the same request is left as it is. Raises UserError for one made by another, for sources
@@ -47,7 +50,7 @@ def _train(config: TokenizerConfig, request: dict[str, Any], progress: Callable[
         folder = Path(name) / "tokenizer"
         characters = _write(config, request, folder, progress)
         commit(folder, out)
-    size = tokenizers.vocabulary_size(tokenizers.load_tokenizer(out))
+    size = vocabulary_size(load_tokenizer(out))
     progress(f"{out}: {size} tokens, learnt from {characters:,} characters")
 
 

@@ -24,10 +24,14 @@ from tokenizers import __version__ as tokenizers_version
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import PrepareConfig
-from lad_dist.data import corpus, pieces, tokenizers
-from lad_dist.data.merge import Merge, merge
-from lad_dist.data.pieces import Job, Piece, Stopped
-from lad_dist.data.shards import FORMAT, MANIFEST, SPLITS, read_manifest
+from lad_dist.data.shards import chunks
+from lad_dist.data.shards.chunks import Stopped, TextChunk, TokenizeJob
+from lad_dist.data.shards.merge import MergeJob, merge_chunks
+from lad_dist.data.shards.reader import FORMAT, MANIFEST, SPLITS, read_manifest
+from lad_dist.data.sources import corpus
+from lad_dist.data.tokenization import loading
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, save_tokenizer
+from lad_dist.data.tokenization.special_tokens import frame_of, vocabulary_size
 from lad_dist.utils import worker_process
 from lad_dist.utils.atomic_io import commit, file_lock, write_text
 from lad_dist.utils.strict_json import parse_json
@@ -35,7 +39,7 @@ from lad_dist.utils.strict_json import parse_json
 UINT16_IDS = 65536
 RUNNING = {"out", "workers", "part", "parts"}  # settings that leave no trace in the shards
 
-Said = dict[str, Any]
+ChunkInfos = dict[str, Any]
 Report = Callable[[Mapping[str, Any]], None]
 
 
@@ -50,8 +54,8 @@ def prepare(config: PrepareConfig, progress: Callable[[str], None] = print, repo
     `progress` is called with lines for people, `report` with {"step", "steps", …} in pieces. A finished folder made by
     the same request is left as it is, but for the weights of its sources. Raises UserError for one made by another, for
     sources that are missing, damaged or empty, and for a tokenizer that does not know the text."""
-    tokenizer = tokenizers.load_tokenizer(config.tokenizer)
-    request = _request(config, tokenizers.fingerprint(tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer)
+    request = _request(config, loading.fingerprint(tokenizer))
     try:
         if (Path(config.out) / MANIFEST).exists():
             _finished(config, request, progress)
@@ -73,7 +77,7 @@ def _work(config: PrepareConfig) -> Path:
 def _unfinished(
     config: PrepareConfig,
     request: dict[str, Any],
-    tokenizer: tokenizers.PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast,
     progress: Callable[[str], None],
     report: Report,
 ) -> None:
@@ -161,20 +165,22 @@ def _stop_flag() -> Iterator[Any]:
 def _prepare(
     config: PrepareConfig,
     request: dict[str, Any],
-    tokenizer: tokenizers.PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast,
     work: Path,
     flag: Any,
     progress: Callable[[str], None],
     report: Report,
 ) -> None:
-    planned = pieces.plan(config.source)
-    _claim(work, pieces.identity(config.source, planned, request["tokenizer"], tokenizers_version))
-    frame = tokenizers.frame(tokenizer)
+    planned = chunks.plan_chunks(config.source)
+    _claim(work, chunks.identity(config.source, planned, request["tokenizer"], tokenizers_version))
+    frame = frame_of(tokenizer)
     if frame.size == 0:
         raise UserError(f"{config.tokenizer}: puts no special tokens around a text, so nothing would part documents")
-    dtype = np.dtype(np.uint16 if tokenizers.vocabulary_size(tokenizer) <= UINT16_IDS else np.uint32)
+    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= UINT16_IDS else np.uint32)
     separator = np.concatenate([frame.after, frame.before])
-    job = Job(config.source, tokenizer, work, dtype, separator, config.on_error == "skip", lambda: bool(flag.value))
+    job = TokenizeJob(
+        config.source, tokenizer, work, dtype, separator, config.on_error == "skip", lambda: bool(flag.value)
+    )
     mine = [piece for piece in planned if config.part is None or piece.number % (config.parts or 1) == config.part]
     said = _tokenize(job, mine, config.workers or len(os.sched_getaffinity(0)), flag, report)
     if config.part is not None:
@@ -201,26 +207,26 @@ def _claim(work: Path, identity: dict[str, str]) -> None:
         )
 
 
-def _tokenize(job: Job, mine: Sequence[Piece], workers: int, flag: Any, report: Report) -> list[Said]:
+def _tokenize(job: TokenizeJob, mine: Sequence[TextChunk], workers: int, flag: Any, report: Report) -> list[ChunkInfos]:
     """Does what is not done; what is said of each piece, in order. Raises the UserError of the first piece that has
     one."""
-    found = {piece.number: _accepted(pieces.written(job.folder, piece, job.dtype), job) for piece in mine}
+    found = {piece.number: _accepted(chunks.read_chunk_info(job.folder, piece, job.dtype), job) for piece in mine}
     missing = [piece for piece in mine if found[piece.number] is None]
     ids, done = sum(each["ids"] for each in found.values() if each), len(mine) - len(missing)
     report({"step": done, "steps": len(mine), "million tokens": ids / 1e6})
     with _one_thread_each(), _written(job, missing, min(workers, len(missing)), flag) as finished:
         for piece in finished:
-            said = found[piece.number] = pieces.written(job.folder, piece, job.dtype)
+            said = found[piece.number] = chunks.read_chunk_info(job.folder, piece, job.dtype)
             assert said is not None
             ids, done = ids + said["ids"], done + 1
             report({"step": done, "steps": len(mine), "million tokens": ids / 1e6})
     return [said for said in found.values() if said is not None]
 
 
-def _accepted(said: Said | None, job: Job) -> Said | None:
+def _accepted(said: ChunkInfos | None, job: TokenizeJob) -> ChunkInfos | None:
     """Raises UserError for a piece in which an earlier run skipped what this one may not."""
     if said is not None and said["skipped"] and not job.skip:
-        raise pieces.stop_at(said["errors"][0])
+        raise chunks.stop_at(said["errors"][0])
     return said
 
 
@@ -239,7 +245,7 @@ def _one_thread_each() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _written(job: Job, missing: Sequence[Piece], workers: int, flag: Any) -> Iterator[Iterator[Piece]]:
+def _written(job: TokenizeJob, missing: Sequence[TextChunk], workers: int, flag: Any) -> Iterator[Iterator[TextChunk]]:
     """The pieces in order, each when it is written."""
     if workers <= 1:
         yield (_write(job, piece) for piece in missing)
@@ -260,21 +266,21 @@ def _written(job: Job, missing: Sequence[Piece], workers: int, flag: Any) -> Ite
             raise
 
 
-def _write(job: Job, piece: Piece) -> Piece:
-    pieces.write(piece, job)
+def _write(job: TokenizeJob, piece: TextChunk) -> TextChunk:
+    chunks.write_chunk(piece, job)
     return piece
 
 
-_job: Job | None = None  # of a child
+_job: TokenizeJob | None = None  # of a child
 
 
-def _begin(job: Job) -> None:
+def _begin(job: TokenizeJob) -> None:
     global _job
     worker_process.die_with_parent()
     _job = job
 
 
-def _write_in_child(piece: Piece) -> Piece:
+def _write_in_child(piece: TextChunk) -> TextChunk:
     assert _job is not None
     return _write(_job, piece)
 
@@ -282,9 +288,9 @@ def _write_in_child(piece: Piece) -> Piece:
 def _merge(
     config: PrepareConfig,
     request: dict[str, Any],
-    job: Job,
-    planned: Sequence[Piece],
-    said: Sequence[Said],
+    job: TokenizeJob,
+    planned: Sequence[TextChunk],
+    said: Sequence[ChunkInfos],
     progress: Callable[[str], None],
 ) -> None:
     """The pieces into the folder `out`."""
@@ -297,19 +303,19 @@ def _merge(
     draft = job.folder / "merged"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    merged = merge(Merge(config, planned, said, job.folder, draft, job.dtype, len(job.separator), tick))
+    merged = merge_chunks(MergeJob(config, planned, said, job.folder, draft, job.dtype, len(job.separator), tick))
     totals = {split: _total(merged["sources"], split) for split in SPLITS}
     if not totals["train"]["documents"]:
         raise UserError(
             f"{config.source[0].path}: no document left to train on; add text, or lower held_out or min_tokens"
         )
-    tokenizers.save(job.tokenizer, draft / "tokenizer")
-    frame = tokenizers.frame(job.tokenizer)
+    save_tokenizer(job.tokenizer, draft / "tokenizer")
+    frame = frame_of(job.tokenizer)
     manifest = {
         "format": FORMAT,
         "request": request,
         "tokenizer": {"path": config.tokenizer, "fingerprint": request["tokenizer"], "library": tokenizers_version},
-        "vocabulary": tokenizers.vocabulary_size(job.tokenizer),
+        "vocabulary": vocabulary_size(job.tokenizer),
         "dtype": job.dtype.name,
         "frame": {"before": frame.before.tolist(), "after": frame.after.tolist()},
         **merged,
@@ -321,11 +327,11 @@ def _merge(
     progress(f"{config.out}: {train} to train on; {held_out} held out; {_left_out(merged['sources'])}")
 
 
-def _total(sources: Sequence[Said], split: str) -> dict[str, int]:
+def _total(sources: Sequence[ChunkInfos], split: str) -> dict[str, int]:
     return {key: sum(source["splits"][split][key] for source in sources) for key in ("documents", "tokens")}
 
 
-def _left_out(sources: Sequence[Said]) -> str:
+def _left_out(sources: Sequence[ChunkInfos]) -> str:
     counts = {reason: sum(source["dropped"][reason] for source in sources) for reason in ("duplicate", "short")}
     skipped = sum(source["skipped"] for source in sources)
     return f"{counts['duplicate']:,} duplicates and {counts['short']:,} short ones dropped, {skipped:,} damaged skipped"

@@ -16,27 +16,27 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.schema import CorpusDataConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import pack
-from lad_dist.data import tokenizers
-from lad_dist.data.examples import Batches, tokenize
-from lad_dist.data.masking import Vocabulary, mask_windows
-from lad_dist.data.order import CorpusOrder, Reading, TaskOrder, window_span, windows
-from lad_dist.data.shards import Shards
-from lad_dist.data.tasks import Task
-from lad_dist.data.tokenizers import PreTrainedTokenizerFast
+from lad_dist.data.mlm import Vocabulary, mask_windows
+from lad_dist.data.sampling import CorpusOrder, TaskOrder, WindowRead, window_span, windows
+from lad_dist.data.shards.reader import Shards
+from lad_dist.data.tasks.examples import Batches, tokenize
+from lad_dist.data.tasks.task import Task
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerprint
+from lad_dist.data.tokenization.special_tokens import frame_of, ordinary_ids, vocabulary_size, word_starts
 from lad_dist.utils.rng import MASK, derive_key, derive_keys
 from lad_dist.utils.suggest import did_you_mean
 
 HELD_OUT_SLOTS = 32
 
 
-class CorpusFeed:
+class CorpusDataset:
     """Windows of the corpus between the tokenizer's special tokens, some of their tokens masked."""
 
     def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Raises UserError when the shards are damaged or made with another tokenizer, the tokenizer has no mask
         token, or data.weights names a source that is not there."""
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
-        self._train = _Windows(data, tokenizer, "train")
+        self._train = _CorpusWindows(data, tokenizer, "train")
         self._order = CorpusOrder(self._train.counts, self._train.weights, self._windows_per_slot, data.slots, seed)
         self.slots = data.slots
 
@@ -66,7 +66,7 @@ class CorpusFeed:
     def held_out(self) -> Batches:
         """At most 32 slots of the held-out documents, the same and with the same masks in every run: whole slots, or
         one that repeats documents where they are fewer. Empty when the corpus was prepared with nothing held out."""
-        held_out = _Windows(self._data, self._tokenizer, "held_out")
+        held_out = _CorpusWindows(self._data, self._tokenizer, "held_out")
         if not held_out.counts:
             return []
         order = CorpusOrder(held_out.counts, [1.0] * len(held_out.counts), self._windows_per_slot, slots=1, seed=0)
@@ -78,19 +78,19 @@ def open_shards(data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, spli
     """Raises UserError when the shards are damaged or made with another tokenizer, or data.weights names a source that
     is not there."""
     shards = Shards(data.shards, split)
-    if shards.manifest["tokenizer"]["fingerprint"] != tokenizers.fingerprint(tokenizer):
+    if shards.manifest["tokenizer"]["fingerprint"] != fingerprint(tokenizer):
         raise UserError(f"{data.shards}: made with another tokenizer; use the one in {shards.tokenizer_folder}")
     _weights(data, shards)
     return shards
 
 
-class _Windows:
+class _CorpusWindows:
     """One split of the shards, cut into windows. U windows, L = max_length places."""
 
     def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
         shards = open_shards(data, tokenizer, split)
         self.fingerprint = shards.fingerprint
-        self._frame = tokenizers.frame(tokenizer)
+        self._frame = frame_of(tokenizer)
         self._room = data.max_length - self._frame.size
         self._length, self._joined = data.max_length, data.cross_documents
         self._streams = shards.streams
@@ -98,7 +98,7 @@ class _Windows:
         self.counts = [windows(stream.length, self._room) for stream in self._streams]
         self.weights = _weights(data, shards)
         self._vocabulary = _vocabulary(tokenizer, data.whole_words)
-        self._ordinary = np.ones(tokenizers.vocabulary_size(tokenizer), dtype=bool)
+        self._ordinary = np.ones(vocabulary_size(tokenizer), dtype=bool)
         self._ordinary[[*self._frame.before, *self._frame.after]] = False
         self._hidden = max(1, round(data.mask * self._tokens_per_window()))
 
@@ -107,7 +107,7 @@ class _Windows:
         tokens = sum(stream.tokens * weight for stream, weight in zip(self._streams, self.weights, strict=True))
         return tokens / (sum(c * weight for c, weight in zip(self.counts, self.weights, strict=True)) or 1)
 
-    def batch(self, reading: Reading, seed: int) -> Batch:
+    def batch(self, reading: WindowRead, seed: int) -> Batch:
         ids = np.stack([self._row(*place) for place in zip(reading.source, reading.window, strict=True)])
         content = self._ordinary[ids]
         starts, lengths = self._sequences(content)
@@ -142,7 +142,7 @@ class _Windows:
         flat[starts[:, None] + np.arange(len(before))] = before
         flat[(starts + lengths)[:, None] - len(after) + np.arange(len(after))] = after
 
-    def _mask_keys(self, reading: Reading, seed: int) -> np.ndarray:
+    def _mask_keys(self, reading: WindowRead, seed: int) -> np.ndarray:
         """uint64 [U]: a function of the seed, the window, and how often it was read before."""
         found = np.empty(len(reading.window), dtype=np.uint64)
         for source, turn in sorted(set(zip(reading.source.tolist(), reading.turn.tolist(), strict=True))):
@@ -162,11 +162,11 @@ def _weights(data: CorpusDataConfig, shards: Shards) -> list[float]:
 def _vocabulary(tokenizer: PreTrainedTokenizerFast, whole_words: bool) -> Vocabulary:
     if tokenizer.mask_token_id is None:
         raise UserError("the tokenizer has no mask token: masked language modelling needs one")
-    starts = tokenizers.word_starts(tokenizer) if whole_words else None
-    return Vocabulary(tokenizer.mask_token_id, tokenizers.ordinary_ids(tokenizer), starts)
+    starts = word_starts(tokenizer) if whole_words else None
+    return Vocabulary(tokenizer.mask_token_id, ordinary_ids(tokenizer), starts)
 
 
-class TaskFeed:
+class TaskDataset:
     """Examples of a task, tokenized when the feed is made."""
 
     def __init__(self, data: TaskDataConfig, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints: committed folders, background saves, loading at another world size."""

@@ -1,0 +1,1 @@
+"""Token shards: written in chunks, merged, read."""

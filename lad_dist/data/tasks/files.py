@@ -1,0 +1,189 @@
+"""Labelled files: .csv, .tsv, .jsonl, .parquet.
+
+Own files have columns text, text_pair (optional) and label. In .tsv files, the user's too, quoting is off: a line is
+a row and a quotation mark a character, as in GLUE's. In .csv files quoting is on.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import lookup
+from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
+from lad_dist.utils.suggest import did_you_mean
+
+MAX_LABEL = float(np.finfo(np.float32).max)  # label of a regression
+
+
+class Texts(NamedTuple):
+    """n texts, or pairs of texts, and their labels."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: np.ndarray  # [n]: int64 class ids, or float32
+
+
+class ColumnNames(NamedTuple):
+    """Names of the columns; pair is None where there is one text."""
+
+    text: str
+    pair: str | None
+    label: str
+
+    @property
+    def present(self) -> list[str]:
+        return [name for name in self if name is not None]
+
+
+class FileRows(NamedTuple):
+    """A file's wanted columns, and the line that each row begins on (in a .parquet the row's number, from 1)."""
+
+    file: Path
+    lines: list[int]
+    columns: dict[str, list[Any]]
+
+    def texts(self, column: str) -> list[str]:
+        values = self.columns[column]
+        for line, value in zip(self.lines, values, strict=True):
+            if not isinstance(value, str):
+                raise UserError(f"{self.file}:{line}: {column} is {value!r}, not a text")
+        return values
+
+    def labels(self, column: str, convert: Callable[[Any], Any], dtype: Any) -> np.ndarray:
+        """`convert` of each label; what its ValueError says is given with file and line."""
+        result = []
+        for line, value in zip(self.lines, self.columns[column], strict=True):
+            try:
+                result.append(convert(value))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{self.file}:{line}: {error}") from None
+        return np.array(result, dtype=dtype)
+
+
+def texts_of_rows(rows: FileRows, columns: ColumnNames, convert: Callable[[Any], Any], dtype: Any) -> Texts:
+    pairs = None if columns.pair is None else rows.texts(columns.pair)
+    return Texts(rows.texts(columns.text), pairs, rows.labels(columns.label, convert, dtype))
+
+
+def number_label(value: Any) -> float:
+    written = not isinstance(value, bool) and isinstance(value, str | int | float) and "_" not in str(value)
+    try:
+        number = float(value) if written else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= MAX_LABEL:
+        raise ValueError(f"label {value!r} is not a number of 32 bits")
+    return number
+
+
+def reader_of(file: Path) -> Callable[..., FileRows]:
+    return lookup(
+        f"{file}: file type", file.suffix, {".csv": _csv, ".tsv": read_tsv, ".jsonl": _jsonl, ".parquet": _parquet}
+    )
+
+
+def read_tsv(
+    file: Path,
+    wanted: Sequence[str],
+    optional: str | None = None,
+    header: Sequence[str] | None = None,
+    skip_torn: bool = False,
+) -> FileRows:
+    fields = ((number, line.split("\t")) for number, line in numbered_lines(file) if line)
+    return _table(file, fields, wanted, optional, header, skip_torn)
+
+
+def _csv(file: Path, wanted: Sequence[str], optional: str | None = None) -> FileRows:
+    reader = csv.reader((line + "\n" for _, line in numbered_lines(file)), strict=True)
+    return _table(file, _csv_fields(file, reader), wanted, optional)
+
+
+def _csv_fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    begin = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield begin, fields
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{file}:{begin}: not valid CSV: {error}") from None
+
+
+def _table(
+    file: Path,
+    rows: Iterator[tuple[int, list[str]]],
+    wanted: Sequence[str],
+    optional: str | None,
+    header: Sequence[str] | None = None,
+    skip_torn: bool = False,
+) -> FileRows:
+    """Columns out of rows of fields, the first of which is the header when none is given."""
+    if header is None:
+        _, header = next(rows, (0, []))
+    columns = {name: header.index(name) for name in _present(file, header, wanted, optional)}
+    result = FileRows(file, [], {name: [] for name in columns})
+    for line, fields in rows:
+        if len(fields) != len(header):
+            if skip_torn and len(fields) < len(header):
+                continue
+            raise UserError(f"{file}:{line}: {len(fields)} columns, not {len(header)}")
+        result.lines.append(line)
+        for name, place in columns.items():
+            result.columns[name].append(fields[place])
+    return _not_empty(result)
+
+
+def _jsonl(file: Path, wanted: Sequence[str], optional: str | None = None) -> FileRows:
+    rows = numbered_objects(file)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{file}: empty")
+    names = _present(file, list(first[1]), wanted, optional)
+    result = FileRows(file, [], {name: [] for name in names})
+    for line, row in chain([first], rows):
+        result.lines.append(line)
+        for name in names:
+            if name not in row:
+                raise UserError(f"{file}:{line}: no {name}")
+            result.columns[name].append(row[name])
+    return result
+
+
+def _parquet(file: Path, wanted: Sequence[str], optional: str | None = None) -> FileRows:
+    try:
+        with pq.ParquetFile(file) as table:
+            names = _present(file, table.schema_arrow.names, wanted, optional)
+            columns = table.read(names).to_pydict()
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as Parquet ({' '.join(str(error).split())[:100]})") from None
+    return _not_empty(FileRows(file, list(range(1, len(columns[names[0]]) + 1)), columns))
+
+
+def _present(file: Path, found: Sequence[str], wanted: Iterable[str], optional: str | None) -> list[str]:
+    """The columns to read. Raises UserError for one that is missing."""
+    if not found:
+        raise UserError(f"{file}: empty")
+    for name in wanted:
+        if name not in found:
+            raise UserError(f'{file}: no column "{name}" among {", ".join(found)}: {did_you_mean(name, found)}')
+    names = list(wanted) if optional is None or optional not in found else [*wanted, optional]
+    for name in names:
+        if found.count(name) > 1:
+            raise UserError(f'{file}: two columns are called "{name}"; rename one')
+    return names
+
+
+def _not_empty(rows: FileRows) -> FileRows:
+    if not rows.lines:
+        raise UserError(f"{rows.file}: no rows")
+    return rows

@@ -1,0 +1,97 @@
+"""GLUE's nine tasks as one table: where texts and labels stand, in GLUE's own .tsv files and on the hub."""
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lad_dist.data.sources import hub
+from lad_dist.data.tasks.files import ColumnNames, Texts, number_label, read_tsv, texts_of_rows
+from lad_dist.data.tasks.label_names import class_id
+
+HUB_NAME = "nyu-mll/glue"
+
+
+class GlueTask(NamedTuple):
+    folder: str
+    tsv: ColumnNames
+    hub: ColumnNames
+    label_names: tuple[str, ...]  # in the hub's order; none for regression
+    metrics: tuple[str, ...]
+    header: tuple[str, ...] | None = None  # the columns of .tsv files that do not name them
+    dev: tuple[tuple[str, str, str], ...] = (("dev", "dev.tsv", "validation"),)  # name, file, the hub's split
+    torn_rows: bool = False  # the official file has rows that lack columns; the hub leaves them out too
+
+
+SENTENCE = ColumnNames("sentence", None, "label")
+SENTENCES = ColumnNames("sentence1", "sentence2", "label")
+ENTAILED = ("entailment", "not_entailment")
+GLUE = {
+    "cola": GlueTask(
+        "CoLA",
+        SENTENCE,
+        SENTENCE,
+        ("unacceptable", "acceptable"),
+        ("matthews",),
+        header=("source", "label", "star", "sentence"),
+    ),
+    "sst2": GlueTask("SST-2", SENTENCE, SENTENCE, ("negative", "positive"), ("accuracy",)),
+    "mrpc": GlueTask(
+        "MRPC",
+        ColumnNames("#1 String", "#2 String", "Quality"),
+        SENTENCES,
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"),
+    ),
+    "stsb": GlueTask("STS-B", SENTENCES._replace(label="score"), SENTENCES, (), ("pearson", "spearman")),
+    "qqp": GlueTask(
+        "QQP",
+        ColumnNames("question1", "question2", "is_duplicate"),
+        ColumnNames("question1", "question2", "label"),
+        ("not_duplicate", "duplicate"),
+        ("accuracy", "f1"),
+        torn_rows=True,
+    ),
+    "mnli": GlueTask(
+        "MNLI",
+        SENTENCES._replace(label="gold_label"),
+        ColumnNames("premise", "hypothesis", "label"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        dev=(
+            ("dev", "dev_matched.tsv", "validation_matched"),
+            ("dev_mismatched", "dev_mismatched.tsv", "validation_mismatched"),
+        ),
+    ),
+    "qnli": GlueTask(
+        "QNLI",
+        ColumnNames("question", "sentence", "label"),
+        ColumnNames("question", "sentence", "label"),
+        ENTAILED,
+        ("accuracy",),
+    ),
+    "rte": GlueTask("RTE", SENTENCES, SENTENCES, ENTAILED, ("accuracy",)),
+    "wnli": GlueTask("WNLI", SENTENCES, SENTENCES, ("not_entailment", "entailment"), ("accuracy",)),
+}
+
+
+def glue_files(path: str, task: GlueTask) -> list[Path]:
+    """The training file, then those to evaluate on."""
+    return [Path(path) / task.folder / name for name in ("train.tsv", *(file for _, file, _ in task.dev))]
+
+
+def texts_from_tsv(task: GlueTask, file: Path) -> Texts:
+    rows = read_tsv(file, task.tsv.present, header=task.header, skip_torn=task.torn_rows)
+    if not task.label_names:
+        return texts_of_rows(rows, task.tsv, number_label, np.float32)
+    ids = {str(number): number for number in range(len(task.label_names))}
+    ids |= {name: number for number, name in enumerate(task.label_names)}
+    return texts_of_rows(rows, task.tsv, partial(class_id, ids), np.int64)
+
+
+def texts_from_hub(task: GlueTask, name: str, split: str) -> Texts:
+    rows = hub.load(HUB_NAME, name, split, task.hub.present)
+    pairs = None if task.hub.pair is None else list(rows[task.hub.pair])
+    dtype = np.int64 if task.label_names else np.float32
+    return Texts(list(rows[task.hub.text]), pairs, np.array(rows[task.hub.label], dtype=dtype))

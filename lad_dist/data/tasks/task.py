@@ -1,0 +1,131 @@
+"""A task: examples to train and evaluate on, label names, metrics.
+
+load_task(data)    GLUE's tasks, or the user's own files -> Task
+check_task(data)   the mistakes that can be seen without reading the data
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import lookup
+from lad_dist.config.schema import TaskDataConfig
+from lad_dist.data.tasks import squad, tagging
+from lad_dist.data.tasks.files import ColumnNames, Texts, number_label, reader_of, texts_of_rows
+from lad_dist.data.tasks.glue import GLUE, glue_files, texts_from_hub, texts_from_tsv
+from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
+
+Kind = Literal["classification", "regression", "tagging", "question_answering"]
+OWN_COLUMNS = ("text", "label")
+OWN_PAIR = "text_pair"
+ENTITY_TAGS = re.compile(r"O|[BIMELSU](-.+)?")  # BIO (IOB1, IOB2), IOBES and BILOU
+
+
+RawExamples = Texts | tagging.Sentences | squad.Questions
+
+
+class Task(NamedTuple):
+    """Label names are in the order of the class ids, none where outputs are numbers; the first metric is the one to
+    maximise."""
+
+    name: str
+    kind: Kind
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    train: RawExamples
+    dev: Mapping[str, RawExamples]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of a head's outputs: the labels, a regression's one number, or where an answer begins and ends."""
+        return self.label_names or {"regression": ("score",), "question_answering": ("start", "end")}[self.kind]
+
+
+def check_task(data: TaskDataConfig) -> None:
+    """Raises UserError for an unknown task, a missing file, or a kind of file that cannot be read."""
+    if data.task is None:
+        for file in _own_files(data):
+            OWN_KINDS[data.kind].reader(file)
+            _require_file(file)
+    else:
+        task = lookup("task", data.task, GLUE)
+        for file in glue_files(data.path, task) if data.path is not None else []:
+            _require_file(file)
+
+
+def load_task(data: TaskDataConfig) -> Task:
+    """The task's data, from GLUE's files, the hub or the user's own files. Raises UserError naming file and line."""
+    check_task(data)
+    if data.task is None:
+        return OWN_KINDS[data.kind].load(*_own_files(data))
+    task = GLUE[data.task]
+    if data.path is None:
+        train, *dev = [
+            texts_from_hub(task, data.task, split) for split in ("train", *(split for *_, split in task.dev))
+        ]
+    else:
+        train, *dev = [texts_from_tsv(task, file) for file in glue_files(data.path, task)]
+    kind: Kind = "classification" if task.label_names else "regression"
+    names = [name for name, *_ in task.dev]
+    return Task(data.task, kind, task.label_names, task.metrics, train, dict(zip(names, dev, strict=True)))
+
+
+def _own_files(data: TaskDataConfig) -> tuple[Path, Path]:
+    assert data.train is not None
+    assert data.dev is not None
+    return Path(data.train), Path(data.dev)
+
+
+def _require_file(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+
+
+def _own_task(kind: Kind, train_file: Path, dev_file: Path) -> Task:
+    train, dev = (reader_of(file)(file, OWN_COLUMNS, optional=OWN_PAIR) for file in (train_file, dev_file))
+    if (OWN_PAIR in train.columns) != (OWN_PAIR in dev.columns):
+        lacking = dev_file if OWN_PAIR in train.columns else train_file
+        raise UserError(f"{lacking}: no column {OWN_PAIR}, but the other file has it")
+    columns = ColumnNames("text", OWN_PAIR if OWN_PAIR in train.columns else None, "label")
+    if kind == "regression":
+        names: tuple[str, ...] = ()
+        examples = [texts_of_rows(rows, columns, number_label, np.float32) for rows in (train, dev)]
+    else:
+        names = sorted_names(train.labels("label", label_name, object).tolist())
+        if len(names) < 2:
+            raise UserError(f"{train_file}: every label is {names[0]}; a classification needs at least two")
+        ids = {name: number for number, name in enumerate(names)}
+        examples = [texts_of_rows(rows, columns, partial(class_id, ids), np.int64) for rows in (train, dev)]
+    metrics = ("pearson", "spearman") if kind == "regression" else ("accuracy", "f1", "matthews")
+    return Task(train_file.stem, kind, names, metrics, examples[0], {"dev": examples[1]})
+
+
+def _own_tagging(train_file: Path, dev_file: Path) -> Task:
+    train, dev, names = tagging.load_tagging(train_file, dev_file)
+    entities = all(ENTITY_TAGS.fullmatch(name) for name in names)
+    metrics = ("f1", "precision", "recall", "accuracy") if entities else ("accuracy",)
+    return Task(train_file.stem, "tagging", names, metrics, train, {"dev": dev})
+
+
+def _own_questions(train_file: Path, dev_file: Path) -> Task:
+    train, dev = squad.load_squad(train_file, dev_file)
+    both = ("f1_answerable", "f1_unanswerable") if train.unanswerable else ()
+    return Task(train_file.stem, "question_answering", (), ("f1", "exact_match", *both), train, {"dev": dev})
+
+
+class OwnKind(NamedTuple):
+    reader: Callable[[Path], Any]  # of a file; raises UserError where none reads files of that ending
+    load: Callable[[Path, Path], Task]
+
+
+OWN_KINDS: dict[Kind, OwnKind] = {
+    "classification": OwnKind(reader_of, partial(_own_task, "classification")),
+    "regression": OwnKind(reader_of, partial(_own_task, "regression")),
+    "tagging": OwnKind(tagging.reader, _own_tagging),
+    "question_answering": OwnKind(squad.reader, _own_questions),
+}

@@ -1,0 +1,192 @@
+"""Text to token ids.
+
+encode_flat      text -> ids without special tokens (corpora)
+encode_framed    text -> ids with special tokens, truncated (tasks)
+encode_words     words of a sentence -> ids without special tokens, and where each word begins
+encode_windows   question and context -> windows of the context, with special tokens
+refuse_unknown   a tokenizer that does not know the text is the user's mistake, and would train in silence
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from lad_dist.config.errors import UserError
+from lad_dist.data.tokenization.special_tokens import frame_of, framing_ids, rust_backend
+
+MAX_UNKNOWN_SHARE = 0.2
+UNKNOWN_SAMPLE = 5000  # tokens looked at
+TEXTS_PER_CALL = 10_000  # texts: the lists that the library returns are large
+CONTEXTS_PER_CALL = 1000  # contexts, which are longer
+
+
+class FlatIds(NamedTuple):
+    """Texts as ids, end to end."""
+
+    ids: np.ndarray  # int64 [N]
+    lengths: np.ndarray  # int64, one per text; their sum is N
+
+
+class EncodedSequences(NamedTuple):
+    """Sequences with their special tokens. `segments` are the token type ids."""
+
+    ids: list[np.ndarray]  # int32, one per text
+    segments: list[np.ndarray]  # uint8, as long
+
+
+class EncodedWords(NamedTuple):
+    """A sentence as ids without special tokens, and the first token of each of its words."""
+
+    ids: np.ndarray  # int32
+    firsts: np.ndarray  # int64, strictly ascending
+
+
+class ContextWindows(NamedTuple):
+    """Sequences with their special tokens, each of a question and as much of its context as there is room for."""
+
+    encoded: EncodedSequences
+    question: np.ndarray  # int64, which question each is of, ascending
+    context: list[slice]  # its tokens of the context
+    characters: list[np.ndarray]  # int64 [tokens of the context, 2], which characters of the context they stand for
+
+
+def encode_flat(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> FlatIds:
+    """The ids of each whole text without special tokens: neither added, nor read out of a text that spells one. Only
+    the unknown token occurs. Runs on the library's threads; the result does not depend on them."""
+    backend = rust_backend(tokenizer)
+    backend.encode_special_tokens = True
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    backend.encode_special_tokens = False
+    rows = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *rows])
+    # Sentencepiece vocabularies hold "</s>" as a piece like any other: a text that spells it yields its id.
+    spelt = np.isin(ids, framing_ids(tokenizer))
+    if spelt.any():
+        lengths -= np.bincount(np.repeat(np.arange(len(rows)), lengths)[spelt], minlength=len(rows))
+        ids = ids[~spelt]
+    return FlatIds(ids, lengths)
+
+
+def encode_framed(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+) -> EncodedSequences:
+    """Each text, or pair of texts, with special tokens, cut to max_length tokens where longer: the longer text
+    first."""
+    ids: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    for begin in range(0, len(texts), TEXTS_PER_CALL):
+        chunk = slice(begin, begin + TEXTS_PER_CALL)
+        encoded = tokenizer(
+            list(texts[chunk]),
+            None if pairs is None else list(pairs[chunk]),
+            truncation="longest_first",
+            max_length=max_length,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+        )
+        ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
+        segments += [np.array(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
+    return EncodedSequences(ids, segments)
+
+
+def encode_words(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sequence[str]]) -> list[EncodedWords]:
+    """Each sentence as the text that its words and blanks between them make. A word that has no token of its own (a
+    control character, or one joined to the word before it) becomes the unknown token: every word has a first token."""
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else frame_of(tokenizer).pad
+    found = []
+    for begin in range(0, len(sentences), TEXTS_PER_CALL):
+        chunk = sentences[begin : begin + TEXTS_PER_CALL]
+        encodings = rust_backend(tokenizer).encode_batch([" ".join(words) for words in chunk], add_special_tokens=False)
+        for words, encoding in zip(chunk, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            characters = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            found.append(_first_tokens(ids, characters, words, unknown))
+    return found
+
+
+def _first_tokens(ids: np.ndarray, characters: np.ndarray, words: Sequence[str], unknown: int) -> EncodedWords:
+    """characters: int64 [tokens, 2], begin and end of each token in the text."""
+    lengths = np.array([len(word) for word in words], dtype=np.int64)
+    ends = np.cumsum(lengths + 1) - 1
+    begins = ends - lengths
+    token = np.searchsorted(np.maximum.accumulate(characters[:, 1]), begins, side="right")
+    starts = np.append(characters[:, 0], len(" ".join(words)) + 1)[token]
+    of_earlier = starts < begins - 1  # some tokens begin with the blank before their word
+    lacking = of_earlier | (starts >= ends)
+    place = token + of_earlier
+    inserted_before: np.ndarray = np.cumsum(lacking) - lacking
+    return EncodedWords(np.insert(ids, place[lacking], unknown), place + inserted_before)
+
+
+def encode_windows(
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[str],
+    contexts: Sequence[str],
+    max_length: int,
+    stride: int,
+) -> ContextWindows:
+    """Each question with its context, in as many windows of max_length tokens as hold the whole of it; neighbours
+    share `stride` tokens, less than half of max_length. Of a question there is at most what fills half a window."""
+    ids: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    found = ContextWindows(EncodedSequences(ids, segments), np.empty(0, dtype=np.int64), [], [])
+    numbers: list[int] = []
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    questions = _truncated(tokenizer, questions, max(0, max_length // 2 - special))
+    for begin in range(0, len(questions), CONTEXTS_PER_CALL):
+        chunk = slice(begin, begin + CONTEXTS_PER_CALL)
+        encoded = tokenizer(
+            list(questions[chunk]),
+            list(contexts[chunk]),
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+        )
+        ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
+        segments += [np.array(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
+        numbers += [begin + number for number in encoded["overflow_to_sample_mapping"]]
+        for window, characters in enumerate(encoded["offset_mapping"]):
+            mine = np.flatnonzero([side == 1 for side in encoded.sequence_ids(window)])
+            context = slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
+            found.context.append(context)
+            found.characters.append(np.array(characters[context], dtype=np.int64).reshape(-1, 2))
+    return found._replace(question=np.array(numbers, dtype=np.int64))
+
+
+def _truncated(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], most: int) -> list[str]:
+    """The texts, each to the end of its token number `most`, or of an earlier one where a beginning of the text is read
+    as more tokens than it was as a part of it."""
+    cut, long, aim = list(texts), list(range(len(texts))), most
+    while long:
+        encodings = rust_backend(tokenizer).encode_batch([cut[n] for n in long], add_special_tokens=False)
+        ends = {n: encoding.offsets for n, encoding in zip(long, encodings, strict=True) if len(encoding) > most}
+        for n, offsets in ends.items():
+            cut[n] = cut[n][: offsets[aim - 1][1]] if aim else ""
+        long, aim = list(ends), aim - 1
+    return cut
+
+
+def refuse_unknown(tokenizer: PreTrainedTokenizerFast, sequences: Iterable[np.ndarray], what: str) -> None:
+    """Raises UserError when more than a fifth of the first few thousand tokens of `what` are the unknown token."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return
+    framing = framing_ids(tokenizer)
+    seen = bad = 0
+    for sequence in sequences:
+        content = sequence[~np.isin(sequence, framing)]
+        seen, bad = seen + len(content), bad + int((content == unknown).sum())
+        if seen >= UNKNOWN_SAMPLE:
+            break
+    if bad > MAX_UNKNOWN_SHARE * seen:
+        raise UserError(
+            f"{what}: {bad} of the first {seen} tokens are {tokenizer.unk_token}; "
+            "this tokenizer does not know the text: wrong tokenizer, or wrong language"
+        )
