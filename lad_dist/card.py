@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from lad_dist import sizes
+from lad_dist.compression import footprint
 from lad_dist.models.heads import MODEL_CLASSES
 
 PIPELINES = {  # by kind of task, as the hub sorts models
@@ -19,7 +19,7 @@ PIPELINES = {  # by kind of task, as the hub sorts models
     "tagging": "token-classification",
     "question_answering": "question-answering",
 }
-BY_COMPONENT = {"stored": "weights", "nonzero": "not zero", sizes.FLOPS: "FLOPs per token"}
+BY_COMPONENT = {"stored": "weights", "nonzero": "not zero", footprint.FLOPS: "FLOPs per token"}
 TEACHER, STUDENT, ONNX, INT8 = "teacher", "student", "onnx", "onnx int8"
 NOTABLE = 0.01  # share of zeros, or of weights saved, from which on it is said
 SHORT = 0.8  # of what FLOPs promise, below which it is said
@@ -69,7 +69,7 @@ def totals(student: Numbers) -> dict[str, Any]:
 
 
 def _size(student: Numbers) -> str:
-    lines = [(part, *(_of(student, name, part) for name in BY_COMPONENT)) for part in sizes.COMPONENTS]
+    lines = [(part, *(_of(student, name, part) for name in BY_COMPONENT)) for part in footprint.COMPONENTS]
     on_disk = {name.partition("/")[2]: size for name, size in student.items() if name.startswith("bytes/")}
     files = ", ".join(f"{form} {megabytes(size)} MB" for form, size in on_disk.items())
     return (
@@ -120,7 +120,7 @@ def _sizes(model: Numbers, form: str) -> list[str]:
     """Of a teacher and of ordinary folders, the file is model.safetensors."""
     smaller = None if form == TEACHER else model.get(f"bytes/{form}") or model.get("bytes/compact")
     file = smaller or model.get("bytes/safetensors")
-    flops = f"{model[sizes.FLOPS] / 1e6:.3g}"
+    flops = f"{model[footprint.FLOPS] / 1e6:.3g}"
     return [f"{model['stored']:,}", f"{model['nonzero']:,}", flops, megabytes(file) if file else "-"]
 
 
@@ -159,7 +159,7 @@ def _promised(ledger: Numbers) -> list[str]:
     """By its FLOPs, and what came of it."""
     if TEACHER not in ledger:
         return []
-    promised = ledger[TEACHER][sizes.FLOPS] / ledger[STUDENT][sizes.FLOPS]
+    promised = ledger[TEACHER][footprint.FLOPS] / ledger[STUDENT][footprint.FLOPS]
     device = ledger["timings"][0]["device"]
     measured = {}
     for shape in dict.fromkeys((x["batch"], x["length"]) for x in ledger["timings"]):

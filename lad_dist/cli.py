@@ -77,10 +77,10 @@ def _train(config: Any) -> int:
 
 
 def _choices() -> Named:
+    from lad_dist.compression.registry import COMPRESSIONS
     from lad_dist.objectives import OBJECTIVES
-    from lad_dist.surgery import SURGERIES
 
-    return {"objective": OBJECTIVES, "surgery": SURGERIES}
+    return {"objective": OBJECTIVES, "surgery": COMPRESSIONS}
 
 
 def guarded(work: Callable[[], int | None]) -> int:

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lad_dist import optim, plan, sizes
+from lad_dist import optim, plan
 from lad_dist.answers import bytes_of, worth_keeping
+from lad_dist.compression import footprint
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.data.datasets import CorpusDataset, TaskDataset
@@ -121,7 +122,7 @@ def of(made: plan.Plan, world: int) -> Costs:
     tokens = sum(batch.tokens for batch in batches)
     answers = _answers(made, method, feed, taught, steps)
     its = 0 if teacher is None else _flops(teacher, [taught.batch(*place) for place in places])
-    student = sizes.exported(method.student)
+    student = footprint.exported(method.student)
     return Costs(
         student=student,
         objective=count_parameters(method.objective),
@@ -141,7 +142,7 @@ def of(made: plan.Plan, world: int) -> Costs:
 
 
 def _flops(model: PreTrainedModel, batches: Sequence[Batch]) -> int:
-    return sum(sizes.flops(model, *batches).values())
+    return sum(footprint.flops(model, *batches).values())
 
 
 def skeleton(made: plan.Plan) -> Method:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lad_dist import compact, evaluate, onnx_export, runs, sizes
+from lad_dist import evaluate, onnx_export, runs
 from lad_dist.benchmarks import latency
 from lad_dist.card import INT8, ONNX, STUDENT, TEACHER
+from lad_dist.compression import compact, footprint
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import TaskDataConfig, TrainConfig, train_schema
@@ -65,7 +66,7 @@ def measure(asked: Asked) -> dict[str, Any]:
     taught_by = asked.teacher or (config.teacher.path if config.teacher else None)
     room = _check(asked, taught_by)
     dev = _dev(config, asked) if asked.onnx or asked.int8 else None
-    student = InferenceModel(compact.load(asked.export))
+    student = InferenceModel(compact.load_compact(asked.export))
     teacher = None if taught_by is None else InferenceModel(_teacher(taught_by, student))
     sessions = _sessions(asked, student)
     forms = {STUDENT: student} if teacher is None else {TEACHER: teacher, STUDENT: student}
@@ -79,10 +80,10 @@ def measure(asked: Asked) -> dict[str, Any]:
         "timings": [asdict(timing) for timing in _timings(forms, sessions, latency.shapes(room), asked.rounds)],
     }
     # What runs holds its pairs as two maps each: only the run knows what they are folded.
-    ledger[STUDENT] |= {"parameters": results["student"]["parameters"], **sizes.table_on_disk(asked.export)}
+    ledger[STUDENT] |= {"parameters": results["student"]["parameters"], **footprint.table_on_disk(asked.export)}
     if taught_by is not None:
-        ledger[TEACHER] |= sizes.table_on_disk(Path(taught_by))
-    runs.add_to_results(asked.folder, {"student": sizes.table_on_disk(asked.export), "ledger": ledger})
+        ledger[TEACHER] |= footprint.table_on_disk(Path(taught_by))
+    runs.add_to_results(asked.folder, {"student": footprint.table_on_disk(asked.export), "ledger": ledger})
     return ledger
 
 
@@ -117,7 +118,7 @@ def _teacher(path: str, student: InferenceModel) -> PreTrainedModel:
 def _sessions(asked: Asked, student: InferenceModel) -> dict[str, Session]:
     """The files that are asked for, written anew. int8 is made of fp32."""
     wanted = [form for form, wish in ((ONNX, asked.onnx or asked.int8), (INT8, asked.int8)) if wish]
-    files = {form: asked.export / sizes.FORMS[form] for form in wanted}
+    files = {form: asked.export / footprint.FORMS[form] for form in wanted}
     if ONNX in files:
         onnx_export.export(student, files[ONNX])
     if INT8 in files:
@@ -130,10 +131,10 @@ def _sizes(served: InferenceModel, shapes: Sequence[tuple[int, int]]) -> dict[st
     lengths = sorted({length for _, length in shapes})
     batches = {length: _one(served, length) for length in lengths}
     at = {
-        f"{sizes.FLOPS}/at {length}": sum(sizes.flops(served.model, batch).values()) / length
+        f"{footprint.FLOPS}/at {length}": sum(footprint.flops(served.model, batch).values()) / length
         for length, batch in batches.items()
     }
-    return {**sizes.of(served.model, batches[lengths[0]]), **at}
+    return {**footprint.footprint(served.model, batches[lengths[0]]), **at}
 
 
 def _one(served: InferenceModel, length: int) -> Batch:

@@ -6,13 +6,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from lad_dist import parts
+from lad_dist.compression import compressed_module
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelOutputs
+from lad_dist.core.step_state import StepState
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
 from lad_dist.objectives.objective import Objective
-from lad_dist.parts import Moment
 
 
 class Method(nn.Module):
@@ -26,15 +26,15 @@ class Method(nn.Module):
         self.student = student
         self.objective = objective
 
-    def at(self, moment: Moment) -> None:
+    def at(self, moment: StepState) -> None:
         """Moves all schedules, once before the micro-batches of each step."""
-        for piece in parts.parts(self.student):
+        for piece in compressed_module.compressed_modules(self.student):
             piece.at(moment)
         self.objective.at(moment.progress)
 
     def pruned(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Weights of which the last `at` took some away, with masks that are True where they stay."""
-        return [pair for piece in parts.parts(self.student) for pair in piece.pruned()]
+        return [pair for piece in compressed_module.compressed_modules(self.student) for pair in piece.pruned()]
 
     def forward(self, batch: Batch, target: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss, and by name its terms and what the objective observed (detached scalars)."""
@@ -45,5 +45,5 @@ class Method(nn.Module):
 
     def export(self) -> PreTrainedModel:
         """The student as a plain model: Parts folded, the objective left behind. In place."""
-        parts.fold(self.student)
+        compressed_module.merge_all(self.student)
         return self.student

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-from lad_dist import deepspeed_keys, narrow, surgery
+from lad_dist import deepspeed_keys
+from lad_dist.compression import width_pruning
+from lad_dist.compression.layers import keep_layers, layer_numbers, random_embeddings, set_dropout
+from lad_dist.compression.registry import COMPRESSION_CHECKS, COMPRESSIONS, apply_compressions
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import check_writable, lookup, validate_arguments
 from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
@@ -48,7 +51,7 @@ class Plan:
     student_shape: ModelDims
     teacher_shape: ModelDims | None
     layers: list[int] | None  # of the model that the student starts from
-    size: narrow.Size | None  # where it is to be smaller than that model
+    size: width_pruning.Widths | None  # where it is to be smaller than that model
     objective: Callable[[], Objective]
     surgeries: Sequence["partial[PreTrainedModel]"]
 
@@ -92,14 +95,14 @@ class Plan:
         found: dict[str, float] = {}
         if self.size is not None:
             student.to(device=processes.device())  # type: ignore[call-arg]
-            student, lost = narrow.narrow(student, _sample(feed), self.size, words.directions)
+            student, lost = width_pruning.narrow_model(student, _sample(feed), self.size, words.directions)
             found = {f"initial_error/{name}": value for name, value in lost.items()}
         if words.path is not None and words.embeddings == "random":
-            student = surgery.random_embeddings(student)
-        student = surgery.set_dropout(student, words.dropout, words.attention_dropout)
+            student = random_embeddings(student)
+        student = set_dropout(student, words.dropout, words.attention_dropout)
         if self.surgeries:
             student.to(device=processes.device())  # type: ignore[call-arg]
-            student = surgery.operate(student, self.surgeries, partial(_sample, feed), found.update)
+            student = apply_compressions(student, self.surgeries, partial(_sample, feed), found.update)
         return Method(student, self.objective(), found)
 
     def skeleton(self) -> PreTrainedModel:
@@ -112,11 +115,11 @@ class Plan:
             else:
                 origin = load_hf_config(words.path)
             if self.size is not None:
-                origin = narrow.resized(origin, self.size)
+                origin = width_pruning.resized_config(origin, self.size)
             student = new_model(origin, self.head, self.labels)
             if self.layers is not None:
-                student = surgery.keep_layers(student, self.layers)
-            return surgery.operate(student, self.surgeries)
+                student = keep_layers(student, self.layers)
+            return apply_compressions(student, self.surgeries)
 
     def _origin(self) -> PreTrainedModel:
         words = self.config.student
@@ -128,7 +131,7 @@ class Plan:
             )
         model = loading.load_model(words.path, self.head, labels=self.labels)
         assert self.layers is not None
-        return surgery.keep_layers(model, self.layers)
+        return keep_layers(model, self.layers)
 
 
 def _sample(feed: CorpusDataset | TaskDataset) -> list[Batch]:
@@ -178,8 +181,8 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
         check_vocabulary(load_hf_config(config.teacher.path), config.teacher.path, len(its))
     made = Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
     for named, operate in zip(config.surgery, surgeries, strict=True):
-        if named.name in surgery.CHECKS:
-            surgery.CHECKS[named.name](config, head, made.labels, **operate.keywords)
+        if named.name in COMPRESSION_CHECKS:
+            COMPRESSION_CHECKS[named.name](config, head, made.labels, **operate.keywords)
     if surgeries:
         made.skeleton()  # refuses those that do not fit
     return made
@@ -208,7 +211,7 @@ def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
 
 
 def _surgery(named: NamedOptions) -> "partial[PreTrainedModel]":
-    function: Callable[..., PreTrainedModel] = lookup("surgery.name", named.name, surgery.SURGERIES)
+    function: Callable[..., PreTrainedModel] = lookup("surgery.name", named.name, COMPRESSIONS)
     return partial(function, **validate_arguments(f"surgery {named.name}", function, named.options))
 
 
@@ -225,7 +228,7 @@ def _corpus_tokenizer(corpus: Shards | None) -> str:
 
 def _student_shape(
     config: TrainConfig, head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
-) -> tuple[ModelDims, list[int] | None, narrow.Size | None]:
+) -> tuple[ModelDims, list[int] | None, width_pruning.Widths | None]:
     words = config.student
     span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
     size = partial(model_dims, head=head, labels=len(task.outputs) if task else 0, span=span)
@@ -237,15 +240,15 @@ def _student_shape(
     origin = load_hf_config(words.path)
     check_weight_files(words.path)
     _check_length(config, origin, words.path)
-    numbers = surgery.layer_numbers(words.layers, words.depth, origin.num_hidden_layers)
+    numbers = layer_numbers(words.layers, words.depth, origin.num_hidden_layers)
     if origin.vocab_size < len(tokenizer):
         raise UserError(
             f"student.tokenizer: has {len(tokenizer)} tokens, the model at {words.path} only {origin.vocab_size}"
         )
     thin = None
     if words.narrowed:
-        thin = narrow.check(origin, words.width, words.heads, words.inner, words.path)
-        origin = narrow.resized(origin, thin)
+        thin = width_pruning.check_widths(origin, words.width, words.heads, words.inner, words.path)
+        origin = width_pruning.resized_config(origin, thin)
     return size(origin)._replace(layers=len(numbers)), numbers, thin
 
 

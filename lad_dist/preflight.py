@@ -20,7 +20,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from lad_dist import costs, plan, sizes
+from lad_dist import costs, plan
+from lad_dist.compression import footprint
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.data.shards.reader import SPLITS, Shards
@@ -119,7 +120,7 @@ def _check_room(made: plan.Plan, folder: Path) -> None:
     """Raises UserError where the disk lacks room for the checkpoints that the run keeps, the next, and the export."""
     words = made.config.run
     method = costs.skeleton(made)
-    each, export = costs.checkpoint_bytes(made, method), 4 * sizes.exported(method.student)
+    each, export = costs.checkpoint_bytes(made, method), 4 * footprint.exported(method.student)
     there = len([path for path in (folder / "checkpoints").glob("step-*") if not path.suffix])
     missing = max(1, words.keep + 1 - there) if words.save_every else 1
     needed = missing * each + export

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lad_dist import compact
+from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.load import read_toml as read_tables
@@ -86,7 +86,7 @@ def read(place: str | Path) -> Masks:
 
 
 def _bits(file: Path) -> dict[str, NDArray[np.bool_]]:
-    return {name: mask.numpy() for name, mask in compact.masks(file).items() if mask.ndim == 2}
+    return {name: mask.numpy() for name, mask in compact.read_masks(file).items() if mask.ndim == 2}
 
 
 def _zeros(files: Iterable[Path]) -> dict[str, NDArray[np.bool_]]:

@@ -21,17 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lad_dist import compact, evaluate, optim, plan, preflight, sizes
 from lad_dist import engine as engines
+from lad_dist import evaluate, optim, plan, preflight
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
 from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import AsyncCheckpointer, Files, SaveFailed
 from lad_dist.checkpointing.store import read_metadata
+from lad_dist.compression import compact, footprint
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelOutputs, OutputSpec
+from lad_dist.core.step_state import StepState
 from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.loader import load_batches
 from lad_dist.data.sampling import rank_share
@@ -44,7 +46,6 @@ from lad_dist.models.dims import uses_segments
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.loading import PreTrainedModel, save_model
-from lad_dist.parts import Moment
 from lad_dist.runs import Run
 
 Row = dict[str, Any]
@@ -290,7 +291,7 @@ class Loop:
         optim.set_learning_rate(self.engine.optimizer.param_groups, share)
         device = processes.device()
         self.engine.train()
-        self.method.at(Moment(step, self.steps, self.config.run.seed))
+        self.method.at(StepState(step, self.steps, self.config.run.seed))
         engines.forget(self.engine, self.method.pruned())
         for index, batch in enumerate(batches):
             slot = processes.rank() + index * processes.world_size()
@@ -442,7 +443,7 @@ class Loop:
                 save_model(student, self.run.export)
                 packed.save(self.run.export, self.config.student.path, self.made.layers)
                 save_beside_model(self.made.tokenizer, self.run.export, uses_segments(student.config))
-        results["student"] |= processes.on_main(lambda: sizes.table_on_disk(self.run.export))
+        results["student"] |= processes.on_main(lambda: footprint.table_on_disk(self.run.export))
         self.run.finish(results)
         return Outcome(self.run.folder, results)
 
@@ -454,7 +455,7 @@ class Loop:
         return evaluate.compare(self.feed.dev, self._logits, teacher, self.teacher_feed.dev)
 
     def _size(self, model: PreTrainedModel) -> dict[str, float]:
-        return sizes.of(model, self.feed.batch(0, 0))
+        return footprint.footprint(model, self.feed.batch(0, 0))
 
 
 def _alike(config: TrainConfig) -> bool:

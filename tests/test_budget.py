@@ -11,20 +11,31 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from launching import ROOT
 
-from lad_dist import budget, parts, plan, surgery
-from lad_dist.budget import Counts, Factors
+from lad_dist import plan
+from lad_dist.compression import compressed_module
+from lad_dist.compression.ladabert import (
+    TOLERANCE,
+    Factors,
+    WeightCounts,
+    count_weights,
+    ladabert,
+    remaining_weights,
+    required_sparsity,
+    solve_factors,
+)
+from lad_dist.compression.low_rank import LowRank, LowRankEmbedding, linear_maps
+from lad_dist.compression.options import LAYER_MODULES
+from lad_dist.compression.pruning.module import GlobalPruning
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import read_toml, validate_arguments
-from lad_dist.low_rank import LowRank, LowRankEmbedding
+from lad_dist.core.step_state import StepState
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.parts import Moment
-from lad_dist.pruning import Pruning
 from lad_dist.train import train
 
 NAMES = ("embedding", "svd", "weight")
-COUNTS = Counts(words=600, maps=2400, rest=100)
+COUNTS = WeightCounts(words=600, maps=2400, rest=100)
 FACTOR = st.floats(1.0, 6.0)
 
 
@@ -37,47 +48,49 @@ def cut(model: PreTrainedModel, **options: Any) -> dict[str, float]:
     """What the surgery tells, with which all of its weights go at once."""
     told: dict[str, float] = {}
     options = {"begin": 0.0, "end": 0.0, **options}
-    surgery.ladabert(model, tell=told.update, **validate_arguments("surgery ladabert", surgery.ladabert, options))
-    for part in parts.parts(model):
-        part.at(Moment(0, 10, seed=0))
+    ladabert(model, tell=told.update, **validate_arguments("surgery ladabert", ladabert, options))
+    for part in compressed_module.compressed_modules(model):
+        part.at(StepState(0, 10, seed=0))
     return told
 
 
 def nonzero(model: PreTrainedModel) -> int:
     """Weights of the compact form that are not 0."""
-    return sum(int(weight.count_nonzero()) for _, weight in parts.weights(model, parts.COMPACT))
+    return sum(
+        int(weight.count_nonzero()) for _, weight in compressed_module.iter_weights(model, compressed_module.COMPACT)
+    )
 
 
 def test_by_hand() -> None:
     """3100 = 600 / 2 + 2400 / (3 · 4) + 100 times 600 weights."""
     factors = Factors(2.0, 3.0, 4.0)
-    assert budget.weights(COUNTS, factors) == 600.0
+    assert remaining_weights(COUNTS, factors) == 600.0
     for name in NAMES:
         given = {**factors._asdict(), name: None}
-        assert budget.solve(COUNTS, 3100 / 600, **given) == pytest.approx(factors)
-    assert budget.solve(COUNTS, None, *factors) == factors
+        assert solve_factors(COUNTS, 3100 / 600, **given) == pytest.approx(factors)
+    assert solve_factors(COUNTS, None, *factors) == factors
 
 
 def test_sparsity_by_hand() -> None:
     """After SVD: of 300 + 800 + 100 weights 700 are asked for, so 500 of 800 go, whatever 4 would have taken."""
-    after = Counts(words=300, maps=800, rest=100)
-    assert budget.sparsity(after, 700, 4.0) == 500 / 800
-    assert budget.sparsity(after, 700, None) == 500 / 800
-    assert budget.sparsity(after, 602, 4.0) == 0.75  # 600 is within 0.5 % of it
-    assert budget.sparsity(after, None, 4.0) == 0.75
+    after = WeightCounts(words=300, maps=800, rest=100)
+    assert required_sparsity(after, 700, 4.0) == 500 / 800
+    assert required_sparsity(after, 700, None) == 500 / 800
+    assert required_sparsity(after, 602, 4.0) == 0.75  # 600 is within 0.5 % of it
+    assert required_sparsity(after, None, 4.0) == 0.75
     with pytest.raises(UserError, match="350 weights cannot be met"):
-        budget.sparsity(after, 350, None)
+        required_sparsity(after, 350, None)
 
 
 @settings(max_examples=60)
 @given(FACTOR, FACTOR, FACTOR, st.sampled_from(NAMES))
 def test_solving_finds_what_was_left_out(embedding: float, svd: float, weight: float, missing: str) -> None:
     factors = Factors(embedding, svd, weight)
-    reduction = COUNTS.total / budget.weights(COUNTS, factors)
+    reduction = COUNTS.total / remaining_weights(COUNTS, factors)
     assume(reduction >= 1)
     given = {**factors._asdict(), missing: None}
     try:
-        solved = budget.solve(COUNTS, reduction, **given)
+        solved = solve_factors(COUNTS, reduction, **given)
     except UserError:
         assert factors._asdict()[missing] == pytest.approx(1.0)  # a rounding below it
         return
@@ -103,16 +116,16 @@ def test_a_budget_is_met(
     before = count_parameters(model)
     given = dict(zip([name for name in NAMES if name != missing], factors, strict=True))
     try:
-        surgery.ladabert(model, **validate_arguments("", surgery.ladabert, {"reduction": reduction, **given}))
+        ladabert(model, **validate_arguments("", ladabert, {"reduction": reduction, **given}))
     except UserError:
         return
-    prunings = [part for part in parts.parts(model) if isinstance(part, Pruning)]
+    prunings = [part for part in compressed_module.compressed_modules(model) if isinstance(part, GlobalPruning)]
     gone = sum(round(part.schedule.sparsity * _size(part)) for part in prunings)
     left = count_parameters(model) - gone
-    assert before / left == pytest.approx(reduction, rel=budget.TOLERANCE)
+    assert before / left == pytest.approx(reduction, rel=TOLERANCE)
 
 
-def _size(part: Pruning) -> int:
+def _size(part: GlobalPruning) -> int:
     return sum(masked.origin.numel() for masked in part.masked.values())
 
 
@@ -138,7 +151,7 @@ def test_what_is_told_is_what_is_left(missing: str | None) -> None:
 def test_ones_leave_a_model_as_it_is() -> None:
     model = made(toy.SIZES)
     told = cut(model, embedding=1.0, svd=1.0, weight=1.0)
-    assert not parts.parts(model)
+    assert not compressed_module.compressed_modules(model)
     assert set(told.values()) == {1.0}
 
 
@@ -146,10 +159,10 @@ def test_each_factor_has_its_part() -> None:
     """Pruning lies on both factors of each map of low rank, ranked together, and on no embeddings or head."""
     model = made(toy.SIZES)
     cut(model, embedding=2.0, svd=2.0, weight=4.0)
-    found = parts.parts(model)
+    found = compressed_module.compressed_modules(model)
     assert sum(isinstance(part, LowRank) for part in found) == 4 * 6
     assert sum(isinstance(part, LowRankEmbedding) for part in found) == 1
-    (pruning,) = [part for part in found if isinstance(part, Pruning)]
+    (pruning,) = [part for part in found if isinstance(part, GlobalPruning)]
     assert len(pruning.masked) == 2 * 4 * 6
     assert {name.rpartition(".")[2] for name in pruning.masked} == {"inner", "outer"}
     assert pruning.sparsity == pytest.approx(0.75, abs=1e-3)
@@ -164,14 +177,16 @@ def test_it_holds_for_any_choice_of_maps(modules: str) -> None:
     before = count_parameters(model)
     told = cut(model, embedding=2.0, svd=2.0, weight=2.0, modules=modules)
     assert before / nonzero(model) == pytest.approx(told["budget/achieved/reduction"])
-    (pruning,) = [part for part in parts.parts(model) if isinstance(part, Pruning)]
+    (pruning,) = [part for part in compressed_module.compressed_modules(model) if isinstance(part, GlobalPruning)]
     assert not [name for name in pruning.masked if "embedding" in name]
 
 
 def test_pruning_alone_is_on_the_maps() -> None:
     model = made(toy.SIZES)
     told = cut(model, reduction=1.5, embedding=1.0, svd=1.0)
-    assert not [part for part in parts.parts(model) if isinstance(part, LowRank | LowRankEmbedding)]
+    assert not [
+        part for part in compressed_module.compressed_modules(model) if isinstance(part, LowRank | LowRankEmbedding)
+    ]
     assert told["budget/achieved/reduction"] == pytest.approx(1.5, rel=1e-3)
 
 
@@ -183,12 +198,12 @@ def test_the_papers_sizes(number: int, millions: int) -> None:
     options.pop("name")
     with torch.device("meta"):
         model = made({"model_type": "bert"}, 30522)
-    counts = budget.count(model, surgery._maps(model, surgery.LAYERS, ""))
-    factors = budget.solve(counts, **{"weight": None, **options})
+    counts = count_weights(model, linear_maps(model, LAYER_MODULES, ""))
+    factors = solve_factors(counts, **{"weight": None, **options})
     assert f"solved for: {factors.weight:.2f} where" in file.read_text()
     assert round(counts.total / options["reduction"] / 1e6) == millions
-    surgery.ladabert(model, **validate_arguments("", surgery.ladabert, options))
-    (pruning,) = [part for part in parts.parts(model) if isinstance(part, Pruning)]
+    ladabert(model, **validate_arguments("", ladabert, options))
+    (pruning,) = [part for part in compressed_module.compressed_modules(model) if isinstance(part, GlobalPruning)]
     left = count_parameters(model) - round(pruning.schedule.sparsity * _size(pruning))
     assert left * options["reduction"] == pytest.approx(counts.total, rel=1e-6)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lad_dist import compact
+from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
@@ -46,7 +46,7 @@ def size(path: Path) -> int:
 @pytest.mark.parametrize("surgeries", [[PRUNE], [LOW_RANK], [LOW_RANK, PRUNE]], ids=["sparse", "pairs", "both"])
 def test_the_compact_form_is_the_export(surgeries: list[dict[str, Any]], world: World, tmp_path: Path) -> None:
     export = run(world, tmp_path, surgeries)
-    small = compact.load(export)
+    small = compact.load_compact(export)
     whole = loading.load_model(str(export), "classification", whole=True)
     torch.testing.assert_close(logits(small), logits(whole), rtol=1e-5, atol=1e-5)
     assert size(export / compact.COMPACT_FILE) < size(export / "model.safetensors")
@@ -59,7 +59,7 @@ def test_an_encoder_is_found_below_the_head_of_a_pre_training(world: World, tmp_
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained, surgery=surgeries)
     outcome = train(toy.parsed(tables, {"run.steps": 2, "objective": {"name": "mlm"}, "teacher": None}))
     export = outcome.folder / "export"
-    small, whole = compact.load(export), loading.load_model(str(export), "none", whole=True)
+    small, whole = compact.load_compact(export), loading.load_model(str(export), "none", whole=True)
     assert any(isinstance(module, torch.nn.Sequential) for module in small.modules())
     batch, needs = toy.batch([5, 3, 9]), OutputSpec(hidden=(2,))
     found, expected = (compute_outputs(model.eval(), batch, needs).hidden[2] for model in (small, whole))
@@ -71,7 +71,7 @@ def test_a_plain_student_has_no_smaller_form(world: World, tmp_path: Path) -> No
     assert not list(export.glob("compact*"))
     assert not list(export.glob("mask*"))
     assert torch.equal(
-        logits(compact.load(export)), logits(loading.load_model(str(export), "classification", whole=True))
+        logits(compact.load_compact(export)), logits(loading.load_model(str(export), "classification", whole=True))
     )
 
 
@@ -125,10 +125,10 @@ def damaged(path: Path, change: Any) -> None:
     save_file(values, path, facts)
 
 
-@pytest.mark.parametrize("loader", [compact.load, compact.load_masked])
+@pytest.mark.parametrize("loader", [compact.load_compact, compact.load_masked])
 def test_files_of_another_model(loader: Any, world: World, tmp_path: Path) -> None:
     export = run(world, tmp_path, [ADAPT])
-    path = export / (compact.COMPACT_FILE if loader is compact.load else compact.MASK_FILE)
+    path = export / (compact.COMPACT_FILE if loader is compact.load_compact else compact.MASK_FILE)
     damaged(path, lambda values: values.pop("classifier.bias"))
     with pytest.raises(UserError) as caught:
         loader(export)

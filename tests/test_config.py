@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.config.describe import describe_keys
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import (
@@ -32,7 +33,6 @@ from lad_dist.config.schema import (
     train_schema,
 )
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.surgery import SURGERIES
 
 TASK: dict[str, Any] = {
     "run": {"name": "n", "steps": 1},
@@ -101,7 +101,7 @@ def test_every_misspelt_key_is_named_with_the_right_one(
 
 
 NAMED = [(f"objective {name}", kind) for name, kind in OBJECTIVES.items()]
-NAMED += [(f"surgery {name}", function) for name, function in SURGERIES.items()]
+NAMED += [(f"surgery {name}", function) for name, function in COMPRESSIONS.items()]
 
 
 @pytest.mark.parametrize(

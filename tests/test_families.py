@@ -21,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_families import LIKE, SIZES
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lad_dist import parts, sizes, surgery
+from lad_dist.compression import compressed_module, footprint
+from lad_dist.compression.layers import keep_layers, random_embeddings, scale_position_embeddings, set_dropout
+from lad_dist.compression.low_rank import low_rank
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import EvaluateConfig, PrepareConfig
 from lad_dist.core.batch import Batch, Head, pad, unpad
@@ -178,7 +180,7 @@ def test_layers_dropped_exported_and_loaded(family: str, words: Any, tmp_path: P
     """The folder computes in transformers what was trained here, with every head and whichever layers are kept."""
     heads: tuple[Head, ...] = ("classification", "mlm", "tagging", "question_answering")
     for head, kept in zip(heads, ([1, 3, 4], [2, 4], [4], [3, 1]), strict=True):
-        model = surgery.keep_layers(toy_families.made(family, head, words(family), labels_of(head)), kept)
+        model = keep_layers(toy_families.made(family, head, words(family), labels_of(head)), kept)
         batch = batch_of(LENGTHS, head, words(family))
         with torch.no_grad():
             seen = compute_outputs(model, batch, OutputSpec(logits=True))
@@ -191,7 +193,7 @@ def test_layers_dropped_exported_and_loaded(family: str, words: Any, tmp_path: P
 @pytest.mark.parametrize("family", [family for family in SIZES if family != "albert"])
 def test_the_first_layers_compute_what_they_did(family: str, words: Any) -> None:
     whole, part = (toy_families.made(family, "none", words(family)) for _ in range(2))
-    surgery.keep_layers(part, [1, 2, 3])
+    keep_layers(part, [1, 2, 3])
     batch, needs = batch_of(LENGTHS, "none", words(family)), OutputSpec(hidden=(1, 2))
     with torch.no_grad():
         expected, seen = (compute_outputs(model, batch, needs).hidden for model in (whole, part))
@@ -206,7 +208,7 @@ def test_another_first_layer_of_modernbert_computes_nearly_what_it_did(words: An
         layer, batch = model.layers[1], batch_of([9], "none", words("modernbert"))
         embedded = compute_outputs(model, batch, OutputSpec(hidden=(0,))).hidden[0]
         before = layer.attn.Wqkv(layer.attn_norm(embedded))
-        surgery.keep_layers(model, [2, 1])
+        keep_layers(model, [2, 1])
         assert isinstance(model.layers[0].attn_norm, nn.Identity)
         assert isinstance(model.layers[1].attn_norm, nn.LayerNorm)
         torch.testing.assert_close(layer.attn.Wqkv(embedded), before, rtol=1e-3, atol=1e-3)
@@ -223,7 +225,7 @@ def test_dropout_is_what_was_asked_for(family: str, words: Any) -> None:
 
     def moved(hidden: float, attention: float) -> list[bool]:
         """Which layers' outputs differ from one forward to another."""
-        surgery.set_dropout(model, hidden, attention)
+        set_dropout(model, hidden, attention)
         one, other = (compute_outputs(model, batch, OutputSpec(hidden=(0, 4))).hidden for _ in range(2))
         return [not torch.equal(one[layer], other[layer]) for layer in (0, 4)]
 
@@ -237,13 +239,13 @@ def test_dropout_is_what_was_asked_for(family: str, words: Any) -> None:
 def test_embeddings_drawn_anew_are_new_and_the_rest_is_not(family: str, words: Any) -> None:
     model = toy_families.made(family, "none", words(family))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    surgery.random_embeddings(model)
+    random_embeddings(model)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     assert {f"{name}.weight" for name in tables if name.startswith("embeddings")} <= changed
     assert all(name.startswith("embeddings.") for name in changed)
     words_before = model.get_input_embeddings().weight.clone()
-    surgery.quiet_positions(model, share=0.1)
+    scale_position_embeddings(model, share=0.1)
     assert torch.equal(model.get_input_embeddings().weight, words_before)
 
 
@@ -251,11 +253,15 @@ def test_embeddings_drawn_anew_are_new_and_the_rest_is_not(family: str, words: A
 def test_layers_as_thin_products_leave_the_same_trace_when_folded(family: str, words: Any) -> None:
     """q, k and v are recorded through them too."""
     model, batch = toy_families.made(family, "mlm", words(family)), batch_of(LENGTHS, "mlm", words(family))
-    surgery.low_rank(model, keep=0.5)
-    assert len(parts.parts(encoder_layers(model))) == len(parts.parts(model)) > 0
+    low_rank(model, keep=0.5)
+    assert (
+        len(compressed_module.compressed_modules(encoder_layers(model)))
+        == len(compressed_module.compressed_modules(model))
+        > 0
+    )
     with torch.no_grad():
         thin = compute_outputs(model, batch, EVERYTHING)
-        folded = compute_outputs(parts.fold(model), batch, EVERYTHING)
+        folded = compute_outputs(compressed_module.merge_all(model), batch, EVERYTHING)
     torch.testing.assert_close(folded, thin, rtol=1e-4, atol=1e-4)
 
 
@@ -269,7 +275,7 @@ def test_flops_are_those_that_torch_counts(family: str, words: Any, monkeypatch:
         batch = batch_of([16] * 4, head, words(family))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             compute_outputs(model, batch, OutputSpec(logits=True))
-        assert counter.get_total_flops() == sum(sizes.flops(model, batch).values())
+        assert counter.get_total_flops() == sum(footprint.flops(model, batch).values())
 
 
 def test_flops_within_windows_by_hand(words: Any) -> None:
@@ -279,7 +285,7 @@ def test_flops_within_windows_by_hand(words: Any) -> None:
     band = sum(abs(i - j) <= 3 for i in range(12) for j in range(12))
     maps = 4 * 2 * 15 * (4 * 32 * 32 + 3 * 32 * 64)
     attention = 2 * 4 * 32 * (9 + 144) + 2 * 4 * 32 * (9 + band)
-    assert sum(sizes.flops(model, batch).values()) == maps + attention
+    assert sum(footprint.flops(model, batch).values()) == maps + attention
 
 
 @pytest.mark.parametrize("family", SIZES)
@@ -335,7 +341,7 @@ def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
 def _pair(family: str, head: Head, words: PreTrainedTokenizerFast) -> tuple[Any, Any]:
     """A teacher, and a student of half its layers."""
     teacher, student = (toy_families.made(family, head, words, labels_of(head)) for _ in range(2))
-    return surgery.keep_layers(student, [2, 4]), teacher
+    return keep_layers(student, [2, 4]), teacher
 
 
 def learns(family: str, name: str, words: PreTrainedTokenizerFast) -> bool:

@@ -16,9 +16,9 @@ from lad_dist.checkpointing import async_save
 from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import TrainConfig
+from lad_dist.core.step_state import StepState
 from lad_dist.distributed import processes, replica_check
 from lad_dist.method import Method
-from lad_dist.parts import Moment
 from lad_dist.runs import NoProgress
 from lad_dist.train import train
 
@@ -47,7 +47,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     at, forward = Method.at, Method.forward
     now: list[int] = []
 
-    def watched(self: Method, moment: Moment) -> None:
+    def watched(self: Method, moment: StepState) -> None:
         now[:] = [moment.step]
         at(self, moment)
 

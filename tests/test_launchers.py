@@ -11,6 +11,7 @@ import toy
 from conftest import World
 from launching import ROOT, launch
 
+from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.config.describe import describe_keys
 from lad_dist.config.load import keyword_parameters
 from lad_dist.config.schema import (
@@ -24,7 +25,6 @@ from lad_dist.config.schema import (
     TrainConfig,
 )
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.surgery import SURGERIES
 
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
 SCHEMAS: dict[str, type[ConfigTable]] = {
@@ -66,7 +66,7 @@ def test_help_names_every_key(script: str, capsys: pytest.CaptureFixture[str]) -
     for key, *_ in describe_keys(SCHEMAS[script]):
         assert any(line.startswith(f"{key} (") for line in lines), key
     if issubclass(SCHEMAS[script], TrainConfig):
-        for kind, choices in (("objective", OBJECTIVES), ("surgery", SURGERIES)):
+        for kind, choices in (("objective", OBJECTIVES), ("surgery", COMPRESSIONS)):
             for name, function in choices.items():
                 assert f'With {kind}.name = "{name}":' in lines
                 keys = [f"{kind}.{key} (" for key in keyword_parameters(function)]

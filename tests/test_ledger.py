@@ -13,9 +13,12 @@ import toy
 from conftest import World
 from test_launchers import run
 
-from lad_dist import compact, ledger, sizes, surgery
+from lad_dist import ledger
 from lad_dist.benchmarks import latency
 from lad_dist.card import card, remarks
+from lad_dist.compression import compact, footprint
+from lad_dist.compression.layers import keep_layers
+from lad_dist.compression.low_rank import low_rank
 from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
 from lad_dist.ledger import Asked
 from lad_dist.models import loading
@@ -27,9 +30,9 @@ def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda s
     """A run folder as train() leaves it: two of the teacher's layers after `change`, nothing learnt."""
     tables = toy.task_config(folder, world.files, world.teacher, world.teacher, objective={"name": "kd"})
     config = toy.parsed(tables, {"data.slots": 1})
-    student = change(surgery.keep_layers(loading.load_model(str(world.teacher), "classification", whole=True), [2, 4]))
+    student = change(keep_layers(loading.load_model(str(world.teacher), "classification", whole=True), [2, 4]))
     batch = toy.batch([16] * 4)
-    size, packed = sizes.of(student, batch), compact.pack(student)
+    size, packed = footprint.footprint(student, batch), compact.pack(student)
     export = config.run.folder / "export"
     save_model(compact.parts.fold(student), export)  # type: ignore[arg-type]
     packed.save(export, None, None)
@@ -38,7 +41,7 @@ def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda s
         "command": "python train.py",
         "config": config.model_dump(mode="json", exclude_none=True),
         "metrics": {"accuracy": 0.5},
-        "student": {**size, **sizes.table_on_disk(export)},
+        "student": {**size, **footprint.table_on_disk(export)},
         "teacher": {},
         "steps": 8,
         "seconds": 1.0,
@@ -107,7 +110,7 @@ def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch:
         return real(forms, *rest)
 
     monkeypatch.setattr(latency, "interleaved", interleaved)
-    folder = complete(world, tmp_path, lambda student: surgery.low_rank(student, keep=0.3))
+    folder = complete(world, tmp_path, lambda student: low_rank(student, keep=0.3))
     found = ledger.measure(Asked(folder, rounds=1))
     assert found["student"]["stored"] == results_in(folder)["student"]["stored"] < found["student"]["parameters"]
     assert set(measured) == {found["teacher"]["stored"], found["student"]["stored"]}
@@ -144,8 +147,8 @@ def timing(form: str, seconds: float, batch: int = 1) -> dict[str, Any]:
 def test_what_its_arithmetic_promises_is_held_against_what_is_measured() -> None:
     plain = {"parameters": 100, "stored": 100, "nonzero": 100}
     found = {
-        "teacher": {**plain, sizes.FLOPS: 4e6},
-        "student": {**plain, sizes.FLOPS: 1e6},
+        "teacher": {**plain, footprint.FLOPS: 4e6},
+        "student": {**plain, footprint.FLOPS: 1e6},
         "timings": [
             *(timing(form, seconds) for form, seconds in (("teacher", 4.0), ("student", 1.0), ("onnx", 1.0))),
             timing("onnx int8", 0.5),

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lad_dist import low_rank, parts, plan, surgery
+from lad_dist import plan
+from lad_dist.compression import compressed_module, low_rank
+from lad_dist.compression.layers import scale_position_embeddings
+from lad_dist.compression.low_rank import LowRank, LowRankEmbedding
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import validate_arguments
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.low_rank import LowRank, LowRankEmbedding
 from lad_dist.models import activations, loading
 from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.forward import compute_outputs
@@ -214,23 +216,23 @@ def test_words_count_once_more_than_they_occur() -> None:
 
 
 def lowered(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    return surgery.low_rank(model, lambda: SAMPLE, **validate_arguments("low_rank", surgery.low_rank, options))
+    return low_rank.low_rank(model, lambda: SAMPLE, **validate_arguments("low_rank", low_rank.low_rank, options))
 
 
 def test_it_replaces_the_maps_that_match_and_keeps_the_share() -> None:
     model = made()
     before = count_parameters(encoder_layers(model))
     lowered(model, keep=0.5)
-    found = parts.parts(model)
+    found = compressed_module.compressed_modules(model)
     assert len(found) == 4 * 6  # query, key, value, output, intermediate, output
     assert 0.4 < count_parameters(encoder_layers(model)) / before < 0.6
     assert isinstance(model.classifier, nn.Linear)
-    assert len(parts.parts(lowered(made(), keep=0.5, modules=r"layer\.0\..*query"))) == 1
+    assert len(compressed_module.compressed_modules(lowered(made(), keep=0.5, modules=r"layer\.0\..*query"))) == 1
 
 
 def test_embeddings_have_a_share_of_their_own() -> None:
     model = lowered(made(), keep=1.0, embeddings=0.5)
-    (part,) = parts.parts(model)
+    (part,) = compressed_module.compressed_modules(model)
     assert part is model.get_input_embeddings()
     assert count_parameters(part) == 11 * (90 + 32)  # 0.5 · 90 · 32 / 122 is 11.8
 
@@ -243,11 +245,11 @@ def test_one_function_as_parts_folded_and_compact(family: str, weighted: bool) -
 
     plain = made(family).state_dict()
     found = logits(model())
-    folded = parts.fold(model())
-    assert not parts.parts(folded)
+    folded = compressed_module.merge_all(model())
+    assert not compressed_module.compressed_modules(folded)
     assert {name: x.shape for name, x in folded.state_dict().items()} == {name: x.shape for name, x in plain.items()}
     torch.testing.assert_close(logits(folded), found, rtol=1e-4, atol=1e-4)
-    small = parts.compact(model())
+    small = compressed_module.compact_all(model())
     assert count_parameters(small) < 0.6 * count_parameters(folded)
     torch.testing.assert_close(logits(small), found, rtol=1e-4, atol=1e-4)
 
@@ -258,7 +260,9 @@ def test_full_rank_changes_nothing() -> None:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         ranks = {name: min(model.get_submodule(name).weight.shape) for name in names}
         before = logits(model)
-        errors = low_rank.put(model, ranks | {"bert.embeddings.word_embeddings": 32}, SAMPLE if weighted else ())
+        errors = low_rank.replace_with_products(
+            model, ranks | {"bert.embeddings.word_embeddings": 32}, SAMPLE if weighted else ()
+        )
         assert max(errors.values()) < 1e-9
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
@@ -282,7 +286,7 @@ def test_a_sample_makes_the_outputs_on_it_nearer() -> None:
 )
 def test_what_it_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        surgery.low_rank(made(), **validate_arguments("surgery low_rank", surgery.low_rank, options))
+        low_rank.low_rank(made(), **validate_arguments("surgery low_rank", low_rank.low_rank, options))
 
 
 def test_twice_is_refused() -> None:
@@ -315,7 +319,7 @@ def test_embeddings_that_a_head_reads_are_refused_before_weights_are_read(
 def test_quiet_positions_are_not_words_of_low_rank() -> None:
     model = lowered(made(), keep=1.0, embeddings=0.5)
     words = [weight.clone() for weight in model.get_input_embeddings().parameters()]
-    surgery.quiet_positions(model, share=0.1)
+    scale_position_embeddings(model, share=0.1)
     assert all(map(torch.equal, words, model.get_input_embeddings().parameters()))
 
 

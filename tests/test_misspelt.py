@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from schemas import schema_of
 
 from lad_dist import deepspeed_keys, plan
+from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import (
     apply_overrides,
@@ -37,7 +38,6 @@ from lad_dist.config.schema import (
 from lad_dist.models.families import FAMILIES
 from lad_dist.models.hf_config import architecture_config
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.surgery import SURGERIES
 from lad_dist.trials import draw
 
 NAMED = 0.98  # share of the typing errors whose key must be named
@@ -211,7 +211,7 @@ def test_keys_of_overrides(schema: type[ConfigTable]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "choices"), [("objective", OBJECTIVES), ("surgery", SURGERIES)], ids=["objectives", "surgeries"]
+    ("where", "choices"), [("objective", OBJECTIVES), ("surgery", COMPRESSIONS)], ids=["objectives", "surgeries"]
 )
 def test_arguments(where: str, choices: Mapping[str, Any]) -> None:
     tried = []
@@ -222,7 +222,7 @@ def test_arguments(where: str, choices: Mapping[str, Any]) -> None:
     assert_named(count(lambda pair: validate_arguments(where, *pair), tried))
 
 
-@pytest.mark.parametrize("choices", [OBJECTIVES, SURGERIES, FAMILIES], ids=["objective", "surgery", "model_type"])
+@pytest.mark.parametrize("choices", [OBJECTIVES, COMPRESSIONS, FAMILIES], ids=["objective", "surgery", "model_type"])
 def test_names(choices: Mapping[str, Any]) -> None:
     tried = [(slip, slip.wrong) for name in choices for slip in slips((name,), choices)]
     assert_named(count(lambda wrong: lookup("name", wrong, choices), tried))

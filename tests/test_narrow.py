@@ -10,7 +10,9 @@ from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist import narrow, plan
+from lad_dist import plan
+from lad_dist.compression import width_pruning
+from lad_dist.compression.width_pruning import Widths
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
@@ -18,10 +20,9 @@ from lad_dist.models.dims import model_dims
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.hf_config import architecture_config, load_hf_config
 from lad_dist.models.loading import PreTrainedModel, save_model
-from lad_dist.narrow import Size
 from lad_dist.train import train
 
-WIDE = Size(width=32, heads=4, inner=64)
+WIDE = Widths(width=32, heads=4, inner=64)
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": toy.SIZES,
     "roberta": {**toy.SIZES, "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 66},
@@ -44,7 +45,7 @@ def made(family: str = "bert", head: Any = "classification", **sizes: Any) -> Pr
 def test_nothing_is_lost_at_full_width(family: str, head: str) -> None:
     """Neither on the sample nor elsewhere."""
     model = made(family, head)
-    same, errors = narrow.narrow(model, SAMPLE[:3], WIDE, "principal")
+    same, errors = width_pruning.narrow_model(model, SAMPLE[:3], WIDE, "principal")
     assert errors == pytest.approx(dict.fromkeys(errors, 0.0), abs=1e-5)
     assert ("logits" in errors) == (head != "none")
     needs = OutputSpec(logits=head != "none", hidden=(0, 1, 4))
@@ -57,7 +58,7 @@ def test_nothing_is_lost_at_full_width(family: str, head: str) -> None:
 @pytest.mark.parametrize("head", ["classification", "mlm", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_narrow_model_is_an_ordinary_one(family: str, head: Any, tmp_path: Path) -> None:
-    small, errors = narrow.narrow(made(family, head), SAMPLE[:3], Size(16, 2, 20), "principal")
+    small, errors = width_pruning.narrow_model(made(family, head), SAMPLE[:3], Widths(16, 2, 20), "principal")
     save_model(small, tmp_path)
     again = loading.load_model(str(tmp_path), head, labels=toy.LABELS if head == "classification" else ())
     assert model_dims(again.config, head).width == 16
@@ -75,8 +76,8 @@ def test_what_is_lost_falls_with_width_and_faster_along_principal_directions() -
     for width in (8, 16, 24, 28):
         for directions in losses:
             torch.manual_seed(1)
-            size = Size(width, 4, 2 * width)
-            found = narrow.narrow(made(), SAMPLE, size, directions)[1]  # type: ignore[arg-type]
+            size = Widths(width, 4, 2 * width)
+            found = width_pruning.narrow_model(made(), SAMPLE, size, directions)[1]  # type: ignore[arg-type]
             losses[directions].append(sum(value**2 for name, value in found.items() if name.startswith("lost")))
             errors[directions].append(sum(value**2 for name, value in found.items() if name.startswith("hidden")))
     for directions in losses:
@@ -94,21 +95,22 @@ def test_heads_are_cut_to_the_largest_singular_values(size: int, seed: int) -> N
     x = torch.randn(40, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 1
     covariance, mean = torch.cov(x.T, correction=0), x.mean(dim=0)
     query, key, value = (
-        narrow._Map(torch.randn(6, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)) for _ in range(3)
+        width_pruning._Map(torch.randn(6, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64))
+        for _ in range(3)
     )
 
-    def of(maps: narrow._Map) -> torch.Tensor:
+    def of(maps: width_pruning._Map) -> torch.Tensor:
         return x @ maps.weight.T + maps.bias
 
     def centred(scores: torch.Tensor) -> torch.Tensor:
         return scores - scores.mean(dim=1, keepdim=True)
 
-    q, k = narrow._cut_scores(query, key, covariance, mean, size)
+    q, k = width_pruning._cut_scores(query, key, covariance, mean, size)
     wanted, found = centred(of(query) @ of(key).T / 6**0.5), centred(of(q) @ of(k).T / size**0.5)
     dropped = torch.linalg.svdvals(wanted)[size:]
     assert (wanted - found).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
     out = torch.randn(7, 6, dtype=torch.float64)
-    v, thin = narrow._cut_values(value, out, covariance, size)
+    v, thin = width_pruning._cut_values(value, out, covariance, size)
     wanted, found = ((y - y.mean(dim=0)) for y in (of(value) @ out.T, of(v) @ thin.T))
     dropped = torch.linalg.svdvals(wanted)[size:]
     assert (wanted - found).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
@@ -119,7 +121,7 @@ def test_heads_are_cut_to_the_largest_singular_values(size: int, seed: int) -> N
 def test_axes_are_orthonormal_and_span_what_they_were_given(width: int, seed: int) -> None:
     torch.manual_seed(seed)
     span = torch.linalg.qr(torch.randn(7, width, dtype=torch.float64)).Q
-    axes = narrow._near_coordinates(span)
+    axes = width_pruning._near_coordinates(span)
     torch.testing.assert_close(axes.T @ axes, torch.eye(width, dtype=torch.float64))
     torch.testing.assert_close(axes @ axes.T, span @ span.T)
     chosen = axes.abs().argmax(dim=0)
@@ -129,7 +131,7 @@ def test_axes_are_orthonormal_and_span_what_they_were_given(width: int, seed: in
 def test_axes_of_coordinates_are_these_coordinates() -> None:
     span = torch.eye(5, dtype=torch.float64)[:, [1, 3]]
     turned = span @ torch.linalg.qr(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)).Q
-    torch.testing.assert_close(narrow._near_coordinates(turned), span)
+    torch.testing.assert_close(width_pruning._near_coordinates(turned), span)
 
 
 @pytest.mark.parametrize("corpus", [False, True])
@@ -173,7 +175,7 @@ def test_what_cannot_be_made_is_refused(changes: dict[str, Any], message: str, w
 def test_models_that_cannot_be_narrowed_say_so() -> None:
     config = architecture_config({"model_type": "albert", "hidden_size": 32, "num_attention_heads": 4}, 50)
     with pytest.raises(UserError, match="albert cannot be narrowed, only bert"):
-        narrow.check(config, 16, None, None, "here")
+        width_pruning.check_widths(config, 16, None, None, "here")
     config = architecture_config({"model_type": "electra", **FAMILIES["electra"]}, 50)
     with pytest.raises(UserError, match="as wide as here's embeddings"):
-        narrow.check(config, 12, None, None, "here")
+        width_pruning.check_widths(config, 12, None, None, "here")

@@ -8,7 +8,9 @@ import torch
 import toy
 import toy_families
 
-from lad_dist import onnx_export, parts, surgery
+from lad_dist import onnx_export
+from lad_dist.compression import compressed_module
+from lad_dist.compression.low_rank import low_rank
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.core.batch import Head
 from lad_dist.data.tokenization.loading import load_tokenizer
@@ -22,7 +24,7 @@ def served(family: str, head: Head, folder: Path, **settings: Any) -> InferenceM
     words = load_tokenizer(toy_families.tokenizer(family, folder / family))
     labels = {"classification": toy.LABELS, "question_answering": ("start", "end")}.get(head, ())
     model = toy_families.made(family, head, words, labels, **settings)
-    return InferenceModel(parts.compact(surgery.low_rank(model, keep=0.5)))  # type: ignore[arg-type]
+    return InferenceModel(compressed_module.compact_all(low_rank(model, keep=0.5)))  # type: ignore[arg-type]
 
 
 # The other families export alike: they are left out for the seconds that it takes.

@@ -13,7 +13,8 @@ from launching import ROOT, launch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lad_dist import costs, plan, sizes
+from lad_dist import costs, plan
+from lad_dist.compression import footprint
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
@@ -86,7 +87,7 @@ def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
         seen = compute_outputs(model, batch, needs)
         forward = counter.get_total_flops()
         (seen.hidden[4] if seen.logits is None else seen.logits).sum().backward()
-    assert sum(sizes.flops(model, batch).values()) == pytest.approx(forward, rel=0.02)
+    assert sum(footprint.flops(model, batch).values()) == pytest.approx(forward, rel=0.02)
     assert 3 * forward == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -10,8 +10,8 @@ from conftest import World
 from launching import curves
 from toy_heads import LABELS, MAKE_FILES
 
+from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.surgery import SURGERIES
 
 pytestmark = pytest.mark.processes
 STAGES = (0, 1, 2, 3)
@@ -170,7 +170,7 @@ def test_every_objective_has_one_curve(name: str, objective_curves: dict[int, di
 
 
 def test_every_surgery_is_among_them() -> None:
-    assert {row["name"] for rows in OPERATED.values() for row in rows} == set(SURGERIES)
+    assert {row["name"] for rows in OPERATED.values() for row in rows} == set(COMPRESSIONS)
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)

@@ -13,16 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lad_dist import parts, pruning, surgery
+from lad_dist.compression import compressed_module
+from lad_dist.compression.low_rank import low_rank
+from lad_dist.compression.pruning.criteria import CRITERIA, Adapting, AdaptingPaper, Iterative, Magnitude, Movement
+from lad_dist.compression.pruning.module import GlobalPruning, _largest
+from lad_dist.compression.pruning.prune import prune
+from lad_dist.compression.pruning.schedule import Pattern, Schedule
+from lad_dist.compression.registry import apply_compressions
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import validate_arguments
 from lad_dist.core.outputs import OutputSpec
+from lad_dist.core.step_state import StepState
 from lad_dist.models import loading
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.parts import Moment
-from lad_dist.pruning import CRITERIA, Pattern, Pruning, Schedule
 from lad_dist.train import check, train
 
 LENGTHS = [5, 3, 9]
@@ -35,13 +40,13 @@ def made() -> PreTrainedModel:
     return loading.create_model(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
 
 
-def pruned(**options: Any) -> tuple[PreTrainedModel, Pruning]:
-    model = surgery.prune(made(), **validate_arguments("prune", surgery.prune, options))
+def pruned(**options: Any) -> tuple[PreTrainedModel, GlobalPruning]:
+    model = prune(made(), **validate_arguments("prune", prune, options))
     return model, pruning_of(model)
 
 
-def pruning_of(model: PreTrainedModel) -> Pruning:
-    (part,) = (part for part in parts.parts(model) if isinstance(part, Pruning))
+def pruning_of(model: PreTrainedModel) -> GlobalPruning:
+    (part,) = (part for part in compressed_module.compressed_modules(model) if isinstance(part, GlobalPruning))
     return part
 
 
@@ -51,11 +56,11 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
-def trained(model: PreTrainedModel, part: Pruning, steps: int) -> None:
+def trained(model: PreTrainedModel, part: GlobalPruning, steps: int) -> None:
     """So many steps towards nothing in particular."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):
-        part.at(Moment(step, steps, 0))
+        part.at(StepState(step, steps, 0))
         optimizer.zero_grad()
         logits(model).square().sum().backward()
         optimizer.step()
@@ -73,10 +78,10 @@ def test_it_reaches_its_sparsity_and_folds_into_the_same_function(
     found = logits(model)
     zeros = sum(int((one.origin[~one.mask.kept] != 0).sum()) for one in part.masked.values())
     assert zeros > 0  # a mask hides weights, it does not change them
-    folded = parts.fold(model)
+    folded = compressed_module.merge_all(model)
     assert torch.equal(logits(folded), found)
     assert set(folded.state_dict()) == set(made().state_dict())
-    assert not parts.parts(folded)
+    assert not compressed_module.compressed_modules(folded)
     layers = [m.weight for m in encoder_layers(model).modules() if isinstance(m, nn.Linear)]
     assert 1 - sum(int(w.count_nonzero()) for w in layers) / sum(w.numel() for w in layers) >= part.sparsity
 
@@ -86,7 +91,7 @@ def test_it_reaches_its_sparsity_and_folds_into_the_same_function(
 def test_exactly_so_many_go_and_the_least_important_first(values: list[int], sparsity: float) -> None:
     """With equals among them."""
     importance = torch.tensor(values, dtype=torch.float)
-    stay, threshold = pruning._largest(importance, sparsity)
+    stay, threshold = _largest(importance, sparsity)
     gone = round(sparsity * len(values))
     assert int((~stay).sum()) == gone
     if 0 < gone < len(values):
@@ -151,14 +156,14 @@ def test_scores_learn_by_the_published_gradients() -> None:
     """Of a gate m: movement ∂L/∂m, adapting ∂L/∂m · t σ'(t (θ - c)), with ∂L/∂m = ∂L/∂(w m) · w, also where m is 0."""
     weight = torch.randn(4, 6)
     upstream = torch.randn(4, 6)
-    for kind in (pruning.Movement, pruning.Adapting):
+    for kind in (Movement, Adapting):
         torch.manual_seed(1)
         mask = kind(weight)
         mask.kept.copy_(torch.rand(4, 6) > 0.5)
         mask.settle(torch.tensor(0.3))
         (mask(weight) * upstream).sum().backward()
         expected = upstream * weight
-        if kind is pruning.Adapting:
+        if kind is Adapting:
             gate = (mask.scores.detach().view(4, 6) - 0.3).double().requires_grad_()
             (slope,) = torch.autograd.grad(torch.sigmoid(gate).sum(), gate)
             expected = expected * slope.float()
@@ -168,13 +173,13 @@ def test_scores_learn_by_the_published_gradients() -> None:
 
 def test_scores_start_at_magnitudes_or_from_noise_as_published() -> None:
     weight = torch.randn(200, 300)
-    assert torch.equal(pruning.Adapting(weight).importance(weight), pruning.Magnitude(weight).importance(weight))
-    noise = pruning.AdaptingPaper(weight).importance(weight)
+    assert torch.equal(Adapting(weight).importance(weight), Magnitude(weight).importance(weight))
+    noise = AdaptingPaper(weight).importance(weight)
     assert noise.std().item() == pytest.approx(0.001, rel=0.05)
 
 
 def test_movement_counts_what_training_would_move_away_from_nothing() -> None:
-    mask, weight = pruning.Movement(torch.ones(1, 2)), torch.tensor([[1.0, 1.0]])
+    mask, weight = Movement(torch.ones(1, 2)), torch.tensor([[1.0, 1.0]])
     loss = (mask(weight) * torch.tensor([[-1.0, 1.0]])).sum()  # wants the first larger and the second smaller
     loss.backward()
     assert mask.scores.grad is not None
@@ -203,7 +208,7 @@ def test_the_base_stays_as_it_was(criterion: str) -> None:
     model, part = pruned(sparsity=0.5, criterion=criterion, modules=r"(embeddings|layer)\.")
     trained(model, part, 10)
     original = dict(made().named_parameters())
-    folded = dict(parts.fold(model).named_parameters())
+    folded = dict(compressed_module.merge_all(model).named_parameters())
     moved = {
         name
         for name, weight in original.items()
@@ -218,22 +223,22 @@ def test_iterative_trains_a_copy_until_the_last_weights_have_gone() -> None:
     model, part = pruned(sparsity=0.5, criterion="iterative", every=1)
     first = next(iter(part.masked.values()))
     mask = first.mask
-    assert isinstance(mask, pruning.Iterative)
+    assert isinstance(mask, Iterative)
     starts = mask.trained.detach().clone()
-    part.at(Moment(0, 10, 0))
+    part.at(StepState(0, 10, 0))
     logits(model).sum().backward()
     assert mask.trained.grad is not None
     assert mask.trained.grad.abs().sum() > 0
     with torch.no_grad():
         mask.trained += 1.0
     assert torch.equal(mask(first.origin), (starts + 1.0).view_as(mask.kept) * mask.kept)
-    part.at(Moment(5, 10, 0))
+    part.at(StepState(5, 10, 0))
     assert torch.equal(mask(first.origin), starts.view_as(mask.kept) * mask.kept)
 
 
 def test_scores_learn_before_the_first_weights_go() -> None:
     model, part = pruned(sparsity=0.5, criterion="adapting", every=20)
-    part.at(Moment(0, 1000, 0))
+    part.at(StepState(0, 1000, 0))
     assert part.sparsity == 0
     logits(model).square().sum().backward()
     for one in part.masked.values():
@@ -247,28 +252,28 @@ def test_steps_that_are_left_out_change_no_sparsity(criterion: str) -> None:
     """Those at which the last weights were to go as well, and after a resumption in between."""
     model, part = pruned(sparsity=0.5, criterion=criterion, end=0.6, every=1)
     for step in (0, 1, 2):
-        part.at(Moment(step, 10, 0))
+        part.at(StepState(step, 10, 0))
     assert part.sparsity < 0.5
     again, resumed = pruned(sparsity=0.5, criterion=criterion, end=0.6, every=1)
     again.load_state_dict(model.state_dict())
     for one in (part, resumed):
-        one.at(Moment(9, 10, 0))
+        one.at(StepState(9, 10, 0))
         assert one.sparsity == pytest.approx(0.5, abs=1e-4)
-    assert all(mask.rewound for mask in part.modules() if isinstance(mask, pruning.Iterative))
+    assert all(mask.rewound for mask in part.modules() if isinstance(mask, Iterative))
 
 
 def test_a_weight_that_the_head_shares_is_refused() -> None:
     torch.manual_seed(0)
     model = loading.create_model({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90)
-    options = validate_arguments("prune", surgery.prune, {"sparsity": 0.5, "modules": "word_embeddings"})
+    options = validate_arguments("prune", prune, {"sparsity": 0.5, "modules": "word_embeddings"})
     with pytest.raises(UserError, match="word_embeddings shares its weight with another module; leave it out of"):
-        surgery.prune(model, **options)
+        prune(model, **options)
 
 
 def test_only_weights_that_train_are_pruned() -> None:
     model = made()
     encoder_layers(model)[0].requires_grad_(False)
-    surgery.prune(model, **validate_arguments("prune", surgery.prune, {"sparsity": 0.5}))
+    prune(model, **validate_arguments("prune", prune, {"sparsity": 0.5}))
     assert not any(".layer.0." in name for name in pruning_of(model).masked)
 
 
@@ -357,12 +362,12 @@ def _moments_of(made: Any, weight: nn.Parameter, kept: Tensor) -> list[tuple[Ten
 
 
 def test_masks_after_low_rank_are_on_its_factors() -> None:
-    operate = partial(surgery.low_rank, **validate_arguments("low_rank", surgery.low_rank, {"keep": 0.5}))
-    model = surgery.operate(made(), [operate], list, dict[str, float]().update)
-    surgery.prune(model, **validate_arguments("prune", surgery.prune, {"sparsity": 0.5}))
+    operate = partial(low_rank, **validate_arguments("low_rank", low_rank, {"keep": 0.5}))
+    model = apply_compressions(made(), [operate], list, dict[str, float]().update)
+    prune(model, **validate_arguments("prune", prune, {"sparsity": 0.5}))
     part = pruning_of(model)
     assert all(name.endswith((".inner", ".outer")) for name in part.masked)
     part.tighten(0.5)
     found = logits(model)
-    torch.testing.assert_close(logits(parts.compact(copy.deepcopy(model))), found, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(parts.fold(model)), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(compressed_module.compact_all(copy.deepcopy(model))), found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(compressed_module.merge_all(model)), found, rtol=1e-5, atol=1e-5)

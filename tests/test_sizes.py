@@ -11,11 +11,11 @@ from conftest import World
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lad_dist import parts, sizes, surgery
+from lad_dist.compression import compressed_module, footprint
+from lad_dist.compression.low_rank import LowRank, low_rank
 from lad_dist.core.batch import Head
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.tokenization.loading import load_tokenizer
-from lad_dist.low_rank import LowRank
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.forward import compute_outputs
@@ -36,14 +36,14 @@ def made(head: Head = "classification", **settings: Any) -> PreTrainedModel:
 
 
 def by_component(embeddings: int, attention: int, feed_forward: int, head: int) -> dict[str, int]:
-    return dict(zip(sizes.COMPONENTS, (embeddings, attention, feed_forward, head), strict=True))
+    return dict(zip(footprint.COMPONENTS, (embeddings, attention, feed_forward, head), strict=True))
 
 
 def test_weights_by_hand() -> None:
-    found = sizes.stored(made())
+    found = footprint.stored_weights(made())
     expected = by_component(EMBEDDINGS, 4 * ATTENTION, 4 * FEED_FORWARD, POOLER + CLASSIFIER)
     assert found.weights == expected
-    tied = sizes.stored(made("mlm"))
+    tied = footprint.stored_weights(made("mlm"))
     transform = 32 * 32 + 32 + 2 * 32
     assert tied.weights == {**expected, "head": transform + VOCABULARY}  # its map is the words' embeddings
 
@@ -53,23 +53,23 @@ def test_arithmetic_by_hand() -> None:
     attention = 2 * 8 * 4 * 32 * 32 + 2 * 2 * 32 * (3 * 3 + 5 * 5)
     feed_forward = 2 * 8 * 2 * 32 * 64
     expected = by_component(0, 4 * attention, 4 * feed_forward, 2 * 2 * 32 * (32 + 2))
-    assert sizes.flops(made(), batch) == expected
-    assert sizes.flops(made(), batch, batch) == {name: 2 * count for name, count in expected.items()}
-    assert sizes.flops(made("mlm"), batch) == {**expected, "head": 2 * 2 * 32 * (32 + VOCABULARY)}
+    assert footprint.flops(made(), batch) == expected
+    assert footprint.flops(made(), batch, batch) == {name: 2 * count for name, count in expected.items()}
+    assert footprint.flops(made("mlm"), batch) == {**expected, "head": 2 * 2 * 32 * (32 + VOCABULARY)}
     # An encoder's pooler is read by nobody.
-    assert sizes.flops(made("none"), batch) == {**expected, "head": 0}
+    assert footprint.flops(made("none"), batch) == {**expected, "head": 0}
 
 
 def test_padding_is_no_arithmetic() -> None:
-    assert sizes.flops(made(), toy.batch([5, 3], pad_to=9)) == sizes.flops(made(), toy.batch([5, 3]))
+    assert footprint.flops(made(), toy.batch([5, 3], pad_to=9)) == footprint.flops(made(), toy.batch([5, 3]))
 
 
 def test_zeros_are_stored_and_computed() -> None:
     model, batch = made(), toy.batch([3, 5])
-    before = sizes.of(model, batch)
+    before = footprint.footprint(model, batch)
     with torch.no_grad():
         model.bert.encoder.layer[1].intermediate.dense.weight[:32] = 0
-    after = sizes.of(model, batch)
+    after = footprint.footprint(model, batch)
     lost = {name for name in before if before[name] != after[name]}
     assert lost == {"nonzero", "nonzero/feed_forward"}
     assert before["nonzero"] - after["nonzero"] == 32 * 32
@@ -79,32 +79,32 @@ def test_zeros_are_stored_and_computed() -> None:
 def test_a_pair_counts_as_a_pair_where_that_is_less(rank: int, less: int) -> None:
     """Of [32, 32] in each of four layers: rank 16 takes no less than the product."""
     model, batch = made(), toy.batch([3, 5])
-    plain = sizes.of(model, batch)
+    plain = footprint.footprint(model, batch)
     for layer in encoder_layers(model):
         layer.attention.self.query, _ = LowRank.of(layer.attention.self.query, rank)
-    found = sizes.of(model, batch)
+    found = footprint.footprint(model, batch)
     assert found["parameters"] == plain["parameters"]
     assert plain["stored"] - found["stored"] == plain["stored/attention"] - found["stored/attention"] == less
-    assert plain[sizes.FLOPS] - found[sizes.FLOPS] == pytest.approx(2 * less)
-    assert len(parts.parts(model)) == 4
+    assert plain[footprint.FLOPS] - found[footprint.FLOPS] == pytest.approx(2 * less)
+    assert len(compressed_module.compressed_modules(model)) == 4
 
 
 def test_pairs_are_what_torch_counts() -> None:
-    model, batch = surgery.low_rank(made(), keep=0.5).eval().requires_grad_(False), toy.batch([16, 16, 16, 16])
-    counted = sizes.flops(model, batch)
+    model, batch = low_rank(made(), keep=0.5).eval().requires_grad_(False), toy.batch([16, 16, 16, 16])
+    counted = footprint.flops(model, batch)
     with torch.device("meta"):
-        bare = surgery.low_rank(made(), keep=0.5)
-    assert sizes.flops(bare, batch) == counted
-    compact = parts.compact(model)
-    assert sizes.flops(compact, batch) == counted
-    assert sum(sizes.stored(compact).weights.values()) == count_parameters(compact)
+        bare = low_rank(made(), keep=0.5)
+    assert footprint.flops(bare, batch) == counted
+    compact = compressed_module.compact_all(model)
+    assert footprint.flops(compact, batch) == counted
+    assert sum(footprint.stored_weights(compact).weights.values()) == count_parameters(compact)
     with FlopCounterMode(display=False) as counter:
         compute_outputs(compact, batch, OutputSpec(logits=True))
     attention = 4 * 4 * 32 * 4 * 16**2  # the fused kernel of a CPU is not among those that it counts
     assert sum(counted.values()) - attention == counter.get_total_flops()
 
 
-class Scores(parts.Part):
+class Scores(compressed_module.CompressedModule):
     """Takes part in training alone."""
 
     def __init__(self) -> None:
@@ -117,9 +117,9 @@ class Scores(parts.Part):
 
 def test_what_only_trains_is_not_counted() -> None:
     model, batch = made(), toy.batch([3])
-    before = sizes.of(model, batch)
+    before = footprint.footprint(model, batch)
     model.bert.scores = Scores()
-    assert sizes.of(model, batch) == before
+    assert footprint.footprint(model, batch) == before
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_components_of_each_family(family: str, words: Any) -> None:
     """All weights are of one component each; those of layers are of two, and nearly nothing else is."""
     model = toy_families.made(family, "classification", words[family], toy.LABELS)
-    found = sizes.stored(model).weights
+    found = footprint.stored_weights(model).weights
     assert sum(found.values()) == count_parameters(model)
     beside = found["attention"] + found["feed_forward"] - count_parameters(encoder_layers(model))
     extra = {"mpnet": 32 * 4, "deberta-v2": 32 * 32 * 3 + 3 * 32}  # biases by position; a convolution and its norm
@@ -150,7 +150,7 @@ def test_narrower_and_shallower_students_count_less(world: World, tmp_path: Path
         tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, objective={"name": "kd"})
         made = plan.make(toy.parsed(tables, {f"student.{key}": value for key, value in changes.items()}))
         model = costs.skeleton(made).student
-        return {"parameters": count_parameters(model), **sizes.flops(model, toy.batch([16]))}
+        return {"parameters": count_parameters(model), **footprint.flops(model, toy.batch([16]))}
 
     whole, shallow, narrow = student(depth=4), student(depth=1), student(depth=4, width=16)
     assert shallow["parameters"] == whole["parameters"] - 3 * (ATTENTION + FEED_FORWARD)
@@ -159,9 +159,9 @@ def test_narrower_and_shallower_students_count_less(world: World, tmp_path: Path
 
 
 def test_bytes_are_those_of_the_weights(world: World, tmp_path: Path) -> None:
-    assert sizes.on_disk(world.teacher) == {"safetensors": (world.teacher / "model.safetensors").stat().st_size}
+    assert footprint.on_disk(world.teacher) == {"safetensors": (world.teacher / "model.safetensors").stat().st_size}
     (tmp_path / "onnx").mkdir()
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"123")
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"4567")
     (tmp_path / "onnx" / "model.int8.onnx").write_bytes(b"1")
-    assert sizes.table_on_disk(tmp_path) == {"bytes/safetensors": 7, "bytes/onnx int8": 1}
+    assert footprint.table_on_disk(tmp_path) == {"bytes/safetensors": 7, "bytes/onnx int8": 1}

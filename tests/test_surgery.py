@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lad_dist import surgery
+from lad_dist.compression.layers import (
+    keep_layers,
+    layer_numbers,
+    random_embeddings,
+    scale_position_embeddings,
+    set_dropout,
+)
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
@@ -50,13 +56,13 @@ def outputs(model: PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Ten
     ],
 )
 def test_layer_numbers(rule: str | list[int], depth: int | None, kept: list[int]) -> None:
-    assert surgery.layer_numbers(rule, depth, 12) == kept
+    assert layer_numbers(rule, depth, 12) == kept
 
 
 @given(st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
 def test_even_layers_rise_and_end_with_the_last(sizes: tuple[int, int]) -> None:
     available, depth = sizes
-    kept = surgery.layer_numbers("even", depth, available)
+    kept = layer_numbers("even", depth, available)
     assert len(kept) == len(set(kept)) == depth
     assert kept == sorted(kept)
     assert kept[-1] == available
@@ -66,7 +72,7 @@ def test_even_layers_rise_and_end_with_the_last(sizes: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("rule", "depth"), [("even", 13), ([0], None), ([13], None)])
 def test_layers_that_are_not_there(rule: str | list[int], depth: int | None) -> None:
     with pytest.raises(UserError, match=r"12 layers|layers 1 to 12"):
-        surgery.layer_numbers(rule, depth, 12)
+        layer_numbers(rule, depth, 12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,7 +81,7 @@ def test_kept_layers_are_those_of_the_model(family: str) -> None:
     model = made(family)
     digests = [model_digest(layer) for layer in encoder_layers(model)]
     _, second = outputs(model, 2)
-    small = surgery.keep_layers(model, [1, 2])
+    small = keep_layers(model, [1, 2])
     assert [model_digest(layer) for layer in encoder_layers(small)] == digests[:2]
     assert small.config.num_hidden_layers == 2
     torch.testing.assert_close(outputs(small, 2)[1], second)
@@ -84,7 +90,7 @@ def test_kept_layers_are_those_of_the_model(family: str) -> None:
 def test_layers_may_be_listed_in_any_order() -> None:
     model = made()
     digests = [model_digest(layer) for layer in encoder_layers(model)]
-    kept = surgery.keep_layers(model, [4, 2])
+    kept = keep_layers(model, [4, 2])
     assert [model_digest(layer) for layer in encoder_layers(kept)] == [digests[3], digests[1]]
 
 
@@ -92,7 +98,7 @@ def test_layers_may_be_listed_in_any_order() -> None:
 def test_random_embeddings_are_new_and_the_rest_is_not(family: str) -> None:
     model = made(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    surgery.random_embeddings(model)
+    random_embeddings(model)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert {name.split(".")[-2] for name in changed} >= {"word_embeddings", "position_embeddings"}
     assert all("embeddings" in name for name in changed)
@@ -103,7 +109,7 @@ def test_random_embeddings_are_new_and_the_rest_is_not(family: str) -> None:
 def test_quiet_positions_leave_words_and_layers_alone(family: str) -> None:
     model = made(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    surgery.quiet_positions(model, share=0.1)
+    scale_position_embeddings(model, share=0.1)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert {name.split(".")[-2] for name in changed} <= {"position_embeddings", "token_type_embeddings"}
     assert any("position_embeddings" in name for name in changed)
@@ -112,7 +118,7 @@ def test_quiet_positions_leave_words_and_layers_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_set_dropout_by_kind(family: str) -> None:
-    model = surgery.set_dropout(made(family), 0.25, 0.5)
+    model = set_dropout(made(family), 0.25, 0.5)
     attention = {m.dropout.p for name, m in model.named_modules() if type(m).__name__.endswith("SelfAttention")}
     others = {
         child.p
@@ -123,5 +129,5 @@ def test_set_dropout_by_kind(family: str) -> None:
     }
     assert attention == {0.5}
     assert others == {0.25}
-    surgery.set_dropout(model, None, 0.0)
+    set_dropout(model, None, 0.0)
     assert {m.dropout.p for m in model.modules() if type(m).__name__.endswith("SelfAttention")} == {0.0}

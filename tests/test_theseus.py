@@ -16,10 +16,15 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lad_dist import costs, parts, plan, surgery
+from lad_dist import costs, plan
+from lad_dist.compression import compressed_module
+from lad_dist.compression.layers import keep_layers, set_dropout
+from lad_dist.compression.low_rank import low_rank
+from lad_dist.compression.theseus import Theseus, replacing, theseus
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
+from lad_dist.core.step_state import StepState
 from lad_dist.method import Method
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers
@@ -27,8 +32,6 @@ from lad_dist.models.forward import compute_outputs
 from lad_dist.models.hf_config import architecture_config
 from lad_dist.models.loading import PreTrainedModel, new_model, save_model
 from lad_dist.objectives.objective import uniform
-from lad_dist.parts import Moment
-from lad_dist.theseus import Theseus, replacing, theseus
 from lad_dist.train import train
 
 LENGTHS = [5, 3, 9]
@@ -55,23 +58,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def loaded(folder: Path, kept: list[int] | None = None) -> PreTrainedModel:
     model = loading.load_model(str(folder), "classification", labels=toy.LABELS)
-    return model if kept is None else surgery.keep_layers(model, kept)
+    return model if kept is None else keep_layers(model, kept)
 
 
 def forced(model: PreTrainedModel, coins: list[bool]) -> PreTrainedModel:
     """In training, with these blocks replaced."""
     model.train()
-    for part, coin in zip(parts.parts(model), coins, strict=True):
+    for part, coin in zip(compressed_module.compressed_modules(model), coins, strict=True):
         assert isinstance(part, Theseus)
         part.replaced = coin
     return model
 
 
-def at(model: PreTrainedModel, moment: Moment) -> list[bool]:
+def at(model: PreTrainedModel, moment: StepState) -> list[bool]:
     """The coins of a moment."""
-    for part in parts.parts(model):
+    for part in compressed_module.compressed_modules(model):
         part.at(moment)
-    return [part.replaced for part in parts.parts(model) if isinstance(part, Theseus)]
+    return [part.replaced for part in compressed_module.compressed_modules(model) if isinstance(part, Theseus)]
 
 
 def compared(mine: ModelOutputs, its: ModelOutputs, layers: tuple[int, ...]) -> None:
@@ -120,7 +123,7 @@ def coins(probability: float, seed: int, number: int, steps: int = 500) -> np.nd
     part = Theseus([nn.Identity()], nn.Identity(), lambda _: probability, number)
     found = []
     for step in range(steps):
-        part.at(Moment(step, steps, seed))
+        part.at(StepState(step, steps, seed))
         found.append(part.replaced)
     return np.array(found)
 
@@ -159,10 +162,12 @@ def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> 
         its = new_model(architecture_config({**toy.SIZES, "num_hidden_layers": old}, 8), "none")
     wide = list(encoder_layers(its))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lad_dist.theseus._layers_of", lambda *_: encoder_layers(its))
-        patch.setattr("lad_dist.theseus.load_hf_config", lambda _: its.config)
+        patch.setattr("lad_dist.compression.theseus._layers_of", lambda *_: encoder_layers(its))
+        patch.setattr("lad_dist.compression.theseus.load_hf_config", lambda _: its.config)
         theseus(model, predecessor="there")
-    blocks = [list(part.predecessor) for part in parts.parts(model) if isinstance(part, Theseus)]
+    blocks = [
+        list(part.predecessor) for part in compressed_module.compressed_modules(model) if isinstance(part, Theseus)
+    ]
     assert [layer for block in blocks for layer in block] == wide
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
     ends = [wide.index(block[-1]) + 1 for block in blocks]
@@ -186,8 +191,8 @@ def test_with_all_blocks_replaced_it_is_the_plain_student(family: str, folders: 
     model = theseus(loaded(folders[family], [1, 3]))
     compared(traced(forced(model, [True, True])), student, (0, 1, 2))
     compared(traced(forced(model, [False, True]).eval()), student, (0, 1, 2))  # evaluation asks no coin
-    compared(traced(parts.fold(model).train()), student, (0, 1, 2))  # type: ignore[arg-type]
-    assert not parts.parts(model)
+    compared(traced(compressed_module.merge_all(model).train()), student, (0, 1, 2))  # type: ignore[arg-type]
+    assert not compressed_module.compressed_modules(model)
 
 
 @pytest.mark.parametrize("coins", [[True, False], [False, True]])
@@ -210,15 +215,15 @@ def test_with_one_block_replaced_it_runs_these_layers_in_a_row(coins: list[bool]
 def test_a_constant_probability_of_zero_and_one(folders: dict[str, Path]) -> None:
     """Until the end of the replacing the predecessor runs, and from then on the student."""
     model = theseus(loaded(folders["bert"], [1, 3]), start=0.0, end=0.5, curriculum="constant")
-    assert at(model, Moment(0, 10, 3)) == at(model, Moment(4, 10, 3)) == [False, False]
-    assert at(model, Moment(5, 10, 3)) == [True, True]
+    assert at(model, StepState(0, 10, 3)) == at(model, StepState(4, 10, 3)) == [False, False]
+    assert at(model, StepState(5, 10, 3)) == [True, True]
     always = theseus(loaded(folders["bert"], [1, 3]), start=1.0)
-    assert all(at(always, Moment(step, 10, 3)) == [True, True] for step in range(10))
+    assert all(at(always, StepState(step, 10, 3)) == [True, True] for step in range(10))
 
 
 def test_coins_of_blocks_differ(folders: dict[str, Path]) -> None:
     model = theseus(loaded(folders["bert"], [1, 3]), end=1.0, curriculum="constant")
-    assert {tuple(at(model, Moment(step, 64, 0))) for step in range(64)} == {
+    assert {tuple(at(model, StepState(step, 64, 0))) for step in range(64)} == {
         (False, False), (False, True), (True, False), (True, True)
     }  # fmt: skip
 
@@ -232,7 +237,7 @@ def test_gradients(coins: list[bool], frozen: bool, folders: dict[str, Path]) ->
     logits = traced(model).logits
     assert logits is not None
     logits.square().sum().backward()
-    for part, coin in zip(parts.parts(model), coins, strict=True):
+    for part, coin in zip(compressed_module.compressed_modules(model), coins, strict=True):
         assert isinstance(part, Theseus)
         gradients = [weight.grad for weight in part.successor.parameters()]
         assert all(gradient is not None for gradient in gradients)
@@ -244,7 +249,7 @@ def test_gradients(coins: list[bool], frozen: bool, folders: dict[str, Path]) ->
 
 @pytest.mark.parametrize("replaced", [True, False])
 def test_only_successors_drop(replaced: bool, folders: dict[str, Path]) -> None:
-    model = forced(theseus(surgery.set_dropout(loaded(folders["bert"], [1, 3]), 0.5, 0.5)), [replaced, replaced])
+    model = forced(theseus(set_dropout(loaded(folders["bert"], [1, 3]), 0.5, 0.5)), [replaced, replaced])
     model.get_submodule("bert.embeddings").eval()
     once, again = (traced(model).hidden[2] for _ in range(2))
     assert torch.equal(once, again) != replaced
@@ -252,9 +257,9 @@ def test_only_successors_drop(replaced: bool, folders: dict[str, Path]) -> None:
 
 def test_parts_inside_the_successors(folders: dict[str, Path]) -> None:
     """Surgeries before it have their way with the layers, and with them alone."""
-    model = theseus(surgery.low_rank(loaded(folders["bert"], [1, 3]), keep=0.5))
-    plain = parts.fold(surgery.low_rank(loaded(folders["bert"], [1, 3]), keep=0.5)).eval()
-    found = parts.fold(model).eval()
+    model = theseus(low_rank(loaded(folders["bert"], [1, 3]), keep=0.5))
+    plain = compressed_module.merge_all(low_rank(loaded(folders["bert"], [1, 3]), keep=0.5)).eval()
+    found = compressed_module.merge_all(model).eval()
     assert found.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(traced(found).logits, traced(plain).logits)  # type: ignore[arg-type]
 
@@ -293,7 +298,7 @@ def test_it_trains_and_the_export_is_the_trained_student(
     assert outcome.results is not None
     assert len({row["loss"] for row in rows if "loss" in row}) == 4
     folder = outcome.folder / "export"
-    plain = surgery.keep_layers(loaded(world.teacher), [2, 4])
+    plain = keep_layers(loaded(world.teacher), [2, 4])
     assert outcome.results["student"]["parameters"] == count_parameters(plain)
     exported = AutoModelForSequenceClassification.from_pretrained(folder)
     assert exported.state_dict().keys() == plain.state_dict().keys()

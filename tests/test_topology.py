@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from test_launchers import run as script
 from torch import nn
 
-from lad_dist import compact, topology
+from lad_dist import topology
+from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
 from lad_dist.models import loading
 from lad_dist.topology import Masks, group, overlap, read, report, shuffle_test, shuffled, sparsity
@@ -187,7 +188,7 @@ def test_hardly_pruned_matrices_count_too(tmp_path: Path) -> None:
         weight.view(-1)[:gone] = 0
         values |= dict(compact._packed(name, weight))
     assert KEY in values
-    compact.Packed(values, {}, "", {QUERY: [64, 64]}, "float32").save(tmp_path, None, None)
+    compact.CompactExport(values, {}, "", {QUERY: [64, 64]}, "float32").save(tmp_path, None, None)
     assert sparsity(read(tmp_path).kept) == {(1, "query"): (2000, 4096), (2, "key"): (100, 4096)}
 
 

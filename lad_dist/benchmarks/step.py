@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lad_dist import sizes
+from lad_dist.compression import footprint
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
 from lad_dist.distributed import processes
@@ -108,10 +108,10 @@ def _time(loop: Loop, watch: Stopwatch, steps: int) -> tuple[float, float]:
 
 
 def _flops(loop: Loop, batches: Sequence[Batch]) -> int:
-    student = 3 * sum(sizes.flops(loop.method.student, *batches).values())
+    student = 3 * sum(footprint.flops(loop.method.student, *batches).values())
     if loop.teacher is None or loop.answers is not None:
         return student
-    return student + sum(sizes.flops(loop.teacher.model, *batches).values())
+    return student + sum(footprint.flops(loop.teacher.model, *batches).values())
 
 
 def peak(loop: Loop) -> float:

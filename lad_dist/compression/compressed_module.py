@@ -13,27 +13,15 @@ Surgeries put Parts in: low_rank.py, pruning.py and theseus.py have their kinds.
 
 from collections.abc import Callable, Iterator
 from operator import methodcaller
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-class Moment(NamedTuple):
-    """Where a training stands: the same on all processes."""
-
-    step: int
-    steps: int
-    seed: int
-
-    @property
-    def progress(self) -> float:
-        """Of all steps, in [0, 1]."""
-        return self.step / self.steps
+from lad_dist.core.step_state import StepState
 
 
-class Part(nn.Module):
-    def at(self, moment: Moment) -> None:
+class CompressedModule(nn.Module):
+    def at(self, moment: StepState) -> None:
         """Moves schedules, once before the micro-batches of each step. What it leaves behind is a function of the
         moment and of what a checkpoint holds, and so the same on all processes and after a resumption."""
 
@@ -51,42 +39,42 @@ class Part(nn.Module):
         return self.fold()
 
 
-Plain = Callable[[Part], nn.Module | None]
-FOLDED, COMPACT = methodcaller("fold"), methodcaller("compact")
+ToPlain = Callable[[CompressedModule], nn.Module | None]
+MERGED, COMPACT = methodcaller("fold"), methodcaller("compact")
 
 
-def parts(model: nn.Module) -> list[Part]:
+def compressed_modules(model: nn.Module) -> list[CompressedModule]:
     """The model's Parts, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, Part)]
+    return [module for module in model.modules() if isinstance(module, CompressedModule)]
 
 
-def fold(model: nn.Module) -> nn.Module:
+def merge_all(model: nn.Module) -> nn.Module:
     """The model, each Part replaced by the module that it folds into, in place."""
-    return _replaced(model, FOLDED)
+    return _replaced(model, MERGED)
 
 
-def compact(model: nn.Module) -> nn.Module:
+def compact_all(model: nn.Module) -> nn.Module:
     """The model, each Part replaced by the module that computes least, in place."""
     return _replaced(model, COMPACT)
 
 
-def walk(module: nn.Module, plain: Plain, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def iter_modules(module: nn.Module, plain: ToPlain, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules by name, as they would be with each Part `plain`; nothing is changed."""
-    if isinstance(module, Part):
+    if isinstance(module, CompressedModule):
         with torch.device(next(module.parameters(), torch.empty(0)).device):
             made = plain(module)
         if made is not None:
-            yield from walk(made, plain, name)
+            yield from iter_modules(made, plain, name)
         return
     yield name, module
     for child, inner in module.named_children():
-        yield from walk(inner, plain, f"{name}.{child}" if name else child)
+        yield from iter_modules(inner, plain, f"{name}.{child}" if name else child)
 
 
-def weights(model: nn.Module, plain: Plain) -> Iterator[tuple[str, nn.Parameter]]:
+def iter_weights(model: nn.Module, plain: ToPlain) -> Iterator[tuple[str, nn.Parameter]]:
     """All weights by name, as they would be with each Part `plain`; shared ones once, where they come first."""
     seen: set[int] = set()
-    kept = list(walk(model, plain))  # while they live, no two weights have one id
+    kept = list(iter_modules(model, plain))  # while they live, no two weights have one id
     for name, module in kept:
         for own, weight in module.named_parameters(recurse=False):
             if id(weight) not in seen:
@@ -94,9 +82,9 @@ def weights(model: nn.Module, plain: Plain) -> Iterator[tuple[str, nn.Parameter]
                 yield f"{name}.{own}" if name else own, weight
 
 
-def _replaced(model: nn.Module, plain: Plain) -> nn.Module:
+def _replaced(model: nn.Module, plain: ToPlain) -> nn.Module:
     for name, child in list(model.named_children()):
-        own = plain(child) if isinstance(child, Part) else child
+        own = plain(child) if isinstance(child, CompressedModule) else child
         if own is None:
             delattr(model, name)
         else:

@@ -19,22 +19,34 @@ one without a sample the nearest to W, so on the sample itself it cannot be the 
 O rows and I columns of a weight, V words, D width.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from lad_dist.compression import compressed_module
+from lad_dist.compression.compressed_module import CompressedModule
+from lad_dist.compression.options import (
+    LAYER_MODULES,
+    ActivationAware,
+    CalibrationBatches,
+    Modules,
+    ReportValues,
+    no_calibration_batches,
+    silent,
+)
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.models import activations
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.parts import Part
 
 DAMPING = 1e-3  # of the mean of the second moments' diagonal
 
 
-class LowRank(Part):
+class LowRank(CompressedModule):
     """x -> B (A x) + b with A [rank, I], B [O, rank]. The singular values are shared evenly between A and B, so that
     both learn at one pace."""
 
@@ -63,7 +75,7 @@ class LowRank(Part):
         return nn.Sequential(self.inner, self.outer) if rank * (rows + columns) < rows * columns else self.fold()
 
 
-class LowRankEmbedding(Part):
+class LowRankEmbedding(CompressedModule):
     """word v -> B A_v with A [V, rank], B [D, rank]."""
 
     def __init__(self, inner: nn.Embedding, outer: nn.Linear):
@@ -117,7 +129,7 @@ def factors(weight: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Te
     """A [rank, I] and B [O, rank] of the product nearest to the weight [O, I], in its precision, and its distance
     relative to the weight's norm. `moment` [I, I], or [I] of its diagonal, makes both those of its outputs."""
     wanted, root = weight.detach().double(), None if moment is None else _root(moment)
-    left, values, right = _svd(_times(wanted, root))
+    left, values, right = _svd(_weighted_by(wanted, root))
     error = values[rank:].norm() / values.norm().clamp(min=torch.finfo(values.dtype).tiny)
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     if root is not None:  # B A = U Uᵀ W, whose singular values these are not yet
@@ -142,7 +154,7 @@ def _root(moment: Tensor) -> Tensor:
     return torch.linalg.cholesky(moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment)).to(moment))
 
 
-def _times(weight: Tensor, root: Tensor | None) -> Tensor:
+def _weighted_by(weight: Tensor, root: Tensor | None) -> Tensor:
     if root is None:
         return weight
     return weight * root if root.dim() == 1 else weight @ root
@@ -179,7 +191,9 @@ def _counts(words: nn.Embedding, batches: Sequence[Batch]) -> Tensor:
     return total.to(words.weight.device)
 
 
-def put(model: PreTrainedModel, ranks: Mapping[str, int], batches: Sequence[Batch] = ()) -> dict[str, float]:
+def replace_with_products(
+    model: PreTrainedModel, ranks: Mapping[str, int], batches: Sequence[Batch] = ()
+) -> dict[str, float]:
     """Replaces linear maps and embeddings, by name, with Parts of these ranks, in place, and says how far each is from
     what it replaced: relative to its weight's norm; with batches, the same on every process, to that of its outputs on
     them. On the meta device it has nothing to say."""
@@ -196,7 +210,7 @@ def put(model: PreTrainedModel, ranks: Mapping[str, int], batches: Sequence[Batc
     return errors
 
 
-def words_of(model: PreTrainedModel, where: str) -> tuple[str, nn.Embedding]:
+def word_embeddings_of(model: PreTrainedModel, where: str) -> tuple[str, nn.Embedding]:
     """The word embeddings and their name. Raises UserError where another module reads their weight, as MLM heads do, or
     they are a product already."""
     words = model.get_input_embeddings()
@@ -211,7 +225,62 @@ def words_of(model: PreTrainedModel, where: str) -> tuple[str, nn.Embedding]:
     return next(name for name, module in model.named_modules() if module is words), words
 
 
-def rank(matrix: Tensor, share: float) -> float:
+def rank_of_share(matrix: Tensor, share: float) -> float:
     """Of the product of two that has this share of the matrix's weights; it has yet to be rounded."""
     rows, columns = matrix.shape
     return share * rows * columns / (rows + columns)
+
+
+def low_rank(
+    model: PreTrainedModel,
+    sample: CalibrationBatches = no_calibration_batches,
+    tell: ReportValues = silent,
+    *,
+    keep: Annotated[
+        float, Field(gt=0, le=1, description="share of the linear maps' weights that stays; 1: they stay as they are")
+    ],
+    embeddings: Annotated[
+        float, Field(gt=0, le=1, description="share of the word embeddings' weights that stays; 1: they stay too")
+    ] = 1.0,
+    weighted: ActivationAware = False,
+    modules: Modules = LAYER_MODULES,
+) -> PreTrainedModel:
+    """Replaces linear maps and word embeddings by products of two thin matrices, of rank keep · rows · columns /
+    (rows + columns): see low_rank.py. Raises UserError where nothing matches, or an MLM head reads the embeddings."""
+    where = "surgery low_rank"
+    chosen: dict[str, tuple[nn.Linear | nn.Embedding, float]] = {}
+    if keep < 1:
+        chosen |= {name: (linear, keep) for name, linear in linear_maps(model, modules, where).items()}
+    if embeddings < 1:
+        name, words = word_embeddings_of(model, where)
+        chosen[name] = words, embeddings
+    if not chosen:
+        raise UserError(f"{where}: keep and embeddings are 1, which leaves all as it is; set one of them below 1")
+    ranks = {name: max(1, int(rank_of_share(module.weight, share))) for name, (module, share) in chosen.items()}
+    insert_products(model, ranks, sample if weighted else None, tell)
+    return model
+
+
+def linear_maps(model: PreTrainedModel, modules: str, where: str) -> dict[str, nn.Linear]:
+    """Linear maps by name, but for those of products. Raises UserError where none matches."""
+    products = [
+        part for part in compressed_module.compressed_modules(model) if isinstance(part, LowRank | LowRankEmbedding)
+    ]
+    inside = {module for part in products for module in part.modules()}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module not in inside and re.search(modules, name)
+    }
+    if not found:
+        raise UserError(f"{where}: no linear map's name matches {modules!r}")
+    return found
+
+
+def insert_products(
+    model: PreTrainedModel, ranks: Mapping[str, int], sample: CalibrationBatches | None, tell: ReportValues
+) -> None:
+    numbers = model.device.type != "meta"
+    errors = replace_with_products(model, ranks, sample() if sample and numbers else ())
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    tell({f"initial_error/low_rank/{name.removeprefix(prefix)}": error for name, error in errors.items()})

@@ -24,22 +24,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lad_dist import parts, surgery
+from lad_dist.compression import compressed_module
+from lad_dist.compression.compressed_module import COMPACT, MERGED, ToPlain
+from lad_dist.compression.layers import keep_layers
+from lad_dist.compression.pruning.module import GlobalPruning, MaskedModule
 from lad_dist.config.errors import UserError
 from lad_dist.models import loading
 from lad_dist.models.frozen import weights_digest
 from lad_dist.models.heads import head_of_architectures, label_names
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import PreTrainedModel, new_model
-from lad_dist.parts import COMPACT, FOLDED, Plain
-from lad_dist.pruning import Masked, Pruning
 
 COMPACT_FILE, MASK_FILE = "compact.safetensors", "mask.safetensors"
 BITS, VALUES = ".bits", ".values"
 
 
 @dataclass(frozen=True)
-class Packed:
+class CompactExport:
     """Small forms of a student; empty where it has none."""
 
     compact: Mapping[str, Tensor]
@@ -61,25 +62,25 @@ class Packed:
         save_file(dict(values), path, {name: json.dumps(fact) for name, fact in facts.items()})
 
 
-def pack(student: PreTrainedModel) -> Packed:
+def pack(student: PreTrainedModel) -> CompactExport:
     """In fp32, on the CPU. Compact, where that takes fewer bytes than the ordinary form; as masks, where the weights
     under them did not train."""
-    weights = dict(_plain(student, COMPACT)) if parts.parts(student) else {}
+    weights = dict(_plain(student, COMPACT)) if compressed_module.compressed_modules(student) else {}
     compact = dict(pair for name, weight in weights.items() for pair in _packed(name, weight))
-    if _bytes(compact) >= 4 * sum(weight.numel() for _, weight in parts.weights(student, FOLDED)):
+    if _bytes(compact) >= 4 * sum(weight.numel() for _, weight in compressed_module.iter_weights(student, MERGED)):
         compact = {}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
     dtype = str(student.dtype).removeprefix("torch.")
     masked = _over_frozen(student)
     if not masked:
-        return Packed(compact, {}, "", shapes, dtype)
+        return CompactExport(compact, {}, "", shapes, dtype)
     masks = {f"{name}.weight{BITS}": _bits(part.mask.kept) for name, part in masked.items()}
-    frozen, learnt = _sides(student, masked)
-    return Packed(compact, masks | learnt, weights_digest(frozen), shapes, dtype)
+    frozen, learnt = _side_tensors(student, masked)
+    return CompactExport(compact, masks | learnt, weights_digest(frozen), shapes, dtype)
 
 
-def _plain(student: nn.Module, plain: Plain) -> Iterator[tuple[str, Tensor]]:
-    return ((name, weight.detach().float().cpu()) for name, weight in parts.weights(student, plain))
+def _plain(student: nn.Module, plain: ToPlain) -> Iterator[tuple[str, Tensor]]:
+    return ((name, weight.detach().float().cpu()) for name, weight in compressed_module.iter_weights(student, plain))
 
 
 def _packed(name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
@@ -110,14 +111,16 @@ def _bytes(values: Mapping[str, Tensor]) -> int:
     return sum(value.nbytes for value in values.values())
 
 
-def _over_frozen(student: nn.Module) -> dict[str, Masked]:
+def _over_frozen(student: nn.Module) -> dict[str, MaskedModule]:
     """The masked weights by name, where that is all there is to the student and none of them trains."""
-    masked = {name: part for name, part in student.named_modules() if isinstance(part, Masked)}
-    others = any(not isinstance(part, Masked | Pruning) for part in parts.parts(student))
+    masked = {name: part for name, part in student.named_modules() if isinstance(part, MaskedModule)}
+    others = any(
+        not isinstance(part, MaskedModule | GlobalPruning) for part in compressed_module.compressed_modules(student)
+    )
     return {} if others or any(part.origin.requires_grad for part in masked.values()) else masked
 
 
-def _sides(student: nn.Module, masked: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _side_tensors(student: nn.Module, masked: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights that did not change, without their masks, and those that learnt, by their names in the plain model."""
     plain = {f"{name}.inner.{own}": f"{name}.{own}" for name in masked for own in ("weight", "bias")}
     scores = tuple(f"{name}.mask." for name in masked)
@@ -128,7 +131,7 @@ def _sides(student: nn.Module, masked: Iterable[str]) -> tuple[dict[str, Tensor]
     return sides
 
 
-def load(folder: str | Path) -> PreTrainedModel:
+def load_compact(folder: str | Path) -> PreTrainedModel:
     """The model of an export, in its compact form where one lies there, otherwise in its ordinary one, ready to run.
     Raises UserError."""
     path = Path(folder) / COMPACT_FILE
@@ -178,7 +181,7 @@ def load_masked(folder: str | Path, base: str | None = None) -> PreTrainedModel:
     values, facts = _read(path)
     place = base or facts["base"]
     model = loading.load_model(place, head_of_architectures(config.architectures or ()), labels=label_names(config))
-    model = surgery.keep_layers(model, facts["layers"])
+    model = keep_layers(model, facts["layers"])
     learnt = {name: value for name, value in values.items() if not name.endswith(BITS)}
     dtype = getattr(torch, facts["dtype"])
     weights = {name: weight.detach().to(dtype).float() for name, weight in model.named_parameters()}
@@ -189,7 +192,7 @@ def load_masked(folder: str | Path, base: str | None = None) -> PreTrainedModel:
     return _filled(path, model, weights | learnt)
 
 
-def masks(path: str | Path) -> dict[str, Tensor]:
+def read_masks(path: str | Path) -> dict[str, Tensor]:
     """Of a mask.safetensors, by weight [O, I]: True where it stays. Raises UserError."""
     values, facts = _read(Path(path))
     if "shapes" not in facts:

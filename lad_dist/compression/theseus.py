@@ -24,15 +24,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lad_dist.compression.compressed_module import CompressedModule
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Head
+from lad_dist.core.step_state import StepState
 from lad_dist.models import families, loading
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.heads import keeps_head
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
-from lad_dist.parts import Moment, Part
 from lad_dist.utils.rng import COIN, derive_key
 
 DIGITS = 53  # of a float: at a probability of 0 or 1 the coin has one side
@@ -48,7 +49,7 @@ def replacing(progress: float, start: float, end: float, curriculum: Curriculum)
     return start + (1 - start) * progress / end if curriculum == "linear" else start
 
 
-class Theseus(Part):
+class Theseus(CompressedModule):
     """`predecessor`: one or more layers, which it freezes; `successor`: one layer; `probability`: the successor's by
     progress; `number`: of the block, from 1, for its coin. Takes what a layer takes and returns what it returns. Where
     it is not training, and before its first moment, the successor runs."""
@@ -68,7 +69,7 @@ class Theseus(Part):
         self.predecessor.eval()
         return self
 
-    def at(self, moment: Moment) -> None:
+    def at(self, moment: StepState) -> None:
         drawn = derive_key(COIN, moment.seed, moment.step, self._number) >> 64 - DIGITS
         self.replaced = drawn < self._probability(moment.progress) * 2**DIGITS
 
@@ -176,7 +177,7 @@ def _check_layers(model: PreTrainedModel, old: Any, path: str) -> None:
         )
 
 
-def check(
+def check_theseus(
     config: TrainConfig, head: Head, labels: Sequence[str], *, predecessor: str | None, frozen: bool, **_: Any
 ) -> None:
     """Whether the surgery goes with the rest of the config, whose student has that head. Raises UserError."""

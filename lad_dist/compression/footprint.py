@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lad_dist import parts
+from lad_dist.compression import compressed_module
+from lad_dist.compression.compressed_module import COMPACT, MERGED
 from lad_dist.core.batch import Batch
 from lad_dist.models import families
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.parts import COMPACT, FOLDED
 
 COMPONENTS = ("embeddings", "attention", "feed_forward", "head")
 FLOPS = "forward_flops_per_token"
@@ -48,7 +48,7 @@ FORMS = {
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _ModulePlan:
     """Where things stand in a model."""
 
     model: PreTrainedModel
@@ -76,13 +76,13 @@ class _Plan:
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """All modules by name, as they are in the compact form."""
-        return parts.walk(self.model, COMPACT)
+        return compressed_module.iter_modules(self.model, COMPACT)
 
 
 def flops(model: PreTrainedModel, *batches: Batch) -> dict[str, int]:
     """By component, the multiply-adds times two of a forward of the compact form over each of the batches, padding not
     counted: linear maps, attention's scores and sums."""
-    plan, found = _Plan(model), dict.fromkeys(COMPONENTS, 0)
+    plan, found = _ModulePlan(model), dict.fromkeys(COMPONENTS, 0)
     maps = [(name, module) for name, module in plan.modules() if isinstance(module, nn.Linear | nn.Conv1d)]
     for batch in batches:
         for name, module in maps:
@@ -99,7 +99,7 @@ def _attention_flops(config: Any, batch: Batch) -> int:
     return products + 2 * batch.tokens * relative * config.hidden_size
 
 
-def _rows(plan: _Plan, name: str, batch: Batch) -> int:
+def _rows(plan: _ModulePlan, name: str, batch: Batch) -> int:
     """How many rows a linear map is applied to."""
     config = plan.model.config
     if plan.component(name) == "head":
@@ -146,18 +146,18 @@ def _pairs(batch: Batch, window: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeights:
     """Weights of a compact form, by component."""
 
     weights: dict[str, int]
     nonzero: dict[str, int]
 
 
-def stored(model: PreTrainedModel) -> Stored:
+def stored_weights(model: PreTrainedModel) -> StoredWeights:
     """Shared ones are counted once, where they come first."""
-    plan = _Plan(model)
-    found = Stored(dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0))
-    for name, weight in parts.weights(model, COMPACT):
+    plan = _ModulePlan(model)
+    found = StoredWeights(dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0))
+    for name, weight in compressed_module.iter_weights(model, COMPACT):
         part = plan.component(name)
         found.weights[part] += weight.numel()
         found.nonzero[part] += int(torch.count_nonzero(weight))
@@ -166,13 +166,13 @@ def stored(model: PreTrainedModel) -> Stored:
 
 def exported(model: PreTrainedModel) -> int:
     """Weights of the ordinary folder."""
-    return sum(weight.numel() for _, weight in parts.weights(model, FOLDED))
+    return sum(weight.numel() for _, weight in compressed_module.iter_weights(model, MERGED))
 
 
-def of(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
+def footprint(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
     """`parameters` of the ordinary folder, `stored` and of them `nonzero` of the compact form, and its FLOPs per token
     of the batch; the last three by component too."""
-    weights, arithmetic = stored(model), flops(model, batch)
+    weights, arithmetic = stored_weights(model), flops(model, batch)
     per_token = {name: count / batch.tokens for name, count in arithmetic.items()}
     return {
         "parameters": exported(model),

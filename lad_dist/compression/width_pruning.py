@@ -40,7 +40,7 @@ from lad_dist.models import activations
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.loading import PreTrainedModel
 
-Directions = Literal["principal", "random"]
+WidthBasis = Literal["principal", "random"]
 
 BERT = {
     "query": "attention.self.query",
@@ -72,13 +72,13 @@ RIDGE = 1e-2  # of the mean variance, where few rows speak for many units
 
 
 @dataclass(frozen=True)
-class Size:
+class Widths:
     width: int
     heads: int
     inner: int
 
 
-def check(config: Any, width: int | None, heads: int | None, inner: int | None, name: str) -> Size:
+def check_widths(config: Any, width: int | None, heads: int | None, inner: int | None, name: str) -> Widths:
     """The sizes of the narrow model made of one with this config, called `name`. Raises UserError where it cannot be
     made."""
     if config.model_type not in NAMES:
@@ -86,9 +86,9 @@ def check(config: Any, width: int | None, heads: int | None, inner: int | None, 
             f"student.width: {config.model_type} cannot be narrowed, only {', '.join(NAMES)} can; "
             "take student.architecture for a new model of another width"
         )
-    old = Size(config.hidden_size, config.num_attention_heads, _inner(config))
+    old = Widths(config.hidden_size, config.num_attention_heads, _inner(config))
     width = width or old.width
-    new = Size(width, heads or old.heads, inner or max(1, round(old.inner * width / old.width)))
+    new = Widths(width, heads or old.heads, inner or max(1, round(old.inner * width / old.width)))
     for key in ("width", "heads", "inner"):
         if getattr(new, key) > getattr(old, key):
             raise UserError(f"student.{key} = {getattr(new, key)}, but {name} has {getattr(old, key)}")
@@ -107,7 +107,7 @@ def check(config: Any, width: int | None, heads: int | None, inner: int | None, 
     return new
 
 
-def resized(config: Any, size: Size) -> Any:
+def resized_config(config: Any, size: Widths) -> Any:
     """A copy of the config with these sizes."""
     config = deepcopy(config)
     if getattr(config, "embedding_size", None) == config.hidden_size:
@@ -125,21 +125,21 @@ def _inner(config: Any) -> int:
     return int(getattr(config, _inner_name(config)))
 
 
-def narrow(
-    model: PreTrainedModel, batches: Sequence[Batch], size: Size, directions: Directions
+def narrow_model(
+    model: PreTrainedModel, batches: Sequence[Batch], size: Widths, directions: WidthBasis
 ) -> tuple[PreTrainedModel, dict[str, float]]:
     """The model at the size given, fitted to a sample of what it will read, and the errors there (see `_errors`).
 
     Every process of a run must give it the same batches; "random" draws from torch's global generator."""
     training, model = model.training, model.eval()
-    wide = _Parts(model)
+    wide = _ModuleMap(model)
     found = _measure(wide, batches)
     axes = _axes(found.stream, size.width, directions)
-    student = type(model)(resized(model.config, size)).eval()
+    student = type(model)(resized_config(model.config, size)).eval()
     student.to(device=model.device, dtype=model.dtype)
     if model.config._attn_implementation != student.config._attn_implementation:
         student.set_attn_implementation(model.config._attn_implementation)
-    thin = _Parts(student)
+    thin = _ModuleMap(student)
     with torch.no_grad():
         _cut_embeddings(wide, thin, axes)
         read = _Fit(wide, thin, axes, batches, found).fit()
@@ -151,7 +151,7 @@ def narrow(
 _Layer = dict[str, Any]
 
 
-class _Parts:
+class _ModuleMap:
     """The modules of a model, by what they are for. `stream`: those whose outputs are hidden states, in order."""
 
     def __init__(self, model: PreTrainedModel):
@@ -228,7 +228,7 @@ class _Units:
 
 
 @dataclass
-class _Found:
+class _Statistics:
     """What the wide model showed on the sample. `states`: its hidden states at each place of the stream, [N, D] of each
     batch. `units`: of its head, where that has a dense layer."""
 
@@ -238,8 +238,8 @@ class _Found:
     units: _Moments = field(default_factory=_Moments)
 
 
-def _measure(wide: _Parts, batches: Sequence[Batch]) -> _Found:
-    found = _Found([[] for _ in wide.stream], [_Moments() for _ in wide.stream], [_Units() for _ in wide.layers])
+def _measure(wide: _ModuleMap, batches: Sequence[Batch]) -> _Statistics:
+    found = _Statistics([[] for _ in wide.stream], [_Moments() for _ in wide.stream], [_Units() for _ in wide.layers])
     outer = [layer["outer"] for layer in wide.layers]
     dense = [wide.head_norm] if wide.tied and wide.head_norm is not None else wide.head[1:2]
     for batch in batches:
@@ -257,7 +257,7 @@ def _measure(wide: _Parts, batches: Sequence[Batch]) -> _Found:
     return found
 
 
-def _axes(stream: Sequence[_Moments], width: int, directions: Directions) -> Tensor:
+def _axes(stream: Sequence[_Moments], width: int, directions: WidthBasis) -> Tensor:
     """A [D, d]."""
     total = sum(seen.covariance / seen.covariance.trace() for seen in stream)
     assert isinstance(total, Tensor)
@@ -278,19 +278,19 @@ def _near_coordinates(span: Tensor) -> Tensor:
     return span @ (left @ right)
 
 
-def _set(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+def _assign(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     linear.weight.copy_(weight)
     if linear.bias is not None:
         linear.bias.copy_(bias)
 
 
-def _weights(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
     weight = linear.weight.double().cpu()
     return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double().cpu()
 
 
 @dataclass
-class _Read:
+class _Reconstruction:
     """How the narrow model's hidden states h' [d] at a place tell the wide one's, h = lift h' + offset."""
 
     lift: Tensor  # [D, d]
@@ -299,7 +299,7 @@ class _Read:
     covariance: Tensor  # [d, d], of h'
 
     @classmethod
-    def of(cls, thin: Sequence[Tensor], wide: Sequence[Tensor], axes: Tensor) -> "_Read":
+    def of(cls, thin: Sequence[Tensor], wide: Sequence[Tensor], axes: Tensor) -> "_Reconstruction":
         """Ridge regression, which starts from A."""
         both = _Moments()
         for x, y in zip(thin, wide, strict=True):
@@ -313,18 +313,18 @@ class _Read:
 
     def by(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Weight and bias of a map that reads h' as the linear one reads h."""
-        weight, bias = _weights(linear)
+        weight, bias = _weight_and_bias(linear)
         return weight @ self.lift, bias + weight @ self.offset
 
 
 class _Fit:
     """Layer by layer, on what the layers before make of the sample."""
 
-    def __init__(self, wide: _Parts, thin: _Parts, axes: Tensor, batches: Sequence[Batch], found: _Found):
+    def __init__(self, wide: _ModuleMap, thin: _ModuleMap, axes: Tensor, batches: Sequence[Batch], found: _Statistics):
         self.wide, self.thin, self.axes, self.batches, self.found = wide, thin, axes, batches, found
         self.states = found.states
 
-    def fit(self) -> _Read:
+    def fit(self) -> _Reconstruction:
         """Sets all of the layers; how to read their last output."""
         read = self._settle(0)
         for number, (old, new) in enumerate(zip(self.wide.layers, self.thin.layers, strict=True)):
@@ -336,7 +336,7 @@ class _Fit:
             read = self._settle(2 * number + 2)
         return read
 
-    def _settle(self, place: int) -> _Read:
+    def _settle(self, place: int) -> _Reconstruction:
         """Fits the norm at a place of the stream."""
         module = self.thin.stream[place]
         turn = self.axes.float().to(self.states[place][0].device)
@@ -346,26 +346,26 @@ class _Fit:
         if isinstance(module, nn.LayerNorm):
             _fit_norm(module, given, wanted)
         outputs = [module(x.to(next(module.parameters()))).float() for x in given]
-        return _Read.of(outputs, self.states[place], self.axes)
+        return _Reconstruction.of(outputs, self.states[place], self.axes)
 
 
-def _cut_embeddings(wide: _Parts, thin: _Parts, axes: Tensor) -> None:
+def _cut_embeddings(wide: _ModuleMap, thin: _ModuleMap, axes: Tensor) -> None:
     if wide.project is not None:
         assert thin.project is not None
         thin.embeddings.load_state_dict(wide.embeddings.state_dict())
-        weight, bias = _weights(wide.project)
-        _set(thin.project, axes.T @ weight, axes.T @ bias)
+        weight, bias = _weight_and_bias(wide.project)
+        _assign(thin.project, axes.T @ weight, axes.T @ bias)
         return
     for old, new in zip(wide.embeddings.modules(), thin.embeddings.modules(), strict=True):
         if isinstance(old, nn.Embedding):
             new.weight.copy_(old.weight.double().cpu() @ axes)
 
 
-def _cut_attention(old: _Layer, new: _Layer, axes: Tensor, read: _Read, heads: int, fewer: int) -> None:
+def _cut_attention(old: _Layer, new: _Layer, axes: Tensor, read: _Reconstruction, heads: int, fewer: int) -> None:
     covariance, mean = read.covariance, read.mean
     size = axes.shape[1] // fewer
     maps = [_by_heads(read.by(old[role]), heads) for role in ("query", "key", "value")]
-    weight, bias = _weights(old["mixed"])
+    weight, bias = _weight_and_bias(old["mixed"])
     bias = axes.T @ bias
     outs = (axes.T @ weight).unflatten(1, (heads, -1)).unbind(1)
     each = list(zip(*maps, outs, strict=True))
@@ -382,8 +382,8 @@ def _cut_attention(old: _Layer, new: _Layer, axes: Tensor, read: _Read, heads: i
         bias = bias + before  # attention's shares sum to one, so what is lost of the mean is lost at every token
     for role, place in (("query", 0), ("key", 1), ("value", 2)):
         joined = [head[place] for head in narrowed]
-        _set(new[role], torch.cat([x.weight for x in joined]), torch.cat([x.bias for x in joined]))  # type: ignore[union-attr]
-    _set(new["mixed"], torch.cat([head[3] for head in narrowed], dim=1), bias)
+        _assign(new[role], torch.cat([x.weight for x in joined]), torch.cat([x.bias for x in joined]))  # type: ignore[union-attr]
+    _assign(new["mixed"], torch.cat([head[3] for head in narrowed], dim=1), bias)
 
 
 @dataclass
@@ -443,13 +443,13 @@ def _cut_values(value: _Map, out: Tensor, covariance: Tensor, size: int) -> tupl
     return value.then(half[:, None] * (right[:size] @ inverse)), left[:, :size] * half
 
 
-def _cut_block(old: _Layer, new: _Layer, axes: Tensor, read: _Read, inner: _Units) -> None:
+def _cut_block(old: _Layer, new: _Layer, axes: Tensor, read: _Reconstruction, inner: _Units) -> None:
     weight, bias = read.by(old["inner"])
-    out, rest = (axes.T @ x for x in _weights(old["outer"]))
+    out, rest = (axes.T @ x for x in _weight_and_bias(old["outer"]))
     kept = _most(inner.variance * out.square().sum(dim=0), len(new["inner"].weight))
     dropped = torch.ones(len(weight), dtype=torch.bool).index_fill_(0, kept, False)
-    _set(new["inner"], weight[kept], bias[kept])
-    _set(new["outer"], out[:, kept], rest + out[:, dropped] @ inner.mean[dropped])
+    _assign(new["inner"], weight[kept], bias[kept])
+    _assign(new["outer"], out[:, kept], rest + out[:, dropped] @ inner.mean[dropped])
 
 
 def _most(importance: Tensor, count: int) -> Tensor:
@@ -457,7 +457,7 @@ def _most(importance: Tensor, count: int) -> Tensor:
     return importance.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def _cut_head(wide: _Parts, thin: _Parts, axes: Tensor, read: _Read, found: _Found) -> None:
+def _cut_head(wide: _ModuleMap, thin: _ModuleMap, axes: Tensor, read: _Reconstruction, found: _Statistics) -> None:
     """What reads the last hidden states; after its dense layer, where there is one, come units (a classifier's) or
     states in the space of the embeddings (a masked language model's)."""
     same = {name: x for name, x in wide.outside.items() if x.shape == thin.outside[name].shape}
@@ -468,25 +468,25 @@ def _cut_head(wide: _Parts, thin: _Parts, axes: Tensor, read: _Read, found: _Fou
     weight, bias = read.by(wide.head[0])
     turn = _head_axes(wide, thin, axes, found)
     if turn is None:
-        _set(thin.head[0], weight, bias)
+        _assign(thin.head[0], weight, bias)
         return
-    _set(thin.head[0], turn.T @ weight, turn.T @ bias)
+    _assign(thin.head[0], turn.T @ weight, turn.T @ bias)
     for old, new in zip(wide.head[1:], thin.head[1:], strict=True):
         lift = _lift(found.units.covariance, turn)
-        weight, bias = _weights(old)
-        _set(new, weight @ lift, bias + weight @ (found.units.mean - lift @ (turn.T @ found.units.mean)))
+        weight, bias = _weight_and_bias(old)
+        _assign(new, weight @ lift, bias + weight @ (found.units.mean - lift @ (turn.T @ found.units.mean)))
     if wide.tied and thin.decoder_bias is not None:
         lost = found.units.mean - axes @ (axes.T @ found.units.mean)
         thin.decoder_bias.add_((wide.words @ lost).to(thin.decoder_bias))
 
 
-def _head_axes(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found) -> Tensor | None:
+def _head_axes(wide: _ModuleMap, thin: _ModuleMap, axes: Tensor, found: _Statistics) -> Tensor | None:
     """[D, d] from the outputs of the head's dense layer to the narrow one's; None where these are as many."""
     if len(wide.head[0].weight) == len(thin.head[0].weight):
         return None
     if wide.tied or len(wide.head) == 1:
         return axes
-    weight, _ = _weights(wide.head[1])
+    weight, _ = _weight_and_bias(wide.head[1])
     kept = _most(found.units.covariance.diagonal() * weight.square().sum(dim=0), axes.shape[1])
     return torch.eye(len(axes), dtype=axes.dtype)[:, kept]
 
@@ -502,7 +502,7 @@ class _Enough(Exception):
     """The module that was waited for has run."""
 
 
-def _inputs(parts: _Parts, module: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+def _inputs(parts: _ModuleMap, module: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     """What the module is given for each batch; nothing after it runs."""
     given: list[Tensor] = []
 
@@ -528,7 +528,9 @@ def _fit_norm(norm: nn.LayerNorm, given: Sequence[Tensor], wanted: Sequence[Tens
     norm.bias.copy_(its - scale * mean)
 
 
-def _fit_head_norm(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batches: Sequence[Batch]) -> None:
+def _fit_head_norm(
+    wide: _ModuleMap, thin: _ModuleMap, axes: Tensor, found: _Statistics, batches: Sequence[Batch]
+) -> None:
     """Of a head whose dense layer is narrower than it was."""
     if wide.head_norm is None or thin.head_norm is None or (turn := _head_axes(wide, thin, axes, found)) is None:
         return
@@ -541,7 +543,9 @@ def _fit_head_norm(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batc
     _fit_norm(thin.head_norm, given, wanted)
 
 
-def _errors(wide: _Parts, thin: _Parts, axes: Tensor, found: _Found, batches: Sequence[Batch]) -> dict[str, float]:
+def _errors(
+    wide: _ModuleMap, thin: _ModuleMap, axes: Tensor, found: _Statistics, batches: Sequence[Batch]
+) -> dict[str, float]:
     """On the sample, relative to how far the wide model's own values lie from their mean (root mean squares):
     "hidden/l" of the narrow model's hidden states against the wide one's in its coordinates, "lost/l" of what these
     coordinates leave out, layer 0 being the embeddings' output; "logits", where there is a head."""

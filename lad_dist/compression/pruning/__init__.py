@@ -1,0 +1,1 @@
+"""Pruning: criteria, schedules and the modules that hold masks."""

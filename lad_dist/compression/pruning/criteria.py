@@ -1,0 +1,153 @@
+"""None"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Mask(nn.Module):
+    """weight [O, I] -> weight · kept. `kept` is True where a weight stays."""
+
+    kept: Tensor
+    learns = False  # whether what matters goes on changing after the last weight was to go
+    freezes = False  # whether it is about weights that do not change
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("kept", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.kept
+
+    def importance(self, weight: Tensor) -> Tensor:
+        """[O, I] in fp32: the least important go first."""
+        raise NotImplementedError
+
+    def settle(self, threshold: Tensor) -> None:
+        """Told whenever weights went: the importance below which."""
+
+    def finish(self) -> None:
+        """Told when the last weights have gone."""
+
+
+class Magnitude(Mask):
+    def importance(self, weight: Tensor) -> Tensor:
+        return weight.detach().float().abs()
+
+
+class Random(Mask):
+    scores: Tensor
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        # Turned round: the same seed gives AdaptingPaper its start from the same row of random numbers.
+        self.register_buffer("scores", torch.rand(weight.shape, device=weight.device).flip(0, 1))
+
+    def importance(self, weight: Tensor) -> Tensor:
+        return self.scores.float()
+
+
+class _StraightThroughGate(torch.autograd.Function):
+    """kept forwards; backwards, to scores S, gradient · slope."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, kept: Tensor, slope: Tensor | float) -> Tensor:
+        ctx.slope = slope
+        return kept.to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * ctx.slope, None, None
+
+
+class Movement(Mask):
+    """Scores S from 0 with ∂L/∂S = ∂L/∂(weight · mask) · weight: they sum up how far each step would move a weight away
+    from 0 (Sanh et al., 2020, section 3). S is flat, as a bias is, and does not decay."""
+
+    learns = True
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.scores = nn.Parameter(self.start(weight))
+
+    def start(self, weight: Tensor) -> Tensor:
+        return torch.zeros(weight.numel(), device=weight.device)
+
+    def slope(self, scores: Tensor) -> Tensor | float:
+        """Of the gate that gradients pass."""
+        return 1.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scores = self.scores.view_as(weight)
+        return weight * _StraightThroughGate.apply(scores, self.kept, self.slope(scores.detach()))
+
+    def importance(self, weight: Tensor) -> Tensor:
+        return self.scores.detach().float().view_as(weight)
+
+
+class Adapting(Movement):
+    """Scores θ over frozen weights w: gate 1[θ > c] forwards, σ(t (θ - c)) backwards, so that
+    ∂L/∂θ = ∂L/∂(w · mask) · w · t σ'(t (θ - c)) (Gao et al., 2021, section 3; the published gate is σ(t_l θ) forwards
+    with t_l = 1e5: here t_l → ∞, so that what was trained is what is exported). θ starts at |w|: small weights go first
+    while nothing is learnt yet, and what is learnt reorders them."""
+
+    freezes = True
+    threshold: Tensor
+    sharpness = 1.0  # t
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.register_buffer("threshold", torch.zeros((), device=weight.device))
+
+    def start(self, weight: Tensor) -> Tensor:
+        return weight.detach().abs().flatten()
+
+    def slope(self, scores: Tensor) -> Tensor:
+        open_ = torch.sigmoid(self.sharpness * (scores - self.threshold))
+        return self.sharpness * open_ * (1 - open_)
+
+    def settle(self, threshold: Tensor) -> None:
+        self.threshold.copy_(threshold)
+
+
+class AdaptingPaper(Adapting):
+    """θ starts at N(0, 0.001²): around 0.01 as published, less what all have in common, which changes nothing."""
+
+    spread = 0.001
+
+    def start(self, weight: Tensor) -> Tensor:
+        return self.spread * torch.randn(weight.numel(), device=weight.device)
+
+
+class Iterative(Mask):
+    """A copy of the weight trains while it is pruned by magnitude; then what stays goes back to the weight it started
+    from, and no longer changes."""
+
+    freezes = True
+    rewound: Tensor
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.trained = nn.Parameter(weight.detach().float().flatten().clone())
+        self.register_buffer("rewound", torch.zeros((), dtype=torch.bool, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        trained = self.trained.view_as(weight).to(weight.dtype)
+        return torch.where(self.rewound, weight, trained) * self.kept
+
+    def importance(self, weight: Tensor) -> Tensor:
+        return self.trained.detach().float().abs().view_as(weight)
+
+    def finish(self) -> None:
+        self.rewound.fill_(True)
+
+
+CRITERIA: dict[str, type[Mask]] = {
+    "magnitude": Magnitude,
+    "random": Random,
+    "movement": Movement,
+    "adapting": Adapting,
+    "adapting_paper": AdaptingPaper,
+    "iterative": Iterative,
+}
