@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lad_dist import cli
-from lad_dist.card import totals
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 from lad_dist.config.schema import EvaluateConfig, TrainConfig
-from lad_dist.evaluate import evaluate
+from lad_dist.evaluation.evaluate import evaluate
+from lad_dist.runs.model_card import totals
 from lad_dist.train import train
 
 

@@ -12,7 +12,7 @@ from lad_dist.core.outputs import ModelOutputs
 from lad_dist.core.step_state import StepState
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.objectives.objective import Objective
+from lad_dist.objectives.base import Objective
 
 
 class Method(nn.Module):

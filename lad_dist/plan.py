@@ -34,7 +34,7 @@ from lad_dist.models.heads import has_mlm_head, label_order
 from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, load_hf_config
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.objectives.objective import Objective
+from lad_dist.objectives.base import Objective
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 SAMPLE_TOKENS, SAMPLE_BATCHES = 16384, 256  # that a narrower student is fitted to

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lad_dist import engine as engines
-from lad_dist import evaluate, optim, plan, preflight
+from lad_dist import optim, plan, preflight
 from lad_dist.anomalies import Fate, Guard, Judge
 from lad_dist.answers import Answers, bytes_of, worth_keeping
 from lad_dist.checkpointing import reshard
@@ -41,12 +41,13 @@ from lad_dist.data.tokenization.loading import save_beside_model
 from lad_dist.distributed import processes
 from lad_dist.distributed.replica_check import divergent_ranks
 from lad_dist.distributed.watchdog import Watchdog
+from lad_dist.evaluation import evaluate
 from lad_dist.method import Method
 from lad_dist.models.dims import uses_segments
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.loading import PreTrainedModel, save_model
-from lad_dist.runs import Run
+from lad_dist.runs.run_folder import Run
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]

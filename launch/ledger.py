@@ -38,12 +38,12 @@ def main() -> int:
     given = words.parse_intermixed_args()
     if given.rounds is not None and given.rounds < 1:
         raise UserError(f"ledger: --rounds {given.rounds}: at least 1")
-    from lad_dist.card import conditions, remarks, speed
-    from lad_dist.ledger import Asked, measure
+    from lad_dist.evaluation.latency import LatencyRequest, measure
+    from lad_dist.runs.model_card import conditions, latency_remarks, latency_table
 
-    ledger = measure(Asked(**vars(given)))
-    cli.print_table(str(given.folder), *speed(ledger))
-    for line in (conditions(ledger), *remarks(ledger["student"], ledger)):
+    ledger = measure(LatencyRequest(**vars(given)))
+    cli.print_table(str(given.folder), *latency_table(ledger))
+    for line in (conditions(ledger), *latency_remarks(ledger["student"], ledger)):
         cli.say(line)
     return EXIT_DONE
 

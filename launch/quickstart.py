@@ -138,7 +138,7 @@ def trained(config: TrainConfig) -> bool:
 
 def compare(folder: Path, changes: Changes) -> Results:
     """Teacher and both students on the dev set, the students also against the teacher."""
-    from lad_dist.evaluate import evaluate
+    from lad_dist.evaluation.evaluate import evaluate
 
     data = configured(TaskConfig, "lad", folder, changes).data.model_dump()
     found: Results = {}
@@ -154,7 +154,7 @@ def compare(folder: Path, changes: Changes) -> Results:
 
 def show(folder: Path, results: Results) -> None:
     """The table, and where everything is."""
-    from lad_dist.plots import curves
+    from lad_dist.runs.plots import curves
 
     plots = curves([folder / "lad", folder / "alone"], folder / "plots")
     cli.print_table("which library?", ("", *(RUNS[name].called for name in results)), list(rows(results)))

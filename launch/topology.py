@@ -30,7 +30,7 @@ def main() -> int:
     words.add_argument("--shuffles", metavar="N", type=int, choices=range(1000), default=0)
     words.add_argument("--base", metavar="MODEL")
     given = words.parse_intermixed_args()
-    from lad_dist.topology import report
+    from lad_dist.evaluation.mask_analysis import report
 
     for title, header, rows in report(given.folders, given.out, given.shuffles, given.base):
         cli.print_table(title, header, rows)

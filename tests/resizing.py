@@ -23,7 +23,7 @@ from lad_dist.config.load import parse_config
 from lad_dist.config.schema import train_schema
 from lad_dist.distributed import processes
 from lad_dist.engine import snapshot
-from lad_dist.runs import Run
+from lad_dist.runs.run_folder import Run
 from lad_dist.train import Averages, Loop, check, prepare
 
 State = dict[str, Any]

@@ -12,7 +12,7 @@ from twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
 
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims
-from lad_dist.objectives import transport
+from lad_dist.objectives import optimal_transport
 from lad_dist.objectives.emd import EMD
 
 SEEDS = st.integers(0, 1000)
@@ -31,7 +31,7 @@ def problem(seed: int, sizes: tuple[int, int], scale: float) -> tuple[np.ndarray
 )
 def test_plans_are_those_of_an_exact_solver(seed: int, sizes: tuple[int, int], scale: float) -> None:
     costs, student, teacher = problem(seed, sizes, scale)
-    found, exact = transport.plan(costs, student, teacher), ot.emd(student, teacher, costs)
+    found, exact = optimal_transport.transport_plan(costs, student, teacher), ot.emd(student, teacher, costs)
     assert (found * costs).sum() == pytest.approx((exact * costs).sum(), rel=1e-6)
     np.testing.assert_allclose(found.sum(axis=1), student, atol=1e-9)
     np.testing.assert_allclose(found.sum(axis=0), teacher, atol=1e-9)
@@ -40,7 +40,7 @@ def test_plans_are_those_of_an_exact_solver(seed: int, sizes: tuple[int, int], s
 
 
 def test_a_plan_without_costs_is_a_plan() -> None:
-    found = transport.plan(np.zeros((2, 3)), np.full(2, 1 / 2), np.full(3, 1 / 3))
+    found = optimal_transport.transport_plan(np.zeros((2, 3)), np.full(2, 1 / 2), np.full(3, 1 / 3))
     np.testing.assert_allclose(found.sum(axis=0), np.full(3, 1 / 3))
 
 
@@ -48,8 +48,8 @@ def test_a_plan_without_costs_is_a_plan() -> None:
 @given(seed=SEEDS, temperature=st.sampled_from([1.0, 5.0, 1e9]))
 def test_cost_attention_equals_its_equation(seed: int, temperature: float) -> None:
     costs, student, teacher = problem(seed, (3, 4), 2.0)
-    plan = 0.5 * transport.plan(costs, student, teacher) + 0.5 * np.outer(student, teacher)
-    found = transport.masses(plan, costs, temperature)
+    plan = 0.5 * optimal_transport.transport_plan(costs, student, teacher) + 0.5 * np.outer(student, teacher)
+    found = optimal_transport.masses(plan, costs, temperature)
     for side, mass, axis in ((found[0], student, 0), (found[1], teacher, 1)):
         units = []
         for layer in range(len(mass)):
@@ -64,7 +64,7 @@ def test_cost_attention_equals_its_equation(seed: int, temperature: float) -> No
 def test_masses_stay_finite_and_positive(costs: np.ndarray) -> None:
     sides: list[np.ndarray] = [np.full(2, 1 / 2), np.full(3, 1 / 3)]
     for _ in range(5):
-        sides = list(transport.masses(transport.plan(costs, *sides), costs, 1.0))
+        sides = list(optimal_transport.masses(optimal_transport.transport_plan(costs, *sides), costs, 1.0))
         for side in sides:
             assert side.sum() == pytest.approx(1.0)
             assert side.min() > 1e-4

@@ -12,7 +12,6 @@ from conftest import World
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist import evaluate
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import EvaluateConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
@@ -21,7 +20,8 @@ from lad_dist.data.tasks.files import Texts
 from lad_dist.data.tasks.task import Task
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.distributed import processes
-from lad_dist.evaluate import Predictions
+from lad_dist.evaluation import evaluate
+from lad_dist.evaluation.evaluate import Predictions
 from lad_dist.train import train
 
 
@@ -37,7 +37,7 @@ def test_every_batch_counts_once_and_all_processes_make_as_many(world_size: int,
         patch.setattr(processes, "world_size", lambda: world_size)
         for rank in range(world_size):
             patch.setattr(processes, "rank", lambda rank=rank: rank)
-            shares.append([(len(batch.lengths), counts) for batch, counts in evaluate.share(batches(count))])
+            shares.append([(len(batch.lengths), counts) for batch, counts in evaluate.rank_batches(batches(count))])
     assert len({len(share) for share in shares}) == 1
     counted = [size for share in shares for size, counts in share if counts]
     assert sorted(counted) == list(range(1, count + 1))

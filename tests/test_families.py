@@ -31,7 +31,7 @@ from lad_dist.core.collate import collate, span_starts
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.data.tokenization.loading import load_tokenizer
-from lad_dist.evaluate import evaluate
+from lad_dist.evaluation.evaluate import evaluate
 from lad_dist.method import Method
 from lad_dist.models import families, loading
 from lad_dist.models.attention import _explicit_attention

@@ -19,7 +19,7 @@ from lad_dist.config.schema import TrainConfig
 from lad_dist.core.step_state import StepState
 from lad_dist.distributed import processes, replica_check
 from lad_dist.method import Method
-from lad_dist.runs import NoProgress
+from lad_dist.runs.run_folder import NoProgress
 from lad_dist.train import train
 
 Row = dict[str, Any]

@@ -26,7 +26,7 @@ from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.tasks.examples import QuestionExamples
 from lad_dist.data.tasks.task import load_task
 from lad_dist.data.tokenization.loading import load_tokenizer
-from lad_dist.evaluate import evaluate, predict
+from lad_dist.evaluation.evaluate import evaluate, predict
 from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
 from lad_dist.objectives import OBJECTIVES

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lad_dist.benchmarks import latency
+from lad_dist.evaluation import interleaved_timing
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that only the forms move."""
     now = [0.0]
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(interleaved_timing.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -22,7 +22,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     ("room", "lengths"), [(512, [128, 512]), (8192, [128, 512]), (511, [128]), (128, [128]), (64, [64])]
 )
 def test_lengths_are_those_that_the_model_has_positions_for(room: int, lengths: list[int]) -> None:
-    assert latency.shapes(room) == list(itertools.product((1, 32), lengths))
+    assert interleaved_timing.shapes(room) == list(itertools.product((1, 32), lengths))
 
 
 def test_forms_take_turns_and_the_warm_up_does_not_count(clock: list[float]) -> None:
@@ -33,19 +33,21 @@ def test_forms_take_turns_and_the_warm_up_does_not_count(clock: list[float]) -> 
         seen.append(name)
         clock[0] += next(seconds[name])
 
-    found = latency.interleaved({"a": lambda: form("a"), "b": lambda: form("b")}, CPU, (32, 128), rounds=4)
-    assert "".join(seen) == "ab" * (latency.WARM_UP + 4)
+    found = interleaved_timing.interleaved({"a": lambda: form("a"), "b": lambda: form("b")}, CPU, (32, 128), rounds=4)
+    assert "".join(seen) == "ab" * (interleaved_timing.WARM_UP + 4)
     assert found == [
-        latency.Timing("a", "cpu", 32, 128, seconds=1.5, spread=1.75, rounds=4),
-        latency.Timing("b", "cpu", 32, 128, seconds=4.0, spread=0.0, rounds=4),
+        interleaved_timing.Timing("a", "cpu", 32, 128, seconds=1.5, spread=1.75, rounds=4),
+        interleaved_timing.Timing("b", "cpu", 32, 128, seconds=4.0, spread=0.0, rounds=4),
     ]
     assert found[1].throughput == 8
 
 
-@pytest.mark.parametrize(("each", "rounds"), [(100.0, latency.LEAST), (0.5, 10), (0.001, latency.MOST)])
+@pytest.mark.parametrize(
+    ("each", "rounds"), [(100.0, interleaved_timing.LEAST), (0.5, 10), (0.001, interleaved_timing.MOST)]
+)
 def test_rounds_go_on_while_there_is_time(each: float, rounds: int, clock: list[float]) -> None:
     def form() -> None:
         clock[0] += each
 
-    found = latency.interleaved({"a": form, "b": form}, CPU, (1, 1))
+    found = interleaved_timing.interleaved({"a": form, "b": form}, CPU, (1, 1))
     assert [timing.rounds for timing in found] == [rounds, rounds]

@@ -13,17 +13,16 @@ import toy
 from conftest import World
 from test_launchers import run
 
-from lad_dist import ledger
-from lad_dist.benchmarks import latency
-from lad_dist.card import card, remarks
 from lad_dist.compression import compact, footprint
 from lad_dist.compression.layers import keep_layers
 from lad_dist.compression.low_rank import low_rank
 from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
-from lad_dist.ledger import Asked
+from lad_dist.evaluation import interleaved_timing, latency
+from lad_dist.evaluation.latency import LatencyRequest
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.loading import save_model
+from lad_dist.runs.model_card import latency_remarks, model_card
 
 
 def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda student: student) -> Path:
@@ -54,7 +53,7 @@ def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda s
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "BATCHES", (1, 3))
+    monkeypatch.setattr(interleaved_timing, "BATCHES", (1, 3))
 
 
 def results_in(folder: Path) -> dict[str, Any]:
@@ -96,22 +95,22 @@ def test_all_forms_of_a_run_beside_its_teacher(world: World, tmp_path: Path, cap
     assert "onnx int8 on the dev set: accuracy " in text
     assert "onnx int8 on the dev set: accuracy " in said
     assert not list(folder.rglob("*.draft"))
-    again = ledger.measure(Asked(folder, rounds=1))
+    again = latency.measure(LatencyRequest(folder, rounds=1))
     assert {x["form"] for x in again["timings"]} == {"teacher", "student"}
     assert results_in(folder)["student"] == after["student"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, real = [], latency.interleaved
+    measured, real = [], interleaved_timing.interleaved
 
-    def interleaved(forms: Any, *rest: Any) -> list[latency.Timing]:
+    def interleaved(forms: Any, *rest: Any) -> list[interleaved_timing.Timing]:
         measured.extend(count_parameters(form.func) for form in forms.values())
         return real(forms, *rest)
 
-    monkeypatch.setattr(latency, "interleaved", interleaved)
+    monkeypatch.setattr(interleaved_timing, "interleaved", interleaved)
     folder = complete(world, tmp_path, lambda student: low_rank(student, keep=0.3))
-    found = ledger.measure(Asked(folder, rounds=1))
+    found = latency.measure(LatencyRequest(folder, rounds=1))
     assert found["student"]["stored"] == results_in(folder)["student"]["stored"] < found["student"]["parameters"]
     assert set(measured) == {found["teacher"]["stored"], found["student"]["stored"]}
     text = (folder / "export" / "README.md").read_text()
@@ -128,12 +127,12 @@ def test_what_is_smaller_and_not_faster_is_said(world: World, tmp_path: Path) ->
         return student
 
     folder = complete(world, tmp_path, halved)
-    assert "of its weights are zero" in card(results_in(folder))
-    found = ledger.measure(Asked(folder, rounds=1))
+    assert "of its weights are zero" in model_card(results_in(folder))
+    found = latency.measure(LatencyRequest(folder, rounds=1))
     new = 2 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32 + 2 + 32  # biases and the padding's embedding are 0 in a new model
     assert found["student"]["stored"] - found["student"]["nonzero"] == 2 * 32 * 32 + new
     share = 1 - found["student"]["nonzero"] / found["student"]["stored"]
-    (line,) = [line for line in remarks(found["student"], found) if "zero" in line]
+    (line,) = [line for line in latency_remarks(found["student"], found) if "zero" in line]
     assert line == (
         f"{share:.0%} of its weights are zero. That makes a file smaller and nothing faster: with zeros in it a "
         "product takes as long."
@@ -157,7 +156,7 @@ def test_what_its_arithmetic_promises_is_held_against_what_is_measured() -> None
         ],
         "quality": {},
     }
-    assert remarks(found["student"], found) == [  # type: ignore[arg-type]
+    assert latency_remarks(found["student"], found) == [  # type: ignore[arg-type]
         "It has 1/4.00 of the teacher's FLOPs per token and runs 1.50 to 4.00 times as fast; not all that is saved on "
         "paper is saved in time.",
         "int8 is smaller than fp32 and not faster at 32 x 128 (0.50x).",

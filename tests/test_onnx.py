@@ -8,12 +8,12 @@ import torch
 import toy
 import toy_families
 
-from lad_dist import onnx_export
 from lad_dist.compression import compressed_module
 from lad_dist.compression.low_rank import low_rank
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.core.batch import Head
 from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.evaluation import onnx_export
 from lad_dist.models.frozen import INPUT_NAMES, InferenceModel
 
 SMALL = {"num_hidden_layers": 1}

@@ -17,7 +17,7 @@ from launching import ROOT
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
-from lad_dist.runs import DEATHS, NoProgress, Run
+from lad_dist.runs.run_folder import MAX_CRASHES, NoProgress, Run
 from lad_dist.utils import atomic_io
 
 
@@ -130,7 +130,7 @@ def checkpoint_of(run: Run, step: int) -> None:
 
 def test_a_run_that_dies_three_times_at_one_place_is_not_begun_again(config: TrainConfig) -> None:
     run = Run(config)
-    for _ in range(DEATHS):
+    for _ in range(MAX_CRASHES):
         die(run, Crash())
     with pytest.raises(NoProgress, match="died 3 times in a row at the beginning") as caught, run.life():
         raise AssertionError("was begun")
@@ -148,7 +148,7 @@ def test_a_new_checkpoint_is_progress(config: TrainConfig) -> None:
         die(run, Crash())
         die(run, Crash())
         checkpoint_of(run, step)
-    for _ in range(DEATHS):
+    for _ in range(MAX_CRASHES):
         die(run, Crash())
     with pytest.raises(NoProgress, match="at step-000000004"), run.life():
         pass
@@ -158,7 +158,7 @@ def test_a_new_checkpoint_is_progress(config: TrainConfig) -> None:
 def test_who_ends_well_did_not_die(config: TrainConfig, good: BaseException | None) -> None:
     """Nor who was told of a mistake, or was interrupted by hand."""
     run = Run(config)
-    for _ in range(2 * DEATHS):
+    for _ in range(2 * MAX_CRASHES):
         die(run, Crash())
         if good is None:
             with run.life():
@@ -172,7 +172,7 @@ def test_a_damaged_count_counts_anew(config: TrainConfig) -> None:
     run = Run(config)
     die(run, Crash())
     (run.folder / "deaths.json").write_text('{"at": "the beg')
-    for _ in range(DEATHS):
+    for _ in range(MAX_CRASHES):
         die(run, Crash())
 
 
@@ -203,7 +203,7 @@ def test_a_folder_belongs_to_one_life_at_a_time(
     config: TrainConfig, seconds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one before it is waited for while it ends; how it ends does not matter."""
-    monkeypatch.setattr("lad_dist.runs.LAST_LIFE_ENDS", 3.0 if seconds == 100 else 60.0)
+    monkeypatch.setattr("lad_dist.runs.run_folder.LOCK_SECONDS", 3.0 if seconds == 100 else 60.0)
     run = Run(config)
     command = [sys.executable, "-c", HOLDER, str(run.folder / "lock"), str(seconds)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:

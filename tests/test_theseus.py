@@ -31,7 +31,7 @@ from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.hf_config import architecture_config
 from lad_dist.models.loading import PreTrainedModel, new_model, save_model
-from lad_dist.objectives.objective import uniform
+from lad_dist.objectives.base import uniform_layer_map
 from lad_dist.train import train
 
 LENGTHS = [5, 3, 9]
@@ -172,7 +172,7 @@ def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> 
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
     ends = [wide.index(block[-1]) + 1 for block in blocks]
     shape = ModelDims(new, 32, 4, "none", 0)
-    assert ends == [layer for _, layer in uniform("", shape, shape._replace(layers=old))]
+    assert ends == [layer for _, layer in uniform_layer_map("", shape, shape._replace(layers=old))]
 
 
 # What

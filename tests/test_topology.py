@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from test_launchers import run as script
 from torch import nn
 
-from lad_dist import topology
 from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
+from lad_dist.evaluation import evaluate
+from lad_dist.evaluation.mask_analysis import RunMasks, group, overlap, read, report, shuffle_test, shuffled, sparsity
 from lad_dist.models import loading
-from lad_dist.topology import Masks, group, overlap, read, report, shuffle_test, shuffled, sparsity
 from lad_dist.train import train
 
 PRUNE: dict[str, Any] = {"name": "prune", "sparsity": 0.75, "end": 0.0}
@@ -210,7 +210,7 @@ def test_shuffled_masks_are_what_is_evaluated(runs: dict[str, Path], monkeypatch
         seen.append(load_file(Path(config.model.path) / "model.safetensors"))
         return {"model": {"path": "", "parameters": 0, "accuracy": 0.5}}
 
-    monkeypatch.setattr(topology, "evaluate", watched)
+    monkeypatch.setattr(evaluate, "evaluate", watched)
     masks = read(runs["adapting"])
     shuffle_test(masks, 1)
     for weights, kept in zip(seen, (masks.kept, shuffled(masks.kept, 0)), strict=True):
@@ -275,4 +275,4 @@ def test_masks_that_lie_alone(runs: dict[str, Path], tmp_path: Path) -> None:
     masks = read(file)
     assert masks.name == "alone"
     assert shuffle_test(masks, 1) is None
-    assert isinstance(masks, Masks)
+    assert isinstance(masks, RunMasks)

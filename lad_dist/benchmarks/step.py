@@ -20,7 +20,7 @@ from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
 from lad_dist.distributed import processes
 from lad_dist.engine import communication_seconds
-from lad_dist.runs import Run
+from lad_dist.runs.run_folder import Run
 from lad_dist.train import Averages, Loop, check, prepare
 
 WARM_UP = 3  # steps that are not counted

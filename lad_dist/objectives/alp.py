@@ -17,8 +17,8 @@ from torch import Tensor
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
+from lad_dist.objectives.base import check_same_width, teacher_layer_weights
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import reads, same_width
 
 
 class ALP(KD):
@@ -33,7 +33,7 @@ class ALP(KD):
         temperature: Annotated[float, Field(gt=0)] = 20.0,
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
-        same_width("alp", student, teacher)
+        check_same_width("alp", student, teacher)
         self.hidden = hidden
         self.student_needs = self.student_needs._replace(hidden=tuple(range(1, student.layers + 1)))
         self.teacher_needs = self.teacher_needs._replace(hidden=tuple(range(1, teacher.layers + 1)))
@@ -48,5 +48,7 @@ class ALP(KD):
             attention = torch.softmax(torch.einsum("bd,bld->bl", mine, target), dim=-1)
             mixed = torch.einsum("bl,bld->bd", attention, target)
             distances.append(losses.over_sequences(losses.squared(mine, mixed), batch))
-            self.observed |= reads(m, (losses.over_sequences(e, batch) for e in attention.detach().unbind(dim=1)))
+            self.observed |= teacher_layer_weights(
+                m, (losses.over_sequences(e, batch) for e in attention.detach().unbind(dim=1))
+            )
         return super().forward(student, teacher, batch) | {"hidden": self.hidden * torch.stack(distances).sum()}

@@ -14,8 +14,8 @@ from torch import Tensor
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
+from lad_dist.objectives.base import check_same_width
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import same_width
 
 
 class DistilBERT(KD):
@@ -30,7 +30,7 @@ class DistilBERT(KD):
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
-        same_width("distilbert", student, teacher)
+        check_same_width("distilbert", student, teacher)
         self.cosine = cosine
         self.last = (student.layers, teacher.layers)
         self.student_needs = self.student_needs._replace(hidden=(student.layers,))

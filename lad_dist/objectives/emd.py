@@ -28,10 +28,10 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.distributed import processes
-from lad_dist.objectives import losses, transport
+from lad_dist.objectives import losses, optimal_transport
+from lad_dist.objectives.base import check_same_heads, projection, teacher_layer_weights
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import projection, reads, same_heads
-from lad_dist.objectives.transport import Array
+from lad_dist.objectives.optimal_transport import Array
 
 
 class EMD(KD):
@@ -54,7 +54,7 @@ class EMD(KD):
         if not self.weights:
             raise UserError("objective.name = emd: hidden and attention are 0, so no layers are compared; take kd")
         if attention:
-            same_heads("emd", student, teacher)
+            check_same_heads("emd", student, teacher)
         self.heads = teacher.heads
         self.embedding, self.cost_temperature = embedding, cost_temperature
         self.hidden_projection = projection(student, teacher)
@@ -79,9 +79,12 @@ class EMD(KD):
         A step that overflowed changes nothing."""
         if not np.isfinite(costs).all():
             return
-        self.plans = {kind: transport.plan(cost, *self.masses) for kind, cost in zip(self.plans, costs, strict=True)}
+        self.plans = {
+            kind: optimal_transport.transport_plan(cost, *self.masses)
+            for kind, cost in zip(self.plans, costs, strict=True)
+        }
         found = zip(self.plans.values(), costs, strict=True)
-        sides = [transport.masses(plan, cost, self.cost_temperature) for plan, cost in found]
+        sides = [optimal_transport.masses(plan, cost, self.cost_temperature) for plan, cost in found]
         self.masses = [np.mean(side, axis=0) for side in zip(*sides, strict=True)]
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
@@ -118,7 +121,7 @@ class EMD(KD):
         plan = next(iter(self.plans.values()))
         shares = (plan / plan.sum(axis=1, keepdims=True)).tolist()
         for m, row in enumerate(shares, start=1):
-            self.observed |= reads(m, (torch.full((), share, device=device) for share in row))
+            self.observed |= teacher_layer_weights(m, (torch.full((), share, device=device) for share in row))
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside parameters; buffers would be rounded with a model in half precision."""

@@ -43,8 +43,8 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
+from lad_dist.objectives.base import check_same_width, teacher_layer_weights, uniform_layer_map
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import reads, same_width, uniform
 
 Gates = Literal["learnt", "frozen", "constant"]
 Sees = Literal["aggregate", "both"]
@@ -117,12 +117,12 @@ class LAD(KD):
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
-        same_width("lad", student, teacher)
+        check_same_width("lad", student, teacher)
         given: dict[str, Any] = {"gates": gates, "openness": openness, "sees": sees, "norm": norm, "affine": affine}
         recipe = VARIANTS[variant]._replace(**{name: x for name, x in given.items() if x is not None})
         _check(recipe, teacher, anchor, detached)
         self.hidden, self.anchor, self.detached = hidden, anchor, detached
-        self.matches = uniform("lad", student, teacher)
+        self.matches = uniform_layer_map("lad", student, teacher)
         self.normalised = [teacher.width] if recipe.norm == "token" else [teacher.span or 0, teacher.width]
         above_first = range(2, teacher.layers + 1)
         self.gates = nn.ModuleList(Gate(teacher.width, recipe) for _ in above_first)
@@ -162,7 +162,7 @@ class LAD(KD):
             self.observed[f"gate/{layer}"] = openness.detach().float().mean()
         for m, layer in self.matches:
             read = (shares[layer] / shares[layer].sum(dim=0)).mean(dim=1)
-            self.observed |= reads(m, read)
+            self.observed |= teacher_layer_weights(m, read)
         return aggregates
 
 

@@ -27,8 +27,8 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch, pad, unpad
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
+from lad_dist.objectives.base import uniform_layer_map
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import uniform
 
 Count = Annotated[int, Field(ge=1)]
 Places = Annotated[int, Field(ge=2)]
@@ -60,7 +60,7 @@ class MGSKD(KD):
         for shape in (student, teacher):
             if shape.width % self.heads:
                 raise UserError(f"objective.heads: {self.heads} does not divide a width of {shape.width}")
-        matches = uniform("mgskd", student, teacher)
+        matches = uniform_layer_map("mgskd", student, teacher)
         boundary = len(matches) // 2 if lower is None else lower
         if boundary > len(matches):
             raise UserError(f"objective.lower = {lower}, but the student has {student.layers} layers")

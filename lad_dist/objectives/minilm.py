@@ -12,7 +12,7 @@ from torch import Tensor
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
-from lad_dist.objectives.objective import Objective, same_heads
+from lad_dist.objectives.base import Objective, check_same_heads
 
 
 class MiniLM(Objective):
@@ -20,7 +20,7 @@ class MiniLM(Objective):
 
     def __init__(self, student: ModelDims, teacher: ModelDims):
         super().__init__()
-        same_heads("minilm", student, teacher)
+        check_same_heads("minilm", student, teacher)
         self.heads = teacher.heads
         self.last = (student.layers, teacher.layers)
         self.student_needs = OutputSpec(qkv=(student.layers,))

@@ -15,7 +15,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import QKV, ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
-from lad_dist.objectives.objective import Objective
+from lad_dist.objectives.base import Objective
 
 
 class MiniLM2(Objective):

@@ -19,8 +19,8 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
+from lad_dist.objectives.base import check_same_width, uniform_layer_map
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import same_width, uniform
 
 
 class PKD(KD):
@@ -38,10 +38,10 @@ class PKD(KD):
         temperature: Annotated[float, Field(gt=0)] = 5.0,
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
-        same_width("pkd", student, teacher)
+        check_same_width("pkd", student, teacher)
         if student.layers == 1:
             raise UserError("objective.name = pkd: a student of one layer has none before its last; take kd")
-        skip = uniform("pkd", student, teacher)[:-1]
+        skip = uniform_layer_map("pkd", student, teacher)[:-1]
         last = [(m, teacher.layers - student.layers + m) for m, _ in skip]
         self.matches = {"skip": skip, "last": last}[mapping]
         self.hidden, self.tokens, self.normalised = hidden, tokens, normalised

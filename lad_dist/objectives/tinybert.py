@@ -23,8 +23,8 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives import losses
+from lad_dist.objectives.base import check_same_heads, projection, uniform_layer_map
 from lad_dist.objectives.kd import KD, Weight
-from lad_dist.objectives.objective import projection, same_heads, uniform
 
 
 class TinyBERT(KD):
@@ -45,11 +45,11 @@ class TinyBERT(KD):
             raise UserError("objective.soft: on a corpus tinybert trains no head; set objective.soft = 0, or take kd")
         super().__init__(student, teacher, soft=soft, hard=0.0, temperature=temperature)
         if attention:
-            same_heads("tinybert", student, teacher)
+            check_same_heads("tinybert", student, teacher)
         self.heads = teacher.heads
         self.weights = {"embedding": embedding, "hidden": hidden, "attention": attention}
         self.projection = projection(student, teacher)
-        matches = uniform("tinybert", student, teacher)
+        matches = uniform_layer_map("tinybert", student, teacher)
         self.states = [(0, 0)] * bool(embedding) + matches * bool(hidden)
         self.scores = matches * bool(attention)
         self.student_needs, self.teacher_needs = (

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import with_defaults
 from lad_dist.config.schema import TaskConfig
-from lad_dist.runs import FREE
+from lad_dist.runs.run_folder import CHANGEABLE_KEYS
 from lad_dist.utils.strict_json import parse_json
 
 # What says which run it is, and on which task, not by which method.
-PLACE = {"run.name", "run.dir", "run.seed", "data.task", "data.dev", "data.kind", "objective.name"} | FREE
+PLACE = {"run.name", "run.dir", "run.seed", "data.task", "data.dev", "data.kind", "objective.name"} | CHANGEABLE_KEYS
 
 LOYALTY = ("label_loyalty", "teacher_pearson")  # of decisions, of numbers
 

@@ -46,7 +46,7 @@ class Predictions(NamedTuple):
     seconds: float  # of this process's forwards
 
 
-def share(batches: Batches) -> Iterator[tuple[Batch, bool]]:
+def rank_batches(batches: Batches) -> Iterator[tuple[Batch, bool]]:
     """This process's batches, and whether each counts: the last ones are filled up so that all processes have as
     many."""
     world, rank = processes.world_size(), processes.rank()
@@ -59,7 +59,7 @@ def share(batches: Batches) -> Iterator[tuple[Batch, bool]]:
 def predict(forward: Forward, batches: Batches) -> Predictions:
     device, seconds = processes.device(), 0.0
     mine: list[NDArray[np.floating]] = []
-    for batch, counts in share(batches):
+    for batch, counts in rank_batches(batches):
         begin = time.perf_counter()
         logits = forward(batch.to(device)).float().cpu().numpy()
         seconds += time.perf_counter() - begin
@@ -75,7 +75,7 @@ def predict(forward: Forward, batches: Batches) -> Predictions:
 def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches) -> dict[str, float]:
     """Loss terms averaged over held-out batches."""
     device, totals, count = processes.device(), dict[str, Tensor](), 0
-    for batch, counts in share(batches):
+    for batch, counts in rank_batches(batches):
         values = terms(batch.to(device))
         count += counts
         for name, value in values.items():

@@ -69,7 +69,7 @@ def _gates(name: str, rows: Rows) -> tuple[str, Figure]:
     return f"{name}-gates", figure
 
 
-def reading(rows: Rows) -> Figure | None:
+def teacher_layer_figure(rows: Rows) -> Figure | None:
     """The last `reads/m/l` as a heat map, student layers upwards, each a row that adds up to 1; None where an objective
     reports none."""
     shares = next((found for row in reversed(rows) if (found := _reads(row))), None)

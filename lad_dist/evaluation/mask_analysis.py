@@ -34,11 +34,11 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.load import read_toml as read_tables
 from lad_dist.config.schema import EvaluateConfig, ModelPathConfig, TaskConfig, train_schema
-from lad_dist.evaluate import evaluate
+from lad_dist.evaluation.evaluate import evaluate
 from lad_dist.models.loading import save_model
 from lad_dist.utils.atomic_io import write_text
 
-Kept = Mapping[str, NDArray[np.bool_]]  # by weight [O, I]: True where it stays
+KeepMasks = Mapping[str, NDArray[np.bool_]]  # by weight [O, I]: True where it stays
 Group = tuple[int | None, str]  # a layer from 1, or none, and a component
 
 # How names of matrices end, in the families' various words; the first that fits.
@@ -59,17 +59,17 @@ Table = tuple[str, list[str], list[list[Any]]]  # title, header, rows
 
 
 @dataclass(frozen=True)
-class Masks:
+class RunMasks:
     """Of the matrices that were pruned. `run`: the folder with the config, where there is one; `file`: of bits over a
     base, where the weights under them are known."""
 
     name: str
-    kept: Kept
+    kept: KeepMasks
     run: Path | None = None
     file: Path | None = None
 
 
-def read(place: str | Path) -> Masks:
+def read(place: str | Path) -> RunMasks:
     """Of a run folder, an export or its mask.safetensors. Raises UserError."""
     path = Path(place)
     folder = path.parent if path.is_file() else path / "export" if (path / "export").is_dir() else path
@@ -77,12 +77,12 @@ def read(place: str | Path) -> Masks:
     name = (run or folder).resolve().name
     file = path if path.is_file() else folder / compact.MASK_FILE
     if file.is_file():
-        return Masks(name, _bits(file), run, file)
+        return RunMasks(name, _bits(file), run, file)
     packed = folder / compact.COMPACT_FILE
     kept = _bits(packed) | _zeros([packed]) if packed.is_file() else _zeros(sorted(folder.glob("model*.safetensors")))
     if not kept:
         raise UserError(f"{place}: holds no masks, and no weights that were pruned; name a run of the surgery prune")
-    return Masks(name, kept, run)
+    return RunMasks(name, kept, run)
 
 
 def _bits(file: Path) -> dict[str, NDArray[np.bool_]]:
@@ -112,7 +112,7 @@ def group(weight: str) -> Group:
     return int(found.group(1)) + 1 if found else None, component
 
 
-def sparsity(kept: Kept) -> dict[Group, tuple[int, int]]:
+def sparsity(kept: KeepMasks) -> dict[Group, tuple[int, int]]:
     """By layer and component: weights that went, and all."""
     found: dict[Group, tuple[int, int]] = {}
     for name, mask in kept.items():
@@ -121,7 +121,7 @@ def sparsity(kept: Kept) -> dict[Group, tuple[int, int]]:
     return found
 
 
-class Overlap(NamedTuple):
+class MaskOverlap(NamedTuple):
     """`jaccard`: weights that stay in both over weights that stay in either. `expected`, `sd`: of it, where both are
     drawn at random with as many in each matrix. `deviations`: how many standard deviations lie between, None where
     chance has no choice."""
@@ -132,7 +132,7 @@ class Overlap(NamedTuple):
     deviations: float | None
 
 
-def overlap(one: Kept, other: Kept) -> Overlap:
+def overlap(one: KeepMasks, other: KeepMasks) -> MaskOverlap:
     """Over the matrices that both have. In a matrix of n weights of which a and b stay, both keep a b / n by chance,
     with variance a b (n - a)(n - b) / (n² (n - 1)): the hypergeometric distribution. The sum over matrices is exact; of
     the Jaccard index, a smooth function of it, mean and sd are to first order in 1/n."""
@@ -145,13 +145,13 @@ def overlap(one: Kept, other: Kept) -> Overlap:
         mean += a * b / n
         variance += a * b * (n - a) * (n - b) / (n * n * max(1, n - 1))
     if total == both:
-        return Overlap(1.0, 1.0, 0.0, None)  # nothing stays in any
+        return MaskOverlap(1.0, 1.0, 0.0, None)  # nothing stays in any
     slope = total / (total - mean) ** 2
     deviations = (both - mean) / variance**0.5 if variance else None
-    return Overlap(both / (total - both), mean / (total - mean), slope * variance**0.5, deviations)
+    return MaskOverlap(both / (total - both), mean / (total - mean), slope * variance**0.5, deviations)
 
 
-def shuffled(kept: Kept, *key: int) -> dict[str, NDArray[np.bool_]]:
+def shuffled(kept: KeepMasks, *key: int) -> dict[str, NDArray[np.bool_]]:
     """Each mask with its entries permuted: a function of the key and of the names."""
     return {
         name: np.random.default_rng([*key, number]).permutation(kept[name].ravel()).reshape(kept[name].shape)
@@ -159,7 +159,7 @@ def shuffled(kept: Kept, *key: int) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-class Shuffled(NamedTuple):
+class ShuffleTest(NamedTuple):
     """The main metric on the dev set: of the masks, and of shuffled ones."""
 
     metric: str
@@ -167,7 +167,7 @@ class Shuffled(NamedTuple):
     shuffled: list[float]
 
 
-def shuffle_test(masks: Masks, times: int, base: str | None = None) -> Shuffled | None:
+def shuffle_test(masks: RunMasks, times: int, base: str | None = None) -> ShuffleTest | None:
     """None where the weights under the masks are not known, or there is no dev set: of weights that trained with their
     masks, and of runs on a corpus. `base`: where the weights lie now. Raises UserError."""
     if masks.file is None or masks.run is None:
@@ -181,10 +181,10 @@ def shuffle_test(masks: Masks, times: int, base: str | None = None) -> Shuffled 
     ]
     metric = next(iter(found[0]))
     value, *others = (scores[metric] for scores in found)
-    return Shuffled(metric, value, others)
+    return ShuffleTest(metric, value, others)
 
 
-def _scores(masks: Masks, kept: Kept, config: TaskConfig, base: str | None) -> dict[str, float]:
+def _scores(masks: RunMasks, kept: KeepMasks, config: TaskConfig, base: str | None) -> dict[str, float]:
     assert masks.file is not None
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "export"
@@ -197,15 +197,15 @@ def _scores(masks: Masks, kept: Kept, config: TaskConfig, base: str | None) -> d
 
 
 @dataclass(frozen=True)
-class Topology:
+class MaskAnalysis:
     """What is known of several masks. `overlaps`: of each pair, by component and of all."""
 
-    masks: Sequence[Masks]
-    overlaps: Mapping[tuple[str, str], Mapping[str, Overlap]]
-    tests: Mapping[str, Shuffled]
+    masks: Sequence[RunMasks]
+    overlaps: Mapping[tuple[str, str], Mapping[str, MaskOverlap]]
+    tests: Mapping[str, ShuffleTest]
 
 
-def topology(places: Sequence[str | Path], shuffles: int = 0, base: str | None = None) -> Topology:
+def analyze(places: Sequence[str | Path], shuffles: int = 0, base: str | None = None) -> MaskAnalysis:
     """Of the masks at these places. Raises UserError where they cannot be read or are of different models."""
     found = [read(place) for place in places]
     names = [masks.name for masks in found]
@@ -214,10 +214,10 @@ def topology(places: Sequence[str | Path], shuffles: int = 0, base: str | None =
         raise UserError(f"{twice}: two of the folders are called that; rename one, or name it once")
     pairs = {(a.name, b.name): _overlaps(a, b) for a, b in combinations(found, 2)}
     tested = {masks.name: shuffle_test(masks, shuffles, base) for masks in found} if shuffles else {}
-    return Topology(found, pairs, {name: test for name, test in tested.items() if test is not None})
+    return MaskAnalysis(found, pairs, {name: test for name, test in tested.items() if test is not None})
 
 
-def _overlaps(a: Masks, b: Masks) -> dict[str, Overlap]:
+def _overlaps(a: RunMasks, b: RunMasks) -> dict[str, MaskOverlap]:
     shared = a.kept.keys() & b.kept.keys()
     wrong = sorted(name for name in shared if a.kept[name].shape != b.kept[name].shape)
     if wrong or not shared:
@@ -231,14 +231,14 @@ def report(
     places: Sequence[str | Path], out: str | Path | None = None, shuffles: int = 0, base: str | None = None
 ) -> list[Table]:
     """Tables of all masks; with `out` also topology.json and topology.png there. Raises UserError."""
-    found = topology(places, shuffles, base)
+    found = analyze(places, shuffles, base)
     if out is not None:
         _write(found, Path(out))
     tables = [_component_table(found), _layer_table(found), _overlap_table(found), _test_table(found)]
     return [table for table in tables if table[2]]
 
 
-def _component_table(found: Topology) -> Table:
+def _component_table(found: MaskAnalysis) -> Table:
     counts = {masks.name: sparsity(masks.kept) for masks in found.masks}
     used = {component for each in counts.values() for _, component in each}
     columns = [component for component in COMPONENTS if component in used]
@@ -249,7 +249,7 @@ def _component_table(found: Topology) -> Table:
     return "weights that went, by component", ["", ALL, *columns], rows
 
 
-def _layer_table(found: Topology) -> Table:
+def _layer_table(found: MaskAnalysis) -> Table:
     counts = {masks.name: sparsity(masks.kept) for masks in found.masks}
     layers = sorted({layer for each in counts.values() for layer, _ in each if layer is not None})
     rows = [
@@ -265,7 +265,7 @@ def _share(counts: Iterable[tuple[int, int]]) -> float | str:
     return gone / every if every else "-"
 
 
-def _overlap_table(found: Topology) -> Table:
+def _overlap_table(found: MaskAnalysis) -> Table:
     rows = [
         [a, b, each[ALL].jaccard, each[ALL].expected, each[ALL].sd, _or_none(each[ALL].deviations)]
         for (a, b), each in found.overlaps.items()
@@ -281,7 +281,7 @@ def _or_none(value: float | None) -> float | str:
     return "-" if value is None else value
 
 
-def _test_table(found: Topology) -> Table:
+def _test_table(found: MaskAnalysis) -> Table:
     rows: list[list[Any]] = []
     for name, test in found.tests.items():
         mean = float(np.mean(test.shuffled))
@@ -290,7 +290,7 @@ def _test_table(found: Topology) -> Table:
     return "masks shuffled within each matrix", ["", "metric", "masks", "shuffled", "sd", "drop"], rows
 
 
-def _write(found: Topology, out: Path) -> None:
+def _write(found: MaskAnalysis, out: Path) -> None:
     picture = io.BytesIO()
     figure(found).savefig(picture, dpi=120)
     try:
@@ -301,7 +301,7 @@ def _write(found: Topology, out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give --out another folder") from None
 
 
-def as_json(found: Topology) -> dict[str, Any]:
+def as_json(found: MaskAnalysis) -> dict[str, Any]:
     """For other programs."""
     return {
         "sparsity": {
@@ -320,7 +320,7 @@ def as_json(found: Topology) -> dict[str, Any]:
     }
 
 
-def figure(found: Topology) -> Figure:
+def figure(found: MaskAnalysis) -> Figure:
     """Of each run what went, layers upwards; and of each pair the Jaccard index over that of chance."""
     names, panels = [masks.name for masks in found.masks], len(found.masks) + bool(found.overlaps)
     drawn = Figure(figsize=(0.5 + 3.4 * panels, 4), layout="constrained")
@@ -336,7 +336,7 @@ def figure(found: Topology) -> Figure:
     return drawn
 
 
-def _sparsity_panel(axes: Any, masks: Masks) -> None:
+def _sparsity_panel(axes: Any, masks: RunMasks) -> None:
     counts = sparsity(masks.kept)
     layers = sorted({layer or 0 for layer, _ in counts})
     components = [c for c in COMPONENTS if any(c == component for _, component in counts)]

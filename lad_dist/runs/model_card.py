@@ -27,10 +27,10 @@ SHORT = 0.8  # of what FLOPs promise, below which it is said
 Numbers = Mapping[str, Any]
 
 
-def card(results: Numbers) -> str:
+def model_card(results: Numbers) -> str:
     config, ledger = results["config"], results.get("ledger")
     student = ledger[STUDENT] if ledger else results["student"]
-    said = remarks(student, ledger)
+    said = latency_remarks(student, ledger)
     taught = f", taught by `{config['teacher']['path']}`" if config.get("teacher") else ""
     tags = "".join(f"- {tag}\n" for tag in ("lad_dist", config["objective"]["name"]))
     use = PIPELINES.get(config["data"].get("kind"), "feature-extraction")
@@ -84,7 +84,7 @@ def _of(student: Numbers, name: str, part: str) -> str:
 
 
 def _speed(ledger: Numbers) -> str:
-    table = _grid(*speed(ledger))
+    table = _grid(*latency_table(ledger))
     return f"\n## How fast\n\n{table}\n\n{conditions(ledger)} Measured by\n```\n{ledger['command']}\n```\n"
 
 
@@ -104,7 +104,7 @@ def conditions(ledger: Numbers) -> str:
     )
 
 
-def speed(ledger: Numbers) -> tuple[list[str], list[list[str]]]:
+def latency_table(ledger: Numbers) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a form on a device, its sizes, and each shape's latency, throughput and ratio to the teacher."""
     shapes = list(dict.fromkeys((x["batch"], x["length"]) for x in ledger["timings"]))
     header = ["form", "device", "weights", "not zero", "MFLOP/token", "MB", *(f"{b} x {s}" for b, s in shapes)]
@@ -125,21 +125,21 @@ def _sizes(model: Numbers, form: str) -> list[str]:
 
 
 def _timing(ledger: Numbers, form: str, device: str, shape: tuple[int, int]) -> str:
-    seconds = seconds_of(ledger, form, device, shape)
-    ratio = (seconds_of(ledger, TEACHER, device, shape) or 0.0) / seconds if seconds else 0.0
+    seconds = median_seconds(ledger, form, device, shape)
+    ratio = (median_seconds(ledger, TEACHER, device, shape) or 0.0) / seconds if seconds else 0.0
     if not seconds:
         return "-"
     against = f" ({ratio:.2f}x)" if ratio and form != TEACHER else ""
     return f"{_digits(1e3 * seconds)} ms, {_digits(shape[0] / seconds)}/s{against}"
 
 
-def seconds_of(ledger: Numbers, form: str, device: str, shape: tuple[int, int]) -> float | None:
+def median_seconds(ledger: Numbers, form: str, device: str, shape: tuple[int, int]) -> float | None:
     wanted = (form, device, *shape)
     found = [x["seconds"] for x in ledger["timings"] if (x["form"], x["device"], x["batch"], x["length"]) == wanted]
     return found[0] if found else None
 
 
-def remarks(student: Numbers, ledger: Numbers | None = None) -> list[str]:
+def latency_remarks(student: Numbers, ledger: Numbers | None = None) -> list[str]:
     """What is smaller on paper and no faster, and what is."""
     said = []
     zeros, saved = 1 - student["nonzero"] / student["stored"], 1 - student["stored"] / student["parameters"]
@@ -163,7 +163,7 @@ def _promised(ledger: Numbers) -> list[str]:
     device = ledger["timings"][0]["device"]
     measured = {}
     for shape in dict.fromkeys((x["batch"], x["length"]) for x in ledger["timings"]):
-        theirs, its = (seconds_of(ledger, form, device, shape) for form in (TEACHER, STUDENT))
+        theirs, its = (median_seconds(ledger, form, device, shape) for form in (TEACHER, STUDENT))
         measured[shape] = (theirs or 0.0) / (its or 1.0)
     low, high = min(measured.values()), max(measured.values())
     text = f"It has 1/{promised:.2f} of the teacher's FLOPs per token and runs {low:.2f} to {high:.2f} times as fast"
@@ -173,7 +173,7 @@ def _promised(ledger: Numbers) -> list[str]:
 def _quantized(ledger: Numbers) -> list[str]:
     """Where int8 is no faster than fp32."""
     cells = {(x["batch"], x["length"]): x["seconds"] for x in ledger["timings"] if x["form"] == INT8}
-    ratios = {shape: (seconds_of(ledger, ONNX, "cpu", shape) or 0.0) / its for shape, its in cells.items()}
+    ratios = {shape: (median_seconds(ledger, ONNX, "cpu", shape) or 0.0) / its for shape, its in cells.items()}
     slow = [f"{batch} x {length} ({ratio:.2f}x)" for (batch, length), ratio in ratios.items() if ratio <= 1]
     return [f"int8 is smaller than fp32 and not faster at {', '.join(slow)}."] if slow else []
 

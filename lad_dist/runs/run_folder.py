@@ -28,22 +28,22 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lad_dist.card import card
 from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_NO_PROGRESS, EXIT_RUN_AGAIN, UserError
 from lad_dist.config.load import dump_config, with_defaults
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
+from lad_dist.runs.model_card import model_card
 from lad_dist.utils.atomic_io import append_text, file_lock, write_text
 
 RESULTS = "results.json"
-DEATHS = 3  # in a row without a new checkpoint, after which a run is not begun again
+MAX_CRASHES = 3  # in a row without a new checkpoint, after which a run is not begun again
 LOOK_EVERY = 1.0  # seconds between looks for STOP: a network file system is asked in vain for hours
-LAST_LIFE_ENDS = (
+LOCK_SECONDS = (
     120.0  # seconds that are left to processes of the life before; a network file system has their locks longer
 )
 # What changes nothing of what is learnt may differ when a run is taken up again.
-FREE = {
+CHANGEABLE_KEYS = {
     *(
         f"run.{key}"
         for key in "log_every eval_every save_every keep keep_every check_every max_skips hang_seconds".split()
@@ -54,7 +54,7 @@ FREE = {
 }
 
 
-class Occupied(UserError):
+class RunOccupied(UserError):
     """Another life of the run goes on. When it has ended, the same command is right."""
 
     code = EXIT_RUN_AGAIN
@@ -92,7 +92,7 @@ class Run:
             return
         before = _flatten(with_defaults(type(config), _config_in(self._config)))
         now = _flatten(tomllib.loads(dump_config(config)))
-        changed = sorted(k for k in (before.keys() | now.keys()) - FREE if before.get(k) != now.get(k))
+        changed = sorted(k for k in (before.keys() | now.keys()) - CHANGEABLE_KEYS if before.get(k) != now.get(k))
         if changed:
             key = changed[0]
             raise UserError(
@@ -147,10 +147,10 @@ class Run:
         processes.barrier()
 
     def _draw(self) -> None:
-        from lad_dist.plots import reading
+        from lad_dist.runs.plots import teacher_layer_figure
 
         rows = [json.loads(row) for row in self._metrics.read_text().splitlines() if _step_of(row) < math.inf]
-        figure = reading(rows)
+        figure = teacher_layer_figure(rows)
         if figure is not None:
             figure.savefig(self.folder / "reads.png", dpi=120)
             self._show(lambda board: board.add_figure("reads", figure, rows[-1]["step"]))
@@ -172,14 +172,14 @@ class Run:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Waits for a life before this one that is still ending. Raises Occupied."""
-        end, lock = time.monotonic() + LAST_LIFE_ENDS, ExitStack()
+        end, lock = time.monotonic() + LOCK_SECONDS, ExitStack()
         while True:
             try:
                 lock.enter_context(file_lock(self._lock))
                 break
             except BlockingIOError:
                 if time.monotonic() >= end:
-                    raise Occupied(
+                    raise RunOccupied(
                         f"{self.folder}: another process trains there; wait for its end, or choose another run.name"
                     ) from None
                 time.sleep(LOOK_EVERY)
@@ -189,7 +189,7 @@ class Run:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         state, died = processes.on_main(self._died)
-        if died >= DEATHS:
+        if died >= MAX_CRASHES:
             raise NoProgress(
                 f"{self.folder}: died {died} times in a row at {state}, before another checkpoint was saved; find out "
                 f"why in the log, then remove {self._deaths} to try again"
@@ -253,7 +253,7 @@ class Run:
             self._stop.unlink(missing_ok=True)
 
 
-def results_of(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path) -> dict[str, Any]:
     """What a complete run found. Raises UserError where there is none, or no run."""
     file = folder / RESULTS
     if not file.exists():
@@ -268,13 +268,13 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 def add_to_results(folder: Path, more: Mapping[str, Mapping[str, Any]]) -> None:
     """Into tables of a complete run's results, and its card anew."""
-    found = results_of(folder)
+    found = read_results(folder)
     _write_results(folder, found | {name: {**found.get(name, {}), **table} for name, table in more.items()})
 
 
 def _write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """The last makes the run complete."""
-    write_text(folder / "export" / "README.md", card(results))
+    write_text(folder / "export" / "README.md", model_card(results))
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 

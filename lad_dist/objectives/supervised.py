@@ -5,10 +5,10 @@ from torch import Tensor
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
-from lad_dist.objectives.objective import Objective
+from lad_dist.objectives.base import Objective
 
 
-class Labels(Objective):
+class _SupervisedObjective(Objective):
     """L = CE(z, y), squared error for regression."""
 
     taught = False
@@ -23,9 +23,9 @@ class Labels(Objective):
         return {"hard": losses.hard(student.logits, batch, self.head)}
 
 
-class Task(Labels):
+class Supervised(_SupervisedObjective):
     runs_on = ("task",)
 
 
-class MLM(Labels):
+class MLM(_SupervisedObjective):
     runs_on = ("corpus",)

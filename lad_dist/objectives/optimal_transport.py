@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 LEAST = 1e-3  # share of the mass that cost attention leaves spread evenly, so that no layer is lost for good
 
 
-def plan(costs: Array, student: Array, teacher: Array) -> Array:
+def transport_plan(costs: Array, student: Array, teacher: Array) -> Array:
     """The F [M, L] >= 0 with row sums `student` and column sums `teacher` (both sum to 1) that minimises Σ F · costs:
     an exact vertex of the polytope, so at most M + L - 1 entries are not 0."""
     rows = sparse.kron(sparse.eye(len(student)), np.ones((1, len(teacher))))

@@ -38,7 +38,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-def uniform(name: str, student: ModelDims, teacher: ModelDims) -> list[tuple[int, int]]:
+def uniform_layer_map(name: str, student: ModelDims, teacher: ModelDims) -> list[tuple[int, int]]:
     """Student layers m = 1 … M with the teacher layers ⌊m L / M⌋. Raises UserError where M > L."""
     if student.layers > teacher.layers:
         raise UserError(
@@ -52,12 +52,12 @@ def projection(student: ModelDims, teacher: ModelDims) -> nn.Module:
     return nn.Identity() if student.width == teacher.width else nn.Linear(student.width, teacher.width)
 
 
-def reads(m: int, shares: Iterable[Tensor]) -> dict[str, Tensor]:
+def teacher_layer_weights(m: int, shares: Iterable[Tensor]) -> dict[str, Tensor]:
     """Student layer m's shares of teacher layers 1 … L, as observed: a run's heat map is drawn from them."""
     return {f"reads/{m}/{layer}": share for layer, share in enumerate(shares, start=1)}
 
 
-def same_width(name: str, student: ModelDims, teacher: ModelDims) -> None:
+def check_same_width(name: str, student: ModelDims, teacher: ModelDims) -> None:
     """Raises UserError where an objective compares hidden states of different widths."""
     if student.width != teacher.width:
         raise UserError(
@@ -66,7 +66,7 @@ def same_width(name: str, student: ModelDims, teacher: ModelDims) -> None:
         )
 
 
-def same_heads(name: str, student: ModelDims, teacher: ModelDims) -> None:
+def check_same_heads(name: str, student: ModelDims, teacher: ModelDims) -> None:
     """Raises UserError where an objective compares attention of different numbers of heads."""
     if student.heads != teacher.heads:
         raise UserError(

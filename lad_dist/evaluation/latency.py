@@ -20,9 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lad_dist import evaluate, onnx_export, runs
-from lad_dist.benchmarks import latency
-from lad_dist.card import INT8, ONNX, STUDENT, TEACHER
 from lad_dist.compression import compact, footprint
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
@@ -32,19 +29,22 @@ from lad_dist.core.collate import collate
 from lad_dist.data.tasks.examples import TaskExamples, tokenize
 from lad_dist.data.tasks.task import check_task, load_task
 from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.evaluation import evaluate, interleaved_timing, onnx_export
+from lad_dist.evaluation.onnx_export import Session
 from lad_dist.models import loading
 from lad_dist.models.dims import max_positions
 from lad_dist.models.frozen import InferenceModel
 from lad_dist.models.heads import head_of_architectures
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import PreTrainedModel, check_weight_files
-from lad_dist.onnx_export import Session
+from lad_dist.runs import run_folder
+from lad_dist.runs.model_card import INT8, ONNX, STUDENT, TEACHER
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Asked:
+class LatencyRequest:
     """`onnx`, `int8`: forms to export and measure too; `rounds`: of each shape, by default as many as fit in a while;
     `teacher`: where it lies now."""
 
@@ -59,9 +59,9 @@ class Asked:
         return self.folder / "export"
 
 
-def measure(asked: Asked) -> dict[str, Any]:
+def measure(asked: LatencyRequest) -> dict[str, Any]:
     """The ledger. Raises UserError before weights are read where that is possible."""
-    results = runs.results_of(asked.folder)
+    results = run_folder.read_results(asked.folder)
     config = parse_config(train_schema(results["config"]), results["config"], str(asked.folder / "results.json"))
     taught_by = asked.teacher or (config.teacher.path if config.teacher else None)
     room = _check(asked, taught_by)
@@ -75,19 +75,21 @@ def measure(asked: Asked) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": {"cpu": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})", **_gpu()},
         "versions": {name: version(name) for name in ("torch", "transformers", *(["onnxruntime"] if sessions else []))},
-        **{form: _sizes(served, latency.shapes(room)) for form, served in forms.items()},
+        **{form: _sizes(served, interleaved_timing.shapes(room)) for form, served in forms.items()},
         "quality": {} if dev is None else _quality(dev, student, sessions),
-        "timings": [asdict(timing) for timing in _timings(forms, sessions, latency.shapes(room), asked.rounds)],
+        "timings": [
+            asdict(timing) for timing in _timings(forms, sessions, interleaved_timing.shapes(room), asked.rounds)
+        ],
     }
     # What runs holds its pairs as two maps each: only the run knows what they are folded.
     ledger[STUDENT] |= {"parameters": results["student"]["parameters"], **footprint.table_on_disk(asked.export)}
     if taught_by is not None:
         ledger[TEACHER] |= footprint.table_on_disk(Path(taught_by))
-    runs.add_to_results(asked.folder, {"student": footprint.table_on_disk(asked.export), "ledger": ledger})
+    run_folder.add_to_results(asked.folder, {"student": footprint.table_on_disk(asked.export), "ledger": ledger})
     return ledger
 
 
-def _check(asked: Asked, teacher: str | None) -> int:
+def _check(asked: LatencyRequest, teacher: str | None) -> int:
     """Tokens that all models have positions for."""
     if asked.onnx or asked.int8:
         onnx_export.check()
@@ -99,7 +101,7 @@ def _check(asked: Asked, teacher: str | None) -> int:
     return min(max_positions(load_hf_config(path)) for path in paths)
 
 
-def _dev(config: TrainConfig, asked: Asked) -> TaskExamples | None:
+def _dev(config: TrainConfig, asked: LatencyRequest) -> TaskExamples | None:
     """The task's dev set, for what is to be compared; None of a pre-training."""
     if not isinstance(config.data, TaskDataConfig):
         return None
@@ -115,7 +117,7 @@ def _teacher(path: str, student: InferenceModel) -> PreTrainedModel:
     return loading.load_model(path, head, whole=head != "none")
 
 
-def _sessions(asked: Asked, student: InferenceModel) -> dict[str, Session]:
+def _sessions(asked: LatencyRequest, student: InferenceModel) -> dict[str, Session]:
     """The files that are asked for, written anew. int8 is made of fp32."""
     wanted = [form for form, wish in ((ONNX, asked.onnx or asked.int8), (INT8, asked.int8)) if wish]
     files = {form: asked.export / footprint.FORMS[form] for form in wanted}
@@ -150,7 +152,7 @@ def _timings(
     sessions: Mapping[str, Session],
     shapes: Sequence[tuple[int, int]],
     rounds: int | None,
-) -> list[latency.Timing]:
+) -> list[interleaved_timing.Timing]:
     found = []
     for device in [CPU, *(torch.device(name) for name in _gpu())]:
         for served in forms.values():
@@ -160,7 +162,7 @@ def _timings(
             if device == CPU:
                 given = onnx_export.example_inputs(forms[STUDENT], [length] * batch)
                 calls |= {form: partial(session, given) for form, session in sessions.items()}
-            found += latency.interleaved(calls, device, (batch, length), rounds)
+            found += interleaved_timing.interleaved(calls, device, (batch, length), rounds)
     return found
 
 

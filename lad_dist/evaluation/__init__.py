@@ -1,0 +1,1 @@
+"""How good, how small and how fast a model is."""

@@ -1,0 +1,1 @@
+"""Run folders, model cards and plots."""
