@@ -16,7 +16,8 @@ example: python launch/benchmark.py step configs/task/lad.toml data.task=rte
 
 import sys
 
-from lad_dist import cli
+from lad_dist.cli.app import LAUNCHER_ARGUMENTS, plain_script
+from lad_dist.cli.console import print_table
 from lad_dist.config.errors import EXIT_DONE, UserError
 from lad_dist.config.load import load_config, read_toml
 from lad_dist.config.schema import PrepareConfig, train_schema
@@ -26,21 +27,21 @@ def step(path: str, overrides: list[str]) -> None:
     config = load_config(train_schema(read_toml(path)), path, overrides)
     from lad_dist.benchmarks.step import measure
 
-    cli.print_table(f"a step of {config.run.name}", ("", ""), measure(config).rows)
+    print_table(f"a step of {config.run.name}", ("", ""), measure(config).rows)
 
 
 def data(path: str, overrides: list[str]) -> None:
     config = load_config(PrepareConfig, path, overrides)
     from lad_dist.benchmarks.data import measure
 
-    cli.print_table(f"the data of {path}", ("", ""), measure(config))
+    print_table(f"the data of {path}", ("", ""), measure(config))
 
 
 TIMED = {"step": step, "data": data}
 
 
 def main() -> int:
-    words = [word for word in sys.argv[1:] if not cli.LAUNCHERS_OWN.fullmatch(word)]
+    words = [word for word in sys.argv[1:] if not LAUNCHER_ARGUMENTS.fullmatch(word)]
     if len(words) < 2 or words[0] not in TIMED:
         given = " ".join(words) or "nothing"
         raise UserError(f"benchmark: say what to time, {' or '.join(TIMED)}, and give a CONFIG.toml, not {given}")
@@ -49,4 +50,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.plain_script(__doc__, main)
+    plain_script(__doc__, main)

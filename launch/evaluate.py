@@ -7,15 +7,15 @@ example: python launch/evaluate.py configs/task/evaluate.toml data.task=rte mode
     teacher.path=runs/teacher-rte/export
 """
 
-from lad_dist import cli
+from lad_dist.cli.app import run_script
 from lad_dist.config.schema import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> int:
-    from lad_dist.jobs import evaluate_job
+    from lad_dist.cli.commands import evaluate_command
 
-    return evaluate_job(config)
+    return evaluate_command(config)
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, EvaluateConfig, main)
+    run_script(__doc__, EvaluateConfig, main)

@@ -6,8 +6,8 @@ usage: python launch/finetune_teacher.py CONFIG.toml [dotted.key=value …]
 example: python launch/finetune_teacher.py configs/task/teacher.toml data.task=rte
 """
 
-from lad_dist import cli
+from lad_dist.cli.app import train_script
 from lad_dist.config.schema import TaskConfig
 
 if __name__ == "__main__":
-    cli.train_script(__doc__, TaskConfig)
+    train_script(__doc__, TaskConfig)

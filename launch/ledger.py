@@ -19,7 +19,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from lad_dist import cli
+from lad_dist.cli.app import plain_script
+from lad_dist.cli.console import print_table, say
 from lad_dist.config.errors import EXIT_DONE, UserError
 
 
@@ -42,11 +43,11 @@ def main() -> int:
     from lad_dist.runs.model_card import conditions, latency_remarks, latency_table
 
     ledger = measure(LatencyRequest(**vars(given)))
-    cli.print_table(str(given.folder), *latency_table(ledger))
+    print_table(str(given.folder), *latency_table(ledger))
     for line in (conditions(ledger), *latency_remarks(ledger["student"], ledger)):
-        cli.say(line)
+        say(line)
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    cli.plain_script(__doc__, main)
+    plain_script(__doc__, main)

@@ -16,7 +16,8 @@ import argparse
 import math
 from typing import Any, NoReturn
 
-from lad_dist import cli
+from lad_dist.cli.app import plain_script
+from lad_dist.cli.console import print_table
 from lad_dist.config.errors import EXIT_DONE, UserError
 from lad_dist.config.load import load_config, lookup, read_toml
 from lad_dist.config.schema import ConfigTable, SearchConfig, TrainConfig, train_schema
@@ -57,12 +58,12 @@ def schema_of(path: str) -> type[ConfigTable]:
 def main() -> int:
     given = parsed()
     config = load_config(schema_of(given.config), given.config, given.overrides)
-    from lad_dist.costs import GPUS
-    from lad_dist.trials import draw
+    from lad_dist.search.grid import sample_trials
+    from lad_dist.training.cost_model import GPUS
 
     lookup("--gpu", given.gpu, GPUS)
     if isinstance(config, SearchConfig):
-        trials = draw(config)
+        trials = sample_trials(config)
         each = config.search.gpus or 1
         at_once = min(len(trials), max(1, math.floor(given.gpus / each)), config.search.concurrent or len(trials))
         show(trials[0].config, given, world=1, trials=len(trials), at_once=at_once)
@@ -74,10 +75,10 @@ def main() -> int:
 
 def show(config: TrainConfig, given: argparse.Namespace, world: int, trials: int, at_once: int) -> None:
     """Prints the costs of one run, and of all trials of a search. Raises UserError where a GPU cannot hold it."""
-    from lad_dist import costs, plan
+    from lad_dist.training import cost_model, run_spec
 
-    made = plan.make(plan.resolve(config), world)
-    found, gpu = costs.of(made, world), costs.GPUS[given.gpu]
+    made = run_spec.resolve_run(run_spec.resolve_options(config), world)
+    found, gpu = cost_model.estimate(made, world), cost_model.GPUS[given.gpu]
     memory = found.memory
     rows = [
         ("parameters", f"student {millions(found.student)}, objective {millions(found.objective)}, "
@@ -94,7 +95,7 @@ def show(config: TrainConfig, given: argparse.Namespace, world: int, trials: int
                  f"data {gigabytes(found.data)}, teacher's answers {gigabytes(found.answers)}"),
         *time(made.precision, found.flops, gpu, given, world, trials, at_once),
     ]  # fmt: skip
-    cli.print_table(f"{config.run.name} on {given.gpus} x {given.gpu}", ("", ""), rows)
+    print_table(f"{config.run.name} on {given.gpus} x {given.gpu}", ("", ""), rows)
     if memory.total > gpu.memory:
         raise UserError(
             f"--gpu {given.gpu}: {gigabytes(memory.total)} do not fit into {gigabytes(int(gpu.memory))}; make "
@@ -138,4 +139,4 @@ def gigabytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.plain_script(__doc__, main)
+    plain_script(__doc__, main)

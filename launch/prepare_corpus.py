@@ -14,7 +14,8 @@ example: python launch/prepare_corpus.py configs/pretrain/corpus.toml out=corpor
 import sys
 import time
 
-from lad_dist import cli
+from lad_dist.cli.app import guarded, run_script
+from lad_dist.cli.console import Console, say
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN, UserError
 from lad_dist.config.schema import PrepareConfig
 
@@ -24,13 +25,13 @@ LINE_EVERY = 10  # seconds
 def main(config: PrepareConfig) -> int:
     from lad_dist.data.shards.prepare import prepare
 
-    console = cli.Console(config.out, every=LINE_EVERY)
+    console = Console(config.out, every=LINE_EVERY)
     try:
-        complete = prepare(config, progress=cli.say, report=console)
+        complete = prepare(config, progress=say, report=console)
     finally:
         console.close()
     if not complete:
-        cli.say(f"{config.out}: stopped early; run again to go on")
+        say(f"{config.out}: stopped early; run again to go on")
         return EXIT_RUN_AGAIN
     return EXIT_DONE
 
@@ -41,12 +42,12 @@ def verify(words: list[str]) -> int:
     if len(words) != 1:
         raise UserError("--verify: give the folder of one corpus")
     begin = time.monotonic()
-    size = verify(words[0], cli.say) / 1e9
-    cli.say(f"{size:.2f} GB in {time.monotonic() - begin:.1f} s")
+    size = verify(words[0], say) / 1e9
+    say(f"{size:.2f} GB in {time.monotonic() - begin:.1f} s")
     return EXIT_DONE
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--verify"]:
-        sys.exit(cli.guarded(lambda: verify(sys.argv[2:])))
-    cli.run(__doc__, PrepareConfig, main)
+        sys.exit(guarded(lambda: verify(sys.argv[2:])))
+    run_script(__doc__, PrepareConfig, main)

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lad_dist import cli
+from lad_dist.cli.app import plain_script
+from lad_dist.cli.console import Console, print_table, say
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 from lad_dist.config.load import (
     Schema,
@@ -63,10 +64,10 @@ def journey(folder: Path, changes: Changes) -> Results | None:
         return None
     say_text(counts)
     for number, (name, stage) in enumerate(RUNS.items(), start=2):
-        cli.say(f"\n{number}/6 {stage.what}: about {TIMES[name]} on two cores.")
+        say(f"\n{number}/6 {stage.what}: about {TIMES[name]} on two cores.")
         if not trained(configured(stage.schema, name, folder, changes)):
             return None
-    cli.say("\n6/6 Comparing on passages of modules that none of them has seen.")
+    say("\n6/6 Comparing on passages of modules that none of them has seen.")
     results = compare(folder, changes)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
@@ -74,13 +75,13 @@ def journey(folder: Path, changes: Changes) -> Results | None:
 
 def check(folder: Path, changes: Changes) -> None:
     """Raises UserError for a change that some stage would refuse, before the first one begins."""
-    from lad_dist import plan
     from lad_dist.data.sources import docstrings
+    from lad_dist.training import run_spec
 
     validate_arguments("text", docstrings.write, dict(changes.get("text", [])))
     configured(PrepareConfig, "corpus", folder, changes)
     for name, stage in RUNS.items():
-        plan.resolve(configured(stage.schema, name, folder, changes))
+        run_spec.resolve_options(configured(stage.schema, name, folder, changes))
 
 
 def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
@@ -89,7 +90,7 @@ def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
     from lad_dist.data.sources import docstrings
     from lad_dist.data.tokenization.algorithms import train_wordpiece
 
-    cli.say("1/6 Reading the documentation of this installation: about half a minute.")
+    say("1/6 Reading the documentation of this installation: about half a minute.")
     options = validate_arguments("text", docstrings.write, dict(changes.get("text", [])))
     counts = docstrings.write(folder / "text", **options)
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
@@ -100,7 +101,7 @@ def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
 
 
 def say_text(counts: Mapping[str, int]) -> None:
-    cli.say(
+    say(
         f"    {counts['passages']:,} passages of {counts['modules']:,} modules. The task: which of "
         f"{counts['libraries']} libraries does a passage document, all names hidden?\n"
         f"    {counts['train']:,} labelled passages to learn from, {counts['dev']:,} of other modules to test on; "
@@ -127,9 +128,9 @@ def moved_to(folder: Path, value: Any) -> Any:
 
 def trained(config: TrainConfig) -> bool:
     """Trains with progress on the terminal; whether it came to its end."""
-    from lad_dist.train import train
+    from lad_dist.training.train import train
 
-    console = cli.Console(config.run.name)
+    console = Console(config.run.name)
     try:
         return train(config, report=console).results is not None
     finally:
@@ -157,8 +158,8 @@ def show(folder: Path, results: Results) -> None:
     from lad_dist.runs.plots import curves
 
     plots = curves([folder / "lad", folder / "alone"], folder / "plots")
-    cli.print_table("which library?", ("", *(RUNS[name].called for name in results)), list(rows(results)))
-    cli.say(
+    print_table("which library?", ("", *(RUNS[name].called for name in results)), list(rows(results)))
+    say(
         f"\nthe student      {folder / 'lad' / 'export'}   (an ordinary Hugging Face folder)\n"
         f"numbers          {folder / 'results.json'}\n"
         f"plots            {' '.join(map(str, plots))}\n"
@@ -196,11 +197,11 @@ def main() -> int:
     check(FOLDER, changes)
     results = journey(FOLDER, changes)
     if results is None:
-        cli.say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
+        say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
         return EXIT_RUN_AGAIN
     show(FOLDER, results)
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    cli.plain_script(__doc__, main)
+    plain_script(__doc__, main)

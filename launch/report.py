@@ -16,7 +16,8 @@ example: python launch/report.py runs/compare --out runs/compare/report
 import argparse
 from typing import NoReturn
 
-from lad_dist import cli
+from lad_dist.cli.app import plain_script
+from lad_dist.cli.console import say
 from lad_dist.config.errors import EXIT_DONE, UserError
 
 
@@ -33,9 +34,9 @@ def main() -> int:
     given = words.parse_intermixed_args()
     from lad_dist.report import report
 
-    cli.say(report(given.folders, given.baseline, given.out).rstrip("\n"))
+    say(report(given.folders, given.baseline, given.out).rstrip("\n"))
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    cli.plain_script(__doc__, main)
+    plain_script(__doc__, main)

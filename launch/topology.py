@@ -14,7 +14,8 @@ example: python launch/topology.py runs/adapt-mrpc runs/movement-mrpc --out runs
 import argparse
 from typing import NoReturn
 
-from lad_dist import cli
+from lad_dist.cli.app import plain_script
+from lad_dist.cli.console import print_table
 from lad_dist.config.errors import EXIT_DONE, UserError
 
 
@@ -33,9 +34,9 @@ def main() -> int:
     from lad_dist.evaluation.mask_analysis import report
 
     for title, header, rows in report(given.folders, given.out, given.shuffles, given.base):
-        cli.print_table(title, header, rows)
+        print_table(title, header, rows)
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    cli.plain_script(__doc__, main)
+    plain_script(__doc__, main)

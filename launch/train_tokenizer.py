@@ -5,7 +5,8 @@ usage: python launch/train_tokenizer.py CONFIG.toml [dotted.key=value …]
 example: python launch/train_tokenizer.py configs/pretrain/tokenizer_unigram.toml vocabulary=16000
 """
 
-from lad_dist import cli
+from lad_dist.cli.app import run_script
+from lad_dist.cli.console import say
 from lad_dist.config.errors import EXIT_DONE
 from lad_dist.config.schema import TokenizerConfig
 
@@ -13,9 +14,9 @@ from lad_dist.config.schema import TokenizerConfig
 def main(config: TokenizerConfig) -> int:
     from lad_dist.data.tokenization.train import train_tokenizer
 
-    train_tokenizer(config, cli.say)
+    train_tokenizer(config, say)
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, TokenizerConfig, main)
+    run_script(__doc__, TokenizerConfig, main)

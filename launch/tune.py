@@ -10,30 +10,31 @@ example: python launch/tune.py configs/tune/lad.toml search.samples=8
 
 from pathlib import Path
 
-from lad_dist import cli
+from lad_dist.cli.app import run_script
+from lad_dist.cli.console import print_table, say
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 from lad_dist.config.schema import SearchConfig
 
 
 def main(config: SearchConfig) -> int:
-    from lad_dist.search import search
+    from lad_dist.search.tune import search
 
     found = search(config)
     if found is None:
-        cli.say(f"{config.search.name}: stopped early; run the same command again to go on")
+        say(f"{config.search.name}: stopped early; run the same command again to go on")
         return EXIT_RUN_AGAIN
     header = list(found.trials[0])
-    cli.print_table(config.search.name, header, [[row[key] for key in header] for row in found.trials])
+    print_table(config.search.name, header, [[row[key] for key in header] for row in found.trials])
     folder = Path(config.search.dir) / config.search.name
     if found.failed:
         first = found.failed[0]
         count = len(found.trials) + len(found.failed)
         failed = f"{len(found.failed)} of {count} trials failed; {first['trial']}: {first['error']}"
-        cli.say(f"{failed}; to run them again remove {folder}/results.json")
+        say(f"{failed}; to run them again remove {folder}/results.json")
     best = f"best config: {found.best}; python launch/task_distill.py {found.best}"
-    cli.say(best if found.best else f"compare them: python launch/report.py {folder} --out {folder}/report")
+    say(best if found.best else f"compare them: python launch/report.py {folder} --out {folder}/report")
     return EXIT_DONE
 
 
 if __name__ == "__main__":
-    cli.run(__doc__, SearchConfig, main)
+    run_script(__doc__, SearchConfig, main)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 # Processes from one that has imported what takes seconds. It is one for all tests, and so is what it imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lad_dist.jobs", "lad_dist.data.shards.prepare", "pytest", "hypothesis"])
+FORKS.set_forkserver_preload(["lad_dist.cli.commands", "lad_dist.data.shards.prepare", "pytest", "hypothesis"])
 
 
 def free_port() -> int:

@@ -35,39 +35,39 @@ def timed(out: Path) -> None:
     """Leaves the seconds of each part in a file of each rank."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from lad_dist.anomalies import Guard
     from lad_dist.checkpointing.async_save import AsyncCheckpointer
     from lad_dist.distributed.watchdog import Watchdog
-    from lad_dist.train import Loop
+    from lad_dist.training.trainer import Trainer
+    from lad_dist.training.update_guard import UpdateGuard
 
     seconds: dict[str, Seconds] = {}
     for name, owner, method in (
-        ("backward, guarded", Guard, "backward"),
+        ("backward, guarded", UpdateGuard, "backward"),
         ("backward", DeepSpeedEngine, "backward"),
-        ("verdict", Guard, "verdict"),
+        ("verdict", UpdateGuard, "verdict"),
         ("marks", Watchdog, "mark"),
         ("watch thread", Watchdog, "_run"),
-        ("agreement", Loop, "_check_agreement"),
+        ("agreement", Trainer, "_check_agreement"),
         ("saving, main thread", AsyncCheckpointer, "after"),
         ("saving, its thread", AsyncCheckpointer, "_write"),
     ):
         setattr(owner, method, _added_up(getattr(owner, method), name, seconds))
-    step, finish, begun = Loop.step, Loop._finish, _now()
+    step, finish, begun = Trainer.step, Trainer._finish, _now()
 
-    def first(self: Loop, number: int, *words: Any) -> None:
+    def first(self: Trainer, number: int, *words: Any) -> None:
         nonlocal begun
         if number == WARM_UP:
             seconds.clear()
             begun = _now()
         step(self, number, *words)
 
-    def last(self: Loop) -> Any:
+    def last(self: Trainer) -> Any:
         seconds["all"] = [now - then for now, then in zip(_now(), begun, strict=True)]
         self.watch.__exit__(None, None, None)  # its thread tells its seconds when it ends
         out.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(seconds))
         return finish(self)
 
-    Loop.step, Loop._finish = first, last  # type: ignore[method-assign]
+    Trainer.step, Trainer._finish = first, last  # type: ignore[method-assign]
 
 
 def _now() -> Seconds:

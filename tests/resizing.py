@@ -22,9 +22,11 @@ from lad_dist.checkpointing.async_save import write
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import train_schema
 from lad_dist.distributed import processes
-from lad_dist.engine import snapshot
 from lad_dist.runs.run_folder import Run
-from lad_dist.train import Averages, Loop, check, prepare
+from lad_dist.training.engine import snapshot
+from lad_dist.training.metrics import MetricAccumulator
+from lad_dist.training.train import check, prepare
+from lad_dist.training.trainer import Trainer
 
 State = dict[str, Any]
 
@@ -84,7 +86,7 @@ def work(stretch: Stretch) -> None:
     processes.barrier()
 
 
-def start(stretch: Stretch) -> Loop:
+def start(stretch: Stretch) -> Trainer:
     tables = stretch.config | {"run": stretch.config["run"] | {"dir": stretch.folder}}
     words = stretch.config["deepspeed"]
     zero = words.get("zero_optimization", {}) | {"stage": stretch.layout["zero"]}
@@ -92,9 +94,9 @@ def start(stretch: Stretch) -> Loop:
     return prepare(check(config), Run(config))
 
 
-def train(loop: Loop, stretch: Stretch, samples: dict[tuple[int, int], str]) -> Iterator[int]:
+def train(loop: Trainer, stretch: Stretch, samples: dict[tuple[int, int], str]) -> Iterator[int]:
     """Each step that is done; the digests of this process's batches by step and slot."""
-    averages, batches = Averages(), loop.batches(stretch.first)
+    averages, batches = MetricAccumulator(), loop.batches(stretch.first)
     for step in range(stretch.first, stretch.last):
         mine = next(batches)
         for index, batch in enumerate(mine):

@@ -21,11 +21,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 from deepspeed.utils import logger
 
-from lad_dist import optim
-from lad_dist.anomalies import Guard, Judge
 from lad_dist.config.schema import OptimConfig
 from lad_dist.distributed import processes
 from lad_dist.distributed.replica_check import divergent_ranks
+from lad_dist.training import optimization
+from lad_dist.training.update_guard import SkipPolicy, UpdateGuard
 
 STEPS, SLOTS, SPOILT = 5, 4, 2
 HALF = {"bf16": {"enabled": True}, "fp16": {"enabled": True, "loss_scale": 128.0}}
@@ -60,7 +60,7 @@ def engine(stage: int, precision: str) -> Any:
     torch.manual_seed(0)
     model = Tiny().to(processes.device())
     words = OptimConfig(lr=1e-2)
-    optimizer = optim.adamw(optim.groups(model, nn.Identity(), words), words, stage)
+    optimizer = optimization.adamw(optimization.parameter_groups(model, nn.Identity(), words), words, stage)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
     made, *_ = deepspeed.initialize(
         model=model,
@@ -81,7 +81,7 @@ def engine(stage: int, precision: str) -> Any:
 def train(stage: int, precision: str, fault: str = "", leave_out: int | None = None) -> tuple[list[str], list[Tensor]]:
     """Fates of the steps, and the weights after each. `fault`: of the last slot of step SPOILT."""
     made = engine(stage, precision)
-    guard = Guard(made, Judge(max_skips=3))
+    guard = UpdateGuard(made, SkipPolicy(max_skips=3))
     fates, weights = [], []
     for step in range(STEPS):
         if step == leave_out:

@@ -11,8 +11,6 @@ import toy
 from conftest import World
 from test_train import curve, digest, lad
 
-from lad_dist import answers
-from lad_dist.answers import Answers
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import Batch
@@ -21,7 +19,9 @@ from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.tasks.task import load_task
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.models.frozen import FrozenModel
-from lad_dist.train import train
+from lad_dist.training import teacher_cache
+from lad_dist.training.teacher_cache import TeacherCache
+from lad_dist.training.train import train
 
 CPU = torch.device("cpu")
 NEEDS = OutputSpec(logits=True, hidden=(0, 2, 4), qkv=(4,))
@@ -29,8 +29,8 @@ NEEDS = OutputSpec(logits=True, hidden=(0, 2, 4), qkv=(4,))
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "BLOCK", 24)
-    monkeypatch.setattr(answers, "BATCH", 5)
+    monkeypatch.setattr(teacher_cache, "BLOCK", 24)
+    monkeypatch.setattr(teacher_cache, "BATCH", 5)
 
 
 def feed(world: World, **words: Any) -> TaskDataset:
@@ -42,8 +42,8 @@ def frozen(world: World) -> FrozenModel:
     return FrozenModel(str(world.teacher), "classification", device=CPU, labels=toy.LABELS)
 
 
-def kept(folder: Path, ask: answers.Ask, data: TaskDataset, needs: OutputSpec = NEEDS) -> Answers:
-    return Answers(folder, ask, {"weights": "toy"}, data.train, needs, CPU, size=0)
+def kept(folder: Path, ask: teacher_cache.AskTeacher, data: TaskDataset, needs: OutputSpec = NEEDS) -> TeacherCache:
+    return TeacherCache(folder, ask, {"weights": "toy"}, data.train, needs, CPU, size=0)
 
 
 def nobody(batch: Batch, needs: OutputSpec) -> ModelOutputs:
@@ -94,7 +94,7 @@ def test_a_teacher_is_asked_once_and_only_for_what_is_missing(world: World, tmp_
 def test_other_data_or_another_teacher_have_other_answers(world: World, tmp_path: Path) -> None:
     teacher = frozen(world)
     folders = {kept(tmp_path, teacher, feed(world, **words)).folder for words in ({}, {"pad_to": 40})}
-    other = Answers(tmp_path, teacher, {"weights": "other"}, feed(world).train, NEEDS, CPU, size=0)
+    other = TeacherCache(tmp_path, teacher, {"weights": "other"}, feed(world).train, NEEDS, CPU, size=0)
     assert len(folders | {other.folder}) == 3
 
 
@@ -145,13 +145,13 @@ def test_answers_are_kept_where_it_pays(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shared, made = tmp_path / "shared", list[Answers]()
+    shared, made = tmp_path / "shared", list[TeacherCache]()
 
-    def make(*words: Any) -> Answers:
-        made.append(Answers(*words))
+    def make(*words: Any) -> TeacherCache:
+        made.append(TeacherCache(*words))
         return made[-1]
 
-    monkeypatch.setattr("lad_dist.train.Answers", make)
+    monkeypatch.setattr("lad_dist.training.train.Answers", make)
     changes = {key: str(shared) if value == "shared" else value for key, value in changes.items()}
     train(lad(world, tmp_path, changes))
     assert [found.folder.parent for found in made] == [shared] * kept_ones

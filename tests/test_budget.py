@@ -11,7 +11,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from launching import ROOT
 
-from lad_dist import plan
 from lad_dist.compression import compressed_module
 from lad_dist.compression.ladabert import (
     TOLERANCE,
@@ -32,7 +31,8 @@ from lad_dist.core.step_state import StepState
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.train import train
+from lad_dist.training import run_spec
+from lad_dist.training.train import train
 
 NAMES = ("embedding", "svd", "weight")
 COUNTS = WeightCounts(words=600, maps=2400, rest=100)
@@ -232,7 +232,7 @@ def test_what_it_refuses(options: dict[str, Any], message: str, world: World, tm
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
     listed = {"name": "ladabert", **options}
     with pytest.raises(UserError, match=f"surgery ladabert: .*{message}"):
-        plan.make(toy.parsed(tables, {"objective": {"name": "kd"}, "surgery": [listed]}))
+        run_spec.resolve_run(toy.parsed(tables, {"objective": {"name": "kd"}, "surgery": [listed]}))
 
 
 def test_a_run_trains_under_its_budget_and_says_so(world: World, tmp_path: Path) -> None:

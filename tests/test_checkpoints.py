@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lad_dist import cli
 from lad_dist.checkpointing.store import MANIFEST, CheckpointStore, NoValidCheckpoint, read_metadata
+from lad_dist.cli.app import guarded
 from lad_dist.config.errors import UserError
 from lad_dist.utils.atomic_io import file_digest, list_files
 
@@ -207,7 +207,7 @@ def test_without_a_valid_checkpoint_nothing_starts_afresh(
         return 0
 
     for _ in range(2):
-        assert cli.guarded(work) == 3
+        assert guarded(work) == 3
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.endswith("none of the 2 checkpoints is valid; remove the run folder to start afresh")
     assert issubclass(NoValidCheckpoint, UserError)

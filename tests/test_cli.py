@@ -6,15 +6,16 @@ import sys
 
 import pytest
 
-from lad_dist import cli
+from lad_dist.cli.app import guarded, time
+from lad_dist.cli.console import Console
 
 
 def test_lines_come_now_and_then_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([100.0, 104.0, 110.0, 119.9, 160.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
-    console = cli.Console("corpus", every=10)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    console = Console("corpus", every=10)
     for step in (20, 21, 22, 30, 60):  # the first twenty were done before
         console({"step": step, "steps": 100, "million tokens": 1.5 * step})
     console.close()
@@ -26,7 +27,7 @@ def test_lines_come_now_and_then_with_the_time_left(
 
 @pytest.mark.parametrize("call", ["say('x' * 1000)", "print_table('t', ('a', 'b'), [('x' * 100, 1.0)] * 10)"])
 def test_a_reader_that_has_seen_enough_is_no_mistake(call: str) -> None:
-    script = f"from lad_dist import cli\nfor _ in range(500): cli.{call}\n"
+    script = f"from lad_dist.cli import app\nfor _ in range(500): app.{call}\n"
     done = subprocess.run(
         f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -n 1; exit ${{PIPESTATUS[0]}}",
         shell=True,
@@ -41,5 +42,5 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    assert cli.guarded(interrupted) == 130
+    assert guarded(interrupted) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -18,7 +18,7 @@ from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.train import train
+from lad_dist.training.train import train
 
 PRUNE: dict[str, Any] = {"name": "prune", "sparsity": 0.75, "end": 0.0}
 LOW_RANK: dict[str, Any] = {"name": "low_rank", "keep": 0.5}

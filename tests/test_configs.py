@@ -11,7 +11,6 @@ from launching import ROOT
 from schemas import schema_of
 from toy_heads import LABELS, MAKE_FILES
 
-from lad_dist import plan
 from lad_dist.config.load import parse_config, read_toml
 from lad_dist.config.schema import (
     EvaluateConfig,
@@ -21,8 +20,9 @@ from lad_dist.config.schema import (
     TaskConfig,
     TokenizerConfig,
 )
-from lad_dist.train import train
-from lad_dist.trials import draw
+from lad_dist.search.grid import sample_trials
+from lad_dist.training import run_spec
+from lad_dist.training.train import train
 
 FILES = sorted((ROOT / "configs").rglob("*.toml"))
 
@@ -110,7 +110,7 @@ def test_a_search_draws_trials_that_its_base_can_run(
 ) -> None:
     monkeypatch.chdir(ROOT)
     config = parse_config(SearchConfig, read_toml(file), str(file))
-    trials = draw(config)
+    trials = sample_trials(config)
     assert len(trials) == config.search.samples * math.prod(map(len, config.grid.values()))
     assert {key.split(".")[0] for key in trials[0].sample} == {
         key.split(".")[0] for key in [*config.space, *config.grid]
@@ -119,5 +119,5 @@ def test_a_search_draws_trials_that_its_base_can_run(
     for trial in one_of_each.values():
         tables = trial.config.model_dump(exclude_none=True)
         assert config.grid or tables["run"]["eval_every"] > 0
-        made = plan.make(toy.parsed(tables, toy_places(tables, world, tmp_path)))
+        made = run_spec.resolve_run(toy.parsed(tables, toy_places(tables, world, tmp_path)))
         assert made.task is not None

@@ -22,7 +22,7 @@ from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.distributed import processes
 from lad_dist.evaluation import evaluate
 from lad_dist.evaluation.evaluate import Predictions
-from lad_dist.train import train
+from lad_dist.training.train import train
 
 
 def batches(count: int) -> list[Any]:

@@ -32,7 +32,6 @@ from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.evaluation.evaluate import evaluate
-from lad_dist.method import Method
 from lad_dist.models import families, loading
 from lad_dist.models.attention import _explicit_attention
 from lad_dist.models.dims import check_length, encoder_layers, model_dims
@@ -41,7 +40,8 @@ from lad_dist.models.heads import MODEL_CLASSES, has_mlm_head
 from lad_dist.models.hf_config import architecture_config, load_hf_config
 from lad_dist.models.loading import PreTrainedModel, save_model
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.train import train
+from lad_dist.training.distiller import Distiller
+from lad_dist.training.train import train
 
 TABLE = (Path(__file__).parent.parent / "README.md").read_text().split("\n## Which encoders\n")[1].split("\n## ")[0]
 LENGTHS = [7, 3, 12, 1, 12]
@@ -354,7 +354,7 @@ def learns(family: str, name: str, words: PreTrainedTokenizerFast) -> bool:
         student, teacher = _pair(family, head, words)
         student.zero_grad()
         shapes = [model_dims(model.config, head, labels=len(LABELS)) for model in (student, teacher)]
-        method = Method(student, kind(*shapes))
+        method = Distiller(student, kind(*shapes))
         batch = batch_of(LENGTHS, head, words)
         batch = toy.packed(batch, 16) if spans else batch
         with torch.no_grad():

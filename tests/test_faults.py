@@ -11,16 +11,16 @@ import toy
 from conftest import World
 from torch import Tensor
 
-from lad_dist import cli
 from lad_dist.checkpointing import async_save
 from lad_dist.checkpointing.store import CheckpointStore
+from lad_dist.cli.app import guarded
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.step_state import StepState
 from lad_dist.distributed import processes, replica_check
-from lad_dist.method import Method
 from lad_dist.runs.run_folder import NoProgress
-from lad_dist.train import train
+from lad_dist.training.distiller import Distiller
+from lad_dist.training.train import train
 
 Row = dict[str, Any]
 
@@ -44,19 +44,19 @@ def weights(config: TrainConfig) -> bytes:
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Makes the losses of these steps infinite."""
-    at, forward = Method.at, Method.forward
+    at, forward = Distiller.at, Distiller.forward
     now: list[int] = []
 
-    def watched(self: Method, moment: StepState) -> None:
+    def watched(self: Distiller, moment: StepState) -> None:
         now[:] = [moment.step]
         at(self, moment)
 
-    def poisoned(self: Method, batch: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def poisoned(self: Distiller, batch: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         loss, terms = forward(self, batch, target)
         return (loss * math.inf if self.training and now[0] in steps else loss), terms
 
-    monkeypatch.setattr(Method, "at", watched)
-    monkeypatch.setattr(Method, "forward", poisoned)
+    monkeypatch.setattr(Distiller, "at", watched)
+    monkeypatch.setattr(Distiller, "forward", poisoned)
 
 
 def test_a_spoilt_update_is_skipped_and_told(
@@ -116,7 +116,7 @@ def test_a_run_that_only_skips_ends_with_what_is_wrong(
         train(config)
         return 0
 
-    assert cli.guarded(work) == 1
+    assert guarded(work) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert "update after update was skipped" in last
@@ -181,8 +181,8 @@ def test_other_data_are_refused_when_a_run_is_taken_up(change: str, world: World
 def test_weights_that_differ_end_the_run_before_they_are_saved(
     make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lad_dist.train.dissenters", lambda _: [1])
-    monkeypatch.setattr("lad_dist.train._alike", lambda _: True)
+    monkeypatch.setattr("lad_dist.training.train.dissenters", lambda _: [1])
+    monkeypatch.setattr("lad_dist.training.trainer._has_replicas", lambda _: True)
     config = make({"run.save_every": 3})
     with pytest.raises(Fault, match="after step 2 the weights of rank 1 are not those of the others"):
         train(config)

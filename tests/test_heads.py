@@ -17,7 +17,6 @@ from transformers import (
     TokenClassificationPipeline,
 )
 
-from lad_dist import plan
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import EvaluateConfig, TrainConfig
@@ -30,7 +29,9 @@ from lad_dist.evaluation.evaluate import evaluate, predict
 from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.train import Outcome, train
+from lad_dist.training import run_spec
+from lad_dist.training.train import train
+from lad_dist.training.trainer import RunResult
 
 HEADS = list(LABELS)
 AUTO = {"tagging": AutoModelForTokenClassification, "question_answering": AutoModelForQuestionAnswering}
@@ -49,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture(scope="module")
-def taught(world: World, files: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def taught(world: World, files: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
     """A fine-tuned teacher of each kind."""
     work = tmp_path_factory.mktemp("teachers")
     learning = {"run.steps": 250, "run.log_every": 250, "optim.lr": 5e-3, "student.depth": 2}
@@ -63,12 +64,12 @@ def run(head: str, world: World, files: Files, work: Path, teacher: Path, change
     return toy.parsed(tables, changes)
 
 
-def export(outcome: Outcome) -> Path:
+def export(outcome: RunResult) -> Path:
     return outcome.folder / "export"
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_toy_task_is_learnt(head: str, taught: dict[str, Outcome]) -> None:
+def test_a_toy_task_is_learnt(head: str, taught: dict[str, RunResult]) -> None:
     results = taught[head].results
     assert results is not None
     assert results["metrics"]["f1"] > 0.95
@@ -81,7 +82,7 @@ TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.taught and "ta
 @pytest.mark.parametrize("name", TAUGHT)
 @pytest.mark.parametrize("head", HEADS)
 def test_every_objective_distils_it(
-    head: str, name: str, world: World, files: Files, taught: dict[str, Outcome], tmp_path: Path
+    head: str, name: str, world: World, files: Files, taught: dict[str, RunResult], tmp_path: Path
 ) -> None:
     """Two steps: finite terms, metrics and loyalty, and an export that loads with its head."""
     rows: list[dict[str, Any]] = []
@@ -98,7 +99,7 @@ def test_every_objective_distils_it(
 
 @pytest.mark.parametrize("head", HEADS)
 def test_distilling_what_the_teacher_says_makes_a_loyal_student(
-    head: str, world: World, files: Files, taught: dict[str, Outcome], tmp_path: Path
+    head: str, world: World, files: Files, taught: dict[str, RunResult], tmp_path: Path
 ) -> None:
     """From its logits alone."""
     objective = {"name": "kd", "soft": 1.0, "hard": 0.0}
@@ -111,7 +112,7 @@ def test_distilling_what_the_teacher_says_makes_a_loyal_student(
 
 @pytest.mark.parametrize("head", HEADS)
 def test_what_the_teacher_said_is_found_row_by_row(
-    head: str, world: World, files: Files, taught: dict[str, Outcome], tmp_path: Path
+    head: str, world: World, files: Files, taught: dict[str, RunResult], tmp_path: Path
 ) -> None:
     """Examples have different numbers of rows: a run that keeps the answers learns what one that asks anew does."""
     found = []
@@ -127,7 +128,7 @@ def test_what_the_teacher_said_is_found_row_by_row(
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_an_export_scores_what_its_run_said(head: str, files: Files, taught: dict[str, Outcome]) -> None:
+def test_an_export_scores_what_its_run_said(head: str, files: Files, taught: dict[str, RunResult]) -> None:
     folder = str(export(taught[head]))
     data = {**files[head], **SIZES}
     tables = {"model": {"path": folder}, "teacher": {"path": folder}, "data": data}
@@ -141,14 +142,14 @@ def test_an_export_scores_what_its_run_said(head: str, files: Files, taught: dic
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_model_card_says_how_to_use_it(head: str, taught: dict[str, Outcome]) -> None:
+def test_the_model_card_says_how_to_use_it(head: str, taught: dict[str, RunResult]) -> None:
     used: dict[str, Any] = {}
     exec((export(taught[head]) / "README.md").read_text().split("```python\n")[1].split("```")[0], used)
     answer = used["outputs"].end_logits if head == "question_answering" else used["outputs"].logits
     assert answer.isfinite().all()
 
 
-def test_transformers_tags_as_the_run_did(files: Files, taught: dict[str, Outcome]) -> None:
+def test_transformers_tags_as_the_run_did(files: Files, taught: dict[str, RunResult]) -> None:
     """Its own pipeline on the dev set's text, word by word."""
     folder = export(taught["tagging"])
     words = AutoTokenizer.from_pretrained(folder)
@@ -167,7 +168,7 @@ def test_transformers_tags_as_the_run_did(files: Files, taught: dict[str, Outcom
     assert right / count == pytest.approx(results["metrics"]["accuracy"])
 
 
-def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, Outcome]) -> None:
+def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, RunResult]) -> None:
     """Its own padded forward over question and context: the logits of every row."""
     folder = export(taught["question_answering"])
     words = load_tokenizer(folder)
@@ -193,7 +194,7 @@ def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, Out
 
 
 def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
-    world: World, files: Files, taught: dict[str, Outcome], tmp_path: Path
+    world: World, files: Files, taught: dict[str, RunResult], tmp_path: Path
 ) -> None:
     """A head of the same kind is kept, whatever the outputs for questions are called."""
     labels = LABELS["tagging"]
@@ -203,11 +204,11 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
     assert not torch.equal(loaded.classifier.weight, before)
     config = run("tagging", world, files, tmp_path, classifier, {})
     with pytest.raises(UserError, match="is BertForSequenceClassification, which has no head for tagging"):
-        plan.make(config)
+        run_spec.resolve_run(config)
     unnamed = toy.model(tmp_path / "unnamed", world.tokenizer, "question_answering")
     first, second = (loading.load_model(str(unnamed), "question_answering", labels=("start", "end")) for _ in range(2))
     assert torch.equal(first.qa_outputs.weight, second.qa_outputs.weight)
-    plan.make(run("question_answering", world, files, tmp_path, unnamed, {}))
+    run_spec.resolve_run(run("question_answering", world, files, tmp_path, unnamed, {}))
 
 
 @pytest.mark.parametrize(
@@ -225,4 +226,4 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
 def test_mistakes(changes: dict[str, Any], message: str, world: World, files: Files, tmp_path: Path) -> None:
     filled = {k: v.format_map(vars(world)) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(UserError, match=message):
-        plan.make(run("question_answering", world, files, tmp_path, world.headless, filled))
+        run_spec.resolve_run(run("question_answering", world, files, tmp_path, world.headless, filled))

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lad_dist import plan
 from lad_dist.compression import compressed_module, low_rank
 from lad_dist.compression.layers import scale_position_embeddings
 from lad_dist.compression.low_rank import LowRank, LowRankEmbedding
@@ -25,7 +24,8 @@ from lad_dist.models import activations, loading
 from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.train import train
+from lad_dist.training import run_spec
+from lad_dist.training.train import train
 
 SAMPLE = [toy.batch([9, 30, 5, 17], seed=seed, labels=[0, 1, 1, 0]) for seed in range(3)]
 SIZES = st.tuples(st.integers(2, 12), st.integers(2, 12)).flatmap(
@@ -313,7 +313,7 @@ def test_embeddings_that_a_head_reads_are_refused_before_weights_are_read(
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained)
     config = toy.parsed(tables, {"objective": {"name": "kd"}, "surgery": [listed]})
     with pytest.raises(UserError, match=TIED.format(listed["name"])):
-        plan.make(config)
+        run_spec.resolve_run(config)
 
 
 def test_quiet_positions_are_not_words_of_low_rank() -> None:

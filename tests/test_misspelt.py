@@ -13,7 +13,6 @@ from launching import ROOT
 from pydantic import BaseModel
 from schemas import schema_of
 
-from lad_dist import deepspeed_keys, plan
 from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import (
@@ -38,7 +37,8 @@ from lad_dist.config.schema import (
 from lad_dist.models.families import FAMILIES
 from lad_dist.models.hf_config import architecture_config
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.trials import draw
+from lad_dist.search.grid import sample_trials
+from lad_dist.training import deepspeed_schema, run_spec
 
 NAMED = 0.98  # share of the typing errors whose key must be named
 KINDS = ("drop", "double", "swap", "replace")
@@ -180,12 +180,12 @@ def of_schema(schema: type[ConfigTable]) -> Check:
     def check(tables: dict[str, Any]) -> None:
         config = parse_config(schema, tables, where="toy.toml")
         if isinstance(config, TrainConfig):
-            plan.resolve(config)
-            deepspeed_keys.check(config.deepspeed)
+            run_spec.resolve_options(config)
+            deepspeed_schema.check_keys(config.deepspeed)
             if config.student.architecture is not None:
                 architecture_config(config.student.architecture, 100)
         elif isinstance(config, SearchConfig) and Path(config.search.base).exists():
-            draw(config)
+            sample_trials(config)
 
     return check
 
@@ -228,30 +228,30 @@ def test_names(choices: Mapping[str, Any]) -> None:
     assert_named(count(lambda wrong: lookup("name", wrong, choices), tried))
 
 
-@pytest.mark.parametrize("place", deepspeed_keys.KEYS)
+@pytest.mark.parametrize("place", deepspeed_schema.KEYS)
 def test_keys_of_deepspeed(place: str) -> None:
     path = tuple(place.split(".")) if place else ()
-    others = deepspeed_keys.KEYS[place]
+    others = deepspeed_schema.KEYS[place]
     tried = [
-        (slip, renamed({}, slip, {} if key in deepspeed_keys.KEYS else 1))
+        (slip, renamed({}, slip, {} if key in deepspeed_schema.KEYS else 1))
         for key in sorted(others)
         for slip in slips((*path, key), others)
     ]
-    assert_named(count(deepspeed_keys.check, tried))
+    assert_named(count(deepspeed_schema.check_keys, tried))
 
 
 def test_deepspeed_has_these_keys() -> None:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    found: dict[str, frozenset[str]] = {"": deepspeed_keys.KEYS[""]}
+    found: dict[str, frozenset[str]] = {"": deepspeed_schema.KEYS[""]}
     inside = [("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config), ("fp16", DeepSpeedFP16Config)]
     while inside:
         place, schema = inside.pop()
         fields = schema.model_fields
         found[place] = frozenset(fields) | {field.alias for field in fields.values() if field.alias}
         inside += [(f"{place}.{name}", inner) for name, field in fields.items() for inner in _blocks(field.annotation)]
-    assert found == deepspeed_keys.KEYS
+    assert found == deepspeed_schema.KEYS
 
 
 def _blocks(annotation: Any) -> list[type[BaseModel]]:

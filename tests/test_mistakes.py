@@ -11,7 +11,7 @@ import toy
 from conftest import World
 from launching import ROOT, launch
 
-from lad_dist import cli
+from lad_dist.cli.app import guarded
 from lad_dist.config.load import load_config
 from lad_dist.config.schema import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig
 from lad_dist.data.shards.prepare import prepare
@@ -219,13 +219,13 @@ def assert_one_line(error: str, expected: str) -> None:
 def test_a_mistake_ends_in_one_line(
     kind: str, changes: dict[str, Any], expected: str, places: Places, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from lad_dist.jobs import train_job
+    from lad_dist.cli.commands import train_command
 
     work = tmp_path / "runs"
     filled = {key: fill(value, places) for key, value in changes.items()}
     path = written(tmp_path, tables_of(kind, places, work), filled)
     schema = TaskConfig if kind == TASK else PretrainConfig
-    code = cli.guarded(lambda: train_job(load_config(schema, path)))
+    code = guarded(lambda: train_command(load_config(schema, path)))
     seen = capfd.readouterr()
     assert code == 2
     assert seen.out == ""
@@ -237,13 +237,13 @@ def test_a_mistake_ends_in_one_line(
 def test_slots_are_shared_out_evenly(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from lad_dist.jobs import train_job
+    from lad_dist.cli.commands import train_command
 
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "::1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "29500")
     path = written(tmp_path, tables_of(TASK, places, tmp_path / "runs"), {})
-    assert cli.guarded(lambda: train_job(load_config(TaskConfig, path))) == 2
+    assert guarded(lambda: train_command(load_config(TaskConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, "data.slots = 4: cannot be shared out over 3 processes; 3 can")
 
 
@@ -263,13 +263,13 @@ def test_slots_are_shared_out_evenly(
 def test_mistakes_of_an_evaluation(
     changes: dict[str, Any], expected: str, places: Places, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from lad_dist.jobs import evaluate_job
+    from lad_dist.cli.commands import evaluate_command
 
     data = {**places.world.files, "max_length": 32}
     model = {"path": str(places.world.teacher)}
     tables = {"model": model, "teacher": dict(model), "data": data, "out": str(tmp_path / "result.json")}
     path = written(tmp_path, tables, {key: fill(value, places) for key, value in changes.items()})
-    assert cli.guarded(lambda: evaluate_job(load_config(EvaluateConfig, path))) == 2
+    assert guarded(lambda: evaluate_command(load_config(EvaluateConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, expected)
     assert not (tmp_path / "result.json").exists()
 
@@ -308,7 +308,7 @@ def test_mistakes_of_a_preparation(
     tables = {"out": str(tmp_path / "out"), "tokenizer": str(places.world.tokenizer), "source": filled([ROWS])}
     path = written(tmp_path, tables, {key: filled(value) for key, value in changes.items()})
     before = set(tmp_path.iterdir())
-    assert cli.guarded(lambda: not prepare(load_config(PrepareConfig, path))) == 2
+    assert guarded(lambda: not prepare(load_config(PrepareConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, expected)
     assert set(tmp_path.iterdir()) == before
 

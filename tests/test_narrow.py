@@ -10,7 +10,6 @@ from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist import plan
 from lad_dist.compression import width_pruning
 from lad_dist.compression.width_pruning import Widths
 from lad_dist.config.errors import UserError
@@ -20,7 +19,8 @@ from lad_dist.models.dims import model_dims
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.hf_config import architecture_config, load_hf_config
 from lad_dist.models.loading import PreTrainedModel, save_model
-from lad_dist.train import train
+from lad_dist.training import run_spec
+from lad_dist.training.train import train
 
 WIDE = Widths(width=32, heads=4, inner=64)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -169,7 +169,7 @@ def test_a_run_says_what_its_student_lost(corpus: bool, world: World, tmp_path: 
 def test_what_cannot_be_made_is_refused(changes: dict[str, Any], message: str, world: World, tmp_path: Path) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
     with pytest.raises(UserError, match=message):
-        plan.make(toy.parsed(tables, {"objective": {"name": "kd"}} | changes))
+        run_spec.resolve_run(toy.parsed(tables, {"objective": {"name": "kd"}} | changes))
 
 
 def test_models_that_cannot_be_narrowed_say_so() -> None:

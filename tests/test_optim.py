@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lad_dist import optim
 from lad_dist.config.schema import OptimConfig
 from lad_dist.core.outputs import ModelDims
 from lad_dist.models import loading
 from lad_dist.objectives.lad import LAD
+from lad_dist.training import optimization
 
 schedules = st.sampled_from(["linear", "cosine", "constant"])
 
@@ -21,7 +21,7 @@ schedules = st.sampled_from(["linear", "cosine", "constant"])
 @given(st.integers(1, 500), st.floats(0, 0.99), schedules)
 def test_factor_rises_and_then_never_does(steps: int, warmup: float, schedule: str) -> None:
     words = OptimConfig(lr=1.0, warmup=warmup, schedule=schedule)  # type: ignore[arg-type]
-    shares = [optim.factor(step, steps, words) for step in range(steps)]
+    shares = [optimization.learning_rate_factor(step, steps, words) for step in range(steps)]
     rise = round(warmup * steps)
     assert all(0 < share <= 1 for share in shares)
     assert all(a < b for a, b in pairwise(shares[:rise]))
@@ -32,7 +32,7 @@ def test_factor_rises_and_then_never_does(steps: int, warmup: float, schedule: s
 def test_factor_by_hand() -> None:
     def shares(schedule: str) -> list[float]:
         words = OptimConfig(lr=1.0, warmup=0.2, schedule=schedule)  # type: ignore[arg-type]
-        return [round(optim.factor(step, 10, words), 4) for step in range(10)]
+        return [round(optimization.learning_rate_factor(step, 10, words), 4) for step in range(10)]
 
     assert shares("linear") == [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert shares("constant") == [0.5, *[1.0] * 9]
@@ -44,7 +44,7 @@ def test_every_parameter_is_in_one_group(world: World) -> None:
     shape = ModelDims(4, 32, 4, "mlm", 200, span=8)
     objective = LAD(shape, shape, variant="paper")
     words = OptimConfig(lr=1e-3, objective_lr=1e-2, weight_decay=0.1)
-    rows = optim.groups(student, objective, words)
+    rows = optimization.parameter_groups(student, objective, words)
     members = [id(p) for row in rows for p in row["params"]]
     assert len(members) == len(set(members))
     assert set(members) == {id(p) for p in [*student.parameters(), *objective.parameters()]}
@@ -59,14 +59,14 @@ def test_every_parameter_is_in_one_group(world: World) -> None:
 def test_frozen_parameters_and_empty_groups_are_left_away() -> None:
     student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     student[0].requires_grad_(False)
-    rows = optim.groups(student, nn.Identity(), OptimConfig(lr=1.0))
+    rows = optimization.parameter_groups(student, nn.Identity(), OptimConfig(lr=1.0))
     assert [len(row["params"]) for row in rows] == [1, 1]
 
 
 def test_set_learning_rate_is_a_share_of_each_peak() -> None:
     student, objective = nn.Linear(2, 2), nn.Linear(2, 2)
     words = OptimConfig(lr=1.0, objective_lr=10.0)
-    optimizer = optim.adamw(optim.groups(student, objective, words), words)
-    optim.set_learning_rate(optimizer.param_groups, 0.25)
+    optimizer = optimization.adamw(optimization.parameter_groups(student, objective, words), words)
+    optimization.set_learning_rate(optimizer.param_groups, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25, 2.5, 2.5]
     assert isinstance(optimizer, torch.optim.AdamW)

@@ -13,7 +13,6 @@ from launching import ROOT, launch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lad_dist import costs, plan
 from lad_dist.compression import footprint
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.outputs import OutputSpec
@@ -21,7 +20,8 @@ from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.forward import compute_outputs
 from lad_dist.objectives import OBJECTIVES
-from lad_dist.train import train
+from lad_dist.training import cost_model, run_spec
+from lad_dist.training.train import train
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}  # so that numbers outweigh their file
 
@@ -42,7 +42,7 @@ STAGES = [(stage, half) for stage in range(4) for half in (False, True) if stage
 def test_a_checkpoint_is_as_large_as_foreseen(world: World, tmp_path: Path, stage: int, half: bool) -> None:
     table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}, "bf16": {"enabled": half}}
     config = config_of(world, tmp_path, {**wide(world, table), "run.steps": 2, "run.save_every": 1})
-    foreseen = costs.of(plan.make(config), 1)
+    foreseen = cost_model.estimate(run_spec.resolve_run(config), 1)
     outcome = train(config)
     (checkpoint, *_) = sorted((outcome.folder / "checkpoints").glob("step-*"))
     found = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
@@ -54,9 +54,9 @@ def test_a_checkpoint_is_as_large_as_foreseen(world: World, tmp_path: Path, stag
 @pytest.mark.parametrize("name", sorted(name for name, kind in OBJECTIVES.items() if "task" in kind.runs_on))
 def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str) -> None:
     taught = {} if OBJECTIVES[name].taught else {"teacher": None}
-    made = plan.make(config_of(world, tmp_path, {"objective": {"name": name}, **taught}))
+    made = run_spec.resolve_run(config_of(world, tmp_path, {"objective": {"name": name}, **taught}))
     real = made.method(made.feed())
-    found = costs.of(made, 1)
+    found = cost_model.estimate(made, 1)
     assert found.student == count_parameters(real.student)
     assert found.objective == count_parameters(real.objective)
     assert found.memory.optimizer == 8 * (found.student + found.objective)
@@ -72,8 +72,8 @@ def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str
     ],
 )
 def test_parameters_are_those_of_the_export(world: World, tmp_path: Path, changes: dict[str, Any]) -> None:
-    made = plan.make(config_of(world, tmp_path, changes))
-    assert costs.of(made, 1).student == count_parameters(made.method(made.feed()).export())
+    made = run_spec.resolve_run(config_of(world, tmp_path, changes))
+    assert cost_model.estimate(made, 1).student == count_parameters(made.method(made.feed()).export())
 
 
 @pytest.mark.parametrize("head", ["mlm", "none"])
@@ -92,9 +92,11 @@ def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
 
 
 def test_zero_shares_the_optimizer_out(world: World, tmp_path: Path) -> None:
-    def memory(stage: int, half: bool, processes: int) -> costs.Memory:
+    def memory(stage: int, half: bool, processes: int) -> cost_model.Memory:
         table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100}, "bf16": {"enabled": half}}
-        return costs.of(plan.make(config_of(world, tmp_path, wide(world, table)), processes), processes).memory
+        return cost_model.estimate(
+            run_spec.resolve_run(config_of(world, tmp_path, wide(world, table)), processes), processes
+        ).memory
 
     count = memory(0, False, 1).weights // 4
     kinds = ("weights", "gradients", "optimizer", "buckets")
@@ -108,13 +110,15 @@ def test_zero_shares_the_optimizer_out(world: World, tmp_path: Path) -> None:
 
 
 def test_hours_by_hand() -> None:
-    assert costs.GPUS["a100-80"].hours(312e12 * 3600, count=2, mfu=0.25, precision="bfloat16") == pytest.approx(2.0)
-    assert costs.GPUS["a100-80"].hours(19.5e12 * 3600, count=1, mfu=1.0, precision="float32") == pytest.approx(1.0)
+    assert cost_model.GPUS["a100-80"].hours(312e12 * 3600, count=2, mfu=0.25, precision="bfloat16") == pytest.approx(
+        2.0
+    )
+    assert cost_model.GPUS["a100-80"].hours(19.5e12 * 3600, count=1, mfu=1.0, precision="float32") == pytest.approx(1.0)
 
 
 def test_kept_answers_are_asked_for_once(world: World, tmp_path: Path) -> None:
     def share(changes: dict[str, Any]) -> float:
-        return costs.of(plan.make(config_of(world, tmp_path, changes)), 1).teacher_share
+        return cost_model.estimate(run_spec.resolve_run(config_of(world, tmp_path, changes)), 1).teacher_share
 
     assert share({"run.steps": 40}) == pytest.approx(0.1)  # an epoch is 4 steps
     assert share({"run.steps": 40, "teacher.cache_gb": 0.0}) == 1

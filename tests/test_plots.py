@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import lad
 
 from lad_dist.runs.plots import teacher_layer_figure
-from lad_dist.train import train
+from lad_dist.training.train import train
 
 
 def test_the_heat_map_is_the_last_row_that_says_what_was_read() -> None:

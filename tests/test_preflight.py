@@ -10,10 +10,10 @@ import toy
 from conftest import World
 from launching import launch
 
-from lad_dist import costs, plan, preflight
 from lad_dist.config.errors import UserError
 from lad_dist.models.dims import count_parameters
-from lad_dist.preflight import Device, Unfit, check_devices
+from lad_dist.training import cost_model, preflight, run_spec
+from lad_dist.training.preflight import Device, DeviceFault, check_devices
 
 H200, A100 = "NVIDIA H200", "NVIDIA A100"
 
@@ -36,7 +36,7 @@ def test_devices_that_are_alike_are_fit() -> None:
     ],
 )
 def test_devices_that_are_not(devices: list[tuple[str, str, int]], code: int, message: str) -> None:
-    with pytest.raises((UserError, Unfit)) as found:
+    with pytest.raises((UserError, DeviceFault)) as found:
         check_devices([Device(*device) for device in devices])
     assert found.value.code == code
     assert message in str(found.value)
@@ -45,7 +45,7 @@ def test_devices_that_are_not(devices: list[tuple[str, str, int]], code: int, me
 WORKER = """
 import json, sys, torch
 import torch.distributed as dist
-from lad_dist import preflight
+from lad_dist.training import preflight
 from lad_dist.distributed import processes
 from lad_dist.config.errors import Fault
 from lad_dist.config.errors import UserError
@@ -91,9 +91,9 @@ def test_all_processes_end_alike(tmp_path: Path, case: str, code: int, message: 
     assert [each[0] for each in said] == [0, 1] if case == "none" else all(message in each[0] for each in said)
 
 
-def corpus_plan(world: World, work: Path, changes: dict[str, Any]) -> plan.Plan:
+def corpus_plan(world: World, work: Path, changes: dict[str, Any]) -> run_spec.RunSpec:
     tables = toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained)
-    return plan.make(toy.parsed(tables, changes))
+    return run_spec.resolve_run(toy.parsed(tables, changes))
 
 
 def test_a_corpus_that_lost_a_file_is_refused(world: World, tmp_path: Path) -> None:
@@ -105,13 +105,13 @@ def test_a_corpus_that_lost_a_file_is_refused(world: World, tmp_path: Path) -> N
     lost.unlink()
     with pytest.raises(UserError, match=lost.name) as found:
         preflight.check(made, tmp_path / "run")
-    assert not isinstance(found.value, Unfit)
+    assert not isinstance(found.value, DeviceFault)
 
 
 def test_a_disk_without_room_for_the_checkpoints(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = corpus_plan(world, tmp_path, {"run.save_every": 1, "run.keep": 3})
     method = made.method(made.feed())
-    needed = 4 * costs.checkpoint_bytes(made, method) + 4 * count_parameters(method.student)
+    needed = 4 * cost_model.checkpoint_bytes(made, method) + 4 * count_parameters(method.student)
     usage = shutil.disk_usage(tmp_path)
 
     def free(size: int) -> None:

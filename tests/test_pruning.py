@@ -28,7 +28,7 @@ from lad_dist.models import loading
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.train import check, train
+from lad_dist.training.train import check, train
 
 LENGTHS = [5, 3, 9]
 LOGITS = OutputSpec(logits=True)
@@ -331,10 +331,10 @@ def test_the_optimizer_forgets_what_is_gone(
     stage: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the step at which weights go, their moments are 0, those of the rest are not; and they stay 0."""
-    from lad_dist import engine
+    from lad_dist.training import engine
 
     seen: list[tuple[Tensor, Tensor]] = []
-    forget = engine.forget
+    forget = engine.reset_optimizer_state
 
     def watched(made: Any, masks: Any) -> None:
         masks = list(masks)
@@ -342,7 +342,7 @@ def test_the_optimizer_forgets_what_is_gone(
         if masks and len(seen) < 1:
             seen.extend(_moments_of(made, *masks[0]) if len(_moments_of(made, *masks[0])) else [])
 
-    monkeypatch.setattr("lad_dist.train.engines.forget", watched)
+    monkeypatch.setattr("lad_dist.training.train.engines.forget", watched)
     surgeries = [{"name": "prune", "sparsity": 0.6, "begin": 0.5}]
     changes = {"run.steps": 4, "surgery": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
     train(toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained), changes))

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from lad_dist.config.errors import UserError
 from lad_dist.report import pareto, report
 from lad_dist.report.comparison import Comparison, compare
-from lad_dist.report.found import collect
-from lad_dist.report.variants import tails
+from lad_dist.report.grouping import distinct_suffixes
+from lad_dist.report.results import collect
 
 
 def grid(folder: Path) -> None:
@@ -372,7 +372,7 @@ def test_the_order_of_folders_changes_nothing(
 
 @given(paths=st.sets(st.text("ab/", min_size=1, max_size=6), min_size=1, max_size=6))
 def test_tails_tell_paths_apart(paths: set[str]) -> None:
-    ends = tails(paths)
+    ends = distinct_suffixes(paths)
     assert set(ends) == paths
     assert len(set(ends.values())) == len(paths)
     assert all(path.endswith(end) for path, end in ends.items())
@@ -511,7 +511,7 @@ def test_mistakes(tmp_path: Path) -> None:
 
 
 def test_real_runs(world: World, tmp_path: Path) -> None:
-    from lad_dist.train import train
+    from lad_dist.training.train import train
 
     for objective in ("kd", "lad"):
         tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained, objective={"name": objective})

@@ -23,15 +23,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT, environment, launch
 
-from lad_dist import train
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.config.load import load_config, parse_config
 from lad_dist.config.schema import SearchConfig, TaskConfig
 from lad_dist.distributed import processes
 from lad_dist.models import loading
 from lad_dist.models.loading import save_model
-from lad_dist.search import _train, search
-from lad_dist.trials import draw
+from lad_dist.search.grid import sample_trials
+from lad_dist.search.tune import _train, search
+from lad_dist.training import train
+from lad_dist.training.trainer import RunResult
 
 TUNE = ROOT / "launch" / "tune.py"
 GOOD, HOPELESS = 6e-3, 1e-9
@@ -131,7 +132,7 @@ def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, rat
             **more,
         }
         words = tables(folder, search={"samples": samples, "seed": seed})
-        return [trial.sample for trial in draw(parse_config(SearchConfig, {**words, "space": space}, "toy"))]
+        return [trial.sample for trial in sample_trials(parse_config(SearchConfig, {**words, "space": space}, "toy"))]
 
     samples = drawn(count)
     assert samples == drawn(count + 3)[:count]
@@ -145,7 +146,7 @@ def test_tables_and_dotted_keys_say_the_same(work: Path) -> None:
     (work / "search.toml").write_text(tomli_w.dumps(tables(work)))
     overrides = ["override.data.slots=2", "space.optim.lr={uniform=[0.25,0.5]}"]
     config = load_config(SearchConfig, work / "search.toml", overrides)
-    for trial in draw(config):
+    for trial in sample_trials(config):
         assert (trial.config.data.slots, trial.config.run.eval_every) == (2, 2)
         assert trial.config.data.examples_per_slot == 4
         assert 0.25 <= trial.config.optim.lr == trial.sample["optim.lr"] <= 0.5
@@ -160,7 +161,7 @@ def test_a_grid_is_every_combination_each_with_the_same_samples(work: Path) -> N
     config = parse_config(
         SearchConfig, tables(work, search={"samples": 2}, space=None, grid=grid) | {"space": space}, "toy"
     )
-    trials = {trial.config.run.name: trial for trial in draw(config)}
+    trials = {trial.config.run.name: trial for trial in sample_trials(config)}
     combinations = itertools.product(("lad", "pkd"), "01", ("other", "own"), "01")
     assert sorted(trials) == ["-".join(choices) for choices in combinations]
     assert list(trials)[:3] == ["pkd-0-own-0", "pkd-0-own-1", "lad-0-own-0"]  # the first axis turns fastest
@@ -211,7 +212,7 @@ def searched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Searched
     work = with_base(world, tmp_path_factory.mktemp("search"))
     space = {"student.depth": {"choice": [2, DEEPER_THAN_THE_MODEL]}}
     config = tables(work, search={"seed": SEED_SEARCHED}, space=space)
-    samples = [trial.sample for trial in draw(parse_config(SearchConfig, config, "toy"))]
+    samples = [trial.sample for trial in sample_trials(parse_config(SearchConfig, config, "toy"))]
     assert [row["optim.lr"] for row in samples[:3]] == [GOOD, GOOD, HOPELESS]
     assert [row["student.depth"] for row in samples] == [2, 2, 2, DEEPER_THAN_THE_MODEL]
     (work / "tune.toml").write_text(tomli_w.dumps(config))
@@ -339,10 +340,10 @@ def test_a_trial_that_was_asked_to_stop_is_no_result(work: Path, monkeypatch: py
     config = parse_config(SearchConfig, tables(work), "toy")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(train, "train", lambda config, report: train.Outcome(work, None))
+    monkeypatch.setattr(train, "train", lambda config, report: RunResult(work, None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(Fault, match="trial-0 was asked to stop"):
-        _train(config.search, draw(config)[0].config, "accuracy")
+        _train(config.search, sample_trials(config)[0].config, "accuracy")
     assert processes.device().type == "cpu"  # as it asked for no GPU
 
 

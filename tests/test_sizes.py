@@ -144,12 +144,12 @@ def test_components_of_each_family(family: str, words: Any) -> None:
 
 
 def test_narrower_and_shallower_students_count_less(world: World, tmp_path: Path) -> None:
-    from lad_dist import costs, plan
+    from lad_dist.training import cost_model, run_spec
 
     def student(**changes: Any) -> dict[str, float]:
         tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, objective={"name": "kd"})
-        made = plan.make(toy.parsed(tables, {f"student.{key}": value for key, value in changes.items()}))
-        model = costs.skeleton(made).student
+        made = run_spec.resolve_run(toy.parsed(tables, {f"student.{key}": value for key, value in changes.items()}))
+        model = cost_model.meta_distiller(made).student
         return {"parameters": count_parameters(model), **footprint.flops(model, toy.batch([16]))}
 
     whole, shallow, narrow = student(depth=4), student(depth=1), student(depth=4, width=16)

@@ -21,7 +21,7 @@ from lad_dist.config.schema import PrepareConfig, TaskConfig
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.models import loading
 from lad_dist.models.frozen import model_digest
-from lad_dist.train import train
+from lad_dist.training.train import train
 
 pytestmark = pytest.mark.slurm
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lad_dist import costs, plan
 from lad_dist.compression import compressed_module
 from lad_dist.compression.layers import keep_layers, set_dropout
 from lad_dist.compression.low_rank import low_rank
@@ -25,14 +24,15 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.core.step_state import StepState
-from lad_dist.method import Method
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.hf_config import architecture_config
 from lad_dist.models.loading import PreTrainedModel, new_model, save_model
 from lad_dist.objectives.base import uniform_layer_map
-from lad_dist.train import train
+from lad_dist.training import cost_model, run_spec
+from lad_dist.training.distiller import Distiller
+from lad_dist.training.train import train
 
 LENGTHS = [5, 3, 9]
 EVERYTHING = OutputSpec(logits=True, hidden=(0, 1, 2), qkv=(1, 2))
@@ -282,16 +282,16 @@ def test_it_trains_and_the_export_is_the_trained_student(
 ) -> None:
     """While the predecessor still runs: the export is what evaluation sees, of the student's size and names."""
     seen: dict[str, torch.Tensor] = {}
-    export = Method.export
+    export = Distiller.export
 
-    def watched(method: Method) -> PreTrainedModel:
+    def watched(method: Distiller) -> PreTrainedModel:
         with torch.no_grad():
             logits = traced(method.student.eval()).logits  # type: ignore[arg-type]
         assert logits is not None
         seen["logits"] = logits
         return export(method)
 
-    monkeypatch.setattr(Method, "export", watched)
+    monkeypatch.setattr(Distiller, "export", watched)
     rows: list[dict[str, Any]] = []
     words = tables(world, tmp_path, objective, start=0.3, end=1.0, frozen=objective == "task")
     outcome = train(toy.parsed(words, {"run.steps": 4}), rows.append)
@@ -335,7 +335,7 @@ def test_memory_and_checkpoints_are_as_foreseen(world: World, tmp_path: Path) ->
         stage = {"stage": 1, "reduce_bucket_size": 1000}
         changes = {"run.name": name, "run.steps": 2, "run.save_every": 1, "deepspeed.zero_optimization": stage}
         config = toy.parsed(words, changes)
-        foreseen = costs.of(plan.make(config), 1)
+        foreseen = cost_model.estimate(run_spec.resolve_run(config), 1)
         (checkpoint, *_) = sorted((train(config).folder / "checkpoints").glob("step-*"))
         found = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
         both.append((foreseen, found))
@@ -407,7 +407,7 @@ def test_a_mistake_is_one_line_before_any_weight_is_read(
     words["student"]["tokenizer"] = str(world.tokenizer)
     words["surgery"] = [operations[name] for name in filled.pop("surgery", ["theseus"])]
     with pytest.raises(UserError) as caught:
-        plan.make(toy.parsed(words, filled))
+        run_spec.resolve_run(toy.parsed(words, filled))
     assert message.format_map(places) in str(caught.value)
     assert "\n" not in str(caught.value)
 

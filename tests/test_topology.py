@@ -25,7 +25,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.evaluation import evaluate
 from lad_dist.evaluation.mask_analysis import RunMasks, group, overlap, read, report, shuffle_test, shuffled, sparsity
 from lad_dist.models import loading
-from lad_dist.train import train
+from lad_dist.training.train import train
 
 PRUNE: dict[str, Any] = {"name": "prune", "sparsity": 0.75, "end": 0.0}
 ADAPT = PRUNE | {"criterion": "adapting"}

@@ -25,15 +25,17 @@ from launching import ROOT, environment
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lad_dist import engine
 from lad_dist.checkpointing.store import CheckpointStore, read_metadata
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
-from lad_dist.method import Method
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.train import Averages, Outcome, train
+from lad_dist.training import engine
+from lad_dist.training.distiller import Distiller
+from lad_dist.training.metrics import MetricAccumulator
+from lad_dist.training.train import train
+from lad_dist.training.trainer import RunResult
 from lad_dist.utils import atomic_io
 
 DROPOUT = {"student.dropout": 0.1, "student.attention_dropout": 0.1}
@@ -48,7 +50,7 @@ def on_corpus(world: World, work: Path, changes: dict[str, Any] | None = None) -
     return toy.parsed(toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained), changes)
 
 
-def stopped_at(config: TrainConfig, step: int, rows: list[dict[str, Any]] | None = None) -> Outcome:
+def stopped_at(config: TrainConfig, step: int, rows: list[dict[str, Any]] | None = None) -> RunResult:
     """A run that is asked to stop while it reports `step`."""
 
     def report(row: dict[str, Any]) -> None:
@@ -83,7 +85,7 @@ def test_lad_learns(world: World, tmp_path: Path) -> None:
 
 def test_averages_of_many_half_precision_numbers() -> None:
     """In bf16 a sum of halves stands still at 128."""
-    averages, batch = Averages(), toy.batch([3])
+    averages, batch = MetricAccumulator(), toy.batch([3])
     for _ in range(600):
         averages.add(batch, {"gate/2": torch.tensor(0.5, dtype=torch.bfloat16)})
     assert averages.sums["gate/2"].item() == 300
@@ -94,13 +96,13 @@ def test_what_was_trained_is_let_go(stage: int, world: World, tmp_path: Path, mo
     """Or the memory of a process ends after some runs, or returns to a checkpoint."""
     built: list[weakref.ref[Any]] = []
 
-    def build(method: Method, config: TrainConfig) -> Any:
+    def build(method: Distiller, config: TrainConfig) -> Any:
         made = original(method, config)
         built.extend((weakref.ref(method), weakref.ref(made)))
         return made
 
-    original = engine.build
-    monkeypatch.setattr(engine, "build", build)
+    original = engine.build_engine
+    monkeypatch.setattr(engine, "build_engine", build)
     train(lad(world, tmp_path, {"run.steps": 2, "deepspeed.zero_optimization.stage": stage}))
     gc.collect()
     assert [held() for held in built] == [None, None]
@@ -113,13 +115,13 @@ def test_zero_takes_memory_for_the_gradients_that_there_are(
     """Its own default is 2 GB in fp32, however small the student."""
     found: list[tuple[int, int]] = []
 
-    def build(method: Method, config: TrainConfig) -> Any:
+    def build(method: Distiller, config: TrainConfig) -> Any:
         made = original(method, config)
         found.append((made.optimizer.reduce_bucket_size, sum(x.numel() for x in method.parameters())))
         return made
 
-    original = engine.build
-    monkeypatch.setattr(engine, "build", build)
+    original = engine.build_engine
+    monkeypatch.setattr(engine, "build_engine", build)
     zero = {"stage": 1} | ({} if given is None else {"reduce_bucket_size": given})
     train(lad(world, tmp_path, {"run.steps": 1, "deepspeed.zero_optimization": zero}))
     ((bucket, trained),) = found
@@ -267,15 +269,15 @@ def test_the_export_is_the_trained_model(
     """Weights bit for bit, logits through transformers' own forward; Parts are folded, nothing of the objective is in
     it, tokenizer and model card lie beside."""
     trained: dict[str, Any] = {}
-    export = Method.export
+    export = Distiller.export
 
-    def watched(method: Method) -> PreTrainedModel:
+    def watched(method: Distiller) -> PreTrainedModel:
         trained["before"] = dev_logits(method)
         student = export(method)
         trained["weights"] = {name: weight.clone() for name, weight in student.state_dict().items()}
         return student
 
-    def dev_logits(method: Method) -> torch.Tensor:
+    def dev_logits(method: Distiller) -> torch.Tensor:
         from lad_dist.core.collate import collate, span_starts
         from lad_dist.core.outputs import OutputSpec
 
@@ -292,7 +294,7 @@ def test_the_export_is_the_trained_model(
             seen = compute_outputs(method.student, collate(ids, segments, rows, rows), needs)
         return seen.hidden[2] if seen.logits is None else seen.logits
 
-    monkeypatch.setattr(Method, "export", watched)
+    monkeypatch.setattr(Distiller, "export", watched)
     changes: dict[str, Any] = {"run.steps": 3}
     embeddings = 0.5 if kind == "classification" else 1.0  # an MLM head reads them
     changes |= {"surgery": [{"name": "low_rank", "keep": 0.5, "embeddings": embeddings}]} if surgery else {}
@@ -498,6 +500,6 @@ def test_a_cpu_without_bf16_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("lad_dist.train._cpu_has_bf16", lambda: able)
+    monkeypatch.setattr("lad_dist.training.train._cpu_has_bf16", lambda: able)
     train(lad(world, tmp_path, {"run.steps": 1, **precision}))
     assert ("far faster with deepspeed.bf16.enabled=false" in capsys.readouterr().err) == said

@@ -11,7 +11,7 @@ from typing import Any
 from lad_dist.config.load import parse_config, read_toml
 from lad_dist.config.schema import train_schema
 from lad_dist.distributed import processes
-from lad_dist.train import train
+from lad_dist.training.train import train
 
 
 def main() -> None:

@@ -19,9 +19,11 @@ from lad_dist.compression import footprint
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
 from lad_dist.distributed import processes
-from lad_dist.engine import communication_seconds
 from lad_dist.runs.run_folder import Run
-from lad_dist.train import Averages, Loop, check, prepare
+from lad_dist.training.engine import communication_seconds
+from lad_dist.training.metrics import MetricAccumulator
+from lad_dist.training.train import check, prepare
+from lad_dist.training.trainer import Trainer
 
 WARM_UP = 3  # steps that are not counted
 
@@ -92,8 +94,8 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
     )
 
 
-def _time(loop: Loop, watch: Stopwatch, steps: int) -> tuple[float, float]:
-    averages = Averages()
+def _time(loop: Trainer, watch: Stopwatch, steps: int) -> tuple[float, float]:
+    averages = MetricAccumulator()
     with contextlib.closing(loop.batches(0)) as batches:
         for number in range(WARM_UP):
             loop.step(number, next(batches), averages)
@@ -107,14 +109,14 @@ def _time(loop: Loop, watch: Stopwatch, steps: int) -> tuple[float, float]:
         return time.perf_counter() - begin, communication_seconds()
 
 
-def _flops(loop: Loop, batches: Sequence[Batch]) -> int:
+def _flops(loop: Trainer, batches: Sequence[Batch]) -> int:
     student = 3 * sum(footprint.flops(loop.method.student, *batches).values())
     if loop.teacher is None or loop.answers is not None:
         return student
     return student + sum(footprint.flops(loop.teacher.model, *batches).values())
 
 
-def peak(loop: Loop) -> float:
+def peak(loop: Trainer) -> float:
     """FLOP/s of a large matrix product on this process's device, in the student's precision: best of five."""
     device = processes.device()
     size = 8192 if device.type == "cuda" else 1024

@@ -18,11 +18,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lad_dist.config.errors import UserError
-from lad_dist.report import pareto, plot
+from lad_dist.report import pareto
+from lad_dist.report import plots
 from lad_dist.report.comparison import Comparison, compare
-from lad_dist.report.found import collect
-from lad_dist.report.tables import table
-from lad_dist.report.text import markdown
+from lad_dist.report.results import collect
+from lad_dist.report.csv_table import table
+from lad_dist.report.markdown import markdown
 from lad_dist.utils.atomic_io import write_text
 
 
@@ -38,7 +39,7 @@ def report(folders: Sequence[str | Path], baseline: str | None = None, out: str 
 
 
 def _write(comparison: Comparison, text: str, out: Path) -> None:
-    pictures = {"report.png": plot.figure(comparison), "pareto.png": pareto.figure(comparison)}
+    pictures = {"report.png": plots.figure(comparison), "pareto.png": pareto.figure(comparison)}
     drawn = {name: _png(picture) for name, picture in pictures.items() if picture is not None}
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from lad_dist.config.errors import UserError
-from lad_dist.report.found import Found, TaskRun
-from lad_dist.report.variants import Variant, generic, grouped, tails, variants, words_of
+from lad_dist.report.grouping import Variant, distinct_suffixes, generic_settings, grouped, variants, words_of
+from lad_dist.report.results import LoadedRuns, TaskRun
 from lad_dist.utils.suggest import did_you_mean
 
 BASELINE = "kd"
@@ -124,10 +124,10 @@ def _test(differences: np.ndarray) -> Tested:
     return Tested(float(differences.mean()) if count else math.nan, count, p)
 
 
-def compare(found: Found, baseline: str | None = None) -> Comparison:
+def compare(found: LoadedRuns, baseline: str | None = None) -> Comparison:
     """Raises UserError for a baseline that no method is called, and for runs that measure one task differently."""
-    names = tails({run.task for run in found.runs})
-    runs = generic([replace(run, task=names[run.task]) for run in found.runs])
+    names = distinct_suffixes({run.task for run in found.runs})
+    runs = generic_settings([replace(run, task=names[run.task]) for run in found.runs])
     tasks = _main_metrics(runs)
     methods = variants(runs)
     rows = [_row(name, run, tasks[run.task]) for name, variant in methods.items() for run in variant.runs]

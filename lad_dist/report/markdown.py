@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from lad_dist.report.comparison import Comparison, Tested
-from lad_dist.report.found import TaskRun
-from lad_dist.report.variants import Variant, differing, grouped, text_of
+from lad_dist.report.grouping import Variant, differing, grouped, text_of
+from lad_dist.report.results import TaskRun
 
 PACE = ("device", "processes")
 NONE = "-"

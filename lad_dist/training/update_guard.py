@@ -30,18 +30,18 @@ from torch import Tensor
 from lad_dist.distributed import processes
 
 WINDOW = 128  # losses that a spike is measured against, as OLMo's SkipStepOptimizer
-FEWEST = WINDOW // 2  # before there are as many, nothing is a spike
-HOPELESS = 10  # times max_skips: a longer stretch of steps that are left out is no accident
+MIN_LOSSES = WINDOW // 2  # before there are as many, nothing is a spike
+MAX_FUTILE_ROLL_BACKS = 10  # times max_skips: a longer stretch of steps that are left out is no accident
 
 
-class Fate(enum.Enum):
+class UpdateAction(enum.Enum):
     PROCEED = "proceed"
     SKIPPED = "skipped"
     ROLL_BACK = "roll back"
     GIVE_UP = "give up"
 
 
-class Judge:
+class SkipPolicy:
     """Rules on what became of steps, in their order. `left_out`: the steps that the run leaves out, ascending;
     `back_to`: after ROLL_BACK, the step that the run goes back to: it takes the newest checkpoint that is not later, or
     the first one there is."""
@@ -59,23 +59,25 @@ class Judge:
 
     def spikes(self, loss: float) -> bool:
         """Whether a loss stands out above those of the last updates."""
-        if not self.wants_losses or len(self._losses) < FEWEST:
+        if not self.wants_losses or len(self._losses) < MIN_LOSSES:
             return False
         return loss > statistics.fmean(self._losses) + self._sigma * statistics.pstdev(self._losses)
 
-    def updated(self, loss: float | None = None) -> Fate:
+    def updated(self, loss: float | None = None) -> UpdateAction:
         self._skipped = []
         if loss is not None:
             self._losses.append(loss)
-        return Fate.PROCEED
+        return UpdateAction.PROCEED
 
-    def skipped(self, step: int) -> Fate:
+    def skipped(self, step: int) -> UpdateAction:
         self._skipped.append(step)
         if len(self._skipped) < self._max_skips:
-            return Fate.SKIPPED
+            return UpdateAction.SKIPPED
         first = self._leave_out(self._skipped)
         self._skipped, self.back_to = [], first
-        return Fate.GIVE_UP if step - first >= HOPELESS * self._max_skips else Fate.ROLL_BACK
+        return (
+            UpdateAction.GIVE_UP if step - first >= MAX_FUTILE_ROLL_BACKS * self._max_skips else UpdateAction.ROLL_BACK
+        )
 
     def _leave_out(self, steps: list[int]) -> int:
         """Leaves out the steps and as many before them; the first of the stretch that they end."""
@@ -98,10 +100,10 @@ class Judge:
         self._skipped = [step for step in state["skipped"] if step not in self.left_out]
 
 
-class Guard:
+class UpdateGuard:
     """Watches the updates of a DeepSpeed engine. `why`: of the last update that was skipped."""
 
-    def __init__(self, engine: Any, judge: Judge) -> None:
+    def __init__(self, engine: Any, judge: SkipPolicy) -> None:
         self.judge, self.why = judge, ""
         self._engine = engine
         self._losses: list[Tensor] = []  # of the step's micro-batches
@@ -114,7 +116,7 @@ class Guard:
         spikes = self.judge.wants_losses and self._engine.is_gradient_accumulation_boundary() and self._spikes()
         self._engine.backward(loss * (math.nan if spikes else 1 + (seen - seen)))  # 1, or NaN where it is not finite
 
-    def verdict(self, step: int) -> Fate:
+    def verdict(self, step: int) -> UpdateAction:
         """What becomes of the run after the last micro-batch of a step."""
         applied = self._engine.was_step_applied()
         mean = self._mean_loss() if self.judge.wants_losses or not applied else None
@@ -123,7 +125,7 @@ class Guard:
         if mean is None or applied:
             return self.judge.updated(mean)
         if self._engine.fp16_enabled() and self._engine.dynamic_loss_scale() and math.isfinite(mean) and not stands_out:
-            return Fate.PROCEED  # DeepSpeed's loss scale was too high: it has lowered it
+            return UpdateAction.PROCEED  # DeepSpeed's loss scale was too high: it has lowered it
         what = "" if stands_out or not math.isfinite(mean) else "; a gradient is not finite"
         self.why = f"loss {mean:.6g}{what}"
         return self.judge.skipped(step)

@@ -3,8 +3,8 @@
 import pandas as pd
 
 from lad_dist.report.comparison import Comparison
-from lad_dist.report.found import TaskRun
-from lad_dist.report.variants import differing
+from lad_dist.report.grouping import differing
+from lad_dist.report.results import TaskRun
 
 
 def table(comparison: Comparison) -> pd.DataFrame:

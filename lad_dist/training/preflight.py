@@ -20,12 +20,12 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from lad_dist import costs, plan
 from lad_dist.compression import footprint
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.data.shards.reader import SPLITS, Shards
 from lad_dist.distributed import processes
+from lad_dist.training import cost_model, run_spec
 
 NUMBERS = 1 << 17  # of the all-reduce: 1 MiB
 BOUND = timedelta(seconds=120)  # for it: the first one also connects everybody with everybody
@@ -33,7 +33,7 @@ BOUND = timedelta(seconds=120)  # for it: the first one also connects everybody 
 Result = TypeVar("Result")
 
 
-class Unfit(Fault):
+class DeviceFault(Fault):
     """Of this set of machines."""
 
     code = EXIT_RUN_AGAIN
@@ -47,15 +47,15 @@ class Device(NamedTuple):
     gpus: int
 
 
-def check(made: plan.Plan, folder: Path) -> None:
+def check(made: run_spec.RunSpec, folder: Path) -> None:
     """Raises UserError or Unfit, the same on all processes. `folder` is the run's."""
     check_devices(processes.all_gather(_mine()))
-    together(_sum)
-    together(lambda: _see_data(made))
+    check_devices_together(_sum)
+    check_devices_together(lambda: _see_data(made))
     processes.on_main(lambda: _check_room(made, folder))
 
 
-def together(work: Callable[[], Result]) -> Result:
+def check_devices_together(work: Callable[[], Result]) -> Result:
     """What `work` returns on this process. Raises UserError: its own where it failed on all, Unfit where on some."""
     error: UserError | None = None
     try:
@@ -69,7 +69,7 @@ def together(work: Callable[[], Result]) -> Result:
     if error is not None and len(failed) == len(faults):
         raise error
     others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
-    raise Unfit(f"process {failed[0]} {faults[failed[0]]}{others}; the other processes had no such trouble")
+    raise DeviceFault(f"process {failed[0]} {faults[failed[0]]}{others}; the other processes had no such trouble")
 
 
 def _mine() -> Device:
@@ -84,7 +84,7 @@ def check_devices(devices: list[Device]) -> None:
     usual, _ = Counter(device.name for device in devices).most_common(1)[0]
     for rank, device in enumerate(devices):
         if device.name != usual:
-            raise Unfit(f"process {rank} on {device.host} has {device.name}, most processes have {usual}")
+            raise DeviceFault(f"process {rank} on {device.host} has {device.name}, most processes have {usual}")
     for rank, device in enumerate(devices):
         here = sum(other.host == device.host for other in devices)
         if device.gpus and here > device.gpus:
@@ -104,23 +104,23 @@ def _sum() -> None:
     try:
         dist.all_reduce(total, async_op=True).wait(BOUND)
     except RuntimeError as error:
-        raise Unfit(f"an all-reduce among {world} processes failed ({str(error).splitlines()[0]})") from None
+        raise DeviceFault(f"an all-reduce among {world} processes failed ({str(error).splitlines()[0]})") from None
     if not torch.equal(total, world * places + world * (world - 1) // 2):
-        raise Unfit(f"an all-reduce among {world} processes gave a wrong sum")
+        raise DeviceFault(f"an all-reduce among {world} processes gave a wrong sum")
 
 
-def _see_data(made: plan.Plan) -> None:
+def _see_data(made: run_spec.RunSpec) -> None:
     """Every file of the corpus is there, as long as the manifest says. Raises UserError."""
     if isinstance(made.config.data, CorpusDataConfig):
         for split in SPLITS:
             Shards(made.config.data.shards, split)
 
 
-def _check_room(made: plan.Plan, folder: Path) -> None:
+def _check_room(made: run_spec.RunSpec, folder: Path) -> None:
     """Raises UserError where the disk lacks room for the checkpoints that the run keeps, the next, and the export."""
     words = made.config.run
-    method = costs.skeleton(made)
-    each, export = costs.checkpoint_bytes(made, method), 4 * footprint.exported(method.student)
+    method = cost_model.meta_distiller(made)
+    each, export = cost_model.checkpoint_bytes(made, method), 4 * footprint.exported(method.student)
     there = len([path for path in (folder / "checkpoints").glob("step-*") if not path.suffix])
     missing = max(1, words.keep + 1 - there) if words.save_every else 1
     needed = missing * each + export

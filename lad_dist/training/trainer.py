@@ -1,14 +1,6 @@
-"""train(config, report): the only loop. Scripts, search trials and tests all call it; they differ in `report` alone.
-
-It knows steps, an engine, batches and `report`; it knows no method, no task and no launcher.
-
-A step is `data.slots` micro-batches, shared out over the processes. What is in a slot, its masks and its dropout are
-functions of (seed, step, slot), so the number of processes changes who computes a slot and nothing else, and resuming
-needs one integer.
-"""
+"""None"""
 
 import contextlib
-import gc
 import shlex
 import sys
 import time
@@ -21,10 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lad_dist import engine as engines
-from lad_dist import optim, plan, preflight
-from lad_dist.anomalies import Fate, Guard, Judge
-from lad_dist.answers import Answers, bytes_of, worth_keeping
 from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import AsyncCheckpointer, Files, SaveFailed
 from lad_dist.checkpointing.store import read_metadata
@@ -42,12 +30,17 @@ from lad_dist.distributed import processes
 from lad_dist.distributed.replica_check import divergent_ranks
 from lad_dist.distributed.watchdog import Watchdog
 from lad_dist.evaluation import evaluate
-from lad_dist.method import Method
 from lad_dist.models.dims import uses_segments
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.loading import PreTrainedModel, save_model
 from lad_dist.runs.run_folder import Run
+from lad_dist.training import engine as engines
+from lad_dist.training import optimization, run_spec
+from lad_dist.training.distiller import Distiller
+from lad_dist.training.metrics import MetricAccumulator
+from lad_dist.training.teacher_cache import TeacherCache
+from lad_dist.training.update_guard import UpdateAction, UpdateGuard
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -64,7 +57,7 @@ def untimed(phase: str) -> contextlib.AbstractContextManager[Any]:
 
 
 @dataclass
-class Outcome:
+class RunResult:
     """`results` is what results.json holds, None for a run that was stopped early."""
 
     folder: Path
@@ -72,133 +65,16 @@ class Outcome:
 
 
 @dataclass
-class Averages:
-    """Sums on the device of what micro-batches reported since the last row: nothing waits for the device until a row
-    is due."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
-    tokens: int = 0
-    since: float = field(default_factory=time.perf_counter)
-
-    def add(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.to(torch.float32, copy=True)
-        self.count += 1
-        self.tokens += batch.tokens
-
-    def row(self) -> dict[str, float]:
-        """Means over micro-batches and processes, tokens per second of all processes; starts anew."""
-        values = {name: value / self.count for name, value in self.sums.items()}
-        device = next(iter(values.values())).device
-        means = processes.means(values | {"tokens": torch.tensor(float(self.tokens), device=device)})
-        means["tokens_per_second"] = means.pop("tokens") * processes.world_size() / (time.perf_counter() - self.since)
-        self.__init__()  # type: ignore[misc]
-        return means
-
-
-def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) -> Outcome:
-    """Trains, evaluates and exports what the config describes, resuming a partial run; a complete one is returned as
-    it is. `report` gets every row on every process; `clock(phase)` is entered around the phases of a step. Raises
-    UserError before anything is taken where that is possible."""
-    config = plan.resolve(config)
-    run = Run(config)
-    if run.results is not None:
-        return Outcome(run.folder, run.results)
-    made = check(config)
-    processes.start()
-    processes.catch_signals()
-    with run.life(), Watchdog(run.folder / "stacks", config.run.hang_seconds) as watch:
-        ended = processes.on_main(lambda: run.results)  # by a life that was waited for
-        if ended is not None:
-            return Outcome(run.folder, ended)
-        processes.on_main(run.checkpoints.tidy)
-        preflight.check(made, run.folder)
-        while (outcome := _attempt(made, run, report, clock, watch)) is None:
-            gc.collect()  # what it trained makes room for the next
-        return outcome
-
-
-def check(config: TrainConfig) -> plan.Plan:
-    """All that can be known to be wrong before anything is taken. Raises UserError."""
-    made = plan.make(config)
-    engines.check(config.deepspeed)
-    return made
-
-
-def _attempt(made: plan.Plan, run: Run, report: Report, clock: Clock, watch: Watchdog) -> Outcome | None:
-    """None when the run has to go back to an earlier checkpoint."""
-    with watch.paused():
-        loop = prepare(made, run, report, clock, watch)
-    outcome = loop.run_to_end()
-    engines.release(loop.engine)
-    return outcome
-
-
-def prepare(
-    made: plan.Plan, run: Run, report: Report = silent, clock: Clock = untimed, watch: Watchdog | None = None
-) -> "Loop":
-    """Everything up to the first step: processes, data, teacher, student, engine."""
-    config = made.config
-    device = processes.start()
-    _warn_of_slow_precision(made, device)
-    feed = made.feed()
-    teacher = made.teacher(device)
-    method = made.method(feed).to(device)
-    steps = config.run.steps or max(1, round((config.run.epochs or 0) * feed.steps_per_epoch))
-    teacher_feed = made.teacher_feed(feed)
-    answers = _answers(made, run, teacher_feed, teacher, method.objective.teacher_needs, steps)
-    engine = engines.build(method, config)
-    guard = Guard(engine, Judge(config.run.max_skips, config.run.spike_sigma, run.left_out()))
-    watch = watch or Watchdog(run.folder / "stacks")
-    return Loop(made, run, engine, guard, method, feed, teacher, teacher_feed, answers, steps, report, clock, watch)
-
-
-def _warn_of_slow_precision(made: plan.Plan, device: torch.device) -> None:
-    """A CPU that multiplies no bf16 does so number by number, some forty times as slowly as in fp32."""
-    half = made.precision == "bfloat16"
-    if half and device.type == "cpu" and processes.is_main() and not _cpu_has_bf16():
-        print("this CPU has no bf16 arithmetic and is far faster with deepspeed.bf16.enabled=false", file=sys.stderr)
-
-
-def _cpu_has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _answers(
-    made: plan.Plan, run: Run, feed: Any, teacher: FrozenModel | None, needs: OutputSpec, steps: int
-) -> Answers | None:
-    """The teacher's, where they are worth keeping."""
-    words = made.config.teacher
-    if words is None or teacher is None or not isinstance(feed, TaskDataset):
-        return None
-    assert made.teacher_shape is not None
-    if not worth_keeping(words, steps, feed.steps_per_epoch):
-        return None
-    size = bytes_of(needs, made.teacher_shape, feed.train, teacher.model.dtype)
-    if size > words.cache_gb * 1e9:
-        if processes.is_main():
-            print(f"{run.folder}: the teacher is asked anew at each step; {_too_large(size)}", file=sys.stderr)
-        return None
-    folder = run.answers if words.cache is None else Path(words.cache)
-    return Answers(folder, teacher, teacher.identity, feed.train, needs, processes.device(), size)
-
-
-def _too_large(size: int) -> str:
-    return f"its answers would take {size / 1e9:.1f} GB, more than teacher.cache_gb allows"
-
-
-@dataclass
-class Loop:
-    made: plan.Plan
+class Trainer:
+    made: run_spec.RunSpec
     run: Run
     engine: Any
-    guard: Guard
-    method: Method
+    guard: UpdateGuard
+    method: Distiller
     feed: Any
     teacher: FrozenModel | None
     teacher_feed: Any
-    answers: Answers | None
+    answers: TeacherCache | None
     steps: int
     report: Report
     clock: Clock
@@ -211,19 +87,19 @@ class Loop:
     def config(self) -> TrainConfig:
         return self.made.config
 
-    def run_to_end(self) -> Outcome | None:
+    def run_to_end(self) -> RunResult | None:
         """None when the run has to go back to an earlier checkpoint, which is then the newest one."""
         with self.watch.paused():
             first = self._resume()
         self.run.begin(first)
         if first == 0 and self.method.found:
             self._report({"step": 0, **self.method.found})
-        averages = Averages()
+        averages = MetricAccumulator()
         with contextlib.closing(self.batches(first)) as batches:
             for step in self._steps(first):
                 self.step(step, next(batches), averages)
                 fate = self._judge(step)
-                if fate is Fate.ROLL_BACK:
+                if fate is UpdateAction.ROLL_BACK:
                     return None
                 done = step + 1
                 if done % self.config.run.log_every == 0 or done == self.steps:
@@ -234,7 +110,7 @@ class Loop:
                     with self.watch.paused():
                         self._report({"step": done, **_prefixed("dev", self._evaluate())})
                 if self._stops(done):
-                    return Outcome(self.run.folder, None)
+                    return RunResult(self.run.folder, None)
         self.saver.wait(self.steps)
         with self.watch.paused():
             return self._finish()
@@ -243,18 +119,18 @@ class Loop:
         left_out = set(self.guard.judge.left_out)
         return [step for step in range(first, self.steps) if step not in left_out]
 
-    def _judge(self, step: int) -> Fate:
+    def _judge(self, step: int) -> UpdateAction:
         """What became of the update, told where it is not what was asked for. Raises Fault."""
         fate = self.guard.verdict(step)
-        if fate is Fate.PROCEED:
+        if fate is UpdateAction.PROCEED:
             return fate
         judge = self.guard.judge
         slots = range(self.feed.slots)
         row = {"step": step, "why": self.guard.why, "samples": [self.feed.samples(step, slot) for slot in slots]}
         self.run.skipped(row, judge.left_out)
-        if fate is Fate.GIVE_UP:
+        if fate is UpdateAction.GIVE_UP:
             raise Fault(f"{self.run.folder}: update after update was skipped up to step {step} ({self.guard.why})")
-        if fate is Fate.ROLL_BACK:
+        if fate is UpdateAction.ROLL_BACK:
             self.saver.go_back(step, judge.back_to)
             self.run.go_back(judge.back_to)
         return fate
@@ -276,7 +152,7 @@ class Loop:
 
     def _check_agreement(self, done: int) -> None:
         """Raises Fault where processes hold other weights than the rest."""
-        if not _alike(self.config):
+        if not _has_replicas(self.config):
             return
         wrong = divergent_ranks(self.method.parameters())
         if wrong:
@@ -286,14 +162,14 @@ class Loop:
                 "device or its memory may be broken; the newest checkpoint is from before"
             )
 
-    def step(self, step: int, batches: list[Batch], averages: Averages) -> None:
+    def step(self, step: int, batches: list[Batch], averages: MetricAccumulator) -> None:
         """One optimizer step over this process's micro-batches."""
-        share = optim.factor(step, self.steps, self.config.optim)
-        optim.set_learning_rate(self.engine.optimizer.param_groups, share)
+        share = optimization.learning_rate_factor(step, self.steps, self.config.optim)
+        optimization.set_learning_rate(self.engine.optimizer.param_groups, share)
         device = processes.device()
         self.engine.train()
         self.method.at(StepState(step, self.steps, self.config.run.seed))
-        engines.forget(self.engine, self.method.pruned())
+        engines.reset_optimizer_state(self.engine, self.method.pruned())
         for index, batch in enumerate(batches):
             slot = processes.rank() + index * processes.world_size()
             self.watch.mark(step, "forward", index)
@@ -415,12 +291,12 @@ class Loop:
         tokens = torch.tensor(float(self.tokens), device=processes.device())
         return processes.means({"": tokens})[""] * processes.world_size() / (time.perf_counter() - self.began)
 
-    def _finish(self) -> Outcome:
+    def _finish(self) -> RunResult:
         trained, pace = self._elapsed(), self._tokens_per_second()
         found = self._compare()
         metrics = found["student"]
         self._report({"step": self.steps, **_prefixed("dev", metrics)})
-        with engines.whole(self.method, self.config.zero_stage):
+        with engines.gathered_parameters(self.method, self.config.zero_stage):
             size = self._size(self.method.student)  # before its Parts are folded
             packed = compact.pack(self.method.student) if processes.is_main() else None
             student = self.method.export()
@@ -446,7 +322,7 @@ class Loop:
                 save_beside_model(self.made.tokenizer, self.run.export, uses_segments(student.config))
         results["student"] |= processes.on_main(lambda: footprint.table_on_disk(self.run.export))
         self.run.finish(results)
-        return Outcome(self.run.folder, results)
+        return RunResult(self.run.folder, results)
 
     def _compare(self) -> dict[str, dict[str, float]]:
         self.engine.eval()
@@ -459,7 +335,7 @@ class Loop:
         return footprint.footprint(model, self.feed.batch(0, 0))
 
 
-def _alike(config: TrainConfig) -> bool:
+def _has_replicas(config: TrainConfig) -> bool:
     """Whether several processes hold the same weights."""
     return processes.world_size() > 1 and config.zero_stage < 3
 

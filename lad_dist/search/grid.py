@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lad_dist import plan
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import apply_overrides, lookup, parse_config, read_toml
 from lad_dist.config.schema import SearchConfig, TaskConfig
+from lad_dist.training import run_spec
 
 Choices = tuple[tuple[str, str], ...]
 
@@ -32,10 +32,10 @@ class Trial:
     config: TaskConfig
 
 
-def draw(config: SearchConfig) -> list[Trial]:
+def sample_trials(config: SearchConfig) -> list[Trial]:
     """The trials, each with the config of its run. Raises UserError for what does not fit the schema of a run."""
     words = config.search
-    space = {key: _distribution(key, name, values) for key, name, values in _laws(config.space)}
+    space = {key: _distribution(key, name, values) for key, name, values in _distributions(config.space)}
     width = len(str(words.samples - 1))
     trials = []
     for choices in _combinations(config.grid):
@@ -49,7 +49,7 @@ def draw(config: SearchConfig) -> list[Trial]:
     return trials
 
 
-def bases(config: SearchConfig) -> list[str]:
+def base_configs(config: SearchConfig) -> list[str]:
     """The configs that trials start from."""
     changes = [change for choices in config.grid.values() for change in choices.values()]
     return sorted({config.search.base, *(change["base"] for change in changes if "base" in change)})
@@ -84,7 +84,7 @@ def dotted(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, value
 
 
-def _laws(space: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _distributions(space: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Key, distribution and its values; of a key given twice, as by the command line, the last."""
     for path, values in dotted(space):
         key, _, name = path.rpartition(".")
@@ -123,5 +123,5 @@ def _run(config: SearchConfig, tables: Mapping[str, Any], name: str, base: str) 
     if "teacher" in tables and "cache" not in tables["teacher"]:
         place["teacher.cache"] = str(folder / "answers")
     run = parse_config(TaskConfig, apply_overrides(tables, place.items()), where=base)
-    plan.resolve(run)
+    run_spec.resolve_options(run)
     return run

@@ -28,24 +28,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from lad_dist import optim, plan
-from lad_dist.answers import bytes_of, worth_keeping
 from lad_dist.compression import footprint
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.data.datasets import CorpusDataset, TaskDataset
 from lad_dist.data.shards.reader import SPLITS, read_manifest
-from lad_dist.method import Method
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import PreTrainedModel, new_model
+from lad_dist.training import optimization, run_spec
+from lad_dist.training.distiller import Distiller
+from lad_dist.training.teacher_cache import cache_bytes, worth_caching
 
 SAMPLE = 8  # micro-batches that stand for all
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuSpec:
     """`flops`: dense matrix products per second in bf16, V100 in fp16; `single`: in fp32 as PyTorch runs it by default,
     without TF32; `memory`: bytes."""
 
@@ -60,13 +60,13 @@ class Gpu:
 
 
 GPUS = {
-    "h200": Gpu(989e12, 67e12, 141e9),  # NVIDIA H200 data sheet, SXM
-    "h100": Gpu(989e12, 67e12, 80e9),  # NVIDIA H100 data sheet, SXM
-    "a100-80": Gpu(312e12, 19.5e12, 80e9),  # NVIDIA A100 data sheet
-    "a100-40": Gpu(312e12, 19.5e12, 40e9),  # the same
-    "l40s": Gpu(362e12, 91.6e12, 48e9),  # NVIDIA L40S data sheet
-    "v100": Gpu(125e12, 15.7e12, 32e9),  # NVIDIA V100 data sheet, SXM2; it has no bf16, only fp16
-    "cpu": Gpu(1e12, 0.1e12, 16e9),  # no data sheet: a core or two; launch/benchmark.py step measures it
+    "h200": GpuSpec(989e12, 67e12, 141e9),  # NVIDIA H200 data sheet, SXM
+    "h100": GpuSpec(989e12, 67e12, 80e9),  # NVIDIA H100 data sheet, SXM
+    "a100-80": GpuSpec(312e12, 19.5e12, 80e9),  # NVIDIA A100 data sheet
+    "a100-40": GpuSpec(312e12, 19.5e12, 40e9),  # the same
+    "l40s": GpuSpec(362e12, 91.6e12, 48e9),  # NVIDIA L40S data sheet
+    "v100": GpuSpec(125e12, 15.7e12, 32e9),  # NVIDIA V100 data sheet, SXM2; it has no bf16, only fp16
+    "cpu": GpuSpec(1e12, 0.1e12, 16e9),  # no data sheet: a core or two; launch/benchmark.py step measures it
 }
 
 
@@ -87,7 +87,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Costs:
+class CostEstimate:
     """Of a run. FLOPs are per real token; `teacher_share` of the steps ask the teacher, where its answers are kept."""
 
     student: int  # weights of the export
@@ -111,9 +111,9 @@ class Costs:
         return self.steps * self.tokens * (self.student_flops + self.teacher_share * self.teacher_flops)
 
 
-def of(made: plan.Plan, world: int) -> Costs:
+def estimate(made: run_spec.RunSpec, world: int) -> CostEstimate:
     """What the run of this plan costs on `world` processes. Reads its data's first micro-batches."""
-    method, teacher = skeleton(made), _teacher(made)
+    method, teacher = meta_distiller(made), _teacher(made)
     feed = made.feed()
     taught = made.teacher_feed(feed)
     places = [divmod(number, feed.slots) for number in range(SAMPLE)]
@@ -123,7 +123,7 @@ def of(made: plan.Plan, world: int) -> Costs:
     answers = _answers(made, method, feed, taught, steps)
     its = 0 if teacher is None else _flops(teacher, [taught.batch(*place) for place in places])
     student = footprint.exported(method.student)
-    return Costs(
+    return CostEstimate(
         student=student,
         objective=count_parameters(method.objective),
         teacher=0 if teacher is None else count_parameters(teacher),
@@ -145,20 +145,20 @@ def _flops(model: PreTrainedModel, batches: Sequence[Batch]) -> int:
     return sum(footprint.flops(model, *batches).values())
 
 
-def skeleton(made: plan.Plan) -> Method:
+def meta_distiller(made: run_spec.RunSpec) -> Distiller:
     """What the engine will hold, on the meta device."""
     with torch.device("meta"):
-        return Method(made.skeleton(), made.objective())
+        return Distiller(made.skeleton(), made.objective())
 
 
-def _teacher(made: plan.Plan) -> PreTrainedModel | None:
+def _teacher(made: run_spec.RunSpec) -> PreTrainedModel | None:
     if made.config.teacher is None:
         return None
     with torch.device("meta"):
         return new_model(load_hf_config(made.config.teacher.path), made.teacher_head, made.labels)
 
 
-def checkpoint_bytes(made: plan.Plan, method: Method) -> int:
+def checkpoint_bytes(made: run_spec.RunSpec, method: Distiller) -> int:
     """Of one checkpoint, all processes' files together."""
     stage, size, (trained, frozen) = made.config.zero_stage, BYTES[made.precision], _weights(method)
     if stage == 3:
@@ -168,17 +168,17 @@ def checkpoint_bytes(made: plan.Plan, method: Method) -> int:
     return (size + 12) * trained + size * frozen
 
 
-def _weights(method: Method) -> tuple[int, int]:
+def _weights(method: Distiller) -> tuple[int, int]:
     """How many train, and how many do not."""
     trained = sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
     return trained, count_parameters(method) - trained
 
 
-def _memory(made: plan.Plan, method: Method, teacher: nn.Module | None, batch: Batch, world: int) -> Memory:
+def _memory(made: run_spec.RunSpec, method: Distiller, teacher: nn.Module | None, batch: Batch, world: int) -> Memory:
     size, (trained, frozen) = BYTES[made.precision], _weights(method)
     stage, zero = made.config.zero_stage, made.config.deepspeed.get("zero_optimization", {})
     optimizer = 12 * trained // world if stage else (8 if size == 4 else 12) * trained
-    bucket = optim.bucket(zero, trained) * size if stage else 0
+    bucket = optimization.bucket_size(zero, trained) * size if stage else 0
     return Memory(
         weights=size * (trained + frozen) // (world if stage == 3 else 1),
         gradients=size * trained // (world if stage >= 2 else 1),
@@ -189,7 +189,7 @@ def _memory(made: plan.Plan, method: Method, teacher: nn.Module | None, batch: B
     )
 
 
-def _activations(made: plan.Plan, config: Any, batch: Batch, size: int) -> int:
+def _activations(made: run_spec.RunSpec, config: Any, batch: Batch, size: int) -> int:
     """What a micro-batch's forward keeps for its backward: Korthikanti et al., 2022, section 4.1, for tokens without
     padding. Fused attention keeps no scores; with attention dropout they count, as where its products are explicit."""
     width, heads = config.hidden_size, config.num_attention_heads
@@ -203,7 +203,7 @@ def _activations(made: plan.Plan, config: Any, batch: Batch, size: int) -> int:
     return config.num_hidden_layers * layer + batch.filled * 4 * width * size + logits
 
 
-def _teacher_bytes(made: plan.Plan, method: Method, teacher: nn.Module | None, batch: Batch) -> int:
+def _teacher_bytes(made: run_spec.RunSpec, method: Distiller, teacher: nn.Module | None, batch: Batch) -> int:
     """Its weights, and what it says of a micro-batch."""
     if teacher is None:
         return 0
@@ -216,19 +216,23 @@ def _teacher_bytes(made: plan.Plan, method: Method, teacher: nn.Module | None, b
 
 
 def _answers(
-    made: plan.Plan, method: Method, feed: CorpusDataset | TaskDataset, taught: CorpusDataset | TaskDataset, steps: int
+    made: run_spec.RunSpec,
+    method: Distiller,
+    feed: CorpusDataset | TaskDataset,
+    taught: CorpusDataset | TaskDataset,
+    steps: int,
 ) -> int:
     """Bytes of the teacher's answers on disk, 0 where it is asked at each step."""
     words = made.config.teacher
-    if words is None or not isinstance(taught, TaskDataset) or not worth_keeping(words, steps, feed.steps_per_epoch):
+    if words is None or not isinstance(taught, TaskDataset) or not worth_caching(words, steps, feed.steps_per_epoch):
         return 0
     assert made.teacher_shape is not None
     dtype = getattr(torch, words.dtype or made.precision)
-    size = bytes_of(method.objective.teacher_needs, made.teacher_shape, taught.train, dtype)
+    size = cache_bytes(method.objective.teacher_needs, made.teacher_shape, taught.train, dtype)
     return size if size <= words.cache_gb * 1e9 else 0
 
 
-def _corpus_bytes(made: plan.Plan) -> int:
+def _corpus_bytes(made: run_spec.RunSpec) -> int:
     if not isinstance(made.config.data, CorpusDataConfig):
         return 0
     manifest = read_manifest(Path(made.config.data.shards))

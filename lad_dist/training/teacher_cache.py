@@ -44,7 +44,7 @@ FORMAT = 1
 BLOCK = 256  # examples of a file
 BATCH = 32  # examples that the teacher is asked about at once
 
-Ask = Callable[[Batch, OutputSpec], ModelOutputs]
+AskTeacher = Callable[[Batch, OutputSpec], ModelOutputs]
 
 
 class Examples(Protocol):
@@ -65,7 +65,7 @@ class Examples(Protocol):
     def batch(self, numbers: np.ndarray) -> Batch: ...
 
 
-class Kept(NamedTuple):
+class _CachedColumn(NamedTuple):
     """A field of a block. `starts` are plain numbers: they are looked up one by one."""
 
     values: Tensor
@@ -90,24 +90,24 @@ def _trace(found: Mapping[str, Tensor], needs: OutputSpec) -> ModelOutputs:
     return ModelOutputs(found.get("logits"), {layer: found[f"hidden-{layer}"] for layer in needs.hidden}, qkv)  # type: ignore[arg-type]
 
 
-def bytes_of(needs: OutputSpec, teacher: ModelDims, examples: Examples, dtype: torch.dtype) -> int:
+def cache_bytes(needs: OutputSpec, teacher: ModelDims, examples: Examples, dtype: torch.dtype) -> int:
     """What the answers take on disk."""
     states = examples.tokens * teacher.width * (len(needs.hidden) + 3 * len(needs.qkv))
     return (states + len(examples.labels) * teacher.outputs * needs.logits) * dtype.itemsize
 
 
-def worth_keeping(words: TeacherConfig, steps: int, steps_per_epoch: float) -> bool:
+def worth_caching(words: TeacherConfig, steps: int, steps_per_epoch: float) -> bool:
     """Whether examples are read more than once, or other runs read them too."""
     return words.cache is not None or steps > steps_per_epoch
 
 
-class Answers:
+class TeacherCache:
     """numbers int [B] of examples -> Trace of them, end to end, on the device."""
 
     def __init__(
         self,
         folder: Path,
-        ask: Ask,
+        ask: AskTeacher,
         about: Mapping[str, Any],
         examples: Examples,
         needs: OutputSpec,
@@ -118,7 +118,7 @@ class Answers:
         yet. Raises UserError when the folder cannot hold it, or not all processes see it."""
         self._ask, self._examples, self._needs, self._device = ask, examples, needs, device
         self._fields = fields(needs)
-        self._kept: dict[tuple[str, int], Kept] = {}
+        self._kept: dict[tuple[str, int], _CachedColumn] = {}
         about = {
             "format": FORMAT,
             **about,
@@ -199,12 +199,12 @@ class Answers:
         finally:
             draft.unlink(missing_ok=True)
 
-    def _whole(self, name: str, block: int) -> Kept:
+    def _whole(self, name: str, block: int) -> _CachedColumn:
         file = self._file(name, block)
         for attempt in range(2):
             try:
                 tensors = load_file(file)  # mapped, not read
-                return Kept(tensors["values"], tensors["starts"].tolist())
+                return _CachedColumn(tensors["values"], tensors["starts"].tolist())
             except (SafetensorError, KeyError) as error:
                 if attempt:
                     raise UserError(f"{file}: cannot be read ({error}); remove it") from None

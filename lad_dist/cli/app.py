@@ -18,14 +18,10 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
 
 from lad_dist.config.describe import describe_keys, type_name
 from lad_dist.config.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, Fault, UserError
@@ -35,22 +31,22 @@ from lad_dist.distributed import processes
 from lad_dist.distributed.environment import check_environment
 
 # Of the file system: nothing is wrong with the program where these are met.
-REFUSALS = frozenset(
+FILE_SYSTEM_ERRORS = frozenset(
     getattr(errno, name) for name in "EACCES EDQUOT EEXIST EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()
 )
-LONGEST = 280  # characters of a complaint
-PATIENCE = 10  # seconds for another process of the host to complain
-LAUNCHERS_OWN = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # the environment says the same
+MAX_LINE = 280  # characters of a complaint
+COMPLAINT_SECONDS = 10  # seconds for another process of the host to complain
+LAUNCHER_ARGUMENTS = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # the environment says the same
 
-Named = Mapping[str, Mapping[str, Callable[..., Any]]]
+NamedChoices = Mapping[str, Mapping[str, Callable[..., Any]]]
 
 
-def run(
-    doc: str, schema: type[ConfigTable], function: Callable[[Any], int | None], named: Callable[[], Named] = dict
+def run_script(
+    doc: str, schema: type[ConfigTable], function: Callable[[Any], int | None], named: Callable[[], NamedChoices] = dict
 ) -> None:
     """Calls function(config) for the command line's config. `named()` are, for --help, the choices behind each `name`
     key."""
-    words = [word for word in sys.argv[1:] if not LAUNCHERS_OWN.fullmatch(word)]
+    words = [word for word in sys.argv[1:] if not LAUNCHER_ARGUMENTS.fullmatch(word)]
     if not words or {"-h", "--help"} & set(words):
         print(help_text(doc, schema, named()))
         sys.exit(EXIT_DONE if words else EXIT_USER_ERROR)
@@ -59,7 +55,7 @@ def run(
 
 def train_script(doc: str, schema: type[ConfigTable]) -> None:
     """The whole of a script that trains."""
-    run(doc, schema, _train, _choices)
+    run_script(doc, schema, _train, _choices)
 
 
 def plain_script(doc: str, main: Callable[[], int | None]) -> None:
@@ -71,12 +67,12 @@ def plain_script(doc: str, main: Callable[[], int | None]) -> None:
 
 
 def _train(config: Any) -> int:
-    from lad_dist.jobs import train_job
+    from lad_dist.cli.commands import train_command
 
-    return train_job(config)
+    return train_command(config)
 
 
-def _choices() -> Named:
+def _choices() -> NamedChoices:
     from lad_dist.compression.registry import COMPRESSIONS
     from lad_dist.objectives import OBJECTIVES
 
@@ -92,7 +88,7 @@ def guarded(work: Callable[[], int | None]) -> int:
         _complain(f"error: {one_line(str(error))}")
         return error.code
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if error.errno not in FILE_SYSTEM_ERRORS:
             raise
         said = f"{error.filename}: {error.strerror}; see what the place is, who may write there, and what room is left"
         _complain(f"error: {one_line(said)}")
@@ -102,7 +98,7 @@ def guarded(work: Callable[[], int | None]) -> int:
         return EXIT_INTERRUPTED
 
 
-def _complain(line: str, patience: float = PATIENCE) -> None:
+def _complain(line: str, patience: float = COMPLAINT_SECONDS) -> None:
     """To the user, once for each host: what one of them lacks the others may have."""
     with contextlib.suppress(ValueError):  # the ranks are perhaps the mistake
         if 0 < processes.rank() < processes.world_size():
@@ -123,10 +119,10 @@ def _await_the_complaint(patience: float) -> None:
 def one_line(text: str) -> str:
     """The text as a terminal can show it, its middle left out where it is longer than a reader has patience for."""
     text = "".join(c if c.isprintable() else "\\n" if c == "\n" else repr(c)[1:-1] for c in text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[3 - LONGEST // 2 :]}"
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} … {text[3 - MAX_LINE // 2 :]}"
 
 
-def help_text(doc: str, schema: type[ConfigTable], named: Named) -> str:
+def help_text(doc: str, schema: type[ConfigTable], named: NamedChoices) -> str:
     """The script's docstring, then every key with type, default and description."""
     lines = [inspect.cleandoc(doc), "", "Config keys (type, default):"]
     lines += [f"  {key} ({kind}, {default}): {text}" for key, kind, default, text in describe_keys(schema)]
@@ -147,93 +143,3 @@ def _keyword_lines(function: Any) -> list[str]:
 
 def _description(note: Any) -> str | None:
     return getattr(note, "description", None)
-
-
-class Console:
-    """Reports rows to a person. On processes other than the main one it is silent.
-
-    every: seconds at least between two lines where there is no terminal, and these lines tell the time left; None: a
-    line for each row."""
-
-    def __init__(self, name: str, every: float | None = None):
-        self.name, self.every = name, every
-        self.begun: tuple[float, int] | None = None  # when, and the step of the first row
-        self.said = 0.0
-        self.terminal = Terminal(stderr=True)
-        self.bar: Progress | None = None
-
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        if not processes.is_main():
-            return
-        line = "  ".join(
-            f"{key} {_short(value)}" for key, value in row.items() if key not in ("step", "steps") and "/" not in key
-        )
-        dev = "  ".join(f"{key} {_short(value)}" for key, value in row.items() if key.startswith("dev/"))
-        if self.terminal.is_terminal:
-            self._advance(row, line or dev)
-        elif self.every is None:
-            print(f"{self.name} step {row['step']}/{row['steps']}  {line or dev}", file=sys.stderr, flush=True)
-        else:
-            self._say_now_and_then(row, line, self.every)
-
-    def _say_now_and_then(self, row: Mapping[str, Any], line: str, every: float) -> None:
-        now = time.monotonic()
-        if self.begun is None:
-            self.begun = now, row["step"]
-        begin, first = self.begun
-        if now - max(begin, self.said) < every or row["step"] == first:
-            return
-        self.said = now
-        left = timedelta(seconds=round((now - begin) / (row["step"] - first) * (row["steps"] - row["step"])))
-        share = row["step"] / row["steps"]
-        print(f"{self.name} {share:.1%} done, {left} left  {line}", file=sys.stderr, flush=True)
-
-    def _advance(self, row: Mapping[str, Any], line: str) -> None:
-        if self.bar is None:
-            columns = (
-                TextColumn(self.name),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, TextColumn("{task.description}"), console=self.terminal)
-            self.bar.add_task("", total=row["steps"])
-            self.bar.start()
-        self.bar.update(self.bar.tasks[0].id, completed=row["step"], description=line)
-        if row["step"] >= row["steps"]:
-            self.bar.refresh()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def say(text: str) -> None:
-    """A line on standard output, from the main process, for as long as anyone reads it: `| head` is no mistake."""
-    if not processes.is_main():
-        return
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table for a person on standard output, from the main process."""
-    if not processes.is_main():
-        return
-    table = RichTable(title=title)
-    for name in header:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    terminal = Terminal(width=None if sys.stdout.isatty() else 140)
-    with terminal.capture() as text:
-        terminal.print(table)
-    say(text.get().rstrip("\n"))

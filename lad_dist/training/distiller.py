@@ -15,7 +15,7 @@ from lad_dist.models.loading import PreTrainedModel
 from lad_dist.objectives.base import Objective
 
 
-class Method(nn.Module):
+class Distiller(nn.Module):
     """A student and its objective. `found`: what was measured when the student was made, by name."""
 
     def __init__(

@@ -206,16 +206,16 @@ class TaskRun:
 
 
 @dataclass
-class Found:
+class LoadedRuns:
     """`runs` by folder; `left_out` are folders by the reason for leaving them out."""
 
     runs: list[TaskRun] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def collect(folders: Sequence[str | Path]) -> Found:
+def collect(folders: Sequence[str | Path]) -> LoadedRuns:
     """The complete task runs below the folders, each once, whatever the order of the folders. Raises UserError."""
-    found = Found()
+    found = LoadedRuns()
     for file in _below(folders, "results.json"):
         _take(file, found)
     for file in _below(folders, "config.toml"):
@@ -240,7 +240,7 @@ def _below(folders: Sequence[str | Path], name: str) -> list[Path]:
     return sorted(paths.values())
 
 
-def _take(file: Path, found: Found) -> None:
+def _take(file: Path, found: LoadedRuns) -> None:
     """A run into `found`. A search and the quickstart write a results.json of their own, without a config."""
     tables = _read(file)
     if "config" not in tables:
@@ -289,7 +289,7 @@ def _is_their_teacher(runs: Sequence[TaskRun]) -> list[bool]:
     return [run.teacher is None and run.export in taught_by for run in runs]
 
 
-def _drop(found: Found, reason: str, which: Sequence[bool]) -> None:
+def _drop(found: LoadedRuns, reason: str, which: Sequence[bool]) -> None:
     names = [run.folder for run, drop in zip(found.runs, which, strict=True) if drop]
     if names:
         found.left_out[reason] += names

@@ -33,32 +33,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import tomli_w
 import torch
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from lad_dist.config.errors import Fault, UserError
+from lad_dist.config.load import dump_config, read_toml
+from lad_dist.config.schema import SearchConfig, SearchOptions, TaskConfig
+from lad_dist.search.grid import Trial, base_configs, dotted, sample_trials
+from lad_dist.training import run_spec
+from lad_dist.utils.atomic_io import write_text
+from lad_dist.utils.strict_json import parse_json
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run folders have it all
 
-import ray
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-
-from lad_dist import plan
-from lad_dist.config.errors import Fault, UserError
-from lad_dist.config.load import dump_config, read_toml
-from lad_dist.config.schema import SearchConfig, SearchOptions, TaskConfig
-from lad_dist.trials import Trial, bases, dotted, draw
-from lad_dist.utils.atomic_io import write_text
-from lad_dist.utils.strict_json import parse_json
-
 TASK = {"data.task", "data.train", "data.dev", "data.kind"}
 OBJECT_STORE = 100_000_000  # bytes: trials exchange nothing but numbers
 
 
 @dataclass
-class Found:
+class SearchResult:
     """`trials` are rows of trial, choices and sampled values, metric, its last score and step, best first; `failed` are
     rows of trial and error; `best` is the file with the best config, None for a grid."""
 
@@ -67,14 +66,14 @@ class Found:
     best: Path | None
 
 
-def search(config: SearchConfig) -> Found | None:
+def search(config: SearchConfig) -> SearchResult | None:
     """Searches; None when it was interrupted (SIGINT, SIGUSR1) and wants to be run again. Raises UserError for a base
     config, an override, a space or a metric that does not fit, before Ray starts."""
     words = config.search
     folder = Path(words.dir) / words.name
-    trials = draw(config)
+    trials = sample_trials(config)
     metrics = _check(config, trials)
-    searched = config.model_dump(exclude_none=True) | {"base": {base: read_toml(base) for base in bases(config)}}
+    searched = config.model_dump(exclude_none=True) | {"base": {base: read_toml(base) for base in base_configs(config)}}
     _check_same(folder, searched)
     if not (folder / "results.json").exists():
         with _ray(words):
@@ -88,9 +87,9 @@ def search(config: SearchConfig) -> Found | None:
     return _found(folder / "results.json", best)
 
 
-def _found(results: Path, best: Path | None) -> Found:
+def _found(results: Path, best: Path | None) -> SearchResult:
     try:
-        return Found(**parse_json(results.read_text(encoding="utf-8")), best=best)
+        return SearchResult(**parse_json(results.read_text(encoding="utf-8")), best=best)
     except (ValueError, TypeError) as error:
         raise UserError(f"{results}: damaged ({error}); remove it and run the search again") from None
 
@@ -115,7 +114,7 @@ def _check(config: SearchConfig, trials: list[Trial]) -> list[str]:
 
 
 def _metric(words: SearchOptions, config: TaskConfig) -> str:
-    task = plan.make(config).task
+    task = run_spec.resolve_run(config).task
     assert task is not None
     if words.metric is not None and words.metric not in task.metrics:
         raise UserError(f'search.metric: {task.name} has no "{words.metric}", it has {", ".join(task.metrics)}')
@@ -229,7 +228,7 @@ def _train(words: SearchOptions, config: TaskConfig, metric: str) -> None:
     """A trial, in the process that Tune gave it."""
     if not words.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that asked for none
-    from lad_dist.train import train
+    from lad_dist.training.train import train
 
     threads = max(1, int(words.cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the driver's may be that of a whole node

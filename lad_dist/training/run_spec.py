@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lad_dist import deepspeed_keys
 from lad_dist.compression import width_pruning
 from lad_dist.compression.layers import keep_layers, layer_numbers, random_embeddings, set_dropout
 from lad_dist.compression.registry import COMPRESSION_CHECKS, COMPRESSIONS, apply_compressions
@@ -26,7 +25,6 @@ from lad_dist.data.tasks.task import Task, check_task, load_task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
 from lad_dist.data.tokenization.special_tokens import role_ids
 from lad_dist.distributed import processes
-from lad_dist.method import Method
 from lad_dist.models import loading
 from lad_dist.models.dims import check_length, check_vocabulary, model_dims
 from lad_dist.models.frozen import FrozenModel
@@ -35,13 +33,15 @@ from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, loa
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.objectives import OBJECTIVES
 from lad_dist.objectives.base import Objective
+from lad_dist.training import deepspeed_schema
+from lad_dist.training.distiller import Distiller
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
-SAMPLE_TOKENS, SAMPLE_BATCHES = 16384, 256  # that a narrower student is fitted to
+CALIBRATION_TOKENS, CALIBRATION_BATCHES = 16384, 256  # that a narrower student is fitted to
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSpec:
     config: TrainConfig
     head: Head
     teacher_head: Head
@@ -86,7 +86,7 @@ class Plan:
         dtype = getattr(torch, self.config.teacher.dtype or self.precision)
         return FrozenModel(self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels)
 
-    def method(self, feed: CorpusDataset | TaskDataset) -> Method:
+    def method(self, feed: CorpusDataset | TaskDataset) -> Distiller:
         """Student and objective, weights drawn from the run's seed; what of them is fitted to data is fitted to the
         first batches of the feed."""
         processes.seed_everything(self.config.run.seed)
@@ -95,15 +95,15 @@ class Plan:
         found: dict[str, float] = {}
         if self.size is not None:
             student.to(device=processes.device())  # type: ignore[call-arg]
-            student, lost = width_pruning.narrow_model(student, _sample(feed), self.size, words.directions)
+            student, lost = width_pruning.narrow_model(student, calibration_batches(feed), self.size, words.directions)
             found = {f"initial_error/{name}": value for name, value in lost.items()}
         if words.path is not None and words.embeddings == "random":
             student = random_embeddings(student)
         student = set_dropout(student, words.dropout, words.attention_dropout)
         if self.surgeries:
             student.to(device=processes.device())  # type: ignore[call-arg]
-            student = apply_compressions(student, self.surgeries, partial(_sample, feed), found.update)
-        return Method(student, self.objective(), found)
+            student = apply_compressions(student, self.surgeries, partial(calibration_batches, feed), found.update)
+        return Distiller(student, self.objective(), found)
 
     def skeleton(self) -> PreTrainedModel:
         """The student on the meta device: shapes without numbers. Raises UserError where a surgery does not fit it."""
@@ -134,34 +134,34 @@ class Plan:
         return keep_layers(model, self.layers)
 
 
-def _sample(feed: CorpusDataset | TaskDataset) -> list[Batch]:
+def calibration_batches(feed: CorpusDataset | TaskDataset) -> list[Batch]:
     """The first batches of the training data: the same on every process."""
     batches: list[Batch] = []
-    while sum(batch.tokens for batch in batches) < SAMPLE_TOKENS and len(batches) < SAMPLE_BATCHES:
+    while sum(batch.tokens for batch in batches) < CALIBRATION_TOKENS and len(batches) < CALIBRATION_BATCHES:
         batches.append(feed.batch(*divmod(len(batches), feed.slots)))
     return batches
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolve_options(config: TrainConfig) -> TrainConfig:
     """The config with every argument of its objective and surgeries written out."""
     _, options = _objective(config)
     objective = NamedOptions.model_validate({"name": config.objective.name, **options})
     surgeries = [
-        NamedOptions.model_validate({"name": named.name, **_surgery(named).keywords}) for named in config.surgery
+        NamedOptions.model_validate({"name": named.name, **_compression(named).keywords}) for named in config.surgery
     ]
     return config.model_copy(update={"objective": objective, "surgery": surgeries})
 
 
-def make(config: TrainConfig, world: int | None = None) -> Plan:
+def resolve_run(config: TrainConfig, world: int | None = None) -> RunSpec:
     """Checks the config, for `world` processes where they are not those that are here. Raises UserError naming the
     place and what to do."""
-    deepspeed_keys.check(config.deepspeed)
+    deepspeed_schema.check_keys(config.deepspeed)
     check_writable("run.dir", config.run.folder)
     if config.teacher is not None and config.teacher.cache is not None:
         check_writable("teacher.cache", config.teacher.cache)
-    _check_slots(config, world or processes.world_size())
+    _check_micro_batches(config, world or processes.world_size())
     kind, options = _objective(config)
-    surgeries = [_surgery(named) for named in config.surgery]
+    surgeries = [_compression(named) for named in config.surgery]
     if isinstance(config.data, TaskDataConfig):
         check_task(config.data)
     task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
@@ -170,8 +170,8 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
     if isinstance(config.data, CorpusDataConfig):
         open_shards(config.data, tokenizer)
-    student, layers, thin = _student_shape(config, head, task, tokenizer)
-    teacher_head, teacher = _teacher_shape(config, head, task)
+    student, layers, thin = _student_dims(config, head, task, tokenizer)
+    teacher_head, teacher = _teacher_dims(config, head, task)
     build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]
     objective = build()  # refuses shapes that do not go together
     if objective.student_needs == OutputSpec():
@@ -179,7 +179,7 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     its = _teacher_tokenizer(config, objective, head, tokenizer)
     if config.teacher is not None:
         check_vocabulary(load_hf_config(config.teacher.path), config.teacher.path, len(its))
-    made = Plan(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
+    made = RunSpec(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
     for named, operate in zip(config.surgery, surgeries, strict=True):
         if named.name in COMPRESSION_CHECKS:
             COMPRESSION_CHECKS[named.name](config, head, made.labels, **operate.keywords)
@@ -188,7 +188,7 @@ def make(config: TrainConfig, world: int | None = None) -> Plan:
     return made
 
 
-def _check_slots(config: TrainConfig, world: int) -> None:
+def _check_micro_batches(config: TrainConfig, world: int) -> None:
     count = config.data.slots
     if count % world:
         nearest = max(world, round(count / world) * world)
@@ -210,7 +210,7 @@ def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
     return kind, options
 
 
-def _surgery(named: NamedOptions) -> "partial[PreTrainedModel]":
+def _compression(named: NamedOptions) -> "partial[PreTrainedModel]":
     function: Callable[..., PreTrainedModel] = lookup("surgery.name", named.name, COMPRESSIONS)
     return partial(function, **validate_arguments(f"surgery {named.name}", function, named.options))
 
@@ -226,7 +226,7 @@ def _corpus_tokenizer(corpus: Shards | None) -> str:
     return str(corpus.tokenizer_folder)
 
 
-def _student_shape(
+def _student_dims(
     config: TrainConfig, head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[ModelDims, list[int] | None, width_pruning.Widths | None]:
     words = config.student
@@ -274,7 +274,7 @@ def _teacher_tokenizer(
     return tokenizer_of_teacher(config.teacher.path, tokenizer, compared)
 
 
-def _teacher_shape(config: TrainConfig, head: Head, task: Task | None) -> tuple[Head, ModelDims | None]:
+def _teacher_dims(config: TrainConfig, head: Head, task: Task | None) -> tuple[Head, ModelDims | None]:
     if config.teacher is None:
         return "none", None
     path = config.teacher.path

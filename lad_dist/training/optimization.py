@@ -13,13 +13,13 @@ from lad_dist.config.schema import OptimConfig
 BUCKET = 500_000_000  # gradients that DeepSpeed sends at once by default
 
 
-def bucket(zero: Mapping[str, Any], trained: int) -> int:
+def bucket_size(zero: Mapping[str, Any], trained: int) -> int:
     """Gradients that ZeRO sends at once, of so many weights: as its table says, or all up to the default. DeepSpeed
     takes memory for a whole bucket, however few there are."""
     return int(zero.get("reduce_bucket_size", min(BUCKET, trained)))
 
 
-def groups(student: nn.Module, objective: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(student: nn.Module, objective: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """AdamW's groups, each with its peak learning rate under `peak`. Biases and norms do not decay. Empty groups are
     left away."""
     sides = [("student", student, optim.lr), ("objective", objective, optim.objective_lr or optim.lr)]
@@ -52,7 +52,7 @@ def adamw(rows: list[dict[str, Any]], optim: OptimConfig, zero_stage: int = 0) -
     return kind(rows, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
 
 
-def factor(step: int, steps: int, optim: OptimConfig) -> float:
+def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
     """Share of the peak learning rate at step 0 … steps - 1: a linear rise over the warm-up, then the schedule, which
     would reach 0 at `steps`."""
     rise = round(optim.warmup * steps)

@@ -15,11 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
@@ -29,13 +26,15 @@ from deepspeed.utils import logger
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lad_dist import optim
 from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import Files, HostSnapshotEngine
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
-from lad_dist.method import Method
+from lad_dist.training import optimization
+from lad_dist.training.distiller import Distiller
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 # Of shares, in weights: as many as a CPU computes at once, or a multiple. It rounds those left over at a share's end in
@@ -45,7 +44,7 @@ CACHED = 2**16  # numbers that a CPU core's cache holds in fp64
 VERSION: str = deepspeed.__version__
 
 
-def check(table: Mapping[str, Any]) -> None:
+def check_deepspeed_config(table: Mapping[str, Any]) -> None:
     """The values in DeepSpeed's blocks, by its own checks; plan.make has seen to the keys. Raises UserError."""
     for name, schema in BLOCKS.items():
         try:
@@ -56,7 +55,7 @@ def check(table: Mapping[str, Any]) -> None:
             raise UserError(f"deepspeed.{name}.{key}: {first['msg']}") from None
 
 
-def build(method: Method, config: TrainConfig) -> Any:
+def build_engine(method: Distiller, config: TrainConfig) -> Any:
     """Under ZeRO-1 and 2 in fp32 on a CPU, what it learns does not depend on how its shares are cut."""
     logger.setLevel("ERROR")
     DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(lambda _: ALIGNMENT, lambda *_: None)
@@ -72,11 +71,11 @@ def build(method: Method, config: TrainConfig) -> Any:
         "zero_force_ds_cpu_optimizer": False,  # [optim] decides, with weights offloaded too
         **config.deepspeed,
     }
-    groups = optim.groups(method.student, method.objective, config.optim)
+    groups = optimization.parameter_groups(method.student, method.objective, config.optim)
     if zero := config.deepspeed.get("zero_optimization"):
         trained = sum(weight.numel() for group in groups for weight in group["params"])
-        words["zero_optimization"] = {**zero, "reduce_bucket_size": optim.bucket(zero, trained)}
-    optimizer = optim.adamw(groups, config.optim, config.zero_stage)
+        words["zero_optimization"] = {**zero, "reduce_bucket_size": optimization.bucket_size(zero, trained)}
+    optimizer = optimization.adamw(groups, config.optim, config.zero_stage)
     with contextlib.redirect_stdout(sys.stderr):
         engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
     engine.checkpoint_engine = HostSnapshotEngine(reshard.read)
@@ -109,7 +108,7 @@ def snapshot(engine: Any, folder: Path) -> Files:
     return engine.checkpoint_engine.taken()
 
 
-def forget(engine: Any, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+def reset_optimizer_state(engine: Any, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     """Zeroes the moments of weights where their masks are False, in ZeRO's stages up to 2: what is gone must not go on
     drifting."""
     if not pruned:
@@ -121,10 +120,10 @@ def forget(engine: Any, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     }
     for parameter, kept in pruned:
         if parameter in places:  # or it is frozen
-            _forget(engine.optimizer, parameter, kept.flatten(), *places[parameter])
+            _reset_state(engine.optimizer, parameter, kept.flatten(), *places[parameter])
 
 
-def _forget(optimizer: Any, parameter: nn.Parameter, kept: Tensor, group: int, place: int) -> None:
+def _reset_state(optimizer: Any, parameter: nn.Parameter, kept: Tensor, group: int, place: int) -> None:
     if hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         if mapping is None:
@@ -146,7 +145,7 @@ def _moments(optimizer: Any, weight: Tensor) -> list[Tensor]:
     return [x for x in optimizer.state.get(weight, {}).values() if isinstance(x, Tensor) and x.shape == weight.shape]
 
 
-def whole(method: Method, stage: int) -> contextlib.AbstractContextManager[Any]:
+def gathered_parameters(method: Distiller, stage: int) -> contextlib.AbstractContextManager[Any]:
     """Under ZeRO-3, whole weights on every process."""
     if stage < 3:
         return contextlib.nullcontext()

@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from lad_dist.report.found import TaskRun
+from lad_dist.report.results import TaskRun
 
 
 class Variant(NamedTuple):
@@ -97,7 +97,7 @@ def _telling(runs: Sequence[TaskRun]) -> list[str]:
 
 
 def _names(objective: str, keys: Sequence[str], groups: Sequence[tuple[Hashable, ...]]) -> list[str]:
-    words = tails([key.replace(".", "/") for key in keys])
+    words = distinct_suffixes([key.replace(".", "/") for key in keys])
     short = [words[key.replace(".", "/")].replace("/", ".") for key in keys]
     texts = [_texts([values[column] for values in groups]) for column in range(len(keys))]
     rows = list(zip(*texts, strict=True)) or [()]
@@ -106,7 +106,7 @@ def _names(objective: str, keys: Sequence[str], groups: Sequence[tuple[Hashable,
 
 def _texts(values: Sequence[Hashable]) -> list[str]:
     """Short texts that differ where the values do."""
-    ends = tails([value for value in values if isinstance(value, str)])
+    ends = distinct_suffixes([value for value in values if isinstance(value, str)])
     short = [ends[value] if isinstance(value, str) else text_of(value) for value in values]
     return short if len(set(short)) == len(set(values)) else [str(value) for value in values]
 
@@ -120,7 +120,7 @@ def text_of(value: Hashable) -> str:
     return value if isinstance(value, str) else str(value).lower()
 
 
-def tails(paths: Iterable[str]) -> dict[str, str]:
+def distinct_suffixes(paths: Iterable[str]) -> dict[str, str]:
     """Each path by its last parts, as many as tell all of them apart."""
     parts = {path: path.split("/") for path in paths}
     for count in range(1, max(map(len, parts.values()), default=0)):
@@ -130,7 +130,7 @@ def tails(paths: Iterable[str]) -> dict[str, str]:
     return {path: path for path in parts}
 
 
-def generic(runs: Sequence[TaskRun]) -> list[TaskRun]:
+def generic_settings(runs: Sequence[TaskRun]) -> list[TaskRun]:
     """The runs with settings that do not name the run's own teacher, task or seed."""
     settings = [dict(run.settings) for run in runs]
     for key in {key for one in settings for key in one}:

@@ -72,7 +72,7 @@ KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def check(table: dict[str, Any]) -> None:
+def check_keys(table: dict[str, Any]) -> None:
     """Raises UserError for the first mistake."""
     for key in table.keys() & OURS.keys():
         raise UserError(f"deepspeed.{key}: this is decided by {OURS[key]}; take it away")

@@ -1,0 +1,1 @@
+"""What all launch scripts share: parse, run, exit code, console."""

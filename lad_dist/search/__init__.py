@@ -1,0 +1,1 @@
+"""Hyper-parameter searches and grids with Ray Tune."""

@@ -1,0 +1,1 @@
+"""Training: resolve a config, build the run, train, evaluate, export."""
