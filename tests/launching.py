@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomli_w
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +65,17 @@ def curves(
     for name, tables in configs.items():
         paths.append(folder / f"{name}.toml")
         paths[-1].write_text(tomli_w.dumps(tables))
-    done = launch([ROOT / "tests" / "worker.py", folder / "rows.json", *paths], by=by, processes=processes)
+    done = launch([ROOT / "tests" / "training_worker.py", folder / "rows.json", *paths], by=by, processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "rows.json").read_text())
+
+
+def run_script(script: str, *words: str) -> int:
+    """The script's exit code, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [script, *words])
+        try:
+            runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0

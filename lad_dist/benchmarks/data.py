@@ -170,7 +170,7 @@ def _prepare(clock: Any, config: PrepareConfig, file: Path, processes: int, out:
 
 def _map(clock: Any, config: PrepareConfig, file: Path, processes: int, cache: Path) -> None:
     """As in the recipes that train masked language models with `datasets`."""
-    import datasets
+    import datasets  # noqa: PLC0415 (slow, and needed only here)
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(config.tokenizer)
@@ -207,7 +207,7 @@ def _serve(clock: Any, shards: Path, length: int) -> tuple[int, int, float]:
 
 def _train(clock: Any, shards: Path) -> float:
     """Share of a step that waits for data, with a small student."""
-    from lad_dist.benchmarks import step
+    from lad_dist.benchmarks import step  # noqa: PLC0415 (slow, and needed only here)
 
     tables = {
         "run": {"name": "data", "steps": 1},

@@ -216,7 +216,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             facts = {name: json.loads(fact) for name, fact in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, facts
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 

@@ -171,7 +171,8 @@ def second_moments(
     model.eval()
     for batch in batches:
         with activations.capture(
-            list(maps.values()), lambda n, x, _: _add(found[names[n]], activations.token_rows(x, batch))
+            list(maps.values()),
+            lambda n, x, _: _add(found[names[n]], activations.token_rows(x, batch)),  # noqa: B023
         ):
             activations.run_logits(model, batch)
     model.train(training)

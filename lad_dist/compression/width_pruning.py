@@ -245,9 +245,10 @@ def _measure(wide: _ModuleMap, batches: Sequence[Batch]) -> _Statistics:
     for batch in batches:
         with (
             activations.capture(
-                wide.stream, lambda n, _, y: found.states[n].append(activations.token_rows(y, batch).float())
+                wide.stream,
+                lambda n, _, y: found.states[n].append(activations.token_rows(y, batch).float()),  # noqa: B023
             ),
-            activations.capture(outer, lambda n, x, _: found.inner[n].add(activations.token_rows(x, batch))),
+            activations.capture(outer, lambda n, x, _: found.inner[n].add(activations.token_rows(x, batch))),  # noqa: B023
             activations.capture(dense, lambda _, x, y: found.units.add(y if wide.tied else x)),
         ):
             activations.run_logits(wide.model, batch)
@@ -557,7 +558,7 @@ def _errors(
         outputs = []
         for parts in (wide, thin):
             seen: list[list[Tensor]] = [[] for _ in points]
-            with activations.capture([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):
+            with activations.capture([parts.stream[n] for n in points], lambda n, _, y: seen[n].append(y)):  # noqa: B023
                 outputs.append(
                     (activations.run_logits(parts.model, batch), [activations.token_rows(x[0], batch) for x in seen])
                 )

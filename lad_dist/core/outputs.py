@@ -38,5 +38,5 @@ class ModelOutputs(NamedTuple):
     """What a forward left behind."""
 
     logits: Tensor | None = None  # [R, V]
-    hidden: dict[int, Tensor] = {}
-    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    hidden: dict[int, Tensor] = {}  # noqa: RUF012 (never mutated)
+    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # noqa: RUF012 (never mutated)

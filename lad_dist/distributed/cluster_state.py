@@ -50,7 +50,7 @@ class Diagnosis(NamedTuple):
     code: int
     line: str
     ranks: list[int]
-    silent: list[int] = []
+    silent: list[int] = []  # noqa: RUF012 (never changed)
     stacks: bool = False
 
 

@@ -256,7 +256,7 @@ class Watchdog:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a")
             except OSError:
-                self._file = open(os.dup(2), "w")
+                self._file = open(os.dup(2), "w")  # noqa: SIM115 (for as long as the watchdog runs)
         return self._file
 
     def _tidy(self) -> None:

@@ -95,7 +95,7 @@ def _zeros(files: Iterable[Path]) -> dict[str, NDArray[np.bool_]]:
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (no mapping)
                     weight = file.get_tensor(name)
                     if weight.ndim == 2 and int((weight == 0).sum()) > weight.shape[1]:
                         found[name] = (weight != 0).numpy()

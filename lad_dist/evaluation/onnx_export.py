@@ -83,8 +83,8 @@ def quantize(file: Path, out: Path) -> None:
     """Writes the exported model with int8 weights, each output of a linear map scaled by itself, embeddings too; what
     is multiplied is scaled at run time. Seven bits of the eight, as products of eight overflow where a CPU adds them up
     in sixteen (AVX2, AVX-512 without VNNI)."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    import onnx  # noqa: PLC0415 (an extra)
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 (an extra)
 
     draft = temporary_path(out)
     graph = onnx.load(str(file))
@@ -101,7 +101,7 @@ class Session:
     """inputs [B, S] by name -> outputs, on the CPU; `threads`: as many as PyTorch's."""
 
     def __init__(self, file: Path):
-        import onnxruntime
+        import onnxruntime  # noqa: PLC0415 (an extra)
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

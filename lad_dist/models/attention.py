@@ -174,7 +174,7 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 def _kernel_attention(
     q: Tensor, k: Tensor, v: Tensor, flat: FlatForward, scaling: float | None, _: float, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (brings the compiler: seconds at every start)
 
     spans, longest, size = flat.batch.cu_seqlens, flat.batch.longest, q.shape[-1]
     q, k, v = (F.pad(x, (0, -size % MULTIPLE)).contiguous() for x in (q, k, v))

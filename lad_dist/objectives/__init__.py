@@ -1,17 +1,16 @@
 """What a student can be taught, by name. A new method is one file here and one line in OBJECTIVES."""
 
 from lad_dist.objectives.alp import ALP
+from lad_dist.objectives.base import Objective
 from lad_dist.objectives.distilbert import DistilBERT
 from lad_dist.objectives.emd import EMD
 from lad_dist.objectives.kd import KD
-from lad_dist.objectives.supervised import MLM
-from lad_dist.objectives.supervised import Supervised
 from lad_dist.objectives.lad import LAD
 from lad_dist.objectives.mgskd import MGSKD
 from lad_dist.objectives.minilm import MiniLM
 from lad_dist.objectives.minilm2 import MiniLM2
-from lad_dist.objectives.base import Objective
 from lad_dist.objectives.pkd import PKD
+from lad_dist.objectives.supervised import MLM, Supervised
 from lad_dist.objectives.tinybert import TinyBERT
 
 __all__ = ["OBJECTIVES", "Objective"]

@@ -18,12 +18,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lad_dist.config.errors import UserError
-from lad_dist.report import pareto
-from lad_dist.report import plots
+from lad_dist.report import pareto, plots
 from lad_dist.report.comparison import Comparison, compare
-from lad_dist.report.results import collect
 from lad_dist.report.csv_table import table
 from lad_dist.report.markdown import markdown
+from lad_dist.report.results import collect
 from lad_dist.utils.atomic_io import write_text
 
 

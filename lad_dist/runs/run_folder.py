@@ -147,7 +147,7 @@ class Run:
         processes.barrier()
 
     def _draw(self) -> None:
-        from lad_dist.runs.plots import teacher_layer_figure
+        from lad_dist.runs.plots import teacher_layer_figure  # noqa: PLC0415 (matplotlib: a second at every start)
 
         rows = [json.loads(row) for row in self._metrics.read_text().splitlines() if _step_of(row) < math.inf]
         figure = teacher_layer_figure(rows)

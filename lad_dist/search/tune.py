@@ -228,7 +228,7 @@ def _train(words: SearchOptions, config: TaskConfig, metric: str) -> None:
     """A trial, in the process that Tune gave it."""
     if not words.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that asked for none
-    from lad_dist.training.train import train
+    from lad_dist.training.train import train  # noqa: PLC0415 (deepspeed belongs to the process of the trial)
 
     threads = max(1, int(words.cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the driver's may be that of a whole node

@@ -180,7 +180,7 @@ class ShardWriter:
     def _append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         if self._stream is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = open(self._file, "wb")
+            self._stream = open(self._file, "wb")  # noqa: SIM115 (closed when the shard is full)
         data = np.ascontiguousarray(ids, dtype=self._dtype).data
         self._digest.update(data)
         self._stream.write(data)

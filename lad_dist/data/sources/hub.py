@@ -10,7 +10,7 @@ from lad_dist.utils.suggest import did_you_mean
 def load(path: str, config: str | None, split: str, columns: Sequence[str], streaming: bool = False) -> Any:
     """The split as `datasets` gives it: iterable over dicts that have `columns`. Raises UserError, of one line, when
     the dataset, its configuration, the split or a column cannot be had."""
-    import datasets
+    import datasets  # noqa: PLC0415 (slow, and needed only here)
 
     try:
         data = datasets.load_dataset(path, config, split=split, streaming=streaming)

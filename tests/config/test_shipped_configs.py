@@ -1,0 +1,123 @@
+"""Every file in configs/ is read by its schema, and every training config takes a step once its places exist."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from config_schemas import schema_of
+from conftest import World
+from launching import ROOT
+from toy_heads import LABELS, MAKE_FILES
+
+from lad_dist.config.load import parse_config, read_toml
+from lad_dist.config.schema import (
+    EvaluateConfig,
+    PrepareConfig,
+    PretrainConfig,
+    SearchConfig,
+    TaskConfig,
+    TokenizerConfig,
+)
+from lad_dist.search.grid import sample_trials
+from lad_dist.training import run_spec
+from lad_dist.training.train import train
+
+FILES = sorted((ROOT / "configs").rglob("*.toml"))
+
+
+def ids(files: list[Path]) -> list[str]:
+    return [str(file.relative_to(ROOT / "configs")) for file in files]
+
+
+TRAINING = [file for file in FILES if "run" in read_toml(file)]
+SEARCHES = [file for file in FILES if "search" in read_toml(file)]
+
+
+def test_there_are_configs_of_every_kind() -> None:
+    assert {schema_of(read_toml(file)) for file in FILES} == {
+        PretrainConfig, TaskConfig, TokenizerConfig, PrepareConfig, SearchConfig, EvaluateConfig
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids(FILES))
+def test_it_is_read(file: Path) -> None:
+    parse_config(schema_of(read_toml(file)), read_toml(file), str(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids(FILES))
+def test_its_first_line_is_the_command_that_runs_it(file: Path) -> None:
+    words = file.read_text().splitlines()[0].removeprefix("# ").partition("   (")[0].split()
+    script, path = next((words[n], words[n + 1]) for n, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / script).is_file()
+    assert ROOT / path == file
+    assert all("=" in word for word in words[words.index(path) + 1 :])
+
+
+def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, Any]:
+    """What a toy machine has to change in a training config: places and sizes."""
+    pretraining = "shards" in tables["data"]
+    changes: dict[str, Any] = {"run.dir": str(work), "run.steps": 1, "run.epochs": None, "run.eval_every": 0}
+    if "teacher" in tables:
+        changes["teacher.path"] = str(world.pretrained if pretraining else world.teacher)
+    if "path" in tables["student"]:
+        changes["student.path"] = str(world.pretrained)
+    else:
+        changes["student.architecture"] = {**tables["student"]["architecture"], **toy.SIZES}
+    if any(named["name"] == "theseus" for named in tables.get("surgery", ())):
+        changes["student.path"] = str(world.teacher)
+    if tables["student"].get("depth"):
+        changes["student.depth"] = 2
+    if isinstance(tables["student"].get("layers"), list):
+        changes["student.layers"] = [1, 3]
+    if pretraining:
+        changes |= {"data.shards": str(world.corpus), "data.tokens_per_slot": 128}
+    else:
+        kind = tables["data"].get("kind", "classification")
+        files = MAKE_FILES[kind](work / "data") if kind in MAKE_FILES else world.files
+        changes |= {"data.task": None, "data.path": None, "data.stride": None}
+        changes |= {f"data.{name}": path for name, path in files.items()}
+        changes["data.examples_per_slot"] = 2
+        if "teacher" in tables and kind in MAKE_FILES:
+            changes["teacher.path"] = str(toy.model(work / "taught", world.tokenizer, kind, LABELS[kind]))
+    if "pad_to" in tables["data"]:
+        changes["data.pad_to"] = 32
+    if tables["objective"].get("heads"):
+        changes["objective.heads"] = 8
+    return changes | _toy_budgets(tables) | {"data.max_length": 32}
+
+
+def _toy_budgets(tables: dict[str, Any]) -> dict[str, Any]:
+    """There is more in a toy model that nothing makes smaller."""
+    listed = enumerate(tables.get("surgery", []))
+    return {f"surgery.{number}.reduction": 3.0 for number, words in listed if "reduction" in words}
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=ids(TRAINING))
+def test_a_training_config_takes_a_step(file: Path, world: World, tmp_path: Path) -> None:
+    tables = read_toml(file)
+    rows: list[dict[str, Any]] = []
+    outcome = train(toy.parsed(tables, toy_places(tables, world, tmp_path)), rows.append)
+    assert outcome.results is not None
+    assert outcome.results["steps"] == 1
+    assert [row["step"] for row in rows if "loss" in row] == [1]
+
+
+@pytest.mark.parametrize("file", SEARCHES, ids=ids(SEARCHES))
+def test_a_search_draws_trials_that_its_base_can_run(
+    file: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = parse_config(SearchConfig, read_toml(file), str(file))
+    trials = sample_trials(config)
+    assert len(trials) == config.search.samples * math.prod(map(len, config.grid.values()))
+    assert {key.split(".")[0] for key in trials[0].sample} == {
+        key.split(".")[0] for key in [*config.space, *config.grid]
+    }
+    one_of_each = {str(trial.sample.get("method", trial.sample.get("variant"))): trial for trial in trials}
+    for trial in one_of_each.values():
+        tables = trial.config.model_dump(exclude_none=True)
+        assert config.grid or tables["run"]["eval_every"] > 0
+        made = run_spec.resolve_run(toy.parsed(tables, toy_places(tables, world, tmp_path)))
+        assert made.task is not None

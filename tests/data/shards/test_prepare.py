@@ -1,0 +1,529 @@
+"""From text to shards: what they hold, and that it is the same however the work was done."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_text import sentence
+
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import apply_overrides
+from lad_dist.config.schema import PrepareConfig
+from lad_dist.data.shards import chunks, prepare
+from lad_dist.data.shards.reader import Shards, read_manifest, verify
+from lad_dist.data.sources import corpus
+from lad_dist.data.tokenization.algorithms import train_wordpiece
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerprint, load_tokenizer
+from lad_dist.utils import atomic_io
+
+pytest_plugins = ["data_fixtures"]
+
+KILLS = int(os.environ.get("LAD_DIST_KILLS", "6"))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Toy text is several pieces, and a piece several batches. A process may be killed here, but not the machine: what
+    is written need not wait for the disk."""
+    monkeypatch.setattr(chunks, "MIN_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def config(tmp_path: Path, toy_corpus: Path, toy_tokenizer_folder: Path) -> PrepareConfig:
+    return PrepareConfig.model_validate(
+        {
+            "out": str(tmp_path / "shards"),
+            "tokenizer": str(toy_tokenizer_folder),
+            "held_out": 0.2,
+            "tokens_per_shard": 200,
+            "min_tokens": 1,
+            "workers": 1,
+            "source": [{"kind": "text", "path": str(toy_corpus)}],
+        }
+    )
+
+
+@pytest.fixture
+def mixed(config: PrepareConfig, tmp_path: Path) -> PrepareConfig:
+    """Two sources, repeated and damaged documents among them."""
+    texts = [sentence(n, n % 31) for n in range(300)]
+    rows = [json.dumps({"text": text}) if n % 50 else "{" for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    added = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}
+    return changed(config, source=[*config.model_dump()["source"], added], on_error="skip", min_tokens=3)
+
+
+def changed(config: PrepareConfig, **changes: object) -> PrepareConfig:
+    return PrepareConfig.model_validate(config.model_dump() | changes)
+
+
+def prepared(config: PrepareConfig) -> dict[str, Any]:
+    assert prepare.prepare(config, quiet)
+    return read_manifest(Path(config.out))
+
+
+def all_documents(folder: str | Path, split: str) -> list[list[int]]:
+    shards = Shards(folder, split)
+    separator = [3, 2]
+    found = [document.tolist() for stream in shards.streams for document in stream.documents()]
+    assert all(document[-2:] == separator for document in found)
+    return [document[:-2] for document in found]
+
+
+def content(folder: str | Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def work(config: PrepareConfig) -> Path:
+    return Path(config.out).with_name(f".{Path(config.out).name}.pieces")
+
+
+def test_every_document_is_in_one_split_as_the_tokenizer_reads_it(config: PrepareConfig, toy_tokenizer) -> None:
+    manifest = prepared(config)
+    (source,) = manifest["sources"]
+    texts = list(corpus.documents(config.source[0]))
+    expected = [toy_tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    found = {split: all_documents(config.out, split) for split in ("train", "held_out")}
+    assert sorted(found["train"] + found["held_out"]) == sorted(expected)
+    for split, documents in found.items():
+        assert documents == [ids for ids in expected if ids in documents]  # in order
+        counts = source["splits"][split]
+        assert counts["documents"] == len(documents) > 0
+        assert counts["tokens"] == sum(map(len, documents))
+    assert source["documents_read"] == len(texts)
+    assert source["bytes_read"] == sum(map(len, texts))  # the toy text is ASCII
+    assert sum(source["splits"][split]["bytes"] for split in found) == source["bytes_read"]
+    assert Shards(config.out).manifest == manifest
+    assert verify(config.out, quiet) > 0
+
+
+def test_manifest(mixed: PrepareConfig, toy_tokenizer) -> None:
+    manifest = prepared(changed(mixed, workers=2))
+    assert manifest["format"] == 2
+    assert manifest["frame"] == {"before": [2], "after": [3]}
+    assert manifest["dtype"] == "uint16"
+    assert manifest["tokenizer"]["fingerprint"] == fingerprint(toy_tokenizer)
+    texts, rows = manifest["sources"]
+    assert (texts["name"], texts["kind"], texts["weight"], texts["document"]) == ("texts", "text", 1.0, "file")
+    assert (rows["name"], rows["kind"], rows["column"], rows["skipped"]) == ("rows", "jsonl", "text", 6)
+    for source in (texts, rows):
+        kept = sum(source["splits"][split]["documents"] for split in ("train", "held_out"))
+        assert kept + sum(source["dropped"].values()) == source["documents_read"]
+    assert texts["documents_read"] == 60
+    assert rows["documents_read"] == 294
+    assert rows["dropped"]["duplicate"] > 10
+    assert [error.partition(": ")[0] for error in manifest["errors"]] == [
+        f"{mixed.source[1].path}:{line}" for line in range(1, 300, 50)
+    ]
+    everything = all_documents(mixed.out, "train") + all_documents(mixed.out, "held_out")
+    assert len(everything) == len(set(map(tuple, everything)))
+    assert {"workers", "part", "parts", "out"} & manifest["request"].keys() == set()
+
+
+def test_large_vocabularies_take_four_bytes(config: PrepareConfig, toy_tokenizer_folder: Path, tmp_path: Path) -> None:
+    tokenizer = json.loads((toy_tokenizer_folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = vocabulary | {f"filler{i}": len(vocabulary) + i for i in range(65536)}
+    large = tmp_path / "large"
+    load_tokenizer(toy_tokenizer_folder).save_pretrained(large)
+    (large / "tokenizer.json").write_text(json.dumps(tokenizer))
+    first = prepared(config)
+    second = prepared(changed(config, out=config.out + "-large", tokenizer=str(large)))
+    assert (first["dtype"], second["dtype"]) == ("uint16", "uint32")
+    assert all_documents(config.out, "train") == all_documents(config.out + "-large", "train")
+
+
+def test_special_tokens_part_documents_and_nothing_else(config: PrepareConfig, toy_corpus: Path) -> None:
+    for file in toy_corpus.iterdir():
+        file.write_text(f"[SEP] [PAD] {sentence(int(file.stem), 30)} [CLS]")
+    prepared(config)
+    for document in all_documents(config.out, "train"):
+        assert not {0, 2, 3, 4} & set(document)
+
+
+def test_order_of_the_sources_does_not_move_documents_between_splits(config: PrepareConfig, tmp_path: Path) -> None:
+    more = tmp_path / "more.txt"
+    more.write_text(sentence(99, 40))
+    added = {"kind": "text", "path": str(more)}
+    old = config.model_dump()["source"]
+    prepared(changed(config, source=[*old, added]))
+    prepared(changed(config, source=[added, *old], out=config.out + "2"))
+    for split in ("train", "held_out"):
+        assert sorted(all_documents(config.out, split)) == sorted(all_documents(config.out + "2", split))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_processes_leaves_no_trace(mixed: PrepareConfig, workers: int) -> None:
+    prepared(mixed)
+    several = changed(mixed, out=mixed.out + "2", workers=workers)
+    prepared(several)
+    assert content(several.out) == content(mixed.out)
+    assert len(content(mixed.out)) > 10
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_parts_in_any_order_leave_no_trace(mixed: PrepareConfig, parts: int) -> None:
+    prepared(mixed)
+    for number, order in enumerate(random.Random(parts).sample(list(permutations(range(parts))), k=min(2, parts))):
+        shared = changed(mixed, out=f"{mixed.out}{number}")
+        for part in order:
+            assert prepare.prepare(changed(shared, part=part, parts=parts), quiet)
+            assert not Path(shared.out).exists()
+        done = sorted(work(shared).glob("*.json"))
+        times = [file.stat().st_mtime_ns for file in done]
+        prepared(changed(shared, workers=2))
+        assert len(times) > 10
+        assert content(shared.out) == content(mixed.out)
+        assert not work(shared).exists()
+
+
+def test_a_part_that_is_missing_is_done_by_the_merge_and_no_other_again(
+    mixed: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = chunks.plan_chunks(mixed.source)
+    assert prepare.prepare(changed(mixed, part=1, parts=3), quiet)
+    done: list[int] = []
+    write = chunks.write_chunk
+    monkeypatch.setattr(chunks, "write_chunk", lambda piece, job: (done.append(piece.number), write(piece, job)))
+    prepared(mixed)
+    assert done == [piece.number for piece in planned if piece.number % 3 != 1]
+
+
+def forked(config: PrepareConfig) -> multiprocessing.Process:
+    """prepare(config) in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=prepare.prepare, args=(config, quiet))
+    process.start()
+    return process
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return children + [each for child in children for each in descendants(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_killed_at_any_moment_and_run_again_it_ends_the_same(mixed: PrepareConfig) -> None:
+    begin = time.monotonic()
+    forked(mixed).join()
+    whole = time.monotonic() - begin
+    reference = content(mixed.out)
+    assert reference
+    again = changed(mixed, out=mixed.out + "2", workers=2)
+    moment = random.Random(0)
+    kills = left_something = 0
+    while kills < KILLS:
+        process = forked(again)
+        process.join(moment.uniform(0, 1.5 * whole))
+        if process.is_alive():
+            family = descendants(process.pid or 0)
+            process.kill()
+            process.join()
+            wait_until(lambda: not any(map(alive, family)))  # noqa: B023
+            kills += 1
+            left_something += any(work(again).glob("*.json"))
+        if Path(again.out).exists():  # nothing is left to be killed: check, and begin anew
+            assert content(again.out) == reference
+            assert prepare.prepare(again, quiet)
+            assert not work(again).exists()
+            shutil.rmtree(again.out)
+    assert left_something
+    prepared(again)
+    assert content(again.out) == reference
+    assert not work(again).exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop_it_keeps_what_is_finished(
+    mixed: PrepareConfig, workers: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(mixed, workers=workers)
+    write = chunks.write_chunk
+
+    def slow(piece: chunks.TextChunk, job: chunks.TokenizeJob) -> None:
+        write(piece, job)
+        time.sleep(0.1)  # or the children are done with all of them before the parent hears of the fourth
+
+    monkeypatch.setattr(chunks, "write_chunk", slow)
+    handler = signal.getsignal(number)
+    rows: list[dict[str, Any]] = []
+
+    def stop_later(row: Any) -> None:
+        rows.append(dict(row))
+        if row["step"] == 4:
+            os.kill(os.getpid(), number)
+
+    assert not prepare.prepare(config, quiet, stop_later)
+    assert signal.getsignal(number) == handler
+    assert not Path(config.out).exists()
+    kept = [file for file in work(config).iterdir() if file.suffix == ".json"]
+    assert 4 <= len(kept) < rows[0]["steps"]
+    assert not list(work(config).glob("*.draft"))
+    monkeypatch.setattr(chunks, "write_chunk", write)
+    rows.clear()
+    assert prepare.prepare(config, quiet, rows.append)
+    assert rows[0]["step"] == len(kept)
+    assert rows[-1]["step"] == rows[-1]["steps"]
+    prepared(changed(mixed, out=config.out + "2"))
+    assert content(config.out) == content(config.out + "2")
+
+
+def test_asked_to_stop_while_it_merges(config: PrepareConfig) -> None:
+    assert not prepare.prepare(config, lambda line: os.kill(os.getpid(), signal.SIGTERM))
+    assert not Path(config.out).exists()
+    prepared(config)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_first_damaged_document_stops_it_and_finished_pieces_stay(
+    config: PrepareConfig, toy_corpus: Path, workers: int
+) -> None:
+    for name in ("030.txt", "059.txt"):
+        (toy_corpus / name).write_bytes(b"one\n\xff")
+    several = changed(config, workers=workers)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r'030\.txt:2: not UTF-8 .*; mend or remove it, or set on_error = "skip"'):
+            prepare.prepare(several, quiet)
+        assert not Path(config.out).exists()
+        left = {file.name.partition(".")[2] for file in work(config).iterdir()}
+        assert left == {"", "ids", "documents", "json"}  # lock and identity, and whole pieces
+    manifest = prepared(changed(several, on_error="skip"))
+    assert manifest["sources"][0]["skipped"] == 2
+    assert [error.split(":")[-2:] for error in manifest["errors"]] == [["2", " not UTF-8 (byte 0xff)"]] * 2
+
+
+def test_what_one_run_skipped_stops_another(mixed: PrepareConfig) -> None:
+    assert prepare.prepare(changed(mixed, part=0, parts=1), quiet)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: not valid JSON"):
+        prepare.prepare(changed(mixed, on_error="stop"), quiet)
+
+
+def test_nothing_is_left_behind_when_nothing_was_finished(
+    config: PrepareConfig, toy_corpus: Path, tmp_path: Path
+) -> None:
+    (toy_corpus / "000.txt").write_bytes(b"\xff")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"000\.txt:1: not UTF-8"):
+        prepare.prepare(config, quiet)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_finished_folder_is_left_alone_and_another_request_refused(config: PrepareConfig, toy_corpus: Path) -> None:
+    first = prepared(config)
+    before = {file: file.stat().st_mtime_ns for file in Path(config.out).rglob("*")}
+    for file in toy_corpus.iterdir():
+        file.unlink()  # it does not even look
+    said: list[str] = []
+    assert prepare.prepare(changed(config, workers=3), said.append)
+    assert read_manifest(Path(config.out)) == first
+    assert len(said) == 1
+    assert "already prepared" in said[0]
+    with pytest.raises(UserError, match="shards: made with another held_out, min_tokens;"):
+        prepare.prepare(changed(config, held_out=0.3, min_tokens=9), quiet)
+    assert {file: file.stat().st_mtime_ns for file in Path(config.out).rglob("*")} == before
+
+
+def test_other_weights_are_written_into_a_finished_manifest(config: PrepareConfig) -> None:
+    first = prepared(config)
+    heavier = PrepareConfig.model_validate(
+        apply_overrides(config.model_dump(), [("source", [config.source[0].model_dump() | {"weight": 2.5}])])
+    )
+    said: list[str] = []
+    assert prepare.prepare(heavier, said.append)
+    assert "weights" in said[0]
+    again = read_manifest(Path(config.out))
+    assert again["sources"][0]["weight"] == again["request"]["source"][0]["weight"] == 2.5
+    again["sources"][0]["weight"] = again["request"]["source"][0]["weight"] = 1.0
+    assert again == first
+    prepared(changed(heavier, out=config.out + "2"))
+    assert content(config.out) == content(config.out + "2")
+
+
+def test_pieces_of_something_else_are_refused(config: PrepareConfig, toy_corpus: Path) -> None:
+    assert prepare.prepare(changed(config, part=0, parts=2), quiet)
+    (toy_corpus / "more.txt").write_text("the fox")
+    with pytest.raises(
+        UserError, match=r"\.shards\.pieces: holds pieces of another corpus, differing in sources; remove"
+    ):
+        prepare.prepare(config, quiet)
+    (toy_corpus / "more.txt").unlink()
+    prepared(changed(config, held_out=0.5, min_tokens=2, deduplicate=False, tokens_per_shard=10))
+
+
+def test_one_at_a_time_but_parts_together(config: PrepareConfig) -> None:
+    def beside(busy: PrepareConfig, other: PrepareConfig) -> list[int | None]:
+        """How `other` ends in another process while `busy` is at work."""
+        codes: list[int | None] = []
+
+        def start_other(row: Any) -> None:
+            if row["step"] == 2:
+                process = forked(other)
+                process.join(20)
+                codes.append(process.exitcode)
+
+        prepare.prepare(busy, quiet, start_other)
+        return codes
+
+    part, other_part = (changed(config, part=part, parts=2) for part in range(2))
+    assert beside(part, other_part) == [0]
+    again = changed(config, out=config.out + "2")
+    assert beside(again, again) == [1]
+    again = changed(config, out=config.out + "3")
+    assert beside(changed(again, part=0, parts=2), again) == [1]
+
+
+def test_a_folder_of_something_else_is_refused(config: PrepareConfig) -> None:
+    Path(config.out).mkdir()
+    (Path(config.out) / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="exists and holds no token shards"):
+        prepare.prepare(config, quiet)
+
+
+def test_a_tokenizer_that_does_not_know_the_text_is_refused(config: PrepareConfig, toy_corpus: Path) -> None:
+    for file in toy_corpus.iterdir():
+        file.write_text("ζωή και θάνατος the")
+    with pytest.raises(UserError, match=r"texts: \d+ of the first \d+ tokens are \[UNK\]"):
+        prepare.prepare(config, quiet)
+
+
+def test_a_tokenizer_without_a_frame_is_refused(
+    config: PrepareConfig, toy_tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    load_tokenizer(toy_tokenizer_folder).save_pretrained(tmp_path / "bare")
+    file = tmp_path / "bare" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
+    with pytest.raises(UserError, match="bare: puts no special tokens around a text"):
+        prepare.prepare(changed(config, tokenizer=str(tmp_path / "bare")), quiet)
+
+
+def test_nothing_to_train_on_is_refused_and_can_be_mended(config: PrepareConfig) -> None:
+    with pytest.raises(UserError, match="texts: no document left to train on"):
+        prepare.prepare(changed(config, min_tokens=500), quiet)
+    assert not Path(config.out).exists()
+    prepared(config)
+
+
+def test_a_full_disk_is_one_line(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "0.ids")
+
+    monkeypatch.setattr(chunks, "sync", full)
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"0\.ids: No space left on device; what is finished is kept, run again"):
+            prepare.prepare(changed(config, workers=workers), quiet)
+
+
+def test_a_disk_that_is_full_only_for_the_tokenizer_is_one_line(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # as the Rust library does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        with pytest.raises(UserError, match=r"shards: No space left on device .*; what is finished is kept, run again"):
+            prepare.prepare(config, quiet)
+    assert not Path(config.out).exists()
+    prepared(config)
+
+
+def test_a_finished_manifest_that_cannot_be_written_is_one_line(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(config)
+    before = content(config.out)
+
+    def refuse(path: Path, text: str) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(atomic_io, "write_text", refuse)
+    heavier = [config.source[0].model_dump() | {"weight": 2.5}]
+    with pytest.raises(UserError, match=r"manifest\.json: Read-only file system"):
+        prepare.prepare(changed(config, source=heavier), quiet)
+    assert content(config.out) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("/", "/: exists and holds no token shards"), ("x" * 300, "File name too long")]
+)
+def test_a_name_that_no_folder_can_have_is_one_line(config: PrepareConfig, out: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(changed(config, out=out), quiet)
+
+
+def test_a_process_that_is_ended_from_outside_is_one_line(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(chunks, "write_chunk", end)
+    with pytest.raises(UserError, match="run again, with fewer workers"):
+        prepare.prepare(changed(config, workers=2), quiet)
+
+
+@pytest.mark.data
+def test_real_corpus_end_to_end(real_data: Path, tmp_path: Path) -> None:
+    """Two WikiExtractor files and two books, a toy tokenizer trained on them."""
+    wikipedia, books = tmp_path / "wikipedia" / "AA", tmp_path / "books"
+    for folder, files in (
+        (wikipedia, ["wikipedia/AA/wiki_00", "wikipedia/AA/wiki_01"]),
+        (books, ["books/11_alices_adventures_in_wonderland.txt", "books/1064_the_masque_of_the_red_death.txt"]),
+    ):
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / Path(file).name).symlink_to(real_data / file)
+    config = PrepareConfig.model_validate(
+        {
+            "out": str(tmp_path / "shards"),
+            "tokenizer": str(tmp_path / "tokenizer"),
+            "held_out": 0.1,
+            "source": [
+                {"kind": "wikiextractor", "path": str(wikipedia.parent)},
+                {"kind": "text", "path": str(books)},
+            ],
+        }
+    )
+    texts = [text for source in config.source for text in corpus.documents(source)]
+    train_wordpiece(texts, 3000, Path(config.tokenizer))
+    manifest = prepared(config)
+    assert manifest["vocabulary"] == 3000
+    documents = {split: all_documents(config.out, split) for split in ("train", "held_out")}
+    dropped = sum(sum(source["dropped"].values()) for source in manifest["sources"])
+    assert sum(map(len, documents.values())) + dropped == len(texts) == 93
+    assert sum(map(len, documents["train"])) > 450_000
+    tokenizer = load_tokenizer(Shards(config.out).tokenizer_folder)
+    first = tokenizer.decode(documents["train"][0][:40])
+    assert first.startswith("anarchism anarchism is a political philosophy that advocates stateless societies")

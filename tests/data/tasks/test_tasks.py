@@ -1,0 +1,235 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TaskDataConfig
+from lad_dist.data.tasks.glue import GLUE
+from lad_dist.data.tasks.task import Task, check_task, load_task
+
+pytest_plugins = ["data_fixtures"]
+
+
+def glue(path: Path, task: str) -> Task:
+    return load_task(TaskDataConfig(task=task, path=str(path)))
+
+
+def write_tsv(file: Path, *rows: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(row + "\n" for row in rows))
+
+
+def own(train: Path, dev: Path, **rest: str) -> Task:
+    return load_task(TaskDataConfig(train=str(train), dev=str(dev), **rest))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("task", "train", "dev", "pairs"),
+    [
+        ("sst2", 67349, 872, False),
+        ("cola", 8551, 1043, False),
+        ("mrpc", 3668, 408, True),
+        ("rte", 2490, 277, True),
+        ("stsb", 5749, 1500, True),
+    ],
+)
+def test_official_files_are_read_whole(real_data: Path, task: str, train: int, dev: int, pairs: bool) -> None:
+    loaded = glue(real_data / "glue", task)
+    for examples, count in ((loaded.train, train), (loaded.dev["dev"], dev)):
+        assert len(examples.texts) == len(examples.labels) == count
+        assert (examples.pairs is not None) == pairs
+        assert pairs is False or len(examples.pairs or []) == count
+        assert all(examples.texts)
+    if loaded.kind == "classification":
+        assert set(loaded.train.labels.tolist()) == set(range(len(loaded.label_names)))
+        assert loaded.train.labels.dtype == np.int64
+    else:
+        assert loaded.train.labels.dtype == np.float32
+        assert (loaded.train.labels.min(), loaded.train.labels.max()) == (0, 5)
+
+
+@pytest.mark.data
+def test_known_rows_of_the_official_files(real_data: Path) -> None:
+    mrpc = glue(real_data / "glue", "mrpc")
+    assert mrpc.dev["dev"].texts[0].startswith("He said the foodservice pie business doesn't fit")
+    assert mrpc.dev["dev"].pairs is not None
+    assert mrpc.dev["dev"].pairs[0] == '"The foodservice pie business does not fit our long-term growth strategy.'
+    assert mrpc.dev["dev"].labels[:2].tolist() == [1, 0]
+    rte = glue(real_data / "glue", "rte")
+    assert [rte.label_names[i] for i in rte.dev["dev"].labels[:2]] == ["not_entailment", "entailment"]
+    assert rte.label_names == ("entailment", "not_entailment")
+    cola = glue(real_data / "glue", "cola")
+    assert cola.train.texts[0] == "Our friends won't buy this analysis, let alone the next one we propose."
+    assert cola.train.labels.mean() == pytest.approx(0.7044, abs=1e-4)
+    stsb = glue(real_data / "glue", "stsb")
+    assert stsb.dev["dev"].labels[:2].tolist() == [5.0, 4.75]
+
+
+def test_mnli_has_words_for_labels_and_two_dev_sets(tmp_path: Path) -> None:
+    header = "index\tgenre\tsentence1\tsentence2\tlabel1\tgold_label"
+    write_tsv(tmp_path / "MNLI/train.tsv", header, "0\tg\ta\tb\tneutral\tcontradiction", '1\tg\t"c\td\tx\tentailment')
+    write_tsv(tmp_path / "MNLI/dev_matched.tsv", header, "0\tg\te\tf\tx\tneutral")
+    write_tsv(tmp_path / "MNLI/dev_mismatched.tsv", header, "0\tg\tg\th\tx\tneutral", "0\tg\ti\tj\tx\tentailment")
+    task = glue(tmp_path, "mnli")
+    assert task.train.texts == ["a", '"c']
+    assert task.train.labels.tolist() == [2, 0]
+    assert {name: examples.labels.tolist() for name, examples in task.dev.items()} == {
+        "dev": [1],
+        "dev_mismatched": [1, 0],
+    }
+    assert task.metrics == ("accuracy",)
+
+
+def test_torn_rows_of_qqp_are_left_out_and_of_others_refused(tmp_path: Path) -> None:
+    rows = ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\ta\tb\t1", "4\t5\t6\tc", "7\t8\t9\td\te\t0"]
+    for name in ("train.tsv", "dev.tsv"):
+        write_tsv(tmp_path / "QQP" / name, *rows)
+        write_tsv(tmp_path / "WNLI" / name, "index\tsentence1\tsentence2\tlabel", "0\ta\tb\t1", "1\ta\t0")
+    assert glue(tmp_path, "qqp").train.labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match=r"WNLI/train\.tsv:3: 3 columns, not 4"):
+        glue(tmp_path, "wnli")
+
+
+def test_the_hub_is_read_in_its_own_columns_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(path: str, config: str, split: str, streaming: bool) -> datasets.Dataset:
+        asked.append((path, config, split))
+        return datasets.Dataset.from_dict({"premise": ["p"], "hypothesis": ["h"], "label": [2], "idx": [0]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = load_task(TaskDataConfig(task="mnli"))
+    assert asked == [("nyu-mll/glue", "mnli", s) for s in ("train", "validation_matched", "validation_mismatched")]
+    assert (task.train.texts, task.train.pairs, task.train.labels.tolist()) == (["p"], ["h"], [2])
+    assert list(task.dev) == ["dev", "dev_mismatched"]
+
+
+def test_the_table_of_tasks() -> None:
+    assert set(GLUE) == {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
+    assert {name: task.metrics[0] for name, task in GLUE.items() if task.metrics[0] != "accuracy"} == {
+        "cola": "matthews",
+        "stsb": "pearson",
+    }
+    assert [name for name, task in GLUE.items() if not task.label_names] == ["stsb"]
+    assert all((task.tsv.pair is None) == (task.hub.pair is None) for task in GLUE.values())
+
+
+ROWS = [('the "quick"\tfox, it', "a", 2), ("x\ny", "b", 10), ("NA", "null", 2)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_own_files_keep_their_texts(tmp_path: Path, kind: str) -> None:
+    frame = pd.DataFrame(ROWS, columns=["text", "text_pair", "label"]).assign(more=1.5)
+    file = tmp_path / f"mine.{kind}"
+    if kind == "csv":
+        frame.to_csv(file, index=False)
+    elif kind == "jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    else:
+        frame.to_parquet(file)
+    task = own(file, file)
+    assert task.train.texts == [text for text, _, _ in ROWS]
+    assert task.train.pairs == [pair for _, pair, _ in ROWS]
+    assert task.label_names == ("2", "10")
+    assert task.train.labels.tolist() == [0, 1, 0]
+    assert (task.name, task.metrics, list(task.dev)) == ("mine", ("accuracy", "f1", "matthews"), ["dev"])
+
+
+def test_own_tsv_has_no_quoting_and_labels_may_be_words(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "a.tsv", "label\ttext", 'good\t"so it begins', "bad\tand 'ends")
+    task = own(tmp_path / "a.tsv", tmp_path / "a.tsv")
+    assert task.train.texts == ['"so it begins', "and 'ends"]
+    assert task.train.pairs is None
+    assert (task.label_names, task.train.labels.tolist()) == (("bad", "good"), [1, 0])
+
+
+def test_own_regression(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "a.csv", "text,label", "x,1.5", "y,-2")
+    task = own(tmp_path / "a.csv", tmp_path / "a.csv", kind="regression")
+    assert (task.kind, task.label_names, task.metrics) == ("regression", (), ("pearson", "spearman"))
+    assert task.train.labels.dtype == np.float32
+    assert task.train.labels.tolist() == [1.5, -2.0]
+    write_tsv(tmp_path / "b.csv", "text,label", "x,1.5", '"two\nlines",2', "y,nan")
+    with pytest.raises(UserError, match=r"b\.csv:5: label 'nan' is not a number"):
+        own(tmp_path / "b.csv", tmp_path / "a.csv", kind="regression")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "", r"a\.csv: empty"),
+        ("a.csv", "text,label\n", r"a\.csv: no rows"),
+        ("a.jsonl", "", r"a\.jsonl: empty"),
+        ("a.csv", "txt,label\nx,1\n", r'a\.csv: no column "text" among txt, label: did you mean "txt"\?'),
+        ("a.csv", "text,label\nx,1\ny,2,3\n", r"a\.csv:3: 3 columns, not 2"),
+        ("a.tsv", "text\tlabel\nx\t1\n\ny\n", r"a\.tsv:4: 1 columns, not 2"),
+        ("a.csv", 'text,label\nx,1\n"y,2\n', r"a\.csv:3: not valid CSV"),
+        ("a.csv", "text,label\nx,1\ny,\n", r"a\.csv:3: label '' is neither"),
+        ("a.csv", "text,label\nx,1\ny,1\n", r"a\.csv: every label is 1"),
+        ("a.csv", "text,label\nx,na\xefve\n", r"a\.csv:2: not UTF-8 \(byte 0xef\)"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": 5, "label": 2}\n', r"a\.jsonl:2: text is 5, not a text"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x"}\n', r"a\.jsonl:2: no label"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text"', r"a\.jsonl:2: not valid JSON"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n[]\n', r"a\.jsonl:2: not a JSON object"),
+        ("a.jsonl", '{"text": "x", "label": 1.5}\n', r"a\.jsonl:1: label 1\.5 is neither"),
+        ("a.parquet", "nonsense", r"a\.parquet: cannot be read as Parquet"),
+        ("a.json", "{}", r'a\.json: file type "\.json" is unknown: did you mean "\.jsonl"\?'),
+    ],
+)
+def test_mistakes_in_own_files_are_one_line_saying_where(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message) as caught:
+        own(tmp_path / name, tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dev_label_that_train_does_not_have(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "train.csv", "text,label", "x,good", "y,bad")
+    write_tsv(tmp_path / "dev.csv", "text,label", "x,good", "y,goood")
+    with pytest.raises(UserError, match=r'dev\.csv:3: label "goood" is unknown: did you mean "good"\?'):
+        own(tmp_path / "train.csv", tmp_path / "dev.csv")
+
+
+def test_pairs_in_one_file_only(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "train.csv", "text,text_pair,label", "x,z,1", "y,z,2")
+    write_tsv(tmp_path / "dev.csv", "text,label", "x,1")
+    with pytest.raises(UserError, match=r"dev\.csv: no column text_pair"):
+        own(tmp_path / "train.csv", tmp_path / "dev.csv")
+
+
+def test_an_unknown_label_in_glues_files(tmp_path: Path) -> None:
+    for name in ("train.tsv", "dev.tsv"):
+        write_tsv(tmp_path / "RTE" / name, "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tentailed")
+    with pytest.raises(UserError, match=r'RTE/train\.tsv:2: label "entailed" is unknown: did you mean "entailment"\?'):
+        glue(tmp_path, "rte")
+
+
+def test_checks_come_before_reading(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'task "sst-2" is unknown: did you mean "sst2"\?'):
+        check_task(TaskDataConfig(task="sst-2"))
+    with pytest.raises(UserError, match=r"SST-2/train\.tsv: no such file"):
+        check_task(TaskDataConfig(task="sst2", path=str(tmp_path)))
+    (tmp_path / "train.csv").write_text("not even a header")
+    with pytest.raises(UserError, match=r"dev\.csv: no such file"):
+        check_task(TaskDataConfig(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "dev.csv")))
+    check_task(TaskDataConfig(train=str(tmp_path / "train.csv"), dev=str(tmp_path / "train.csv")))
+
+
+def test_checking_imports_nothing_slow() -> None:
+    script = (
+        "import json, sys; from lad_dist.config.schema import TaskDataConfig;"
+        "from lad_dist.data.tasks.task import check_task;"
+        "check_task(TaskDataConfig(task='rte'));"
+        "print(json.dumps([m for m in ('torch', 'datasets') if m in sys.modules]))"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []

@@ -1,0 +1,239 @@
+"""What launch/ledger.py finds of a run, and where it writes it."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from conftest import World
+from launching import run_script
+
+from lad_dist.compression import compact, footprint
+from lad_dist.compression.layers import keep_layers
+from lad_dist.compression.low_rank import low_rank
+from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
+from lad_dist.evaluation import interleaved_timing, latency
+from lad_dist.evaluation.latency import LatencyRequest
+from lad_dist.models import loading
+from lad_dist.models.dims import count_parameters, encoder_layers
+from lad_dist.models.loading import save_model
+from lad_dist.runs.model_card import latency_remarks, model_card
+
+
+def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda student: student) -> Path:
+    """A run folder as train() leaves it: two of the teacher's layers after `change`, nothing learnt."""
+    tables = toy.task_config(folder, world.files, world.teacher, world.teacher, objective={"name": "kd"})
+    config = toy.parsed(tables, {"data.slots": 1})
+    student = change(keep_layers(loading.load_model(str(world.teacher), "classification", whole=True), [2, 4]))
+    batch = toy.batch([16] * 4)
+    size, packed = footprint.footprint(student, batch), compact.pack(student)
+    export = config.run.folder / "export"
+    save_model(compact.parts.fold(student), export)  # type: ignore[arg-type]
+    packed.save(export, None, None)
+    save_beside_model(load_tokenizer(world.tokenizer), export, segments=True)
+    results = {
+        "command": "python train.py",
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "metrics": {"accuracy": 0.5},
+        "student": {**size, **footprint.table_on_disk(export)},
+        "teacher": {},
+        "steps": 8,
+        "seconds": 1.0,
+        "processes": 1,
+        "device": "cpu",
+    }
+    (config.run.folder / "results.json").write_text(json.dumps(results))
+    return config.run.folder
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interleaved_timing, "BATCHES", (1, 3))
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.usefixtures("quick")
+def test_all_forms_of_a_run_beside_its_teacher(world: World, tmp_path: Path, capsys: Any) -> None:
+    folder = complete(world, tmp_path)
+    before = results_in(folder)
+    assert run_script("ledger.py", str(folder), "--int8", "--rounds", "2") == 0
+    after = results_in(folder)
+    found = after.pop("ledger")
+    assert after == {**before, "student": after["student"]}
+    forms, shapes = ["teacher", "student", "onnx", "onnx int8"], [(1, 64), (3, 64)]  # toy models have 64 positions
+    assert [(x["form"], x["batch"], x["length"]) for x in found["timings"] if x["device"] == "cpu"] == [
+        (form, *shape) for shape in shapes for form in forms
+    ]
+    assert all(x["seconds"] > 0 and x["rounds"] == 2 for x in found["timings"])
+    assert found["threads"] == torch.get_num_threads()
+    export = folder / "export"
+    for table in (after["student"], found["student"]):
+        assert table["bytes/onnx int8"] == (export / "onnx" / "model.int8.onnx").stat().st_size
+        assert table["bytes/safetensors"] == (export / "model.safetensors").stat().st_size
+    assert found["student"]["parameters"] == before["student"]["parameters"] < found["teacher"]["parameters"]
+    assert found["teacher"]["bytes/safetensors"] == (world.teacher / "model.safetensors").stat().st_size
+    exact, whole = found["quality"]["onnx"], found["quality"]["onnx int8"]
+    assert exact["agreement"]["label_loyalty"] == 1.0
+    assert exact["agreement"]["probability_loyalty"] > 0.999
+    assert 0.5 <= whole["agreement"]["label_loyalty"] <= 1.0
+    assert set(exact["metrics"]) == {"accuracy", "f1", "matthews"}
+    said, text = capsys.readouterr().out, (export / "README.md").read_text()
+    for form in forms:
+        assert f"| {form} | cpu | " in text
+        assert f"│ {form} " in said
+    assert "## How small" in text
+    assert "## How fast" in text
+    assert f"/launch/ledger.py {folder} --int8 --rounds 2\n" in text
+    assert "onnx int8 on the dev set: accuracy " in text
+    assert "onnx int8 on the dev set: accuracy " in said
+    assert not list(folder.rglob("*.draft"))
+    again = latency.measure(LatencyRequest(folder, rounds=1))
+    assert {x["form"] for x in again["timings"]} == {"teacher", "student"}
+    assert results_in(folder)["student"] == after["student"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, real = [], interleaved_timing.interleaved
+
+    def interleaved(forms: Any, *rest: Any) -> list[interleaved_timing.Timing]:
+        measured.extend(count_parameters(form.func) for form in forms.values())
+        return real(forms, *rest)
+
+    monkeypatch.setattr(interleaved_timing, "interleaved", interleaved)
+    folder = complete(world, tmp_path, lambda student: low_rank(student, keep=0.3))
+    found = latency.measure(LatencyRequest(folder, rounds=1))
+    assert found["student"]["stored"] == results_in(folder)["student"]["stored"] < found["student"]["parameters"]
+    assert set(measured) == {found["teacher"]["stored"], found["student"]["stored"]}
+    text = (folder / "export" / "README.md").read_text()
+    saved = 1 - found["student"]["stored"] / found["student"]["parameters"]
+    assert f"* Low rank saves {saved:.0%} of its weights, and their products: smaller and faster." in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_smaller_and_not_faster_is_said(world: World, tmp_path: Path) -> None:
+    def halved(student: Any) -> Any:
+        with torch.no_grad():
+            for layer in encoder_layers(student):
+                layer.intermediate.dense.weight[:32] = 0
+        return student
+
+    folder = complete(world, tmp_path, halved)
+    assert "of its weights are zero" in model_card(results_in(folder))
+    found = latency.measure(LatencyRequest(folder, rounds=1))
+    new = 2 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32 + 2 + 32  # biases and the padding's embedding are 0 in a new model
+    assert found["student"]["stored"] - found["student"]["nonzero"] == 2 * 32 * 32 + new
+    share = 1 - found["student"]["nonzero"] / found["student"]["stored"]
+    (line,) = [line for line in latency_remarks(found["student"], found) if "zero" in line]
+    assert line == (
+        f"{share:.0%} of its weights are zero. That makes a file smaller and nothing faster: with zeros in it a "
+        "product takes as long."
+    )
+
+
+def timing(form: str, seconds: float, batch: int = 1) -> dict[str, Any]:
+    return {"form": form, "device": "cpu", "batch": batch, "length": 128, "seconds": seconds}
+
+
+def test_what_its_arithmetic_promises_is_held_against_what_is_measured() -> None:
+    plain = {"parameters": 100, "stored": 100, "nonzero": 100}
+    found = {
+        "teacher": {**plain, footprint.FLOPS: 4e6},
+        "student": {**plain, footprint.FLOPS: 1e6},
+        "timings": [
+            *(timing(form, seconds) for form, seconds in (("teacher", 4.0), ("student", 1.0), ("onnx", 1.0))),
+            timing("onnx int8", 0.5),
+            *(timing(form, seconds, 32) for form, seconds in (("teacher", 6.0), ("student", 4.0), ("onnx", 3.0))),
+            timing("onnx int8", 6.0, 32),
+        ],
+        "quality": {},
+    }
+    assert latency_remarks(found["student"], found) == [  # type: ignore[arg-type]
+        "It has 1/4.00 of the teacher's FLOPs per token and runs 1.50 to 4.00 times as fast; not all that is saved on "
+        "paper is saved in time.",
+        "int8 is smaller than fp32 and not faster at 32 x 128 (0.50x).",
+    ]
+
+
+def no_results(folder: Path) -> None:
+    (folder / "results.json").unlink()
+
+
+def of_a_search(folder: Path) -> None:
+    (folder / "results.json").write_text('{"trials": []}')
+
+
+def cut_results(folder: Path) -> None:
+    os.truncate(folder / "results.json", 40)
+
+
+def no_export(folder: Path) -> None:
+    shutil.rmtree(folder / "export")
+
+
+def cut_weights(folder: Path) -> None:
+    os.truncate(folder / "export" / "model.safetensors", 1000)
+
+
+def another_family(folder: Path) -> None:
+    (folder / "export" / "config.json").write_text('{"model_type": "t5"}')
+
+
+def data_gone(folder: Path) -> None:
+    found = results_in(folder)
+    found["config"]["data"]["dev"] = str(folder / "gone.csv")
+    (folder / "results.json").write_text(json.dumps(found))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("damage", "words", "said"),
+    [
+        (no_results, (), "no complete run there, which would have a results.json"),
+        (of_a_search, (), "results.json: of no run, or damaged (no config in it); name the folder of one run"),
+        (cut_results, (), "results.json: damaged ("),
+        (no_export, (), "export: no such folder; a run that is complete has its student there"),
+        (cut_weights, (), "model.safetensors: no weights can be read there"),
+        (another_family, (), "export: the family t5 is not supported"),
+        (data_gone, ("--onnx",), "gone.csv"),
+        (nothing, ("--teacher", "gone"), "gone: "),
+        (nothing, ("--rounds", "0"), "ledger: --rounds 0: at least 1"),
+        (nothing, ("--rounds", "x"), "ledger: argument --rounds: invalid int value"),
+        (nothing, ("--int4",), "ledger: unrecognized arguments: --int4; see --help"),
+    ],
+)
+def test_mistakes(
+    damage: Callable[[Path], None],
+    words: tuple[str, ...],
+    said: str,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    damage(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert run_script("ledger.py", str(folder), *words) == 2
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    assert len(seen.err.splitlines()) == 1
+    assert seen.err.startswith("error: ")
+    assert said in seen.err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return complete(world, tmp_path_factory.mktemp("runs"))

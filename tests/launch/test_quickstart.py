@@ -1,0 +1,61 @@
+"""The quickstart's whole journey, at a size that takes seconds; nobody learns anything here."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lad_dist.config.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+text.most=300 text.train_each=8 text.dev_each=4 text.held_out=0.4
+pretrain.run.steps=2 pretrain.student.architecture.hidden_size=32 pretrain.student.architecture.num_attention_heads=2
+pretrain.student.architecture.intermediate_size=64
+teacher.run.epochs=1.0 lad.run.epochs=1.0 alone.run.epochs=1.0 lad.run.log_every=1 alone.run.log_every=1
+""".split()
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_whole_journey_and_again(
+    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = quickstart.sorted_changes(SMALL)
+    results = quickstart.journey(tmp_path, changes)
+    quickstart.show(tmp_path, results)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["lad"]["parameters"] == results["alone"]["parameters"] < results["teacher"]["parameters"]
+    assert 0 <= results["lad"]["label_loyalty"] <= 1
+    printed = capsys.readouterr().out
+    assert "student by LAD" in printed
+    assert f"{results['alone']['accuracy']:.3f}" in printed
+    assert all((tmp_path / path).exists() for path in ("lad/export/model.safetensors", "lad/tensorboard"))
+    names = {file.name for file in (tmp_path / "plots").iterdir()}
+    assert names == {"accuracy.png", "lad-terms.png", "alone-terms.png", "lad-gates.png"}
+
+    trained = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/export/model.safetensors")}
+    assert len(trained) == 4
+    again = quickstart.journey(tmp_path, changes)
+    assert again["lad"]["accuracy"] == results["lad"]["accuracy"]
+    assert {file: file.stat().st_mtime_ns for file in trained} == trained
+
+
+def test_a_stage_that_is_none_is_named_with_the_nearest(quickstart: ModuleType) -> None:
+    with pytest.raises(UserError, match='did you mean "teacher"'):
+        quickstart.sorted_changes(["techer.run.epochs=1.0"])
+
+
+def test_a_misspelt_key_of_a_stage_is_named(quickstart: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lad\.toml: optim\.l_r: no such key"):
+        quickstart.configured(quickstart.TaskConfig, "lad", tmp_path, quickstart.sorted_changes(["lad.optim.l_r=1.0"]))

@@ -1,0 +1,188 @@
+"""BERT-EMD: plans against an exact solver, its terms against a naive twin, its state from step to step."""
+
+import naive_twins
+import numpy as np
+import ot
+import pytest
+import torch
+import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
+
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims
+from lad_dist.objectives import optimal_transport
+from lad_dist.objectives.emd import EMD
+
+SEEDS = st.integers(0, 1000)
+
+
+def problem(seed: int, sizes: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    return scale * draw.random(sizes), draw.dirichlet(np.ones(sizes[0])), draw.dirichlet(np.ones(sizes[1]))
+
+
+@settings(max_examples=40)
+@given(
+    seed=SEEDS,
+    sizes=st.tuples(st.integers(1, 12), st.integers(1, 24)),
+    scale=st.sampled_from([1e-9, 1.0, 1e6]),
+)
+def test_plans_are_those_of_an_exact_solver(seed: int, sizes: tuple[int, int], scale: float) -> None:
+    costs, student, teacher = problem(seed, sizes, scale)
+    found, exact = optimal_transport.transport_plan(costs, student, teacher), ot.emd(student, teacher, costs)
+    assert (found * costs).sum() == pytest.approx((exact * costs).sum(), rel=1e-6)
+    np.testing.assert_allclose(found.sum(axis=1), student, atol=1e-9)
+    np.testing.assert_allclose(found.sum(axis=0), teacher, atol=1e-9)
+    np.testing.assert_allclose(found, exact, atol=1e-6)  # random costs have one best plan
+    assert np.count_nonzero(found) < sum(sizes)
+
+
+def test_a_plan_without_costs_is_a_plan() -> None:
+    found = optimal_transport.transport_plan(np.zeros((2, 3)), np.full(2, 1 / 2), np.full(3, 1 / 3))
+    np.testing.assert_allclose(found.sum(axis=0), np.full(3, 1 / 3))
+
+
+@settings(max_examples=20)
+@given(seed=SEEDS, temperature=st.sampled_from([1.0, 5.0, 1e9]))
+def test_cost_attention_equals_its_equation(seed: int, temperature: float) -> None:
+    costs, student, teacher = problem(seed, (3, 4), 2.0)
+    plan = 0.5 * optimal_transport.transport_plan(costs, student, teacher) + 0.5 * np.outer(student, teacher)
+    found = optimal_transport.masses(plan, costs, temperature)
+    for side, mass, axis in ((found[0], student, 0), (found[1], teacher, 1)):
+        units = []
+        for layer in range(len(mass)):
+            shares, prices = (plan[layer], costs[layer]) if axis == 0 else (plan[:, layer], costs[:, layer])
+            units.append(sum(f * d for f, d in zip(shares, prices, strict=True)) / mass[layer])
+        powers = [np.exp(sum(units) / unit / temperature) for unit in units]
+        expected = [power / sum(powers) for power in powers]
+        np.testing.assert_allclose(side, 0.999 * np.array(expected) + 0.001 / len(mass), rtol=1e-9)
+
+
+@pytest.mark.parametrize("costs", [np.zeros((2, 3)), np.array([[0.0, 0.0, 1e9], [1e-30, 1.0, 0.0]])])
+def test_masses_stay_finite_and_positive(costs: np.ndarray) -> None:
+    sides: list[np.ndarray] = [np.full(2, 1 / 2), np.full(3, 1 / 3)]
+    for _ in range(5):
+        sides = list(optimal_transport.masses(optimal_transport.transport_plan(costs, *sides), costs, 1.0))
+        for side in sides:
+            assert side.sum() == pytest.approx(1.0)
+            assert side.min() > 1e-4
+
+
+def naive_costs(
+    objective: EMD, student: naive_twins.ModelOutputs, teacher: naive_twins.ModelOutputs, batch: Batch
+) -> np.ndarray:
+    """[2, M, L]: pair by pair, in fp64."""
+    costs = np.zeros(objective.costs.shape)
+    map_of = objective.hidden_projection.double()
+    for m, layer in np.ndindex(*costs.shape[1:]):
+        mine = map_of(naive_twins.tokens(student.hidden[m + 1], batch)).detach()
+        its = naive_twins.tokens(teacher.hidden[layer + 1], batch)
+        costs[0, m, layer] = (mine - its).square().mean()
+        pairs = student.qkv[m + 1][:2], teacher.qkv[layer + 1][:2]
+        costs[1, m, layer] = naive_twins.naive_score_error(*pairs, batch, objective.heads)
+    map_of.float()
+    return costs
+
+
+@settings(max_examples=15)
+@given(batch=naive_twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
+def test_emd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
+    """In the first step by masses, then by the plans of an exact solver on the costs of the step before."""
+    student, teacher = traces(batch, seed, shape)
+    later = traces(batch, seed + 1, shape)
+    objective = EMD(shape, TEACHER, hidden=2.0, attention=3.0, embedding=5.0)
+    objective.at(0.0)
+    first = objective(student, teacher, batch)
+    costs = naive_costs(objective, student, teacher, batch)
+    assert first["hidden"].item() == pytest.approx(2 * costs[0].mean(), rel=1e-4)
+    assert first["attention"].item() == pytest.approx(3 * costs[1].mean(), rel=1e-4)
+    objective.at(0.5)
+    second = objective(*later, batch)
+    then = naive_costs(objective, *later, batch)
+    masses = np.full(2, 1 / 2), np.full(4, 1 / 4)
+    for kind, weight, old, new in zip(("hidden", "attention"), (2, 3), costs, then, strict=True):
+        assert second[kind].item() == pytest.approx(weight * (ot.emd(*masses, old) * new).sum(), rel=1e-4)
+    mapped = objective.embedding_projection.double()(naive_twins.tokens(later[0].hidden[0], batch))
+    error = (mapped - naive_twins.tokens(later[1].hidden[0], batch)).square().mean().item()
+    assert second["embedding"].item() == pytest.approx(5 * error, rel=1e-4)
+
+
+def test_a_student_that_is_its_teacher_learns_nothing() -> None:
+    """Once costs are known, each layer is brought to itself, for nothing."""
+    batch = toy.batch(LENGTHS)
+    _, teacher = traces(batch)
+    objective = EMD(TEACHER, TEACHER)
+    for step in range(3):
+        objective.at(step / 3)
+        terms = objective(teacher, teacher, batch)
+    for name in ("hidden", "attention", "embedding"):
+        assert terms[name].item() == pytest.approx(0.0, abs=1e-9)
+    assert {name: x.item() for name, x in objective.observed.items()} == pytest.approx(
+        {f"reads/{m}/{layer}": float(m == layer) for m in (1, 2, 3, 4) for layer in (1, 2, 3, 4)}
+    )
+
+
+def test_only_layers_that_the_plan_uses_are_differentiated() -> None:
+    batch = toy.batch(LENGTHS)
+    student, teacher = traces(batch)
+    objective = EMD(STUDENT, TEACHER, soft=0.0)
+    objective.at(0.0)
+    objective(student, teacher, batch)
+    objective.at(0.5)
+    plan = objective.plans["hidden"]
+    assert 0 < np.count_nonzero(plan) < plan.size
+    loss = objective(student, teacher, batch)["hidden"]
+    found = torch.autograd.grad(loss, [teacher.hidden[layer] for layer in range(1, 5)])
+    assert all(g.abs().sum() > 0 for g in found)  # every teacher layer has mass
+    (gradient,) = torch.autograd.grad(objective(student, teacher, batch)["hidden"], [student.hidden[1]])
+    used = sum(plan[0, layer - 1] * (student.hidden[1] - teacher.hidden[layer]) for layer in range(1, 5))
+    torch.testing.assert_close(gradient, (0.01 * 2 * used / used.numel()).float())
+
+
+def test_plans_change_with_steps_and_only_while_training() -> None:
+    batch = toy.batch(LENGTHS)
+    objective = EMD(STUDENT, TEACHER)
+    objective.at(0.0)
+    objective(*traces(batch, 0), batch)
+    objective(*traces(batch, 1), batch)
+    before = objective.plans["hidden"]
+    objective.eval()
+    objective(*traces(batch, 2), batch)
+    assert objective.plans["hidden"] is before
+    assert objective.count == 2
+    objective.train()
+    objective.at(0.1)
+    assert objective.plans["hidden"] is not before
+    assert objective.count == 0
+
+
+def test_its_state_goes_with_its_weights_unrounded() -> None:
+    batch = toy.batch(LENGTHS)
+    one, other = EMD(NARROW, TEACHER), EMD(NARROW, TEACHER).bfloat16()
+    for step in range(2):
+        one.at(step / 4)
+        one(*traces(batch, step, NARROW), batch)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.costs, other.costs)
+    for objective in (one, other):
+        objective.at(0.75)
+    for kind in one.plans:
+        np.testing.assert_array_equal(one.plans[kind], other.plans[kind])
+    for a, b in zip(one.masses, other.masses, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_step_that_overflowed_leaves_the_plan_as_it_was() -> None:
+    batch = toy.batch(LENGTHS)
+    objective = EMD(STUDENT, TEACHER)
+    student, teacher = traces(batch)
+    broken = teacher._replace(hidden={layer: x / 0 for layer, x in teacher.hidden.items()})
+    for step, seen in enumerate((teacher, broken, teacher)):
+        before = objective.plans
+        objective.at(step / 4)
+        objective(student, seen, batch)
+    assert objective.plans is before
+    objective.at(0.75)
+    assert objective.plans is not before

@@ -1,0 +1,277 @@
+"""Objectives that match layers, each against an independent naive twin: looped over sequences, in fp64."""
+
+import naive_twins
+import pytest
+import torch
+import torch.nn.functional as F
+import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
+from torch import Tensor
+
+from lad_dist.config.errors import UserError
+from lad_dist.core.batch import Batch
+from lad_dist.core.outputs import ModelDims
+from lad_dist.objectives.alp import ALP
+from lad_dist.objectives.distilbert import DistilBERT
+from lad_dist.objectives.kd import KD
+from lad_dist.objectives.mgskd import MGSKD
+from lad_dist.objectives.minilm import MiniLM
+from lad_dist.objectives.minilm2 import MiniLM2
+from lad_dist.objectives.pkd import PKD
+from lad_dist.objectives.tinybert import TinyBERT
+
+SEEDS = st.integers(0, 1000)
+few = settings(max_examples=20)
+
+
+def close(value: float) -> object:
+    return pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+@few
+@given(
+    batch=naive_twins.batches(),
+    seed=SEEDS,
+    mapping=st.sampled_from(["skip", "last"]),
+    rows=st.sampled_from(["first", "all"]),
+    normalised=st.booleans(),
+)
+def test_pkd_equals_its_equations(batch: Batch, seed: int, mapping: str, rows: str, normalised: bool) -> None:
+    shapes = STUDENT._replace(layers=3), TEACHER._replace(layers=6)
+    student, teacher = traces(batch, seed, *shapes)
+    objective = PKD(*shapes, hidden=7.0, mapping=mapping, tokens=rows, normalised=normalised)  # type: ignore[arg-type]
+    total, count = 0.0, 0
+    for m, layer in {"skip": [(1, 2), (2, 4)], "last": [(1, 4), (2, 5)]}[mapping]:
+        pick = naive_twins.firsts if rows == "first" else naive_twins.tokens
+        for s, t in zip(pick(student.hidden[m], batch), pick(teacher.hidden[layer], batch), strict=True):
+            if normalised:
+                s, t = s / s.norm(), t / t.norm()
+            total += ((s - t) ** 2).mean().item()
+            count += 1
+    assert objective(student, teacher, batch)["hidden"].item() == close(7 * total / count)
+
+
+@pytest.mark.parametrize(
+    ("layers", "mapping", "expected"),
+    [
+        (6, "skip", [2, 4, 6, 8, 10]),
+        (6, "last", [7, 8, 9, 10, 11]),
+        (3, "skip", [4, 8]),
+        (3, "last", [10, 11]),
+        (4, "skip", [3, 6, 9]),
+    ],
+)
+def test_pkd_matches_the_published_layers(layers: int, mapping: str, expected: list[int]) -> None:
+    objective = PKD(STUDENT._replace(layers=layers), TEACHER._replace(layers=12), mapping=mapping)  # type: ignore[arg-type]
+    assert [layer for _, layer in objective.matches] == expected
+
+
+def test_pkd_normalised_does_not_see_lengths() -> None:
+    batch = toy.batch(LENGTHS)
+    student, teacher = traces(batch)
+    longer = teacher._replace(hidden={layer: 3 * x for layer, x in teacher.hidden.items()})
+    values = [
+        [
+            PKD(STUDENT, TEACHER, normalised=normalised)(student, seen, batch)["hidden"].item()
+            for seen in (teacher, longer)
+        ]
+        for normalised in (True, False)
+    ]
+    assert values[0][0] == close(values[0][1])
+    assert values[1][0] != close(values[1][1])
+
+
+@few
+@given(batch=naive_twins.batches(), seed=SEEDS)
+def test_distilbert_equals_its_equations(batch: Batch, seed: int) -> None:
+    student, teacher = traces(batch, seed)
+    terms = DistilBERT(STUDENT, TEACHER, cosine=3.0, soft=5.0, hard=2.0, temperature=2.0)(student, teacher, batch)
+    pairs = zip(naive_twins.tokens(student.hidden[2], batch), naive_twins.tokens(teacher.hidden[4], batch), strict=True)
+    angles = [1 - (s @ t / (s.norm() * t.norm())).item() for s, t in pairs]
+    assert terms["cosine"].item() == close(3 * sum(angles) / len(angles))
+    assert student.logits is not None
+    assert teacher.logits is not None
+    z, t = student.logits.double(), teacher.logits.double()
+    p, q = torch.softmax(t / 2, dim=1), torch.softmax(z / 2, dim=1)
+    divergence = (p * (p / q).log()).sum().item() / len(z)
+    assert terms["soft"].item() == pytest.approx(5 * 4 * divergence, rel=1e-4, abs=1e-5)
+    assert terms["hard"].item() == close((2 * F.nll_loss(torch.log_softmax(z, dim=1), batch.labels)).item())
+
+
+def mapped(linear: torch.nn.Module, x: Tensor) -> Tensor:
+    if isinstance(linear, torch.nn.Identity):
+        return x
+    assert isinstance(linear, torch.nn.Linear)
+    return x @ linear.weight.detach().double().T + linear.bias.detach().double()
+
+
+@few
+@given(batch=naive_twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
+def test_tinybert_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
+    student, teacher = traces(batch, seed, shape)
+    objective = TinyBERT(shape, TEACHER, embedding=2.0, hidden=3.0, attention=5.0)
+
+    def states(m: int, layer: int) -> float:
+        mine = mapped(objective.projection, naive_twins.tokens(student.hidden[m], batch))
+        return (mine - naive_twins.tokens(teacher.hidden[layer], batch)).square().mean().item()
+
+    def attention(m: int, layer: int) -> float:
+        return naive_twins.naive_score_error(student.qkv[m][:2], teacher.qkv[layer][:2], batch, 2)
+
+    terms = objective(student, teacher, batch)
+    assert terms["embedding"].item() == close(2 * states(0, 0))
+    assert terms["hidden"].item() == close(3 * (states(1, 2) + states(2, 4)))
+    assert terms["attention"].item() == close(5 * (attention(1, 2) + attention(2, 4)))
+
+
+def test_tinybert_with_its_second_phase_in_one() -> None:
+    """LadaBERT's fourth loss is kd's."""
+    batch = toy.batch(LENGTHS, labels=[0, 1, 1])
+    student, teacher = traces(batch)
+    both = TinyBERT(STUDENT, TEACHER, soft=3.0, temperature=2.0)
+    found, phase = both(student, teacher, batch), TinyBERT(STUDENT, TEACHER)(student, teacher, batch)
+    wanted = KD(STUDENT, TEACHER, soft=3.0, hard=0.0, temperature=2.0)(student, teacher, batch)
+    assert found.keys() == phase.keys() | wanted.keys() == {"embedding", "hidden", "attention", "soft"}
+    assert all(torch.equal(term, (phase | wanted)[name]) for name, term in found.items())
+    assert both.student_needs.logits
+    assert both.teacher_needs.logits
+    with pytest.raises(UserError, match="tinybert trains no head"):
+        TinyBERT(STUDENT._replace(head="none"), TEACHER, soft=1.0)
+
+
+def test_tinybert_learns_a_map_only_where_widths_differ() -> None:
+    batch = toy.batch(LENGTHS)
+    assert not list(TinyBERT(STUDENT, TEACHER).parameters())
+    objective = TinyBERT(NARROW, TEACHER)
+    terms = objective(*traces(batch, student=NARROW), batch)
+    learnt = list(objective.parameters())
+    assert [tuple(p.shape) for p in learnt] == [(8, 4), (8,)]
+    gradients = torch.autograd.grad(terms["hidden"] + terms["embedding"], learnt)
+    assert all(g.abs().sum() > 0 for g in gradients)
+    assert not any(g is not None for g in torch.autograd.grad(terms["attention"], learnt, allow_unused=True))
+
+
+@few
+@given(batch=naive_twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
+def test_minilm_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
+    student, teacher = traces(batch, seed, shape)
+    terms = MiniLM(shape, TEACHER)(student, teacher, batch)
+    (qs, ks, vs), (qt, kt, vt) = student.qkv[2], teacher.qkv[4]
+    assert terms["attention"].item() == close(naive_twins.naive_relation((qs, ks), (qt, kt), batch, 2))
+    assert terms["value"].item() == close(naive_twins.naive_relation((vs, vs), (vt, vt), batch, 2))
+
+
+@few
+@given(
+    batch=naive_twins.batches(),
+    seed=SEEDS,
+    heads=st.sampled_from([1, 2, 4]),
+    layers=st.tuples(*[st.integers(1, 2)] * 2),
+)
+def test_minilm2_equals_its_equations(batch: Batch, seed: int, heads: int, layers: tuple[int, int]) -> None:
+    student, teacher = traces(batch, seed, NARROW)
+    objective = MiniLM2(NARROW, TEACHER, heads=heads, student_layer=layers[0], teacher_layer=layers[1])
+    terms = objective(student, teacher, batch)
+    for name, s, t in zip(terms, student.qkv[layers[0]], teacher.qkv[layers[1]], strict=True):
+        assert terms[name].item() == close(naive_twins.naive_relation((s, s), (t, t), batch, heads) / 3)
+
+
+@few
+@given(batch=naive_twins.batches(), seed=SEEDS)
+def test_alp_equals_its_equations(batch: Batch, seed: int) -> None:
+    student, teacher = traces(batch, seed)
+    objective = ALP(STUDENT, TEACHER, hidden=3.0)
+    layers = [naive_twins.firsts(teacher.hidden[layer], batch) for layer in (1, 2, 3, 4)]
+    total, read = 0.0, dict[str, float]()
+    for m in (1, 2):
+        rows = naive_twins.firsts(student.hidden[m], batch)
+        for b, row in enumerate(rows):
+            energies = torch.stack([row @ layer[b] for layer in layers])
+            shares = (energies - energies.logsumexp(0)).exp().tolist()
+            mixed = sum(share * layer[b] for share, layer in zip(shares, layers, strict=True))
+            total += (row - mixed).square().mean().item() / len(rows)
+            for layer, share in enumerate(shares, start=1):
+                read[f"reads/{m}/{layer}"] = read.get(f"reads/{m}/{layer}", 0.0) + share / len(rows)
+    assert objective(student, teacher, batch)["hidden"].item() == close(3 * total)
+    assert {name: x.item() for name, x in objective.observed.items()} == {name: close(x) for name, x in read.items()}
+
+
+def test_alp_of_equal_teacher_layers_that_the_student_has_is_zero() -> None:
+    batch = toy.batch(LENGTHS)
+    _, teacher = traces(batch)
+    same = teacher._replace(hidden=dict.fromkeys(teacher.hidden, teacher.hidden[1]))
+    assert ALP(STUDENT, TEACHER)(same, same, batch)["hidden"].item() == pytest.approx(0.0, abs=1e-9)
+
+
+def naive_angle(i: Tensor, j: Tensor, k: Tensor) -> float:
+    return F.cosine_similarity(i - j, k - j, dim=0).item()
+
+
+def naive_structure(groups: list[tuple[Tensor, Tensor, list[tuple[int, list[int]]]]], heads: int) -> float:
+    """R over groups of student rows, teacher rows, and for each vertex its neighbours."""
+    pairs, angles = [], []
+    for student, teacher, seen in groups:
+        for h in range(heads):
+            s, t = (x.unflatten(1, (heads, -1))[:, h] for x in (student, teacher))
+            for i in range(len(s)):
+                for j in range(len(s)):
+                    pairs.append((s[i] @ s[j] / s.shape[1] ** 0.5 - t[i] @ t[j] / t.shape[1] ** 0.5) ** 2)
+            for j, neighbours in seen:
+                for i in neighbours:
+                    for k in neighbours:
+                        if i != k:
+                            error = abs(naive_angle(s[i], s[j], s[k]) - naive_angle(t[i], t[j], t[k]))
+                            angles.append(error**2 / 2 if error < 1 else error - 0.5)
+    return (sum(pairs) / len(pairs)).item() + sum(angles) / max(1, len(angles))
+
+
+def naive_view(attention: Tensor, vertices: int, neighbours: int) -> list[tuple[int, list[int]]]:
+    """Most attended places, and the places that each of them attends to most."""
+    chosen = attention.sum(dim=0).argsort(descending=True)[:vertices].tolist()
+    return [(j, [i for i in attention[j].argsort(descending=True).tolist() if i != j][:neighbours]) for j in chosen]
+
+
+@few
+@given(
+    batch=naive_twins.batches(),
+    seed=SEEDS,
+    shape=st.sampled_from([STUDENT, NARROW]),
+    heads=st.sampled_from([1, 2]),
+    few_of_them=st.booleans(),
+)
+def test_mgskd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims, heads: int, few_of_them: bool) -> None:
+    student, teacher = traces(batch, seed, shape)
+    vertices, neighbours = (2 if few_of_them and not batch.packed else 20), (3 if few_of_them else 20)
+    objective = MGSKD(
+        shape, TEACHER, token=2.0, span=3.0, sample=5.0, heads=heads, vertices=vertices, neighbours=neighbours
+    )
+    terms = objective(student, teacher, batch)
+    tokens, spans = [], []
+    states = naive_twins.sequences(student.hidden[1], batch), naive_twins.sequences(teacher.hidden[2], batch)
+    for s, t, scores in zip(*states, naive_twins.naive_scores(*teacher.qkv[2][:2], batch, 2), strict=True):
+        attention = torch.stack([torch.softmax(each, dim=1) for each in scores]).mean(dim=0)
+        tokens.append((s, t, naive_view(attention, vertices, neighbours)))
+        parts = [list(range(n, min(n + 3, len(s)))) for n in range(0, len(s), 3)]
+        over = torch.stack([torch.stack([attention[a][:, b].mean() for b in parts]) for a in parts])
+        means = [torch.stack([x[part].mean(dim=0) for part in parts]) for x in (s, t)]
+        spans.append((*means, naive_view(over, vertices, neighbours)))
+    upper = naive_twins.sequences(student.hidden[2], batch), naive_twins.sequences(teacher.hidden[4], batch)
+    means = [torch.stack([x.mean(dim=0) for x in side]) for side in upper]
+    others = [(j, [i for i in range(len(means[0])) if i != j]) for j in range(len(means[0]))]
+    assert terms["token"].item() == pytest.approx(2 * naive_structure(tokens, heads), rel=1e-3)
+    assert terms["span"].item() == pytest.approx(3 * naive_structure(spans, heads), rel=1e-3)
+    assert terms["sample"].item() == pytest.approx(5 * naive_structure([(*means, others)], heads), rel=1e-3)
+
+
+def test_mgskd_does_not_see_where_representations_are() -> None:
+    """Turning the student's space changes nothing; moving it leaves the angles alone."""
+    batch = toy.batch(LENGTHS)
+    _, teacher = traces(batch)
+    objective = MGSKD(TEACHER, TEACHER, heads=1, soft=0.0, hard=0.0)
+    turn = torch.linalg.qr(torch.randn(8, 8)).Q
+    turned = teacher._replace(hidden={layer: x @ turn for layer, x in teacher.hidden.items()})
+    assert {k: x.item() for k, x in objective(turned, teacher, batch).items()} == pytest.approx(
+        dict.fromkeys(("token", "span", "sample"), 0.0), abs=1e-6
+    )

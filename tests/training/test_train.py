@@ -1,0 +1,492 @@
+"""The loop, through its only entry."""
+
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+import toy
+from conftest import World
+from launching import ROOT, environment
+from safetensors.torch import load_file
+from toy_runs import curve, digest, lad
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lad_dist.checkpointing.store import CheckpointStore, read_metadata
+from lad_dist.config.errors import UserError
+from lad_dist.config.schema import TrainConfig
+from lad_dist.distributed import processes
+from lad_dist.models.forward import compute_outputs
+from lad_dist.models.loading import PreTrainedModel
+from lad_dist.training import engine
+from lad_dist.training.distiller import Distiller
+from lad_dist.training.metrics import MetricAccumulator
+from lad_dist.training.train import train
+from lad_dist.training.trainer import RunResult
+from lad_dist.utils import atomic_io
+
+DROPOUT = {"student.dropout": 0.1, "student.attention_dropout": 0.1}
+HALF = {"deepspeed.bf16.enabled": True, "deepspeed.zero_optimization.stage": 1}
+
+
+def on_corpus(world: World, work: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
+    return toy.parsed(toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained), changes)
+
+
+def stopped_at(config: TrainConfig, step: int, rows: list[dict[str, Any]] | None = None) -> RunResult:
+    """A run that is asked to stop while it reports `step`."""
+
+    def report(row: dict[str, Any]) -> None:
+        if rows is not None:
+            rows.append(row)
+        if row["step"] == step:
+            processes._request_stop()
+
+    return train(config, report)
+
+
+def metrics_file(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lad_learns(world: World, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    outcome = train(lad(world, tmp_path, {"run.steps": 30}), rows.append)
+    assert outcome.results is not None
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_averages_of_many_half_precision_numbers() -> None:
+    """In bf16 a sum of halves stands still at 128."""
+    averages, batch = MetricAccumulator(), toy.batch([3])
+    for _ in range(600):
+        averages.add(batch, {"gate/2": torch.tensor(0.5, dtype=torch.bfloat16)})
+    assert averages.sums["gate/2"].item() == 300
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_what_was_trained_is_let_go(stage: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the memory of a process ends after some runs, or returns to a checkpoint."""
+    built: list[weakref.ref[Any]] = []
+
+    def build(method: Distiller, config: TrainConfig) -> Any:
+        made = original(method, config)
+        built.extend((weakref.ref(method), weakref.ref(made)))
+        return made
+
+    original = engine.build_engine
+    monkeypatch.setattr(engine, "build_engine", build)
+    train(lad(world, tmp_path, {"run.steps": 2, "deepspeed.zero_optimization.stage": stage}))
+    gc.collect()
+    assert [held() for held in built] == [None, None]
+
+
+@pytest.mark.parametrize("given", [None, 1000])
+def test_zero_takes_memory_for_the_gradients_that_there_are(
+    given: int | None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own default is 2 GB in fp32, however small the student."""
+    found: list[tuple[int, int]] = []
+
+    def build(method: Distiller, config: TrainConfig) -> Any:
+        made = original(method, config)
+        found.append((made.optimizer.reduce_bucket_size, sum(x.numel() for x in method.parameters())))
+        return made
+
+    original = engine.build_engine
+    monkeypatch.setattr(engine, "build_engine", build)
+    zero = {"stage": 1} | ({} if given is None else {"reduce_bucket_size": given})
+    train(lad(world, tmp_path, {"run.steps": 1, "deepspeed.zero_optimization": zero}))
+    ((bucket, trained),) = found
+    assert bucket == (given or trained)
+
+
+TEACHERLESS: dict[str, Any] = {"teacher": None}
+ON_TASKS: list[dict[str, Any]] = [
+    TEACHERLESS | {"objective": {"name": "task"}},
+    *[
+        {"objective": {"name": name}}
+        for name in ("kd", "distilbert", "pkd", "alp", "emd", "tinybert", "minilm", "minilm2", "mgskd", "lad")
+    ],
+    {"student.path": "{narrow}", "objective": {"name": "emd"}},
+    {"student.path": "{narrow}", "objective": {"name": "tinybert"}},
+    {"surgery": [{"name": "low_rank", "keep": 0.5, "embeddings": 0.5, "weighted": True}]},
+    {"surgery": [{"name": "ladabert", "reduction": 2.0, "embedding": 3.0, "svd": 1.5}], "objective": {"name": "kd"}},
+    {"student.embeddings": "random", "data.pad_to": 32, "objective.variant": "paper"},
+    {"teacher.dtype": "bfloat16", **HALF},
+]
+ON_CORPORA: list[dict[str, Any]] = [
+    TEACHERLESS | {"objective": {"name": "mlm"}},
+    *[{"objective": {"name": name}} for name in ("distilbert", "pkd", "alp", "emd", "mgskd", "lad")],
+    *[
+        {"teacher.path": "{headless}", "objective": {"name": name, "soft": 0.0}}
+        for name in ("distilbert", "pkd", "alp", "lad")
+    ],
+    {"teacher.path": "{headless}", "objective": {"name": "emd", "soft": 0.0, "hard": 1.0}},
+    *[{"teacher.path": "{headless}", "objective": {"name": name}} for name in ("tinybert", "minilm", "minilm2")],
+    {"teacher.path": "{headless}", "student.path": "{headless}", "objective": {"name": "minilm2", "heads": 8}},
+    *[
+        {"student": {"architecture": {**toy.SIZES, "hidden_size": 16}}, "objective": {"name": name}}
+        for name in ("emd", "tinybert", "minilm", "minilm2")
+    ],
+    {"surgery": [{"name": "low_rank", "keep": 0.5}], "objective": {"name": "kd"}},
+]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "changes"), [(False, changes) for changes in ON_TASKS] + [(True, changes) for changes in ON_CORPORA]
+)
+def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path: Path) -> None:
+    """Finite losses that are the sum of their terms, student weights that move, and an export that loads."""
+    narrow = tmp_path / "narrow"
+    if "{narrow}" in changes.values():
+        toy.model(narrow, world.tokenizer, "none", hidden_size=16)
+    places = {**vars(world), "narrow": narrow}
+    filled = {k: v.format_map(places) if isinstance(v, str) else v for k, v in changes.items()}
+    config = (on_corpus if corpus else lad)(world, tmp_path, filled | {"run.steps": 2})
+    rows: list[dict[str, Any]] = []
+    outcome = train(config, rows.append)
+    assert outcome.results is not None
+    terms = (
+        "hard",
+        "soft",
+        "hidden",
+        "embedding",
+        "attention",
+        "cosine",
+        "query",
+        "key",
+        "value",
+        "token",
+        "span",
+        "sample",
+    )
+    rows = [row for row in rows if row["step"] > 0]  # of the first step; before it stands what low rank has lost
+    for row in rows[:2]:
+        assert math.isfinite(row["loss"])
+        assert row["loss"] == pytest.approx(sum(row.get(term, 0.0) for term in terms), rel=2e-2)
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    exported = AutoModel.from_pretrained(outcome.folder / "export")
+    assert exported.config.num_hidden_layers == (config.student.depth or 4)
+    if config.student.path is not None and config.student.embeddings == "copy":
+        start = AutoModel.from_pretrained(config.student.path).embeddings.word_embeddings.weight
+        now = exported.embeddings.word_embeddings.weight
+        assert 0 < (start - now).abs().max() < 0.1
+    assert outcome.results["metrics"]
+    assert all(math.isfinite(value) for value in outcome.results["metrics"].values())
+
+
+def test_tinybert_goes_on_with_its_logits(world: World, tmp_path: Path) -> None:
+    """Two phases, two runs: the second begins with the weights of the first, the untrained head among them."""
+    first = train(lad(world, tmp_path, {"run.name": "first", "run.steps": 2, "objective": {"name": "tinybert"}}))
+    student = {"path": str(first.folder / "export")}
+    prediction = {"name": "kd", "soft": 1.0, "hard": 0.0, "temperature": 1.0}
+    changes = {"run.steps": 1, "student": student, "objective": prediction, "optim.lr": 1e-9}
+    second = train(lad(world, tmp_path, changes))
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(run.folder / "export").state_dict()
+        for run in (first, second)
+    )
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-6)
+
+
+def test_regression(world: World, tmp_path: Path) -> None:
+    """Own .jsonl and .tsv with numbers; the teacher is a regression's own export."""
+    rows = [(toy.sentence(n), n % 7 / 2) for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in rows))
+    (tmp_path / "dev.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows[:20]))
+    files = {"train": str(tmp_path / "train.jsonl"), "dev": str(tmp_path / "dev.tsv"), "kind": "regression"}
+    tables = toy.task_config(tmp_path, files, world.teacher, world.pretrained)
+    alone = {"run.name": "teacher", "run.steps": 2, "teacher": None, "objective": {"name": "task"}}
+    teacher = train(toy.parsed(tables, alone))
+    outcome = train(toy.parsed(tables, {"run.steps": 2, "teacher.path": str(teacher.folder / "export")}))
+    assert outcome.results is not None
+    assert set(outcome.results["metrics"]) == {"pearson", "spearman", "teacher_pearson"}
+    model = AutoModelForSequenceClassification.from_pretrained(outcome.folder / "export")
+    assert model.config.problem_type == "regression"
+    assert model.classifier.out_features == 1
+
+
+def test_results_say_how_good_small_fast_and_faithful(world: World, tmp_path: Path) -> None:
+    config = lad(world, tmp_path, {"run.steps": 2})
+    outcome = train(config)
+    found = json.loads((outcome.folder / "results.json").read_text())
+    assert found == json.loads(json.dumps(outcome.results))
+    assert set(found) >= {
+        "command", "config", "metrics", "student", "teacher", "steps", "seconds", "tokens_per_second", "processes",
+        "device", "versions",
+    }  # fmt: skip
+    assert set(found["metrics"]) >= {"accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty"}
+    assert found["teacher"]["parameters"] > found["student"]["parameters"]
+    assert found["teacher"]["forward_flops_per_token"] > found["student"]["forward_flops_per_token"]
+    assert found["config"]["objective"]["temperature"] == 2.0  # defaults are written out
+    assert found["steps"] == 2
+    assert found["seconds"] > 0
+    assert (outcome.folder / "config.toml").read_text().count("temperature") == 1
+
+
+def padded(tokenizer_folder: Path) -> dict[str, torch.Tensor]:
+    words = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return dict(words([toy.sentence(n) for n in range(5)], padding=True, return_tensors="pt"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "surgery"),
+    [("classification", False), ("classification", True), ("mlm", False), ("mlm", True), ("none", False)],
+)
+def test_the_export_is_the_trained_model(
+    kind: str, surgery: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights bit for bit, logits through transformers' own forward; Parts are folded, nothing of the objective is in
+    it, tokenizer and model card lie beside."""
+    trained: dict[str, Any] = {}
+    export = Distiller.export
+
+    def watched(method: Distiller) -> PreTrainedModel:
+        trained["before"] = dev_logits(method)
+        student = export(method)
+        trained["weights"] = {name: weight.clone() for name, weight in student.state_dict().items()}
+        return student
+
+    def dev_logits(method: Distiller) -> torch.Tensor:
+        from lad_dist.core.collate import collate, span_starts
+        from lad_dist.core.outputs import OutputSpec
+
+        method.eval()
+        inputs = padded(world.tokenizer)
+        ids = [
+            row[mask.bool()].numpy() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        starts = span_starts(ids)
+        rows = np.arange(starts[-1]) if kind == "mlm" else starts[:-1]
+        needs = OutputSpec(hidden=(2,)) if kind == "none" else OutputSpec(logits=True)
+        segments = [np.zeros(len(row), dtype=np.uint8) for row in ids]
+        with torch.no_grad():
+            seen = compute_outputs(method.student, collate(ids, segments, rows, rows), needs)
+        return seen.hidden[2] if seen.logits is None else seen.logits
+
+    monkeypatch.setattr(Distiller, "export", watched)
+    changes: dict[str, Any] = {"run.steps": 3}
+    embeddings = 0.5 if kind == "classification" else 1.0  # an MLM head reads them
+    changes |= {"surgery": [{"name": "low_rank", "keep": 0.5, "embeddings": embeddings}]} if surgery else {}
+    changes |= {"objective": {"name": "minilm2"}} if kind == "none" else {}
+    folder = train((lad if kind == "classification" else on_corpus)(world, tmp_path, changes)).folder / "export"
+    auto = {"classification": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM, "none": AutoModel}[kind]
+    model = auto.from_pretrained(folder, attn_implementation="sdpa").eval()
+    weights = model.state_dict()
+    assert set(weights) == set(trained["weights"])
+    assert all(torch.equal(weights[name], weight) for name, weight in trained["weights"].items())
+    assert not any("gate" in name or "objective" in name or "inner" in name for name in weights)
+    inputs = padded(folder)
+    with torch.no_grad():
+        output = model(**inputs)
+    found = output.last_hidden_state if kind == "none" else output.logits
+    if kind != "classification":
+        found = found[inputs["attention_mask"].bool()]
+    limit = 1e-5 if surgery else 2e-6
+    torch.testing.assert_close(found, trained["before"], rtol=limit, atol=limit)
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| parameters |" in card
+    used: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], used)
+    encoder = used["model"].base_model.state_dict()
+    assert all(torch.equal(encoder[name], weight) for name, weight in model.base_model.state_dict().items())
+    assert ("logits" in used["outputs"]) == (kind == "classification")
+    assert sorted(path.name for path in folder.iterdir() if "token" not in path.name) == [
+        "README.md", *["compact.safetensors"] * surgery, "config.json", "model.safetensors"
+    ]  # fmt: skip
+
+
+PRECISIONS = [{}, {"deepspeed.zero_optimization.stage": 1}, HALF]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=["fp32-zero0", "fp32-zero1", "bf16-zero1"])
+@pytest.mark.parametrize("corpus", [False, True], ids=["task", "corpus"])
+def test_a_run_that_stopped_half_way_ends_as_one_that_did_not(
+    corpus: bool, precision: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    """Bit for bit, with dropout on: weights, and every row."""
+    assert_it_goes_on(on_corpus if corpus else lad, precision, world, tmp_path)
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, {"deepspeed.zero_optimization.stage": 3}])
+def test_so_does_one_whose_objective_has_a_state(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
+    assert_it_goes_on(
+        lad, {**precision, "objective": {"name": "emd", "hidden": 1.0, "attention": 1.0}}, world, tmp_path
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_so_does_one_whose_layers_are_being_replaced(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
+    replaced = {"student.path": str(world.teacher), "surgery": [{"name": "theseus", "end": 1.0}]}
+    assert_it_goes_on(lad, {**precision, **replaced}, world, tmp_path)
+
+
+def assert_it_goes_on(make: Callable[..., TrainConfig], changes: dict[str, Any], world: World, tmp_path: Path) -> None:
+    changes = {**changes, **DROPOUT, "run.steps": 6, "run.eval_every": 2}
+    whole: list[dict[str, Any]] = []
+    straight = train(make(world, tmp_path / "a", changes), whole.append)
+    config, rows = make(world, tmp_path / "b", changes), list[dict[str, Any]]()
+    stopped = stopped_at(config, 3, rows)
+    assert stopped.results is None
+    assert not (stopped.folder / "results.json").exists()
+    resumed = train(config, rows.append)
+    assert resumed.results is not None
+    assert curve(rows) == curve(whole)
+    assert digest(resumed.folder / "export") == digest(straight.folder / "export")
+    written = metrics_file(resumed.folder)
+    assert curve(written) == curve(metrics_file(straight.folder))
+    keys = [(row["step"], "loss" in row) for row in written]
+    assert len(keys) == len(set(keys))
+
+
+def test_a_run_goes_on_under_another_zero_stage(world: World, tmp_path: Path) -> None:
+    """Through the same folder; ZeRO 3 is refused in one line."""
+    changes = {**DROPOUT, "run.steps": 6}
+    straight = train(lad(world, tmp_path / "a", changes))
+    for step, stage in enumerate((0, 2, 1), start=1):
+        stopped = stopped_at(lad(world, tmp_path / "b", changes | {"deepspeed.zero_optimization.stage": stage}), step)
+        assert stopped.results is None
+    with pytest.raises(UserError, match="now there are 1 under ZeRO 3; ZeRO 3 is resumed with what it was saved with"):
+        train(lad(world, tmp_path / "b", changes | {"deepspeed.zero_optimization.stage": 3}))
+    ended = train(lad(world, tmp_path / "b", changes))
+    mine, its = (load_file(outcome.folder / "export" / "model.safetensors") for outcome in (ended, straight))
+    assert max((mine[name] - its[name]).abs().max() for name in its) <= 1e-6
+    assert len(metrics_file(ended.folder)) == len(metrics_file(straight.folder))
+
+
+def test_dropout_is_on_in_that_comparison(world: World, tmp_path: Path) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {"with": [], "without": []}
+    train(lad(world, tmp_path / "a", {"run.steps": 1, **DROPOUT}), rows["with"].append)
+    train(lad(world, tmp_path / "b", {"run.steps": 1}), rows["without"].append)
+    assert rows["with"][0]["loss"] != rows["without"][0]["loss"]
+
+
+def test_rows_of_a_lost_stretch_are_written_once(world: World, tmp_path: Path) -> None:
+    """A run that dies after its checkpoint reports the steps in between again."""
+    config = lad(world, tmp_path, {"run.save_every": 2, "run.steps": 6})
+
+    def die(row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, die)
+    folder = config.run.folder
+    assert [row["step"] for row in metrics_file(folder)] == [1, 2, 3, 4, 5]
+    rows: list[dict[str, Any]] = []
+    train(config, rows.append)
+    first = rows[0]["step"]
+    assert first in (4, 5)  # of the five steps made, no more than save_every are lost
+    assert [row["step"] for row in rows] == [*range(first, 7), 6]
+    assert [row["step"] for row in metrics_file(folder)] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_complete_run_is_not_run_twice(world: World, tmp_path: Path) -> None:
+    config = lad(world, tmp_path, {"run.steps": 2})
+    first = train(config)
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    rows: list[dict[str, Any]] = []
+    again = train(config, rows.append)
+    assert again.results == json.loads(json.dumps(first.results))
+    assert rows == []
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(world: World, tmp_path: Path) -> None:
+    """A real process: exit code 75 and one line; run again it ends with the weights of a run that was let be."""
+    changes = {**DROPOUT, "run.steps": 80, "data.examples_per_slot": 2}
+    tables = lad(world, tmp_path / "a", changes).model_dump(exclude_none=True)
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(tables))
+    command = [sys.executable, str(ROOT / "launch" / "task_distill.py"), str(file)]
+    first = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    metrics = tmp_path / "a" / "toy" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    out, error = first.communicate(timeout=120)
+    assert first.returncode == 75, error
+    assert out == f"{tmp_path / 'a' / 'toy'}: stopped early and saved; run the same command again to go on\n"
+    assert all(line.startswith("toy step ") for line in error.splitlines()), error
+    assert len(list((tmp_path / "a" / "toy" / "checkpoints").glob("step-*"))) == 1
+    steps = len(metrics_file(tmp_path / "a" / "toy"))
+    assert steps < 80
+    second = subprocess.run(command, cwd=ROOT, env=environment(), timeout=300, text=True, capture_output=True)
+    assert second.returncode == 0, second.stderr
+    assert second.stderr.startswith(f"toy step {steps + 1}/80")
+    straight = train(lad(world, tmp_path / "b", changes))
+    assert digest(tmp_path / "a" / "toy" / "export") == digest(straight.folder / "export")
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> None:
+    """Also where its manifest vouches for it."""
+    config = lad(world, tmp_path, {"deepspeed.zero_optimization.stage": 1})
+    folder = stopped_at(config, 2).folder
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    facts = read_metadata(checkpoint)
+    files = sorted(path for path in checkpoint.rglob("*.pt"))
+    assert len(files) == 2  # the module's and the optimizer's
+    kept = tmp_path / "kept"
+    shutil.copytree(checkpoint, kept)
+    for number, file in enumerate(files):
+        shutil.rmtree(checkpoint)
+        shutil.copytree(kept, checkpoint)
+        torch.save({"module": Bomb(tmp_path / f"exploded{number}")}, file)
+        store = CheckpointStore(folder / "checkpoints")
+        draft = checkpoint.rename(checkpoint.with_suffix(".draft"))
+        (draft / "manifest.json").unlink()
+        store.commit(
+            draft,
+            facts,
+            {str(path.relative_to(draft)): atomic_io.file_digest(path) for path in atomic_io.list_files(draft)},
+        )
+        with pytest.raises(UserError, match="holds more than tensors, and nothing of it was run"):
+            train(config)
+        assert not (tmp_path / f"exploded{number}").exists()
+
+
+@pytest.mark.parametrize(("precision", "able", "said"), [(HALF, False, True), (HALF, True, False), ({}, False, False)])
+def test_a_cpu_without_bf16_says_so(
+    precision: dict[str, Any],
+    able: bool,
+    said: bool,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("lad_dist.training.train._cpu_has_bf16", lambda: able)
+    train(lad(world, tmp_path, {"run.steps": 1, **precision}))
+    assert ("far faster with deepspeed.bf16.enabled=false" in capsys.readouterr().err) == said
