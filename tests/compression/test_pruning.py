@@ -342,7 +342,7 @@ def test_the_optimizer_forgets_what_is_gone(
         if masks and len(seen) < 1:
             seen.extend(_moments_of(made, *masks[0]) if len(_moments_of(made, *masks[0])) else [])
 
-    monkeypatch.setattr("lad_dist.training.train.engines.forget", watched)
+    monkeypatch.setattr("lad_dist.training.trainer.engines.reset_optimizer_state", watched)
     surgeries = [{"name": "prune", "sparsity": 0.6, "begin": 0.5}]
     changes = {"run.steps": 4, "surgery": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
     train(toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained), changes))

@@ -181,7 +181,7 @@ def test_other_data_are_refused_when_a_run_is_taken_up(change: str, world: World
 def test_weights_that_differ_end_the_run_before_they_are_saved(
     make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lad_dist.training.train.dissenters", lambda _: [1])
+    monkeypatch.setattr("lad_dist.training.trainer.divergent_ranks", lambda _: [1])
     monkeypatch.setattr("lad_dist.training.trainer._has_replicas", lambda _: True)
     config = make({"run.save_every": 3})
     with pytest.raises(Fault, match="after step 2 the weights of rank 1 are not those of the others"):

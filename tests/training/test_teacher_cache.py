@@ -151,7 +151,7 @@ def test_answers_are_kept_where_it_pays(
         made.append(TeacherCache(*words))
         return made[-1]
 
-    monkeypatch.setattr("lad_dist.training.train.Answers", make)
+    monkeypatch.setattr("lad_dist.training.train.TeacherCache", make)
     changes = {key: str(shared) if value == "shared" else value for key, value in changes.items()}
     train(lad(world, tmp_path, changes))
     assert [found.folder.parent for found in made] == [shared] * kept_ones
