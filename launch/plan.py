@@ -65,7 +65,7 @@ def main() -> int:
     if isinstance(config, SearchConfig):
         trials = sample_trials(config)
         each = config.search.gpus or 1
-        at_once = min(len(trials), max(1, math.floor(given.gpus / each)), config.search.concurrent or len(trials))
+        at_once = min(len(trials), max(1, math.floor(given.gpus / each)), config.search.max_concurrent or len(trials))
         show(trials[0].config, given, world=1, trials=len(trials), at_once=at_once)
     else:
         assert isinstance(config, TrainConfig)
@@ -99,12 +99,12 @@ def show(config: TrainConfig, given: argparse.Namespace, world: int, trials: int
     if memory.total > gpu.memory:
         raise UserError(
             f"--gpu {given.gpu}: {gigabytes(memory.total)} do not fit into {gigabytes(int(gpu.memory))}; make "
-            "data.tokens_per_slot or examples_per_slot smaller with more data.slots, or raise the ZeRO stage"
+            "data.micro_batch_tokens or examples_per_slot smaller with more data.micro_batches_per_step, or raise the ZeRO stage"
         )
 
 
 def step(config: TrainConfig, tokens: float, given: argparse.Namespace, world: int) -> str:
-    slots = config.data.slots
+    slots = config.data.micro_batches_per_step
     if world == 1:
         return f"{slots} slots on one GPU: {tokens:,.0f} tokens"
     each = given.gpus // given.nodes

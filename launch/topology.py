@@ -4,7 +4,7 @@ tasks beside what chance gives, and whether shuffled masks do as well.
 usage: python launch/topology.py FOLDER [FOLDER …] [--out DIR] [--shuffles N] [--base MODEL]
 
 FOLDER is a run of the surgery prune, its export, or a mask.safetensors.
---out DIR       also writes topology.json and topology.png to DIR
+--out DIR       also writes mask_analysis.json and mask_analysis.png to DIR
 --shuffles N    evaluates N shuffled masks of each run whose weights did not change (default: 0)
 --base MODEL    where the weights under the masks lie now (default: where they lay)
 

@@ -4,7 +4,7 @@ runs a grid of methods, tasks and seeds for launch/report.py to compare.
 usage: python launch/tune.py CONFIG.toml [dotted.key=value …]
        With RAY_ADDRESS set it joins that cluster, otherwise it starts Ray on this machine.
 
-example: python launch/tune.py configs/tune/lad.toml search.samples=8
+example: python launch/tune.py configs/tune/lad.toml search.num_samples=8
          python launch/tune.py configs/tune/compare.toml
 """
 

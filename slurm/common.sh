@@ -30,7 +30,7 @@ environment() {
     # On nodes with several networks, name the fast one, for NCCL and for the agreement between processes:
     # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
     # export NCCL_IB_HCA=mlx5        # InfiniBand adapters to use; NCCL_IB_DISABLE=1 where there are none that work
-    # A collective that nobody joins ends after 30 minutes; run.hang_seconds finds it long before, and names the process.
+    # A collective that nobody joins ends after 30 minutes; run.watchdog_timeout finds it long before, and names the process.
     # Compute nodes without a way to the internet look for models in their cache alone, and at once:
     # export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 }

@@ -111,7 +111,7 @@ def victim(folder: Path, world: World, changes: Mapping[str, Any] | None = None,
     runs = runs or folder / "runs"
     tables = toy.task_config(runs, world.files, world.teacher, world.pretrained)
     mine = {
-        "run.steps": STEPS, "run.save_every": SAVE_EVERY, "data.slots": 2, "data.workers": 0, "student.dropout": 0.1,
+        "run.steps": STEPS, "run.save_every": SAVE_EVERY, "data.micro_batches_per_step": 2, "data.num_workers": 0, "student.dropout": 0.1,
         "deepspeed.zero_optimization": {"stage": 1}, **(changes or {}),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,10 @@ def run(folder: Path, objective: str, task: str, seed: int, score: float, **chan
     config: dict[str, Any] = {
         "run": {"name": folder.name, "dir": str(folder.parent), "seed": seed, "steps": 8, "log_every": 10},
         "teacher": {"path": f"runs/teacher-{task}/export"},
-        "student": {"path": "mini", "layers": "even", "depth": 3},
-        "data": {"task": task, "max_length": 128, "slots": 1},
+        "student": {"path": "mini", "layers": "even", "num_hidden_layers": 3},
+        "data": {"task": task, "max_length": 128, "micro_batches_per_step": 1},
         "objective": {"name": objective},
-        "surgery": [],
+        "compression": [],
         "optim": {"lr": 1e-4, "betas": [0.9, 0.999]},
         "deepspeed": {},
     }

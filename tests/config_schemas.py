@@ -24,7 +24,7 @@ def schema_of(tables: Mapping[str, Any]) -> type[ConfigTable]:
     if "run" in tables:
         return train_schema(tables)
     names: dict[str, type[ConfigTable]] = {
-        "vocabulary": TokenizerConfig,
+        "vocab_size": TokenizerConfig,
         "source": PrepareConfig,
         "search": SearchConfig,
         "model": EvaluateConfig,

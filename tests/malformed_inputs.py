@@ -52,16 +52,16 @@ def tables(script: str, here: Path, world: World) -> dict[str, Any]:
     if script in ("task_distill", "benchmark"):
         return toy.task_config(work, world.files, world.teacher, world.pretrained)
     if script == "finetune_teacher":
-        made = toy.task_config(work, world.files, world.teacher, world.pretrained, objective={"name": "task"})
+        made = toy.task_config(work, world.files, world.teacher, world.pretrained, objective={"name": "supervised"})
         return {key: value for key, value in made.items() if key != "teacher"}
     return {
         "evaluate": {"model": {"path": str(world.teacher)}, "data": task, "out": str(here / "result.json")},
-        "prepare_corpus": {"out": str(here / "out"), "tokenizer": words, "workers": 1, "source": [source]},
+        "prepare_corpus": {"out": str(here / "out"), "tokenizer": words, "num_workers": 1, "source": [source]},
         "train_tokenizer": {
-            "out": str(here / "out"), "kind": "wordpiece", "vocabulary": 200, "lowercase": True, "source": [source],
+            "out": str(here / "out"), "kind": "wordpiece", "vocab_size": 200, "lowercase": True, "source": [source],
         },
         "tune": {
-            "search": {"name": "search", "dir": str(work), "base": str(here / "base.toml"), "samples": 2},
+            "search": {"name": "search", "dir": str(work), "base": str(here / "base.toml"), "num_samples": 2},
             "override": {"run.eval_every": 4},
             "space": {"optim.lr": {"uniform": [1e-4, 1e-3]}},
         },

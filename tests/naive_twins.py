@@ -10,9 +10,9 @@ from torch import Tensor
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 
-TEACHER = ModelDims(layers=4, width=8, heads=2, head="classification", outputs=2)
-STUDENT = TEACHER._replace(layers=2)
-NARROW = STUDENT._replace(width=4)
+TEACHER = ModelDims(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, head="classification", num_outputs=2)
+STUDENT = TEACHER._replace(num_hidden_layers=2)
+NARROW = STUDENT._replace(hidden_size=4)
 LENGTHS = [5, 3, 7]
 
 
@@ -21,16 +21,19 @@ def traces(
 ) -> tuple[ModelOutputs, ModelOutputs]:
     """Of a student and a teacher: every layer's hidden states, queries, keys and values, and logits."""
     torch.manual_seed(seed)
-    tokens, rows = len(batch.input_ids), len(batch.rows)
+    tokens, rows = len(batch.input_ids), len(batch.head_positions)
 
     def of(shape: ModelDims) -> ModelOutputs:
-        hidden = {layer: torch.randn(tokens, shape.width, requires_grad=True) for layer in range(shape.layers + 1)}
-        split = (tokens, shape.heads, shape.width // shape.heads)
+        hidden = {
+            layer: torch.randn(tokens, shape.hidden_size, requires_grad=True)
+            for layer in range(shape.num_hidden_layers + 1)
+        }
+        split = (tokens, shape.num_attention_heads, shape.hidden_size // shape.num_attention_heads)
         qkv = {
             layer: tuple(torch.randn(split, requires_grad=True) for _ in range(3))
-            for layer in range(1, shape.layers + 1)
+            for layer in range(1, shape.num_hidden_layers + 1)
         }
-        return ModelOutputs(torch.randn(rows, shape.outputs), hidden, qkv)  # type: ignore[arg-type]
+        return ModelOutputs(torch.randn(rows, shape.num_outputs), hidden, qkv)  # type: ignore[arg-type]
 
     return of(student), of(teacher)
 
@@ -78,7 +81,7 @@ def naive_relation(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor
         for head in range(heads):
             p, q = torch.softmax(t[head], dim=1), torch.softmax(s[head], dim=1)
             total += sum((p[i] * (p[i].log() - q[i].log())).sum().item() for i in range(len(p)))
-    return total / (heads * batch.tokens)
+    return total / (heads * batch.num_tokens)
 
 
 def naive_score_error(

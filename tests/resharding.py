@@ -102,7 +102,7 @@ def train(loop: Trainer, stretch: Stretch, samples: dict[tuple[int, int], str]) 
         for index, batch in enumerate(mine):
             slot = processes.rank() + index * processes.world_size()
             samples[step, slot] = hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()
-        loop.step(step, mine, averages)
+        loop.train_step(step, mine, averages)
         yield step + 1
     batches.close()
 

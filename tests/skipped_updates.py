@@ -91,7 +91,7 @@ def train(stage: int, precision: str, fault: str = "", leave_out: int | None = N
             wrong = fault if (step, slot) == (SPOILT, SLOTS - 1) else ""
             guard.backward(made(batch.to(processes.device()), wrong))
             made.step()
-        fates.append(guard.verdict(step).value)
+        fates.append(guard.action(step).value)
         with deepspeed.zero.GatheredParameters(list(made.module.parameters())):
             weights.append(torch.cat([p.detach().float().flatten() for p in made.module.parameters()]).cpu())
     return fates, weights

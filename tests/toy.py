@@ -91,8 +91,8 @@ def packed(batch: Batch, span: int, shortest: int = 1) -> Batch:
     place = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
     ids, hidden, labels = (np.zeros(-(-at // span) * span, dtype=np.int64) for _ in range(3))
     ids[place] = batch.input_ids
-    hidden[place[batch.rows]] = 1
-    labels[place[batch.rows]] = batch.labels
+    hidden[place[batch.head_positions]] = 1
+    labels[place[batch.head_positions]] = batch.labels
     ids, hidden, labels = (x.reshape(-1, span) for x in (ids, hidden, labels))
     return pack(ids, np.array(starts), np.array(lengths), hidden > 0, labels, shortest)
 
@@ -102,8 +102,8 @@ def task_config(work: Path, files: dict[str, str], teacher: Path, student: Path,
     return {
         "run": {"name": "toy", "dir": str(work), "steps": 8, "log_every": 1},
         "teacher": {"path": str(teacher)},
-        "student": {"path": str(student), "depth": 2},
-        "data": {**files, "max_length": 32, "examples_per_slot": 4, "slots": 4},
+        "student": {"path": str(student), "num_hidden_layers": 2},
+        "data": {**files, "max_length": 32, "micro_batch_size": 4, "micro_batches_per_step": 4},
         "objective": {"name": "lad", "hidden": 1.0},
         "optim": {"lr": 1e-3, "objective_lr": 1e-2},
         "deepspeed": {},
@@ -116,8 +116,8 @@ def corpus_config(work: Path, shards: Path, teacher: Path, student: Path, **tabl
     return {
         "run": {"name": "toy", "dir": str(work), "steps": 4, "log_every": 1},
         "teacher": {"path": str(teacher)},
-        "student": {"path": str(student), "depth": 2},
-        "data": {"shards": str(shards), "max_length": 32, "tokens_per_slot": 256, "slots": 2},
+        "student": {"path": str(student), "num_hidden_layers": 2},
+        "data": {"shards": str(shards), "max_length": 32, "micro_batch_tokens": 256, "micro_batches_per_step": 2},
         "objective": {"name": "lad", "hidden": 1.0},
         "optim": {"lr": 1e-3, "objective_lr": 1e-2},
         "deepspeed": {},

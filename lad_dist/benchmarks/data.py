@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 
 def measure(config: PrepareConfig) -> list[tuple[str, str]]:
     """Rows of (what, figure)."""
-    cores = config.workers or len(os.sched_getaffinity(0))
+    cores = config.num_workers or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder) / "texts.jsonl"
         size = _write_sample(config, texts, 1) / 1e6
@@ -163,7 +163,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> None:
 
 
 def _prepare(clock: Any, config: PrepareConfig, file: Path, processes: int, out: Path) -> None:
-    changes = {"source": [{"kind": "jsonl", "path": str(file)}], "out": str(out), "workers": processes}
+    changes = {"source": [{"kind": "jsonl", "path": str(file)}], "out": str(out), "num_workers": processes}
     with clock():
         prepare(PrepareConfig.model_validate(config.model_dump() | changes), lambda line: None)
 
@@ -194,14 +194,14 @@ def _blocks(rows: Mapping[str, list[list[int]]], length: int = 128) -> dict[str,
 
 def _serve(clock: Any, shards: Path, length: int) -> tuple[int, int, float]:
     """(sequences, tokens, share of the slots that they fill)"""
-    tables = {"shards": str(shards), "max_length": length, "tokens_per_slot": TOKENS_PER_SLOT}
+    tables = {"shards": str(shards), "max_length": length, "micro_batch_tokens": TOKENS_PER_SLOT}
     feed = CorpusDataset(CorpusDataConfig.model_validate(tables), load_tokenizer(shards / "tokenizer"), seed=0)
     batches = load_batches(feed, range(BATCHES), range(1), workers=1)
     next(batches)
     sequences = tokens = 0
     with clock():
         for (batch,) in batches:
-            sequences, tokens = sequences + int((batch.lengths > 0).sum()), tokens + batch.tokens
+            sequences, tokens = sequences + int((batch.lengths > 0).sum()), tokens + batch.num_tokens
     return sequences, tokens, tokens / (BATCHES - 1) / TOKENS_PER_SLOT
 
 
@@ -212,7 +212,7 @@ def _train(clock: Any, shards: Path) -> float:
     tables = {
         "run": {"name": "data", "steps": 1},
         "student": {"architecture": STUDENT},
-        "data": {"shards": str(shards), "tokens_per_slot": TOKENS_PER_SLOT},
+        "data": {"shards": str(shards), "micro_batch_tokens": TOKENS_PER_SLOT},
         "objective": {"name": "mlm"},
         "optim": {"lr": 1e-4},
     }

@@ -82,7 +82,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
         config = config.model_copy(update={"run": where})
         loop = prepare(check(config), Run(config), clock=watch)
         seconds, communication = _time(loop, watch, steps)
-    mine = [loop.feed.batch(s, slot) for s in range(WARM_UP, WARM_UP + steps) for slot in range(loop.feed.slots)]
+    mine = [loop.dataset.batch(s, slot) for s in range(WARM_UP, WARM_UP + steps) for slot in range(loop.dataset.slots)]
     flops = _flops(loop, mine)
     return StepFigures(
         seconds / steps,
@@ -98,20 +98,20 @@ def _time(loop: Trainer, watch: Stopwatch, steps: int) -> tuple[float, float]:
     averages = MetricAccumulator()
     with contextlib.closing(loop.batches(0)) as batches:
         for number in range(WARM_UP):
-            loop.step(number, next(batches), averages)
+            loop.train_step(number, next(batches), averages)
         watch.seconds.clear()
         communication_seconds()
         processes.barrier()
         begin = time.perf_counter()
         for number in range(WARM_UP, WARM_UP + steps):
-            loop.step(number, next(batches), averages)
+            loop.train_step(number, next(batches), averages)
         processes.barrier()
         return time.perf_counter() - begin, communication_seconds()
 
 
 def _flops(loop: Trainer, batches: Sequence[Batch]) -> int:
-    student = 3 * sum(footprint.flops(loop.method.student, *batches).values())
-    if loop.teacher is None or loop.answers is not None:
+    student = 3 * sum(footprint.flops(loop.distiller.student, *batches).values())
+    if loop.teacher is None or loop.teacher_cache is not None:
         return student
     return student + sum(footprint.flops(loop.teacher.model, *batches).values())
 
@@ -120,7 +120,7 @@ def peak(loop: Trainer) -> float:
     """FLOP/s of a large matrix product on this process's device, in the student's precision: best of five."""
     device = processes.device()
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=loop.method.student.dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=loop.distiller.student.dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
         _wait()

@@ -169,19 +169,19 @@ class AsyncCheckpointer:
     checkpoints: CheckpointStore
     every: int
     snapshot: Callable[[int, Path], Files]  # of the state after a step, to be written into the folder
-    facts: Callable[[int], Mapping[str, Any]]
-    alive: Callable[[int], None]  # told of the step now and then while training waits for the disk
-    begun: int = 0  # the step of the last save
-    committed: int = 0  # of the last one that is safe
+    metadata: Callable[[int], Mapping[str, Any]]
+    keep_alive: Callable[[int], None]  # told of the step now and then while training waits for the disk
+    last_started: int = 0  # the step of the last save
+    last_committed: int = 0  # of the last one that is safe
     lag: int = 1  # steps that training went on for while the last one was written
     failures: int = 0
-    why: str = ""  # the last one failed
-    writing: PendingSave | None = None
+    reason: str = ""  # the last one failed
+    pending: PendingSave | None = None
 
     @property
     def busy(self) -> bool:
         """Whether this process is still writing."""
-        return self.writing is not None and self.writing.thread.is_alive()
+        return self.pending is not None and self.pending.thread.is_alive()
 
     @property
     def gave_up(self) -> bool:
@@ -189,63 +189,63 @@ class AsyncCheckpointer:
 
     def is_due(self, step: int) -> bool:
         """Whether a save may begin after this step."""
-        return self.every > 0 and step - self.begun >= self.every - self.lag
+        return self.every > 0 and step - self.last_started >= self.every - self.lag
 
-    def after(self, step: int, busy: bool) -> None:
+    def on_step_end(self, step: int, busy: bool) -> None:
         """What is to be done after a step. busy: whether any process is still writing."""
-        if self.writing is not None and not busy:
+        if self.pending is not None and not busy:
             self._settle(step)
         if not self.every:
             return
-        if self.writing is None and self.is_due(step):
+        if self.pending is None and self.is_due(step):
             self._begin(step)
-        if step - self.committed >= self.every and not self.gave_up:
+        if step - self.last_committed >= self.every and not self.gave_up:
             self.wait(step)
 
-    def now(self, step: int) -> None:
+    def save_and_wait(self, step: int) -> None:
         """Saves and waits for it, trying again until it gives up."""
         self.wait(step)
-        while self.committed < step and not self.gave_up:
+        while self.last_committed < step and not self.gave_up:
             self._begin(step)
             self.wait(step)
 
     def wait(self, step: int) -> None:
         """Until no save is being written any more."""
-        if self.writing is not None:
+        if self.pending is not None:
             self._await_files(step)
             self._settle(step)
 
     def go_back(self, step: int, to: int) -> None:
         """Ends what is being written before the run goes back `to` a step; what is later is dropped."""
-        if self.writing is None or self.writing.step <= to:
+        if self.pending is None or self.pending.step <= to:
             self.wait(step)
             return
         self._await_files(step)
         if processes.is_main():
-            self.checkpoints.discard(self.writing.draft)
-        self.writing = None
+            self.checkpoints.abort(self.pending.draft)
+        self.pending = None
 
     def start_at(self, step: int) -> None:
-        self.begun = self.committed = step
+        self.last_started = self.last_committed = step
 
     def _await_files(self, step: int) -> None:
         while processes.any_of(self.busy):
-            self.alive(step)
+            self.keep_alive(step)
             time.sleep(LOOK_EVERY)
 
     def _begin(self, step: int) -> None:
-        self.begun = step
+        self.last_started = step
         try:
-            draft = processes.on_main(partial(self.checkpoints.draft, step))
+            draft = processes.on_main(partial(self.checkpoints.begin, step))
         except OSError as error:
             self._fail([str(error)])
             return
         thread = threading.Thread(target=self._write, args=[self.snapshot(step, draft)], daemon=True)
-        self.writing = PendingSave(step, self.facts(step), draft, thread)
-        self.writing.thread.start()
+        self.pending = PendingSave(step, self.metadata(step), draft, thread)
+        self.pending.thread.start()
 
     def _write(self, files: Files) -> None:
-        writing = self.writing
+        writing = self.pending
         assert writing is not None
         try:
             writing.digests = write(files, writing.draft)
@@ -254,8 +254,8 @@ class AsyncCheckpointer:
 
     def _settle(self, step: int) -> None:
         """Commits what all have written, or drops it when one could not."""
-        assert self.writing is not None
-        writing, self.writing = self.writing, None
+        assert self.pending is not None
+        writing, self.pending = self.pending, None
         found = processes.all_gather((writing.digests, writing.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error]
         if not errors:
@@ -263,10 +263,10 @@ class AsyncCheckpointer:
         if errors:
             self._fail(errors)
             if processes.is_main():
-                self.checkpoints.discard(writing.draft)
+                self.checkpoints.abort(writing.draft)
             return
         self.failures = 0
-        self.committed, self.lag = writing.step, max(1, step - writing.step)
+        self.last_committed, self.lag = writing.step, max(1, step - writing.step)
 
     def _commit(self, writing: PendingSave, digests: Mapping[str, Digest]) -> list[str]:
         try:
@@ -277,11 +277,13 @@ class AsyncCheckpointer:
 
     def _fail(self, errors: list[str]) -> None:
         self.failures += 1
-        self.why = errors[0]
+        self.reason = errors[0]
         if processes.is_main():
-            stands = f"the one of step {self.committed} stands" if self.committed else "there is none before it"
+            stands = (
+                f"the one of step {self.last_committed} stands" if self.last_committed else "there is none before it"
+            )
             print(
-                f"{self.checkpoints.folder}: the checkpoint of step {self.begun} could not be saved ({errors[0]}); "
+                f"{self.checkpoints.folder}: the checkpoint of step {self.last_started} could not be saved ({errors[0]}); "
                 f"{stands}",
                 file=sys.stderr,
             )

@@ -44,14 +44,14 @@ class CheckpointStore:
     keep: int = 2
     keep_every: int = 0
 
-    def draft(self, step: int) -> Path:
+    def begin(self, step: int) -> Path:
         """An empty folder to write the checkpoint of `step` into."""
         draft = self._path(step).with_suffix(".draft")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         return draft
 
-    def discard(self, draft: Path) -> None:
+    def abort(self, draft: Path) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
     def commit(self, draft: Path, facts: Mapping[str, Any], digests: Mapping[str, Digest]) -> Path:
@@ -96,7 +96,7 @@ class CheckpointStore:
             _remove(later)
         return self.newest_name()
 
-    def tidy(self, *suffixes: str) -> None:
+    def cleanup(self, *suffixes: str) -> None:
         """Removes what has these suffixes; by default what a crash has left half written or half removed: it takes the
         room of a checkpoint."""
         for suffix in suffixes or ("draft", "removed"):
@@ -118,7 +118,7 @@ class CheckpointStore:
         for old in self._saved()[: -self.keep]:
             if not (self.keep_every and _number(old) % self.keep_every == 0):
                 _remove(old)
-        self.tidy("*")
+        self.cleanup("*")
         for left in self.folder.glob("latest.*"):
             left.unlink(missing_ok=True)
 

@@ -76,7 +76,7 @@ def _choices() -> NamedChoices:
     from lad_dist.compression.registry import COMPRESSIONS
     from lad_dist.objectives import OBJECTIVES
 
-    return {"objective": OBJECTIVES, "surgery": COMPRESSIONS}
+    return {"objective": OBJECTIVES, "compression": COMPRESSIONS}
 
 
 def guarded(work: Callable[[], int | None]) -> int:

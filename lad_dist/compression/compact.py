@@ -74,7 +74,7 @@ def pack(student: PreTrainedModel) -> CompactExport:
     masked = _over_frozen(student)
     if not masked:
         return CompactExport(compact, {}, "", shapes, dtype)
-    masks = {f"{name}.weight{BITS}": _bits(part.mask.kept) for name, part in masked.items()}
+    masks = {f"{name}.weight{BITS}": _bits(part.mask.keep) for name, part in masked.items()}
     frozen, learnt = _side_tensors(student, masked)
     return CompactExport(compact, masks | learnt, weights_digest(frozen), shapes, dtype)
 

@@ -21,26 +21,26 @@ from lad_dist.core.step_state import StepState
 
 
 class CompressedModule(nn.Module):
-    def at(self, moment: StepState) -> None:
+    def on_step_start(self, moment: StepState) -> None:
         """Moves schedules, once before the micro-batches of each step. What it leaves behind is a function of the
         moment and of what a checkpoint holds, and so the same on all processes and after a resumption."""
 
-    def pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def newly_pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Weights of which the last `at` took some away, with masks that are True where they stay: the optimizer
         forgets the rest."""
         return iter(())
 
-    def fold(self) -> nn.Module | None:
+    def merge(self) -> nn.Module | None:
         """The plain module with the same function, of the kind that the Part replaced; None where it replaced none."""
         raise NotImplementedError
 
-    def compact(self) -> nn.Module | None:
+    def to_compact(self) -> nn.Module | None:
         """The plain module with the same function that computes least."""
-        return self.fold()
+        return self.merge()
 
 
 ToPlain = Callable[[CompressedModule], nn.Module | None]
-MERGED, COMPACT = methodcaller("fold"), methodcaller("compact")
+MERGED, COMPACT = methodcaller("merge"), methodcaller("to_compact")
 
 
 def compressed_modules(model: nn.Module) -> list[CompressedModule]:

@@ -86,7 +86,7 @@ def flops(model: PreTrainedModel, *batches: Batch) -> dict[str, int]:
     maps = [(name, module) for name, module in plan.modules() if isinstance(module, nn.Linear | nn.Conv1d)]
     for batch in batches:
         for name, module in maps:
-            rows = _rows(plan, name, batch) if isinstance(module, nn.Linear) else batch.tokens
+            rows = _rows(plan, name, batch) if isinstance(module, nn.Linear) else batch.num_tokens
             found[plan.component(name)] += 2 * rows * module.weight.numel()
         found["attention"] += _attention_flops(model.config, batch)
     return found
@@ -96,18 +96,18 @@ def _attention_flops(config: Any, batch: Batch) -> int:
     """Of products without weights: of tokens with tokens, and DeBERTa's with relative positions."""
     products = sum(4 * config.hidden_size * _pairs(batch, window) for window in _windows(config))
     relative = config.num_hidden_layers * len(_relative_kinds(config)) * _relative_positions(config)
-    return products + 2 * batch.tokens * relative * config.hidden_size
+    return products + 2 * batch.num_tokens * relative * config.hidden_size
 
 
 def _rows(plan: _ModulePlan, name: str, batch: Batch) -> int:
     """How many rows a linear map is applied to."""
     config = plan.model.config
     if plan.component(name) == "head":
-        return 0 if plan.base == "" else len(batch.rows)
+        return 0 if plan.base == "" else len(batch.head_positions)
     if not name.startswith(plan.layers):
-        return batch.tokens
+        return batch.num_tokens
     times = config.num_hidden_layers if families.family_of(config).shared_layers else 1
-    return times * (batch.tokens * (".pos_" not in name) + _relative_rows(config, name))
+    return times * (batch.num_tokens * (".pos_" not in name) + _relative_rows(config, name))
 
 
 def _relative_rows(config: Any, name: str) -> int:
@@ -173,7 +173,7 @@ def footprint(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
     """`parameters` of the ordinary folder, `stored` and of them `nonzero` of the compact form, and its FLOPs per token
     of the batch; the last three by component too."""
     weights, arithmetic = stored_weights(model), flops(model, batch)
-    per_token = {name: count / batch.tokens for name, count in arithmetic.items()}
+    per_token = {name: count / batch.num_tokens for name, count in arithmetic.items()}
     return {
         "parameters": exported(model),
         "stored": sum(weights.weights.values()),

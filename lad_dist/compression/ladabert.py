@@ -131,7 +131,7 @@ def summary(
         "weight": after.maps / stays,
     }
     asked = {"reduction": reduction or before.total / remaining_weights(before, factors), **factors._asdict()}
-    return {f"budget/asked/{name}": factor for name, factor in asked.items()} | {
+    return {f"budget/requested/{name}": factor for name, factor in asked.items()} | {
         f"budget/achieved/{name}": factor for name, factor in achieved.items()
     }
 
@@ -142,7 +142,7 @@ Factor = Annotated[float, Field(ge=1)] | None
 def ladabert(
     model: PreTrainedModel,
     sample: CalibrationBatches = no_calibration_batches,
-    tell: ReportValues = silent,
+    report: ReportValues = silent,
     *,
     reduction: Annotated[
         Factor, Field(description="times fewer weights of the whole model; with it one of the next three is not given")
@@ -150,11 +150,11 @@ def ladabert(
     embedding: Annotated[Factor, Field(description="times fewer weights of the word embeddings, by low rank")] = None,
     svd: Annotated[Factor, Field(description="times fewer weights of the encoder's linear maps, by low rank")] = None,
     weight: Annotated[Factor, Field(description="times fewer of what is left of them, by pruning")] = None,
-    weighted: ActivationAware = False,
+    activation_aware: ActivationAware = False,
     modules: Modules = LAYER_MODULES,
     begin: Begin = 0.0,
     end: End = 0.5,
-    every: UpdateEvery = 20,
+    update_every: UpdateEvery = 20,
 ) -> PreTrainedModel:
     """LadaBERT (Mao et al., 2020): word embeddings and linear maps of low rank, then the two factors of each map pruned
     by magnitude, step by step while the student trains; see budget.py for how the factors go together. Raises UserError
@@ -167,16 +167,16 @@ def ladabert(
     if factors.embedding > 1:
         name, words = word_embeddings_of(model, where)
         ranks[name] = _rank_up(words, factors.embedding)
-    insert_products(model, ranks, sample if weighted else None, tell)
+    insert_products(model, ranks, sample if activation_aware else None, report)
     thin = [f"{name}.{side}" for name in maps if name in ranks for side in ("inner", "outer")]
     left = [*thin, *(name for name in maps if name not in ranks)]
     after = count_weights(model, left)
     sparsity = required_sparsity(after, reduction and counts.total / reduction, weight)
     if sparsity:
-        schedule = Schedule(sparsity, begin=begin, end=end, every=every)
+        schedule = Schedule(sparsity, begin=begin, end=end, update_every=update_every)
         insert_masks(model, left, Magnitude, schedule, Pattern(), recover=True)
     if model.device.type != "meta":
-        tell(summary(counts, after, factors, reduction, sparsity))
+        report(summary(counts, after, factors, reduction, sparsity))
     return model
 
 

@@ -22,7 +22,7 @@ def layer_numbers(rule: str | Sequence[int], depth: int | None, available: int) 
         return list(rule)
     depth = available if depth is None else depth
     if depth > available:
-        raise UserError(f"student.depth = {depth}, but the model it starts from has {available} layers")
+        raise UserError(f"student.num_hidden_layers = {depth}, but the model it starts from has {available} layers")
     if rule == "first":
         return list(range(1, depth + 1))
     if rule == "last":
@@ -98,12 +98,12 @@ def freeze_encoder(model: PreTrainedModel) -> None:
 
 
 def scale_position_embeddings(
-    model: PreTrainedModel, *, share: Annotated[float, Field(gt=0, le=1, description="of their size that stays")]
+    model: PreTrainedModel, *, scale: Annotated[float, Field(gt=0, le=1, description="of their size that stays")]
 ) -> PreTrainedModel:
     """Scales position and segment embeddings. A new model draws them as large as those of words, and the words drown:
     from nothing, a few hundred steps teach it much more when they start small."""
     words = set(model.get_input_embeddings().modules())
     for module in model.base_model.get_submodule("embeddings").modules():
         if isinstance(module, nn.Embedding) and module not in words:
-            module.weight.data *= share
+            module.weight.data *= scale
     return model

@@ -65,14 +65,14 @@ class LowRank(CompressedModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x))
 
-    def fold(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         bias = None if self.outer.bias is None else self.outer.bias.detach()
         return _linear(_product(self.outer, self.inner.weight), bias)
 
-    def compact(self) -> nn.Module:
+    def to_compact(self) -> nn.Module:
         """The pair, where it has fewer weights than its product."""
         rows, columns, rank = self.outer.out_features, self.inner.in_features, self.inner.out_features
-        return nn.Sequential(self.inner, self.outer) if rank * (rows + columns) < rows * columns else self.fold()
+        return nn.Sequential(self.inner, self.outer) if rank * (rows + columns) < rows * columns else self.merge()
 
 
 class LowRankEmbedding(CompressedModule):
@@ -92,13 +92,13 @@ class LowRankEmbedding(CompressedModule):
     def forward(self, words: Tensor) -> Tensor:
         return self.outer(self.inner(words))
 
-    def fold(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         return _embedding(_product(self.outer, self.inner.weight.T).T, self.inner.padding_idx)
 
-    def compact(self) -> nn.Module:
+    def to_compact(self) -> nn.Module:
         """The pair, where it has fewer weights than its product."""
         words, rank, width = *self.inner.weight.shape, self.outer.out_features
-        return nn.Sequential(self.inner, self.outer) if rank * (words + width) < words * width else self.fold()
+        return nn.Sequential(self.inner, self.outer) if rank * (words + width) < words * width else self.merge()
 
 
 def _product(outer: nn.Linear, inner: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def rank_of_share(matrix: Tensor, share: float) -> float:
 def low_rank(
     model: PreTrainedModel,
     sample: CalibrationBatches = no_calibration_batches,
-    tell: ReportValues = silent,
+    report: ReportValues = silent,
     *,
     keep: Annotated[
         float, Field(gt=0, le=1, description="share of the linear maps' weights that stays; 1: they stay as they are")
@@ -243,7 +243,7 @@ def low_rank(
     embeddings: Annotated[
         float, Field(gt=0, le=1, description="share of the word embeddings' weights that stays; 1: they stay too")
     ] = 1.0,
-    weighted: ActivationAware = False,
+    activation_aware: ActivationAware = False,
     modules: Modules = LAYER_MODULES,
 ) -> PreTrainedModel:
     """Replaces linear maps and word embeddings by products of two thin matrices, of rank keep · rows · columns /
@@ -258,7 +258,7 @@ def low_rank(
     if not chosen:
         raise UserError(f"{where}: keep and embeddings are 1, which leaves all as it is; set one of them below 1")
     ranks = {name: max(1, int(rank_of_share(module.weight, share))) for name, (module, share) in chosen.items()}
-    insert_products(model, ranks, sample if weighted else None, tell)
+    insert_products(model, ranks, sample if activation_aware else None, report)
     return model
 
 

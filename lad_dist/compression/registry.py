@@ -18,15 +18,15 @@ from lad_dist.models.loading import PreTrainedModel
 
 def apply_compressions(
     model: PreTrainedModel,
-    surgeries: Iterable["partial[PreTrainedModel]"],
+    compressions: Iterable["partial[PreTrainedModel]"],
     sample: CalibrationBatches = no_calibration_batches,
-    tell: ReportValues = silent,
+    report: ReportValues = silent,
 ) -> PreTrainedModel:
     """The model after these surgeries, in order. `sample()` is the first batches of the training data, the same on all
     processes; `tell(values)` puts what was found, by name, into the first row and the results of the run. On the meta
     device a model has shapes and no numbers: a surgery refuses there what does not fit, and asks and tells nothing."""
-    given = {"sample": sample, "tell": tell}
-    for surgery in surgeries:
+    given = {"sample": sample, "tell": report}
+    for surgery in compressions:
         wanted = inspect.signature(surgery.func).parameters.keys() & given.keys()
         model = surgery(model, **{name: given[name] for name in wanted})
     return model
@@ -36,7 +36,7 @@ COMPRESSIONS: dict[str, Callable[..., PreTrainedModel]] = {
     "ladabert": ladabert,
     "low_rank": low_rank,
     "prune": prune,
-    "quiet_positions": scale_position_embeddings,
+    "scale_position_embeddings": scale_position_embeddings,
     "theseus": theseus,
 }
 # Of the rest of the config, given it, the student's head and its labels, and the surgery's arguments.

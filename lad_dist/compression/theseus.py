@@ -69,7 +69,7 @@ class Theseus(CompressedModule):
         self.predecessor.eval()
         return self
 
-    def at(self, moment: StepState) -> None:
+    def on_step_start(self, moment: StepState) -> None:
         drawn = derive_key(COIN, moment.seed, moment.step, self._number) >> 64 - DIGITS
         self.replaced = drawn < self._probability(moment.progress) * 2**DIGITS
 
@@ -81,7 +81,7 @@ class Theseus(CompressedModule):
             output = layer(_states(output), *args, **kwargs)
         return output
 
-    def fold(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         return self.successor
 
 
@@ -173,7 +173,7 @@ def _check_layers(model: PreTrainedModel, old: Any, path: str) -> None:
     if old.num_hidden_layers < new.num_hidden_layers:
         raise UserError(
             f"surgery theseus: {new.num_hidden_layers} student layers, only {old.num_hidden_layers} in {path}; set "
-            "student.depth to less"
+            "student.num_hidden_layers to less"
         )
 
 
@@ -181,7 +181,7 @@ def check_theseus(
     config: TrainConfig, head: Head, labels: Sequence[str], *, predecessor: str | None, frozen: bool, **_: Any
 ) -> None:
     """Whether the surgery goes with the rest of the config, whose student has that head. Raises UserError."""
-    if [named.name for named in config.surgery].index("theseus") != len(config.surgery) - 1:
+    if [named.name for named in config.compression].index("theseus") != len(config.compression) - 1:
         raise UserError("surgery theseus: it wraps layers as they are; list it once, after all others")
     if config.zero_stage == 3:
         raise UserError("surgery theseus: under ZeRO 3 the same layers must run in each step; set a stage up to 2")

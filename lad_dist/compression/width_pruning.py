@@ -83,7 +83,7 @@ def check_widths(config: Any, width: int | None, heads: int | None, inner: int |
     made."""
     if config.model_type not in NAMES:
         raise UserError(
-            f"student.width: {config.model_type} cannot be narrowed, only {', '.join(NAMES)} can; "
+            f"student.hidden_size: {config.model_type} cannot be narrowed, only {', '.join(NAMES)} can; "
             "take student.architecture for a new model of another width"
         )
     old = Widths(config.hidden_size, config.num_attention_heads, _inner(config))
@@ -94,14 +94,14 @@ def check_widths(config: Any, width: int | None, heads: int | None, inner: int |
             raise UserError(f"student.{key} = {getattr(new, key)}, but {name} has {getattr(old, key)}")
     if new.width != old.width and new.width == getattr(config, "embedding_size", None):
         raise UserError(
-            f"student.width = {new.width}: as wide as {name}'s embeddings, whose map to hidden states it then has no "
+            f"student.hidden_size = {new.width}: as wide as {name}'s embeddings, whose map to hidden states it then has no "
             "place for; take another"
         )
     fitting = [n for n in range(1, old.heads + 1) if width % n == 0 and width // n <= old.width // old.heads]
     if new.heads not in fitting:
-        choices = f"take {' or '.join(map(str, fitting))}" if fitting else "take another student.width"
+        choices = f"take {' or '.join(map(str, fitting))}" if fitting else "take another student.hidden_size"
         raise UserError(
-            f"student.heads: {new.heads} heads do not divide a width of {width} into sizes of at most "
+            f"student.num_attention_heads: {new.heads} heads do not divide a width of {width} into sizes of at most "
             f"{old.width // old.heads}, as {name} has them; {choices}"
         )
     return new

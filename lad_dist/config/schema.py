@@ -31,7 +31,7 @@ class RunConfig(ConfigTable):
     epochs: PositiveFloat | None = Field(None, description="passes over the training data; give this or steps")
     log_every: PositiveInt = Field(10, description="steps between reports")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
-    check_every: int = Field(
+    replica_check_every: int = Field(
         100, ge=0, description="steps between comparisons of the weights that processes hold alike; 0: none"
     )
     max_skips: PositiveInt = Field(
@@ -42,7 +42,7 @@ class RunConfig(ConfigTable):
     spike_sigma: float = Field(
         0.0, ge=0, description="a loss so many standard deviations above the last 128 is skipped likewise; 0: none is"
     )
-    hang_seconds: float = Field(
+    watchdog_timeout: float = Field(
         60.0,
         ge=0,
         description="without progress on any process, or 10 median steps where that is more, after which the run ends "
@@ -94,18 +94,22 @@ class StudentConfig(ConfigTable):
     layers: Literal["even", "first", "last"] | list[PositiveInt] = Field(
         "even", description="layers to keep: a rule for depth, or their numbers from 1"
     )
-    depth: PositiveInt | None = Field(None, description="number of layers that the rule keeps; default: all")
+    num_hidden_layers: PositiveInt | None = Field(
+        None, description="number of layers that the rule keeps; default: all"
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="of hidden states while training; default: the model's")
     attention_dropout: float | None = Field(
         None, ge=0, lt=1, description="of attention; default: the model's; 0 lets fast attention kernels run"
     )
     embeddings: Literal["copy", "random"] = Field("copy", description="keep the embeddings, or draw them anew")
-    width: PositiveInt | None = Field(None, description="of hidden states, where less than the model's at path")
-    heads: PositiveInt | None = Field(None, description="attention heads that stay; they divide width; default: all")
-    inner: PositiveInt | None = Field(
+    hidden_size: PositiveInt | None = Field(None, description="of hidden states, where less than the model's at path")
+    num_attention_heads: PositiveInt | None = Field(
+        None, description="attention heads that stay; they divide width; default: all"
+    )
+    intermediate_size: PositiveInt | None = Field(
         None, description="units of feed-forward blocks that stay; default: the model's share of width"
     )
-    directions: Literal["principal", "random"] = Field(
+    width_basis: Literal["principal", "random"] = Field(
         "principal", description="which directions of hidden states a smaller width keeps"
     )
 
@@ -113,47 +117,49 @@ class StudentConfig(ConfigTable):
     def _one_origin(self) -> Self:
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give exactly one of path and architecture")
-        if isinstance(self.layers, list) and self.depth not in (None, len(self.layers)):
-            raise ValueError(f"depth = {self.depth} contradicts the {len(self.layers)} layers listed")
-        for key in ("width", "heads", "inner"):
+        if isinstance(self.layers, list) and self.num_hidden_layers not in (None, len(self.layers)):
+            raise ValueError(f"depth = {self.num_hidden_layers} contradicts the {len(self.layers)} layers listed")
+        for key in ("hidden_size", "num_attention_heads", "intermediate_size"):
             if self.path is None and getattr(self, key) is not None:
                 raise ValueError(f"{key} narrows the model at path; say the sizes of a new one in architecture")
-        if self.narrowed and self.embeddings == "random":
+        if self.is_narrowed and self.embeddings == "random":
             raise ValueError('embeddings = "random" throws away what a narrower model is fitted to; keep "copy"')
         return self
 
     @property
-    def narrowed(self) -> bool:
+    def is_narrowed(self) -> bool:
         """Whether any size of the model at path is named."""
-        return (self.width, self.heads, self.inner) != (None, None, None)
+        return (self.hidden_size, self.num_attention_heads, self.intermediate_size) != (None, None, None)
 
 
 class DataConfig(ConfigTable):
     max_length: int = Field(128, ge=8, description="tokens of the longest sequence, special ones included")
-    slots: PositiveInt = Field(1, description="micro-batches of one step, shared out over the processes")
-    workers: int = Field(
+    micro_batches_per_step: PositiveInt = Field(
+        1, description="micro-batches of one step, shared out over the processes"
+    )
+    num_workers: int = Field(
         1, ge=0, description="processes that load ahead of each training process; 0: load in it, when data are needed"
     )
 
 
 class CorpusDataConfig(DataConfig):
     shards: str = Field(description="folder written by prepare_corpus")
-    tokens_per_slot: PositiveInt = Field(4096, description="tokens of one micro-batch, a multiple of max_length")
-    mask: float = Field(0.15, gt=0, lt=1, description="share of the tokens that MLM masks")
-    whole_words: bool = Field(False, description="mask whole words, not single tokens")
+    micro_batch_tokens: PositiveInt = Field(4096, description="tokens of one micro-batch, a multiple of max_length")
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of the tokens that MLM masks")
+    whole_word_mask: bool = Field(False, description="mask whole words, not single tokens")
     cross_documents: bool = Field(
         False, description="let a sequence run on into the next document, and attention with it"
     )
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    source_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="how often an epoch reads a source, by its name; default: as prepared"
     )
 
     @model_validator(mode="after")
     def _whole_windows(self) -> Self:
-        if self.tokens_per_slot % self.max_length:
-            near = max(1, round(self.tokens_per_slot / self.max_length)) * self.max_length
+        if self.micro_batch_tokens % self.max_length:
+            near = max(1, round(self.micro_batch_tokens / self.max_length)) * self.max_length
             raise ValueError(
-                f"tokens_per_slot = {self.tokens_per_slot} is no multiple of max_length = {self.max_length}; {near} is"
+                f"tokens_per_slot = {self.micro_batch_tokens} is no multiple of max_length = {self.max_length}; {near} is"
             )
         return self
 
@@ -170,14 +176,14 @@ class TaskDataConfig(DataConfig):
     kind: Literal["classification", "regression", "tagging", "question_answering"] = Field(
         "classification", description="of the user's own task"
     )
-    stride: PositiveInt | None = Field(
+    doc_stride: PositiveInt | None = Field(
         None, description="tokens that neighbouring windows of a question's context share; default: max_length / 3"
     )
-    answer_length: PositiveInt = Field(30, description="tokens of the longest answer to a question")
-    null_threshold: float = Field(
+    max_answer_length: PositiveInt = Field(30, description="tokens of the longest answer to a question")
+    null_score_diff_threshold: float = Field(
         0.0, description="by how much the score of no answer must exceed the best answer's, where some have none"
     )
-    examples_per_slot: PositiveInt = Field(32, description="examples of one micro-batch")
+    micro_batch_size: PositiveInt = Field(32, description="examples of one micro-batch")
     pad_to: int | None = Field(
         None, ge=8, description="pad every sequence to this many tokens, as LAD's reference does"
     )
@@ -196,17 +202,17 @@ class TaskDataConfig(DataConfig):
     def _keys_of_the_kind(self) -> Self:
         if self.task is not None and self.kind in ("tagging", "question_answering"):
             raise ValueError(f'kind = "{self.kind}" is for train and dev files; a GLUE task has its own')
-        for key in ("stride", "answer_length", "null_threshold"):
+        for key in ("doc_stride", "max_answer_length", "null_score_diff_threshold"):
             if self.kind != "question_answering" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f'{key} goes with kind = "question_answering" alone')
-        if self.stride is not None and self.stride >= self.max_length // 2:
-            raise ValueError(f"stride = {self.stride} must be less than half of max_length = {self.max_length}")
+        if self.doc_stride is not None and self.doc_stride >= self.max_length // 2:
+            raise ValueError(f"stride = {self.doc_stride} must be less than half of max_length = {self.max_length}")
         return self
 
     @property
     def overlap(self) -> int:
         """`stride`, or its default."""
-        return self.max_length // 3 if self.stride is None else self.stride
+        return self.max_length // 3 if self.doc_stride is None else self.doc_stride
 
 
 class NamedOptions(ConfigTable):
@@ -240,7 +246,9 @@ class TrainConfig(ConfigTable):
     teacher: TeacherConfig | None = None
     data: DataConfig
     objective: NamedOptions
-    surgery: list[NamedOptions] = Field([], description="changes to the student, in order: a name and its arguments")
+    compression: list[NamedOptions] = Field(
+        [], description="changes to the student, in order: a name and its arguments"
+    )
     optim: OptimConfig
     deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own config: zero_optimization, bf16, …")
 
@@ -340,7 +348,7 @@ class PrepareConfig(ConfigTable):
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="what to do about a damaged document: stop, or skip it and list it in the manifest"
     )
-    workers: int = Field(0, ge=0, description="processes; 0: one for each core it may use")
+    num_workers: int = Field(0, ge=0, description="processes; 0: one for each core it may use")
     part: int | None = Field(None, ge=0, description="do only this share of the tokenizing, from 0; needs parts")
     parts: PositiveInt | None = Field(None, description="number of shares; a run without part and parts then finishes")
     source: list[SourceConfig] = Field(min_length=1, description="where the text comes from")
@@ -361,9 +369,9 @@ class PrepareConfig(ConfigTable):
 class TokenizerConfig(ConfigTable):
     out: str = Field(description="folder for the tokenizer")
     kind: Literal["wordpiece", "unigram"] = Field(description="BERT's WordPiece, or sentencepiece's unigram model")
-    vocabulary: PositiveInt = Field(description="number of tokens, special ones included")
+    vocab_size: PositiveInt = Field(description="number of tokens, special ones included")
     lowercase: bool = Field(description="read text in lower case; WordPiece then drops accents too")
-    characters: int = Field(
+    max_characters: int = Field(
         100_000_000, ge=1, le=1_000_000_000, description="text to learn from, shared out over the sources by weight"
     )
     source: list[SourceConfig] = Field(min_length=1, description="where the text comes from")
@@ -384,13 +392,13 @@ class SearchOptions(ConfigTable):
     name: str = Field(description="name of the search's folder", min_length=1)
     dir: str = Field("runs", description="folder of the search folders")
     base: str = Field(description="config of a task distillation; the search changes it")
-    samples: PositiveInt = Field(1, description="trials drawn from the space, for each combination of the grid")
-    concurrent: int = Field(0, ge=0, description="trials at once; 0: as many as the cluster holds")
+    num_samples: PositiveInt = Field(1, description="trials drawn from the space, for each combination of the grid")
+    max_concurrent: int = Field(0, ge=0, description="trials at once; 0: as many as the cluster holds")
     cpus: PositiveFloat = Field(1.0, description="CPU cores of one trial")
     gpus: float = Field(0.0, ge=0, description="GPUs of one trial; a fraction shares one")
     metric: str | None = Field(None, description="metric of the dev set to maximise; default: the task's first")
-    grace: PositiveInt = Field(1, description="evaluations before ASHA may stop a trial")
-    reduction: int = Field(3, ge=2, description="ASHA keeps one in so many at each rung")
+    grace_period: PositiveInt = Field(1, description="evaluations before ASHA may stop a trial")
+    reduction_factor: int = Field(3, ge=2, description="ASHA keeps one in so many at each rung")
     seed: int = Field(0, ge=0, description="of the samples drawn")
 
 
@@ -408,8 +416,8 @@ class SearchConfig(ConfigTable):
     def _something_to_try(self) -> Self:
         if not self.grid and not self.space:
             raise ValueError("give [grid], [space] or both: there is nothing to try")
-        if not self.space and self.search.samples > 1:
-            raise ValueError(f"search.samples = {self.search.samples}: there is no [space] to draw them from")
+        if not self.space and self.search.num_samples > 1:
+            raise ValueError(f"search.num_samples = {self.search.num_samples}: there is no [space] to draw them from")
         for axis, choices in self.grid.items():
             wrong = [name for name in choices if not re.fullmatch(r"\w[\w.]*", name)]
             if not choices or wrong:

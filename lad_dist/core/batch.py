@@ -30,14 +30,16 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # [B + 1], where the sequences begin and end
     lengths: Tensor  # [B]
     padded_index: Tensor  # [N], place of each token in [U * S]
-    sequence: Tensor  # [U, S], the sequence that each place belongs to; -1 where there is nothing to attend to
-    rows: Tensor  # [R], tokens that the head reads: masked ones for MLM, first ones of sequences or words for tasks
+    sequence_ids: Tensor  # [U, S], the sequence that each place belongs to; -1 where there is nothing to attend to
+    head_positions: (
+        Tensor  # [R], tokens that the head reads: masked ones for MLM, first ones of sequences or words for tasks
+    )
     labels: Tensor  # [R], what the head should say there; [R, 2] where an answer begins and ends
-    ragged: bool  # whether there is any place with nothing to attend to
+    has_padding: bool  # whether there is any place with nothing to attend to
     packed: bool  # whether any span holds more or less than one sequence
-    tokens: int  # sum of lengths: real tokens
-    nonempty: int  # sequences that are not empty: the first ones
-    filled: int  # N or a little more: so many tokens a model computes on, so that shapes recur
+    num_tokens: int  # sum of lengths: real tokens
+    num_sequences: int  # sequences that are not empty: the first ones
+    computed_tokens: int  # N or a little more: so many tokens a model computes on, so that shapes recur
 
     def to(self, device: torch.device | str) -> Self:
         ahead = torch.device(device).type != "cpu"  # a host would read what has not arrived
@@ -47,27 +49,27 @@ class Batch(NamedTuple):
         return self._replace(**tensors)  # type: ignore[arg-type]
 
     @property
-    def longest(self) -> int:
+    def span_length(self) -> int:
         """S."""
-        return self.sequence.shape[1]
+        return self.sequence_ids.shape[1]
 
     @property
-    def attended(self) -> Tensor:
+    def is_token(self) -> Tensor:
         """Boolean [U, S]: which places of the padded layout are real tokens."""
-        return self.sequence >= 0
+        return self.sequence_ids >= 0
 
     @property
     def visible(self) -> Tensor:
         """Boolean [U, S, S], or [U, 1, S] where that says it all: which places a place attends to. One without a token
         attends to its like, so that no softmax is over nothing."""
         if not self.packed:
-            return self.attended[:, None, :]
-        return self.sequence[:, :, None] == self.sequence[:, None, :]
+            return self.is_token[:, None, :]
+        return self.sequence_ids[:, :, None] == self.sequence_ids[:, None, :]
 
 
 def pad(x: Tensor, batch: Batch) -> Tensor:
     """[N, ...] to [U, S, ...], zeros in the gaps."""
-    spans, places = batch.sequence.shape
+    spans, places = batch.sequence_ids.shape
     if len(x) == spans * places:
         return x.view(spans, places, *x.shape[1:])
     padded = x.new_zeros(spans * places, *x.shape[1:])
@@ -84,10 +86,13 @@ def one_span_per_sequence(batch: Batch) -> Batch:
     """The same tokens with one span of S places for each sequence that is not empty."""
     if not batch.packed:
         return batch
-    places = torch.arange(batch.longest, device=batch.lengths.device)
-    number = torch.arange(batch.nonempty, dtype=batch.sequence.dtype, device=batch.lengths.device)[:, None]
-    sequence = torch.where(places < batch.lengths[: batch.nonempty, None], number, -1)
-    mine = batch.sequence.flatten().index_select(0, batch.padded_index).long()
+    places = torch.arange(batch.span_length, device=batch.lengths.device)
+    number = torch.arange(batch.num_sequences, dtype=batch.sequence_ids.dtype, device=batch.lengths.device)[:, None]
+    sequence = torch.where(places < batch.lengths[: batch.num_sequences, None], number, -1)
+    mine = batch.sequence_ids.flatten().index_select(0, batch.padded_index).long()
     return batch._replace(
-        padded_index=mine * batch.longest + batch.position_ids, sequence=sequence, ragged=True, packed=False
+        padded_index=mine * batch.span_length + batch.position_ids,
+        sequence_ids=sequence,
+        has_padding=True,
+        packed=False,
     )

@@ -51,14 +51,14 @@ def collate(
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         lengths=torch.from_numpy(lengths),
         padded_index=torch.from_numpy(np.repeat(np.arange(len(lengths)) * longest, spans) + positions),
-        sequence=torch.from_numpy(sequence.astype(np.int32)),
-        rows=torch.from_numpy(np.asarray(rows)),
+        sequence_ids=torch.from_numpy(sequence.astype(np.int32)),
+        head_positions=torch.from_numpy(np.asarray(rows)),
         labels=torch.from_numpy(np.asarray(labels)),
-        ragged=bool((lengths < longest).any()),
+        has_padding=bool((lengths < longest).any()),
         packed=False,
-        tokens=int(lengths.sum()),
-        nonempty=len(lengths),
-        filled=_round_up(int(starts[-1]), MULTIPLE),
+        num_tokens=int(lengths.sum()),
+        num_sequences=len(lengths),
+        computed_tokens=_round_up(int(starts[-1]), MULTIPLE),
     )
 
 
@@ -88,14 +88,14 @@ def pack(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         lengths=torch.from_numpy(np.diff(cu_seqlens).astype(np.int64)),
         padded_index=torch.from_numpy(index),
-        sequence=torch.from_numpy(sequence.reshape(ids.shape)),
-        rows=torch.from_numpy(rows),
+        sequence_ids=torch.from_numpy(sequence.reshape(ids.shape)),
+        head_positions=torch.from_numpy(rows),
         labels=torch.from_numpy(labels.ravel()[index[rows]]),
-        ragged=count < ids.size,
+        has_padding=count < ids.size,
         packed=bool((np.bincount(starts // ids.shape[1], minlength=len(ids)) != 1).any()),
-        tokens=count,
-        nonempty=len(lengths),
-        filled=_round_up(ids.size, MULTIPLE),
+        num_tokens=count,
+        num_sequences=len(lengths),
+        computed_tokens=_round_up(ids.size, MULTIPLE),
     )
 
 

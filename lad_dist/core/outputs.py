@@ -15,12 +15,12 @@ from lad_dist.core.batch import Head
 class ModelDims(NamedTuple):
     """The sizes of a model, as an objective sees them."""
 
-    layers: int
-    width: int
-    heads: int
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
     head: Head
-    outputs: int
-    span: int | None = None  # tokens of every sequence, where data.pad_to makes them equal
+    num_outputs: int
+    padded_length: int | None = None  # tokens of every sequence, where data.pad_to makes them equal
 
 
 class OutputSpec(NamedTuple):

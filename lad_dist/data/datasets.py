@@ -34,11 +34,13 @@ class CorpusDataset:
 
     def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Raises UserError when the shards are damaged or made with another tokenizer, the tokenizer has no mask
-        token, or data.weights names a source that is not there."""
+        token, or data.source_weights names a source that is not there."""
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
         self._train = _CorpusWindows(data, tokenizer, "train")
-        self._order = CorpusOrder(self._train.counts, self._train.weights, self._windows_per_slot, data.slots, seed)
-        self.slots = data.slots
+        self._order = CorpusOrder(
+            self._train.counts, self._train.weights, self._windows_per_slot, data.micro_batches_per_step, seed
+        )
+        self.micro_batches_per_step = data.micro_batches_per_step
 
     @property
     def steps_per_epoch(self) -> float:
@@ -50,15 +52,15 @@ class CorpusDataset:
 
     @property
     def _windows_per_slot(self) -> int:
-        return self._data.tokens_per_slot // self._data.max_length
+        return self._data.micro_batch_tokens // self._data.max_length
 
     def batch(self, step: int, slot: int) -> Batch:
         """Micro-batch `slot` of step `step`: rows are the masked tokens, labels their ids."""
-        return self._train.batch(self._order.slot(step, slot), self._seed)
+        return self._train.batch(self._order.micro_batch(step, slot), self._seed)
 
     def samples(self, step: int, slot: int) -> list[str]:
         """What the micro-batch consists of, for a log: windows by their source and number."""
-        reading = self._order.slot(step, slot)
+        reading = self._order.micro_batch(step, slot)
         places = zip(reading.source.tolist(), reading.window.tolist(), strict=True)
         return [f"{self._train.names[source]} {window}" for source, window in places]
 
@@ -69,13 +71,15 @@ class CorpusDataset:
         held_out = _CorpusWindows(self._data, self._tokenizer, "held_out")
         if not held_out.counts:
             return []
-        order = CorpusOrder(held_out.counts, [1.0] * len(held_out.counts), self._windows_per_slot, slots=1, seed=0)
+        order = CorpusOrder(
+            held_out.counts, [1.0] * len(held_out.counts), self._windows_per_slot, micro_batches_per_step=1, seed=0
+        )
         slots = min(HELD_OUT_SLOTS, int(order.steps_per_epoch) or 1)
-        return [partial(held_out.batch, order.slot(number, 0), 0) for number in range(slots)]
+        return [partial(held_out.batch, order.micro_batch(number, 0), 0) for number in range(slots)]
 
 
 def open_shards(data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, split: str = "train") -> Shards:
-    """Raises UserError when the shards are damaged or made with another tokenizer, or data.weights names a source that
+    """Raises UserError when the shards are damaged or made with another tokenizer, or data.source_weights names a source that
     is not there."""
     shards = Shards(data.shards, split)
     if shards.manifest["tokenizer"]["fingerprint"] != fingerprint(tokenizer):
@@ -97,10 +101,10 @@ class _CorpusWindows:
         self.names = [stream.name for stream in self._streams]
         self.counts = [windows(stream.length, self._room) for stream in self._streams]
         self.weights = _weights(data, shards)
-        self._vocabulary = _vocabulary(tokenizer, data.whole_words)
+        self._vocabulary = _vocabulary(tokenizer, data.whole_word_mask)
         self._ordinary = np.ones(vocabulary_size(tokenizer), dtype=bool)
         self._ordinary[[*self._frame.before, *self._frame.after]] = False
-        self._hidden = max(1, round(data.mask * self._tokens_per_window()))
+        self._hidden = max(1, round(data.mlm_probability * self._tokens_per_window()))
 
     def _tokens_per_window(self) -> float:
         """On the average, separators not counted."""
@@ -145,18 +149,18 @@ class _CorpusWindows:
     def _mask_keys(self, reading: WindowRead, seed: int) -> np.ndarray:
         """uint64 [U]: a function of the seed, the window, and how often it was read before."""
         found = np.empty(len(reading.window), dtype=np.uint64)
-        for source, turn in sorted(set(zip(reading.source.tolist(), reading.turn.tolist(), strict=True))):
-            mine = (reading.source == source) & (reading.turn == turn)
+        for source, turn in sorted(set(zip(reading.source.tolist(), reading.epoch.tolist(), strict=True))):
+            mine = (reading.source == source) & (reading.epoch == turn)
             found[mine] = derive_keys(derive_key(MASK, seed, source, turn), reading.window[mine])
         return found
 
 
 def _weights(data: CorpusDataConfig, shards: Shards) -> list[float]:
     names = [source["name"] for source in shards.manifest["sources"]]
-    for name in data.weights:
+    for name in data.source_weights:
         if name not in names:
-            raise UserError(f'data.weights: no source "{name}" in {data.shards}; {did_you_mean(name, names)}')
-    return [data.weights.get(stream.name, stream.weight) for stream in shards.streams]
+            raise UserError(f'data.source_weights: no source "{name}" in {data.shards}; {did_you_mean(name, names)}')
+    return [data.source_weights.get(stream.name, stream.weight) for stream in shards.streams]
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerFast, whole_words: bool) -> Vocabulary:
@@ -172,8 +176,8 @@ class TaskDataset:
     def __init__(self, data: TaskDataConfig, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Raises UserError when the tokenizer does not know the text."""
         self.train = tokenize(task, task.train, tokenizer, data, f"{task.name}'s training data", data.pad_to)
-        self._order = TaskOrder(self.train.count, data.examples_per_slot, data.slots, seed)
-        self.slots = data.slots
+        self._order = TaskOrder(self.train.count, data.micro_batch_size, data.micro_batches_per_step, seed)
+        self.micro_batches_per_step = data.micro_batches_per_step
         self.dev = {
             name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()
         }
@@ -196,4 +200,4 @@ class TaskDataset:
 
     def numbers(self, step: int, slot: int) -> np.ndarray:
         """int64 [examples_per_slot]: which examples of `train` the micro-batch consists of."""
-        return self._order.slot(step, slot)
+        return self._order.micro_batch(step, slot)

@@ -43,7 +43,7 @@ class WindowRead(NamedTuple):
 
     source: np.ndarray
     window: np.ndarray
-    turn: np.ndarray  # how often the source has been read through before: the epoch of its own
+    epoch: np.ndarray  # how often the source has been read through before: the epoch of its own
 
 
 class CorpusOrder:
@@ -55,10 +55,20 @@ class CorpusOrder:
     """
 
     def __init__(
-        self, counts: Sequence[int], weights: Sequence[float], windows_per_slot: int, slots: int, seed: int
+        self,
+        counts: Sequence[int],
+        weights: Sequence[float],
+        windows_per_micro_batch: int,
+        micro_batches_per_step: int,
+        seed: int,
     ) -> None:
         """counts: windows of each source, >= 1."""
-        self._counts, self._size, self._seed, self.slots = list(counts), windows_per_slot, seed, slots
+        self._counts, self._size, self._seed, self.slots = (
+            list(counts),
+            windows_per_micro_batch,
+            seed,
+            micro_batches_per_step,
+        )
         self._epochs = 1 if all(float(weight).is_integer() for weight in weights) else EPOCHS
         shares = [count * weight * self._epochs for count, weight in zip(counts, weights, strict=True)]
         self._quotas = [max(1, round(share)) for share in shares]
@@ -68,7 +78,7 @@ class CorpusOrder:
     def steps_per_epoch(self) -> float:
         return self._left[0] / (self._epochs * self._size * self.slots)
 
-    def slot(self, step: int, slot: int) -> WindowRead:
+    def micro_batch(self, step: int, slot: int) -> WindowRead:
         """What micro-batch `slot` of step `step` reads."""
         first = (step * self.slots + slot) * self._size
         places = np.array([self._place(number) for number in range(first, first + self._size)], dtype=np.int64)
@@ -94,14 +104,14 @@ class TaskOrder:
     """Examples in slots of exactly `examples_per_slot`, each example once per epoch: the epochs' permutations end to
     end."""
 
-    def __init__(self, count: int, examples_per_slot: int, slots: int, seed: int) -> None:
-        self._count, self._size, self.slots, self._seed = count, examples_per_slot, slots, seed
+    def __init__(self, count: int, micro_batch_size: int, micro_batches_per_step: int, seed: int) -> None:
+        self._count, self._size, self.slots, self._seed = count, micro_batch_size, micro_batches_per_step, seed
 
     @property
     def steps_per_epoch(self) -> float:
         return self._count / (self._size * self.slots)
 
-    def slot(self, step: int, slot: int) -> np.ndarray:
+    def micro_batch(self, step: int, slot: int) -> np.ndarray:
         """Ids, int64 [examples_per_slot], of the examples in micro-batch `slot` of step `step`."""
         places = (step * self.slots + slot) * self._size + np.arange(self._size)
         epochs, examples = np.divmod(places, self._count)

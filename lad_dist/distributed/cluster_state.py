@@ -16,10 +16,14 @@ class ProgressMark(NamedTuple):
     number: int
     step: int
     phase: str
-    slot: int
+    micro_batch: int
 
     def __str__(self) -> str:
-        return f"in step {self.step}, {self.phase}, micro-batch {self.slot}" if self.number else "before its first step"
+        return (
+            f"in step {self.step}, {self.phase}, micro-batch {self.micro_batch}"
+            if self.number
+            else "before its first step"
+        )
 
 
 NO_PROGRESS_YET = ProgressMark(0, 0, "", 0)
@@ -36,11 +40,11 @@ class Peer:
 
     host: str
     pid: int
-    space: str
+    pid_namespace: str
     mark: ProgressMark = NO_PROGRESS_YET
     paused: bool = False
     left: bool = False
-    heard: float = 0.0  # when
+    last_heard: float = 0.0  # when
     failure: Failure | None = None
 
 
@@ -58,54 +62,54 @@ class ClusterState:
     """What is known of all ranks at a time `now`, in seconds of any clock."""
 
     def __init__(self, members: Sequence[Peer], now: float) -> None:
-        self.members = list(members)
+        self.peers = list(members)
         self.failed: list[int] = []  # in the order in which they did
         self.failed_at = 0.0
-        self.awake(now)
+        self.reset_timers(now)
 
-    def awake(self, now: float) -> None:
+    def reset_timers(self, now: float) -> None:
         """Counts time from now on: before, this process itself was stopped."""
-        self.moved = now
-        for member in self.members:
-            member.heard = now
+        self.last_progress = now
+        for member in self.peers:
+            member.last_heard = now
 
-    def hear(self, rank: int, mark: ProgressMark, paused: bool, now: float) -> None:
-        member = self.members[rank]
+    def on_heartbeat(self, rank: int, mark: ProgressMark, paused: bool, now: float) -> None:
+        member = self.peers[rank]
         if paused or member.mark != mark:
-            self.moved = now
-        member.mark, member.paused, member.heard = mark, paused, now
+            self.last_progress = now
+        member.mark, member.paused, member.last_heard = mark, paused, now
 
-    def fail(self, rank: int, failure: Failure, now: float) -> None:
+    def on_failure(self, rank: int, failure: Failure, now: float) -> None:
         self.failed_at = self.failed_at if self.failed else now
         self.failed.append(rank)
-        self.members[rank].failure = failure
+        self.peers[rank].failure = failure
 
-    def death(self, rank: int) -> Diagnosis:
-        return Diagnosis(EXIT_FAULT, f"{self._name(rank)} died, last seen {self.members[rank].mark}", [rank])
+    def diagnose_death(self, rank: int) -> Diagnosis:
+        return Diagnosis(EXIT_FAULT, f"{self._name(rank)} died, last seen {self.peers[rank].mark}", [rank])
 
-    def failure(self, now: float) -> Diagnosis | None:
+    def diagnose_failure(self, now: float) -> Diagnosis | None:
         """The first that failed brings all down, after the grace."""
         if not self.failed or now - self.failed_at < GRACE:
             return None
         first = self.failed[0]
-        failure = self.members[first].failure
+        failure = self.peers[first].failure
         assert failure is not None
         return Diagnosis(failure.code, f"{self._name(first)} failed: {failure.text}", [first])
 
-    def hang(self, now: float, bound: float, silence: float, known: Iterable[int]) -> Diagnosis | None:
+    def diagnose_hang(self, now: float, bound: float, silence: float, known: Iterable[int]) -> Diagnosis | None:
         """Who keeps the others waiting, of the `known` ranks, where none of these moved within `bound`."""
-        still = now - self.moved
-        here = [rank for rank in known if not self.members[rank].left]
+        still = now - self.last_progress
+        here = [rank for rank in known if not self.peers[rank].left]
         if still <= bound or not here:
             return None
-        silent = [rank for rank in here if now - self.members[rank].heard > silence]
-        least = min(self.members[rank].mark.number for rank in here)
-        blamed = silent or [rank for rank in here if self.members[rank].mark.number == least]
-        names = ", ".join(f"{self._name(rank)} {self.members[rank].mark}" for rank in blamed[:MAX_NAMED])
+        silent = [rank for rank in here if now - self.peers[rank].last_heard > silence]
+        least = min(self.peers[rank].mark.number for rank in here)
+        blamed = silent or [rank for rank in here if self.peers[rank].mark.number == least]
+        names = ", ".join(f"{self._name(rank)} {self.peers[rank].mark}" for rank in blamed[:MAX_NAMED])
         more = f" and {len(blamed) - MAX_NAMED} more" if len(blamed) > MAX_NAMED else ""
         how = "no answer" if silent else "no progress"
         return Diagnosis(EXIT_RUN_AGAIN, f"{how} for {still:.0f} s: {names}{more}", blamed, silent, stacks=True)
 
     def _name(self, rank: int) -> str:
-        member = self.members[rank]
+        member = self.peers[rank]
         return f"rank {rank} on {member.host} (pid {member.pid})"

@@ -143,43 +143,43 @@ class Watchdog:
         if not self._may_follow or not self._links:
             return 0.0
         now = time.monotonic()
-        self._roster.fail(self.rank, Failure(*self._leaving["failed"]), now)
+        self._roster.on_failure(self.rank, Failure(*self._leaving["failed"]), now)
         return now + GRACE + self._beat
 
     def _read(self, rank: int) -> bool:
         """Takes what another rank says; whether it may say more."""
-        link, member = self._links[rank], self._roster.members[rank]
+        link, member = self._links[rank], self._roster.peers[rank]
         messages, stands = link.receive()
         for message in messages:
             self._hear(rank, message)
         if not stands and not member.left and member.failure is None:
-            self._end(self._roster.death(rank))
+            self._end(self._roster.diagnose_death(rank))
         return stands
 
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         now = time.monotonic()
         if "mark" in message:
-            self._roster.hear(rank, ProgressMark(*message["mark"]), message["paused"], now)
+            self._roster.on_heartbeat(rank, ProgressMark(*message["mark"]), message["paused"], now)
         elif "failed" in message:
-            self._roster.fail(rank, Failure(*message["failed"]), now)
+            self._roster.on_failure(rank, Failure(*message["failed"]), now)
         elif "end" in message:
             self._leave_all(Diagnosis(**message["end"]))
         else:
-            self._roster.members[rank].left = True
+            self._roster.peers[rank].left = True
 
     def _look(self) -> None:
         """Says where this rank stands, and looks at where all do."""
         now, bound = time.monotonic(), self._bound()
         if now - self._beaten > bound / 2:
-            self._roster.awake(now)
+            self._roster.reset_timers(now)
         self._beaten = now
         paused = self._pauses > 0
-        self._roster.hear(self.rank, self._mark, paused, now)
+        self._roster.on_heartbeat(self.rank, self._mark, paused, now)
         for link in self._links.values():
             if not link.clogged:
                 link.send(mark=self._mark, paused=paused)
         self._arm(math.inf if paused or not self._mark.number else bound)
-        verdict = self._roster.failure(now) or self._hang(now, bound)
+        verdict = self._roster.diagnose_failure(now) or self._hang(now, bound)
         if verdict is not None:
             self._end(verdict)
 
@@ -201,8 +201,8 @@ class Watchdog:
     def _hang(self, now: float, bound: float) -> Diagnosis | None:
         """Rank 0 hears all and decides; the others hear it alone and decide on it."""
         if self.rank == 0:
-            return self._roster.hang(now, bound, SILENT_BEATS * self._beat, range(len(self._roster.members)))
-        verdict = self._roster.hang(now, bound, SILENT_BEATS * self._beat, (0, self.rank))
+            return self._roster.diagnose_hang(now, bound, SILENT_BEATS * self._beat, range(len(self._roster.peers)))
+        verdict = self._roster.diagnose_hang(now, bound, SILENT_BEATS * self._beat, (0, self.rank))
         return verdict if verdict is not None and 0 in verdict.silent else None
 
     def _end(self, verdict: Diagnosis) -> None:
@@ -217,8 +217,8 @@ class Watchdog:
 
     def _speaker(self, verdict: Diagnosis) -> int:
         """Rank 0, or where it is to blame the first of each host: all of them have found it."""
-        here = self._roster.members[self.rank].space
-        heirs = (rank for rank, member in enumerate(self._roster.members) if rank and member.space == here)
+        here = self._roster.peers[self.rank].pid_namespace
+        heirs = (rank for rank, member in enumerate(self._roster.peers) if rank and member.pid_namespace == here)
         return next(heirs, 0) if 0 in verdict.ranks else 0
 
     def _leave_all(self, verdict: Diagnosis) -> None:
@@ -229,7 +229,7 @@ class Watchdog:
                 self._leave_stacks(verdict.line)
             self._await_others()
             for rank in verdict.silent:
-                self._kill(self._roster.members[rank])
+                self._kill(self._roster.peers[rank])
             self._tidy()
             _flush()
         finally:  # whatever else is broken
@@ -271,7 +271,7 @@ class Watchdog:
 
     def _kill(self, member: Peer) -> None:
         """A stopped process would keep its memory and its device. Elsewhere its id is another process's."""
-        if member.space == _pid_namespace() and member.pid != os.getpid():
+        if member.pid_namespace == _pid_namespace() and member.pid != os.getpid():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(member.pid, signal.SIGKILL)
 

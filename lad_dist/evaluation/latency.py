@@ -201,4 +201,4 @@ def _logits(run: Callable[[dict[str, Tensor]], Sequence[Any]], served: Inference
     }
     outputs = [torch.as_tensor(x) for x in run({name: given[name] for name in served.inputs})]
     found = torch.stack(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
-    return found if len(found.shape) == 2 else found[real].index_select(0, batch.rows)
+    return found if len(found.shape) == 2 else found[real].index_select(0, batch.head_positions)

@@ -6,7 +6,7 @@ section 4).
     overlap(one, other)     Jaccard index of two, beside what chance would give
     shuffled(masks, …)      the same number of weights in each matrix, elsewhere
     shuffle_test(masks, …)  the dev set's metric with masks as they are, and shuffled
-    report(places, …)       all of it as tables, and with `out` topology.json and topology.png: launch/topology.py
+    report(places, …)       all of it as tables, and with `out` mask_analysis.json and mask_analysis.png: launch/topology.py
 
 Where weights did not change, masks lie in the export as bits; of others the zeros of its compact form are read, which
 are those of the factors where a matrix is a product of two.
@@ -230,7 +230,7 @@ def _overlaps(a: RunMasks, b: RunMasks) -> dict[str, MaskOverlap]:
 def report(
     places: Sequence[str | Path], out: str | Path | None = None, shuffles: int = 0, base: str | None = None
 ) -> list[Table]:
-    """Tables of all masks; with `out` also topology.json and topology.png there. Raises UserError."""
+    """Tables of all masks; with `out` also mask_analysis.json and mask_analysis.png there. Raises UserError."""
     found = analyze(places, shuffles, base)
     if out is not None:
         _write(found, Path(out))
@@ -295,8 +295,8 @@ def _write(found: MaskAnalysis, out: Path) -> None:
     figure(found).savefig(picture, dpi=120)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "topology.json", json.dumps(as_json(found), indent=2) + "\n")
-        (out / "topology.png").write_bytes(picture.getvalue())
+        write_text(out / "mask_analysis.json", json.dumps(as_json(found), indent=2) + "\n")
+        (out / "mask_analysis.png").write_bytes(picture.getvalue())
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give --out another folder") from None
 

@@ -44,7 +44,7 @@ def token_rows(x: Tensor, batch: Batch) -> Tensor:
     """[1, N and filler, D] of a body that runs flat, or [U, S, D] of one that runs padded, to the real tokens' [N, D];
     [R, 1, D] of the head to [R, D], and what else has rows of its own likewise."""
     spans = one_span_per_sequence(batch)
-    if x.shape[:-1] == spans.sequence.shape:
+    if x.shape[:-1] == spans.sequence_ids.shape:
         return real_tokens(unpad(x, spans._replace(padded_index=spans.padded_index.to(x.device))), batch)
     if len(x) != 1 or x.shape[1] < len(batch.input_ids):
         return x.reshape(-1, x.shape[-1])
@@ -53,4 +53,4 @@ def token_rows(x: Tensor, batch: Batch) -> Tensor:
 
 def real_tokens(flat: Tensor, batch: Batch) -> Tensor:
     """[N, ...] without what `pad_to` padded."""
-    return flat if batch.tokens == len(flat) else flat[unpad(batch.attended, batch).to(flat.device)]
+    return flat if batch.num_tokens == len(flat) else flat[unpad(batch.is_token, batch).to(flat.device)]

@@ -49,7 +49,7 @@ class FlatForward:
 
     def lay_out(self, x: Tensor) -> Tensor:
         """[N] to [1, N and filler], which linear layers see and nothing else does."""
-        return F.pad(x, (0, self.batch.filled - len(x)))[None]
+        return F.pad(x, (0, self.batch.computed_tokens - len(x)))[None]
 
     def flatten(self, x: Tensor) -> Tensor:
         """[1, N and filler, D] to [N, D]."""
@@ -67,18 +67,18 @@ class FlatForward:
     def bias_like(self, q: Tensor, window: int | None) -> Tensor | None:
         """[U, 1, S or 1, S] in the type of q: 0 where a place attends to another, which is `window` places away at
         most; the least number elsewhere."""
-        if window is not None and window >= self.batch.longest - 1:
+        if window is not None and window >= self.batch.span_length - 1:
             window = None
         if window not in self.biases:
             self.biases[window] = self._bias_like(q, window)
         return self.biases[window]
 
     def _bias_like(self, q: Tensor, window: int | None) -> Tensor | None:
-        if window is None and not (self.batch.ragged or self.batch.packed):
+        if window is None and not (self.batch.has_padding or self.batch.packed):
             return None
         visible = self.batch.visible[:, None]
         if window is not None:
-            places = torch.arange(self.batch.longest, device=q.device)
+            places = torch.arange(self.batch.span_length, device=q.device)
             distance = (places[:, None] - places).abs()
             visible = visible & (distance <= window) | (distance == 0)  # a place without a token too sees something
         return q.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(q.dtype).min)
@@ -99,7 +99,7 @@ class PaddedForward:
 
     @property
     def words(self) -> dict[str, Any]:
-        return {"attention_mask": self.batch.attended.long()}
+        return {"attention_mask": self.batch.is_token.long()}
 
     @property
     def qkv(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
@@ -158,7 +158,7 @@ def _attention(
     q, k, v = (x[0].transpose(0, 1)[:tokens] for x in (query, key, value))
     flat.record(q, k, v)
     # The kernel knows neither fp32 nor dropout, nor keys inside a span that do not count; these go the padded way.
-    kernel = _has_kernel(q.device, q.dtype) and not dropout and flat.batch.tokens == tokens
+    kernel = _has_kernel(q.device, q.dtype) and not dropout and flat.batch.num_tokens == tokens
     attend = _kernel_attention if kernel else _padded_attention
     window = None if sliding_window is None else sliding_window - 1
     out = attend(q, k, v, flat, scaling, dropout, window)
@@ -176,7 +176,7 @@ def _kernel_attention(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (brings the compiler: seconds at every start)
 
-    spans, longest, size = flat.batch.cu_seqlens, flat.batch.longest, q.shape[-1]
+    spans, longest, size = flat.batch.cu_seqlens, flat.batch.span_length, q.shape[-1]
     q, k, v = (F.pad(x, (0, -size % MULTIPLE)).contiguous() for x in (q, k, v))
     scale = size**-0.5 if scaling is None else scaling
     reach = (-1, -1) if window is None else (window, window)

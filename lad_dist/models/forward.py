@@ -86,7 +86,7 @@ def _head_inputs(model: PreTrainedModel, x: Tensor, batch: Batch) -> Tensor:
     """[N, D] to [R, D]: what the head reads of it."""
     averaged = getattr(model.config, "classifier_pooling", "cls") == "mean"
     if not averaged or not type(model).__name__.endswith("ForSequenceClassification"):
-        return x.index_select(0, batch.rows)
+        return x.index_select(0, batch.head_positions)
     spans = one_span_per_sequence(batch)
-    real = pad(x, spans).masked_fill(~spans.attended[..., None], 0.0)
-    return real.sum(dim=1) / batch.lengths[: batch.nonempty, None]
+    real = pad(x, spans).masked_fill(~spans.is_token[..., None], 0.0)
+    return real.sum(dim=1) / batch.lengths[: batch.num_sequences, None]

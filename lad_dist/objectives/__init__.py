@@ -16,7 +16,7 @@ from lad_dist.objectives.tinybert import TinyBERT
 __all__ = ["OBJECTIVES", "Objective"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "task": Supervised,
+    "supervised": Supervised,
     "mlm": MLM,
     "kd": KD,
     "distilbert": DistilBERT,

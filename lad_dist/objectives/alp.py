@@ -4,7 +4,7 @@
     L = hidden · Σ_m MSE(S_m, C_m) + hard · CE + soft · T² KL                              m = 1 … M, l = 1 … L
 
 S_m and H_l [B, D] are first tokens of student and teacher layers; MSE is a mean over sequences and width. The attention
-e has no weights of its own and is differentiated like the rest. Widths must be equal. `reads/m/l` is logged:
+e has no weights of its own and is differentiated like the rest. Widths must be equal. `teacher_layer_weight/m/l` is logged:
 the mean of e_ml.
 """
 
@@ -35,20 +35,20 @@ class ALP(KD):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         check_same_width("alp", student, teacher)
         self.hidden = hidden
-        self.student_needs = self.student_needs._replace(hidden=tuple(range(1, student.layers + 1)))
-        self.teacher_needs = self.teacher_needs._replace(hidden=tuple(range(1, teacher.layers + 1)))
+        self.student_outputs = self.student_outputs._replace(hidden=tuple(range(1, student.num_hidden_layers + 1)))
+        self.teacher_outputs = self.teacher_outputs._replace(hidden=tuple(range(1, teacher.num_hidden_layers + 1)))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        layers = [losses.first_tokens(teacher.hidden[layer], batch).float() for layer in self.teacher_needs.hidden]
+        layers = [losses.first_tokens(teacher.hidden[layer], batch).float() for layer in self.teacher_outputs.hidden]
         target = torch.stack(layers, dim=1)  # [B, L, D]
         distances = []
-        for m in self.student_needs.hidden:
+        for m in self.student_outputs.hidden:
             mine = losses.first_tokens(student.hidden[m], batch).float()
             attention = torch.softmax(torch.einsum("bd,bld->bl", mine, target), dim=-1)
             mixed = torch.einsum("bl,bld->bd", attention, target)
             distances.append(losses.over_sequences(losses.squared(mine, mixed), batch))
-            self.observed |= teacher_layer_weights(
+            self.metrics |= teacher_layer_weights(
                 m, (losses.over_sequences(e, batch) for e in attention.detach().unbind(dim=1))
             )
         return super().forward(student, teacher, batch) | {"hidden": self.hidden * torch.stack(distances).sum()}

@@ -32,9 +32,9 @@ class DistilBERT(KD):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         check_same_width("distilbert", student, teacher)
         self.cosine = cosine
-        self.last = (student.layers, teacher.layers)
-        self.student_needs = self.student_needs._replace(hidden=(student.layers,))
-        self.teacher_needs = self.teacher_needs._replace(hidden=(teacher.layers,))
+        self.last = (student.num_hidden_layers, teacher.num_hidden_layers)
+        self.student_outputs = self.student_outputs._replace(hidden=(student.num_hidden_layers,))
+        self.teacher_outputs = self.teacher_outputs._replace(hidden=(teacher.num_hidden_layers,))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

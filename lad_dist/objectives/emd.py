@@ -13,7 +13,7 @@ both plans. Weights of 0.01 are the authors' 0.005 for two labels, whose soft te
 Plans and masses are renewed once a step, from the mean costs of all micro-batches of all processes in the step before;
 in the first step every layer learns from every other in proportion to the masses. So a step has one plan, the same on
 all processes and however many they are, and the device is waited for once a step. The gradient flows through D alone.
-`reads/m/l` is logged: the share of teacher layer l in what moves to student layer m, by hidden states if they count.
+`teacher_layer_weight/m/l` is logged: the share of teacher layer l in what moves to student layer m, by hidden states if they count.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,21 +55,27 @@ class EMD(KD):
             raise UserError("objective.name = emd: hidden and attention are 0, so no layers are compared; take kd")
         if attention:
             check_same_heads("emd", student, teacher)
-        self.heads = teacher.heads
+        self.heads = teacher.num_attention_heads
         self.embedding, self.cost_temperature = embedding, cost_temperature
         self.hidden_projection = projection(student, teacher)
         self.embedding_projection = projection(student, teacher)
-        mine, its = (tuple(range(1, shape.layers + 1)) for shape in (student, teacher))
+        mine, its = (tuple(range(1, shape.num_hidden_layers + 1)) for shape in (student, teacher))
         first = (0,) * bool(embedding)
-        self.student_needs = self.student_needs._replace(hidden=first + mine * bool(hidden), qkv=mine * bool(attention))
-        self.teacher_needs = self.teacher_needs._replace(hidden=first + its * bool(hidden), qkv=its * bool(attention))
-        self.masses: Sequence[Array] = [np.full(shape.layers, 1 / shape.layers) for shape in (student, teacher)]
+        self.student_outputs = self.student_outputs._replace(
+            hidden=first + mine * bool(hidden), qkv=mine * bool(attention)
+        )
+        self.teacher_outputs = self.teacher_outputs._replace(
+            hidden=first + its * bool(hidden), qkv=its * bool(attention)
+        )
+        self.masses: Sequence[Array] = [
+            np.full(shape.num_hidden_layers, 1 / shape.num_hidden_layers) for shape in (student, teacher)
+        ]
         self.plans = dict.fromkeys(self.weights, np.outer(*self.masses))
-        self.costs = torch.zeros(len(self.weights), student.layers, teacher.layers)
+        self.costs = torch.zeros(len(self.weights), student.num_hidden_layers, teacher.num_hidden_layers)
         """Sums over the micro-batches of this step, means over the processes."""
         self.count = 0
 
-    def at(self, progress: float) -> None:
+    def on_step_start(self, progress: float) -> None:
         if self.count:
             self.renew((self.costs / self.count).double().cpu().numpy())
         self.costs, self.count = torch.zeros_like(self.costs), 0
@@ -121,7 +127,7 @@ class EMD(KD):
         plan = next(iter(self.plans.values()))
         shares = (plan / plan.sum(axis=1, keepdims=True)).tolist()
         for m, row in enumerate(shares, start=1):
-            self.observed |= teacher_layer_weights(m, (torch.full((), share, device=device) for share in row))
+            self.metrics |= teacher_layer_weights(m, (torch.full((), share, device=device) for share in row))
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside parameters; buffers would be rounded with a model in half precision."""

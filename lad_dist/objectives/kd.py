@@ -37,8 +37,8 @@ class KD(Objective):
             )
         self.soft, self.hard, self.temperature = soft, hard, temperature
         self.head = student.head
-        self.student_needs = OutputSpec(logits=bool(soft or hard))
-        self.teacher_needs = OutputSpec(logits=soft > 0)
+        self.student_outputs = OutputSpec(logits=bool(soft or hard))
+        self.teacher_outputs = OutputSpec(logits=soft > 0)
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

@@ -26,7 +26,7 @@ def hard(logits: Tensor, batch: Batch, head: Head) -> Tensor:
     if head == "regression":
         return F.mse_loss(logits.float().squeeze(-1), batch.labels.float())
     if head == "question_answering":
-        return -(batch.labels * over_rows(logits, batch)).sum() / (2 * batch.nonempty)
+        return -(batch.labels * over_rows(logits, batch)).sum() / (2 * batch.num_sequences)
     sum_of = partial(F.cross_entropy, reduction="sum")
     return _by_rows(lambda x, y: sum_of(x.float(), y), logits, batch.labels) / len(batch.labels)
 
@@ -39,7 +39,7 @@ def soft(student: Tensor, teacher: Tensor, batch: Batch, head: Head, temperature
         return F.mse_loss(student.float(), teacher.float())
     if head == "question_answering":
         s, t = (over_rows(x.float() / temperature, batch) for x in (student, teacher))
-        return temperature**2 * F.kl_div(s, t, log_target=True, reduction="sum") / (2 * batch.nonempty)
+        return temperature**2 * F.kl_div(s, t, log_target=True, reduction="sum") / (2 * batch.num_sequences)
 
     def divergence(s: Tensor, t: Tensor) -> Tensor:
         s, t = (F.log_softmax(x.float() / temperature, dim=-1) for x in (s, t))
@@ -51,9 +51,9 @@ def soft(student: Tensor, teacher: Tensor, batch: Batch, head: Head, temperature
 def over_rows(logits: Tensor, batch: Batch) -> Tensor:
     """Each column of [R, V] as the logarithms of a distribution over the rows of the same sequence, fp32 [R, V]."""
     batch = one_span_per_sequence(batch)
-    places = batch.padded_index.index_select(0, batch.rows)
-    spans = logits.new_full((batch.sequence.numel(), logits.shape[1]), -torch.inf, dtype=torch.float32)
-    spans = spans.index_copy(0, places, logits.float()).view(*batch.sequence.shape, -1)
+    places = batch.padded_index.index_select(0, batch.head_positions)
+    spans = logits.new_full((batch.sequence_ids.numel(), logits.shape[1]), -torch.inf, dtype=torch.float32)
+    spans = spans.index_copy(0, places, logits.float()).view(*batch.sequence_ids.shape, -1)
     return F.log_softmax(spans, dim=1).flatten(0, 1).index_select(0, places)
 
 
@@ -69,9 +69,9 @@ def squared(student: Tensor, target: Tensor) -> Tensor:
 
 def over_tokens(values: Tensor, batch: Batch) -> Tensor:
     """Mean of values [N] over the real tokens."""
-    if batch.tokens == len(values):
+    if batch.num_tokens == len(values):
         return values.mean()
-    return values.masked_fill(~unpad(batch.attended, batch), 0.0).sum() / batch.tokens
+    return values.masked_fill(~unpad(batch.is_token, batch), 0.0).sum() / batch.num_tokens
 
 
 def first_tokens(x: Tensor, batch: Batch) -> Tensor:
@@ -92,8 +92,8 @@ def relation(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
 
     def divergence(*xs: Tensor) -> Tensor:
         s, t = (_log_relation(x, y, batch, heads) for x, y in (xs[:2], xs[2:]))
-        pairs = batch.attended[:, None, :, None] & batch.visible[:, None]
-        return (t.exp() * (t - s)).masked_fill(~pairs, 0.0).sum() / (heads * batch.tokens)
+        pairs = batch.is_token[:, None, :, None] & batch.visible[:, None]
+        return (t.exp() * (t - s)).masked_fill(~pairs, 0.0).sum() / (heads * batch.num_tokens)
 
     return recomputed(divergence, *student, *teacher)
 
@@ -110,7 +110,7 @@ class Scores(NamedTuple):
 def scores(pair: Pair, batch: Batch, heads: int) -> Scores:
     """Of queries and keys [N, *], split into `heads`."""
     batch = one_span_per_sequence(batch)
-    padding = None if batch.tokens == len(pair[0]) else ~batch.attended[:, None, :, None]
+    padding = None if batch.num_tokens == len(pair[0]) else ~batch.is_token[:, None, :, None]
     queries, keys = (_by_heads(x, batch, heads) for x in pair)
     if padding is not None:
         queries, keys = queries.masked_fill(padding, 0.0), keys.masked_fill(padding, 0.0)

@@ -56,22 +56,22 @@ class MGSKD(KD):
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
-        self.heads = heads or student.heads
+        self.heads = heads or student.num_attention_heads
         for shape in (student, teacher):
-            if shape.width % self.heads:
-                raise UserError(f"objective.heads: {self.heads} does not divide a width of {shape.width}")
+            if shape.hidden_size % self.heads:
+                raise UserError(f"objective.heads: {self.heads} does not divide a width of {shape.hidden_size}")
         matches = uniform_layer_map("mgskd", student, teacher)
         boundary = len(matches) // 2 if lower is None else lower
         if boundary > len(matches):
-            raise UserError(f"objective.lower = {lower}, but the student has {student.layers} layers")
+            raise UserError(f"objective.lower = {lower}, but the student has {student.num_hidden_layers} layers")
         self.weights = {"token": token, "span": span, "sample": sample}
         self.lower = matches[:boundary] if token or span else []
         self.upper = matches[boundary:] if sample else []
         self.span_tokens, self.vertices, self.neighbours = span_tokens, vertices, neighbours
         states = self.lower + self.upper
-        self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in states))
-        self.teacher_needs = OutputSpec(
-            self.teacher_needs.logits, tuple(layer for _, layer in states), tuple(layer for _, layer in self.lower)
+        self.student_outputs = self.student_outputs._replace(hidden=tuple(m for m, _ in states))
+        self.teacher_outputs = OutputSpec(
+            self.teacher_outputs.logits, tuple(layer for _, layer in states), tuple(layer for _, layer in self.lower)
         )
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class MGSKD(KD):
 
     def _inside(self, student: Tensor, teacher: Tensor, batch: Batch, attention: Tensor, pool: Tensor | None) -> Tensor:
         """R of tokens, or of the spans of `pool` [U, S, S], inside sequences."""
-        there = batch.attended
+        there = batch.is_token
         if pool is not None:
             there = there & (pool.sum(dim=-1) > 0)
             attention = pool @ attention @ pool.transpose(1, 2)
@@ -186,18 +186,18 @@ def _attention(q: Tensor, k: Tensor, batch: Batch) -> Tensor:
 
 def _pools(batch: Batch, tokens: int) -> Tensor:
     """[U, S, S]: in the row of a span's first token, equal shares of its tokens; zeros in other rows."""
-    first = pad(batch.position_ids % tokens == 0, batch) & batch.attended
-    places = torch.arange(batch.longest, device=first.device)
+    first = pad(batch.position_ids % tokens == 0, batch) & batch.is_token
+    places = torch.arange(batch.span_length, device=first.device)
     distance = places - places[:, None]
     inside = (distance >= 0) & (distance < tokens) & first[..., None]
-    same = (batch.sequence[:, :, None] == batch.sequence[:, None, :]) & inside
+    same = (batch.sequence_ids[:, :, None] == batch.sequence_ids[:, None, :]) & inside
     return same / same.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _samples(x: Tensor, batch: Batch) -> Tensor:
     """[N, D] to the means of the first sequences [B, D]; zeros for an empty one."""
     lengths = batch.lengths[:SAMPLES]
-    mine = unpad(batch.sequence, batch).long()
+    mine = unpad(batch.sequence_ids, batch).long()
     mine = mine.masked_fill((mine < 0) | (mine >= len(lengths)), len(lengths))  # the others' own row, left away below
     sums = x.new_zeros(len(lengths) + 1, x.shape[1], dtype=torch.float32).index_add(0, mine, x.float())
     return sums[:-1] / lengths.clamp(min=1)[:, None]

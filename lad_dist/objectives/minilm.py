@@ -16,15 +16,15 @@ from lad_dist.objectives.base import Objective, check_same_heads
 
 
 class MiniLM(Objective):
-    headless = True
+    trains_no_head = True
 
     def __init__(self, student: ModelDims, teacher: ModelDims):
         super().__init__()
         check_same_heads("minilm", student, teacher)
-        self.heads = teacher.heads
-        self.last = (student.layers, teacher.layers)
-        self.student_needs = OutputSpec(qkv=(student.layers,))
-        self.teacher_needs = OutputSpec(qkv=(teacher.layers,))
+        self.heads = teacher.num_attention_heads
+        self.last = (student.num_hidden_layers, teacher.num_hidden_layers)
+        self.student_outputs = OutputSpec(qkv=(student.num_hidden_layers,))
+        self.teacher_outputs = OutputSpec(qkv=(teacher.num_hidden_layers,))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

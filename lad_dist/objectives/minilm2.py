@@ -19,7 +19,7 @@ from lad_dist.objectives.base import Objective
 
 
 class MiniLM2(Objective):
-    headless = True
+    trains_no_head = True
 
     def __init__(
         self,
@@ -31,14 +31,14 @@ class MiniLM2(Objective):
         heads: Annotated[int | None, Field(ge=1, description="relation heads; default: the teacher's heads")] = None,
     ):
         super().__init__()
-        self.heads = teacher.heads if heads is None else heads
+        self.heads = teacher.num_attention_heads if heads is None else heads
         self.student_layer = _layer("student_layer", student_layer, student)
         self.teacher_layer = _layer("teacher_layer", teacher_layer, teacher)
         for shape in (student, teacher):
-            if shape.width % self.heads:
-                raise UserError(f"objective.heads = {self.heads} does not divide a width of {shape.width}")
-        self.student_needs = OutputSpec(qkv=(self.student_layer,))
-        self.teacher_needs = OutputSpec(qkv=(self.teacher_layer,))
+            if shape.hidden_size % self.heads:
+                raise UserError(f"objective.heads = {self.heads} does not divide a width of {shape.hidden_size}")
+        self.student_outputs = OutputSpec(qkv=(self.student_layer,))
+        self.teacher_outputs = OutputSpec(qkv=(self.teacher_layer,))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
@@ -47,6 +47,6 @@ class MiniLM2(Objective):
 
 
 def _layer(key: str, number: int | None, shape: ModelDims) -> int:
-    if number is not None and number > shape.layers:
-        raise UserError(f"objective.{key} = {number}, but there are {shape.layers} layers")
-    return shape.layers if number is None else number
+    if number is not None and number > shape.num_hidden_layers:
+        raise UserError(f"objective.{key} = {number}, but there are {shape.num_hidden_layers} layers")
+    return shape.num_hidden_layers if number is None else number

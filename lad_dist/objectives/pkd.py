@@ -39,14 +39,14 @@ class PKD(KD):
     ):
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         check_same_width("pkd", student, teacher)
-        if student.layers == 1:
+        if student.num_hidden_layers == 1:
             raise UserError("objective.name = pkd: a student of one layer has none before its last; take kd")
         skip = uniform_layer_map("pkd", student, teacher)[:-1]
-        last = [(m, teacher.layers - student.layers + m) for m, _ in skip]
+        last = [(m, teacher.num_hidden_layers - student.num_hidden_layers + m) for m, _ in skip]
         self.matches = {"skip": skip, "last": last}[mapping]
         self.hidden, self.tokens, self.normalised = hidden, tokens, normalised
-        self.student_needs = self.student_needs._replace(hidden=tuple(m for m, _ in self.matches))
-        self.teacher_needs = self.teacher_needs._replace(hidden=tuple(layer for _, layer in self.matches))
+        self.student_outputs = self.student_outputs._replace(hidden=tuple(m for m, _ in self.matches))
+        self.teacher_outputs = self.teacher_outputs._replace(hidden=tuple(layer for _, layer in self.matches))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

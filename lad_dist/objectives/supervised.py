@@ -11,8 +11,8 @@ from lad_dist.objectives.base import Objective
 class _SupervisedObjective(Objective):
     """L = CE(z, y), squared error for regression."""
 
-    taught = False
-    student_needs = OutputSpec(logits=True)
+    requires_teacher = False
+    student_outputs = OutputSpec(logits=True)
 
     def __init__(self, student: ModelDims, teacher: ModelDims | None):
         super().__init__()
@@ -24,8 +24,8 @@ class _SupervisedObjective(Objective):
 
 
 class Supervised(_SupervisedObjective):
-    runs_on = ("task",)
+    supported_data = ("task",)
 
 
 class MLM(_SupervisedObjective):
-    runs_on = ("corpus",)
+    supported_data = ("corpus",)

@@ -28,7 +28,7 @@ from lad_dist.objectives.kd import KD, Weight
 
 
 class TinyBERT(KD):
-    headless = True
+    trains_no_head = True
 
     def __init__(
         self,
@@ -46,18 +46,18 @@ class TinyBERT(KD):
         super().__init__(student, teacher, soft=soft, hard=0.0, temperature=temperature)
         if attention:
             check_same_heads("tinybert", student, teacher)
-        self.heads = teacher.heads
+        self.heads = teacher.num_attention_heads
         self.weights = {"embedding": embedding, "hidden": hidden, "attention": attention}
         self.projection = projection(student, teacher)
         matches = uniform_layer_map("tinybert", student, teacher)
         self.states = [(0, 0)] * bool(embedding) + matches * bool(hidden)
         self.scores = matches * bool(attention)
-        self.student_needs, self.teacher_needs = (
+        self.student_outputs, self.teacher_outputs = (
             needs._replace(
                 hidden=tuple(match[side] for match in self.states),
                 qkv=tuple(match[side] for match in self.scores),
             )
-            for side, needs in enumerate((self.student_needs, self.teacher_needs))
+            for side, needs in enumerate((self.student_outputs, self.teacher_outputs))
         )
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:

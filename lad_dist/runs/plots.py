@@ -70,7 +70,7 @@ def _gates(name: str, rows: Rows) -> tuple[str, Figure]:
 
 
 def teacher_layer_figure(rows: Rows) -> Figure | None:
-    """The last `reads/m/l` as a heat map, student layers upwards, each a row that adds up to 1; None where an objective
+    """The last `teacher_layer_weight/m/l` as a heat map, student layers upwards, each a row that adds up to 1; None where an objective
     reports none."""
     shares = next((found for row in reversed(rows) if (found := _reads(row))), None)
     if shares is None:
@@ -90,7 +90,7 @@ def teacher_layer_figure(rows: Rows) -> Figure | None:
 
 
 def _reads(row: dict[str, Any]) -> dict[tuple[int, int], float]:
-    places = {key: key.split("/")[1:] for key in row if key.startswith("reads/")}
+    places = {key: key.split("/")[1:] for key in row if key.startswith("teacher_layer_weight/")}
     return {(int(m), int(layer)): row[key] for key, (m, layer) in places.items()}
 
 

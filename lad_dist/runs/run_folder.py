@@ -2,14 +2,14 @@
 
 <dir>/<name>/config.toml      as resolved, every default written out
              metrics.jsonl    one row per report; TensorBoard events in tensorboard/
-             reads.png        which teacher layers each student layer read in the end, of lad, alp and emd
+             teacher_layers.png        which teacher layers each student layer read in the end, of lad, alp and emd
              checkpoints/     for resuming: checkpoints.py
-             skipped.json     updates that were skipped and why, and the steps that are left out because of them
+             skipped_steps.json     updates that were skipped and why, and the steps that are left out because of them
              stacks/          where each process stood when one of them hung
              lock             held while a process trains there
-             deaths.json      how often in a row the run died, and after which checkpoint; absent in good health
+             crashes.json      how often in a row the run died, and after which checkpoint; absent in good health
              STOP             made by hand: the run saves, stops, and takes the file away
-             answers/         the teacher's, while the run lasts, where teacher.cache names no folder
+             teacher_cache/         the teacher's, while the run lasts, where teacher.cache names no folder
              export/          for people: config.json, model.safetensors, tokenizer, README.md
              results.json     written last: its presence says that the run is complete
 """
@@ -48,7 +48,7 @@ CHANGEABLE_KEYS = {
         f"run.{key}"
         for key in "log_every eval_every save_every keep keep_every check_every max_skips hang_seconds".split()
     ),
-    "data.workers",
+    "data.num_workers",
     "teacher.cache",
     "deepspeed.zero_optimization.stage",  # resize.py refuses what it cannot convert
 }
@@ -73,14 +73,14 @@ class Run:
         self.folder = config.run.folder
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config.run.keep, config.run.keep_every)
         self.export = self.folder / "export"
-        self.answers = self.folder / "answers"
+        self.teacher_cache = self.folder / "teacher_cache"
         self._metrics = self.folder / "metrics.jsonl"
         self._results = self.folder / RESULTS
         self._config = self.folder / "config.toml"
-        self._deaths = self.folder / "deaths.json"
+        self._deaths = self.folder / "crashes.json"
         self._stop = self.folder / "STOP"
         self._lock = self.folder / "lock"
-        self._skipped = self.folder / "skipped.json"
+        self._skipped = self.folder / "skipped_steps.json"
         self._looked = -math.inf
         self._tensorboard = str(self.folder / "tensorboard")
         self._board: SummaryWriter | None = None
@@ -142,7 +142,7 @@ class Run:
         if processes.is_main():
             self._draw()
             _write_results(self.folder, results)
-            shutil.rmtree(self.answers, ignore_errors=True)
+            shutil.rmtree(self.teacher_cache, ignore_errors=True)
             self._show(SummaryWriter.close)
         processes.barrier()
 
@@ -152,25 +152,25 @@ class Run:
         rows = [json.loads(row) for row in self._metrics.read_text().splitlines() if _step_of(row) < math.inf]
         figure = teacher_layer_figure(rows)
         if figure is not None:
-            figure.savefig(self.folder / "reads.png", dpi=120)
+            figure.savefig(self.folder / "teacher_layers.png", dpi=120)
             self._show(lambda board: board.add_figure("reads", figure, rows[-1]["step"]))
 
-    def newest(self) -> Path | None:
+    def newest_checkpoint(self) -> Path | None:
         """The newest valid checkpoint, the same on all processes; None when there never was one. Raises
         NothingToResume."""
         return processes.on_main(self.checkpoints.newest)
 
     @contextmanager
-    def life(self) -> Iterator[None]:
+    def session(self) -> Iterator[None]:
         """The folder, to this run's processes alone; what dies in here is counted. Raises NoProgress instead of a
         fourth try from the same checkpoint."""
         with ExitStack() as stack:
-            processes.on_main(lambda: stack.enter_context(self._alone()))
-            with self._counted():
+            processes.on_main(lambda: stack.enter_context(self._exclusive_lock()))
+            with self._count_crashes():
                 yield
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive_lock(self) -> Iterator[None]:
         """Waits for a life before this one that is still ending. Raises Occupied."""
         end, lock = time.monotonic() + LOCK_SECONDS, ExitStack()
         while True:
@@ -187,8 +187,8 @@ class Run:
             yield
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
-        state, died = processes.on_main(self._died)
+    def _count_crashes(self) -> Iterator[None]:
+        state, died = processes.on_main(self._crash_count)
         if died >= MAX_CRASHES:
             raise NoProgress(
                 f"{self.folder}: died {died} times in a row at {state}, before another checkpoint was saved; find out "
@@ -202,7 +202,7 @@ class Run:
             raise
         self._write_deaths(None)
 
-    def _died(self) -> tuple[str, int]:
+    def _crash_count(self) -> tuple[str, int]:
         """The newest checkpoint, and how many lives in a row have ended without another one."""
         state = self.checkpoints.newest_name() or "the beginning"
         try:
@@ -219,14 +219,14 @@ class Run:
         else:
             write_text(self._deaths, json.dumps(found) + "\n")
 
-    def left_out(self) -> list[int]:
+    def skipped_steps(self) -> list[int]:
         """The steps that the run leaves out, the same on all processes."""
         return processes.on_main(self._read_skipped)["left_out"]
 
     def _read_skipped(self) -> dict[str, list[Any]]:
         return _table_in(self._skipped) if self._skipped.exists() else {"left_out": [], "skipped": []}
 
-    def skipped(self, row: Mapping[str, Any], left_out: Sequence[int]) -> None:
+    def record_skip(self, row: Mapping[str, Any], left_out: Sequence[int]) -> None:
         """Notes an update that was skipped, and the steps that are left out from now on."""
         if not processes.is_main():
             return
@@ -240,14 +240,14 @@ class Run:
         if processes.is_main():
             print(f"{self.folder}: going back to {kept or 'the beginning'}", file=sys.stderr)
 
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether the file STOP is there: looked for by the main process, and not at every step."""
         if not processes.is_main() or time.monotonic() - self._looked < LOOK_EVERY:
             return False
         self._looked = time.monotonic()
         return self._stop.exists()
 
-    def stopped(self) -> None:
+    def clear_stop_request(self) -> None:
         """The wish was granted."""
         if processes.is_main():
             self._stop.unlink(missing_ok=True)

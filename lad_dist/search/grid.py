@@ -36,11 +36,11 @@ def sample_trials(config: SearchConfig) -> list[Trial]:
     """The trials, each with the config of its run. Raises UserError for what does not fit the schema of a run."""
     words = config.search
     space = {key: _distribution(key, name, values) for key, name, values in _distributions(config.space)}
-    width = len(str(words.samples - 1))
+    width = len(str(words.num_samples - 1))
     trials = []
     for choices in _combinations(config.grid):
         tables, base = _tables(config, choices)
-        for number in range(words.samples):
+        for number in range(words.num_samples):
             sample = {key: law(random.Random(f"{words.seed}/{number}/{key}")) for key, law in space.items()}
             numbered = [f"{number:0{width}}"] if space else []
             name = "-".join([*(choice for _, choice in choices), *numbered] if choices else ["trial", *numbered])
@@ -121,7 +121,7 @@ def _run(config: SearchConfig, tables: Mapping[str, Any], name: str, base: str) 
     folder = Path(config.search.dir) / config.search.name
     place: dict[str, Any] = {"run.name": name, "run.dir": str(folder)}
     if "teacher" in tables and "cache" not in tables["teacher"]:
-        place["teacher.cache"] = str(folder / "answers")
+        place["teacher.cache"] = str(folder / "teacher_cache")
     run = parse_config(TaskConfig, apply_overrides(tables, place.items()), where=base)
     run_spec.resolve_options(run)
     return run

@@ -9,7 +9,7 @@ there to be compared, all run to their end.
     <dir>/<name>/search.toml    the search with its base config, as it was started
                  trial-00/ …    an ordinary run folder each, in a grid kd-rte-0; one that ASHA stopped has no
                                 results.json and no export
-                 answers/       what the trials' teachers say, while it lasts
+                 teacher_cache/       what the trials' teachers say, while it lasts
                  ray/           Tune's own state, and the traceback of a failed trial in trial-00/error.txt
                  best.toml      the best trial's config, ready for launch/task_distill.py; not of a grid
                  results.json   all trials, best first; written last: its presence says that the search is complete
@@ -105,11 +105,11 @@ def _check(config: SearchConfig, trials: list[Trial]) -> list[str]:
             f"space.{min(tasks)}: a task is nothing to search, its scores are not another's; put it in [grid]"
         )
     metrics = []
-    for trial in trials[:: words.samples]:
+    for trial in trials[:: words.num_samples]:
         alike = dump_config(trial.config.model_copy(update={"run": trials[0].config.run}))
         if alike not in known:
             known[alike] = _metric(words, trial.config)
-        metrics += [known[alike]] * words.samples
+        metrics += [known[alike]] * words.num_samples
     return metrics
 
 
@@ -187,7 +187,7 @@ def _tuner(config: SearchConfig, trials: list[Trial], metrics: list[str], folder
     settings = tune.TuneConfig(
         metric="score",
         mode="max",
-        max_concurrent_trials=words.concurrent or None,
+        max_concurrent_trials=words.max_concurrent or None,
         reuse_actors=True,  # a process that has loaded its libraries takes the next trial
         scheduler=None if config.grid else _asha(words, configs[0]),
         trial_dirname_creator=lambda trial: configs[trial.config["number"]].run.name,
@@ -204,8 +204,8 @@ def _asha(words: SearchOptions, config: TaskConfig) -> ASHAScheduler:
     return ASHAScheduler(
         time_attr="step",
         max_t=10**9,  # ASHA ends no run that its config does not
-        grace_period=words.grace * config.run.eval_every,
-        reduction_factor=words.reduction,
+        grace_period=words.grace_period * config.run.eval_every,
+        reduction_factor=words.reduction_factor,
     )
 
 
@@ -282,7 +282,7 @@ def _conclude(
     if not config.grid:
         (best,) = (trial.config for trial in trials if trial.config.run.name == rows[0]["trial"])
         _write_best(rows[0], best, len(trials), folder)
-    shutil.rmtree(folder / "answers", ignore_errors=True)
+    shutil.rmtree(folder / "teacher_cache", ignore_errors=True)
     write_text(folder / "results.json", json.dumps({"trials": rows, "failed": failed}, indent=2) + "\n")
 
 

@@ -114,12 +114,12 @@ class CostEstimate:
 def estimate(made: run_spec.RunSpec, world: int) -> CostEstimate:
     """What the run of this plan costs on `world` processes. Reads its data's first micro-batches."""
     method, teacher = meta_distiller(made), _teacher(made)
-    feed = made.feed()
-    taught = made.teacher_feed(feed)
-    places = [divmod(number, feed.slots) for number in range(SAMPLE)]
+    feed = made.dataset()
+    taught = made.teacher_dataset(feed)
+    places = [divmod(number, feed.micro_batches_per_step) for number in range(SAMPLE)]
     batches = [feed.batch(*place) for place in places]
     steps = made.config.run.steps or max(1, round((made.config.run.epochs or 0) * feed.steps_per_epoch))
-    tokens = sum(batch.tokens for batch in batches)
+    tokens = sum(batch.num_tokens for batch in batches)
     answers = _answers(made, method, feed, taught, steps)
     its = 0 if teacher is None else _flops(teacher, [taught.batch(*place) for place in places])
     student = footprint.exported(method.student)
@@ -127,10 +127,10 @@ def estimate(made: run_spec.RunSpec, world: int) -> CostEstimate:
         student=student,
         objective=count_parameters(method.objective),
         teacher=0 if teacher is None else count_parameters(teacher),
-        memory=_memory(made, method, teacher, max(batches, key=lambda batch: batch.filled), world),
+        memory=_memory(made, method, teacher, max(batches, key=lambda batch: batch.computed_tokens), world),
         steps=steps,
         epochs=steps / feed.steps_per_epoch,
-        tokens=tokens / len(batches) * feed.slots,
+        tokens=tokens / len(batches) * feed.micro_batches_per_step,
         student_flops=3 * _flops(method.student, batches) / tokens,
         teacher_flops=its / tokens,
         teacher_share=min(1.0, feed.steps_per_epoch / steps) if answers else 1.0,
@@ -148,7 +148,7 @@ def _flops(model: PreTrainedModel, batches: Sequence[Batch]) -> int:
 def meta_distiller(made: run_spec.RunSpec) -> Distiller:
     """What the engine will hold, on the meta device."""
     with torch.device("meta"):
-        return Distiller(made.skeleton(), made.objective())
+        return Distiller(made.meta_student(), made.objective())
 
 
 def _teacher(made: run_spec.RunSpec) -> PreTrainedModel | None:
@@ -196,22 +196,24 @@ def _activations(made: run_spec.RunSpec, config: Any, batch: Batch, size: int) -
     inner = getattr(config, "intermediate_size", None) or config.hidden_dim
     words = made.config.student
     kept = size * (8 * width + 2 * inner) + (0 if words.dropout == 0 else 2 * width)
-    layer = batch.filled * kept
+    layer = batch.computed_tokens * kept
     if words.attention_dropout != 0:
-        layer += int(batch.sequence.numel()) * batch.longest * heads * (2 * size + 1)
-    logits = len(batch.rows) * made.student_shape.outputs * (size + 2 * 4)  # and the loss, which is in fp32
-    return config.num_hidden_layers * layer + batch.filled * 4 * width * size + logits
+        layer += int(batch.sequence_ids.numel()) * batch.span_length * heads * (2 * size + 1)
+    logits = (
+        len(batch.head_positions) * made.student_dims.num_outputs * (size + 2 * 4)
+    )  # and the loss, which is in fp32
+    return config.num_hidden_layers * layer + batch.computed_tokens * 4 * width * size + logits
 
 
 def _teacher_bytes(made: run_spec.RunSpec, method: Distiller, teacher: nn.Module | None, batch: Batch) -> int:
     """Its weights, and what it says of a micro-batch."""
     if teacher is None:
         return 0
-    assert made.teacher_shape is not None
+    assert made.teacher_dims is not None
     assert made.config.teacher is not None
-    size, needs = BYTES[made.config.teacher.dtype or made.precision], method.objective.teacher_needs
-    states = batch.filled * made.teacher_shape.width * (len(needs.hidden) + 3 * len(needs.qkv))
-    said = states + len(batch.rows) * made.teacher_shape.outputs * needs.logits
+    size, needs = BYTES[made.config.teacher.dtype or made.precision], method.objective.teacher_outputs
+    states = batch.computed_tokens * made.teacher_dims.hidden_size * (len(needs.hidden) + 3 * len(needs.qkv))
+    said = states + len(batch.head_positions) * made.teacher_dims.num_outputs * needs.logits
     return size * (count_parameters(teacher) + said)
 
 
@@ -226,9 +228,9 @@ def _answers(
     words = made.config.teacher
     if words is None or not isinstance(taught, TaskDataset) or not worth_caching(words, steps, feed.steps_per_epoch):
         return 0
-    assert made.teacher_shape is not None
+    assert made.teacher_dims is not None
     dtype = getattr(torch, words.dtype or made.precision)
-    size = cache_bytes(method.objective.teacher_needs, made.teacher_shape, taught.train, dtype)
+    size = cache_bytes(method.objective.teacher_outputs, made.teacher_dims, taught.train, dtype)
     return size if size <= words.cache_gb * 1e9 else 0
 
 

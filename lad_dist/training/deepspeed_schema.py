@@ -12,9 +12,9 @@ from lad_dist.config.errors import UserError
 from lad_dist.utils.suggest import did_you_mean
 
 OURS = {
-    "train_batch_size": "data.slots and data.tokens_per_slot or examples_per_slot",
-    "train_micro_batch_size_per_gpu": "data.tokens_per_slot or examples_per_slot",
-    "gradient_accumulation_steps": "data.slots",
+    "train_batch_size": "data.micro_batches_per_step and data.micro_batch_tokens or examples_per_slot",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_tokens or examples_per_slot",
+    "gradient_accumulation_steps": "data.micro_batches_per_step",
     "optimizer": "[optim]",
     "scheduler": "optim.schedule",
     "torch_autocast": "deepspeed.bf16 or fp16",

@@ -19,29 +19,29 @@ class Distiller(nn.Module):
     """A student and its objective. `found`: what was measured when the student was made, by name."""
 
     def __init__(
-        self, student: PreTrainedModel, objective: Objective, found: Mapping[str, float] = MappingProxyType({})
+        self, student: PreTrainedModel, objective: Objective, initial_values: Mapping[str, float] = MappingProxyType({})
     ):
         super().__init__()
-        self.found = dict(found)
+        self.initial_values = dict(initial_values)
         self.student = student
         self.objective = objective
 
-    def at(self, moment: StepState) -> None:
+    def on_step_start(self, moment: StepState) -> None:
         """Moves all schedules, once before the micro-batches of each step."""
         for piece in compressed_module.compressed_modules(self.student):
-            piece.at(moment)
-        self.objective.at(moment.progress)
+            piece.on_step_start(moment)
+        self.objective.on_step_start(moment.progress)
 
-    def pruned(self) -> list[tuple[nn.Parameter, Tensor]]:
+    def newly_pruned(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Weights of which the last `at` took some away, with masks that are True where they stay."""
-        return [pair for piece in compressed_module.compressed_modules(self.student) for pair in piece.pruned()]
+        return [pair for piece in compressed_module.compressed_modules(self.student) for pair in piece.newly_pruned()]
 
     def forward(self, batch: Batch, target: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss, and by name its terms and what the objective observed (detached scalars)."""
-        seen = compute_outputs(self.student, batch, self.objective.student_needs)
+        seen = compute_outputs(self.student, batch, self.objective.student_outputs)
         terms = self.objective(seen, target, batch)
         loss = torch.stack(list(terms.values())).sum()
-        return loss, {name: x.detach() for name, x in (terms | self.objective.observed).items()}
+        return loss, {name: x.detach() for name, x in (terms | self.objective.metrics).items()}
 
     def export(self) -> PreTrainedModel:
         """The student as a plain model: Parts folded, the objective left behind. In place."""

@@ -63,9 +63,9 @@ def build_engine(method: Distiller, config: TrainConfig) -> Any:
     # Its shared-memory collectives compile C++ at first use; gloo serves a CPU, and nccl a GPU.
     deepspeed.ops.__compatible_ops__ = {}
     words = {
-        "train_batch_size": config.data.slots,
+        "train_batch_size": config.data.micro_batches_per_step,
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.data.slots // processes.world_size(),
+        "gradient_accumulation_steps": config.data.micro_batches_per_step // processes.world_size(),
         "gradient_clipping": 1.0,
         "steps_per_print": sys.maxsize,
         "zero_force_ds_cpu_optimizer": False,  # [optim] decides, with weights offloaded too

@@ -25,7 +25,7 @@ class MetricAccumulator:
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.to(torch.float32, copy=True)
         self.count += 1
-        self.tokens += batch.tokens
+        self.tokens += batch.num_tokens
 
     def row(self) -> dict[str, float]:
         """Means over micro-batches and processes, tokens per second of all processes; starts anew."""

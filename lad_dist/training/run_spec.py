@@ -48,12 +48,12 @@ class RunSpec:
     task: Task | None
     tokenizer: PreTrainedTokenizerFast
     teacher_tokenizer: PreTrainedTokenizerFast  # the same, where the vocabularies are
-    student_shape: ModelDims
-    teacher_shape: ModelDims | None
+    student_dims: ModelDims
+    teacher_dims: ModelDims | None
     layers: list[int] | None  # of the model that the student starts from
-    size: width_pruning.Widths | None  # where it is to be smaller than that model
+    widths: width_pruning.Widths | None  # where it is to be smaller than that model
     objective: Callable[[], Objective]
-    surgeries: Sequence["partial[PreTrainedModel]"]
+    compressions: Sequence["partial[PreTrainedModel]"]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -65,17 +65,17 @@ class RunSpec:
         table = self.config.deepspeed
         return next((name for key, name in PRECISIONS.items() if table.get(key, {}).get("enabled")), "float32")
 
-    def feed(self) -> CorpusDataset | TaskDataset:
+    def dataset(self) -> CorpusDataset | TaskDataset:
         """The data, opened."""
         if isinstance(self.config.data, CorpusDataConfig):
             return CorpusDataset(self.config.data, self.tokenizer, self.config.run.seed)
-        return self._task_feed(self.tokenizer)
+        return self._task_dataset(self.tokenizer)
 
-    def teacher_feed(self, feed: CorpusDataset | TaskDataset) -> CorpusDataset | TaskDataset:
+    def teacher_dataset(self, feed: CorpusDataset | TaskDataset) -> CorpusDataset | TaskDataset:
         """What the teacher reads: `feed`, or the same examples in its own tokens."""
-        return feed if self.teacher_tokenizer is self.tokenizer else self._task_feed(self.teacher_tokenizer)
+        return feed if self.teacher_tokenizer is self.tokenizer else self._task_dataset(self.teacher_tokenizer)
 
-    def _task_feed(self, tokenizer: PreTrainedTokenizerFast) -> TaskDataset:
+    def _task_dataset(self, tokenizer: PreTrainedTokenizerFast) -> TaskDataset:
         assert isinstance(self.config.data, TaskDataConfig)
         assert self.task is not None
         return TaskDataset(self.config.data, self.task, tokenizer, self.config.run.seed)
@@ -86,26 +86,28 @@ class RunSpec:
         dtype = getattr(torch, self.config.teacher.dtype or self.precision)
         return FrozenModel(self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels)
 
-    def method(self, feed: CorpusDataset | TaskDataset) -> Distiller:
+    def distiller(self, feed: CorpusDataset | TaskDataset) -> Distiller:
         """Student and objective, weights drawn from the run's seed; what of them is fitted to data is fitted to the
         first batches of the feed."""
         processes.seed_everything(self.config.run.seed)
         words = self.config.student
-        student = self._origin()
+        student = self._initial_student()
         found: dict[str, float] = {}
-        if self.size is not None:
+        if self.widths is not None:
             student.to(device=processes.device())  # type: ignore[call-arg]
-            student, lost = width_pruning.narrow_model(student, calibration_batches(feed), self.size, words.directions)
+            student, lost = width_pruning.narrow_model(
+                student, calibration_batches(feed), self.widths, words.width_basis
+            )
             found = {f"initial_error/{name}": value for name, value in lost.items()}
         if words.path is not None and words.embeddings == "random":
             student = random_embeddings(student)
         student = set_dropout(student, words.dropout, words.attention_dropout)
-        if self.surgeries:
+        if self.compressions:
             student.to(device=processes.device())  # type: ignore[call-arg]
-            student = apply_compressions(student, self.surgeries, partial(calibration_batches, feed), found.update)
+            student = apply_compressions(student, self.compressions, partial(calibration_batches, feed), found.update)
         return Distiller(student, self.objective(), found)
 
-    def skeleton(self) -> PreTrainedModel:
+    def meta_student(self) -> PreTrainedModel:
         """The student on the meta device: shapes without numbers. Raises UserError where a surgery does not fit it."""
         words = self.config.student
         with torch.device("meta"):
@@ -114,14 +116,14 @@ class RunSpec:
                 origin = architecture_config(words.architecture, len(self.tokenizer), role_ids(self.tokenizer))
             else:
                 origin = load_hf_config(words.path)
-            if self.size is not None:
-                origin = width_pruning.resized_config(origin, self.size)
+            if self.widths is not None:
+                origin = width_pruning.resized_config(origin, self.widths)
             student = new_model(origin, self.head, self.labels)
             if self.layers is not None:
                 student = keep_layers(student, self.layers)
-            return apply_compressions(student, self.surgeries)
+            return apply_compressions(student, self.compressions)
 
-    def _origin(self) -> PreTrainedModel:
+    def _initial_student(self) -> PreTrainedModel:
         words = self.config.student
         if words.path is None:
             assert words.architecture is not None
@@ -137,8 +139,8 @@ class RunSpec:
 def calibration_batches(feed: CorpusDataset | TaskDataset) -> list[Batch]:
     """The first batches of the training data: the same on every process."""
     batches: list[Batch] = []
-    while sum(batch.tokens for batch in batches) < CALIBRATION_TOKENS and len(batches) < CALIBRATION_BATCHES:
-        batches.append(feed.batch(*divmod(len(batches), feed.slots)))
+    while sum(batch.num_tokens for batch in batches) < CALIBRATION_TOKENS and len(batches) < CALIBRATION_BATCHES:
+        batches.append(feed.batch(*divmod(len(batches), feed.micro_batches_per_step)))
     return batches
 
 
@@ -147,9 +149,10 @@ def resolve_options(config: TrainConfig) -> TrainConfig:
     _, options = _objective(config)
     objective = NamedOptions.model_validate({"name": config.objective.name, **options})
     surgeries = [
-        NamedOptions.model_validate({"name": named.name, **_compression(named).keywords}) for named in config.surgery
+        NamedOptions.model_validate({"name": named.name, **_compression(named).keywords})
+        for named in config.compression
     ]
-    return config.model_copy(update={"objective": objective, "surgery": surgeries})
+    return config.model_copy(update={"objective": objective, "compression": surgeries})
 
 
 def resolve_run(config: TrainConfig, world: int | None = None) -> RunSpec:
@@ -161,12 +164,12 @@ def resolve_run(config: TrainConfig, world: int | None = None) -> RunSpec:
         check_writable("teacher.cache", config.teacher.cache)
     _check_micro_batches(config, world or processes.world_size())
     kind, options = _objective(config)
-    surgeries = [_compression(named) for named in config.surgery]
+    surgeries = [_compression(named) for named in config.compression]
     if isinstance(config.data, TaskDataConfig):
         check_task(config.data)
     task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
     corpus = Shards(config.data.shards) if isinstance(config.data, CorpusDataConfig) else None
-    head: Head = task.kind if task is not None else "none" if kind.headless else "mlm"
+    head: Head = task.kind if task is not None else "none" if kind.trains_no_head else "mlm"
     tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
     if isinstance(config.data, CorpusDataConfig):
         open_shards(config.data, tokenizer)
@@ -174,25 +177,27 @@ def resolve_run(config: TrainConfig, world: int | None = None) -> RunSpec:
     teacher_head, teacher = _teacher_dims(config, head, task)
     build: Callable[[], Objective] = partial(kind, student, teacher, **options)  # type: ignore[call-arg]
     objective = build()  # refuses shapes that do not go together
-    if objective.student_needs == OutputSpec():
+    if objective.student_outputs == OutputSpec():
         raise UserError("objective: all its weights are 0, so there is nothing to learn")
     its = _teacher_tokenizer(config, objective, head, tokenizer)
     if config.teacher is not None:
         check_vocabulary(load_hf_config(config.teacher.path), config.teacher.path, len(its))
     made = RunSpec(config, head, teacher_head, task, tokenizer, its, student, teacher, layers, thin, build, surgeries)
-    for named, operate in zip(config.surgery, surgeries, strict=True):
+    for named, operate in zip(config.compression, surgeries, strict=True):
         if named.name in COMPRESSION_CHECKS:
             COMPRESSION_CHECKS[named.name](config, head, made.labels, **operate.keywords)
     if surgeries:
-        made.skeleton()  # refuses those that do not fit
+        made.meta_student()  # refuses those that do not fit
     return made
 
 
 def _check_micro_batches(config: TrainConfig, world: int) -> None:
-    count = config.data.slots
+    count = config.data.micro_batches_per_step
     if count % world:
         nearest = max(world, round(count / world) * world)
-        raise UserError(f"data.slots = {count}: cannot be shared out over {world} processes; {nearest} can")
+        raise UserError(
+            f"data.micro_batches_per_step = {count}: cannot be shared out over {world} processes; {nearest} can"
+        )
 
 
 def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
@@ -200,12 +205,12 @@ def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
     kind: type[Objective] = lookup("objective.name", name, OBJECTIVES)
     options = validate_arguments("objective", kind, config.objective.options)
     where = "task" if isinstance(config, TaskConfig) else "corpus"
-    if where not in kind.runs_on:
-        fitting = [other for other, k in OBJECTIVES.items() if where in k.runs_on]
+    if where not in kind.supported_data:
+        fitting = [other for other, k in OBJECTIVES.items() if where in k.supported_data]
         raise UserError(f'objective.name "{name}" does not run on a {where}; choose from {", ".join(fitting)}')
-    if kind.taught and config.teacher is None:
+    if kind.requires_teacher and config.teacher is None:
         raise UserError(f'objective.name "{name}" needs a teacher: set teacher.path')
-    if config.teacher is not None and not kind.taught:
+    if config.teacher is not None and not kind.requires_teacher:
         raise UserError(f'objective.name "{name}" learns from no teacher: take [teacher] away, or choose kd or lad')
     return kind, options
 
@@ -240,16 +245,18 @@ def _student_dims(
     origin = load_hf_config(words.path)
     check_weight_files(words.path)
     _check_length(config, origin, words.path)
-    numbers = layer_numbers(words.layers, words.depth, origin.num_hidden_layers)
+    numbers = layer_numbers(words.layers, words.num_hidden_layers, origin.num_hidden_layers)
     if origin.vocab_size < len(tokenizer):
         raise UserError(
             f"student.tokenizer: has {len(tokenizer)} tokens, the model at {words.path} only {origin.vocab_size}"
         )
     thin = None
-    if words.narrowed:
-        thin = width_pruning.check_widths(origin, words.width, words.heads, words.inner, words.path)
+    if words.is_narrowed:
+        thin = width_pruning.check_widths(
+            origin, words.hidden_size, words.num_attention_heads, words.intermediate_size, words.path
+        )
         origin = width_pruning.resized_config(origin, thin)
-    return size(origin)._replace(layers=len(numbers)), numbers, thin
+    return size(origin)._replace(num_hidden_layers=len(numbers)), numbers, thin
 
 
 def _check_length(config: TrainConfig, model: PreTrainedConfig, name: str) -> None:
@@ -266,7 +273,7 @@ def _teacher_tokenizer(
     compared: str | None = config.objective.name
     if head in ("tagging", "question_answering"):
         compared = f'data.kind = "{head}"'
-    elif head in ("classification", "regression") and objective.teacher_needs in (
+    elif head in ("classification", "regression") and objective.teacher_outputs in (
         OutputSpec(),
         OutputSpec(logits=True),
     ):

@@ -92,8 +92,8 @@ def _trace(found: Mapping[str, Tensor], needs: OutputSpec) -> ModelOutputs:
 
 def cache_bytes(needs: OutputSpec, teacher: ModelDims, examples: Examples, dtype: torch.dtype) -> int:
     """What the answers take on disk."""
-    states = examples.tokens * teacher.width * (len(needs.hidden) + 3 * len(needs.qkv))
-    return (states + len(examples.labels) * teacher.outputs * needs.logits) * dtype.itemsize
+    states = examples.tokens * teacher.hidden_size * (len(needs.hidden) + 3 * len(needs.qkv))
+    return (states + len(examples.labels) * teacher.num_outputs * needs.logits) * dtype.itemsize
 
 
 def worth_caching(words: TeacherConfig, steps: int, steps_per_epoch: float) -> bool:
@@ -220,7 +220,7 @@ class TeacherCache:
 
 def _rows_of(batch: Batch) -> list[int]:
     """How many rows the head reads of each sequence."""
-    sequence = np.searchsorted(batch.cu_seqlens.numpy(), batch.rows.numpy(), side="right") - 1
+    sequence = np.searchsorted(batch.cu_seqlens.numpy(), batch.head_positions.numpy(), side="right") - 1
     return np.bincount(sequence, minlength=len(batch.lengths)).tolist()
 
 

@@ -2,7 +2,7 @@
 
 It knows steps, an engine, batches and `report`; it knows no method, no task and no launcher.
 
-A step is `data.slots` micro-batches, shared out over the processes. What is in a slot, its masks and its dropout are
+A step is `data.micro_batches_per_step` micro-batches, shared out over the processes. What is in a slot, its masks and its dropout are
 functions of (seed, step, slot), so the number of processes changes who computes a slot and nothing else, and resuming
 needs one integer.
 """
@@ -39,11 +39,11 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     made = check(config)
     processes.start()
     processes.catch_signals()
-    with run.life(), Watchdog(run.folder / "stacks", config.run.hang_seconds) as watch:
+    with run.session(), Watchdog(run.folder / "stacks", config.run.watchdog_timeout) as watch:
         ended = processes.on_main(lambda: run.results)  # by a life that was waited for
         if ended is not None:
             return RunResult(run.folder, ended)
-        processes.on_main(run.checkpoints.tidy)
+        processes.on_main(run.checkpoints.cleanup)
         preflight.check(made, run.folder)
         while (outcome := _attempt(made, run, report, clock, watch)) is None:
             gc.collect()  # what it trained makes room for the next
@@ -61,7 +61,7 @@ def _attempt(made: run_spec.RunSpec, run: Run, report: Report, clock: Clock, wat
     """None when the run has to go back to an earlier checkpoint."""
     with watch.paused():
         loop = prepare(made, run, report, clock, watch)
-    outcome = loop.run_to_end()
+    outcome = loop.fit()
     engines.release(loop.engine)
     return outcome
 
@@ -73,14 +73,14 @@ def prepare(
     config = made.config
     device = processes.start()
     _warn_of_slow_precision(made, device)
-    feed = made.feed()
+    feed = made.dataset()
     teacher = made.teacher(device)
-    method = made.method(feed).to(device)
+    method = made.distiller(feed).to(device)
     steps = config.run.steps or max(1, round((config.run.epochs or 0) * feed.steps_per_epoch))
-    teacher_feed = made.teacher_feed(feed)
-    answers = _answers(made, run, teacher_feed, teacher, method.objective.teacher_needs, steps)
+    teacher_feed = made.teacher_dataset(feed)
+    answers = _answers(made, run, teacher_feed, teacher, method.objective.teacher_outputs, steps)
     engine = engines.build_engine(method, config)
-    guard = UpdateGuard(engine, SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.left_out()))
+    guard = UpdateGuard(engine, SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.skipped_steps()))
     watch = watch or Watchdog(run.folder / "stacks")
     return Trainer(made, run, engine, guard, method, feed, teacher, teacher_feed, answers, steps, report, clock, watch)
 
@@ -103,15 +103,15 @@ def _answers(
     words = made.config.teacher
     if words is None or teacher is None or not isinstance(feed, TaskDataset):
         return None
-    assert made.teacher_shape is not None
+    assert made.teacher_dims is not None
     if not worth_caching(words, steps, feed.steps_per_epoch):
         return None
-    size = cache_bytes(needs, made.teacher_shape, feed.train, teacher.model.dtype)
+    size = cache_bytes(needs, made.teacher_dims, feed.train, teacher.model.dtype)
     if size > words.cache_gb * 1e9:
         if processes.is_main():
             print(f"{run.folder}: the teacher is asked anew at each step; {_too_large(size)}", file=sys.stderr)
         return None
-    folder = run.answers if words.cache is None else Path(words.cache)
+    folder = run.teacher_cache if words.cache is None else Path(words.cache)
     return TeacherCache(folder, teacher, teacher.identity, feed.train, needs, processes.device(), size)
 
 

@@ -66,95 +66,97 @@ class RunResult:
 
 @dataclass
 class Trainer:
-    made: run_spec.RunSpec
+    spec: run_spec.RunSpec
     run: Run
     engine: Any
     guard: UpdateGuard
-    method: Distiller
-    feed: Any
+    distiller: Distiller
+    dataset: Any
     teacher: FrozenModel | None
-    teacher_feed: Any
-    answers: TeacherCache | None
+    teacher_dataset: Any
+    teacher_cache: TeacherCache | None
     steps: int
     report: Report
     clock: Clock
-    watch: Watchdog
+    watchdog: Watchdog
     seconds: float = 0.0  # of earlier stretches of this run
     tokens: int = 0  # of this stretch, this process
-    began: float = field(default_factory=time.perf_counter)
+    started_at: float = field(default_factory=time.perf_counter)
 
     @property
     def config(self) -> TrainConfig:
-        return self.made.config
+        return self.spec.config
 
-    def run_to_end(self) -> RunResult | None:
+    def fit(self) -> RunResult | None:
         """None when the run has to go back to an earlier checkpoint, which is then the newest one."""
-        with self.watch.paused():
+        with self.watchdog.paused():
             first = self._resume()
         self.run.begin(first)
-        if first == 0 and self.method.found:
-            self._report({"step": 0, **self.method.found})
+        if first == 0 and self.distiller.initial_values:
+            self._report({"step": 0, **self.distiller.initial_values})
         averages = MetricAccumulator()
         with contextlib.closing(self.batches(first)) as batches:
             for step in self._steps(first):
-                self.step(step, next(batches), averages)
-                fate = self._judge(step)
+                self.train_step(step, next(batches), averages)
+                fate = self._check_update(step)
                 if fate is UpdateAction.ROLL_BACK:
                     return None
                 done = step + 1
                 if done % self.config.run.log_every == 0 or done == self.steps:
-                    self._report({"step": done, **averages.row(), **self._pace()})
+                    self._report({"step": done, **averages.row(), **self._optimizer_metrics()})
                 if done == self.steps:
                     break
                 if _due(done, self.config.run.eval_every):
-                    with self.watch.paused():
+                    with self.watchdog.paused():
                         self._report({"step": done, **_prefixed("dev", self._evaluate())})
-                if self._stops(done):
+                if self._save_or_stop(done):
                     return RunResult(self.run.folder, None)
-        self.saver.wait(self.steps)
-        with self.watch.paused():
+        self.checkpointer.wait(self.steps)
+        with self.watchdog.paused():
             return self._finish()
 
     def _steps(self, first: int) -> list[int]:
-        left_out = set(self.guard.judge.left_out)
+        left_out = set(self.guard.policy.skipped_steps)
         return [step for step in range(first, self.steps) if step not in left_out]
 
-    def _judge(self, step: int) -> UpdateAction:
+    def _check_update(self, step: int) -> UpdateAction:
         """What became of the update, told where it is not what was asked for. Raises Fault."""
-        fate = self.guard.verdict(step)
+        fate = self.guard.action(step)
         if fate is UpdateAction.PROCEED:
             return fate
-        judge = self.guard.judge
-        slots = range(self.feed.slots)
-        row = {"step": step, "why": self.guard.why, "samples": [self.feed.samples(step, slot) for slot in slots]}
-        self.run.skipped(row, judge.left_out)
+        judge = self.guard.policy
+        slots = range(self.dataset.slots)
+        row = {"step": step, "why": self.guard.reason, "samples": [self.dataset.samples(step, slot) for slot in slots]}
+        self.run.record_skip(row, judge.skipped_steps)
         if fate is UpdateAction.GIVE_UP:
-            raise Fault(f"{self.run.folder}: update after update was skipped up to step {step} ({self.guard.why})")
+            raise Fault(f"{self.run.folder}: update after update was skipped up to step {step} ({self.guard.reason})")
         if fate is UpdateAction.ROLL_BACK:
-            self.saver.go_back(step, judge.back_to)
+            self.checkpointer.go_back(step, judge.back_to)
             self.run.go_back(judge.back_to)
         return fate
 
-    def _stops(self, done: int) -> bool:
+    def _save_or_stop(self, done: int) -> bool:
         """Saves when due. Whether the run was asked to end here: all processes agree. Raises Unsaved."""
-        asked = processes.stop_requested() or self.run.asked_to_stop()
-        asked, busy = processes.any_of_each(asked, self.saver.busy)
-        if _due(done, self.config.run.check_every):
-            self._check_agreement(done)
-        self.watch.mark(done, "saving")
-        self.saver.after(done, busy)
+        asked = processes.stop_requested() or self.run.stop_requested()
+        asked, busy = processes.any_of_each(asked, self.checkpointer.busy)
+        if _due(done, self.config.run.replica_check_every):
+            self._check_replicas(done)
+        self.watchdog.mark(done, "saving")
+        self.checkpointer.on_step_end(done, busy)
         if asked:
-            self.saver.now(done)
-            self.run.stopped()
-        if self.saver.gave_up:
-            raise SaveFailed(f"{self.run.folder}: stopped, as saving failed again and again ({self.saver.why})")
+            self.checkpointer.save_and_wait(done)
+            self.run.clear_stop_request()
+        if self.checkpointer.gave_up:
+            raise SaveFailed(
+                f"{self.run.folder}: stopped, as saving failed again and again ({self.checkpointer.reason})"
+            )
         return asked
 
-    def _check_agreement(self, done: int) -> None:
+    def _check_replicas(self, done: int) -> None:
         """Raises Fault where processes hold other weights than the rest."""
         if not _has_replicas(self.config):
             return
-        wrong = divergent_ranks(self.method.parameters())
+        wrong = divergent_ranks(self.distiller.parameters())
         if wrong:
             ranks = ", ".join(map(str, wrong))
             raise Fault(
@@ -162,47 +164,47 @@ class Trainer:
                 "device or its memory may be broken; the newest checkpoint is from before"
             )
 
-    def step(self, step: int, batches: list[Batch], averages: MetricAccumulator) -> None:
+    def train_step(self, step: int, batches: list[Batch], averages: MetricAccumulator) -> None:
         """One optimizer step over this process's micro-batches."""
         share = optimization.learning_rate_factor(step, self.steps, self.config.optim)
         optimization.set_learning_rate(self.engine.optimizer.param_groups, share)
         device = processes.device()
         self.engine.train()
-        self.method.at(StepState(step, self.steps, self.config.run.seed))
-        engines.reset_optimizer_state(self.engine, self.method.pruned())
+        self.distiller.on_step_start(StepState(step, self.steps, self.config.run.seed))
+        engines.reset_optimizer_state(self.engine, self.distiller.newly_pruned())
         for index, batch in enumerate(batches):
             slot = processes.rank() + index * processes.world_size()
-            self.watch.mark(step, "forward", index)
+            self.watchdog.mark(step, "forward", index)
             processes.seed_everything(self.config.run.seed, step, slot)
             with self.clock("data"):
                 batch = batch.to(device)
             with self.clock("teacher"):
-                target = self._target(batch, step, slot)
+                target = self._teacher_outputs(batch, step, slot)
             with self.clock("forward"):
                 loss, terms = self.engine(batch, target)
-            self.watch.mark(step, "backward", index)
+            self.watchdog.mark(step, "backward", index)
             with self.clock("backward"):
                 self.guard.backward(loss)  # once per micro-batch: a second one would lose gradients under ZeRO
-            self.watch.mark(step, "update", index)
+            self.watchdog.mark(step, "update", index)
             with self.clock("optimizer"):
                 self.engine.step()
             averages.add(batch, {"loss": loss.detach(), **terms})
-            self.tokens += batch.tokens
+            self.tokens += batch.num_tokens
 
-    def _target(self, batch: Batch, step: int, slot: int) -> ModelOutputs | None:
+    def _teacher_outputs(self, batch: Batch, step: int, slot: int) -> ModelOutputs | None:
         """What the teacher says of a micro-batch."""
-        if self.answers is not None:
-            return self.answers(self.teacher_feed.numbers(step, slot))
+        if self.teacher_cache is not None:
+            return self.teacher_cache(self.teacher_dataset.numbers(step, slot))
         if self.teacher is None:
             return None
-        if self.teacher_feed is not self.feed:
-            batch = self.teacher_feed.batch(step, slot).to(processes.device())
-        return self.teacher(batch, self.method.objective.teacher_needs)
+        if self.teacher_dataset is not self.dataset:
+            batch = self.teacher_dataset.batch(step, slot).to(processes.device())
+        return self.teacher(batch, self.distiller.objective.teacher_outputs)
 
     def batches(self, first: int) -> Generator[list[Batch]]:
         """This process's slots of each step, made ahead of it."""
-        mine = rank_share(self.feed.slots, processes.rank(), processes.world_size())
-        loaded = load_batches(self.feed, self._steps(first), mine, self.config.data.workers)
+        mine = rank_share(self.dataset.slots, processes.rank(), processes.world_size())
+        loaded = load_batches(self.dataset, self._steps(first), mine, self.config.data.num_workers)
         while True:
             with self.clock("data"):
                 batches = next(loaded, None)
@@ -210,7 +212,7 @@ class Trainer:
                 return
             yield batches
 
-    def _pace(self) -> dict[str, float]:
+    def _optimizer_metrics(self) -> dict[str, float]:
         rates = {group["name"]: group["lr"] for group in self.engine.optimizer.param_groups}
         norm = self.engine.get_global_grad_norm()
         return {f"lr/{name}": rate for name, rate in rates.items()} | (
@@ -223,60 +225,60 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.engine.eval()
-        if isinstance(self.feed, TaskDataset):
-            dev = self.feed.dev
+        if isinstance(self.dataset, TaskDataset):
+            dev = self.dataset.dev
             predictions = {name: evaluate.predict(self._logits, dev[name].in_order()) for name in dev}
             return evaluate.task_scores(dev, predictions)
-        return evaluate.mean_terms(self._terms, self.feed.held_out)
+        return evaluate.mean_terms(self._terms, self.dataset.held_out)
 
     def _logits(self, batch: Batch) -> Tensor:
-        logits = compute_outputs(self.method.student, batch, evaluate.LOGITS).logits
+        logits = compute_outputs(self.distiller.student, batch, evaluate.LOGITS).logits
         assert logits is not None
         return logits
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        target = self.teacher(batch, self.method.objective.teacher_needs) if self.teacher else None
-        loss, terms = self.method(batch, target)
+        target = self.teacher(batch, self.distiller.objective.teacher_outputs) if self.teacher else None
+        loss, terms = self.distiller(batch, target)
         return {"loss": loss, **terms}
 
     def _resume(self) -> int:
         """The step to begin with: 0, or where the newest valid checkpoint stands."""
-        checkpoint = self.run.newest()
+        checkpoint = self.run.newest_checkpoint()
         if checkpoint is None:
             return 0
         facts = read_metadata(checkpoint)
         self._check_same_data(checkpoint, facts)
         reshard.load_checkpoint(self.engine, checkpoint, facts["layout"], self._layout())
-        self.guard.judge.restore(facts["judge"])
+        self.guard.policy.restore(facts["judge"])
         self.seconds = facts["seconds"]
-        self.saver.start_at(facts["step"])
+        self.checkpointer.start_at(facts["step"])
         return int(facts["step"])
 
     def _check_same_data(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
-        if facts["data"] != self.feed.fingerprint:
+        if facts["data"] != self.dataset.fingerprint:
             raise UserError(
                 f"{checkpoint}: the data or the tokenizer changed since it was saved, so that it cannot go on where it "
                 "was; bring them back, or choose another run.name"
             )
 
     @cached_property
-    def saver(self) -> AsyncCheckpointer:
-        every, alive = self.config.run.save_every, partial(self.watch.mark, phase="saving")
-        return AsyncCheckpointer(self.run.checkpoints, every, self._snapshot, self._facts, alive)
+    def checkpointer(self) -> AsyncCheckpointer:
+        every, alive = self.config.run.save_every, partial(self.watchdog.mark, phase="saving")
+        return AsyncCheckpointer(self.run.checkpoints, every, self._snapshot, self._metadata, alive)
 
     def _snapshot(self, step: int, folder: Path) -> Files:
         """Of weights that are alike: no checkpoint keeps what a broken device made. Raises Fault."""
-        self._check_agreement(step)
+        self._check_replicas(step)
         return engines.snapshot(self.engine, folder)
 
-    def _facts(self, step: int) -> dict[str, Any]:
+    def _metadata(self, step: int) -> dict[str, Any]:
         """What a checkpoint holds beside the engine. All that is random is a function of the seed and the step."""
         return {
             "step": step,
             "seconds": self._elapsed(),
             "layout": self._layout(),
-            "data": self.feed.fingerprint,
-            "judge": self.guard.judge.state(),
+            "data": self.dataset.fingerprint,
+            "judge": self.guard.policy.state(),
             "config": self.config.model_dump(mode="json", exclude_none=True),
         }
 
@@ -284,27 +286,27 @@ class Trainer:
         return {"processes": processes.world_size(), "zero": self.config.zero_stage}
 
     def _elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self.began
+        return self.seconds + time.perf_counter() - self.started_at
 
     def _tokens_per_second(self) -> float:
         """Real tokens of all processes by the wall clock, over this stretch."""
         tokens = torch.tensor(float(self.tokens), device=processes.device())
-        return processes.means({"": tokens})[""] * processes.world_size() / (time.perf_counter() - self.began)
+        return processes.means({"": tokens})[""] * processes.world_size() / (time.perf_counter() - self.started_at)
 
     def _finish(self) -> RunResult:
         trained, pace = self._elapsed(), self._tokens_per_second()
         found = self._compare()
         metrics = found["student"]
         self._report({"step": self.steps, **_prefixed("dev", metrics)})
-        with engines.gathered_parameters(self.method, self.config.zero_stage):
-            size = self._size(self.method.student)  # before its Parts are folded
-            packed = compact.pack(self.method.student) if processes.is_main() else None
-            student = self.method.export()
+        with engines.gathered_parameters(self.distiller, self.config.zero_stage):
+            size = self._size(self.distiller.student)  # before its Parts are folded
+            packed = compact.pack(self.distiller.student) if processes.is_main() else None
+            student = self.distiller.export()
             results: dict[str, Any] = {
                 "command": shlex.join(["python", *sys.argv]),
                 "config": self.config.model_dump(mode="json", exclude_none=True),
                 "metrics": metrics,
-                "student": size | self.method.found,
+                "student": size | self.distiller.initial_values,
                 "teacher": {
                     **(self._size(self.teacher.model) if self.teacher else {}),
                     **found.get("teacher", {}),
@@ -318,21 +320,21 @@ class Trainer:
             }
             if packed is not None:
                 save_model(student, self.run.export)
-                packed.save(self.run.export, self.config.student.path, self.made.layers)
-                save_beside_model(self.made.tokenizer, self.run.export, uses_segments(student.config))
+                packed.save(self.run.export, self.config.student.path, self.spec.layers)
+                save_beside_model(self.spec.tokenizer, self.run.export, uses_segments(student.config))
         results["student"] |= processes.on_main(lambda: footprint.table_on_disk(self.run.export))
         self.run.finish(results)
         return RunResult(self.run.folder, results)
 
     def _compare(self) -> dict[str, dict[str, float]]:
         self.engine.eval()
-        if not isinstance(self.feed, TaskDataset):
-            return {"student": evaluate.mean_terms(self._terms, self.feed.held_out)}
+        if not isinstance(self.dataset, TaskDataset):
+            return {"student": evaluate.mean_terms(self._terms, self.dataset.held_out)}
         teacher = partial(evaluate.logits_of, self.teacher) if self.teacher else None
-        return evaluate.compare(self.feed.dev, self._logits, teacher, self.teacher_feed.dev)
+        return evaluate.compare(self.dataset.dev, self._logits, teacher, self.teacher_dataset.dev)
 
     def _size(self, model: PreTrainedModel) -> dict[str, float]:
-        return footprint.footprint(model, self.feed.batch(0, 0))
+        return footprint.footprint(model, self.dataset.batch(0, 0))
 
 
 def _has_replicas(config: TrainConfig) -> bool:

@@ -47,7 +47,7 @@ class SkipPolicy:
     the first one there is."""
 
     def __init__(self, max_skips: int, spike_sigma: float = 0.0, left_out: Iterable[int] = ()) -> None:
-        self.left_out = sorted(left_out)
+        self.skipped_steps = sorted(left_out)
         self.back_to = 0
         self._max_skips, self._sigma = max_skips, spike_sigma
         self._losses: deque[float] = deque(maxlen=WINDOW)
@@ -81,13 +81,13 @@ class SkipPolicy:
 
     def _leave_out(self, steps: list[int]) -> int:
         """Leaves out the steps and as many before them; the first of the stretch that they end."""
-        gone = {*self.left_out, *steps}
+        gone = {*self.skipped_steps, *steps}
         first, more = steps[0], len(steps)
         while first > 0 and (more or first - 1 in gone):
             first -= 1
             more -= first not in gone
             gone.add(first)
-        self.left_out = sorted(gone)
+        self.skipped_steps = sorted(gone)
         return first
 
     def state(self) -> dict[str, Any]:
@@ -97,14 +97,14 @@ class SkipPolicy:
     def restore(self, state: Mapping[str, Any]) -> None:
         """`left_out` stays as it is: it is newer than the checkpoint."""
         self._losses = deque(state["losses"], maxlen=WINDOW)
-        self._skipped = [step for step in state["skipped"] if step not in self.left_out]
+        self._skipped = [step for step in state["skipped"] if step not in self.skipped_steps]
 
 
 class UpdateGuard:
     """Watches the updates of a DeepSpeed engine. `why`: of the last update that was skipped."""
 
     def __init__(self, engine: Any, judge: SkipPolicy) -> None:
-        self.judge, self.why = judge, ""
+        self.policy, self.reason = judge, ""
         self._engine = engine
         self._losses: list[Tensor] = []  # of the step's micro-batches
         self._mean: float | None = None  # of these, once it is known
@@ -113,25 +113,25 @@ class UpdateGuard:
         """loss: scalar, of one micro-batch."""
         seen = loss.detach()
         self._losses.append(seen)
-        spikes = self.judge.wants_losses and self._engine.is_gradient_accumulation_boundary() and self._spikes()
+        spikes = self.policy.wants_losses and self._engine.is_gradient_accumulation_boundary() and self._spikes()
         self._engine.backward(loss * (math.nan if spikes else 1 + (seen - seen)))  # 1, or NaN where it is not finite
 
-    def verdict(self, step: int) -> UpdateAction:
+    def action(self, step: int) -> UpdateAction:
         """What becomes of the run after the last micro-batch of a step."""
         applied = self._engine.was_step_applied()
-        mean = self._mean_loss() if self.judge.wants_losses or not applied else None
+        mean = self._mean_loss() if self.policy.wants_losses or not applied else None
         stands_out = not applied and self._spikes()
         self._losses, self._mean = [], None
         if mean is None or applied:
-            return self.judge.updated(mean)
+            return self.policy.updated(mean)
         if self._engine.fp16_enabled() and self._engine.dynamic_loss_scale() and math.isfinite(mean) and not stands_out:
             return UpdateAction.PROCEED  # DeepSpeed's loss scale was too high: it has lowered it
         what = "" if stands_out or not math.isfinite(mean) else "; a gradient is not finite"
-        self.why = f"loss {mean:.6g}{what}"
-        return self.judge.skipped(step)
+        self.reason = f"loss {mean:.6g}{what}"
+        return self.policy.skipped(step)
 
     def _spikes(self) -> bool:
-        return self.judge.spikes(self._mean_loss())
+        return self.policy.spikes(self._mean_loss())
 
     def _mean_loss(self) -> float:
         if self._mean is None:

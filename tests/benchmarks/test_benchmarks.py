@@ -34,7 +34,7 @@ def test_the_script_prints_a_table(world: World, tmp_path: Path) -> None:
     words = [
         f"teacher.path={world.teacher}",
         f"student.path={world.pretrained}",
-        "student.depth=2",
+        "student.num_hidden_layers=2",
         "data.max_length=32",
     ]
     config = tmp_path / "config.toml"

@@ -88,7 +88,7 @@ def newest_step(a: AsyncCheckpointer) -> int:
 
 
 def step(a: AsyncCheckpointer, number: int) -> None:
-    a.after(number, a.busy)
+    a.on_step_end(number, a.busy)
 
 
 @pytest.mark.parametrize("every", [1, 3, 10])
@@ -111,7 +111,7 @@ def test_saves_do_not_come_more_often_than_they_must(tmp_path: Path) -> None:
         while a.busy:  # a step takes longer than the disk
             time.sleep(0.001)
         step(a, number)
-        begun.add(a.begun)
+        begun.add(a.last_started)
     assert sorted(begun - {0}) == list(range(9, 101, 9))  # each is committed one step after it began
 
 
@@ -135,7 +135,7 @@ def test_training_goes_on_while_files_are_written_and_waits_when_too_much_is_at_
 
 def test_what_is_recorded_with_a_checkpoint_is_of_the_step_that_it_was_taken_at(tmp_path: Path, disk: Disk) -> None:
     a, losses = saver(tmp_path, 5), list[int]()
-    a.facts = lambda step: {"losses": list(losses)}
+    a.metadata = lambda step: {"losses": list(losses)}
     disk.free.clear()
     for number in range(1, 6):
         losses.append(number)
@@ -152,7 +152,7 @@ def test_without_an_interval_nothing_is_saved_until_it_is_asked_for(tmp_path: Pa
     for number in range(1, 20):
         step(a, number)
     assert newest_step(a) == 0
-    a.now(19)
+    a.save_and_wait(19)
     assert newest_step(a) == 19
 
 
@@ -160,7 +160,7 @@ def test_a_failed_save_leaves_the_one_before_it_and_a_later_one_succeeds(
     tmp_path: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a = saver(tmp_path, 2)
-    a.now(1)
+    a.save_and_wait(1)
     disk.broken = True
     step(a, 2)
     a.wait(2)
@@ -170,13 +170,13 @@ def test_a_failed_save_leaves_the_one_before_it_and_a_later_one_succeeds(
     assert "the checkpoint of step 2 could not be saved (rank 0: OSError: [Errno 28] No space left" in error
     assert error.endswith("; the one of step 1 stands\n")
     disk.broken = False
-    a.now(3)
+    a.save_and_wait(3)
     assert (newest_step(a), a.gave_up) == (3, False)
 
 
 def test_after_three_failures_in_a_row_it_gives_up(tmp_path: Path, disk: Disk) -> None:
     a = saver(tmp_path, 4)
-    a.now(1)
+    a.save_and_wait(1)
     disk.broken = True
     for number in range(2, 40):
         step(a, number)
@@ -184,14 +184,14 @@ def test_after_three_failures_in_a_row_it_gives_up(tmp_path: Path, disk: Disk) -
         if a.gave_up:
             break
     assert 8 <= number <= 14
-    assert "No space left on device" in a.why
+    assert "No space left on device" in a.reason
     assert newest_step(a) == 1
 
 
 def test_a_stop_tries_three_times_and_then_leaves(tmp_path: Path, disk: Disk) -> None:
     disk.broken = True
     a = saver(tmp_path, 0)
-    a.now(7)
+    a.save_and_wait(7)
     assert a.gave_up
     assert a.failures == 3
     assert a.checkpoints.newest() is None
@@ -200,7 +200,7 @@ def test_a_stop_tries_three_times_and_then_leaves(tmp_path: Path, disk: Disk) ->
 def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path: Path) -> None:
     (tmp_path / "in the way").write_text("x")
     a = saver(tmp_path / "in the way", 0)
-    a.now(1)
+    a.save_and_wait(1)
     assert a.gave_up
 
 
@@ -209,7 +209,7 @@ def test_one_that_is_being_written_when_the_run_goes_back_counts_if_it_is_early_
     to: int, newest: int, tmp_path: Path, disk: Disk
 ) -> None:
     a = saver(tmp_path, 100)
-    a.now(2)
+    a.save_and_wait(2)
     disk.free.clear()
     a._begin(6)
     threading.Timer(0.1, disk.free.set).start()
@@ -224,6 +224,6 @@ def test_one_that_was_being_written_when_asked_to_stop_is_waited_for(tmp_path: P
     disk.free.clear()
     a._begin(6)
     threading.Timer(0.1, disk.free.set).start()
-    a.now(6)
+    a.save_and_wait(6)
     assert newest_step(a) == 6
     assert a.checkpoints.newest_name() == "step-000000006"

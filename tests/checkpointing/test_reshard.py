@@ -66,14 +66,17 @@ def config(kind: str, world: World) -> dict[str, Any]:
     if kind == "emd":
         tables["objective"] = {"name": "emd", "attention": 1.0, "hidden": 1.0}
     if kind == "pruned":  # masks are tightened before the first cut, between the cuts and after the second
-        masks = {"name": "prune", "sparsity": 0.6, "end": 0.8, "every": 2}
-        tables["surgery"] = [{"name": "low_rank", "keep": 0.8, "embeddings": 0.8}, {**masks, "criterion": "movement"}]
+        masks = {"name": "prune", "sparsity": 0.6, "end": 0.8, "update_every": 2}
+        tables["compression"] = [
+            {"name": "low_rank", "keep": 0.8, "embeddings": 0.8},
+            {**masks, "criterion": "movement"},
+        ]
     if kind == "bf16":
         tables["deepspeed"] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         tables["teacher"]["dtype"] = "float32"  # a CPU may have no arithmetic for less
     tables["run"] |= {"name": kind, "steps": STEPS}
     tables["student"] |= {"dropout": 0.1, "attention_dropout": 0.1}
-    tables["data"] |= {"slots": 2, "workers": 0}
+    tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
     return tables
 
 

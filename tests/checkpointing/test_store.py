@@ -28,7 +28,7 @@ def fill(draft: Path, step: int) -> None:
 
 def saved(store: CheckpointStore, *steps: int) -> CheckpointStore:
     for step in steps:
-        draft = store.draft(step)
+        draft = store.begin(step)
         fill(draft, step)
         store.commit(
             draft, {"step": step}, {str(path.relative_to(draft)): file_digest(path) for path in list_files(draft)}
@@ -219,5 +219,5 @@ def test_what_a_crash_left_gives_its_room_back_before_any_is_asked_for(tmp_path:
     for name in ("step-000000001", "step-000000002.draft", "step-000000001.removed", "step-000000003.damaged"):
         (tmp_path / name / "state").mkdir(parents=True)
         (tmp_path / name / "state" / "x.pt").write_bytes(b"x")
-    CheckpointStore(tmp_path).tidy()
+    CheckpointStore(tmp_path).cleanup()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000003.damaged"]

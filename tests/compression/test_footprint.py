@@ -111,7 +111,7 @@ class Scores(compressed_module.CompressedModule):
         super().__init__()
         self.scores = nn.Parameter(torch.zeros(7))
 
-    def fold(self) -> None:
+    def merge(self) -> None:
         return None
 
 

@@ -48,9 +48,9 @@ def cut(model: PreTrainedModel, **options: Any) -> dict[str, float]:
     """What the surgery tells, with which all of its weights go at once."""
     told: dict[str, float] = {}
     options = {"begin": 0.0, "end": 0.0, **options}
-    ladabert(model, tell=told.update, **validate_arguments("surgery ladabert", ladabert, options))
+    ladabert(model, report=told.update, **validate_arguments("surgery ladabert", ladabert, options))
     for part in compressed_module.compressed_modules(model):
-        part.at(StepState(0, 10, seed=0))
+        part.on_step_start(StepState(0, 10, seed=0))
     return told
 
 
@@ -141,11 +141,11 @@ def test_what_is_told_is_what_is_left(missing: str | None) -> None:
     told = cut(model, **options)
     assert before / nonzero(model) == pytest.approx(told["budget/achieved/reduction"])
     assert told["budget/achieved/reduction"] == pytest.approx(
-        told["budget/asked/reduction"], rel=0.005 if missing else 0.1
+        told["budget/requested/reduction"], rel=0.005 if missing else 0.1
     )
-    assert {name: told[f"budget/asked/{name}"] for name in options} == options
+    assert {name: told[f"budget/requested/{name}"] for name in options} == options
     for name in NAMES:
-        assert told[f"budget/achieved/{name}"] == pytest.approx(told[f"budget/asked/{name}"], rel=0.2)
+        assert told[f"budget/achieved/{name}"] == pytest.approx(told[f"budget/requested/{name}"], rel=0.2)
 
 
 def test_ones_leave_a_model_as_it_is() -> None:
@@ -194,7 +194,7 @@ def test_pruning_alone_is_on_the_maps() -> None:
 def test_the_papers_sizes(number: int, millions: int) -> None:
     """Of BERT-base, by the configs; the factors that their first lines say."""
     file = ROOT / f"configs/task/ladabert-{number}.toml"
-    (options,) = read_toml(file)["surgery"]
+    (options,) = read_toml(file)["compression"]
     options.pop("name")
     with torch.device("meta"):
         model = made({"model_type": "bert"}, 30522)
@@ -232,22 +232,22 @@ def test_what_it_refuses(options: dict[str, Any], message: str, world: World, tm
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
     listed = {"name": "ladabert", **options}
     with pytest.raises(UserError, match=f"surgery ladabert: .*{message}"):
-        run_spec.resolve_run(toy.parsed(tables, {"objective": {"name": "kd"}, "surgery": [listed]}))
+        run_spec.resolve_run(toy.parsed(tables, {"objective": {"name": "kd"}, "compression": [listed]}))
 
 
 def test_a_run_trains_under_its_budget_and_says_so(world: World, tmp_path: Path) -> None:
     """From the teacher, with the four losses; the export has the zeros, and the trained student's function."""
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
-    listed = {"name": "ladabert", "reduction": 2.0, "embedding": 2.0, "svd": 1.5, "weighted": True, "every": 2}
+    listed = {"name": "ladabert", "reduction": 2.0, "embedding": 2.0, "svd": 1.5, "activation_aware": True, "update_every": 2}
     objective = {"name": "tinybert", "soft": 1.0}
-    config = toy.parsed(tables, {"student.depth": 4, "objective": objective, "surgery": [listed]})
+    config = toy.parsed(tables, {"student.num_hidden_layers": 4, "objective": objective, "compression": [listed]})
     rows: list[dict[str, Any]] = []
     results = train(config, rows.append).results
     assert results is not None
     found = {name: value for name, value in rows[0].items() if name.startswith(("budget/", "initial_error/"))}
     assert found.items() <= results["student"].items()
     assert found["budget/achieved/reduction"] == pytest.approx(2.0, rel=0.005)
-    assert found["budget/asked/weight"] == pytest.approx(found["budget/achieved/weight"], rel=0.2)
+    assert found["budget/requested/weight"] == pytest.approx(found["budget/achieved/weight"], rel=0.2)
     assert {"embedding", "hidden", "attention", "soft"} < rows[1].keys()
     assert rows[-2]["loss"] < rows[1]["loss"]
     before = count_parameters(loading.load_model(str(world.teacher), "classification", labels=toy.LABELS))

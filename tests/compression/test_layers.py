@@ -45,7 +45,7 @@ def outputs(model: PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("rule", "depth", "kept"),
+    ("rule", "num_hidden_layers", "kept"),
     [
         ("even", 6, [2, 4, 6, 8, 10, 12]),
         ("even", 5, [2, 4, 7, 9, 12]),
@@ -69,7 +69,7 @@ def test_even_layers_rise_and_end_with_the_last(sizes: tuple[int, int]) -> None:
     assert kept[0] >= 1
 
 
-@pytest.mark.parametrize(("rule", "depth"), [("even", 13), ([0], None), ([13], None)])
+@pytest.mark.parametrize(("rule", "num_hidden_layers"), [("even", 13), ([0], None), ([13], None)])
 def test_layers_that_are_not_there(rule: str | list[int], depth: int | None) -> None:
     with pytest.raises(UserError, match=r"12 layers|layers 1 to 12"):
         layer_numbers(rule, depth, 12)
@@ -109,7 +109,7 @@ def test_random_embeddings_are_new_and_the_rest_is_not(family: str) -> None:
 def test_quiet_positions_leave_words_and_layers_alone(family: str) -> None:
     model = made(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    scale_position_embeddings(model, share=0.1)
+    scale_position_embeddings(model, scale=0.1)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert {name.split(".")[-2] for name in changed} <= {"position_embeddings", "token_type_embeddings"}
     assert any("position_embeddings" in name for name in changed)

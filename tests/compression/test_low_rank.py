@@ -57,7 +57,7 @@ def test_a_map_is_the_nearest_of_its_rank(sizes: tuple[int, int, int], bias: boo
     torch.manual_seed(rows * columns)
     linear, x = nn.Linear(columns, rows, bias=bias), torch.randn(7, columns)
     part, error = LowRank.of(linear, rank)
-    folded, small = part.fold(), part.compact()
+    folded, small = part.merge(), part.to_compact()
     assert isinstance(folded, nn.Linear)
     values = torch.linalg.svdvals(linear.weight.detach())
     assert (folded.weight - linear.weight).norm().item() == pytest.approx(values[rank:].norm().item(), abs=1e-5)
@@ -74,7 +74,7 @@ def test_embeddings_are_the_nearest_of_their_rank(sizes: tuple[int, int, int], p
     torch.manual_seed(count * width)
     embeddings, words = nn.Embedding(count, width, padding_idx=1 if padded else None), torch.arange(count)
     part, _ = LowRankEmbedding.of(embeddings, rank)
-    folded, small = part.fold(), part.compact()
+    folded, small = part.merge(), part.to_compact()
     assert isinstance(folded, nn.Embedding)
     assert folded.padding_idx == embeddings.padding_idx
     dropped = torch.linalg.svdvals(embeddings.weight.detach())[rank:]
@@ -167,7 +167,7 @@ def test_both_factors_have_the_same_singular_values(moment: Tensor | None) -> No
 def test_a_part_is_as_precise_as_what_it_replaces(dtype: torch.dtype) -> None:
     linear, words = nn.Linear(4, 6, dtype=dtype), nn.Embedding(9, 6, dtype=dtype)
     for part in (LowRank.of(linear, 2)[0], LowRankEmbedding.of(words, 2)[0]):
-        for module in (part, part.fold(), part.compact()):
+        for module in (part, part.merge(), part.to_compact()):
             assert {p.dtype for p in module.parameters()} == {dtype}
 
 
@@ -179,7 +179,7 @@ def test_second_moments_are_of_real_tokens(family: str) -> None:
     modules = {name: model.get_submodule(name) for name in names}
     alone = [toy.batch([n], seed=n) for n in (9, 30, 5)]
     together = _joined(alone)
-    padded = together._replace(filled=together.filled + 3)
+    padded = together._replace(computed_tokens=together.computed_tokens + 3)
     wanted, found = (low_rank.second_moments(model, modules, batches) for batches in (alone, [padded]))
     assert wanted.keys() == set(names)
     for name in names:
@@ -237,7 +237,7 @@ def test_embeddings_have_a_share_of_their_own() -> None:
     assert count_parameters(part) == 11 * (90 + 32)  # 0.5 · 90 · 32 / 122 is 11.8
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("activation_aware", [False, True])
 @pytest.mark.parametrize("family", toy_families.SIZES)
 def test_one_function_as_parts_folded_and_compact(family: str, weighted: bool) -> None:
     def model() -> PreTrainedModel:
@@ -311,7 +311,7 @@ def test_embeddings_that_a_head_reads_are_refused_before_weights_are_read(
     listed: dict[str, Any], world: World, tmp_path: Path, no_weights: None
 ) -> None:
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained)
-    config = toy.parsed(tables, {"objective": {"name": "kd"}, "surgery": [listed]})
+    config = toy.parsed(tables, {"objective": {"name": "kd"}, "compression": [listed]})
     with pytest.raises(UserError, match=TIED.format(listed["name"])):
         run_spec.resolve_run(config)
 
@@ -319,7 +319,7 @@ def test_embeddings_that_a_head_reads_are_refused_before_weights_are_read(
 def test_quiet_positions_are_not_words_of_low_rank() -> None:
     model = lowered(made(), keep=1.0, embeddings=0.5)
     words = [weight.clone() for weight in model.get_input_embeddings().parameters()]
-    scale_position_embeddings(model, share=0.1)
+    scale_position_embeddings(model, scale=0.1)
     assert all(map(torch.equal, words, model.get_input_embeddings().parameters()))
 
 
@@ -328,8 +328,8 @@ def test_a_run_says_what_was_lost(world: World, tmp_path: Path) -> None:
     lost = {}
     for weighted in (False, True):
         tables = toy.task_config(tmp_path / str(weighted), world.files, world.teacher, world.teacher)
-        surgeries = [{"name": "low_rank", "keep": 0.5, "embeddings": 0.5, "weighted": weighted}]
-        config = toy.parsed(tables, {"run.steps": 1, "objective": {"name": "kd"}, "surgery": surgeries})
+        surgeries = [{"name": "low_rank", "keep": 0.5, "embeddings": 0.5, "activation_aware": weighted}]
+        config = toy.parsed(tables, {"run.steps": 1, "objective": {"name": "kd"}, "compression": surgeries})
         rows: list[dict[str, Any]] = []
         results = train(config, rows.append).results
         assert results is not None

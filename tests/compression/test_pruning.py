@@ -60,7 +60,7 @@ def trained(model: PreTrainedModel, part: GlobalPruning, steps: int) -> None:
     """So many steps towards nothing in particular."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):
-        part.at(StepState(step, steps, 0))
+        part.on_step_start(StepState(step, steps, 0))
         optimizer.zero_grad()
         logits(model).square().sum().backward()
         optimizer.step()
@@ -76,7 +76,7 @@ def test_it_reaches_its_sparsity_and_folds_into_the_same_function(
     trained(model, part, 20)
     assert part.sparsity == pytest.approx(sparsity, abs=0.005)
     found = logits(model)
-    zeros = sum(int((one.origin[~one.mask.kept] != 0).sum()) for one in part.masked.values())
+    zeros = sum(int((one.origin[~one.mask.keep] != 0).sum()) for one in part.masked.values())
     assert zeros > 0  # a mask hides weights, it does not change them
     folded = compressed_module.merge_all(model)
     assert torch.equal(logits(folded), found)
@@ -106,8 +106,8 @@ def test_one_ranking_for_all_weights() -> None:
     limit = every.sort().values[round(0.6 * len(every)) - 1]
     part.tighten(0.6)
     for one in part.masked.values():
-        assert torch.equal(one.mask.kept, one.origin.detach().abs() > limit)
-    shares = {one.mask.kept.float().mean().item() for one in part.masked.values()}
+        assert torch.equal(one.mask.keep, one.origin.detach().abs() > limit)
+    shares = {one.mask.keep.float().mean().item() for one in part.masked.values()}
     assert len(shares) > 3  # not one share for each matrix
 
 
@@ -119,7 +119,7 @@ def test_patterns(pattern: str) -> None:
         part.tighten(sparsity)
         assert part.sparsity == pytest.approx(sparsity, abs=0.002)
         for one in part.masked.values():
-            kept = one.mask.kept
+            kept = one.mask.keep
             if shape.group:
                 assert (kept.unflatten(1, (-1, shape.group)).sum(-1) >= shape.kept).all()
             else:
@@ -129,7 +129,7 @@ def test_patterns(pattern: str) -> None:
         for one in part.masked.values():
             groups = one.origin.detach().abs().unflatten(1, (-1, 4))
             twin = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, groups.argsort(-1)[..., 2:], True)
-            assert torch.equal(one.mask.kept, twin.flatten(1))
+            assert torch.equal(one.mask.keep, twin.flatten(1))
 
 
 @given(st.integers(2, 400), st.tuples(st.floats(0, 1), st.floats(0, 1)), st.floats(0.01, 0.99), st.integers(1, 50))
@@ -159,7 +159,7 @@ def test_scores_learn_by_the_published_gradients() -> None:
     for kind in (Movement, Adapting):
         torch.manual_seed(1)
         mask = kind(weight)
-        mask.kept.copy_(torch.rand(4, 6) > 0.5)
+        mask.keep.copy_(torch.rand(4, 6) > 0.5)
         mask.settle(torch.tensor(0.3))
         (mask(weight) * upstream).sum().backward()
         expected = upstream * weight
@@ -193,11 +193,11 @@ def test_movement_counts_what_training_would_move_away_from_nothing() -> None:
 def test_connections_come_back_where_they_may(recover: bool) -> None:
     _, part = pruned(sparsity=0.5, criterion="adapting", recover=recover)
     part.tighten(0.5)
-    before = [one.mask.kept.clone() for one in part.masked.values()]
+    before = [one.mask.keep.clone() for one in part.masked.values()]
     for one in part.masked.values():
         one.mask.scores.data.neg_()
     part.tighten(0.5)
-    returned = sum(int((one.mask.kept & ~old).sum()) for one, old in zip(part.masked.values(), before, strict=True))
+    returned = sum(int((one.mask.keep & ~old).sum()) for one, old in zip(part.masked.values(), before, strict=True))
     assert (returned > 0) is recover
     assert part.sparsity == pytest.approx(0.5, abs=1e-3)
 
@@ -225,20 +225,20 @@ def test_iterative_trains_a_copy_until_the_last_weights_have_gone() -> None:
     mask = first.mask
     assert isinstance(mask, Iterative)
     starts = mask.trained.detach().clone()
-    part.at(StepState(0, 10, 0))
+    part.on_step_start(StepState(0, 10, 0))
     logits(model).sum().backward()
     assert mask.trained.grad is not None
     assert mask.trained.grad.abs().sum() > 0
     with torch.no_grad():
         mask.trained += 1.0
-    assert torch.equal(mask(first.origin), (starts + 1.0).view_as(mask.kept) * mask.kept)
-    part.at(StepState(5, 10, 0))
-    assert torch.equal(mask(first.origin), starts.view_as(mask.kept) * mask.kept)
+    assert torch.equal(mask(first.origin), (starts + 1.0).view_as(mask.keep) * mask.keep)
+    part.on_step_start(StepState(5, 10, 0))
+    assert torch.equal(mask(first.origin), starts.view_as(mask.keep) * mask.keep)
 
 
 def test_scores_learn_before_the_first_weights_go() -> None:
     model, part = pruned(sparsity=0.5, criterion="adapting", every=20)
-    part.at(StepState(0, 1000, 0))
+    part.on_step_start(StepState(0, 1000, 0))
     assert part.sparsity == 0
     logits(model).square().sum().backward()
     for one in part.masked.values():
@@ -252,12 +252,12 @@ def test_steps_that_are_left_out_change_no_sparsity(criterion: str) -> None:
     """Those at which the last weights were to go as well, and after a resumption in between."""
     model, part = pruned(sparsity=0.5, criterion=criterion, end=0.6, every=1)
     for step in (0, 1, 2):
-        part.at(StepState(step, 10, 0))
+        part.on_step_start(StepState(step, 10, 0))
     assert part.sparsity < 0.5
     again, resumed = pruned(sparsity=0.5, criterion=criterion, end=0.6, every=1)
     again.load_state_dict(model.state_dict())
     for one in (part, resumed):
-        one.at(StepState(9, 10, 0))
+        one.on_step_start(StepState(9, 10, 0))
         assert one.sparsity == pytest.approx(0.5, abs=1e-4)
     assert all(mask.rewound for mask in part.modules() if isinstance(mask, Iterative))
 
@@ -302,7 +302,7 @@ def test_mistakes_are_found_before_any_weight_is_read(
     options: dict[str, Any], said: str, world: World, tmp_path: Path
 ) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
-    tables["surgery"] = [{"name": "prune", **options}]
+    tables["compression"] = [{"name": "prune", **options}]
     with pytest.raises(UserError) as caught:
         check(toy.parsed(tables))
     assert said in str(caught.value)
@@ -321,7 +321,7 @@ def test_surgeries_that_do_not_go_together(
     surgeries: list[dict[str, Any]], stage: int, said: str, world: World, tmp_path: Path
 ) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
-    tables |= {"surgery": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    tables |= {"compression": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
     with pytest.raises(UserError, match=said):
         check(toy.parsed(tables))
 
@@ -344,7 +344,7 @@ def test_the_optimizer_forgets_what_is_gone(
 
     monkeypatch.setattr("lad_dist.training.trainer.engines.reset_optimizer_state", watched)
     surgeries = [{"name": "prune", "sparsity": 0.6, "begin": 0.5}]
-    changes = {"run.steps": 4, "surgery": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    changes = {"run.steps": 4, "compression": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
     train(toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained), changes))
     assert seen
     for moment, kept in seen:

@@ -73,7 +73,7 @@ def forced(model: PreTrainedModel, coins: list[bool]) -> PreTrainedModel:
 def at(model: PreTrainedModel, moment: StepState) -> list[bool]:
     """The coins of a moment."""
     for part in compressed_module.compressed_modules(model):
-        part.at(moment)
+        part.on_step_start(moment)
     return [part.replaced for part in compressed_module.compressed_modules(model) if isinstance(part, Theseus)]
 
 
@@ -123,7 +123,7 @@ def coins(probability: float, seed: int, number: int, steps: int = 500) -> np.nd
     part = Theseus([nn.Identity()], nn.Identity(), lambda _: probability, number)
     found = []
     for step in range(steps):
-        part.at(StepState(step, steps, seed))
+        part.on_step_start(StepState(step, steps, seed))
         found.append(part.replaced)
     return np.array(found)
 
@@ -172,7 +172,7 @@ def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> 
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
     ends = [wide.index(block[-1]) + 1 for block in blocks]
     shape = ModelDims(new, 32, 4, "none", 0)
-    assert ends == [layer for _, layer in uniform_layer_map("", shape, shape._replace(layers=old))]
+    assert ends == [layer for _, layer in uniform_layer_map("", shape, shape._replace(num_hidden_layers=old))]
 
 
 # What
@@ -267,16 +267,16 @@ def test_parts_inside_the_successors(folders: dict[str, Path]) -> None:
 # In a run
 
 
-def tables(world: World, work: Path, objective: str = "task", **arguments: Any) -> dict[str, Any]:
+def tables(world: World, work: Path, objective: str = "supervised", **arguments: Any) -> dict[str, Any]:
     """A run whose student is cut out of the teacher."""
     made = toy.task_config(work, world.files, world.teacher, world.teacher)
-    made |= {"objective": {"name": objective}, "surgery": [{"name": "theseus", **arguments}]}
-    if objective == "task":
+    made |= {"objective": {"name": objective}, "compression": [{"name": "theseus", **arguments}]}
+    if objective == "supervised":
         del made["teacher"]
     return made
 
 
-@pytest.mark.parametrize("objective", ["task", "kd", "lad", "tinybert", "minilm"])
+@pytest.mark.parametrize("objective", ["supervised", "kd", "lad", "tinybert", "minilm"])
 def test_it_trains_and_the_export_is_the_trained_student(
     objective: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +293,7 @@ def test_it_trains_and_the_export_is_the_trained_student(
 
     monkeypatch.setattr(Distiller, "export", watched)
     rows: list[dict[str, Any]] = []
-    words = tables(world, tmp_path, objective, start=0.3, end=1.0, frozen=objective == "task")
+    words = tables(world, tmp_path, objective, start=0.3, end=1.0, frozen=objective == "supervised")
     outcome = train(toy.parsed(words, {"run.steps": 4}), rows.append)
     assert outcome.results is not None
     assert len({row["loss"] for row in rows if "loss" in row}) == 4
@@ -310,12 +310,12 @@ def test_it_trains_and_the_export_is_the_trained_student(
         name for name, weight in plain.state_dict().items() if not torch.equal(exported.state_dict()[name], weight)
     }
     assert any(name.startswith(layers) for name in moved)
-    assert all(name.startswith(layers) for name in moved) == (objective == "task")
+    assert all(name.startswith(layers) for name in moved) == (objective == "supervised")
 
 
 def test_on_a_corpus(world: World, tmp_path: Path) -> None:
     """With an MLM head that stays as it is, tied to the embeddings."""
-    changes = {"objective": {"name": "kd"}, "surgery": [{"name": "theseus"}]}
+    changes = {"objective": {"name": "kd"}, "compression": [{"name": "theseus"}]}
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained, **changes)
     outcome = train(toy.parsed(tables, {"run.steps": 2}))
     weights = loading.load_model(str(outcome.folder / "export"), "mlm").state_dict()
@@ -331,7 +331,10 @@ def test_memory_and_checkpoints_are_as_foreseen(world: World, tmp_path: Path) ->
     layer = count_parameters(encoder_layers(loaded(origin))[0])
     both = []
     for name, operations in (("plain", []), ("theseus", [{"name": "theseus", "frozen": False}])):
-        words = tables(world, tmp_path) | {"surgery": operations, "student": {"path": str(origin), "depth": 2}}
+        words = tables(world, tmp_path) | {
+            "compression": operations,
+            "student": {"path": str(origin), "num_hidden_layers": 2},
+        }
         stage = {"stage": 1, "reduce_bucket_size": 1000}
         changes = {"run.name": name, "run.steps": 2, "run.save_every": 1, "deepspeed.zero_optimization": stage}
         config = toy.parsed(words, changes)
@@ -357,7 +360,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"frozen": False, "predecessor": "{nowhere}"}, "{nowhere}: no model can be read there"),
     ({"frozen": False, "predecessor": "{weightless}"}, "{weightless}: no weights there"),
     ({"frozen": False, "predecessor": "{narrow}"}, "surgery theseus: the student is 32 wide and {narrow} 16; take"),
-    ({"frozen": False, "predecessor": "{shallow}"}, "2 student layers, only 1 in {shallow}; set student.depth to less"),
+    (
+        {"frozen": False, "predecessor": "{shallow}"},
+        "2 student layers, only 1 in {shallow}; set student.num_hidden_layers to less",
+    ),
     ({"frozen": False, "predecessor": "{roberta}"}, "the student is of the family bert, {roberta} of roberta"),
     ({"student.path": "{albert}"}, "surgery theseus: all layers of albert are one, and none can be replaced"),
     ({"student.path": "{modernbert}"}, "surgery theseus: the layers of {modernbert} differ in kind, and none can"),
@@ -368,8 +374,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"student.path": None, "student.architecture": toy.SIZES}, "a new student starts from no model; name its"),
     ({"deepspeed.zero_optimization.stage": 3}, "under ZeRO 3 the same layers must run in each step; set a stage up"),
-    ({"surgery": ["theseus", "theseus"]}, "it wraps layers as they are; list it once, after all others"),
-    ({"surgery": ["theseus", "low_rank"]}, "it wraps layers as they are; list it once, after all others"),
+    ({"compression": ["theseus", "theseus"]}, "it wraps layers as they are; list it once, after all others"),
+    ({"compression": ["theseus", "low_rank"]}, "it wraps layers as they are; list it once, after all others"),
     ({"start": 1.5}, "surgery theseus: start: input should be less than or equal to 1"),
     ({"curriculum": "linaer"}, "surgery theseus: curriculum: input should be 'linear' or 'constant'"),
 ]
@@ -402,10 +408,10 @@ def test_a_mistake_is_one_line_before_any_weight_is_read(
     monkeypatch.setattr(loading, "load_model", unread)
     filled = {key: x.format_map(places) if isinstance(x, str) else x for key, x in changes.items()}
     operations = {"theseus": {"name": "theseus"}, "low_rank": {"name": "low_rank", "keep": 0.5}}
-    operations["theseus"] |= {key: filled.pop(key) for key in list(filled) if "." not in key and key != "surgery"}
+    operations["theseus"] |= {key: filled.pop(key) for key in list(filled) if "." not in key and key != "compression"}
     words = tables(world, tmp_path)
     words["student"]["tokenizer"] = str(world.tokenizer)
-    words["surgery"] = [operations[name] for name in filled.pop("surgery", ["theseus"])]
+    words["compression"] = [operations[name] for name in filled.pop("compression", ["theseus"])]
     with pytest.raises(UserError) as caught:
         run_spec.resolve_run(toy.parsed(words, filled))
     assert message.format_map(places) in str(caught.value)

@@ -61,8 +61,8 @@ def test_a_narrow_model_is_an_ordinary_one(family: str, head: Any, tmp_path: Pat
     small, errors = width_pruning.narrow_model(made(family, head), SAMPLE[:3], Widths(16, 2, 20), "principal")
     save_model(small, tmp_path)
     again = loading.load_model(str(tmp_path), head, labels=toy.LABELS if head == "classification" else ())
-    assert model_dims(again.config, head).width == 16
-    assert model_dims(again.config, head).heads == 2
+    assert model_dims(again.config, head).hidden_size == 16
+    assert model_dims(again.config, head).num_attention_heads == 2
     assert max(errors.values()) < 1.5
     needs = OutputSpec(hidden=(4,))
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_a_run_says_what_its_student_lost(corpus: bool, world: World, tmp_path: 
         if corpus
         else toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
     )
-    config = toy.parsed(tables, {"run.steps": 1, "student.width": 16, "objective": {"name": "kd"}})
+    config = toy.parsed(tables, {"run.steps": 1, "student.hidden_size": 16, "objective": {"name": "kd"}})
     rows: list[dict[str, Any]] = []
     results = train(config, rows.append).results
     assert results is not None
@@ -158,12 +158,12 @@ def test_a_run_says_what_its_student_lost(corpus: bool, world: World, tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student.width": 64}, "student.width = 64, but .* has 32"),
-        ({"student.width": 30}, "4 heads do not divide a width of 30 .* take"),
-        ({"student.width": 16, "student.heads": 1}, "at most 8, as .* take 2 or 4"),
-        ({"student.inner": 65}, "student.inner = 65, but .* has 64"),
-        ({"student": {"architecture": toy.SIZES, "width": 16}}, "width narrows the model at path"),
-        ({"student.width": 16, "objective": {"name": "lad"}}, "16 wide"),
+        ({"student.hidden_size": 64}, "student.hidden_size = 64, but .* has 32"),
+        ({"student.hidden_size": 30}, "4 heads do not divide a width of 30 .* take"),
+        ({"student.hidden_size": 16, "student.num_attention_heads": 1}, "at most 8, as .* take 2 or 4"),
+        ({"student.intermediate_size": 65}, "student.intermediate_size = 65, but .* has 64"),
+        ({"student": {"architecture": toy.SIZES, "hidden_size": 16}}, "hidden_size narrows the model at path"),
+        ({"student.hidden_size": 16, "objective": {"name": "lad"}}, "16 wide"),
     ],
 )
 def test_what_cannot_be_made_is_refused(changes: dict[str, Any], message: str, world: World, tmp_path: Path) -> None:

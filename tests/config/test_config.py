@@ -46,7 +46,7 @@ PRETRAIN = {**TASK, "data": {"shards": "c"}}
 PREPARE: dict[str, Any] = {"out": "o", "tokenizer": "t", "source": [{"kind": "text", "path": "p"}]}
 EVALUATE: dict[str, Any] = {"model": {"path": "m"}, "teacher": {"path": "t"}, "data": {"task": "rte"}}
 SEARCH: dict[str, Any] = {
-    "search": {"name": "n", "base": "b", "samples": 1, "metric": "accuracy"},
+    "search": {"name": "n", "base": "b", "num_samples": 1, "metric": "accuracy"},
     "space": {"optim.lr": {"uniform": [0, 1]}},
 }
 SCHEMAS: list[tuple[type[ConfigTable], dict[str, Any]]] = [
@@ -71,7 +71,7 @@ def every_key() -> list[Any]:
         rows = [row[0] for row in describe_keys(schema)]
         names = {tuple(row.replace("[]", "").split(".")) for row in rows}
         names |= {path[:1] for path in names}
-        names -= {("objective", "name"), ("surgery", "name")}  # beside these, keys are arguments: tested below
+        names -= {("objective", "name"), ("compression", "name")}  # beside these, keys are arguments: tested below
         found += [
             pytest.param(schema, tables, path, id=f"{schema.__name__}-{'.'.join(path)}") for path in sorted(names)
         ]
@@ -141,10 +141,13 @@ def test_every_misspelt_argument_is_named_with_the_right_one(where: str, functio
         ({"student.architecture": {}}, "student: give exactly one of path and architecture"),
         ({"student.layers": "odd"}, "student.layers: "),
         ({"student.layers": [1, 0]}, "student.layers: "),
-        ({"student.layers": [1, 2], "student.depth": 3}, "student: depth = 3 contradicts the 2 layers listed"),
+        (
+            {"student.layers": [1, 2], "student.num_hidden_layers": 3},
+            "student: depth = 3 contradicts the 2 layers listed",
+        ),
         ({"teacher.dtype": "float16"}, "teacher.dtype: input should be 'float32' or 'bfloat16', not 'float16'"),
-        ({"surgery": {"name": "low_rank"}}, "surgery: input should be a valid list"),
-        ({"surgery": [{"keep": 0.5}]}, "surgery.0.name: missing, and it has no default"),
+        ({"compression": {"name": "low_rank"}}, "surgery: input should be a valid list"),
+        ({"compression": [{"keep": 0.5}]}, "compression.0.name: missing, and it has no default"),
         ({"model": {"path": "x"}}, "model: no such table; "),
     ],
 )
@@ -233,10 +236,10 @@ def test_an_override_inside_a_value() -> None:
 
 
 def test_an_override_inside_a_list() -> None:
-    tables = {"surgery": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
-    changed = apply_overrides(tables, [("surgery.0.keep", 0.25), ("surgery.1.share", 1)])
-    assert changed == {"surgery": [{"name": "a", "keep": 0.25}, {"name": "b", "share": 1}]}
-    assert tables == {"surgery": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
+    tables = {"compression": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
+    changed = apply_overrides(tables, [("compression.0.keep", 0.25), ("compression.1.share", 1)])
+    assert changed == {"compression": [{"name": "a", "keep": 0.25}, {"name": "b", "share": 1}]}
+    assert tables == {"compression": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
     for place in ("2", "-1", "x"):
         with pytest.raises(UserError, match=rf"surgery\.{place}\.keep: there is no {place} in a list of 2"):
             apply_overrides(tables, [(f"surgery.{place}.keep", 0.5)])

@@ -65,20 +65,20 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
         changes["student.path"] = str(world.pretrained)
     else:
         changes["student.architecture"] = {**tables["student"]["architecture"], **toy.SIZES}
-    if any(named["name"] == "theseus" for named in tables.get("surgery", ())):
+    if any(named["name"] == "theseus" for named in tables.get("compression", ())):
         changes["student.path"] = str(world.teacher)
-    if tables["student"].get("depth"):
-        changes["student.depth"] = 2
+    if tables["student"].get("num_hidden_layers"):
+        changes["student.num_hidden_layers"] = 2
     if isinstance(tables["student"].get("layers"), list):
         changes["student.layers"] = [1, 3]
     if pretraining:
-        changes |= {"data.shards": str(world.corpus), "data.tokens_per_slot": 128}
+        changes |= {"data.shards": str(world.corpus), "data.micro_batch_tokens": 128}
     else:
         kind = tables["data"].get("kind", "classification")
         files = MAKE_FILES[kind](work / "data") if kind in MAKE_FILES else world.files
-        changes |= {"data.task": None, "data.path": None, "data.stride": None}
+        changes |= {"data.task": None, "data.path": None, "data.doc_stride": None}
         changes |= {f"data.{name}": path for name, path in files.items()}
-        changes["data.examples_per_slot"] = 2
+        changes["data.micro_batch_size"] = 2
         if "teacher" in tables and kind in MAKE_FILES:
             changes["teacher.path"] = str(toy.model(work / "taught", world.tokenizer, kind, LABELS[kind]))
     if "pad_to" in tables["data"]:
@@ -90,8 +90,8 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
 
 def _toy_budgets(tables: dict[str, Any]) -> dict[str, Any]:
     """There is more in a toy model that nothing makes smaller."""
-    listed = enumerate(tables.get("surgery", []))
-    return {f"surgery.{number}.reduction": 3.0 for number, words in listed if "reduction" in words}
+    listed = enumerate(tables.get("compression", []))
+    return {f"compression.{number}.reduction": 3.0 for number, words in listed if "reduction" in words}
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=ids(TRAINING))
@@ -111,7 +111,7 @@ def test_a_search_draws_trials_that_its_base_can_run(
     monkeypatch.chdir(ROOT)
     config = parse_config(SearchConfig, read_toml(file), str(file))
     trials = sample_trials(config)
-    assert len(trials) == config.search.samples * math.prod(map(len, config.grid.values()))
+    assert len(trials) == config.search.num_samples * math.prod(map(len, config.grid.values()))
     assert {key.split(".")[0] for key in trials[0].sample} == {
         key.split(".")[0] for key in [*config.space, *config.grid]
     }

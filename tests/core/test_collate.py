@@ -24,21 +24,21 @@ def test_flat_and_padded_layouts_agree(lengths: list[int]) -> None:
     sequences = sequences_for(lengths)
     rows = span_starts(sequences)[:-1]
     batch = collate(sequences, zeros_like(sequences), rows, np.zeros(len(lengths), dtype=np.int64))
-    assert batch.longest % 16 == 0
-    assert 0 <= batch.longest - max(lengths) < 16
-    assert batch.tokens == sum(lengths) == len(batch.input_ids)
-    assert 0 <= batch.filled - batch.tokens < 64
-    assert batch.filled % 64 == 0
-    assert batch.ragged == (min(lengths) < batch.longest)
+    assert batch.span_length % 16 == 0
+    assert 0 <= batch.span_length - max(lengths) < 16
+    assert batch.num_tokens == sum(lengths) == len(batch.input_ids)
+    assert 0 <= batch.computed_tokens - batch.num_tokens < 64
+    assert batch.computed_tokens % 64 == 0
+    assert batch.has_padding == (min(lengths) < batch.span_length)
     padded = pad(batch.input_ids, batch)
-    assert (padded != 0).equal(batch.attended)
+    assert (padded != 0).equal(batch.is_token)
     for row, sequence in zip(padded, sequences, strict=True):
         assert row[: len(sequence)].tolist() == sequence.tolist()
     assert unpad(padded, batch).equal(batch.input_ids)
     assert batch.position_ids.tolist() == [i for n in lengths for i in range(n)]
     assert batch.cu_seqlens.tolist() == np.cumsum([0, *lengths]).tolist()
-    assert batch.input_ids[batch.rows].tolist() == [s[0] for s in sequences]
-    assert batch.visible.equal(batch.attended[:, None])
+    assert batch.input_ids[batch.head_positions].tolist() == [s[0] for s in sequences]
+    assert batch.visible.equal(batch.is_token[:, None])
 
 
 @given(ragged, st.integers(9, 12))
@@ -53,12 +53,12 @@ def test_padded_spans(lengths: list[int], pad_to: int) -> None:
         assert kind.tolist() == [1] * len(sequence) + [0] * (pad_to - len(sequence))
     assert batch.position_ids.tolist() == list(range(pad_to)) * len(lengths)
     assert batch.lengths.tolist() == lengths
-    assert batch.tokens == sum(lengths)
-    assert batch.longest == pad_to
-    assert batch.ragged == (min(lengths) < pad_to)
-    assert batch.rows.tolist() == [pad_to * i for i in range(len(lengths))]
+    assert batch.num_tokens == sum(lengths)
+    assert batch.span_length == pad_to
+    assert batch.has_padding == (min(lengths) < pad_to)
+    assert batch.head_positions.tolist() == [pad_to * i for i in range(len(lengths))]
     assert batch.padded_index.tolist() == list(range(pad_to * len(lengths)))
-    assert batch.attended.sum() == sum(lengths)
+    assert batch.is_token.sum() == sum(lengths)
 
 
 @st.composite
@@ -90,12 +90,12 @@ def test_packed_spans(layout: tuple[int, int, list[tuple[int, int]]]) -> None:
     assert len(bounds) == spans * places // 2 + 1
     assert batch.lengths.tolist() == np.diff(bounds).tolist()
     assert batch.position_ids.tolist() == [i for _, n in sequences for i in range(n)]
-    assert batch.labels.tolist() == (-batch.input_ids[batch.rows]).tolist() == [-s[0] for s in expected]
-    assert batch.tokens == len(batch.input_ids) == lengths.sum()
-    assert batch.filled >= spans * places
-    assert pad(batch.input_ids, batch)[batch.attended].tolist() == batch.input_ids.tolist()
+    assert batch.labels.tolist() == (-batch.input_ids[batch.head_positions]).tolist() == [-s[0] for s in expected]
+    assert batch.num_tokens == len(batch.input_ids) == lengths.sum()
+    assert batch.computed_tokens >= spans * places
+    assert pad(batch.input_ids, batch)[batch.is_token].tolist() == batch.input_ids.tolist()
     assert unpad(pad(batch.input_ids, batch), batch).equal(batch.input_ids)
-    assert batch.ragged == (lengths.sum() < spans * places)
+    assert batch.has_padding == (lengths.sum() < spans * places)
     assert batch.packed == ([at // places for at, _ in sequences] != list(range(spans)))
     owner = {place: n for n, (at, length) in enumerate(sequences) for place in range(at, at + length)}
     for span in range(spans):
@@ -118,15 +118,15 @@ def test_types() -> None:
     corpus = pack(ids, np.array([0]), np.array([3]), ids == 2, ids, shortest=3)
     assert corpus.labels.dtype == torch.int64
     for batch in (task, corpus):
-        assert batch.cu_seqlens.dtype == batch.sequence.dtype == torch.int32
+        assert batch.cu_seqlens.dtype == batch.sequence_ids.dtype == torch.int32
         integers = (
             batch.input_ids,
             batch.token_type_ids,
             batch.position_ids,
             batch.lengths,
             batch.padded_index,
-            batch.rows,
+            batch.head_positions,
         )
         assert {tensor.dtype for tensor in integers} == {torch.int64}
-        assert type(batch.longest) is type(batch.tokens) is type(batch.filled) is int
-        assert type(batch.ragged) is type(batch.packed) is bool
+        assert type(batch.span_length) is type(batch.num_tokens) is type(batch.computed_tokens) is int
+        assert type(batch.has_padding) is type(batch.packed) is bool

@@ -42,7 +42,7 @@ def shards(tmp_path: Path, toy_tokenizer) -> Path:
 
 def corpus_data(shards: Path, **rest: object) -> CorpusDataConfig:
     return CorpusDataConfig.model_validate(
-        {"shards": str(shards), "max_length": 16, "tokens_per_slot": 64, "slots": 3} | rest
+        {"shards": str(shards), "max_length": 16, "micro_batch_tokens": 64, "micro_batches_per_step": 3} | rest
     )
 
 
@@ -55,7 +55,9 @@ def toy_task(count: int, pairs: bool = True) -> Task:
 
 
 def task_data(**rest: object) -> TaskDataConfig:
-    return TaskDataConfig.model_validate({"task": "rte", "max_length": 16, "examples_per_slot": 4, "slots": 3} | rest)
+    return TaskDataConfig.model_validate(
+        {"task": "rte", "max_length": 16, "micro_batch_size": 4, "micro_batches_per_step": 3} | rest
+    )
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -68,7 +70,7 @@ def same(a: Batch, b: Batch) -> bool:
 def sequences_in(batch: Batch) -> list[list[int]]:
     """The batch's sequences with the masks undone."""
     ids = batch.input_ids.clone()
-    ids[batch.rows] = batch.labels
+    ids[batch.head_positions] = batch.labels
     return [ids[begin:end].tolist() for begin, end in pairwise(batch.cu_seqlens.tolist()) if end > begin]
 
 
@@ -77,8 +79,10 @@ def pairs_of(documents: Documents) -> Counter[tuple[int, int]]:
 
 
 def epoch_of(feed: CorpusDataset, epoch: int = 0) -> list[Batch]:
-    slots = round(feed.steps_per_epoch * feed.slots)
-    return [feed.batch(*divmod(number, feed.slots)) for number in range(epoch * slots, (epoch + 1) * slots)]
+    slots = round(feed.steps_per_epoch * feed.micro_batches_per_step)
+    return [
+        feed.batch(*divmod(number, feed.micro_batches_per_step)) for number in range(epoch * slots, (epoch + 1) * slots)
+    ]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -105,18 +109,18 @@ def test_an_epoch_of_a_corpus_is_the_corpus(
     assert not pairs_of(content) - pairs_of(documents)
     assert missing.total() == len(pieces) - len(documents) < len(batches)
     for batch in batches:
-        assert batch.tokens <= max_length
+        assert batch.num_tokens <= max_length
 
 
 def test_slots_hold_windows_and_masks(shards: Path, toy_tokenizer) -> None:
     batches = epoch_of(CorpusDataset(corpus_data(shards), toy_tokenizer, seed=1))
-    assert all(50 < batch.tokens <= 64 for batch in batches)
-    assert {len(batch.rows) for batch in batches} == {4 * 2}  # 15 % of the 12 to 13 tokens in a window
-    hidden = torch.cat([batch.input_ids[batch.rows] for batch in batches])
+    assert all(50 < batch.num_tokens <= 64 for batch in batches)
+    assert {len(batch.head_positions) for batch in batches} == {4 * 2}  # 15 % of the 12 to 13 tokens in a window
+    hidden = torch.cat([batch.input_ids[batch.head_positions] for batch in batches])
     assert (hidden == toy_tokenizer.mask_token_id).float().mean() > 0.7
     for batch in batches:
         bounds = set(batch.cu_seqlens.tolist()) | {end - 1 for end in batch.cu_seqlens.tolist()}
-        assert not bounds & set(batch.rows.tolist())
+        assert not bounds & set(batch.head_positions.tolist())
 
 
 def test_batches_have_one_shape(tmp_path: Path, toy_tokenizer) -> None:
@@ -126,16 +130,23 @@ def test_batches_have_one_shape(tmp_path: Path, toy_tokenizer) -> None:
     batches = epoch_of(CorpusDataset(corpus_data(folder, slots=1), toy_tokenizer, seed=0))
     assert len(batches) > 50
     shapes = {
-        (b.filled, *(len(x) for x in (b.cu_seqlens, b.lengths, b.rows, b.labels)), *b.sequence.shape) for b in batches
+        (
+            b.computed_tokens,
+            *(len(x) for x in (b.cu_seqlens, b.lengths, b.head_positions, b.labels)),
+            *b.sequence_ids.shape,
+        )
+        for b in batches
     }
     assert len(shapes) == 1
 
     def model(batch: Batch) -> torch.Tensor:
-        ids = torch.nn.functional.pad(batch.input_ids, (0, batch.filled - batch.tokens))
-        return torch.nn.functional.embedding(ids, weight)[batch.rows] + batch.labels[:, None]
+        ids = torch.nn.functional.pad(batch.input_ids, (0, batch.computed_tokens - batch.num_tokens))
+        return torch.nn.functional.embedding(ids, weight)[batch.head_positions] + batch.labels[:, None]
 
     weight = torch.randn(200, 4)
-    full = [b for b in batches if b.tokens == b.filled] + [b for b in batches if b.tokens < b.filled]
+    full = [b for b in batches if b.num_tokens == b.computed_tokens] + [
+        b for b in batches if b.num_tokens < b.computed_tokens
+    ]
     compiled = torch.compile(model, backend="eager", dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in full[:5]:
@@ -164,7 +175,7 @@ def test_corpus_batches_are_functions_of_seed_step_and_slot(shards: Path, toy_to
 
 
 def masks_of(batches: list[Batch]) -> dict[tuple[int, ...], list[int]]:
-    hidden = [torch.zeros_like(batch.input_ids).index_fill(0, batch.rows, 1) for batch in batches]
+    hidden = [torch.zeros_like(batch.input_ids).index_fill(0, batch.head_positions, 1) for batch in batches]
     return {
         tuple(sequence): mask[a:b].tolist()
         for batch, mask in zip(batches, hidden, strict=True)
@@ -191,7 +202,7 @@ def test_whole_words_are_masked(tmp_path: Path, toy_tokenizer) -> None:
     for batch in epoch_of(CorpusDataset(data, toy_tokenizer, seed=0)):
         (whole,) = sequences_in(batch)
         words = [set(range(at, at + 5)) for at in range(len(whole) - 5) if whole[at] == text[0]]
-        chosen = set(batch.rows.tolist())
+        chosen = set(batch.head_positions.tolist())
         cut = [word for word in words if chosen & word and not word <= chosen]
         assert len(cut) <= 1
 
@@ -288,7 +299,7 @@ def test_task_batches_are_what_the_tokenizer_says(toy_tokenizer, pairs: bool) ->
     seen = []
     for number in range(5):  # two epochs of ten examples in fours
         batch = feed.batch(*divmod(number, 3))
-        assert batch.input_ids[batch.rows].tolist() == [toy_tokenizer.cls_token_id] * 4
+        assert batch.input_ids[batch.head_positions].tolist() == [toy_tokenizer.cls_token_id] * 4
         bounds = batch.cu_seqlens.tolist()
         rows = [batch.input_ids[a:b].tolist() for a, b in pairwise(bounds)]
         seen += list(zip(rows, batch.labels.tolist(), strict=True))
@@ -303,18 +314,18 @@ def test_dev_batches_are_in_order_flat_and_small(toy_tokenizer) -> None:
     batches = [make() for make in feed.dev["dev"].in_order()]
     assert [len(batch.labels) for batch in batches] == [64, 64, 22]
     assert torch.cat([batch.labels for batch in batches]).tolist() == task.dev["dev"].labels.tolist()
-    assert all(batch.tokens == len(batch.input_ids) for batch in batches)
+    assert all(batch.num_tokens == len(batch.input_ids) for batch in batches)
     assert same(feed.dev["dev"].in_order()[1](), batches[1])
 
 
 def test_padding_as_a_data_option(toy_tokenizer) -> None:
     flat, padded = (TaskDataset(task_data(pad_to=p), toy_task(10), toy_tokenizer, 0).batch(1, 1) for p in (None, 20))
     assert padded.input_ids.shape == (80,)
-    assert padded.tokens == flat.tokens
+    assert padded.num_tokens == flat.num_tokens
     assert padded.labels.equal(flat.labels)
     assert padded.lengths.equal(flat.lengths)
-    assert padded.input_ids.view(4, 20)[padded.attended].equal(flat.input_ids)
-    assert (padded.input_ids.view(4, 20)[~padded.attended] == toy_tokenizer.pad_token_id).all()
+    assert padded.input_ids.view(4, 20)[padded.is_token].equal(flat.input_ids)
+    assert (padded.input_ids.view(4, 20)[~padded.is_token] == toy_tokenizer.pad_token_id).all()
 
 
 def test_task_batches_are_functions_of_seed_step_and_slot(toy_tokenizer) -> None:
@@ -333,7 +344,7 @@ def test_a_task_that_the_tokenizer_does_not_know_is_refused(toy_tokenizer) -> No
 
 @pytest.mark.data
 def test_real_task_through_a_tokenizer_of_its_own(real_data: Path, tmp_path: Path) -> None:
-    data = TaskDataConfig(task="stsb", path=str(real_data / "glue"), max_length=64, examples_per_slot=32)
+    data = TaskDataConfig(task="stsb", path=str(real_data / "glue"), max_length=64, micro_batch_size=32)
     task = load_task(data)
     train_wordpiece([*task.train.texts, *(task.train.pairs or [])], 2000, tmp_path / "tokenizer")
     feed = TaskDataset(data, task, load_tokenizer(tmp_path / "tokenizer"), seed=0)

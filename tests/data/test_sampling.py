@@ -16,7 +16,7 @@ Window = tuple[int, int]
 
 def read_by(order: CorpusOrder, numbers: range) -> list[tuple[int, int, int]]:
     """(source, window, turn) of these slots, counted through all steps."""
-    readings = [order.slot(*divmod(number, order.slots)) for number in numbers]
+    readings = [order.micro_batch(*divmod(number, order.slots)) for number in numbers]
     return [place for reading in readings for place in zip(*(part.tolist() for part in reading), strict=True)]
 
 
@@ -51,7 +51,7 @@ def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_
             for step in range(first, last):
                 for slot in rank_share(slots, rank, world):
                     assert (step, slot) not in read
-                    read[step, slot] = order.slot(step, slot)
+                    read[step, slot] = order.micro_batch(step, slot)
     assert len(read) == steps * slots
     row = [(s, w) for place in sorted(read) for s, w in zip(*map(np.ndarray.tolist, read[place][:2]), strict=True)]
     everything = sorted((s, w) for s, count in enumerate(counts) for w in range(count))
@@ -90,7 +90,7 @@ def test_a_weight_that_is_no_integer_comes_out_even() -> None:
     epoch = 3 * 0.1 + 301 * 1.2345
     order = CorpusOrder(counts, weights, 5000, 1, 0)
     assert order.steps_per_epoch == pytest.approx(epoch / 5000, rel=1e-5)
-    read = np.concatenate([order.slot(step, 0).source for step in range(round(EPOCHS * epoch / 5000))])
+    read = np.concatenate([order.micro_batch(step, 0).source for step in range(round(EPOCHS * epoch / 5000))])
     for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
         assert (read == source).sum() == pytest.approx(len(read) * count * weight / epoch, abs=1)
 
@@ -115,7 +115,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_steps_per_epoch_and_an_epoch_that_ends_inside_a_slot() -> None:
-    order = CorpusOrder([10], [1.0], 4, slots=2, seed=0)
+    order = CorpusOrder([10], [1.0], 4, micro_batches_per_step=2, seed=0)
     assert order.steps_per_epoch == 10 / 8
     assert [turn for _, _, turn in read_by(order, range(3))] == [0] * 10 + [1] * 2
 
@@ -123,7 +123,7 @@ def test_steps_per_epoch_and_an_epoch_that_ends_inside_a_slot() -> None:
 def test_a_billion_windows_start_at_any_step_at_once() -> None:
     began = time.perf_counter()
     order = CorpusOrder([700_000_000, 300_000_000], [1.0, 1.5], 32, 64, seed=1)
-    reading = order.slot(400_000, 63)
+    reading = order.micro_batch(400_000, 63)
     assert time.perf_counter() - began < 1
     assert len(set(zip(reading.source.tolist(), reading.window.tolist(), strict=True))) == 32
 
@@ -133,7 +133,7 @@ def test_slots_are_shared_out() -> None:
 
 
 def slots_from(order: TaskOrder, first: int, count: int) -> list[np.ndarray]:
-    return [order.slot(*divmod(number, order.slots)) for number in range(first, first + count)]
+    return [order.micro_batch(*divmod(number, order.slots)) for number in range(first, first + count)]
 
 
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**31))
@@ -155,8 +155,8 @@ def test_a_task_slot_does_not_depend_on_what_was_asked_before(count: int, size: 
     asked = list(range(20))
     chance.shuffle(asked)
     for number in asked:
-        assert order.slot(*divmod(number, slots)).tolist() == in_turn[number].tolist()
+        assert order.micro_batch(*divmod(number, slots)).tolist() == in_turn[number].tolist()
 
 
 def test_task_seeds_differ() -> None:
-    assert TaskOrder(100, 10, 1, 0).slot(0, 0).tolist() != TaskOrder(100, 10, 1, 1).slot(0, 0).tolist()
+    assert TaskOrder(100, 10, 1, 0).micro_batch(0, 0).tolist() != TaskOrder(100, 10, 1, 1).micro_batch(0, 0).tolist()

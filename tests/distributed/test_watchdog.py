@@ -220,11 +220,11 @@ def test_who_made_least_progress_is_blamed_and_before_it_who_is_silent(numbers: 
     silent = data.draw(st.sets(st.integers(0, world - 1), max_size=world - 1))
     ranks = roster(world)
     for rank, number in enumerate(numbers):
-        ranks.hear(rank, at(number), paused=False, now=1.0)
+        ranks.on_heartbeat(rank, at(number), paused=False, now=1.0)
     for rank in set(range(world)) - silent:
-        ranks.hear(rank, at(numbers[rank]), paused=False, now=11.0)
-    assert ranks.hang(10.9, bound=10.0, silence=5.0, known=range(world)) is None
-    found = ranks.hang(11.1, bound=10.0, silence=5.0, known=range(world))
+        ranks.on_heartbeat(rank, at(numbers[rank]), paused=False, now=11.0)
+    assert ranks.diagnose_hang(10.9, bound=10.0, silence=5.0, known=range(world)) is None
+    found = ranks.diagnose_hang(11.1, bound=10.0, silence=5.0, known=range(world))
     assert found is not None
     assert found.ranks == (sorted(silent) or [rank for rank in range(world) if numbers[rank] == min(numbers)])
     assert found.silent == sorted(silent)
@@ -233,33 +233,33 @@ def test_who_made_least_progress_is_blamed_and_before_it_who_is_silent(numbers: 
 def test_any_progress_puts_it_off() -> None:
     ranks = roster(2)
     for second in range(20):
-        ranks.hear(0, at(0), paused=False, now=second)
-        ranks.hear(1, at(second), paused=False, now=second)
-        assert ranks.hang(second + 0.5, bound=1.0, silence=5.0, known=(0, 1)) is None
+        ranks.on_heartbeat(0, at(0), paused=False, now=second)
+        ranks.on_heartbeat(1, at(second), paused=False, now=second)
+        assert ranks.diagnose_hang(second + 0.5, bound=1.0, silence=5.0, known=(0, 1)) is None
 
 
 def test_who_left_is_not_blamed() -> None:
     ranks = roster(3)
-    ranks.members[1].left = True
+    ranks.peers[1].left = True
     for rank in (0, 2):
-        ranks.hear(rank, at(4), paused=False, now=10.0)
-    found = ranks.hang(20.0, bound=5.0, silence=20.0, known=range(3))
+        ranks.on_heartbeat(rank, at(4), paused=False, now=10.0)
+    found = ranks.diagnose_hang(20.0, bound=5.0, silence=20.0, known=range(3))
     assert found is not None
     assert found.ranks == [0, 2]
 
 
 def test_a_process_that_was_itself_stopped_blames_nobody() -> None:
     ranks = roster(2)
-    ranks.awake(100.0)
-    assert ranks.hang(104.0, bound=5.0, silence=1.0, known=(0, 1)) is None
+    ranks.reset_timers(100.0)
+    assert ranks.diagnose_hang(104.0, bound=5.0, silence=1.0, known=(0, 1)) is None
 
 
 def test_the_first_that_failed_is_named_after_the_grace() -> None:
     ranks = roster(3)
-    ranks.fail(2, Failure("RuntimeError: it", 1), now=10.0)
-    ranks.fail(1, Failure("RuntimeError: connection closed by peer", 1), now=10.1)
-    assert ranks.failure(10.0 + GRACE - 0.1) is None
-    found = ranks.failure(10.0 + GRACE)
+    ranks.on_failure(2, Failure("RuntimeError: it", 1), now=10.0)
+    ranks.on_failure(1, Failure("RuntimeError: connection closed by peer", 1), now=10.1)
+    assert ranks.diagnose_failure(10.0 + GRACE - 0.1) is None
+    found = ranks.diagnose_failure(10.0 + GRACE)
     assert found is not None
     assert (found.ranks, found.code) == ([2], 1)
     assert "node2" in found.line

@@ -14,6 +14,7 @@ from conftest import World
 from launching import run_script
 
 from lad_dist.compression import compact, footprint
+from lad_dist.compression.compressed_module import merge_all
 from lad_dist.compression.layers import keep_layers
 from lad_dist.compression.low_rank import low_rank
 from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
@@ -28,12 +29,12 @@ from lad_dist.runs.model_card import latency_remarks, model_card
 def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda student: student) -> Path:
     """A run folder as train() leaves it: two of the teacher's layers after `change`, nothing learnt."""
     tables = toy.task_config(folder, world.files, world.teacher, world.teacher, objective={"name": "kd"})
-    config = toy.parsed(tables, {"data.slots": 1})
+    config = toy.parsed(tables, {"data.micro_batches_per_step": 1})
     student = change(keep_layers(loading.load_model(str(world.teacher), "classification", whole=True), [2, 4]))
     batch = toy.batch([16] * 4)
     size, packed = footprint.footprint(student, batch), compact.pack(student)
     export = config.run.folder / "export"
-    save_model(compact.parts.fold(student), export)  # type: ignore[arg-type]
+    save_model(merge_all(student), export)  # type: ignore[arg-type]
     packed.save(export, None, None)
     save_beside_model(load_tokenizer(world.tokenizer), export, segments=True)
     results = {

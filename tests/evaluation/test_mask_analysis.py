@@ -223,7 +223,7 @@ def test_the_script(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     for title in ("by component", "by layer", "stay in both", "shuffled within"):
         assert title in said
-    found = json.loads((tmp_path / "out" / "topology.json").read_text())
+    found = json.loads((tmp_path / "out" / "mask_analysis.json").read_text())
     assert set(found) == {"sparsity", "overlap", "shuffled"}
     masks = read(runs["adapting"])
     assert {
@@ -232,7 +232,7 @@ def test_the_script(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     (whole,) = (row for row in found["overlap"] if row["component"] == "all")
     assert whole["jaccard"] == overlap(masks.kept, read(runs["magnitude"]).kept).jaccard
     assert re.search(rf"{whole['jaccard']:.4g}", said)
-    assert (tmp_path / "out" / "topology.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "mask_analysis.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tables_of_one_mask(runs: dict[str, Path]) -> None:

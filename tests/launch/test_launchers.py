@@ -54,7 +54,7 @@ def test_help_names_every_key(script: str, capsys: pytest.CaptureFixture[str]) -
     for key, *_ in describe_keys(SCHEMAS[script]):
         assert any(line.startswith(f"{key} (") for line in lines), key
     if issubclass(SCHEMAS[script], TrainConfig):
-        for kind, choices in (("objective", OBJECTIVES), ("surgery", COMPRESSIONS)):
+        for kind, choices in (("objective", OBJECTIVES), ("compression", COMPRESSIONS)):
             for name, function in choices.items():
                 assert f'With {kind}.name = "{name}":' in lines
                 keys = [f"{kind}.{key} (" for key in keyword_parameters(function)]
@@ -69,7 +69,7 @@ def test_without_arguments_it_says_how_to_call_it(script: str, capsys: pytest.Ca
 
 def test_a_tokenizer_is_trained_once(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = {"kind": "text", "path": str(world.books)}
-    tables = {"out": str(tmp_path / "words"), "kind": "unigram", "vocabulary": 100, "lowercase": True}
+    tables = {"out": str(tmp_path / "words"), "kind": "unigram", "vocab_size": 100, "lowercase": True}
     (tmp_path / "tokenizer.toml").write_text(tomli_w.dumps(tables | {"source": [source]}))
     said = []
     for _ in range(2):

@@ -81,8 +81,8 @@ def labels_of(head: Head) -> tuple[str, ...]:
 def as_transformers_does(folder: Path, head: Head, batch: Batch) -> Any:
     """Its own forward over the padded batch, in its own attention, from the folder."""
     model = MODEL_CLASSES[head].from_pretrained(folder).eval()
-    ids = pad(batch.input_ids, batch).masked_fill(~batch.attended, model.config.pad_token_id)
-    inputs = {"input_ids": ids, "attention_mask": batch.attended.long()}
+    ids = pad(batch.input_ids, batch).masked_fill(~batch.is_token, model.config.pad_token_id)
+    inputs = {"input_ids": ids, "attention_mask": batch.is_token.long()}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = pad(batch.token_type_ids, batch)
     with torch.no_grad():
@@ -92,12 +92,12 @@ def as_transformers_does(folder: Path, head: Head, batch: Batch) -> Any:
 def theirs(output: Any, batch: Batch, head: Head) -> Tensor:
     if head == "question_answering":
         output = SimpleNamespace(logits=torch.stack([output.start_logits, output.end_logits], dim=-1))
-    return unpad(output.logits, batch)[batch.rows] if head in OF_TOKENS else output.logits
+    return unpad(output.logits, batch)[batch.head_positions] if head in OF_TOKENS else output.logits
 
 
 def real(x: Tensor, batch: Batch) -> Tensor:
     """[N, ...] without the tokens that pad_to added."""
-    return x[unpad(batch.attended, batch)]
+    return x[unpad(batch.is_token, batch)]
 
 
 @pytest.mark.parametrize("head", ["classification", "mlm"])
@@ -128,7 +128,7 @@ def test_sequences_that_share_a_span_are_each_alone(family: str, words: Any) -> 
     apart = batch_of(LENGTHS, "mlm", words(family))
     apart = apart._replace(token_type_ids=torch.zeros_like(apart.token_type_ids))
     alone = [
-        toy.batch([n])._replace(input_ids=ids, rows=torch.tensor(sorted({0, n - 1})))
+        toy.batch([n])._replace(input_ids=ids, head_positions=torch.tensor(sorted({0, n - 1})))
         for n, ids in zip(LENGTHS, apart.input_ids.split(LENGTHS), strict=True)
     ]
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_embeddings_drawn_anew_are_new_and_the_rest_is_not(family: str, words: A
     assert {f"{name}.weight" for name in tables if name.startswith("embeddings")} <= changed
     assert all(name.startswith("embeddings.") for name in changed)
     words_before = model.get_input_embeddings().weight.clone()
-    scale_position_embeddings(model, share=0.1)
+    scale_position_embeddings(model, scale=0.1)
     assert torch.equal(model.get_input_embeddings().weight, words_before)
 
 
@@ -349,7 +349,7 @@ def learns(family: str, name: str, words: PreTrainedTokenizerFast) -> bool:
     student."""
     kind = OBJECTIVES[name]
     for head, spans in (("classification", False), ("mlm", True)):
-        if ("corpus" if spans else "task") not in kind.runs_on:
+        if ("corpus" if spans else "task") not in kind.supported_data:
             continue
         student, teacher = _pair(family, head, words)
         student.zero_grad()
@@ -358,7 +358,9 @@ def learns(family: str, name: str, words: PreTrainedTokenizerFast) -> bool:
         batch = batch_of(LENGTHS, head, words)
         batch = toy.packed(batch, 16) if spans else batch
         with torch.no_grad():
-            target = compute_outputs(teacher, batch, method.objective.teacher_needs) if kind.taught else None
+            target = (
+                compute_outputs(teacher, batch, method.objective.teacher_outputs) if kind.requires_teacher else None
+            )
         loss, _ = method(batch, target)
         loss.backward()
         gradient = sum(p.grad.abs().sum() for p in encoder_layers(student).parameters() if p.grad is not None)
@@ -431,7 +433,7 @@ def corpora(folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         out = tmp_path_factory.mktemp("shards") / family
         source = {"kind": "text", "path": str(texts)}
         request = {"out": str(out), "tokenizer": str(folders(family)), "held_out": 0.1, "source": [source]}
-        prepare(PrepareConfig.model_validate(request | {"workers": 1}))
+        prepare(PrepareConfig.model_validate(request | {"num_workers": 1}))
         return out
 
     return cache(prepared)
@@ -442,7 +444,7 @@ def test_a_family_is_distilled_on_a_corpus(family: str, words: Any, corpora: Any
     """Two steps of MiniLMv2 from a teacher without a head."""
     teacher = saved(toy_families.made(family, "none", words(family)), words(family), tmp_path / "teacher")
     tables = toy.corpus_config(tmp_path, corpora(family), teacher, teacher, objective={"name": "minilm2"})
-    outcome = train(toy.parsed(tables, {"run.steps": 2, "data.workers": 0}))
+    outcome = train(toy.parsed(tables, {"run.steps": 2, "data.num_workers": 0}))
     assert outcome.results is not None
     assert 0 < outcome.results["metrics"]["loss"] < 10
     assert loading.load_model(str(tmp_path / "toy" / "export"), "none").config.num_hidden_layers == 2

@@ -57,7 +57,7 @@ def batch_of(lengths: list[int], head: Head, *, pad_to: int | None = None) -> Ba
 
 def real(x: Tensor, batch: Batch) -> Tensor:
     """[N, ...] without the tokens that pad_to added."""
-    return x[unpad(batch.attended, batch)]
+    return x[unpad(batch.is_token, batch)]
 
 
 def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_mlm_head_runs_on_masked_rows_alone(tmp_path: Path) -> None:
     batch = batch_of(LENGTHS, "mlm")
     compute_outputs(model, batch, OutputSpec(logits=True))
     compute_outputs(model, batch, OutputSpec(hidden=(1,)))  # and not at all where no logits are needed
-    assert seen == [len(batch.rows)]
+    assert seen == [len(batch.head_positions)]
 
 
 def test_hooks_are_gone_after_a_forward(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from lad_dist.training.trainer import RunResult
 HEADS = list(LABELS)
 AUTO = {"tagging": AutoModelForTokenClassification, "question_answering": AutoModelForQuestionAnswering}
 Files = dict[str, dict[str, Any]]
-SIZES = {"max_length": 32, "examples_per_slot": 16, "slots": 1}
+SIZES = {"max_length": 32, "micro_batch_size": 16, "micro_batches_per_step": 1}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def taught(world: World, files: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
     """A fine-tuned teacher of each kind."""
     work = tmp_path_factory.mktemp("teachers")
-    learning = {"run.steps": 250, "run.log_every": 250, "optim.lr": 5e-3, "student.depth": 2}
-    alone = {"teacher": None, "objective": {"name": "task"}, **learning}
+    learning = {"run.steps": 250, "run.log_every": 250, "optim.lr": 5e-3, "student.num_hidden_layers": 2}
+    alone = {"teacher": None, "objective": {"name": "supervised"}, **learning}
     return {head: train(run(head, world, files, work, world.headless, {"run.name": head, **alone})) for head in HEADS}
 
 
@@ -76,7 +76,7 @@ def test_a_toy_task_is_learnt(head: str, taught: dict[str, RunResult]) -> None:
     assert results["metrics"]["accuracy" if head == "tagging" else "exact_match"] > 0.9
 
 
-TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.taught and "task" in kind.runs_on)
+TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.requires_teacher and "task" in kind.supported_data)
 
 
 @pytest.mark.parametrize("name", TAUGHT)
@@ -86,7 +86,7 @@ def test_every_objective_distils_it(
 ) -> None:
     """Two steps: finite terms, metrics and loyalty, and an export that loads with its head."""
     rows: list[dict[str, Any]] = []
-    changes = {"run.steps": 2, "student.depth": 2, "objective": {"name": name}, "run.name": "student"}
+    changes = {"run.steps": 2, "student.num_hidden_layers": 2, "objective": {"name": name}, "run.name": "student"}
     outcome = train(run(head, world, files, tmp_path, export(taught[head]), changes), rows.append)
     assert outcome.results is not None
     assert all(np.isfinite(value) for row in rows for value in row.values())
@@ -103,7 +103,13 @@ def test_distilling_what_the_teacher_says_makes_a_loyal_student(
 ) -> None:
     """From its logits alone."""
     objective = {"name": "kd", "soft": 1.0, "hard": 0.0}
-    changes = {"run.steps": 60, "optim.lr": 5e-3, "objective": objective, "student.depth": 2, "run.log_every": 60}
+    changes = {
+        "run.steps": 60,
+        "optim.lr": 5e-3,
+        "objective": objective,
+        "student.num_hidden_layers": 2,
+        "run.log_every": 60,
+    }
     results = train(run(head, world, files, tmp_path, export(taught[head]), changes)).results
     assert results is not None
     assert results["metrics"]["label_loyalty"] > 0.7
@@ -214,9 +220,9 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.stride": 16}, "stride = 16 must be less than half of max_length = 32"),
-        ({"data.kind": "tagging", "data.stride": 8}, 'stride goes with kind = "question_answering" alone'),
-        ({"data.kind": "classification", "data.null_threshold": 1.0}, "null_threshold goes with kind"),
+        ({"data.doc_stride": 16}, "stride = 16 must be less than half of max_length = 32"),
+        ({"data.kind": "tagging", "data.doc_stride": 8}, 'stride goes with kind = "question_answering" alone'),
+        ({"data.kind": "classification", "data.null_score_diff_threshold": 1.0}, "null_threshold goes with kind"),
         ({"data.kind": "tagging"}, r'train\.json: file type "\.json" is unknown'),
         ({"data.kind": "question_answring"}, "data.kind: input should be 'classification', 'regression', 'tagging' or"),
         ({"data.task": "rte", "data.train": None, "data.dev": None}, "is for train and dev files; a GLUE task has its"),

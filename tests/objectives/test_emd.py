@@ -93,12 +93,12 @@ def test_emd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> 
     student, teacher = traces(batch, seed, shape)
     later = traces(batch, seed + 1, shape)
     objective = EMD(shape, TEACHER, hidden=2.0, attention=3.0, embedding=5.0)
-    objective.at(0.0)
+    objective.on_step_start(0.0)
     first = objective(student, teacher, batch)
     costs = naive_costs(objective, student, teacher, batch)
     assert first["hidden"].item() == pytest.approx(2 * costs[0].mean(), rel=1e-4)
     assert first["attention"].item() == pytest.approx(3 * costs[1].mean(), rel=1e-4)
-    objective.at(0.5)
+    objective.on_step_start(0.5)
     second = objective(*later, batch)
     then = naive_costs(objective, *later, batch)
     masses = np.full(2, 1 / 2), np.full(4, 1 / 4)
@@ -115,12 +115,12 @@ def test_a_student_that_is_its_teacher_learns_nothing() -> None:
     _, teacher = traces(batch)
     objective = EMD(TEACHER, TEACHER)
     for step in range(3):
-        objective.at(step / 3)
+        objective.on_step_start(step / 3)
         terms = objective(teacher, teacher, batch)
     for name in ("hidden", "attention", "embedding"):
         assert terms[name].item() == pytest.approx(0.0, abs=1e-9)
-    assert {name: x.item() for name, x in objective.observed.items()} == pytest.approx(
-        {f"reads/{m}/{layer}": float(m == layer) for m in (1, 2, 3, 4) for layer in (1, 2, 3, 4)}
+    assert {name: x.item() for name, x in objective.metrics.items()} == pytest.approx(
+        {f"teacher_layer_weight/{m}/{layer}": float(m == layer) for m in (1, 2, 3, 4) for layer in (1, 2, 3, 4)}
     )
 
 
@@ -128,9 +128,9 @@ def test_only_layers_that_the_plan_uses_are_differentiated() -> None:
     batch = toy.batch(LENGTHS)
     student, teacher = traces(batch)
     objective = EMD(STUDENT, TEACHER, soft=0.0)
-    objective.at(0.0)
+    objective.on_step_start(0.0)
     objective(student, teacher, batch)
-    objective.at(0.5)
+    objective.on_step_start(0.5)
     plan = objective.plans["hidden"]
     assert 0 < np.count_nonzero(plan) < plan.size
     loss = objective(student, teacher, batch)["hidden"]
@@ -144,7 +144,7 @@ def test_only_layers_that_the_plan_uses_are_differentiated() -> None:
 def test_plans_change_with_steps_and_only_while_training() -> None:
     batch = toy.batch(LENGTHS)
     objective = EMD(STUDENT, TEACHER)
-    objective.at(0.0)
+    objective.on_step_start(0.0)
     objective(*traces(batch, 0), batch)
     objective(*traces(batch, 1), batch)
     before = objective.plans["hidden"]
@@ -153,7 +153,7 @@ def test_plans_change_with_steps_and_only_while_training() -> None:
     assert objective.plans["hidden"] is before
     assert objective.count == 2
     objective.train()
-    objective.at(0.1)
+    objective.on_step_start(0.1)
     assert objective.plans["hidden"] is not before
     assert objective.count == 0
 
@@ -162,12 +162,12 @@ def test_its_state_goes_with_its_weights_unrounded() -> None:
     batch = toy.batch(LENGTHS)
     one, other = EMD(NARROW, TEACHER), EMD(NARROW, TEACHER).bfloat16()
     for step in range(2):
-        one.at(step / 4)
+        one.on_step_start(step / 4)
         one(*traces(batch, step, NARROW), batch)
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.costs, other.costs)
     for objective in (one, other):
-        objective.at(0.75)
+        objective.on_step_start(0.75)
     for kind in one.plans:
         np.testing.assert_array_equal(one.plans[kind], other.plans[kind])
     for a, b in zip(one.masses, other.masses, strict=True):
@@ -181,8 +181,8 @@ def test_a_step_that_overflowed_leaves_the_plan_as_it_was() -> None:
     broken = teacher._replace(hidden={layer: x / 0 for layer, x in teacher.hidden.items()})
     for step, seen in enumerate((teacher, broken, teacher)):
         before = objective.plans
-        objective.at(step / 4)
+        objective.on_step_start(step / 4)
         objective(student, seen, batch)
     assert objective.plans is before
-    objective.at(0.75)
+    objective.on_step_start(0.75)
     assert objective.plans is not before

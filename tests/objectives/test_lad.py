@@ -16,24 +16,24 @@ from lad_dist.objectives.lad import LAD, VARIANTS, Gate
 
 MADE: list[dict[str, Any]] = [
     {},
-    {"sees": "both"},
-    {"gates": "frozen", "openness": 0.9},
-    {"gates": "constant", "openness": 0.5},
+    {"gate_input": "both"},
+    {"gates": "frozen", "gate_init": 0.9},
+    {"gates": "constant", "gate_init": 0.5},
 ]
 
 
 def naive_openness(gate: Gate, old: list[float], new: list[float]) -> list[float]:
     if gate.recipe.gates == "constant":
-        return [gate.recipe.openness or 0.0] * len(old)
+        return [gate.recipe.gate_init or 0.0] * len(old)
     weight, bias = gate.linear.weight.double().tolist(), gate.linear.bias.double().tolist()
-    seen = old if gate.recipe.sees == "aggregate" else old + new
+    seen = old if gate.recipe.gate_input == "aggregate" else old + new
     sums = [b + sum(w * x for w, x in zip(row, seen, strict=True)) for row, b in zip(weight, bias, strict=True)]
     return [1 / (1 + math.exp(-x)) for x in sums]
 
 
 def naive_lad(objective: LAD, student: ModelOutputs, teacher: ModelOutputs, batch: Batch, span: int | None) -> float:
     """LAD's hidden term from the equations: token by token, dimension by dimension, in Python floats."""
-    layers, width = len(teacher.hidden) - 1, TEACHER.width
+    layers, width = len(teacher.hidden) - 1, TEACHER.hidden_size
     values = {layer: teacher.hidden[layer].detach().double().tolist() for layer in range(1, layers + 1)}
     aggregate = values[1]
     chain = {1: aggregate}
@@ -84,7 +84,7 @@ def test_lad_equals_its_equations(seed: int, affine: bool, whole: bool, made: di
     student, teacher = traces(batch, seed)
     torch.manual_seed(seed)
     norm: Literal["sequence", "token"] = "sequence" if whole else "token"
-    objective = LAD(STUDENT, TEACHER._replace(span=span), hidden=3.0, norm=norm, affine=affine, **made)
+    objective = LAD(STUDENT, TEACHER._replace(padded_length=span), hidden=3.0, norm=norm, affine=affine, **made)
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -107,40 +107,40 @@ def test_lad_reads_every_teacher_layer_and_has_no_first_gate() -> None:
     batch = toy.batch(LENGTHS)
     student, teacher = traces(batch)
     objective = LAD(STUDENT, TEACHER)
-    assert len(objective.gates) == TEACHER.layers - 1
+    assert len(objective.gates) == TEACHER.num_hidden_layers - 1
     loss = objective(student, teacher, batch)["hidden"]
     grads = torch.autograd.grad(loss, [teacher.hidden[layer] for layer in range(1, 5)])
     assert all(g.abs().sum() > 0 for g in grads)
     gates, targets = {f"gate/{layer}" for layer in (2, 3, 4)}, {"target/1", "target/2"}
-    read = {f"reads/{m}/{layer}" for m, top in ((1, 2), (2, 4)) for layer in range(1, top + 1)}
-    assert gates | targets | read == set(objective.observed)
+    read = {f"teacher_layer_weight/{m}/{layer}" for m, top in ((1, 2), (2, 4)) for layer in range(1, top + 1)}
+    assert gates | targets | read == set(objective.metrics)
 
 
 def test_what_a_student_layer_reads_adds_up_to_one_and_follows_the_gates() -> None:
     """Constant gates in between no norm that matters: all layers are of unit size and do not depend on each other."""
     torch.manual_seed(0)
     batch = toy.batch((400, 400))
-    layers = torch.nn.functional.layer_norm(torch.randn(5, 800, TEACHER.width), (TEACHER.width,))
+    layers = torch.nn.functional.layer_norm(torch.randn(5, 800, TEACHER.hidden_size), (TEACHER.hidden_size,))
     teacher = ModelOutputs(torch.randn(2, 3), dict(enumerate(layers)))
     student = ModelOutputs(torch.randn(2, 3), dict(enumerate(layers[:3])))
-    objective = LAD(STUDENT, TEACHER, gates="constant", openness=0.5)
+    objective = LAD(STUDENT, TEACHER, gates="constant", gate_init=0.5)
     objective(student, teacher, batch)
-    seen = [objective.observed[f"reads/2/{layer}"].item() for layer in (1, 2, 3, 4)]
+    seen = [objective.metrics[f"teacher_layer_weight/2/{layer}"].item() for layer in (1, 2, 3, 4)]
     assert sum(seen) == pytest.approx(1)
     # A_2 = (H_1 + H_2) / √2, A_3 = (H_3 + A_2) / √2, …: each norm makes up for the half that the gate took.
     sizes = [1 / 8**0.5, 1 / 8**0.5, 1 / 4**0.5, 1 / 2**0.5]
     assert seen == pytest.approx([size / sum(sizes) for size in sizes], rel=0.03)
-    alone = LAD(STUDENT, TEACHER, gates="constant", openness=1.0)
+    alone = LAD(STUDENT, TEACHER, gates="constant", gate_init=1.0)
     alone(student, teacher, batch)
-    assert [alone.observed[f"reads/2/{layer}"].item() for layer in (1, 2, 3, 4)] == [0, 0, 0, 1]
+    assert [alone.metrics[f"teacher_layer_weight/2/{layer}"].item() for layer in (1, 2, 3, 4)] == [0, 0, 0, 1]
 
 
 def test_wide_open_gates_leave_each_layer_normalised_by_itself() -> None:
     batch = toy.batch(LENGTHS)
     _, teacher = traces(batch)
-    found = LAD(STUDENT, TEACHER, gates="constant", openness=1.0).aggregate(teacher.hidden)
+    found = LAD(STUDENT, TEACHER, gates="constant", gate_init=1.0).aggregate(teacher.hidden)
     for layer in (2, 3, 4):
-        expected = torch.nn.functional.layer_norm(teacher.hidden[layer], (TEACHER.width,))
+        expected = torch.nn.functional.layer_norm(teacher.hidden[layer], (TEACHER.hidden_size,))
         assert torch.allclose(found[layer], expected, atol=1e-6)
 
 
@@ -152,7 +152,7 @@ def test_its_size_is_known_before_it_has_numbers(made: dict[str, Any]) -> None:
     assert [p.shape for p in skeleton.parameters()] == [p.shape for p in LAD(STUDENT, TEACHER, **made).parameters()]
 
 
-@pytest.mark.parametrize("made", [{"gates": "frozen"}, {"gates": "constant", "openness": 0.5}])
+@pytest.mark.parametrize("made", [{"gates": "frozen"}, {"gates": "constant", "gate_init": 0.5}])
 def test_gates_that_do_not_learn_are_not_trained(made: dict[str, Any]) -> None:
     assert not [p for p in LAD(STUDENT, TEACHER, **made).parameters() if p.requires_grad]
 
@@ -162,18 +162,18 @@ def test_an_anchor_teaches_the_gates_what_the_teacher_decides() -> None:
     batch = toy.batch(LENGTHS)
     student, teacher = traces(batch)
     torch.manual_seed(0)
-    objective = LAD(STUDENT, TEACHER, anchor=3.0, temperature=2.0, detached=True)
+    objective = LAD(STUDENT, TEACHER, gate_supervision=3.0, temperature=2.0, detach_gates=True)
     terms = objective(student, teacher, batch)
     found = objective.aggregate(teacher.hidden)
     assert teacher.logits is not None
     expected = 0.0
     for probe, layer in zip(objective.probes, (2, 4), strict=True):
-        said = torch.log_softmax(probe(found[layer][batch.rows]).double() / 2, dim=-1)
+        said = torch.log_softmax(probe(found[layer][batch.head_positions]).double() / 2, dim=-1)
         truth = torch.log_softmax(teacher.logits.double() / 2, dim=-1)
         expected += 3 / 2 * 4 * (truth.exp() * (truth - said)).sum(dim=-1).mean().item()
-    assert terms["anchor"].item() == pytest.approx(expected, rel=1e-5)
+    assert terms["gate_supervision"].item() == pytest.approx(expected, rel=1e-5)
     gates = [p for gate in objective.gates for p in gate.parameters()]
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(terms["anchor"], gates, retain_graph=True))
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(terms["gate_supervision"], gates, retain_graph=True))
     learnt = [*gates, student.hidden[2]]
     *of_gates, of_student = torch.autograd.grad(terms["hidden"], learnt, allow_unused=True)
     assert all(g is None for g in of_gates)
@@ -188,16 +188,16 @@ def test_a_gate_starts_as_open_as_it_is_told() -> None:
     batch = toy.batch(LENGTHS)
     student, teacher = traces(batch)
     for openness in (0.1, 0.9):
-        objective = LAD(STUDENT, TEACHER, openness=openness)
+        objective = LAD(STUDENT, TEACHER, gate_init=openness)
         for gate in objective.gates:
             torch.nn.init.zeros_(gate.linear.weight)
         objective(student, teacher, batch)
-        assert objective.observed["gate/3"].item() == pytest.approx(openness)
+        assert objective.metrics["gate/3"].item() == pytest.approx(openness)
 
 
 def test_the_paper_is_a_variant() -> None:
-    paper = LAD(STUDENT, TEACHER._replace(span=8), variant="paper")
-    assert all(norm.weight.shape == (8, TEACHER.width) for norm in paper.norms)
+    paper = LAD(STUDENT, TEACHER._replace(padded_length=8), variant="paper")
+    assert all(norm.weight.shape == (8, TEACHER.hidden_size) for norm in paper.norms)
     assert all(gate.recipe == VARIANTS["paper"] for gate in paper.gates)
 
 
@@ -205,5 +205,5 @@ def test_the_paper_is_a_variant() -> None:
     ("students", "teachers", "expected"), [(2, 4, [2, 4]), (6, 12, [2, 4, 6, 8, 10, 12]), (4, 6, [1, 3, 4, 6])]
 )
 def test_lad_matches_student_layers_to_teacher_layers(students: int, teachers: int, expected: list[int]) -> None:
-    objective = LAD(STUDENT._replace(layers=students), TEACHER._replace(layers=teachers))
+    objective = LAD(STUDENT._replace(num_hidden_layers=students), TEACHER._replace(num_hidden_layers=teachers))
     assert [layer for _, layer in objective.matches] == expected

@@ -39,7 +39,7 @@ def close(value: float) -> object:
     normalised=st.booleans(),
 )
 def test_pkd_equals_its_equations(batch: Batch, seed: int, mapping: str, rows: str, normalised: bool) -> None:
-    shapes = STUDENT._replace(layers=3), TEACHER._replace(layers=6)
+    shapes = STUDENT._replace(num_hidden_layers=3), TEACHER._replace(num_hidden_layers=6)
     student, teacher = traces(batch, seed, *shapes)
     objective = PKD(*shapes, hidden=7.0, mapping=mapping, tokens=rows, normalised=normalised)  # type: ignore[arg-type]
     total, count = 0.0, 0
@@ -64,7 +64,7 @@ def test_pkd_equals_its_equations(batch: Batch, seed: int, mapping: str, rows: s
     ],
 )
 def test_pkd_matches_the_published_layers(layers: int, mapping: str, expected: list[int]) -> None:
-    objective = PKD(STUDENT._replace(layers=layers), TEACHER._replace(layers=12), mapping=mapping)  # type: ignore[arg-type]
+    objective = PKD(STUDENT._replace(num_hidden_layers=layers), TEACHER._replace(num_hidden_layers=12), mapping=mapping)  # type: ignore[arg-type]
     assert [layer for _, layer in objective.matches] == expected
 
 
@@ -135,8 +135,8 @@ def test_tinybert_with_its_second_phase_in_one() -> None:
     wanted = KD(STUDENT, TEACHER, soft=3.0, hard=0.0, temperature=2.0)(student, teacher, batch)
     assert found.keys() == phase.keys() | wanted.keys() == {"embedding", "hidden", "attention", "soft"}
     assert all(torch.equal(term, (phase | wanted)[name]) for name, term in found.items())
-    assert both.student_needs.logits
-    assert both.teacher_needs.logits
+    assert both.student_outputs.logits
+    assert both.teacher_outputs.logits
     with pytest.raises(UserError, match="tinybert trains no head"):
         TinyBERT(STUDENT._replace(head="none"), TEACHER, soft=1.0)
 
@@ -193,9 +193,11 @@ def test_alp_equals_its_equations(batch: Batch, seed: int) -> None:
             mixed = sum(share * layer[b] for share, layer in zip(shares, layers, strict=True))
             total += (row - mixed).square().mean().item() / len(rows)
             for layer, share in enumerate(shares, start=1):
-                read[f"reads/{m}/{layer}"] = read.get(f"reads/{m}/{layer}", 0.0) + share / len(rows)
+                read[f"teacher_layer_weight/{m}/{layer}"] = read.get(
+                    f"teacher_layer_weight/{m}/{layer}", 0.0
+                ) + share / len(rows)
     assert objective(student, teacher, batch)["hidden"].item() == close(3 * total)
-    assert {name: x.item() for name, x in objective.observed.items()} == {name: close(x) for name, x in read.items()}
+    assert {name: x.item() for name, x in objective.metrics.items()} == {name: close(x) for name, x in read.items()}
 
 
 def test_alp_of_equal_teacher_layers_that_the_student_has_is_zero() -> None:

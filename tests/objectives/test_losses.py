@@ -46,7 +46,7 @@ def answers_batch(pad_to: int | None = None) -> Batch:
     starts = batch.cu_seqlens.tolist()
     rows = [start + row for start, mine in zip(starts, READ, strict=False) for row in mine]
     labels = [[n == 1, n == len(mine) - 1] for mine in READ for n in range(len(mine))]
-    return batch._replace(rows=torch.tensor(rows), labels=torch.tensor(labels).float())
+    return batch._replace(head_positions=torch.tensor(rows), labels=torch.tensor(labels).float())
 
 
 def test_losses_of_answers_equal_their_equations() -> None:
@@ -73,7 +73,7 @@ def test_losses_of_answers_equal_their_equations() -> None:
 
 def test_losses_of_answers_know_no_layout() -> None:
     batch, logits = answers_batch(), torch.randn(9, 2)
-    packed = toy.packed(toy.batch([3, 5, 4]), 8)._replace(rows=batch.rows, labels=batch.labels)
+    packed = toy.packed(toy.batch([3, 5, 4]), 8)._replace(head_positions=batch.head_positions, labels=batch.labels)
     values = [losses.hard(logits, each, "question_answering").item() for each in (batch, answers_batch(7), packed)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
@@ -166,5 +166,5 @@ def test_attention_keeps_nothing_of_its_size_for_the_backward(function: Callable
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
         loss = function((x, x), (x.detach(), x.detach()), batch, 2)
     loss.backward()
-    assert max(kept, default=0) <= batch.sequence.numel() * 8  # a number for each place and unit, not for each pair
+    assert max(kept, default=0) <= batch.sequence_ids.numel() * 8  # a number for each place and unit, not for each pair
     assert x.grad is not None

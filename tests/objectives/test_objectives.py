@@ -13,7 +13,7 @@ from lad_dist.models.dims import model_dims
 from lad_dist.models.forward import compute_outputs
 from lad_dist.objectives import OBJECTIVES
 
-TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.taught)
+TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.requires_teacher)
 ATTENTIVE = ["emd", "minilm", "minilm2", "tinybert"]
 
 
@@ -37,8 +37,8 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
     values = []
     for batch in layouts:
         with torch.no_grad():
-            seen = compute_outputs(student, batch, objective.student_needs)
-            target = compute_outputs(teacher, batch, objective.teacher_needs)
+            seen = compute_outputs(student, batch, objective.student_outputs)
+            target = compute_outputs(teacher, batch, objective.teacher_outputs)
             values.append({key: term.item() for key, term in objective(seen, target, batch).items()})
     for others in values[1:]:
         assert others == pytest.approx(values[0], rel=1e-4, abs=1e-7)
@@ -90,7 +90,7 @@ def test_every_term_teaches_the_student(name: str) -> None:
         moved = {key for key, g in zip(inputs, gradients, strict=True) if g is not None and g.abs().sum() > 0}
         assert moved
         learnt |= moved
-    needs = objective.student_needs
+    needs = objective.student_outputs
     assert ("logits" in learnt) == needs.logits
     assert {int(key.split()[1]) for key in learnt if key.startswith("hidden")} == set(needs.hidden)
     assert {int(key.split()[1]) for key in learnt if key.startswith("qkv")} == set(needs.qkv)
@@ -110,7 +110,7 @@ def test_the_teacher_may_have_more_precision_than_the_student(name: str) -> None
     terms = objective(rounded, teacher, batch)
     assert {x.dtype for x in terms.values()} == {torch.float32}
     assert teacher.logits is not None
-    if objective.teacher_needs.logits:  # a change that bf16 would round away
+    if objective.teacher_outputs.logits:  # a change that bf16 would round away
         nudged = teacher._replace(logits=teacher.logits * (1 + 1e-4))
         assert objective(rounded, nudged, batch)["soft"] != terms["soft"]
 
@@ -129,7 +129,7 @@ def test_no_scores_wait_for_the_backward(name: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         sum(objective(student, teacher, batch).values())
-    assert max(kept, default=0) < 2 * TEACHER.heads * 64 * 64 / 4
+    assert max(kept, default=0) < 2 * TEACHER.num_attention_heads * 64 * 64 / 4
 
 
 def test_where_widths_may_differ() -> None:
@@ -151,22 +151,22 @@ def test_where_widths_may_differ() -> None:
     [
         ("alp", {}, NARROW, TEACHER, "4 wide"),
         ("distilbert", {}, NARROW, TEACHER, "4 wide"),
-        ("emd", {}, STUDENT._replace(heads=4), TEACHER, "4 heads and the teacher 2"),
+        ("emd", {}, STUDENT._replace(num_attention_heads=4), TEACHER, "4 heads and the teacher 2"),
         ("kd", {}, STUDENT, TEACHER._replace(head="none"), "no head"),
         ("lad", {}, NARROW, TEACHER, "4 wide"),
-        ("lad", {}, STUDENT._replace(layers=6), TEACHER, "6 student layers"),
+        ("lad", {}, STUDENT._replace(num_hidden_layers=6), TEACHER, "6 student layers"),
         ("lad", {"norm": "sequence"}, STUDENT, TEACHER, "data.pad_to"),
         ("mgskd", {"heads": 3}, STUDENT, TEACHER, "3 does not divide a width of 8"),
         ("mgskd", {"lower": 3}, STUDENT, TEACHER, "the student has 2 layers"),
-        ("mgskd", {}, STUDENT._replace(layers=6), TEACHER, "6 student layers"),
-        ("minilm", {}, STUDENT._replace(heads=4), TEACHER, "4 heads and the teacher 2"),
+        ("mgskd", {}, STUDENT._replace(num_hidden_layers=6), TEACHER, "6 student layers"),
+        ("minilm", {}, STUDENT._replace(num_attention_heads=4), TEACHER, "4 heads and the teacher 2"),
         ("minilm2", {"heads": 3}, STUDENT, TEACHER, "does not divide"),
         ("minilm2", {"teacher_layer": 9}, STUDENT, TEACHER, "there are 4 layers"),
         ("pkd", {}, NARROW, TEACHER, "4 wide"),
-        ("pkd", {}, STUDENT._replace(layers=6), TEACHER, "6 student layers"),
-        ("pkd", {}, STUDENT._replace(layers=1), TEACHER, "take kd"),
-        ("tinybert", {}, STUDENT._replace(heads=4), TEACHER, "4 heads and the teacher 2"),
-        ("tinybert", {}, STUDENT._replace(layers=6), TEACHER, "6 student layers"),
+        ("pkd", {}, STUDENT._replace(num_hidden_layers=6), TEACHER, "6 student layers"),
+        ("pkd", {}, STUDENT._replace(num_hidden_layers=1), TEACHER, "take kd"),
+        ("tinybert", {}, STUDENT._replace(num_attention_heads=4), TEACHER, "4 heads and the teacher 2"),
+        ("tinybert", {}, STUDENT._replace(num_hidden_layers=6), TEACHER, "6 student layers"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -187,17 +187,17 @@ def test_a_weight_of_zero_leaves_its_term_away(name: str) -> None:
         rest = objective(student, teacher, batch)
         assert set(terms) - set(rest) == {gone}
         assert {key: x.item() for key, x in rest.items()} == {key: terms[key].item() for key in rest}
-        needs = objective.student_needs
+        needs = objective.student_outputs
         assert (gone == "attention", gone == "embedding") == (not needs.qkv, 0 not in needs.hidden)
         assert (gone == "hidden") == (set(needs.hidden) <= {0})
-    other = STUDENT._replace(heads=4)
+    other = STUDENT._replace(num_attention_heads=4)
     found = OBJECTIVES[name](other, TEACHER, attention=0.0)(*traces(batch, student=other), batch)
     assert set(terms) - set(found) == {"attention"}
 
 
 def test_needs_name_only_what_is_used() -> None:
-    assert OBJECTIVES["minilm2"](STUDENT, TEACHER).teacher_needs == OutputSpec(qkv=(4,))
-    assert OBJECTIVES["kd"](STUDENT, TEACHER, soft=0.0).teacher_needs == OutputSpec()
-    assert OBJECTIVES["lad"](STUDENT, TEACHER, soft=0.0).teacher_needs == OutputSpec(hidden=(1, 2, 3, 4))
-    assert OBJECTIVES["pkd"](STUDENT, TEACHER).student_needs == OutputSpec(logits=True, hidden=(1,))
-    assert OBJECTIVES["tinybert"](STUDENT, TEACHER).teacher_needs == OutputSpec(hidden=(0, 2, 4), qkv=(2, 4))
+    assert OBJECTIVES["minilm2"](STUDENT, TEACHER).teacher_outputs == OutputSpec(qkv=(4,))
+    assert OBJECTIVES["kd"](STUDENT, TEACHER, soft=0.0).teacher_outputs == OutputSpec()
+    assert OBJECTIVES["lad"](STUDENT, TEACHER, soft=0.0).teacher_outputs == OutputSpec(hidden=(1, 2, 3, 4))
+    assert OBJECTIVES["pkd"](STUDENT, TEACHER).student_outputs == OutputSpec(logits=True, hidden=(1,))
+    assert OBJECTIVES["tinybert"](STUDENT, TEACHER).teacher_outputs == OutputSpec(hidden=(0, 2, 4), qkv=(2, 4))

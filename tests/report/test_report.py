@@ -185,8 +185,8 @@ def test_variants_are_called_by_the_fewest_keys(tmp_path: Path) -> None:
         ({"student__layers": [1, 3]}, {"student__layers": [1, 2]}, {"kd layers=[1,3]", "kd layers=[1,2]"}),
         ({"student__layers": [1, 3]}, {}, {"kd layers=[1,3]", "kd layers=even"}),
         ({"student__dropout": 0.1}, {}, {"kd dropout=0.1", "kd dropout=none"}),
-        ({"surgery": [{"name": "low_rank", "keep": 0.5}]}, {}, {"kd name=low_rank", "kd name=none"}),
-        ({"data__workers": 2, "run__eval_every": 5}, {}, {"kd"}),
+        ({"compression": [{"name": "low_rank", "keep": 0.5}]}, {}, {"kd name=low_rank", "kd name=none"}),
+        ({"data__num_workers": 2, "run__eval_every": 5}, {}, {"kd"}),
     ],
 )
 def test_names_of_two_variants(one: dict[str, Any], other: dict[str, Any], called: set[str], tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_baseline_may_be_a_word_of_the_names_that_a_search_gives(tmp_path: Pat
         for sparsity in ("20", "50"):
             for criterion in ("adapting", "random"):
                 changes = pruned(criterion, float(sparsity) / 100)
-                run(tmp_path / f"{criterion}-{sparsity}-rte-{seed}", "task", "rte", seed, 0.5, **changes)
+                run(tmp_path / f"{criterion}-{sparsity}-rte-{seed}", "supervised", "rte", seed, 0.5, **changes)
     tested = {f"adapting-{share}": f"random-{share}" for share in (20, 50)}
     assert compared(tmp_path, "random").baselines == tested
     assert compared(tmp_path, "random-20").baselines.keys() == {*tested, "random-50"}
@@ -246,18 +246,18 @@ def test_a_baseline_may_be_a_word_of_the_names_that_a_search_gives(tmp_path: Pat
 
 def test_methods_of_several_keys_are_called_as_their_runs_are_if_these_agree(tmp_path: Path) -> None:
     for task, seed, share in itertools.product(("rte", "cola"), (0, 1), (0.2, 0.5)):
-        run(tmp_path / f"some_{share}-{task}-{seed}", "task", task, seed, 0.5, **pruned("random", share))
+        run(tmp_path / f"some_{share}-{task}-{seed}", "supervised", task, seed, 0.5, **pruned("random", share))
     run(tmp_path / "lad-low-rte-0", "lad", "rte", 0, 0.5)
     assert names(tmp_path) == {"task sparsity=0.2", "task sparsity=0.5", "lad"}
-    run(tmp_path / "best-rte-0", "task", "rte", 0, 0.5, **pruned("movement", 0.5))
+    run(tmp_path / "best-rte-0", "supervised", "rte", 0, 0.5, **pruned("movement", 0.5))
     assert names(tmp_path) == {"some_0.2", "some_0.5", "best", "lad-low"}
-    run(tmp_path / "other-rte-2", "task", "rte", 2, 0.5, **pruned("movement", 0.5))
+    run(tmp_path / "other-rte-2", "supervised", "rte", 2, 0.5, **pruned("movement", 0.5))
     row = "task criterion={} sparsity={}".format
     assert names(tmp_path) == {row("random", 0.2), row("random", 0.5), row("movement", 0.5), "lad"}
 
 
 def pruned(criterion: str, sparsity: float) -> dict[str, Any]:
-    return {"surgery": [{"name": "prune", "criterion": criterion, "sparsity": sparsity}]}
+    return {"compression": [{"name": "prune", "criterion": criterion, "sparsity": sparsity}]}
 
 
 def test_names_tell_which_of_an_objectives_variants_is_the_baseline(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "results.json").write_text('{"trials": [], "failed": []}')
     run(tmp_path / "corpus", "mlm", "rte", 0, 0.5, data={"shards": "corpora/x", "max_length": 128})
-    run(tmp_path / "teacher-rte", "task", "rte", 0, 0.75, teacher=None)
+    run(tmp_path / "teacher-rte", "supervised", "rte", 0, 0.75, teacher=None)
     run(tmp_path / "lost", "emd", "rte", 0, math.nan)
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.5, teacher__path=str(tmp_path / "teacher-rte" / "export"))
     text = report([tmp_path])
@@ -307,10 +307,10 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
 
 
 def test_students_without_a_teacher_have_no_teachers_row(tmp_path: Path) -> None:
-    run(tmp_path / "alone", "task", "rte", 0, 0.5, teacher=None, results__teacher={})
+    run(tmp_path / "alone", "supervised", "rte", 0, 0.5, teacher=None, results__teacher={})
     text = report([tmp_path])
     assert "| teacher |" not in text
-    assert cells_of(text, "task")[1] == "0.500"
+    assert cells_of(text, "supervised")[1] == "0.500"
 
 
 def test_a_repeated_run_counts_once(tmp_path: Path) -> None:
@@ -515,7 +515,7 @@ def test_real_runs(world: World, tmp_path: Path) -> None:
 
     for objective in ("kd", "lad"):
         tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained, objective={"name": objective})
-        found = train(toy.parsed(tables, {"run.name": objective, "run.steps": 2, "data.workers": 0}))
+        found = train(toy.parsed(tables, {"run.name": objective, "run.steps": 2, "data.num_workers": 0}))
         assert found.results is not None
     text = report([tmp_path], out=tmp_path / "out")
     for objective in ("kd", "lad"):

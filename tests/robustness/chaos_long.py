@@ -155,7 +155,7 @@ def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "slurm", made / "slurm")
     (made / "launch").symlink_to(ROOT / "launch")
     tables = toy.task_config(Path("runs"), world.files, world.teacher, world.pretrained)
-    changes = {"run.steps": SLURM_STEPS, "run.save_every": 50, "data.slots": 2, "data.workers": 0}
+    changes = {"run.steps": SLURM_STEPS, "run.save_every": 50, "data.micro_batches_per_step": 2, "data.num_workers": 0}
     (made / "toy.toml").write_text(tomli_w.dumps(apply_overrides(tables, changes.items())))
     return made
 

@@ -52,7 +52,7 @@ def timed(out: Path) -> None:
         ("saving, its thread", AsyncCheckpointer, "_write"),
     ):
         setattr(owner, method, _added_up(getattr(owner, method), name, seconds))
-    step, finish, begun = Trainer.step, Trainer._finish, _now()
+    step, finish, begun = Trainer.train_step, Trainer._finish, _now()
 
     def first(self: Trainer, number: int, *words: Any) -> None:
         nonlocal begun
@@ -63,11 +63,11 @@ def timed(out: Path) -> None:
 
     def last(self: Trainer) -> Any:
         seconds["all"] = [now - then for now, then in zip(_now(), begun, strict=True)]
-        self.watch.__exit__(None, None, None)  # its thread tells its seconds when it ends
+        self.watchdog.__exit__(None, None, None)  # its thread tells its seconds when it ends
         out.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(seconds))
         return finish(self)
 
-    Trainer.step, Trainer._finish = first, last  # type: ignore[method-assign]
+    Trainer.train_step, Trainer._finish = first, last  # type: ignore[method-assign]
 
 
 def _now() -> Seconds:
@@ -89,12 +89,12 @@ def _added_up(method: Callable[..., Any], name: str, seconds: dict[str, Seconds]
 
 def run(teacher: str, folder: Path, steps: int) -> Victim:
     tables = {
-        "run": {"name": "run", "dir": str(folder), "steps": steps, "save_every": EVERY, "check_every": EVERY},
+        "run": {"name": "run", "dir": str(folder), "steps": steps, "save_every": EVERY, "replica_check_every": EVERY},
         "teacher": {"path": teacher},
-        "student": {"path": teacher, "depth": 3},
+        "student": {"path": teacher, "num_hidden_layers": 3},
         "data": {
-            "train": str(folder / "train.csv"), "dev": str(folder / "dev.csv"), "max_length": 128, "workers": 0,
-            "examples_per_slot": 8, "slots": 4,
+            "train": str(folder / "train.csv"), "dev": str(folder / "dev.csv"), "max_length": 128, "num_workers": 0,
+            "micro_batch_size": 8, "micro_batches_per_step": 4,
         },
         "objective": {"name": "lad", "hidden": 10.0},
         "optim": {"lr": 5e-5, "objective_lr": 3e-5},

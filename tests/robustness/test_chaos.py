@@ -94,7 +94,7 @@ def content(step: int, draft: str) -> Content:
 def save(folder: Path, step: int, draft: str = "") -> None:
     """As a run does, with two files."""
     store = CheckpointStore(folder)
-    path = store.draft(step)
+    path = store.begin(step)
     files = [(path / "state" / "a.pt", content(step, draft)), (path / "state" / "b.pt", {"step": step})]
     store.commit(path, {"step": step}, write(files, path))
 
@@ -271,7 +271,7 @@ def test_a_rank_that_stands_still_is_named_and_the_run_goes_on_without_loss(
     rank: int, world: World, straight: Victim, tmp_path: Path, figures: list[tuple[str, str]]
 ) -> None:
     bound = 4.0
-    victim = chaos.victim(tmp_path, world, {"run.hang_seconds": bound})
+    victim = chaos.victim(tmp_path, world, {"run.watchdog_timeout": bound})
     life = chaos.begin(victim)
     assert life.until(lambda: victim.reached >= 12)
     moment = time.monotonic()

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 def make(world: World, tmp_path: Path) -> Callable[..., TrainConfig]:
     def made(changes: Row | None = None, name: str = "runs") -> TrainConfig:
         tables = toy.task_config(tmp_path / name, world.files, world.teacher, world.pretrained)
-        return toy.parsed(tables, {"data.slots": 1, **(changes or {})})
+        return toy.parsed(tables, {"data.micro_batches_per_step": 1, **(changes or {})})
 
     return made
 
@@ -44,7 +44,7 @@ def weights(config: TrainConfig) -> bytes:
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Makes the losses of these steps infinite."""
-    at, forward = Distiller.at, Distiller.forward
+    at, forward = Distiller.on_step_start, Distiller.forward
     now: list[int] = []
 
     def watched(self: Distiller, moment: StepState) -> None:
@@ -70,7 +70,7 @@ def test_a_spoilt_update_is_skipped_and_told(
     assert steps_of(rows) == list(range(1, 9))
     assert [math.isinf(row["loss"]) for row in rows if "loss" in row] == [step == 4 for step in range(1, 9)]
     assert "the update of step 3 was skipped: loss inf" in capsys.readouterr().err
-    found = json.loads((config.run.folder / "skipped.json").read_text())
+    found = json.loads((config.run.folder / "skipped_steps.json").read_text())
     assert found["left_out"] == []
     assert [(row["step"], len(row["samples"])) for row in found["skipped"]] == [(3, 1)]
     assert len(found["skipped"][0]["samples"][0]) == 4
@@ -88,8 +88,8 @@ def test_skips_in_a_row_go_back_to_a_checkpoint_and_leave_their_steps_out(
     assert steps_of(rows) == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     written = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps_of(written) == [1, 2, 3, 4, 9, 10, 11, 12]
-    assert json.loads((config.run.folder / "skipped.json").read_text())["left_out"] == [4, 5, 6, 7]
-    assert not (config.run.folder / "deaths.json").exists()
+    assert json.loads((config.run.folder / "skipped_steps.json").read_text())["left_out"] == [4, 5, 6, 7]
+    assert not (config.run.folder / "crashes.json").exists()
 
 
 def test_without_a_checkpoint_it_goes_back_to_the_beginning(
@@ -101,7 +101,7 @@ def test_without_a_checkpoint_it_goes_back_to_the_beginning(
     assert train(config).results is not None
     other = make(name="other")
     (other.run.folder).mkdir(parents=True)
-    (other.run.folder / "skipped.json").write_text('{"left_out": [2, 3, 4, 5], "skipped": []}')
+    (other.run.folder / "skipped_steps.json").write_text('{"left_out": [2, 3, 4, 5], "skipped": []}')
     train(other)
     assert weights(config) == weights(other)
 
@@ -120,7 +120,7 @@ def test_a_run_that_only_skips_ends_with_what_is_wrong(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert "update after update was skipped" in last
-    assert json.loads((config.run.folder / "deaths.json").read_text())["deaths"] == 1
+    assert json.loads((config.run.folder / "crashes.json").read_text())["deaths"] == 1
 
 
 def stop_at(step: int, how: Callable[[], None]) -> Callable[[Row], None]:
@@ -161,7 +161,7 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_after_three(
     with pytest.raises(NoProgress, match="died 3 times in a row at the beginning"):
         train(config)
     monkeypatch.undo()
-    (config.run.folder / "deaths.json").unlink()
+    (config.run.folder / "crashes.json").unlink()
     assert train(config).results is not None
 
 

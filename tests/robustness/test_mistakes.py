@@ -70,11 +70,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (TASK, {"objective.temperature": 0.0}, "objective: temperature: input should be greater than 0"),
     (
         TASK,
-        {"surgery": [{"name": "lowrank", "keep": 0.5}]},
+        {"compression": [{"name": "lowrank", "keep": 0.5}]},
         'surgery.name "lowrank" is unknown: did you mean "low_rank"?',
     ),
-    (TASK, {"surgery": [{"name": "low_rank"}]}, "surgery low_rank: keep: missing"),
-    (TASK, {"surgery": [{"name": "low_rank", "keep": 2.0}]}, "surgery low_rank: keep: input should be less than"),
+    (TASK, {"compression": [{"name": "low_rank"}]}, "surgery low_rank: keep: missing"),
+    (TASK, {"compression": [{"name": "low_rank", "keep": 2.0}]}, "surgery low_rank: keep: input should be less than"),
     (TASK, {"data.train": None, "data.dev": None, "data.task": "rtee"}, 'task "rtee" is unknown: did you mean "rte"?'),
     (TASK, {"optim.lrr": 1.0}, 'optim.lrr: no such key; did you mean "lr"?'),
     (TASK, {"optims": {"lr": 1.0}}, 'optims: no such table; did you mean "optim"?'),
@@ -101,7 +101,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (TASK, {"deepspeed.bf16.enabled": True}, "needs deepspeed.zero_optimization.stage = 1 or more"),
     (TASK, {"deepspeed.gradient_clipping": "one"}, "deepspeed.gradient_clipping: "),
-    (TASK, {"deepspeed.train_batch_size": 8}, "deepspeed.train_batch_size: this is decided by data.slots"),
+    (
+        TASK,
+        {"deepspeed.train_batch_size": 8},
+        "deepspeed.train_batch_size: this is decided by data.micro_batches_per_step",
+    ),
     (TASK, {"deepspeed.optimizer": {"type": "Adam"}}, "deepspeed.optimizer: this is decided by [optim]"),
     # what is not there
     (TASK, {"data.train": "nowhere.csv"}, "nowhere.csv: no such file"),
@@ -118,9 +122,9 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (TASK, {"data.kind": "tagging", "data.train": "{bad_dev}"}, "bad.jsonl:1: tokens is None, not a list"),
     (TASK, {"data.kind": "question_answering"}, 'train.csv: file type ".csv" is unknown'),
     (TASK, {"teacher": None}, 'objective.name "lad" needs a teacher: set teacher.path'),
-    (TASK, {"objective": {"name": "task"}}, 'objective.name "task" learns from no teacher: take [teacher] away'),
+    (TASK, {"objective": {"name": "supervised"}}, 'objective.name "supervised" learns from no teacher: take [teacher] away'),
     (TASK, {"objective": {"name": "mlm"}}, 'objective.name "mlm" does not run on a task'),
-    (CORPUS, {"objective": {"name": "task"}}, 'objective.name "task" does not run on a corpus'),
+    (CORPUS, {"objective": {"name": "supervised"}}, 'objective.name "supervised" does not run on a corpus'),
     (CORPUS, {"teacher.path": "{headless}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
     (CORPUS, {"teacher.path": "{teacher}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
     (CORPUS, {"objective": {"name": "minilm2", "heads": 5}}, "objective.heads = 5 does not divide a width of 32"),
@@ -135,27 +139,39 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (TASK, {"objective": {"name": "emd", "hidden": 0.0, "attention": 0.0}}, "no layers are compared; take kd"),
     (TASK, {"objective": {"name": "pkd", "mapping": "even"}}, "objective: mapping: input should be 'skip' or 'last'"),
-    (TASK, {"student.depth": 1, "objective": {"name": "pkd"}}, "a student of one layer has none before its last"),
-    (TASK, {"student.depth": 5}, "student.depth = 5, but the model it starts from has 4 layers"),
-    (TASK, {"student.depth": None, "student.layers": [1, 9]}, "student.layers: there is no layer 9"),
+    (
+        TASK,
+        {"student.num_hidden_layers": 1, "objective": {"name": "pkd"}},
+        "a student of one layer has none before its last",
+    ),
+    (
+        TASK,
+        {"student.num_hidden_layers": 5},
+        "student.num_hidden_layers = 5, but the model it starts from has 4 layers",
+    ),
+    (TASK, {"student.num_hidden_layers": None, "student.layers": [1, 9]}, "student.layers: there is no layer 9"),
     (TASK, {"data.max_length": 65}, "data.max_length: 65 tokens, but"),
     (TASK, {"data.pad_to": 128}, "data.max_length: 128 tokens, but"),
     (
         CORPUS,
-        {"student.path": "{short_roberta}", "data.max_length": 33, "data.tokens_per_slot": 66},
+        {"student.path": "{short_roberta}", "data.max_length": 33, "data.micro_batch_tokens": 66},
         "data.max_length: 33 tokens, but",
     ),
-    (CORPUS, {"data.tokens_per_slot": 60}, "tokens_per_slot = 60 is no multiple of max_length = 32; 64 is"),
-    (CORPUS, {"data.weights": {"novels": 2.0}}, 'data.weights: no source "novels" in'),
-    (CORPUS, {"data.weights": {"books": 0.0}}, "data.weights.books: input should be greater than 0"),
+    (CORPUS, {"data.micro_batch_tokens": 60}, "tokens_per_slot = 60 is no multiple of max_length = 32; 64 is"),
+    (CORPUS, {"data.source_weights": {"novels": 2.0}}, 'data.source_weights: no source "novels" in'),
+    (CORPUS, {"data.source_weights": {"books": 0.0}}, "data.source_weights.books: input should be greater than 0"),
     (TASK, {"objective.norm": "sequence"}, "it normalises over whole sequences, so set data.pad_to"),
-    (CORPUS, {"teacher.cache": "answers"}, "teacher.cache is for tasks"),
-    (TASK, {"objective.gates": "constant"}, "say how open they are, objective.openness = 0.5"),
-    (TASK, {"student.width": 16, "student.embeddings": "random"}, "throws away what a narrower model is fitted to"),
-    (TASK, {"objective.detached": True}, "nothing teaches the gates then"),
-    (TASK, {"objective.anchor": 1.0, "objective.gates": "frozen"}, 'gates = "frozen" learn nothing'),
-    (CORPUS, {"objective.anchor": 1.0}, "the teacher decides nothing on a corpus"),
-    (TASK, {"objective.openness": 1.0}, "a gate cannot start wide open and learn"),
+    (CORPUS, {"teacher.cache": "teacher_cache"}, "teacher.cache is for tasks"),
+    (TASK, {"objective.gates": "constant"}, "say how open they are, objective.gate_init = 0.5"),
+    (
+        TASK,
+        {"student.hidden_size": 16, "student.embeddings": "random"},
+        "throws away what a narrower model is fitted to",
+    ),
+    (TASK, {"objective.detach_gates": True}, "nothing teaches the gates then"),
+    (TASK, {"objective.gate_supervision": 1.0, "objective.gates": "frozen"}, 'gates = "frozen" learn nothing'),
+    (CORPUS, {"objective.gate_supervision": 1.0}, "the teacher decides nothing on a corpus"),
+    (TASK, {"objective.gate_init": 1.0}, "a gate cannot start wide open and learn"),
     (TASK, {"student": {"architecture": toy.SIZES}}, "student.tokenizer: a new model for a task needs one"),
     # lengths
     (TASK, {"run.steps": None}, "run: give exactly one of steps and epochs"),
@@ -244,7 +260,9 @@ def test_slots_are_shared_out_evenly(
     monkeypatch.setenv("MASTER_PORT", "29500")
     path = written(tmp_path, tables_of(TASK, places, tmp_path / "runs"), {})
     assert guarded(lambda: train_command(load_config(TaskConfig, path))) == 2
-    assert_one_line(capfd.readouterr().err, "data.slots = 4: cannot be shared out over 3 processes; 3 can")
+    assert_one_line(
+        capfd.readouterr().err, "data.micro_batches_per_step = 4: cannot be shared out over 3 processes; 3 can"
+    )
 
 
 @pytest.mark.usefixtures("no_weights")

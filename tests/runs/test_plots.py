@@ -13,8 +13,13 @@ from lad_dist.training.train import train
 
 def test_the_heat_map_is_the_last_row_that_says_what_was_read() -> None:
     rows = [
-        {"step": 1, "reads/1/1": 1.0, "reads/1/2": 0.0, "reads/2/3": 1.0},
-        {"step": 2, "reads/1/1": 0.75, "reads/1/2": 0.25, "reads/2/3": 1.0},
+        {"step": 1, "teacher_layer_weight/1/1": 1.0, "teacher_layer_weight/1/2": 0.0, "teacher_layer_weight/2/3": 1.0},
+        {
+            "step": 2,
+            "teacher_layer_weight/1/1": 0.75,
+            "teacher_layer_weight/1/2": 0.25,
+            "teacher_layer_weight/2/3": 1.0,
+        },
         {"step": 2, "dev/accuracy": 0.5},
     ]
     figure = teacher_layer_figure(rows)
@@ -29,6 +34,6 @@ def test_the_heat_map_is_the_last_row_that_says_what_was_read() -> None:
 @pytest.mark.parametrize(("objective", "drawn"), [("lad", True), ("alp", True), ("emd", True), ("kd", False)])
 def test_a_run_leaves_its_heat_map(objective: str, drawn: bool, world: World, tmp_path: Path) -> None:
     folder = train(lad(world, tmp_path, {"run.steps": 2, "objective": {"name": objective}})).folder
-    assert (folder / "reads.png").exists() == drawn
+    assert (folder / "teacher_layers.png").exists() == drawn
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert board.Tags()["images"] == ["reads"] * drawn

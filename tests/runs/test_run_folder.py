@@ -32,9 +32,9 @@ def config(world: World, tmp_path: Path) -> TrainConfig:
         ({"optim.lr": 2e-3}, "optim.lr = 0.001, the config says 0.002"),
         ({"run.seed": 1}, "run.seed = 0, the config says 1"),
         ({"deepspeed.bf16.enabled": False}, "deepspeed.bf16.enabled = None, the config says False"),
-        ({"student.depth": None}, "student.depth = 2, the config says None"),
+        ({"student.num_hidden_layers": None}, "student.num_hidden_layers = 2, the config says None"),
         ({"objective.soft": 0.1}, "objective.soft = None, the config says 0.1"),
-        ({"surgery": [{"name": "low_rank", "keep": 0.5}]}, "surgery = [], the config says"),
+        ({"compression": [{"name": "low_rank", "keep": 0.5}]}, "surgery = [], the config says"),
     ],
 )
 def test_a_folder_with_another_config_is_refused(
@@ -66,7 +66,7 @@ def test_a_key_that_an_earlier_version_did_not_know_was_at_its_default(
 def test_what_changes_nothing_of_what_is_learnt_may_change(world: World, tmp_path: Path, config: TrainConfig) -> None:
     Run(config).begin(0)
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
-    changes = {"run.log_every": 3, "run.eval_every": 2, "run.save_every": 2, "data.workers": 3}
+    changes = {"run.log_every": 3, "run.eval_every": 2, "run.save_every": 2, "data.num_workers": 3}
     Run(toy.parsed(tables, changes))
 
 
@@ -120,26 +120,26 @@ class Crash(Exception):
 
 
 def die(run: Run, error: Exception) -> None:
-    with pytest.raises(type(error)), run.life():
+    with pytest.raises(type(error)), run.session():
         raise error
 
 
 def checkpoint_of(run: Run, step: int) -> None:
-    run.checkpoints.commit(run.checkpoints.draft(step), {"step": step}, {})
+    run.checkpoints.commit(run.checkpoints.begin(step), {"step": step}, {})
 
 
 def test_a_run_that_dies_three_times_at_one_place_is_not_begun_again(config: TrainConfig) -> None:
     run = Run(config)
     for _ in range(MAX_CRASHES):
         die(run, Crash())
-    with pytest.raises(NoProgress, match="died 3 times in a row at the beginning") as caught, run.life():
+    with pytest.raises(NoProgress, match="died 3 times in a row at the beginning") as caught, run.session():
         raise AssertionError("was begun")
     assert caught.value.code == 93
     assert "\n" not in str(caught.value)
-    (run.folder / "deaths.json").unlink()
-    with run.life():
+    (run.folder / "crashes.json").unlink()
+    with run.session():
         pass
-    assert not (run.folder / "deaths.json").exists()
+    assert not (run.folder / "crashes.json").exists()
 
 
 def test_a_new_checkpoint_is_progress(config: TrainConfig) -> None:
@@ -150,7 +150,7 @@ def test_a_new_checkpoint_is_progress(config: TrainConfig) -> None:
         checkpoint_of(run, step)
     for _ in range(MAX_CRASHES):
         die(run, Crash())
-    with pytest.raises(NoProgress, match="at step-000000004"), run.life():
+    with pytest.raises(NoProgress, match="at step-000000004"), run.session():
         pass
 
 
@@ -161,31 +161,31 @@ def test_who_ends_well_did_not_die(config: TrainConfig, good: BaseException | No
     for _ in range(2 * MAX_CRASHES):
         die(run, Crash())
         if good is None:
-            with run.life():
+            with run.session():
                 pass
         else:
-            with pytest.raises(type(good)), run.life():
+            with pytest.raises(type(good)), run.session():
                 raise good
 
 
 def test_a_damaged_count_counts_anew(config: TrainConfig) -> None:
     run = Run(config)
     die(run, Crash())
-    (run.folder / "deaths.json").write_text('{"at": "the beg')
+    (run.folder / "crashes.json").write_text('{"at": "the beg')
     for _ in range(MAX_CRASHES):
         die(run, Crash())
 
 
 def test_the_file_stop_is_seen_and_taken_away(config: TrainConfig) -> None:
     run = Run(config)
-    assert not run.asked_to_stop()
+    assert not run.stop_requested()
     run.folder.mkdir(parents=True)
     (run.folder / "STOP").touch()
-    assert not run.asked_to_stop()  # not looked for at every step
+    assert not run.stop_requested()  # not looked for at every step
     again = Run(config)
-    assert again.asked_to_stop()
-    again.stopped()
-    assert not Run(config).asked_to_stop()
+    assert again.stop_requested()
+    again.clear_stop_request()
+    assert not Run(config).stop_requested()
 
 
 HOLDER = """
@@ -211,9 +211,9 @@ def test_a_folder_belongs_to_one_life_at_a_time(
         assert other.stdout.readline() == "held\n"
         begin = time.monotonic()
         if seconds == 100:
-            with pytest.raises(UserError, match="another process trains there; wait for its end"), run.life():
+            with pytest.raises(UserError, match="another process trains there; wait for its end"), run.session():
                 raise AssertionError("was begun")
             other.kill()
             other.wait()
-        with run.life():
+        with run.session():
             assert other.poll() is not None or time.monotonic() - begin > 0.5

@@ -46,9 +46,9 @@ GRID = {
 
 def tables(work: Path, **changes: Any) -> dict[str, Any]:
     """Four trials, two at once; the changes by table."""
-    words = {"name": "s", "dir": str(work), "base": str(work / "base.toml"), "metric": "accuracy", "samples": 4}
+    words = {"name": "s", "dir": str(work), "base": str(work / "base.toml"), "metric": "accuracy", "num_samples": 4}
     default: dict[str, Any] = {
-        "search": {**words, "concurrent": 2, "cpus": 0.5, "reduction": 2},
+        "search": {**words, "max_concurrent": 2, "cpus": 0.5, "reduction_factor": 2},
         "override": {"run.eval_every": 2},
         "space": {"optim.lr": {"choice": [HOPELESS, GOOD]}},
     }
@@ -88,11 +88,11 @@ def denying(world: World, folder: Path) -> Path:
     [
         ({"space": {"optim.rl": {"uniform": [0.1, 0.2]}}}, "optim.rl: no such key; did you mean"),
         ({"space": {"objective.hiden": {"choice": [1.0]}}}, 'hiden: no such key; did you mean "hidden"'),
-        ({"override": {"data": {"slot": 2}}}, 'data.slot: no such key; did you mean "slots"'),
+        ({"override": {"data": {"slot": 2}}}, 'data.slot: no such key; did you mean "micro_batches_per_step"'),
         ({"space": {"optim.lr": {"loguniforn": [0.1, 0.2]}}}, 'unknown: did you mean "loguniform"'),
         ({"space": {"optim.lr": {"loguniform": [0.0, 0.2]}}}, "the low end must be above 0"),
         ({"space": {"optim.lr": {"uniform": [0.2, 0.1]}}}, r"give \[low, high\] with low < high"),
-        ({"space": {"data.slots": {"randint": [1, 2.5]}}}, r"give \[low, high\] with low < high"),
+        ({"space": {"data.micro_batches_per_step": {"randint": [1, 2.5]}}}, r"give \[low, high\] with low < high"),
         ({"space": {"optim.lr": {"choice": []}}}, "give a list"),
         ({"space": {"optim.lr": {"choice": ["much"]}}}, "optim.lr: input should be a valid number, not 'much'"),
         ({"search": {"metric": "pearson"}}, 'no "pearson", it has accuracy, f1, matthews'),
@@ -127,11 +127,11 @@ def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, rat
     def drawn(samples: int, **more: Any) -> list[dict[str, Any]]:
         space = {
             "optim.lr": {"loguniform": [low, low * ratio]},
-            "data": {"slots": {"randint": [1, 4]}},
+            "data": {"micro_batches_per_step": {"randint": [1, 4]}},
             "student.layers": {"choice": [[1, 3], [2, 4], "first"]},
             **more,
         }
-        words = tables(folder, search={"samples": samples, "seed": seed})
+        words = tables(folder, search={"num_samples": samples, "seed": seed})
         return [trial.sample for trial in sample_trials(parse_config(SearchConfig, {**words, "space": space}, "toy"))]
 
     samples = drawn(count)
@@ -139,7 +139,7 @@ def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, rat
     wider = drawn(count, **{"optim.warmup": {"uniform": [0.1, 0.2]}})
     assert samples == [{key: row[key] for key in row if key != "optim.warmup"} for row in wider]
     assert all(low <= row["optim.lr"] * (1 + 1e-9) and row["optim.lr"] <= low * ratio * (1 + 1e-9) for row in samples)
-    assert {row["data.slots"] for row in samples} <= {1, 2, 3}
+    assert {row["data.micro_batches_per_step"] for row in samples} <= {1, 2, 3}
 
 
 def test_tables_and_dotted_keys_say_the_same(work: Path) -> None:
@@ -147,8 +147,8 @@ def test_tables_and_dotted_keys_say_the_same(work: Path) -> None:
     overrides = ["override.data.slots=2", "space.optim.lr={uniform=[0.25,0.5]}"]
     config = load_config(SearchConfig, work / "search.toml", overrides)
     for trial in sample_trials(config):
-        assert (trial.config.data.slots, trial.config.run.eval_every) == (2, 2)
-        assert trial.config.data.examples_per_slot == 4
+        assert (trial.config.data.micro_batches_per_step, trial.config.run.eval_every) == (2, 2)
+        assert trial.config.data.micro_batch_size == 4
         assert 0.25 <= trial.config.optim.lr == trial.sample["optim.lr"] <= 0.5
 
 
@@ -159,7 +159,7 @@ def test_a_grid_is_every_combination_each_with_the_same_samples(work: Path) -> N
     grid = {**GRID, "start": {"own": {"student.path": "teacher"}, "other": {"base": str(work / "other.toml")}}}
     space = {"optim.lr": {"uniform": [0.1, 0.2]}}
     config = parse_config(
-        SearchConfig, tables(work, search={"samples": 2}, space=None, grid=grid) | {"space": space}, "toy"
+        SearchConfig, tables(work, search={"num_samples": 2}, space=None, grid=grid) | {"space": space}, "toy"
     )
     trials = {trial.config.run.name: trial for trial in sample_trials(config)}
     combinations = itertools.product(("lad", "pkd"), "01", ("other", "own"), "01")
@@ -171,14 +171,14 @@ def test_a_grid_is_every_combination_each_with_the_same_samples(work: Path) -> N
         assert (trial.config.objective.name, trial.config.run.seed) == (method, int(seed))
         assert trial.config.teacher is not None
         assert (trial.config.student.path == trial.config.teacher.path) == (start == "own")
-        assert trial.config.teacher.cache == str(work / "s" / "answers")
+        assert trial.config.teacher.cache == str(work / "s" / "teacher_cache")
         assert trial.sample["optim.lr"] == trials[f"pkd-0-own-{number}"].sample["optim.lr"]
     assert trials["pkd-0-own-0"].sample["optim.lr"] != trials["pkd-0-own-1"].sample["optim.lr"]
 
 
 @pytest.mark.ray
 def test_a_grid_runs_all_its_trials_to_the_end_and_is_compared(work: Path) -> None:
-    tested = tables(work, search={"samples": 1}, override={"run.eval_every": 0}, space=None, grid=GRID)
+    tested = tables(work, search={"num_samples": 1}, override={"run.eval_every": 0}, space=None, grid=GRID)
     (work / "tune.toml").write_text(tomli_w.dumps(tested))
     done = launch([TUNE, work / "tune.toml"])
     assert done.returncode == 0, done.stderr
@@ -187,7 +187,7 @@ def test_a_grid_runs_all_its_trials_to_the_end_and_is_compared(work: Path) -> No
         (f"{method}-{seed}", "accuracy", 8) for method in ("lad", "pkd") for seed in (0, 1)
     ]
     assert not (work / "s" / "best.toml").exists()
-    assert not (work / "s" / "answers").exists()
+    assert not (work / "s" / "teacher_cache").exists()
     assert f"python launch/report.py {work}/s --out {work}/s/report" in done.stdout
     compared = launch([ROOT / "launch" / "report.py", work / "s"])
     assert compared.returncode == 0, compared.stderr
@@ -210,11 +210,11 @@ class Searched:
 def searched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Searched:
     """Two trials that learn, then one that does not, and one that cannot start."""
     work = with_base(world, tmp_path_factory.mktemp("search"))
-    space = {"student.depth": {"choice": [2, DEEPER_THAN_THE_MODEL]}}
+    space = {"student.num_hidden_layers": {"choice": [2, DEEPER_THAN_THE_MODEL]}}
     config = tables(work, search={"seed": SEED_SEARCHED}, space=space)
     samples = [trial.sample for trial in sample_trials(parse_config(SearchConfig, config, "toy"))]
     assert [row["optim.lr"] for row in samples[:3]] == [GOOD, GOOD, HOPELESS]
-    assert [row["student.depth"] for row in samples] == [2, 2, 2, DEEPER_THAN_THE_MODEL]
+    assert [row["student.num_hidden_layers"] for row in samples] == [2, 2, 2, DEEPER_THAN_THE_MODEL]
     (work / "tune.toml").write_text(tomli_w.dumps(config))
     return Searched(work / "s", work / "tune.toml", launch([TUNE, work / "tune.toml"]))
 
@@ -232,7 +232,7 @@ def test_trials_are_compared_at_their_training_steps(searched: Searched) -> None
 def test_a_failed_trial_is_counted_and_said(searched: Searched) -> None:
     (failed,) = searched.results["failed"]
     assert failed["trial"] == "trial-3"
-    assert "student.depth = 9" in failed["error"]
+    assert "student.num_hidden_layers = 9" in failed["error"]
     assert f"1 of 4 trials failed; trial-3: {failed['error']}" in searched.done.stdout
     assert "UserError" in (searched.folder / "ray" / "trial-3" / "error.txt").read_text()
 
@@ -240,7 +240,7 @@ def test_a_failed_trial_is_counted_and_said(searched: Searched) -> None:
 @pytest.mark.ray
 def test_failed_trials_run_again_once_the_results_are_removed(work: Path) -> None:
     grid = {"term": {"hard": {}, "both": {"objective.hidden": 1.0}}}
-    words = {"samples": 1, "name": "again", "dir": str(work)}
+    words = {"num_samples": 1, "name": "again", "dir": str(work)}
     config = parse_config(SearchConfig, tables(work, search=words, space=None, grid=grid), "toy")
     damaged = work / "again" / "both" / "config.toml"
     damaged.parent.mkdir(parents=True)
@@ -296,8 +296,8 @@ def test_a_complete_search_is_not_run_twice(searched: Searched, monkeypatch: pyt
     found = search(load_config(SearchConfig, searched.config))
     assert found is not None
     assert {"trials": found.trials, "failed": found.failed} == searched.results
-    with pytest.raises(UserError, match=r"holds a search with search.samples = 4, now it is 5"):
-        search(load_config(SearchConfig, searched.config, ["search.samples=5"]))
+    with pytest.raises(UserError, match=r"holds a search with search.num_samples = 4, now it is 5"):
+        search(load_config(SearchConfig, searched.config, ["search.num_samples=5"]))
 
 
 def test_a_trial_that_fits_nowhere_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_a_trial_that_was_asked_to_stop_is_no_result(work: Path, monkeypatch: py
 
 @pytest.mark.ray
 def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path) -> None:
-    config = tables(work, search={"samples": 2, "concurrent": 1}, space={"optim.lr": {"choice": [GOOD]}})
+    config = tables(work, search={"num_samples": 2, "max_concurrent": 1}, space={"optim.lr": {"choice": [GOOD]}})
     config["override"] |= {"run.save_every": 2, "run.steps": 16}
     (work / "tune.toml").write_text(tomli_w.dumps(config))
     command = [TUNE, work / "tune.toml"]
@@ -378,7 +378,7 @@ def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path) -> 
 def test_an_interrupted_grid_goes_on_in_its_order(work: Path) -> None:
     """So that, its seeds being last, it is at all times a whole one of fewer seeds."""
     grid = {"seed": {str(seed): {"run.seed": seed} for seed in range(6)}}
-    words = {"samples": 1, "concurrent": 1}
+    words = {"num_samples": 1, "max_concurrent": 1}
     config = tables(work, search=words, override={"run.eval_every": 0}, space=None, grid=grid)
     (work / "tune.toml").write_text(tomli_w.dumps(config))
     running = started([TUNE, work / "tune.toml"], work)

@@ -491,7 +491,7 @@ def test_a_corpus_from_an_array_is_the_corpus_from_one_process(
     ended = cluster.wait(jobs["prepare"], 200)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
     assert "array: 3 pieces are tokenized; merging them" in ended.output
-    prepare(parse_config(PrepareConfig, {**tables, "out": str(trained / "alone"), "workers": 1}, "toy"))
+    prepare(parse_config(PrepareConfig, {**tables, "out": str(trained / "alone"), "num_workers": 1}, "toy"))
     array, alone = (files_in(trained / name) for name in ("array", "alone"))
     assert len(array) >= 7
     assert array == alone
@@ -506,7 +506,7 @@ def without_teacher(tables: dict[str, Any]) -> dict[str, Any]:
     kept = {name: table for name, table in tables.items() if name != "teacher"}
     return kept | {
         "student": {"path": tables["student"]["path"]},
-        "objective": {"name": "task"},
+        "objective": {"name": "supervised"},
         "optim": {"lr": tables["optim"]["lr"]},
     }
 

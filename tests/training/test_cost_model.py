@@ -32,7 +32,7 @@ def config_of(world: World, work: Path, changes: dict[str, Any]) -> TrainConfig:
 
 def wide(world: World, deepspeed: dict[str, Any]) -> dict[str, Any]:
     student = {"architecture": {**toy.SIZES, **WIDE}, "tokenizer": str(world.tokenizer)}
-    return {"student": student, "teacher": None, "objective": {"name": "task"}, "deepspeed": deepspeed}
+    return {"student": student, "teacher": None, "objective": {"name": "supervised"}, "deepspeed": deepspeed}
 
 
 STAGES = [(stage, half) for stage in range(4) for half in (False, True) if stage or not half]
@@ -51,11 +51,11 @@ def test_a_checkpoint_is_as_large_as_foreseen(world: World, tmp_path: Path, stag
     assert weights.stat().st_size == pytest.approx(foreseen.export, rel=0.02)
 
 
-@pytest.mark.parametrize("name", sorted(name for name, kind in OBJECTIVES.items() if "task" in kind.runs_on))
+@pytest.mark.parametrize("name", sorted(name for name, kind in OBJECTIVES.items() if "task" in kind.supported_data))
 def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str) -> None:
-    taught = {} if OBJECTIVES[name].taught else {"teacher": None}
+    taught = {} if OBJECTIVES[name].requires_teacher else {"teacher": None}
     made = run_spec.resolve_run(config_of(world, tmp_path, {"objective": {"name": name}, **taught}))
-    real = made.method(made.feed())
+    real = made.distiller(made.dataset())
     found = cost_model.estimate(made, 1)
     assert found.student == count_parameters(real.student)
     assert found.objective == count_parameters(real.objective)
@@ -65,22 +65,22 @@ def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str
 @pytest.mark.parametrize(
     "changes",
     [
-        {"surgery": [{"name": "low_rank", "keep": 0.5}]},
-        {"surgery": [{"name": "theseus", "frozen": False}]},
-        {"student.width": 16, "objective": {"name": "kd"}},
-        {"student.layers": [1, 2, 4], "student.depth": None},
+        {"compression": [{"name": "low_rank", "keep": 0.5}]},
+        {"compression": [{"name": "theseus", "frozen": False}]},
+        {"student.hidden_size": 16, "objective": {"name": "kd"}},
+        {"student.layers": [1, 2, 4], "student.num_hidden_layers": None},
     ],
 )
 def test_parameters_are_those_of_the_export(world: World, tmp_path: Path, changes: dict[str, Any]) -> None:
     made = run_spec.resolve_run(config_of(world, tmp_path, changes))
-    assert cost_model.estimate(made, 1).student == count_parameters(made.method(made.feed()).export())
+    assert cost_model.estimate(made, 1).student == count_parameters(made.distiller(made.dataset()).export())
 
 
 @pytest.mark.parametrize("head", ["mlm", "none"])
 def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
     model = loading.load_model(str(world.pretrained), head)  # type: ignore[arg-type]
     batch = toy.batch([16, 16, 16, 16])
-    assert batch.filled == batch.tokens
+    assert batch.computed_tokens == batch.num_tokens
     needs = OutputSpec(logits=head == "mlm", hidden=(4,))
     # The fused kernel of a CPU is not among those that it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -148,7 +148,7 @@ Script = Callable[..., tuple[int, str, str]]
 def words_of(world: World) -> list[str]:
     """Overrides that make configs/task/lad.toml a toy."""
     files = [f"data.{key}={path}" for key, path in world.files.items()]
-    places = [f"teacher.path={world.teacher}", f"student.path={world.pretrained}", "student.depth=2"]
+    places = [f"teacher.path={world.teacher}", f"student.path={world.pretrained}", "student.num_hidden_layers=2"]
     return [*files, *places, "data.max_length=32"]
 
 
@@ -173,7 +173,7 @@ def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path, r
     search = tmp_path / "search.toml"
     keys = "\n".join(f'"{key}" = {value!r}' for key, value in (word.split("=") for word in words_of(world)[:4]))
     search.write_text(
-        f'[search]\nname = "s"\nbase = "{config}"\nsamples = 5\ngpus = 1\n[override]\n{keys}\n"student.depth" = 2\n'
+        f'[search]\nname = "s"\nbase = "{config}"\nsamples = 5\ngpus = 1\n[override]\n{keys}\n"student.num_hidden_layers" = 2\n'
         '"data.max_length" = 32\n"run.eval_every" = 5\n[space]\n"optim.lr" = {uniform = [0.1, 0.2]}\n'
     )
     code, out, err = run(search, "--gpus", "2", "--gpu", "a100-40")
@@ -184,7 +184,7 @@ def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path, r
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpus", "3", "--gpu", "h200"], "data.slots = 4: cannot be shared out over 3 processes"),
+        (["--gpus", "3", "--gpu", "h200"], "data.micro_batches_per_step = 4: cannot be shared out over 3 processes"),
         (["--gpus", "4", "--gpu", "h2000"], '--gpu "h2000" is unknown: did you mean "h200"?'),
         (["--gpus", "4", "--nodes", "3", "--gpu", "h200"], "cannot be spread evenly over 3 nodes"),
         (["--gpus", "4", "--gpu", "h200", "--mfu", "30"], "--mfu 30: a share of the peak"),

@@ -41,7 +41,7 @@ def test_factor_by_hand() -> None:
 
 def test_every_parameter_is_in_one_group(world: World) -> None:
     student = loading.load_model(str(world.pretrained), "mlm")  # its decoder and its embeddings are one parameter
-    shape = ModelDims(4, 32, 4, "mlm", 200, span=8)
+    shape = ModelDims(4, 32, 4, "mlm", 200, padded_length=8)
     objective = LAD(shape, shape, variant="paper")
     words = OptimConfig(lr=1e-3, objective_lr=1e-2, weight_decay=0.1)
     rows = optimization.parameter_groups(student, objective, words)

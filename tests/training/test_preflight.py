@@ -110,7 +110,7 @@ def test_a_corpus_that_lost_a_file_is_refused(world: World, tmp_path: Path) -> N
 
 def test_a_disk_without_room_for_the_checkpoints(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = corpus_plan(world, tmp_path, {"run.save_every": 1, "run.keep": 3})
-    method = made.method(made.feed())
+    method = made.distiller(made.dataset())
     needed = 4 * cost_model.checkpoint_bytes(made, method) + 4 * count_parameters(method.student)
     usage = shutil.disk_usage(tmp_path)
 

@@ -34,7 +34,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def feed(world: World, **words: Any) -> TaskDataset:
-    data = TaskDataConfig(**world.files, max_length=32, examples_per_slot=7, **words)
+    data = TaskDataConfig(**world.files, max_length=32, micro_batch_size=7, **words)
     return TaskDataset(data, load_task(data), load_tokenizer(str(world.tokenizer)), seed=3)
 
 
@@ -124,7 +124,7 @@ def test_a_run_with_found_answers_is_one_that_had_to_ask(world: World, tmp_path:
     folders = {name: train(lad(world, tmp_path / name, changes[name]), rows[name].append).folder for name in rows}
     assert curve(rows["own"]) == curve(rows["asked"]) == curve(rows["found"])
     assert len({digest(folder / "export") for folder in folders.values()}) == 1
-    assert not (folders["own"] / "answers").exists()
+    assert not (folders["own"] / "teacher_cache").exists()
     assert len(list((tmp_path / "shared").iterdir())) == 1
 
 
@@ -179,6 +179,6 @@ def test_a_disk_without_room_is_one_line(world: World, tmp_path: Path, monkeypat
 def test_a_file_where_the_folder_should_be_is_one_line(world: World, tmp_path: Path) -> None:
     folder = lad(world, tmp_path).run.folder
     folder.mkdir()
-    (folder / "answers").write_text("")
+    (folder / "teacher_cache").write_text("")
     with pytest.raises(UserError, match="cannot keep the teacher's answers there"):
         train(lad(world, tmp_path))

@@ -117,15 +117,18 @@ def test_zero_takes_memory_for_the_gradients_that_there_are(
 
 TEACHERLESS: dict[str, Any] = {"teacher": None}
 ON_TASKS: list[dict[str, Any]] = [
-    TEACHERLESS | {"objective": {"name": "task"}},
+    TEACHERLESS | {"objective": {"name": "supervised"}},
     *[
         {"objective": {"name": name}}
         for name in ("kd", "distilbert", "pkd", "alp", "emd", "tinybert", "minilm", "minilm2", "mgskd", "lad")
     ],
     {"student.path": "{narrow}", "objective": {"name": "emd"}},
     {"student.path": "{narrow}", "objective": {"name": "tinybert"}},
-    {"surgery": [{"name": "low_rank", "keep": 0.5, "embeddings": 0.5, "weighted": True}]},
-    {"surgery": [{"name": "ladabert", "reduction": 2.0, "embedding": 3.0, "svd": 1.5}], "objective": {"name": "kd"}},
+    {"compression": [{"name": "low_rank", "keep": 0.5, "embeddings": 0.5, "activation_aware": True}]},
+    {
+        "compression": [{"name": "ladabert", "reduction": 2.0, "embedding": 3.0, "svd": 1.5}],
+        "objective": {"name": "kd"},
+    },
     {"student.embeddings": "random", "data.pad_to": 32, "objective.variant": "paper"},
     {"teacher.dtype": "bfloat16", **HALF},
 ]
@@ -143,7 +146,7 @@ ON_CORPORA: list[dict[str, Any]] = [
         {"student": {"architecture": {**toy.SIZES, "hidden_size": 16}}, "objective": {"name": name}}
         for name in ("emd", "tinybert", "minilm", "minilm2")
     ],
-    {"surgery": [{"name": "low_rank", "keep": 0.5}], "objective": {"name": "kd"}},
+    {"compression": [{"name": "low_rank", "keep": 0.5}], "objective": {"name": "kd"}},
 ]
 
 
@@ -181,7 +184,7 @@ def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path
         assert row["loss"] == pytest.approx(sum(row.get(term, 0.0) for term in terms), rel=2e-2)
     assert [row["step"] for row in rows] == [1, 2, 2]
     exported = AutoModel.from_pretrained(outcome.folder / "export")
-    assert exported.config.num_hidden_layers == (config.student.depth or 4)
+    assert exported.config.num_hidden_layers == (config.student.num_hidden_layers or 4)
     if config.student.path is not None and config.student.embeddings == "copy":
         start = AutoModel.from_pretrained(config.student.path).embeddings.word_embeddings.weight
         now = exported.embeddings.word_embeddings.weight
@@ -213,7 +216,7 @@ def test_regression(world: World, tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows[:20]))
     files = {"train": str(tmp_path / "train.jsonl"), "dev": str(tmp_path / "dev.tsv"), "kind": "regression"}
     tables = toy.task_config(tmp_path, files, world.teacher, world.pretrained)
-    alone = {"run.name": "teacher", "run.steps": 2, "teacher": None, "objective": {"name": "task"}}
+    alone = {"run.name": "teacher", "run.steps": 2, "teacher": None, "objective": {"name": "supervised"}}
     teacher = train(toy.parsed(tables, alone))
     outcome = train(toy.parsed(tables, {"run.steps": 2, "teacher.path": str(teacher.folder / "export")}))
     assert outcome.results is not None
@@ -247,7 +250,7 @@ def padded(tokenizer_folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "surgery"),
+    ("kind", "compression"),
     [("classification", False), ("classification", True), ("mlm", False), ("mlm", True), ("none", False)],
 )
 def test_the_export_is_the_trained_model(
@@ -284,7 +287,7 @@ def test_the_export_is_the_trained_model(
     monkeypatch.setattr(Distiller, "export", watched)
     changes: dict[str, Any] = {"run.steps": 3}
     embeddings = 0.5 if kind == "classification" else 1.0  # an MLM head reads them
-    changes |= {"surgery": [{"name": "low_rank", "keep": 0.5, "embeddings": embeddings}]} if surgery else {}
+    changes |= {"compression": [{"name": "low_rank", "keep": 0.5, "embeddings": embeddings}]} if surgery else {}
     changes |= {"objective": {"name": "minilm2"}} if kind == "none" else {}
     folder = train((lad if kind == "classification" else on_corpus)(world, tmp_path, changes)).folder / "export"
     auto = {"classification": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM, "none": AutoModel}[kind]
@@ -335,7 +338,7 @@ def test_so_does_one_whose_objective_has_a_state(precision: dict[str, Any], worl
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_so_does_one_whose_layers_are_being_replaced(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
-    replaced = {"student.path": str(world.teacher), "surgery": [{"name": "theseus", "end": 1.0}]}
+    replaced = {"student.path": str(world.teacher), "compression": [{"name": "theseus", "end": 1.0}]}
     assert_it_goes_on(lad, {**precision, **replaced}, world, tmp_path)
 
 
@@ -412,7 +415,7 @@ def test_a_complete_run_is_not_run_twice(world: World, tmp_path: Path) -> None:
 
 def test_sigterm_saves_and_the_same_command_goes_on(world: World, tmp_path: Path) -> None:
     """A real process: exit code 75 and one line; run again it ends with the weights of a run that was let be."""
-    changes = {**DROPOUT, "run.steps": 80, "data.examples_per_slot": 2}
+    changes = {**DROPOUT, "run.steps": 80, "data.micro_batch_size": 2}
     tables = lad(world, tmp_path / "a", changes).model_dump(exclude_none=True)
     file = tmp_path / "run.toml"
     file.write_text(tomli_w.dumps(tables))

@@ -60,7 +60,7 @@ def test_only_skips_in_a_row_send_a_run_back() -> None:
         UpdateAction.SKIPPED,
     ]
     assert fates[15] is UpdateAction.ROLL_BACK
-    assert judge.left_out == [10, 11, 12, 13, 14, 15]  # the skipped ones, and as many before them
+    assert judge.skipped_steps == [10, 11, 12, 13, 14, 15]  # the skipped ones, and as many before them
     assert judge.back_to == 10
 
 
@@ -71,10 +71,10 @@ def test_what_is_left_out_is_one_stretch_that_reaches_back(most: int, before: se
     fates = [judge.skipped(step) for step in row]
     assert fates[:-1] == [UpdateAction.SKIPPED] * (most - 1)
     assert fates[-1] in (UpdateAction.ROLL_BACK, UpdateAction.GIVE_UP)
-    assert judge.left_out == sorted(set(judge.left_out) | before | set(row))
-    assert set(range(judge.back_to, row[0])) <= set(judge.left_out)
-    assert judge.back_to == 0 or judge.back_to - 1 not in judge.left_out
-    newly = [step for step in judge.left_out if step < row[0] and step not in before]
+    assert judge.skipped_steps == sorted(set(judge.skipped_steps) | before | set(row))
+    assert set(range(judge.back_to, row[0])) <= set(judge.skipped_steps)
+    assert judge.back_to == 0 or judge.back_to - 1 not in judge.skipped_steps
+    newly = [step for step in judge.skipped_steps if step < row[0] and step not in before]
     assert len(newly) == most or judge.back_to == 0
 
 
@@ -83,7 +83,7 @@ def run(spoils: int, delay: int, steps: int = 200, most: int = 4) -> tuple[SkipP
     everywhere. The judge, and how often it sent the run back."""
     judge, step, spoilt, backs = SkipPolicy(most), 0, False, 0
     while step < steps:
-        if step in judge.left_out:
+        if step in judge.skipped_steps:
             step += 1
             continue
         spoilt = spoilt or step == spoils
@@ -100,9 +100,9 @@ def run(spoils: int, delay: int, steps: int = 200, most: int = 4) -> tuple[SkipP
 @given(st.integers(0, 100), st.integers(1, 12))
 def test_a_run_gets_past_a_step_that_spoilt_its_weights(spoils: int, delay: int) -> None:
     judge, backs = run(spoils, delay)
-    assert spoils in judge.left_out
+    assert spoils in judge.skipped_steps
     assert backs == -(-delay // 4)  # each time 4 steps more are left out before
-    assert len(judge.left_out) <= 2 * 4 * backs + delay
+    assert len(judge.skipped_steps) <= 2 * 4 * backs + delay
 
 
 def test_a_run_that_nothing_helps_ends() -> None:
@@ -128,10 +128,10 @@ def test_a_run_that_stopped_judges_as_one_that_did_not(losses: list[float | None
     whole, first = SkipPolicy(5, 2.0), SkipPolicy(5, 2.0)
     tell(whole, losses, 0)
     tell(first, losses[:cut], 0)
-    second = SkipPolicy(5, 2.0, first.left_out)
+    second = SkipPolicy(5, 2.0, first.skipped_steps)
     second.restore(json.loads(json.dumps(first.state())))
     tell(second, losses[cut:], cut)
-    assert (second.state(), second.left_out) == (whole.state(), whole.left_out)
+    assert (second.state(), second.skipped_steps) == (whole.state(), whole.skipped_steps)
 
 
 def tell(judge: SkipPolicy, losses: list[float | None], first: int) -> None:

@@ -49,15 +49,15 @@ CURVES = {
 OPERATED: dict[str, list[dict[str, Any]]] = {
     "theseus": [{"name": "theseus", "end": 1.0}],
     "theseus-unfrozen": [{"name": "theseus", "end": 1.0, "frozen": False}],
-    "ladabert": [{"name": "ladabert", "reduction": 3.0, "embedding": 1.5, "svd": 2.0, "every": 1}],
+    "ladabert": [{"name": "ladabert", "reduction": 3.0, "embedding": 1.5, "svd": 2.0, "update_every": 1}],
     "movement": [
         {"name": "low_rank", "keep": 0.8},
-        {"name": "prune", "criterion": "movement", "sparsity": 0.5, "every": 1},
-        {"name": "quiet_positions", "share": 0.5},
+        {"name": "prune", "criterion": "movement", "sparsity": 0.5, "update_every": 1},
+        {"name": "scale_position_embeddings", "share": 0.5},
     ],
-    "adapting": [{"name": "prune", "criterion": "adapting", "sparsity": 0.5, "every": 1}],
+    "adapting": [{"name": "prune", "criterion": "adapting", "sparsity": 0.5, "update_every": 1}],
 }
-UNDER = ("task", "kd", "lad")
+UNDER = ("supervised", "kd", "lad")
 PAIRS = [*itertools.product(OPERATED, UNDER)]
 
 
@@ -68,9 +68,9 @@ def every_surgery(world: World, work: Path) -> dict[str, dict[str, Any]]:
         key = f"{name}-{objective}-zero{stage}"
         tables = toy.task_config(work, world.files, world.teacher, world.teacher)
         tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": {"name": objective}}
-        tables |= {"surgery": OPERATED[name], "deepspeed": {"zero_optimization": zero(stage)}}
-        tables["data"] |= {"slots": 2, "workers": 0}
-        if objective == "task":
+        tables |= {"compression": OPERATED[name], "deepspeed": {"zero_optimization": zero(stage)}}
+        tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
+        if objective == "supervised":
             del tables["teacher"]
         result[key] = tables
     return result
@@ -83,24 +83,24 @@ def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
     teachers = {kind: toy.model(work / kind, world.tokenizer, kind, LABELS[kind]) for kind in LABELS}
     for name, stage in itertools.product(CURVES, STAGES):
         key = f"{name}-zero{stage}"
-        corpus = "task" not in OBJECTIVES[name].runs_on or name.startswith("minilm")
+        corpus = "task" not in OBJECTIVES[name].supported_data or name.startswith("minilm")
         places = (world.corpus,) if corpus else (world.files,)
         tables = (toy.corpus_config if corpus else toy.task_config)(work, *places, world.teacher, world.pretrained)
         tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": CURVES[name]}
         tables["deepspeed"] = {"zero_optimization": zero(stage)}
-        tables["data"] |= {"slots": 2, "workers": 0}
+        tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
         if name in ("emd", "tinybert", "minilm", "minilm2"):
             architecture = {**toy.SIZES, "hidden_size": 16, "num_hidden_layers": 2}
             tables["student"] = {"architecture": architecture, "tokenizer": str(world.tokenizer)}
         if name == "mgskd":
-            tables["student"]["width"] = 16
+            tables["student"]["hidden_size"] = 16
         result[key] = tables
     for kind, stage in itertools.product(LABELS, HEADS_STAGES):
         files = MAKE_FILES[kind](work / f"{kind}{stage}", train=16, dev=6)
         tables = toy.task_config(work, files, teachers[kind], world.headless)
         tables |= {"run": {**tables["run"], "name": f"{kind}-zero{stage}", "steps": 3}, "objective": {"name": "lad"}}
         tables["deepspeed"] = {"zero_optimization": zero(stage)}
-        tables["data"] |= {"slots": 2, "workers": 0}
+        tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
         result[f"{kind}-zero{stage}"] = tables
     return result
 
@@ -153,7 +153,7 @@ def objective_curves(
 
 
 def test_every_taught_objective_is_among_the_curves() -> None:
-    assert set(CURVES) == {name for name, kind in OBJECTIVES.items() if kind.taught}
+    assert set(CURVES) == {name for name, kind in OBJECTIVES.items() if kind.requires_teacher}
 
 
 @pytest.mark.parametrize("name", CURVES)

@@ -142,17 +142,17 @@ def assert_named(found: Count) -> None:
 
 
 SOURCE = {"kind": "text", "path": "books"}
-TRAINED = {"student": {"path": "s", "depth": 2}, "teacher": {"path": "teacher"}, "optim": {"lr": 1e-3}}
+TRAINED = {"student": {"path": "s", "num_hidden_layers": 2}, "teacher": {"path": "teacher"}, "optim": {"lr": 1e-3}}
 RUN = {
     "run": {"name": "toy", "steps": 1},
     "objective": {"name": "kd"},
-    "surgery": [{"name": "quiet_positions", "share": 0.5}],
+    "compression": [{"name": "scale_position_embeddings", "share": 0.5}],
 }
 TABLES: dict[type[ConfigTable], dict[str, Any]] = {
     TaskConfig: {**RUN, **TRAINED, "data": {"task": "rte"}, "deepspeed": {}},
     PretrainConfig: {**RUN, **TRAINED, "data": {"shards": "shards"}, "deepspeed": {}},
     PrepareConfig: {"out": "out", "tokenizer": "words", "source": [SOURCE]},
-    TokenizerConfig: {"out": "out", "kind": "unigram", "vocabulary": 100, "lowercase": True, "source": [SOURCE]},
+    TokenizerConfig: {"out": "out", "kind": "unigram", "vocab_size": 100, "lowercase": True, "source": [SOURCE]},
     EvaluateConfig: {"model": {"path": "m"}, "teacher": {"path": "t"}, "data": {"task": "rte"}},
     SearchConfig: {"search": {"name": "s", "base": "b"}, "space": {"optim.lr": {"uniform": [0.1, 0.2]}}},
 }
@@ -211,7 +211,7 @@ def test_keys_of_overrides(schema: type[ConfigTable]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "choices"), [("objective", OBJECTIVES), ("surgery", COMPRESSIONS)], ids=["objectives", "surgeries"]
+    ("where", "choices"), [("objective", OBJECTIVES), ("compression", COMPRESSIONS)], ids=["objectives", "surgeries"]
 )
 def test_arguments(where: str, choices: Mapping[str, Any]) -> None:
     tried = []
@@ -222,7 +222,9 @@ def test_arguments(where: str, choices: Mapping[str, Any]) -> None:
     assert_named(count(lambda pair: validate_arguments(where, *pair), tried))
 
 
-@pytest.mark.parametrize("choices", [OBJECTIVES, COMPRESSIONS, FAMILIES], ids=["objective", "surgery", "model_type"])
+@pytest.mark.parametrize(
+    "choices", [OBJECTIVES, COMPRESSIONS, FAMILIES], ids=["objective", "compression", "model_type"]
+)
 def test_names(choices: Mapping[str, Any]) -> None:
     tried = [(slip, slip.wrong) for name in choices for slip in slips((name,), choices)]
     assert_named(count(lambda wrong: lookup("name", wrong, choices), tried))

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 class Mask(nn.Module):
     """weight [O, I] -> weight · kept. `kept` is True where a weight stays."""
 
-    kept: Tensor
+    keep: Tensor
     learns = False  # whether what matters goes on changing after the last weight was to go
     freezes = False  # whether it is about weights that do not change
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.register_buffer("kept", torch.ones_like(weight, dtype=torch.bool))
+        self.register_buffer("keep", torch.ones_like(weight, dtype=torch.bool))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.kept
+        return weight * self.keep
 
     def importance(self, weight: Tensor) -> Tensor:
         """[O, I] in fp32: the least important go first."""
@@ -80,7 +80,7 @@ class Movement(Mask):
 
     def forward(self, weight: Tensor) -> Tensor:
         scores = self.scores.view_as(weight)
-        return weight * _StraightThroughGate.apply(scores, self.kept, self.slope(scores.detach()))
+        return weight * _StraightThroughGate.apply(scores, self.keep, self.slope(scores.detach()))
 
     def importance(self, weight: Tensor) -> Tensor:
         return self.scores.detach().float().view_as(weight)
@@ -134,7 +134,7 @@ class Iterative(Mask):
 
     def forward(self, weight: Tensor) -> Tensor:
         trained = self.trained.view_as(weight).to(weight.dtype)
-        return torch.where(self.rewound, weight, trained) * self.kept
+        return torch.where(self.rewound, weight, trained) * self.keep
 
     def importance(self, weight: Tensor) -> Tensor:
         return self.trained.detach().float().abs().view_as(weight)

@@ -64,7 +64,7 @@ class MaskedModule(CompressedModule):
     def forward(self, x: Tensor) -> Tensor:
         return torch.func.functional_call(self.inner, {"weight": self.weight}, (x,))
 
-    def fold(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         """With zeros in its weight."""
         made = copy.deepcopy(self.inner)
         made.weight = nn.Parameter(self.weight.detach().clone())
@@ -84,7 +84,7 @@ class GlobalPruning(CompressedModule):
         self.seen = -1
         """The last step that `at` was told."""
 
-    def at(self, moment: StepState) -> None:
+    def on_step_start(self, moment: StepState) -> None:
         self.changed = []
         since, self.seen = self.seen + 1, moment.step  # steps that are left out after damage count all the same
         due = [step for step in range(since, moment.step + 1) if self._due(step, moment.steps)]
@@ -98,7 +98,7 @@ class GlobalPruning(CompressedModule):
         first, last = self.schedule.span(steps)
         if step < first or (step > last and not self.learns):
             return False
-        return step == last or (step - first) % self.schedule.every == 0
+        return step == last or (step - first) % self.schedule.update_every == 0
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seen": self.seen}
@@ -114,7 +114,7 @@ class GlobalPruning(CompressedModule):
     @property
     def sparsity(self) -> float:
         """Share of the weights under masks that is gone now."""
-        kept = [part.mask.kept for part in self.masked.values()]
+        kept = [part.mask.keep for part in self.masked.values()]
         return 1 - sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
 
     @torch.no_grad()
@@ -125,8 +125,8 @@ class GlobalPruning(CompressedModule):
         stays, threshold = _largest(torch.cat([units.flatten() for units in ranked]), sparsity)
         for part, units, kept in zip(parts, ranked, stays.split([u.numel() for u in ranked]), strict=True):
             mask = self.pattern.spread(kept.view_as(units))
-            if not torch.equal(mask, part.mask.kept):
-                part.mask.kept.copy_(mask)
+            if not torch.equal(mask, part.mask.keep):
+                part.mask.keep.copy_(mask)
                 self.changed.append(part)
             if threshold is not None:
                 part.mask.settle(threshold)
@@ -135,12 +135,12 @@ class GlobalPruning(CompressedModule):
         found = part.mask.importance(part.origin)
         if part.mask.learns and self.recover:
             return found
-        return found.masked_fill(~part.mask.kept, -torch.inf)
+        return found.masked_fill(~part.mask.keep, -torch.inf)
 
-    def pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        return ((part.origin, part.mask.kept) for part in self.changed)
+    def newly_pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        return ((part.origin, part.mask.keep) for part in self.changed)
 
-    def fold(self) -> None:
+    def merge(self) -> None:
         """Zeros lie in the weights, and nothing is left of it."""
 
 

@@ -39,7 +39,7 @@ def prune(
     initial: Annotated[float, Field(ge=0, lt=1, description="share that goes at once when it begins")] = 0.0,
     begin: Begin = 0.0,
     end: End = 0.5,
-    every: UpdateEvery = 20,
+    update_every: UpdateEvery = 20,
     pattern: Annotated[
         str,
         Field(description="unstructured; N:M, of M neighbours N stay; rows x columns, as 32x1: whole blocks"),
@@ -60,7 +60,9 @@ def prune(
     kind = CRITERIA[criterion]
     if frozen or kind.freezes:
         freeze_encoder(model)
-    insert_masks(model, names, kind, Schedule(sparsity, initial, begin, end, every), Pattern.of(pattern), recover)
+    insert_masks(
+        model, names, kind, Schedule(sparsity, initial, begin, end, update_every), Pattern.of(pattern), recover
+    )
     return model
 
 
@@ -82,7 +84,7 @@ def check_prune(
         raise UserError(f"surgery prune: initial = {initial:g} is more than sparsity = {sparsity:g}")
     if criterion == "movement" and not (end and (begin or not initial)):
         raise UserError("surgery prune: before the first step nothing has moved; let weights go later, by begin or end")
-    names = [named.name for named in config.surgery]
+    names = [named.name for named in config.compression]
     later = {"low_rank", "ladabert"}.intersection(names[names.index("prune") :])
     if later:
         raise UserError(f"surgery prune: masks lie on the weights that {later.pop()} replaces; list prune after it")

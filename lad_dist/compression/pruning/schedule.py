@@ -20,7 +20,7 @@ class Schedule:
     initial: float = 0.0
     begin: float = 0.0
     end: float = 0.0
-    every: int = 1
+    update_every: int = 1
 
     def at(self, step: int, steps: int) -> float:
         first, last = self.span(steps)

@@ -37,7 +37,7 @@ from lad_dist.utils.atomic_io import commit, file_lock, write_text
 from lad_dist.utils.strict_json import parse_json
 
 UINT16_IDS = 65536
-RUNNING = {"out", "workers", "part", "parts"}  # settings that leave no trace in the shards
+RUNNING = {"out", "num_workers", "part", "parts"}  # settings that leave no trace in the shards
 
 ChunkInfos = dict[str, Any]
 Report = Callable[[Mapping[str, Any]], None]
@@ -182,7 +182,7 @@ def _prepare(
         config.source, tokenizer, work, dtype, separator, config.on_error == "skip", lambda: bool(flag.value)
     )
     mine = [piece for piece in planned if config.part is None or piece.number % (config.parts or 1) == config.part]
-    said = _tokenize(job, mine, config.workers or len(os.sched_getaffinity(0)), flag, report)
+    said = _tokenize(job, mine, config.num_workers or len(os.sched_getaffinity(0)), flag, report)
     if config.part is not None:
         progress(f"{config.out}: part {config.part} of {config.parts} is done; run without part and parts to merge")
         return

@@ -240,7 +240,9 @@ class QuestionExamples(TaskExamples):
 
     def answers(self, logits: Logits) -> list[str]:
         """The answer to each question."""
-        return find_answers(logits, self._places, self._raw, self._data.answer_length, self._data.null_threshold)
+        return find_answers(
+            logits, self._places, self._raw, self._data.max_answer_length, self._data.null_score_diff_threshold
+        )
 
     def score(self, logits: Logits) -> dict[str, float]:
         golds = [[answer.text for answer in answers] for answers in self._raw.answers]
@@ -278,6 +280,6 @@ def _warn_of_lost(raw: Questions, question: np.ndarray, labels: Sequence[np.ndar
     if lost and processes.is_main():
         print(
             f"{what}: {lost} of {len(raw.answers)} answers are in no window as a whole; "
-            "raise data.stride or data.max_length",
+            "raise data.doc_stride or data.max_length",
             file=sys.stderr,
         )

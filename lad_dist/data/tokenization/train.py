@@ -74,12 +74,12 @@ def _finished(out: Path, request: dict[str, Any], progress: Callable[[str], None
 def _write(config: TokenizerConfig, request: dict[str, Any], folder: Path, progress: Callable[[str], None]) -> int:
     """Everything of the folder; the number of characters learnt from."""
     progress(f"{config.out}: reading {len(config.source)} source{'s' * (len(config.source) > 1)}")
-    lines = list(sample(config.source, config.characters))
+    lines = list(sample(config.source, config.max_characters))
     if not lines:
         raise UserError(f"{config.source[0].path}: no text in it to learn from")
     characters = sum(map(len, lines))
-    progress(f"{config.out}: learning {config.vocabulary} tokens from {characters:,} characters")
-    TRAINERS[config.kind](lines, config.vocabulary, folder, config.lowercase)
+    progress(f"{config.out}: learning {config.vocab_size} tokens from {characters:,} characters")
+    TRAINERS[config.kind](lines, config.vocab_size, folder, config.lowercase)
     (folder / REQUEST).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
     return characters
 

@@ -52,7 +52,7 @@ def config(tmp_path: Path, toy_corpus: Path, toy_tokenizer_folder: Path) -> Prep
             "held_out": 0.2,
             "tokens_per_shard": 200,
             "min_tokens": 1,
-            "workers": 1,
+            "num_workers": 1,
             "source": [{"kind": "text", "path": str(toy_corpus)}],
         }
     )
@@ -132,7 +132,7 @@ def test_manifest(mixed: PrepareConfig, toy_tokenizer) -> None:
     ]
     everything = all_documents(mixed.out, "train") + all_documents(mixed.out, "held_out")
     assert len(everything) == len(set(map(tuple, everything)))
-    assert {"workers", "part", "parts", "out"} & manifest["request"].keys() == set()
+    assert {"num_workers", "part", "parts", "out"} & manifest["request"].keys() == set()
 
 
 def test_large_vocabularies_take_four_bytes(config: PrepareConfig, toy_tokenizer_folder: Path, tmp_path: Path) -> None:

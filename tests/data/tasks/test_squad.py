@@ -104,7 +104,7 @@ def test_every_answer_is_found_in_a_window_and_read_back(
     first = begin % (len(places) - 2)
     answer = Answer(CONTEXT[places[first][0] : places[first + count - 1][1]], places[first][0])
     raw = Questions(["ban dert " * (9 if long else 1)], [CONTEXT], [[answer]], False)
-    data = TaskDataConfig(train="", dev="", kind="question_answering", max_length=32, stride=stride)
+    data = TaskDataConfig(train="", dev="", kind="question_answering", max_length=32, doc_stride=stride)
     task = Task("t", "question_answering", (), ("f1", "exact_match"), raw, {})
     tokenizer = words(family)
     if len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) > stride - 1:
@@ -166,7 +166,7 @@ def test_answers_that_no_window_holds_are_reported(
     data = TaskDataConfig(train="", dev="", kind="question_answering", max_length=16)
     tokenize(task, raw, words("bert"), data, "toy's data")
     assert capfd.readouterr().err == (
-        "toy's data: 1 of 3 answers are in no window as a whole; raise data.stride or data.max_length\n"
+        "toy's data: 1 of 3 answers are in no window as a whole; raise data.doc_stride or data.max_length\n"
     )
 
 
@@ -198,7 +198,7 @@ def test_a_toy_file_survives_the_way_there_and_back(
 ) -> None:
     """Through labels alone, questions without answers among them."""
     files = toy_heads.question_files(tmp_path, train=20, dev=20, length=60, unanswerable=True)
-    data = TaskDataConfig.model_validate({**files, "max_length": 48, "stride": 20})
+    data = TaskDataConfig.model_validate({**files, "max_length": 48, "doc_stride": 20})
     task = load_task(data)
     examples = tokenize(task, task.dev["dev"], words("bert"), data, "it")
     assert examples.count > 20

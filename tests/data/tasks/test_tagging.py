@@ -139,9 +139,9 @@ def test_long_sentences_are_cut_between_words_and_none_is_lost(toy_tokenizer, tm
     assert examples.labels.tolist() == [task.label_names.index(tag) for tag in tags]
     batch = examples.batch(np.arange(examples.count))
     assert batch.lengths.max() <= 16
-    assert len(batch.rows) == len(tags)
-    assert (np.diff(batch.rows.numpy()) > 0).all()
-    read = batch.input_ids[batch.rows]
+    assert len(batch.head_positions) == len(tags)
+    assert (np.diff(batch.head_positions.numpy()) > 0).all()
+    read = batch.input_ids[batch.head_positions]
     expected = [toy_tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("the", "and")]
     assert read[:80].tolist() == expected * 40
     ends = batch.cu_seqlens[1:].long() - 1

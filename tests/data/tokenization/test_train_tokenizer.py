@@ -22,7 +22,7 @@ pytest_plugins = ["data_fixtures"]
 
 
 def config(place: Path, corpus_folder: Path, **changes: Any) -> TokenizerConfig:
-    tables: dict[str, Any] = {"out": str(place), "kind": "wordpiece", "vocabulary": 120, "lowercase": True}
+    tables: dict[str, Any] = {"out": str(place), "kind": "wordpiece", "vocab_size": 120, "lowercase": True}
     tables["source"] = [{"kind": "text", "path": str(corpus_folder)}]
     return TokenizerConfig.model_validate(tables | changes)
 
@@ -90,7 +90,7 @@ def test_what_is_finished_is_left_alone_and_another_request_refused(toy_corpus: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocabulary": 20}, "vocabulary = 20 is too small"),
+        ({"vocab_size": 20}, "vocab_size = 20 is too small"),
         ({"source": [{"kind": "text", "path": "BLANK"}]}, "blank: no text in it to learn from"),
         ({"source": [{"kind": "text", "path": "/nowhere"}]}, "/nowhere: no such file or folder"),
         ({"out": "/proc/words"}, "/proc/words: cannot be written"),
