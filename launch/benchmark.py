@@ -1,4 +1,6 @@
-"""Times what the product does, on this machine. All figures of one call come from one run: read their ratios.
+"""Times training and data preparation on this machine.
+
+All figures of one call come from one run: read their ratios.
 
 usage: python launch/benchmark.py step CONFIG.toml [dotted.key=value …]
        python launch/benchmark.py data CONFIG.toml [dotted.key=value …]
@@ -14,13 +16,12 @@ example: python launch/benchmark.py step configs/task/lad.toml data.task=rte
          python launch/benchmark.py data configs/pretrain/corpus.toml
 """
 
-import sys
-
-from lad_dist.cli.app import LAUNCHER_ARGUMENTS, plain_script
+from lad_dist.cli.app import plain_script, user_arguments
 from lad_dist.cli.console import print_table
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import EXIT_DONE, UserError
 from lad_dist.config.load import load_config, read_toml
-from lad_dist.config.schema import PrepareConfig, train_schema
+from lad_dist.config.schema import train_schema
 
 
 def step(path: str, overrides: list[str]) -> None:
@@ -37,15 +38,15 @@ def data(path: str, overrides: list[str]) -> None:
     print_table(f"the data of {path}", ("", ""), measure(config))
 
 
-TIMED = {"step": step, "data": data}
+BENCHMARKS = {"step": step, "data": data}
 
 
 def main() -> int:
-    words = [word for word in sys.argv[1:] if not LAUNCHER_ARGUMENTS.fullmatch(word)]
-    if len(words) < 2 or words[0] not in TIMED:
-        given = " ".join(words) or "nothing"
-        raise UserError(f"benchmark: say what to time, {' or '.join(TIMED)}, and give a CONFIG.toml, not {given}")
-    TIMED[words[0]](words[1], words[2:])
+    arguments = user_arguments()
+    if len(arguments) < 2 or arguments[0] not in BENCHMARKS:
+        text = " ".join(arguments) or "nothing"
+        raise UserError(f"benchmark: name what to time, {' or '.join(BENCHMARKS)}, and a CONFIG.toml, not {text}")
+    BENCHMARKS[arguments[0]](arguments[1], arguments[2:])
     return EXIT_DONE
 
 

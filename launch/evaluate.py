@@ -1,4 +1,4 @@
-"""A model folder on a task's dev set; with a teacher given, its loyalty to it.
+"""Evaluates a model folder on a task's dev set; with a teacher, also the loyalty to it.
 
 usage: python launch/evaluate.py CONFIG.toml [dotted.key=value …]
        deepspeed launch/evaluate.py …   (or torchrun, or srun python: the world comes from the environment)

@@ -1,4 +1,4 @@
-"""Task-agnostic distillation into a small encoder, on token shards written by prepare_corpus.
+"""Distils a teacher into a small encoder, without a task, on token shards written by prepare_corpus.
 
 usage: python launch/pretrain_distill.py CONFIG.toml [dotted.key=value …]
        deepspeed launch/pretrain_distill.py …   (or torchrun, or srun python: the world comes from the environment)

@@ -1,4 +1,4 @@
-"""The whole journey on text that every installation carries: no hub, no GPU, a few minutes on two cores.
+"""Distils a teacher on text of the installation itself: no hub, no GPU, a few minutes on two cores.
 
 usage: bash launch/quickstart.sh [stage.key=value …]      (makes an environment first)
        python launch/quickstart.py [stage.key=value …]    (in one that has lad_dist)
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lad_dist.cli.app import plain_script
 from lad_dist.cli.console import Console, print_table, say
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 from lad_dist.config.load import (
     Schema,
@@ -29,7 +30,12 @@ from lad_dist.config.load import (
     read_toml,
     validate_arguments,
 )
-from lad_dist.config.schema import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig, TrainConfig
+from lad_dist.config.schema import (
+    EvaluateConfig,
+    PretrainConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
 FOLDER = Path("runs/quickstart")
@@ -37,15 +43,15 @@ VOCABULARY = 4000
 
 
 class Stage(NamedTuple):
-    what: str
+    title: str
     schema: type[TrainConfig]
-    called: str  # in the table
+    label: str  # in the table
 
 
 RUNS = {
     "pretrain": Stage("Pre-training a small BERT on them by masked language modelling", PretrainConfig, "pre-trained"),
     "teacher": Stage("Fine-tuning it for the task: the teacher", TaskConfig, "teacher"),
-    "lad": Stage("Distilling the teacher into a student of half its depth by LAD", TaskConfig, "student by LAD"),
+    "lad": Stage("Distilling the teacher into a student of half the depth by LAD", TaskConfig, "student by LAD"),
     "alone": Stage("Training the same student without a teacher, as long", TaskConfig, "student alone"),
 }
 # On two cores, to tell people what to expect.
@@ -56,36 +62,38 @@ Changes = Mapping[str, list[tuple[str, Any]]]
 Results = dict[str, Any]
 
 
-def journey(folder: Path, changes: Changes) -> Results | None:
-    """All stages, below `folder`, each with its changes. Returns what results.json holds; None when a stage was stopped
-    early."""
+def run_all(folder: Path, changes: Changes) -> Results | None:
+    """Run all stages, each with changes to the config; None where a stage was stopped early.
+
+    Returns what results.json holds.
+    """
     counts = prepare(folder, changes)
     if counts is None:
         return None
     say_text(counts)
     for number, (name, stage) in enumerate(RUNS.items(), start=2):
-        say(f"\n{number}/6 {stage.what}: about {TIMES[name]} on two cores.")
-        if not trained(configured(stage.schema, name, folder, changes)):
+        say(f"\n{number}/6 {stage.title}: about {TIMES[name]} on two cores.")
+        if not train_stage(stage_config(stage.schema, name, folder, changes)):
             return None
-    say("\n6/6 Comparing on passages of modules that none of them has seen.")
+    say("\n6/6 Comparing on passages of modules that none of them was trained on.")
     results = compare(folder, changes)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
 def check(folder: Path, changes: Changes) -> None:
-    """Raises UserError for a change that some stage would refuse, before the first one begins."""
+    """Raise UserError for a change that some stage would refuse, before the first one begins."""
     from lad_dist.data.sources import docstrings
     from lad_dist.training import run_spec
 
     validate_arguments("text", docstrings.write, dict(changes.get("text", [])))
-    configured(PrepareConfig, "corpus", folder, changes)
+    stage_config(PrepareConfig, "corpus", folder, changes)
     for name, stage in RUNS.items():
-        run_spec.resolve_options(configured(stage.schema, name, folder, changes))
+        run_spec.resolve_options(stage_config(stage.schema, name, folder, changes))
 
 
 def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
-    """Text, tokenizer and token shards. Returns counts for a person to read; None when it was stopped early."""
+    """Make text, tokenizer and token shards; return counts for a person to read, None when it was stopped early."""
     from lad_dist.data.shards.prepare import prepare
     from lad_dist.data.sources import docstrings
     from lad_dist.data.tokenization.algorithms import train_wordpiece
@@ -96,7 +104,7 @@ def prepare(folder: Path, changes: Changes) -> dict[str, int] | None:
     if not (folder / "tokenizer" / "tokenizer_config.json").exists():
         files = sorted((folder / "text" / "corpus").glob("*.txt"))
         train_wordpiece((file.read_text(encoding="utf-8") for file in files), VOCABULARY, folder / "tokenizer")
-    complete = prepare(configured(PrepareConfig, "corpus", folder, changes), progress=lambda line: None)
+    complete = prepare(stage_config(PrepareConfig, "corpus", folder, changes))
     return counts if complete else None
 
 
@@ -109,25 +117,25 @@ def say_text(counts: Mapping[str, int]) -> None:
     )
 
 
-def configured(schema: type[Schema], stage: str, folder: Path, changes: Changes) -> Schema:
-    """The stage's config file with its paths moved to `folder`, then changed."""
+def stage_config(schema: type[Schema], stage: str, folder: Path, changes: Changes) -> Schema:
+    """Return the config of a stage with its paths moved to `folder`, then changed."""
     file = CONFIGS / f"{stage}.toml"
-    moved = apply_overrides(moved_to(folder, read_toml(file)), changes.get(stage, []))
-    return parse_config(schema, moved, where=str(file))
+    tables = apply_overrides(move_paths(folder, read_toml(file)), changes.get(stage, []))
+    return parse_config(schema, tables, where=str(file))
 
 
-def moved_to(folder: Path, value: Any) -> Any:
-    """The tables with FOLDER at the front of every path replaced."""
+def move_paths(folder: Path, value: Any) -> Any:
+    """Return the tables with FOLDER at the front of every path replaced."""
     if isinstance(value, dict):
-        return {key: moved_to(folder, inner) for key, inner in value.items()}
+        return {key: move_paths(folder, inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [moved_to(folder, inner) for inner in value]
-    inside = isinstance(value, str) and Path(value).is_relative_to(FOLDER)
-    return str(folder / Path(value).relative_to(FOLDER)) if inside else value
+        return [move_paths(folder, inner) for inner in value]
+    is_path = isinstance(value, str) and Path(value).is_relative_to(FOLDER)
+    return str(folder / Path(value).relative_to(FOLDER)) if is_path else value
 
 
-def trained(config: TrainConfig) -> bool:
-    """Trains with progress on the terminal; whether it came to its end."""
+def train_stage(config: TrainConfig) -> bool:
+    """Train with progress on the terminal; return whether the run is complete."""
     from lad_dist.training.train import train
 
     console = Console(config.run.name)
@@ -138,27 +146,27 @@ def trained(config: TrainConfig) -> bool:
 
 
 def compare(folder: Path, changes: Changes) -> Results:
-    """Teacher and both students on the dev set, the students also against the teacher."""
+    """Evaluate teacher and both students on the dev set, the students also against the teacher."""
     from lad_dist.evaluation.evaluate import evaluate
 
-    data = configured(TaskConfig, "lad", folder, changes).data.model_dump()
-    found: Results = {}
+    data = stage_config(TaskConfig, "lad", folder, changes).data.model_dump()
+    results: Results = {}
     for name in ("lad", "alone"):
         paths = {
             "model": {"path": str(folder / name / "export")},
             "teacher": {"path": str(folder / "teacher" / "export")},
         }
         result = evaluate(parse_config(EvaluateConfig, {**paths, "data": data}, where="quickstart"))
-        found |= {name: result["model"], "teacher": result["teacher"]}
-    return {name: found[name] for name in ("teacher", "lad", "alone")}
+        results |= {name: result["model"], "teacher": result["teacher"]}
+    return {name: results[name] for name in ("teacher", "lad", "alone")}
 
 
 def show(folder: Path, results: Results) -> None:
-    """The table, and where everything is."""
+    """Print the table, and where everything is."""
     from lad_dist.runs.plots import curves
 
     plots = curves([folder / "lad", folder / "alone"], folder / "plots")
-    print_table("which library?", ("", *(RUNS[name].called for name in results)), list(rows(results)))
+    print_table("which library?", ("", *(RUNS[name].label for name in results)), list(rows(results)))
     say(
         f"\nthe student      {folder / 'lad' / 'export'}   (an ordinary Hugging Face folder)\n"
         f"numbers          {folder / 'results.json'}\n"
@@ -178,14 +186,14 @@ def rows(results: Results) -> Iterable[tuple[str, ...]]:
         "parameters": ("parameters", "{:,}"),
         "times faster than the teacher": ("speedup", "{:.1f}"),
     }
-    for title, (key, form) in cells.items():
-        yield title, *(form.format(one[key]) if key in one else "" for one in results.values())
+    for title, (key, pattern) in cells.items():
+        yield title, *(pattern.format(model[key]) if key in model else "" for model in results.values())
 
 
-def sorted_changes(words: Iterable[str]) -> Changes:
-    """`stage.key=value` words by stage. Raises UserError for a stage that is none."""
+def changes_by_stage(overrides: Iterable[str]) -> Changes:
+    """Return the overrides `stage.key=value` by stage; raise UserError for an unknown stage."""
     changes: dict[str, list[tuple[str, Any]]] = {}
-    for key, value in map(parse_override, words):
+    for key, value in map(parse_override, overrides):
         stage, _, rest = key.partition(".")
         lookup("stage", stage, dict.fromkeys(STAGES))
         changes.setdefault(stage, []).append((rest, value))
@@ -193,9 +201,9 @@ def sorted_changes(words: Iterable[str]) -> Changes:
 
 
 def main() -> int:
-    changes = sorted_changes(sys.argv[1:])
+    changes = changes_by_stage(sys.argv[1:])
     check(FOLDER, changes)
-    results = journey(FOLDER, changes)
+    results = run_all(FOLDER, changes)
     if results is None:
         say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
         return EXIT_RUN_AGAIN

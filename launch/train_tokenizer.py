@@ -1,20 +1,20 @@
-"""Trains a tokenizer on the sources of a corpus, WordPiece or sentencepiece's unigram model: before prepare_corpus.
+"""Trains a tokenizer on the sources of a corpus, for prepare_corpus: WordPiece, or sentencepiece's unigram model.
 
 usage: python launch/train_tokenizer.py CONFIG.toml [dotted.key=value …]
 
-example: python launch/train_tokenizer.py configs/pretrain/tokenizer_unigram.toml vocabulary=16000
+example: python launch/train_tokenizer.py configs/pretrain/tokenizer_unigram.toml vocab_size=16000
 """
 
 from lad_dist.cli.app import run_script
 from lad_dist.cli.console import say
+from lad_dist.config.corpus_schema import TokenizerConfig
 from lad_dist.config.errors import EXIT_DONE
-from lad_dist.config.schema import TokenizerConfig
 
 
 def main(config: TokenizerConfig) -> int:
     from lad_dist.data.tokenization.train import train_tokenizer
 
-    train_tokenizer(config, say)
+    say(f"{config.out}: {train_tokenizer(config):,} tokens")
     return EXIT_DONE
 
 

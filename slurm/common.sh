@@ -27,7 +27,7 @@ environment() {
     export MASTER_ADDR
 
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" # INFO also says which network interfaces it chose
-    # On nodes with several networks, name the fast one, for NCCL and for the agreement between processes:
+    # On nodes with several networks, name the fast one, for NCCL and for Gloo, by which processes meet:
     # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
     # export NCCL_IB_HCA=mlx5        # InfiniBand adapters to use; NCCL_IB_DISABLE=1 where there are none that work
     # A collective that nobody joins ends after 30 minutes; run.watchdog_timeout finds it long before, and names the process.

@@ -37,7 +37,7 @@ STEPS = 240 if LONG else 48
 SAVE_EVERY = 8
 SCRIPT = ROOT / "launch" / "task_distill.py"
 SLOW_SYNC = 0.03  # seconds: a network file system's; else too few kills would fall into a save
-LOOK_EVERY = 0.01
+POLL_SECONDS = 0.01
 PATIENCE = 180.0  # seconds for anything that a life does by itself
 MARK = "LAD_DIST_CHAOS_LIFE"  # in the environment of all processes of a launched life
 
@@ -53,23 +53,23 @@ class Victim:
 
     @property
     def losses(self) -> dict[int, float]:
-        """By step, of the rows that are whole."""
-        found = {}
+        """Return the losses by step, of the rows that are whole."""
+        losses = {}
         path = self.folder / "metrics.jsonl"
         for line in path.read_text().splitlines() if path.exists() else []:
             row = _row(line)
             if "loss" in row:
-                found[row["step"]] = row["loss"]
-        return found
+                losses[row["step"]] = row["loss"]
+        return losses
 
     @property
     def reached(self) -> int:
-        """The last step that was made and told."""
+        """The last step that the run has reported."""
         return max(self.losses, default=0)
 
     @property
     def saved(self) -> list[Path]:
-        return store.CheckpointStore(self.checkpoints)._saved()
+        return store.CheckpointStore(self.checkpoints)._checkpoint_paths()
 
     @property
     def saved_step(self) -> int:
@@ -78,15 +78,15 @@ class Victim:
     @property
     def drafts(self) -> set[tuple[str, int]]:
         """Saves that were begun and not committed: names, and when."""
-        found = set()
+        drafts = set()
         for path in self.checkpoints.glob("step-*.draft"):
             with suppress(FileNotFoundError):
-                found.add((path.name, path.stat().st_ctime_ns))
-        return found
+                drafts.add((path.name, path.stat().st_ctime_ns))
+        return drafts
 
     @property
     def damaged(self) -> list[str]:
-        """What is wrong with checkpoints that look whole."""
+        """The faults of checkpoints that look whole."""
         return [f"{path.name}: {fault}" for path in self.saved if (fault := store._fault(path))]
 
     @property
@@ -106,17 +106,19 @@ def _row(line: str) -> dict[str, Any]:
 
 
 def victim(folder: Path, world: World, changes: Mapping[str, Any] | None = None, runs: Path | None = None) -> Victim:
-    """A run of STEPS steps of two slots, of which both processes write the checkpoints. runs: where its folder is, if
-    elsewhere than its log."""
+    """Return a run of STEPS steps of two micro-batches, of which both processes write the checkpoints.
+
+    `runs` is the folder of its run folder, if not beside its log.
+    """
     runs = runs or folder / "runs"
     tables = toy.task_config(runs, world.files, world.teacher, world.pretrained)
-    mine = {
-        "run.steps": STEPS, "run.save_every": SAVE_EVERY, "data.micro_batches_per_step": 2, "data.num_workers": 0, "student.dropout": 0.1,
-        "deepspeed.zero_optimization": {"stage": 1}, **(changes or {}),
+    all_changes = {
+        "run.steps": STEPS, "run.save_every": SAVE_EVERY, "data.micro_batches_per_step": 2, "data.num_workers": 0,
+        "student.dropout": 0.1, "deepspeed.zero_optimization": {"stage": 1}, **(changes or {}),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.toml"
-    path.write_text(tomli_w.dumps(apply_overrides(tables, mine.items())))
+    path.write_text(tomli_w.dumps(apply_overrides(tables, all_changes.items())))
     return Victim(runs / "toy", path)
 
 
@@ -126,16 +128,16 @@ class Life:
 
     log: Path
     pids: list[int]
-    ended: Callable[[float], list[int | None]]  # within seconds: exit codes, negative of a signal, None while it runs
+    wait: Callable[[float], list[int | None]]  # within seconds: exit codes, negative of a signal, None while it runs
     began: float = field(default_factory=time.monotonic)
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     @property
-    def over(self) -> bool:
-        return None not in self.ended(0.0)
+    def has_ended(self) -> bool:
+        return None not in self.wait(0.0)
 
     def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
         for rank in range(len(self.pids)) if ranks is None else ranks:
@@ -144,22 +146,22 @@ class Life:
 
     def end(self, seconds: float = PATIENCE) -> list[int]:
         """Exit codes. Raises TimeoutError, and kills it then."""
-        codes = self.ended(seconds)
+        codes = self.wait(seconds)
         if None in codes:
             self.signal(signal.SIGKILL)
-            raise TimeoutError(f"{codes} after {seconds} s: {self.said[-3000:]}")
+            raise TimeoutError(f"{codes} after {seconds} s: {self.output[-3000:]}")
         return codes  # type: ignore[return-value]
 
     def until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
         """Waits for it; False when the life is over before. Raises TimeoutError, and kills it then."""
         deadline = time.monotonic() + seconds
         while not condition():
-            if self.over:
+            if self.has_ended:
                 return condition()
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
-                raise TimeoutError(self.said[-3000:])
-            time.sleep(LOOK_EVERY)
+                raise TimeoutError(self.output[-3000:])
+            time.sleep(POLL_SECONDS)
         return True
 
 
@@ -196,19 +198,23 @@ def begin(
     processes = []
     for rank in range(ranks):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        mine = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}, **variables[rank]}
-        process = FORKS.Process(target=_live, args=(log, mine, [str(victim.config), *words], prepare))
+        rank_variables = {
+            "MASTER_ADDR": "127.0.0.1",
+            **{name: str(value) for name, value in numbers.items()},
+            **variables[rank],
+        }
+        process = FORKS.Process(target=_live, args=(log, rank_variables, [str(victim.config), *words], prepare))
         process.start()
         processes.append(process)
 
-    def ended(seconds: float) -> list[int | None]:
+    def wait_codes(seconds: float) -> list[int | None]:
         deadline = time.monotonic() + seconds
         while left := [each.sentinel for each in processes if each.exitcode is None]:
             if not wait(left, max(0.0, deadline - time.monotonic())):
                 break
         return [each.exitcode for each in processes]
 
-    return Life(log, [each.pid or 0 for each in processes], ended)
+    return Life(log, [each.pid or 0 for each in processes], wait_codes)
 
 
 def launch(victim: Victim, by: str, words: Sequence[str] = ()) -> Life:
@@ -216,18 +222,18 @@ def launch(victim: Victim, by: str, words: Sequence[str] = ()) -> Life:
     log = victim.config.with_name(f"{time.monotonic_ns()}.log")
     command = [*launcher(by, 2), str(SCRIPT), str(victim.config), *words]
     with log.open("w") as file:
-        called = subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=ROOT, env=environment() | {MARK: str(log)}, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             start_new_session=True,
         )  # fmt: skip
 
-    def ended(seconds: float) -> list[int | None]:
+    def wait_codes(seconds: float) -> list[int | None]:
         try:
-            return [called.wait(seconds)]
+            return [process.wait(seconds)]
         except subprocess.TimeoutExpired:
             return [None]
 
-    return Life(log, [called.pid], ended)
+    return Life(log, [process.pid], wait_codes)
 
 
 def processes_of(life: Life) -> tuple[dict[int, int], list[int]]:
@@ -244,10 +250,10 @@ def processes_of(life: Life) -> tuple[dict[int, int], list[int]]:
     return ranks, others
 
 
-def ended(victim: Victim) -> Victim:
+def run_to_end(victim: Victim) -> Victim:
     """After a life without disturbance."""
     life = begin(victim)
-    assert life.end() == [0, 0], life.said[-3000:]
+    assert life.end() == [0, 0], life.output[-3000:]
     return victim
 
 
@@ -269,18 +275,20 @@ def _live(log: Path, variables: dict[str, str], words: list[str], prepare: Calla
 
 @dataclass(frozen=True)
 class Kill:
-    """how: job, or rank and its number. inside: a save was begun and not committed. lost: steps that had been made and
-    were to be made anew. seconds: until the last process had ended."""
+    """A kill, and what it cost."""
 
-    how: str
-    inside: bool
-    lost: int
-    seconds: float
+    how: str  # job, or rank and its number
+    inside: bool  # a save was begun and not committed
+    lost: int  # steps that had to be done again
+    seconds: float  # until the last process had ended
 
 
 def kill_again_and_again(victim: Victim, dice: random.Random) -> list[Kill]:
-    """The same command, until the run is done. A life is killed once it has saved, after a random while; now and then
-    already at its start, but never twice in a row: three lives without a checkpoint would be the end."""
+    """Give the same command until the run is complete, and kill every life but the last.
+
+    A life is killed once it has saved, after a random while; now and then already at its start, but never twice in a
+    row: three lives without a checkpoint would be the end.
+    """
     kills: list[Kill] = []
     early = False
     while True:
@@ -288,34 +296,34 @@ def kill_again_and_again(victim: Victim, dice: random.Random) -> list[Kill]:
         before = victim.drafts
         life = begin(victim, prepare=slow_disk)
         if early:
-            life.ended(dice.uniform(0.0, 3.0))
+            life.wait(dice.uniform(0.0, 3.0))
         else:
-            _await_moment(victim, life, dice)
+            _await_random_time(victim, life, dice)
         how = dice.choice(["job", "rank 0", "rank 1"])
-        if life.over:
+        if life.has_ended:
             codes = life.end()
-            assert codes == [0, 0], (codes, life.said[-3000:])
+            assert codes == [0, 0], (codes, life.output[-3000:])
             return kills
         kills.append(_kill(victim, life, "job" if early else how, before))
 
 
-def _await_moment(victim: Victim, life: Life, dice: random.Random) -> None:
+def _await_random_time(victim: Victim, life: Life, dice: random.Random) -> None:
     """Any, or one within a save, once it has saved."""
     before = [path.name for path in victim.saved]
     life.until(lambda: victim.saved[-1:] != [] and victim.saved[-1].name not in before)
     if dice.random() < 0.4:
-        life.ended(dice.uniform(0.0, 1.0))
+        life.wait(dice.uniform(0.0, 1.0))
     else:
         old = victim.drafts
         life.until(lambda: victim.drafts - old != set())
-        life.ended(dice.uniform(0.0, 6 * SLOW_SYNC))
+        life.wait(dice.uniform(0.0, 6 * SLOW_SYNC))
 
 
 def _kill(victim: Victim, life: Life, how: str, drafts: set[tuple[str, int]]) -> Kill:
-    moment = time.monotonic()
+    begin = time.monotonic()
     life.signal(signal.SIGKILL, None if how == "job" else [int(how[-1])])
     codes = life.end()
-    assert -signal.SIGKILL in codes or victim.done, (codes, life.said[-3000:])
+    assert -signal.SIGKILL in codes or victim.done, (codes, life.output[-3000:])
     assert victim.damaged == []
     lost = 0 if victim.done else victim.reached - victim.saved_step
-    return Kill(how, victim.drafts - drafts != set(), lost, time.monotonic() - moment)
+    return Kill(how, victim.drafts - drafts != set(), lost, time.monotonic() - begin)

@@ -14,10 +14,10 @@ def figures() -> Iterator[list[tuple[str, str]]]:
     rows: list[tuple[str, str]] = []
     yield rows
     if LONG:
-        print("", *(f"| {what} | {found} |" for what, found in rows), sep="\n")
+        print("", *(f"| {name} | {figure} |" for name, figure in rows), sep="\n")
 
 
 @pytest.fixture(scope="session")
 def straight(world: World, tmp_path_factory: pytest.TempPathFactory) -> Victim:
     """A run that nothing happened to."""
-    return chaos.ended(chaos.victim(tmp_path_factory.mktemp("straight"), world))
+    return chaos.run_to_end(chaos.victim(tmp_path_factory.mktemp("straight"), world))

@@ -1,16 +1,21 @@
-"""Hand-made folders of complete runs."""
+"""Hand-made folders of complete runs, and the comparison of them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from lad_dist.config.load import apply_overrides
+from lad_dist.report.comparison import Comparison, compare
+from lad_dist.report.results import collect
 
 METRICS = {"rte": "accuracy", "cola": "matthews"}
 
 
 def run(folder: Path, objective: str, task: str, seed: int, score: float, **changes: Any) -> Path:
-    """The folder of a complete run; changes by dotted key, `__` for the dot: of its config, or of `results`."""
+    """Write the folder of a complete run.
+
+    A key of `changes` is a dotted key of the config, or of results.json if it begins with `results`; `__` is a dot.
+    """
     config: dict[str, Any] = {
         "run": {"name": folder.name, "dir": str(folder.parent), "seed": seed, "steps": 8, "log_every": 10},
         "teacher": {"path": f"runs/teacher-{task}/export"},
@@ -34,13 +39,23 @@ def run(folder: Path, objective: str, task: str, seed: int, score: float, **chan
         "device": "cpu",
         "versions": {},
     }
-    changed = apply_overrides(results, ((_place(key), value) for key, value in changes.items()))
+    changed = apply_overrides(results, ((_dotted_key(key), value) for key, value in changes.items()))
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
     (folder / "results.json").write_text(json.dumps(changed))
     return folder
 
 
-def _place(key: str) -> str:
+def _dotted_key(key: str) -> str:
     dotted = key.replace("__", ".")
     return dotted.removeprefix("results.") if dotted.startswith("results.") else f"config.{dotted}"
+
+
+def load_comparison(folder: Path, baseline: str | None = None) -> Comparison:
+    """Return the comparison of the runs below a folder."""
+    return compare(collect([folder]), baseline)
+
+
+def method_names(folder: Path) -> set[str]:
+    """Return the names of the methods below a folder."""
+    return set(load_comparison(folder).methods)

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.schema import (
     ConfigTable,
     EvaluateConfig,
-    PrepareConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,
-    TokenizerConfig,
     train_schema,
 )
 

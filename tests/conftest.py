@@ -1,5 +1,6 @@
 """Fixtures: one toy world per session, built once and only read."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 import toy
 from hypothesis import settings
 
-from lad_dist.config.schema import PrepareConfig
+from lad_dist.cli.logging_setup import configure_logging
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.models import loading
 
+configure_logging()
+logging.getLogger("lad_dist").propagate = True  # for pytest's caplog, which listens at the root
 settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a machine is, not whether the code is right
 settings.load_profile("lad_dist")
 

@@ -38,15 +38,15 @@ def launcher(name: str, processes: int) -> list[str]:
 
 def environment() -> dict[str, str]:
     """What a user's shell would hold: this Python, and no launcher's variables."""
-    mine = os.environ | {
+    variables = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cpu",
     }
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        mine.pop(name, None)
-    return mine
+        variables.pop(name, None)
+    return variables
 
 
 def launch(

@@ -26,9 +26,12 @@ Make = Callable[[Path, World], None]
 
 @dataclass(frozen=True)
 class Case:
-    """A command that has to fail. `files` are put into its folder `here`, `changes` into the config of `script`, None
-    taking a key away; `make` does what these cannot say; `words` stand after the config, or instead of it in a script
-    without one. In texts {here}, {teacher} and so on are those places."""
+    """A command that has to fail.
+
+    `files` are written into its folder `here`, `changes` into the config of `script`, where None removes a key. `make`
+    does whatever else is needed. `words` follow the config, or replace it in a script without one. In texts, {here},
+    {teacher} and so on stand for those paths.
+    """
 
     name: str
     script: str
@@ -52,8 +55,8 @@ def tables(script: str, here: Path, world: World) -> dict[str, Any]:
     if script in ("task_distill", "benchmark"):
         return toy.task_config(work, world.files, world.teacher, world.pretrained)
     if script == "finetune_teacher":
-        made = toy.task_config(work, world.files, world.teacher, world.pretrained, objective={"name": "supervised"})
-        return {key: value for key, value in made.items() if key != "teacher"}
+        config = toy.task_config(work, world.files, world.teacher, world.pretrained, objective={"name": "supervised"})
+        return {key: value for key, value in config.items() if key != "teacher"}
     return {
         "evaluate": {"model": {"path": str(world.teacher)}, "data": task, "out": str(here / "result.json")},
         "prepare_corpus": {"out": str(here / "out"), "tokenizer": words, "num_workers": 1, "source": [source]},
@@ -69,7 +72,12 @@ def tables(script: str, here: Path, world: World) -> dict[str, Any]:
 
 
 # What a script imports when it has read its config: seconds that are not its work.
-IMPORTS = {"evaluate": "evaluate", "prepare_corpus": "data.prepare", "tune": "search", "report": "report"}
+IMPORTS = {
+    "evaluate": "evaluation.evaluate",
+    "prepare_corpus": "data.shards.prepare",
+    "tune": "search.tune",
+    "report": "report",
+}
 TALKING = ("prepare_corpus", "train_tokenizer")  # say what they do, on standard output
 LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WITHOUT_CONFIG = ("report", "quickstart")
@@ -95,7 +103,7 @@ def complaint(case: Case, here: Path, world: World, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value.format_map(places))
     monkeypatch.chdir(here)
     monkeypatch.setattr(sys, "argv", [case.script, *words])
-    importlib.import_module(f"lad_dist.{IMPORTS.get(case.script, 'train')}")
+    importlib.import_module(f"lad_dist.{IMPORTS.get(case.script, 'training.train')}")
     before, begin = tree(here), time.monotonic()
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
@@ -114,7 +122,7 @@ def _config(case: Case, here: Path, world: World, places: Mapping[str, Path]) ->
         file.write_bytes(case.config)
         return file
     changes = {key: _filled(value, places) for key, value in case.changes.items()}
-    file.write_text(tomli_w.dumps(_kept(apply_overrides(tables(case.script, here, world), changes.items()))))
+    file.write_text(tomli_w.dumps(_without_none(apply_overrides(tables(case.script, here, world), changes.items()))))
     return file
 
 
@@ -126,9 +134,9 @@ def _filled(value: Any, places: Mapping[str, Path]) -> Any:
     return [_filled(inner, places) for inner in value] if isinstance(value, list) else value
 
 
-def _kept(tables: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in tables.items() if value is not None}
-    return {key: _kept(value) if isinstance(value, dict) else value for key, value in kept.items()}
+def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
+    present = {key: value for key, value in tables.items() if value is not None}
+    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in present.items()}
 
 
 def tree(folder: Path) -> dict[str, str]:

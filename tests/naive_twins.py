@@ -1,4 +1,4 @@
-"""Random traces, and what their naive twins are made of: one sequence at a time, in fp64."""
+"""Random model outputs, and naive versions of what objectives compute: one sequence at a time, in fp64."""
 
 from typing import Any
 
@@ -16,31 +16,31 @@ NARROW = STUDENT._replace(hidden_size=4)
 LENGTHS = [5, 3, 7]
 
 
-def traces(
+def random_outputs(
     batch: Batch, seed: int = 0, student: ModelDims = STUDENT, teacher: ModelDims = TEACHER
 ) -> tuple[ModelOutputs, ModelOutputs]:
-    """Of a student and a teacher: every layer's hidden states, queries, keys and values, and logits."""
+    """Return outputs of a student and a teacher: hidden states, queries, keys and values of every layer, and logits."""
     torch.manual_seed(seed)
-    tokens, rows = len(batch.input_ids), len(batch.head_positions)
+    num_tokens, rows = len(batch.input_ids), len(batch.head_positions)
 
-    def of(shape: ModelDims) -> ModelOutputs:
+    def outputs(dims: ModelDims) -> ModelOutputs:
         hidden = {
-            layer: torch.randn(tokens, shape.hidden_size, requires_grad=True)
-            for layer in range(shape.num_hidden_layers + 1)
+            layer: torch.randn(num_tokens, dims.hidden_size, requires_grad=True)
+            for layer in range(dims.num_hidden_layers + 1)
         }
-        split = (tokens, shape.num_attention_heads, shape.hidden_size // shape.num_attention_heads)
+        split = (num_tokens, dims.num_attention_heads, dims.hidden_size // dims.num_attention_heads)
         qkv = {
             layer: tuple(torch.randn(split, requires_grad=True) for _ in range(3))
-            for layer in range(1, shape.num_hidden_layers + 1)
+            for layer in range(1, dims.num_hidden_layers + 1)
         }
-        return ModelOutputs(torch.randn(rows, shape.num_outputs), hidden, qkv)  # type: ignore[arg-type]
+        return ModelOutputs(torch.randn(rows, dims.num_outputs), hidden, qkv)  # type: ignore[arg-type]
 
-    return of(student), of(teacher)
+    return outputs(student), outputs(teacher)
 
 
 @st.composite
 def batches(draw: Any) -> Batch:
-    """Sequences in each of the three layouts: a span each, spans of several with empty sequences at the end, padded."""
+    """Draw a batch in one of three layouts: a span per sequence, spans of several and empty ones at the end, padded."""
     lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
     layout = draw(st.sampled_from(["flat", "packed", "padded"]))
     if layout == "padded":
@@ -50,23 +50,23 @@ def batches(draw: Any) -> Batch:
 
 
 def sequences(x: Tensor, batch: Batch) -> list[Tensor]:
-    """The real tokens of [N, ...], sequence by sequence, in fp64."""
+    """Return the real tokens of [N, ...], sequence by sequence, in fp64."""
     starts, lengths = batch.cu_seqlens.tolist(), batch.lengths.tolist()
     return [x[start : start + n].detach().double() for start, n in zip(starts, lengths, strict=False) if n]
 
 
-def tokens(x: Tensor, batch: Batch) -> Tensor:
-    """The real tokens of [N, ...], in fp64."""
+def real_tokens(x: Tensor, batch: Batch) -> Tensor:
+    """Return the real tokens of [N, ...], in fp64."""
     return torch.cat(sequences(x, batch))
 
 
-def firsts(x: Tensor, batch: Batch) -> Tensor:
-    """The first token of each sequence in [N, ...], in fp64."""
+def first_tokens(x: Tensor, batch: Batch) -> Tensor:
+    """Return the first token of each sequence in [N, ...], in fp64."""
     return torch.stack([rows[0] for rows in sequences(x, batch)])
 
 
 def naive_scores(x: Tensor, y: Tensor, batch: Batch, heads: int) -> list[list[Tensor]]:
-    """x yᵀ / √d of each sequence and head."""
+    """Return x yᵀ / √d of each sequence and head."""
     split = [z.reshape(len(z), heads, -1) for z in (x, y)]
     return [
         [(a[:, h] @ b[:, h].T) / a.shape[-1] ** 0.5 for h in range(heads)]
@@ -75,7 +75,7 @@ def naive_scores(x: Tensor, y: Tensor, batch: Batch, heads: int) -> list[list[Te
 
 
 def naive_relation(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], batch: Batch, heads: int) -> float:
-    """KL of the teacher's softmax from the student's: head and query one at a time."""
+    """Return the KL of the student's softmax from the teacher's: head and query one at a time."""
     total = 0.0
     for s, t in zip(naive_scores(*student, batch, heads), naive_scores(*teacher, batch, heads), strict=True):
         for head in range(heads):
@@ -87,7 +87,7 @@ def naive_relation(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor
 def naive_score_error(
     student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], batch: Batch, heads: int
 ) -> float:
-    """Mean squared difference of scores over heads and pairs of tokens of one sequence."""
+    """Return the mean squared difference of scores over heads and pairs of tokens of one sequence."""
     s, t = (
         torch.cat([head.flatten() for heads_of in naive_scores(*pair, batch, heads) for head in heads_of])
         for pair in (student, teacher)

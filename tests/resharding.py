@@ -33,8 +33,11 @@ State = dict[str, Any]
 
 @dataclass
 class Stretch:
-    """What one engine of `layout` does: takes up each of the checkpoints `starts` (folder, layout) in turn, makes the
-    steps from `first` to `last`, and saves after those in `saves`."""
+    """What one engine of `layout` does.
+
+    It loads each of the checkpoints `starts` (folder, layout) in turn, makes the steps from `first` to `last`, and
+    saves after those in `saves`.
+    """
 
     config: dict[str, Any]
     layout: dict[str, int]
@@ -48,14 +51,17 @@ class Stretch:
         return str(Path(self.folder) / str(step)), self.layout
 
     @cached_property
-    def found(self) -> dict[str, Any]:
-        """`starts`: the states taken up. `saves`: those saved, by step. `end`: the last one. `samples`: {(step, slot):
-        digest}."""
-        return torch.load(Path(self.folder) / "found.pt", weights_only=True)
+    def states(self) -> dict[str, Any]:
+        """The states of the stretch.
+
+        `starts`: those loaded. `saves`: those saved, by step. `end`: the last one. `samples`: {(step, micro-batch):
+        digest}.
+        """
+        return torch.load(Path(self.folder) / "states.pt", weights_only=True)
 
 
 def run(stretches: list[Stretch]) -> None:
-    """Those of one process in this one, those of two together in two."""
+    """Run the stretches of one process in this process, those of two together in two processes."""
     for stretch in stretches:
         if stretch.layout["processes"] == 1:
             work(stretch)
@@ -69,46 +75,48 @@ def run(stretches: list[Stretch]) -> None:
 
 
 def work(stretch: Stretch) -> None:
-    loop, found = start(stretch), {"starts": [], "saves": {}, "samples": {}}
-    for checkpoint, was in stretch.starts:
-        reshard.load_checkpoint(loop.engine, Path(checkpoint), was, stretch.layout)
-        found["starts"].append(state(loop.engine))
-    for done in train(loop, stretch, found["samples"]):
+    trainer, states = start(stretch), {"starts": [], "saves": {}, "samples": {}}
+    for checkpoint, saved_layout in stretch.starts:
+        reshard.load_checkpoint(trainer.engine, Path(checkpoint), saved_layout, stretch.layout)
+        states["starts"].append(state(trainer.engine))
+    for done in train(trainer, stretch, states["samples"]):
         if done in stretch.saves:
             folder = Path(stretch.checkpoint(done)[0])
-            write(snapshot(loop.engine, folder), folder)
-            found["saves"][done] = state(loop.engine)
-    found["end"] = state(loop.engine)
-    found["samples"] = {key: digest for its in processes.all_gather(found["samples"]) for key, digest in its.items()}
+            write(snapshot(trainer.engine, folder), folder)
+            states["saves"][done] = state(trainer.engine)
+    states["end"] = state(trainer.engine)
+    states["samples"] = {
+        key: digest for samples in processes.all_gather(states["samples"]) for key, digest in samples.items()
+    }
     if processes.is_main():
         Path(stretch.folder).mkdir(parents=True, exist_ok=True)
-        torch.save(found, Path(stretch.folder) / "found.pt")
+        torch.save(states, Path(stretch.folder) / "states.pt")
     processes.barrier()
 
 
 def start(stretch: Stretch) -> Trainer:
     tables = stretch.config | {"run": stretch.config["run"] | {"dir": stretch.folder}}
-    words = stretch.config["deepspeed"]
-    zero = words.get("zero_optimization", {}) | {"stage": stretch.layout["zero"]}
-    config = parse_config(train_schema(tables), tables | {"deepspeed": words | {"zero_optimization": zero}}, "toy")
+    options = stretch.config["deepspeed"]
+    zero = options.get("zero_optimization", {}) | {"stage": stretch.layout["zero"]}
+    config = parse_config(train_schema(tables), tables | {"deepspeed": options | {"zero_optimization": zero}}, "toy")
     return prepare(check(config), Run(config))
 
 
-def train(loop: Trainer, stretch: Stretch, samples: dict[tuple[int, int], str]) -> Iterator[int]:
-    """Each step that is done; the digests of this process's batches by step and slot."""
-    averages, batches = MetricAccumulator(), loop.batches(stretch.first)
+def train(trainer: Trainer, stretch: Stretch, samples: dict[tuple[int, int], str]) -> Iterator[int]:
+    """Yield each step that is done; add the digests of this process's batches to `samples`."""
+    averages, batches = MetricAccumulator(), trainer.batches(stretch.first)
     for step in range(stretch.first, stretch.last):
-        mine = next(batches)
-        for index, batch in enumerate(mine):
-            slot = processes.rank() + index * processes.world_size()
-            samples[step, slot] = hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()
-        loop.train_step(step, mine, averages)
+        own_batches = next(batches)
+        for index, batch in enumerate(own_batches):
+            micro_batch = processes.rank() + index * processes.world_size()
+            samples[step, micro_batch] = hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()
+        trainer.train_step(step, own_batches, averages)
         yield step + 1
     batches.close()
 
 
 def state(engine: Any) -> State:
-    """All that training goes on from, whole."""
+    """Return the whole state that training continues from."""
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     scale = getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
@@ -117,36 +125,39 @@ def state(engine: Any) -> State:
         "module": deepcopy(engine.module.state_dict()),
         "parameters": {n: parameter_state(engine, p) for n, p in engine.module.named_parameters() if p.requires_grad},
         "groups": [{key: x for key, x in group.items() if key != "params"} for group in optimizer.param_groups],
-        "counts": [sorted(each) for each in counts],
+        "counts": [sorted(steps) for steps in counts],
         "scale": [getattr(scale, "cur_scale", 1.0), getattr(scale, "cur_iter", None)],
         "engine": [engine.global_steps, engine.global_samples, engine.skipped_steps],
     }
 
 
 def parameter_state(engine: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """The fp32 weights and the moments, put together from all processes' shares."""
+    """Return the fp32 weights and the moments, assembled from the shares of all processes."""
     optimizer = engine.optimizer
     if not hasattr(parameter, "_hp_mapping"):
         copy, states = _fp32(optimizer, parameter), getattr(optimizer, "optimizer", optimizer).state
-        found = {"fp32": copy.detach(), **states.get(copy, {})}
-        return {key: x.clone() for key, x in found.items() if key != "step"}
-    mine, mapping = {}, parameter._hp_mapping
+        values = {"fp32": copy.detach(), **states.get(copy, {})}
+        return {key: x.clone() for key, x in values.items() if key != "step"}
+    own_pieces, mapping = {}, parameter._hp_mapping
     if mapping is not None:
         (flat,) = optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
-        here, at = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
-        held = {"fp32": flat.detach(), **optimizer.optimizer.state[flat]}
-        mine = {at: {key: x.narrow(0, here.start, here.numel).clone() for key, x in held.items() if x.dim()}}
-    pieces = {at: piece for its in processes.all_gather(mine) for at, piece in its.items()}
-    return {key: torch.cat([pieces[at][key] for at in sorted(pieces)]).view_as(parameter) for key in pieces[0]}
+        source, start = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
+        values = {"fp32": flat.detach(), **optimizer.optimizer.state[flat]}
+        own_pieces = {
+            start: {key: x.narrow(0, source.start, source.numel).clone() for key, x in values.items() if x.dim()}
+        }
+    gathered = processes.all_gather(own_pieces)
+    pieces = {start: piece for rank_pieces in gathered for start, piece in rank_pieces.items()}
+    return {key: torch.cat([pieces[start][key] for start in sorted(pieces)]).view_as(parameter) for key in pieces[0]}
 
 
 def _fp32(optimizer: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What stage 0's optimizer updates."""
+    """Return the tensor that stage 0's optimizer updates."""
     halves, copies = (chain(*getattr(optimizer, name, [])) for name in ("fp16_groups", "fp32_groups"))
     return next((copy for half, copy in zip(halves, copies, strict=True) if half is parameter), parameter)
 
 
 if __name__ == "__main__":
-    (words,) = (word for word in sys.argv[1:] if not word.startswith("--"))
-    for row in json.loads(Path(words).read_text()):
+    (path,) = (argument for argument in sys.argv[1:] if not argument.startswith("--"))
+    for row in json.loads(Path(path).read_text()):
         work(Stretch(**row))

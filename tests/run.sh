@@ -25,4 +25,5 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 ruff check
 ruff format --check
 mypy
+lint-imports
 pytest -q "${selection[@]}" "$@"

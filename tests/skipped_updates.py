@@ -1,7 +1,9 @@
 """Tiny engines, and what becomes of their weights when an update is spoilt.
 
-usage: torchrun tests/skipped_updates.py OUT.json: rank 0 leaves what `outcomes` says of every case on each rank, and
-who dissents before and after a bit flips in the last rank's weights.
+usage: torchrun tests/skipped_updates.py OUT.json
+
+Rank 0 writes the `action_table` of every case on each rank, and which ranks diverge before and after a bit flips in the
+weights of the last rank.
 """
 
 import itertools
@@ -27,7 +29,7 @@ from lad_dist.distributed.replica_check import divergent_ranks
 from lad_dist.training import optimization
 from lad_dist.training.update_guard import SkipPolicy, UpdateGuard
 
-STEPS, SLOTS, SPOILT = 5, 4, 2
+STEPS, MICRO_BATCHES, SPOILT = 5, 4, 2
 HALF = {"bf16": {"enabled": True}, "fp16": {"enabled": True, "loss_scale": 128.0}}
 PRECISIONS = ["fp32", "bf16", *(["fp16"] if torch.cuda.is_available() else [])]  # DeepSpeed has no fp16 on a CPU
 CASES = [
@@ -40,8 +42,10 @@ CASES = [
 
 
 class Tiny(nn.Module):
-    """A regression. What is wrong with a batch is its `fault`: an infinite loss with finite gradients, or a finite
-    loss, 0 more than it was, with a gradient that is not."""
+    """A regression, some of whose batches have a `fault`.
+
+    "loss" is an infinite loss with finite gradients; "gradient" adds 0 to the loss, with a gradient that is not finite.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,69 +63,74 @@ def engine(stage: int, precision: str) -> Any:
     deepspeed.ops.__compatible_ops__ = {}
     torch.manual_seed(0)
     model = Tiny().to(processes.device())
-    words = OptimConfig(lr=1e-2)
-    optimizer = optimization.adamw(optimization.parameter_groups(model, nn.Identity(), words), words, stage)
+    options = OptimConfig(lr=1e-2)
+    optimizer = optimization.adamw(optimization.parameter_groups(model, nn.Identity(), options), options, stage)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
-    made, *_ = deepspeed.initialize(
+    new_engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         config={
-            "train_batch_size": SLOTS,
+            "train_batch_size": MICRO_BATCHES,
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": SLOTS // processes.world_size(),
+            "gradient_accumulation_steps": MICRO_BATCHES // processes.world_size(),
             "gradient_clipping": 1.0,
             "steps_per_print": sys.maxsize,
             "zero_optimization": zero,
             **({precision: HALF[precision]} if precision in HALF else {}),
         },
     )
-    return made
+    return new_engine
 
 
-def train(stage: int, precision: str, fault: str = "", leave_out: int | None = None) -> tuple[list[str], list[Tensor]]:
-    """Fates of the steps, and the weights after each. `fault`: of the last slot of step SPOILT."""
-    made = engine(stage, precision)
-    guard = UpdateGuard(made, SkipPolicy(max_skips=3))
-    fates, weights = [], []
+def train(
+    stage: int, precision: str, fault: str = "", skipped_step: int | None = None
+) -> tuple[list[str], list[Tensor]]:
+    """Return the actions of the steps, and the weights after each. `fault`: in the last micro-batch of step SPOILT."""
+    tiny = engine(stage, precision)
+    guard = UpdateGuard(tiny, SkipPolicy(max_skips=3))
+    actions, weights = [], []
     for step in range(STEPS):
-        if step == leave_out:
+        if step == skipped_step:
             continue
-        for slot in range(processes.rank(), SLOTS, processes.world_size()):
-            batch = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + slot))
-            wrong = fault if (step, slot) == (SPOILT, SLOTS - 1) else ""
-            guard.backward(made(batch.to(processes.device()), wrong))
-            made.step()
-        fates.append(guard.action(step).value)
-        with deepspeed.zero.GatheredParameters(list(made.module.parameters())):
-            weights.append(torch.cat([p.detach().float().flatten() for p in made.module.parameters()]).cpu())
-    return fates, weights
+        for micro_batch in range(processes.rank(), MICRO_BATCHES, processes.world_size()):
+            batch = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + micro_batch))
+            spoilt = fault if (step, micro_batch) == (SPOILT, MICRO_BATCHES - 1) else ""
+            guard.backward(tiny(batch.to(processes.device()), spoilt))
+            tiny.step()
+        actions.append(guard.action(step).value)
+        with deepspeed.zero.GatheredParameters(list(tiny.module.parameters())):
+            weights.append(torch.cat([p.detach().float().flatten() for p in tiny.module.parameters()]).cpu())
+    return actions, weights
 
 
-def outcomes(cases: list[tuple[int, str, str]]) -> dict[str, Any]:
-    """By case: the fates, whether each update but the first changed the weights, and whether the run ended as one that
-    leaves the spoilt step out."""
-    found = {}
-    last = {(stage, precision): train(stage, precision, leave_out=SPOILT)[1][-1] for stage, precision, _ in cases}
+def action_table(cases: list[tuple[int, str, str]]) -> dict[str, Any]:
+    """Return for each case the actions and what became of the weights.
+
+    `changed`: whether each update but the first changed them. `ends_as_without`: whether they end as those of a run
+    that skips the spoilt step.
+    """
+    results = {}
+    last = {(stage, precision): train(stage, precision, skipped_step=SPOILT)[1][-1] for stage, precision, _ in cases}
     for stage, precision, fault in cases:
-        fates, weights = train(stage, precision, fault)
-        found[f"{stage} {precision} {fault}"] = {
-            "fates": fates,
+        actions, weights = train(stage, precision, fault)
+        results[f"{stage} {precision} {fault}"] = {
+            "actions": actions,
             "changed": [not torch.equal(before, after) for before, after in itertools.pairwise(weights)],
             "ends_as_without": torch.equal(weights[-1], last[stage, precision]),
         }
-    return found
+    return results
 
 
-def dissent() -> list[list[int]]:
-    made = engine(1, "bf16")
-    before = divergent_ranks(made.module.parameters())
+def divergence() -> list[list[int]]:
+    tiny = engine(1, "bf16")
+    before = divergent_ranks(tiny.module.parameters())
     if processes.rank() == processes.world_size() - 1:
-        made.module.layers[0].bias.data.view(torch.int16)[5] ^= 1
-    return [before, divergent_ranks(made.module.parameters())]
+        tiny.module.layers[0].bias.data.view(torch.int16)[5] ^= 1
+    return [before, divergent_ranks(tiny.module.parameters())]
 
 
 if __name__ == "__main__":
     processes.start()
-    result = {"outcomes": processes.all_gather(outcomes(CASES)), "dissent": processes.all_gather(dissent())}
+    result = {"cases": processes.all_gather(action_table(CASES)), "divergence": processes.all_gather(divergence())}
     if processes.is_main():
         Path(sys.argv[1]).write_text(json.dumps(result))

@@ -1,5 +1,7 @@
-"""A SLURM cluster of two nodes on this host, for tests: `n1` and `n2` with four CPUs each, all of them in the partition
-`main`, and in `warned` and `sudden`, whose jobs those in `main` preempt: with a minute's grace, and without.
+"""A SLURM cluster of two nodes on this host, for tests.
+
+The nodes `n1` and `n2` have four CPUs each. All are in the partition `main`, and in `warned` and `sudden`, whose jobs
+those in `main` preempt: with a minute's grace, and without.
 
     with SlurmCluster() as cluster:                          starts munged, slurmctld and two slurmd, ends all of them
         state, code, output = cluster.run_job(["slurm/task.sbatch", "configs/task/lad.toml"], timeout=120)
@@ -176,15 +178,17 @@ class SlurmCluster:
         shutil.rmtree(self.folder)
 
     def run(self, command: Sequence[str], folder: Path | None = None, extra: Mapping[str, str] | None = None) -> str:
-        """What a command prints that talks to this cluster, run in `folder` with `extra` in its environment."""
+        """Return what a command prints that talks to this cluster, run in `folder` with `extra` in the environment."""
         environment = {**self.environment, **(extra or {})}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command} exits with {done.returncode}:\n{done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def lose(self, node: str) -> None:
-        """The node goes down with its jobs, and comes back: by itself when its daemon registers, which may be at once,
-        and then it can no longer be resumed."""
+        """Take the node down with all jobs on it, and bring it back.
+
+        It comes back by itself when its daemon registers, which may be at once; then it can no longer be resumed.
+        """
         self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
 
         def back() -> bool:

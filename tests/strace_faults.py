@@ -28,8 +28,8 @@ class Held:
     """A process that waits for a word before it does its work, under strace with more words."""
 
     def __init__(self, work: Callable[..., None], args: tuple[Any, ...], words: list[str]) -> None:
-        here, there = FORKS.Pipe()
-        self.process = FORKS.Process(target=_when_told, args=(there, work, args))
+        here, far_end = FORKS.Pipe()
+        self.process = FORKS.Process(target=_work_when_sent, args=(far_end, work, args))
         self.process.start()
         here.recv()  # it is ready
         self.strace = attach(self.process.pid or 0, words)
@@ -43,7 +43,7 @@ class Held:
         return code
 
 
-def _when_told(word: Connection, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _work_when_sent(word: Connection, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     import torch  # noqa: F401 (now, and not under the eyes of strace)
 
     may_be_traced()
@@ -77,12 +77,12 @@ def changes(work: Callable[..., Callable[[], None]], *args: Any) -> list[Call]:
     with tempfile.NamedTemporaryFile("r") as out:
         held = Held(work, args, ["-e", f"trace={','.join(f'?{call}' for call in CALLS)}", "-o", out.name])
         assert held.end() == 0
-        seen, found = Counter[str](), []
+        counts, calls = Counter[str](), []
         for name, words in re.findall(r"^\d+\s+(\w+)\((.*)", out.read(), re.MULTILINE):
-            seen[name] += 1
+            counts[name] += 1
             if "O_RDONLY" not in words:
-                found.append((name, seen[name]))
-        return found
+                calls.append((name, counts[name]))
+        return calls
 
 
 def killed(work: Callable[..., Callable[[], None]], *args: Any, call: Call) -> int:

@@ -46,8 +46,8 @@ def model(folder: Path, tokenizer_folder: Path, head: str, labels: tuple[str, ..
     """A model folder with new weights and the tokenizer."""
     torch.manual_seed(0)
     words = load_tokenizer(str(tokenizer_folder))
-    made = loading.create_model({**SIZES, **sizes}, head, vocabulary=len(words), labels=labels)  # type: ignore[arg-type]
-    save_model(made, folder)
+    new_model = loading.create_model({**SIZES, **sizes}, head, vocab_size=len(words), labels=labels)  # type: ignore[arg-type]
+    save_model(new_model, folder)
     words.save_pretrained(folder)
     return folder
 
@@ -70,7 +70,7 @@ def task_files(folder: Path, train: int = 64, dev: int = 24) -> dict[str, str]:
 def batch(
     lengths: list[int], *, pad_to: int | None = None, vocabulary: int = 50, seed: int = 0, labels: Any = None
 ) -> Batch:
-    """A flat batch of random tokens, the first token of each sequence as its row."""
+    """A flat batch of random tokens, the first token of each sequence as its head position."""
     random_state = np.random.default_rng(seed)
     sequences = [random_state.integers(5, vocabulary, n) for n in lengths]
     spans = [pad_to or n for n in lengths]
@@ -79,9 +79,8 @@ def batch(
     return collate(sequences, [np.zeros(n, dtype=np.uint8) for n in lengths], rows, chosen, pad_to=pad_to)
 
 
-def packed(batch: Batch, span: int, shortest: int = 1) -> Batch:
-    """The same sequences, rows and labels as of a batch without padding, one after another in spans of `span` places:
-    as many in each as fit."""
+def packed(batch: Batch, span: int) -> Batch:
+    """Return a batch without padding in spans of `span` places: as many of its sequences in each as fit."""
     starts, at = [], 0
     lengths = batch.lengths.tolist()
     for length in lengths:
@@ -94,11 +93,11 @@ def packed(batch: Batch, span: int, shortest: int = 1) -> Batch:
     hidden[place[batch.head_positions]] = 1
     labels[place[batch.head_positions]] = batch.labels
     ids, hidden, labels = (x.reshape(-1, span) for x in (ids, hidden, labels))
-    return pack(ids, np.array(starts), np.array(lengths), hidden > 0, labels, shortest)
+    return pack(ids, np.array(starts), np.array(lengths), hidden > 0, labels)
 
 
 def task_config(work: Path, files: dict[str, str], teacher: Path, student: Path, **tables: Any) -> dict[str, Any]:
-    """Plain tables of a toy LAD run: 8 steps of 4 slots of 4 examples."""
+    """Plain tables of a toy LAD run: 8 steps of 4 micro-batches of 4 examples."""
     return {
         "run": {"name": "toy", "dir": str(work), "steps": 8, "log_every": 1},
         "teacher": {"path": str(teacher)},
@@ -112,7 +111,7 @@ def task_config(work: Path, files: dict[str, str], teacher: Path, student: Path,
 
 
 def corpus_config(work: Path, shards: Path, teacher: Path, student: Path, **tables: Any) -> dict[str, Any]:
-    """Plain tables of a toy LAD run on a corpus: 4 steps of 2 slots of 256 tokens."""
+    """Plain tables of a toy LAD run on a corpus: 4 steps of 2 micro-batches of 256 tokens."""
     return {
         "run": {"name": "toy", "dir": str(work), "steps": 4, "log_every": 1},
         "teacher": {"path": str(teacher)},
@@ -132,5 +131,5 @@ def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> Tra
 
 
 def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in tables.items() if value is not None}
-    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    present = {key: value for key, value in tables.items() if value is not None}
+    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in present.items()}

@@ -81,16 +81,16 @@ def architecture(family: str, **sizes: Any) -> dict[str, Any]:
     return {"model_type": kind(family), **(SIZES | LIKE)[family], **sizes}
 
 
-def made(
-    family: str, head: str, words: PreTrainedTokenizerFast, labels: tuple[str, ...] = (), **sizes: Any
+def new_model(
+    family: str, head: str, tokenizer: PreTrainedTokenizerFast, labels: tuple[str, ...] = (), **sizes: Any
 ) -> PreTrainedModel:
     """A model in evaluation, its weights far from the tiny ones of a new model."""
     torch.manual_seed(1)
     model = loading.create_model(
         architecture(family, **sizes),
         head,  # type: ignore[arg-type]
-        vocabulary=len(words),
-        special=role_ids(words),
+        vocab_size=len(tokenizer),
+        special_ids=role_ids(tokenizer),
         labels=labels,
     )
     with torch.no_grad():
@@ -101,14 +101,16 @@ def made(
 
 def _sentencepiece(family: str, folder: Path) -> None:
     file, layout = PIECES[family]
-    written = io.BytesIO()
+    model_file = io.BytesIO()
     options = {"vocab_size": 120, "hard_vocab_limit": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=written, **options, **layout)
-    (folder / file).write_bytes(written.getvalue())
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model_file, **options, **layout
+    )
+    (folder / file).write_bytes(model_file.getvalue())
     (folder / "config.json").write_text(json.dumps({"model_type": family}))
-    words = load_tokenizer(folder)
+    fast_tokenizer = load_tokenizer(folder)
     (folder / "config.json").unlink()
-    words.save_pretrained(folder)
+    fast_tokenizer.save_pretrained(folder)
 
 
 def _byte_level(special: tuple[str, ...], folder: Path) -> None:

@@ -46,8 +46,8 @@ def entry(seed: int, length: int, unanswerable: bool) -> dict[str, Any]:
     absent = unanswerable and seed % 3 == 0
     context = " ".join(words if absent else words[:place] + names + words[place:])
     text = " ".join(names)
-    found = [] if absent else [{"text": text, "answer_start": context.index(text)}]
-    question = {"id": str(seed), "question": " ".join(pick.choices(OTHERS, k=2)), "answers": found}
+    answers = [] if absent else [{"text": text, "answer_start": context.index(text)}]
+    question = {"id": str(seed), "question": " ".join(pick.choices(OTHERS, k=2)), "answers": answers}
     return {"context": context, "qas": [question]}
 
 

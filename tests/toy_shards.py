@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lad_dist.data.tokenization.loading import fingerprint
-from lad_dist.data.tokenization.special_tokens import Frame, frame_of, vocabulary_size
+from lad_dist.data.tokenization.special_tokens import SpecialTokenFrame, special_token_frame, vocabulary_size
 
 Documents = Sequence[Sequence[int]]
 
@@ -23,7 +23,7 @@ def write_shards(
     shard: int = 3,
 ) -> Path:
     """Sources of documents, `shard` documents a file; what is held out belongs to the first source."""
-    frame = frame_of(tokenizer)
+    frame = special_token_frame(tokenizer)
     listed = []
     for number, (name, documents) in enumerate(sources.items()):
         (folder / name).mkdir(parents=True)
@@ -51,7 +51,7 @@ def write_shards(
     return folder
 
 
-def _write(folder: Path, name: str, documents: Documents, frame: Frame) -> dict[str, Any]:
+def _write(folder: Path, name: str, documents: Documents, frame: SpecialTokenFrame) -> dict[str, Any]:
     separator = [*frame.after.tolist(), *frame.before.tolist()]
     ids = np.array([token for document in documents for token in (*document, *separator)], dtype=np.uint16)
     ids.tofile(folder / f"{name}.bin")

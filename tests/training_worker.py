@@ -1,4 +1,4 @@
-"""A process of a multi-process test: trains the configs it is given, one after the other. Rank 0 leaves their rows.
+"""A process of a multi-process test: it trains the configs one after the other, and rank 0 writes their rows.
 
 usage: (torchrun|deepspeed|python) tests/training_worker.py ROWS.json CONFIG.toml …
 """
@@ -15,7 +15,7 @@ from lad_dist.training.train import train
 
 
 def main() -> None:
-    out, *paths = (word for word in sys.argv[1:] if not word.startswith("--local"))
+    out, *paths = (argument for argument in sys.argv[1:] if not argument.startswith("--local"))
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         tables = read_toml(path)

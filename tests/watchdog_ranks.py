@@ -1,4 +1,4 @@
-"""Ranks of a test of the watch: steps of 20 ms that end in a collective, until something goes wrong on one of them."""
+"""Ranks for a test of the watchdog: steps of 20 ms that end in a collective, until a fault happens on one of them."""
 
 import ctypes
 import fcntl
@@ -21,43 +21,43 @@ from lad_dist.distributed import processes
 from lad_dist.distributed.connections import Connection
 from lad_dist.distributed.watchdog import Watchdog
 
-BOUND = 2.0  # seconds without progress that are a hang
+TIMEOUT = 2.0  # seconds without progress that are a hang
 FAULTY_STEP = 4
 
 
-def sleep_forever(watch: Watchdog) -> None:
+def sleep_forever(watchdog: Watchdog) -> None:
     time.sleep(1000)
 
 
-def wait_with_the_lock(watch: Watchdog) -> None:
-    time.sleep(BOUND / 2)  # the watch is well under way
+def wait_with_the_lock(watchdog: Watchdog) -> None:
+    time.sleep(TIMEOUT / 2)  # the watchdog is well under way
     ctypes.PyDLL(None).sleep(1000)
 
 
-def raise_error(watch: Watchdog) -> None:
+def raise_error(watchdog: Watchdog) -> None:
     raise RuntimeError("a device fell off")
 
 
-def make_a_mistake(watch: Watchdog) -> None:
+def make_a_mistake(watchdog: Watchdog) -> None:
     raise UserError("data/train.csv: cannot be read")
 
 
-def be_slow(watch: Watchdog) -> None:
-    for slot in range(4):
-        watch.mark(FAULTY_STEP, "forward", slot)
-        time.sleep(BOUND / 2)
+def be_slow(watchdog: Watchdog) -> None:
+    for micro_batch in range(4):
+        watchdog.mark(FAULTY_STEP, "forward", micro_batch)
+        time.sleep(TIMEOUT / 2)
 
 
-def be_busy_with_something_else(watch: Watchdog) -> None:
-    with watch.paused():
-        time.sleep(2 * BOUND)
+def be_busy_with_something_else(watchdog: Watchdog) -> None:
+    with watchdog.paused():
+        time.sleep(2 * TIMEOUT)
 
 
-def crash(watch: Watchdog) -> None:
+def crash(watchdog: Watchdog) -> None:
     ctypes.string_at(0)
 
 
-def nothing(watch: Watchdog) -> None: ...
+def nothing(watchdog: Watchdog) -> None: ...
 
 
 Fault = Callable[[Watchdog], None]
@@ -70,8 +70,7 @@ class Rank:
     number: int
 
     @property
-    def said(self) -> str:
-        """On stderr."""
+    def stderr(self) -> str:
         return (self.folder / f"stderr-{self.number}").read_text()
 
     @property
@@ -81,66 +80,65 @@ class Rank:
     def await_fault(self) -> None:
         deadline = time.monotonic() + 60
         while not (self.folder / f"faulty-{self.number}").exists():
-            assert self.process.is_alive(), self.said
+            assert self.process.is_alive(), self.stderr
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
 
-def begin(folder: Path, faults: Mapping[int, Fault], world: int, hang_seconds: float = BOUND) -> list[Rank]:
-    """Ranks on their way to their faults: each of `faults` happens on its rank in step FAULTY_STEP. After that step
-    all ends well, if it is reached."""
+def begin(folder: Path, faults: Mapping[int, Fault], world_size: int, timeout: float = TIMEOUT) -> list[Rank]:
+    """Start ranks: each of `faults` happens on its rank in step FAULTY_STEP, after which all ends well, if reached."""
     port = str(free_port())
     ranks = []
-    for rank in range(world):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
-        words = {name: str(value) for name, value in environment.items()} | {"MASTER_PORT": port}
-        process = FORKS.Process(target=_run, args=(folder, words, faults.get(rank, nothing), hang_seconds))
+    for rank in range(world_size):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+        variables = {name: str(value) for name, value in environment.items()} | {"MASTER_PORT": port}
+        process = FORKS.Process(target=_run, args=(folder, variables, faults.get(rank, nothing), timeout))
         process.start()
         ranks.append(Rank(process, folder, rank))
     return ranks
 
 
-def _run(folder: Path, environment: dict[str, str], fault: Fault, hang_seconds: float) -> None:
+def _run(folder: Path, environment: dict[str, str], fault: Fault, timeout: float) -> None:
     os.environ.update(environment)
     with (folder / f"stderr-{processes.rank()}").open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     processes.start()
-    with Watchdog(folder / "stacks", hang_seconds, start_seconds=0.0) as watch:
+    with Watchdog(folder / "stacks", timeout, start_timeout=0.0) as watchdog:
         for step in range(FAULTY_STEP + 1):
-            watch.mark(step, "forward")
+            watchdog.mark(step, "forward")
             if step == FAULTY_STEP:
                 (folder / f"faulty-{processes.rank()}").touch()
-                fault(watch)
+                fault(watchdog)
             time.sleep(0.02)
-            watch.mark(step, "backward")
+            watchdog.mark(step, "backward")
             if processes.world_size() > 1:
                 dist.all_reduce(torch.ones(1))
 
 
-def miss_a_dead_host(folder: Path, speaks: bool) -> str:
-    """Seconds until the other end of a connection counts as gone, or why it cannot be tried here."""
+def miss_a_dead_host(folder: Path, sends: bool) -> str:
+    """Return the seconds until the other end of a connection counts as gone, or why it cannot be tried."""
     out = folder / "out"
-    process = FORKS.Process(target=_lose_the_network, args=(out, speaks))
+    process = FORKS.Process(target=_lose_the_network, args=(out, sends))
     process.start()
     process.join(30)
     process.kill()
     return out.read_text()
 
 
-def _lose_the_network(out: Path, speaks: bool) -> None:
+def _lose_the_network(out: Path, sends: bool) -> None:
     new_user, new_network = 0x10000000, 0x40000000
     if ctypes.CDLL(None, use_errno=True).unshare(new_user | new_network):
         out.write_text(f"no network of its own: {os.strerror(ctypes.get_errno())}")
         return
     _set_loopback(up=True)
     server = socket.create_server(("127.0.0.1", 0))
-    here = Connection(socket.create_connection(server.getsockname()))
-    there = Connection(server.accept()[0])
+    near = Connection(socket.create_connection(server.getsockname()))
+    far = Connection(server.accept()[0])
     _set_loopback(up=False)
     begin = time.monotonic()
-    while here.receive()[1] and there.receive()[1] and time.monotonic() < begin + 20:
-        if speaks:
-            here.send(mark=1)
+    while near.receive()[1] and far.receive()[1] and time.monotonic() < begin + 20:
+        if sends:
+            near.send(mark=1)
         time.sleep(0.1)
     out.write_text(str(time.monotonic() - begin))
 

@@ -1,1 +1,1 @@
-"""Times what the product does, as ratios within one run: `step` of training, `data` from text to batches."""
+"""Benchmarks of training steps and of data preparation, as ratios within one run."""

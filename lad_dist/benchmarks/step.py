@@ -1,6 +1,6 @@
 """Benchmark of a training step: real tokens per second, FLOP/s against the measured peak, and where the time goes.
 
-    measure(config, steps)   runs the real loop's steps, without evaluation or export -> StepFigures
+    measure(config, steps)   runs steps of the real Trainer, without evaluation or export -> StepFigures
 
 FLOPs are those of the linear maps, attention and head over real tokens: one forward of the teacher, one of the student
 and twice that for its backward. The peak is the best of several large matrix products on the same device, in the
@@ -30,8 +30,10 @@ WARM_UP = 3  # steps that are not counted
 
 @dataclass
 class Stopwatch:
-    """A clock for `train`: seconds by phase. It waits for the device at both ends of a phase, which costs some
-    overlap."""
+    """A clock for `train`: seconds by phase.
+
+    It waits for the device at both ends of a phase, which costs some overlap.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -46,8 +48,10 @@ class Stopwatch:
 
 @dataclass
 class StepFigures:
-    """Of one step, all processes together; `phases` of the main process, `communication` within its backward and
-    optimizer."""
+    """Figures of one step, all processes together.
+
+    `phases` are seconds of the main process; `communication` happens within its backward and optimizer phases.
+    """
 
     seconds: float
     tokens: float
@@ -58,69 +62,73 @@ class StepFigures:
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """The figures for a person."""
+        """Rows of a table for a person."""
         rate = self.flops / self.seconds
-        parts = {**self.phases, "rest": self.seconds - sum(self.phases.values())}
+        phases = {**self.phases, "rest": self.seconds - sum(self.phases.values())}
         return [
             ("step", f"{self.seconds:.4f} s"),
             ("real tokens", f"{self.tokens / self.seconds:,.0f} /s"),
             ("arithmetic", f"{rate / 1e9:,.1f} GFLOP/s"),
             ("matrix-product peak", f"{self.peak / 1e9:,.1f} GFLOP/s"),
             ("share of peak", f"{rate / self.peak:.1%}"),
-            *((name, f"{value:.4f} s  {value / self.seconds:.1%}") for name, value in parts.items()),
+            *((name, f"{value:.4f} s  {value / self.seconds:.1%}") for name, value in phases.items()),
             ("communication (within)", f"{self.communication:.4f} s  {self.communication / self.seconds:.1%}"),
         ]
 
 
 def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
-    """Times `steps` steps of the run that the config describes, after a warm-up."""
-    logged = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}, **config.deepspeed}
-    config = config.model_copy(update={"deepspeed": logged})
-    watch = Stopwatch()
+    """Time `steps` steps of the run that the config describes, after a warm-up."""
+    deepspeed = {"comms_logger": {"enabled": True, "verbose": False, "prof_all": True}, **config.deepspeed}
+    config = config.model_copy(update={"deepspeed": deepspeed})
+    stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
-        where = config.run.model_copy(update={"dir": folder, "steps": WARM_UP + steps, "epochs": None})
-        config = config.model_copy(update={"run": where})
-        loop = prepare(check(config), Run(config), clock=watch)
-        seconds, communication = _time(loop, watch, steps)
-    mine = [loop.dataset.batch(s, slot) for s in range(WARM_UP, WARM_UP + steps) for slot in range(loop.dataset.slots)]
-    flops = _flops(loop, mine)
+        run = config.run.model_copy(update={"dir": folder, "steps": WARM_UP + steps, "epochs": None})
+        config = config.model_copy(update={"run": run})
+        trainer = prepare(check(config), Run(config), clock=stopwatch)
+        seconds, communication = _time(trainer, stopwatch, steps)
+    batches = [
+        trainer.dataset.batch(step, index)
+        for step in range(WARM_UP, WARM_UP + steps)
+        for index in range(trainer.dataset.micro_batches_per_step)
+    ]
+    flops = _flops(trainer, batches)
     return StepFigures(
         seconds / steps,
-        sum(batch.tokens for batch in mine) / steps,
+        sum(batch.num_tokens for batch in batches) / steps,
         flops / steps,
-        peak(loop) * processes.world_size(),
-        {phase: total / steps for phase, total in watch.seconds.items()},
+        peak(trainer) * processes.world_size(),
+        {phase: total / steps for phase, total in stopwatch.seconds.items()},
         communication / steps,
     )
 
 
-def _time(loop: Trainer, watch: Stopwatch, steps: int) -> tuple[float, float]:
-    averages = MetricAccumulator()
-    with contextlib.closing(loop.batches(0)) as batches:
+def _time(trainer: Trainer, stopwatch: Stopwatch, steps: int) -> tuple[float, float]:
+    metrics = MetricAccumulator()
+    with contextlib.closing(trainer.batches(0)) as batches:
         for number in range(WARM_UP):
-            loop.train_step(number, next(batches), averages)
-        watch.seconds.clear()
+            trainer.train_step(number, next(batches), metrics)
+        stopwatch.seconds.clear()
         communication_seconds()
         processes.barrier()
         begin = time.perf_counter()
         for number in range(WARM_UP, WARM_UP + steps):
-            loop.train_step(number, next(batches), averages)
+            trainer.train_step(number, next(batches), metrics)
         processes.barrier()
         return time.perf_counter() - begin, communication_seconds()
 
 
-def _flops(loop: Trainer, batches: Sequence[Batch]) -> int:
-    student = 3 * sum(footprint.flops(loop.distiller.student, *batches).values())
-    if loop.teacher is None or loop.teacher_cache is not None:
+def _flops(trainer: Trainer, batches: Sequence[Batch]) -> int:
+    student = 3 * sum(footprint.flops(trainer.distiller.student, *batches).values())
+    if trainer.teacher is None or trainer.teacher_cache is not None:
         return student
-    return student + sum(footprint.flops(loop.teacher.model, *batches).values())
+    return student + sum(footprint.flops(trainer.teacher.model, *batches).values())
 
 
-def peak(loop: Trainer) -> float:
-    """FLOP/s of a large matrix product on this process's device, in the student's precision: best of five."""
+def peak(trainer: Trainer) -> float:
+    """Return FLOP/s of a large matrix product on this process's device, in the student's precision: best of six."""
     device = processes.device()
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=loop.distiller.student.dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=trainer.distiller.student.dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
         _wait()

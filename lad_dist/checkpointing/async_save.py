@@ -1,17 +1,16 @@
-"""Saving while training goes on.
+"""Checkpoints that are written while training continues.
 
-    Saver     when a save is due, and the steps of one: copy, write behind, commit, or count a failure
-    Copies    what an engine would write to files, copied to host memory instead
-    write     these copies to files, durable, with their digests
+    AsyncCheckpointer     when a save is due, and its phases: copy, write in a thread, commit, or count a failure
+    HostSnapshotEngine    what an engine would write to files, copied to host memory instead
+    write                 these copies to files, durable, with their digests
 
-A save holds training up for a copy of the state in host memory. A thread on each process writes its files; when all
-have been written, which the processes find out together at the end of a step, the main process commits them.
-A save that fails is dropped: the checkpoint before it stays, training goes on, and a later save tries anew.
+A save holds training up for a copy of the state in host memory. A thread on each process writes its files. At the end
+of a step the processes learn together that all files have been written; then the main process commits them.
+A save that fails is dropped: the previous checkpoint stays, training continues, and a later save tries anew.
 """
 
 import hashlib
 import os
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -28,30 +27,34 @@ from torch import Tensor
 from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault
 from lad_dist.distributed import processes
+from lad_dist.distributed.logs import get_logger
 from lad_dist.utils.atomic_io import Digest, fsync
+from lad_dist.utils.text import first_line
 
 MAX_FAILURES = 3  # in a row, after which the run stops
-LOOK_EVERY = 0.02  # seconds, while nothing is left to do but to wait for the files
-Files = list[tuple[Path, Any]]
+POLL_SECONDS = 0.02  # while training waits for the files
+Files = list[tuple[Path, Any]]  # path and content
+
+logger = get_logger(__name__)
 
 
 class SaveFailed(Fault):
-    """Nothing can be saved: elsewhere, or later, it may be possible."""
+    """No checkpoint can be saved: on another machine, or later, it may be possible."""
 
     code = EXIT_RUN_AGAIN
 
 
 class HostSnapshotEngine:
-    """Takes the place of DeepSpeed's checkpoint engine: nothing is written until `taken` is."""
+    """Replaces DeepSpeed's checkpoint engine: copies what a save would write to host memory, and writes nothing."""
 
-    name = "copies"
+    name = "host_snapshot"
 
     def __init__(self, load: Callable[[Path], Any]) -> None:
         self.load_file = load
         self._files: Files = []
 
-    def taken(self) -> Files:
-        """The files of the save that has just been asked for, with their content."""
+    def pop_files(self) -> Files:
+        """Return the files of the latest save with their content, and forget them."""
         files, self._files = self._files, []
         return files
 
@@ -81,30 +84,32 @@ class HostSnapshotEngine:
 
 
 def to_host(state: Any) -> Any:
-    """A copy of nested dicts, lists and tuples whose tensors lie in host memory of their own; what was one tensor
-    under two names stays one."""
-    seen: dict[tuple[Any, ...], Tensor] = {}
+    """Return a copy of nested dicts, lists and tuples whose tensors lie in host memory of their own.
+
+    A tensor under two names stays one tensor.
+    """
+    copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(value: Any) -> Any:
         if isinstance(value, Tensor):
-            place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-            if place not in seen or not value.numel():
-                seen[place] = value.detach().to("cpu", copy=True)
-            return seen[place]
+            identity = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+            if identity not in copies or not value.numel():  # empty tensors share an address
+                copies[identity] = value.detach().to("cpu", copy=True)
+            return copies[identity]
         if isinstance(value, dict):
             kind = OrderedDict if isinstance(value, OrderedDict) else dict
-            return kind((key, copy(each)) for key, each in value.items())
+            return kind((key, copy(item)) for key, item in value.items())
         if isinstance(value, list):
-            return [copy(each) for each in value]
+            return [copy(item) for item in value]
         if type(value) is tuple:
-            return tuple(copy(each) for each in value)
+            return tuple(copy(item) for item in value)
         return deepcopy(value)
 
     return copy(state)
 
 
-class _Digesting:
-    """A file that is digested while it is written."""
+class _DigestingFile:
+    """A file whose digest is computed while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._sha256, self._bytes = file, hashlib.sha256(), 0
@@ -124,12 +129,12 @@ class _Digesting:
 
 
 def write(files: Files, root: Path) -> dict[str, Digest]:
-    """Writes each content with torch.save; the digests by the path in `root`. Raises OSError."""
+    """Write each content with torch.save; return the digests by the path relative to `root`. Raise OSError."""
     digests = {}
     for path, content in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            digesting = _Digesting(file)
+            digesting = _DigestingFile(file)
             _save(content, digesting)
             file.flush()
             os.fsync(file.fileno())
@@ -139,19 +144,19 @@ def write(files: Files, root: Path) -> dict[str, Digest]:
     return digests
 
 
-def _save(content: Any, file: _Digesting) -> None:
+def _save(content: Any, file: _DigestingFile) -> None:
     try:
         torch.save(content, file)  # type: ignore[arg-type]
-    except RuntimeError as error:  # what torch makes of a write that failed
-        raise OSError(str(error).strip().splitlines()[0]) from error
+    except RuntimeError as error:  # torch turns a failed write into one
+        raise OSError(first_line(error)) from error
 
 
 @dataclass
 class PendingSave:
-    """A save that is being written behind the training."""
+    """A save whose files a thread is writing."""
 
     step: int
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     draft: Path
     thread: threading.Thread
     digests: dict[str, Digest] = field(default_factory=dict)
@@ -160,27 +165,28 @@ class PendingSave:
 
 @dataclass
 class AsyncCheckpointer:
-    """every: no more than so many steps are ever lost, 0 for no saves of its own accord. All processes call its methods
-    together.
+    """Saves checkpoints in the background. All processes call the methods together.
 
-    A save begins early enough to be committed by the time that `every` steps have been made since the one before;
-    where the disk is slower than it was the last time, training waits for it."""
+    At most `every` steps are ever lost; 0 saves on request alone. A save begins early enough to be committed by the
+    time that `every` steps have been made since the previous one. Where the disk is slower than the last time, training
+    waits for it.
+    """
 
     checkpoints: CheckpointStore
     every: int
     snapshot: Callable[[int, Path], Files]  # of the state after a step, to be written into the folder
     metadata: Callable[[int], Mapping[str, Any]]
-    keep_alive: Callable[[int], None]  # told of the step now and then while training waits for the disk
-    last_started: int = 0  # the step of the last save
-    last_committed: int = 0  # of the last one that is safe
-    lag: int = 1  # steps that training went on for while the last one was written
-    failures: int = 0
-    reason: str = ""  # the last one failed
+    keep_alive: Callable[[int], None]  # called with the step now and then while training waits for the disk
+    last_started: int = 0  # step of the last save
+    last_committed: int = 0  # step of the last save that is committed
+    lag: int = 1  # steps that training made while the last save was written
+    failures: int = 0  # in a row
+    reason: str = ""  # of the last failure
     pending: PendingSave | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether this process is still writing."""
+        """Whether this process is still writing files."""
         return self.pending is not None and self.pending.thread.is_alive()
 
     @property
@@ -192,9 +198,9 @@ class AsyncCheckpointer:
         return self.every > 0 and step - self.last_started >= self.every - self.lag
 
     def on_step_end(self, step: int, busy: bool) -> None:
-        """What is to be done after a step. busy: whether any process is still writing."""
+        """Commit a finished save and begin one that is due. `busy`: whether any process is still writing."""
         if self.pending is not None and not busy:
-            self._settle(step)
+            self._finish_save(step)
         if not self.every:
             return
         if self.pending is None and self.is_due(step):
@@ -203,20 +209,20 @@ class AsyncCheckpointer:
             self.wait(step)
 
     def save_and_wait(self, step: int) -> None:
-        """Saves and waits for it, trying again until it gives up."""
+        """Save and wait for the commit; try again until `gave_up`."""
         self.wait(step)
         while self.last_committed < step and not self.gave_up:
             self._begin(step)
             self.wait(step)
 
     def wait(self, step: int) -> None:
-        """Until no save is being written any more."""
+        """Wait until no save is being written any more."""
         if self.pending is not None:
             self._await_files(step)
-            self._settle(step)
+            self._finish_save(step)
 
     def go_back(self, step: int, to: int) -> None:
-        """Ends what is being written before the run goes back `to` a step; what is later is dropped."""
+        """Finish the pending save before the run goes back `to` a step; drop it where it is later than that."""
         if self.pending is None or self.pending.step <= to:
             self.wait(step)
             return
@@ -226,12 +232,13 @@ class AsyncCheckpointer:
         self.pending = None
 
     def start_at(self, step: int) -> None:
+        """Set the step of the checkpoint that the run resumed from."""
         self.last_started = self.last_committed = step
 
     def _await_files(self, step: int) -> None:
         while processes.any_of(self.busy):
             self.keep_alive(step)
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_SECONDS)
 
     def _begin(self, step: int) -> None:
         self.last_started = step
@@ -245,32 +252,32 @@ class AsyncCheckpointer:
         self.pending.thread.start()
 
     def _write(self, files: Files) -> None:
-        writing = self.pending
-        assert writing is not None
+        pending = self.pending
+        assert pending is not None
         try:
-            writing.digests = write(files, writing.draft)
+            pending.digests = write(files, pending.draft)
         except Exception as error:
-            writing.error = f"{type(error).__name__}: {error}"
+            pending.error = f"{type(error).__name__}: {error}"
 
-    def _settle(self, step: int) -> None:
-        """Commits what all have written, or drops it when one could not."""
+    def _finish_save(self, step: int) -> None:
+        """Commit what all processes have written, or drop it where one of them failed."""
         assert self.pending is not None
-        writing, self.pending = self.pending, None
-        found = processes.all_gather((writing.digests, writing.error))
-        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error]
+        save, self.pending = self.pending, None
+        results = processes.all_gather((save.digests, save.error))
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
         if not errors:
-            errors = self._commit(writing, {name: digest for digests, _ in found for name, digest in digests.items()})
+            errors = self._commit(save, {name: digest for digests, _ in results for name, digest in digests.items()})
         if errors:
             self._fail(errors)
             if processes.is_main():
-                self.checkpoints.abort(writing.draft)
+                self.checkpoints.abort(save.draft)
             return
         self.failures = 0
-        self.last_committed, self.lag = writing.step, max(1, step - writing.step)
+        self.last_committed, self.lag = save.step, max(1, step - save.step)
 
-    def _commit(self, writing: PendingSave, digests: Mapping[str, Digest]) -> list[str]:
+    def _commit(self, save: PendingSave, digests: Mapping[str, Digest]) -> list[str]:
         try:
-            processes.on_main(partial(self.checkpoints.commit, writing.draft, writing.facts, digests))
+            processes.on_main(partial(self.checkpoints.commit, save.draft, save.metadata, digests))
         except OSError as error:
             return [f"rank 0: {type(error).__name__}: {error}"]
         return []
@@ -278,12 +285,10 @@ class AsyncCheckpointer:
     def _fail(self, errors: list[str]) -> None:
         self.failures += 1
         self.reason = errors[0]
-        if processes.is_main():
-            stands = (
-                f"the one of step {self.last_committed} stands" if self.last_committed else "there is none before it"
-            )
-            print(
-                f"{self.checkpoints.folder}: the checkpoint of step {self.last_started} could not be saved ({errors[0]}); "
-                f"{stands}",
-                file=sys.stderr,
-            )
+        logger.warning(
+            "%s: the checkpoint of step %d could not be saved (%s); %s",
+            self.checkpoints.folder,
+            self.last_started,
+            errors[0],
+            f"the one of step {self.last_committed} remains" if self.last_committed else "no earlier one exists",
+        )

@@ -1,64 +1,70 @@
-"""Checkpoints: folders that are there whole or not at all.
+"""Checkpoints on disk: folders that exist as a whole or not at all.
 
-    <folder>/step-000000120/manifest.json    facts, and the size and sha256 of every file
+    <folder>/step-000000120/manifest.json    metadata, and the size and sha256 of every file
                             state/…          what the engine wrote
              latest                          the newest one's name, for people; the manifests decide
              step-….draft                    being written
-             step-….damaged                  did not hold what its manifest says when it was to be resumed from
+             step-….damaged                  did not hold what its manifest lists when a run wanted to resume
              step-….removed                  being removed
 
-    Checkpoints(folder, keep, keep_every)    draft, commit, discard, newest, go_back, tidy: for the main process
-    facts_of(checkpoint)                     what was recorded with it
+    CheckpointStore(folder, keep, keep_every)    begin, commit, abort, newest, go_back, cleanup: for the main process
+    read_metadata(checkpoint)                    what was recorded with a checkpoint
 
-Files become durable before the manifest that lists them, this before the folder's new name, and all of it before an
-older checkpoint goes: whenever the machine stops, the newest name without a suffix is whole.
+Files become durable before the manifest that lists them, the manifest before the folder's new name, and all of it
+before an older checkpoint is removed. So whenever the machine stops, the newest name without a suffix is complete.
 """
 
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lad_dist.config.errors import EXIT_NO_CHECKPOINT, UserError
+from lad_dist.distributed.logs import get_logger
 from lad_dist.utils.atomic_io import Digest, commit, file_digest, list_files, write_text
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+
+logger = get_logger(__name__)
 
 
 class NoValidCheckpoint(UserError):
-    """Checkpoints are there, none of them valid: a fresh start would hide the loss."""
+    """Checkpoints exist and none is valid: a fresh start would hide the loss."""
 
     code = EXIT_NO_CHECKPOINT
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """keep: how many of the newest stay; keep_every: every so many-th stays for good, 0 for none of them."""
+    """The checkpoints of a run in one folder.
+
+    `keep` of the newest stay; every `keep_every`-th stays for good, none of them for 0.
+    """
 
     folder: Path
     keep: int = 2
     keep_every: int = 0
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of `step` into."""
+        """Return an empty folder to write the checkpoint of `step` into."""
         draft = self._path(step).with_suffix(".draft")
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         return draft
 
     def abort(self, draft: Path) -> None:
+        """Remove a draft."""
         shutil.rmtree(draft, ignore_errors=True)
 
-    def commit(self, draft: Path, facts: Mapping[str, Any], digests: Mapping[str, Digest]) -> Path:
-        """Makes a draft a checkpoint. `digests`: of its files, by their path in it."""
+    def commit(self, draft: Path, metadata: Mapping[str, Any], digests: Mapping[str, Digest]) -> Path:
+        """Make a draft a checkpoint. `digests`: of the files, by their path in the draft."""
         final = draft.with_suffix("")
-        number = 1 + max((_number(saved) for saved in self._saved()), default=0)
-        body = {"format": FORMAT, "name": final.name, "number": number, "facts": facts, "files": digests}
+        number = 1 + max((_number(path) for path in self._checkpoint_paths()), default=0)
+        body = {"format": FORMAT, "name": final.name, "number": number, "metadata": metadata, "files": digests}
         write_text(draft / MANIFEST, _render(body))
         if final.exists():
             _remove(final)
@@ -66,66 +72,77 @@ class CheckpointStore:
         try:
             write_text(self.folder / "latest", final.name)
             self._prune()
-        except OSError as error:  # it is committed all the same
-            print(f"{self.folder}: {error}", file=sys.stderr)
+        except OSError as error:  # the checkpoint is committed all the same
+            logger.warning("%s: %s", self.folder, error)
         return final
 
     def newest(self) -> Path | None:
-        """The newest valid checkpoint, None when there never was one. Newer ones that are damaged are reported and put
-        aside. Raises NothingToResume."""
-        saved = self._saved()
+        """Return the newest valid checkpoint, None where none exists.
+
+        Newer damaged ones are reported and set aside. Raises NoValidCheckpoint where all are damaged.
+        """
+        checkpoints = self._checkpoint_paths()
         damaged: list[Path] = []
-        for checkpoint in reversed(saved):
+        for checkpoint in reversed(checkpoints):
             fault = _fault(checkpoint)
             if fault is None:
-                for each in damaged:
-                    _put_aside(each, ".damaged")
+                for newer in damaged:
+                    _set_aside(newer, ".damaged")
                 return checkpoint
+            if _is_of_earlier_version(checkpoint):
+                raise NoValidCheckpoint(
+                    f"{checkpoint}: written by an earlier version of lad_dist; choose another run.name, or remove the "
+                    "run folder"
+                )
             damaged.append(checkpoint)
-            print(f"{checkpoint}: damaged ({fault}), trying the one before it", file=sys.stderr)
-        if saved:
+            logger.warning("%s: damaged (%s), trying the one before it", checkpoint, fault)
+        if checkpoints:
             raise NoValidCheckpoint(
-                f"{self.folder}: none of the {len(saved)} checkpoints is valid; remove the run folder to start afresh"
+                f"{self.folder}: none of {len(checkpoints)} checkpoints is valid; remove the run folder to start afresh"
             )
         return None
 
     def go_back(self, step: int) -> str | None:
-        """Removes those later than the step, but the first of them where there is no earlier one; the newest one's
-        name then."""
-        for later in [path for path in self._saved()[1:] if path > self._path(step)][::-1]:
+        """Remove the checkpoints later than the step; return the newest one's name.
+
+        The first checkpoint stays in any case.
+        """
+        for later in [path for path in self._checkpoint_paths()[1:] if path > self._path(step)][::-1]:
             _remove(later)
         return self.newest_name()
 
     def cleanup(self, *suffixes: str) -> None:
-        """Removes what has these suffixes; by default what a crash has left half written or half removed: it takes the
-        room of a checkpoint."""
+        """Remove the folders with these suffixes, by default those that a crash left half written or half removed.
+
+        Each of them takes the room of a checkpoint.
+        """
         for suffix in suffixes or ("draft", "removed"):
-            for left in self.folder.glob(f"step-*.{suffix}"):
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in self.folder.glob(f"step-*.{suffix}"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def newest_name(self) -> str | None:
-        """Of the newest one, whether it is valid or not."""
-        return max((path.name for path in self._saved()), default=None)
+        """Return the name of the newest checkpoint, whether it is valid or not."""
+        return max((path.name for path in self._checkpoint_paths()), default=None)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}"
 
-    def _saved(self) -> list[Path]:
+    def _checkpoint_paths(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if not path.suffix) if self.folder.exists() else []
 
     def _prune(self) -> None:
-        """Removes what is older than the newest, and what crashes have left behind."""
-        for old in self._saved()[: -self.keep]:
+        """Remove what is older than the newest, and what crashes have left behind."""
+        for old in self._checkpoint_paths()[: -self.keep]:
             if not (self.keep_every and _number(old) % self.keep_every == 0):
                 _remove(old)
         self.cleanup("*")
-        for left in self.folder.glob("latest.*"):
-            left.unlink(missing_ok=True)
+        for leftover in self.folder.glob("latest.*"):
+            leftover.unlink(missing_ok=True)
 
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
-    """What was recorded with a checkpoint."""
-    return _manifest(checkpoint)["facts"]
+    """Return what was recorded with a checkpoint."""
+    return _manifest(checkpoint)["metadata"]
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
@@ -133,13 +150,13 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _render(manifest: Mapping[str, Any]) -> str:
-    """The manifest's file, which vouches for itself too."""
-    own = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    return json.dumps({"manifest": manifest, "sha256": own}, indent=1) + "\n"
+    """Return the text of the manifest's file, with a digest of the manifest itself."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({"manifest": manifest, "sha256": digest}, indent=1) + "\n"
 
 
 def _number(checkpoint: Path) -> int:
-    """How many checkpoints of the run there were when it was made, with itself; 0 where that cannot be read."""
+    """Return the number of the checkpoint among all of the run, from 1; 0 where it cannot be read."""
     try:
         return int(_manifest(checkpoint)["number"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -147,18 +164,18 @@ def _number(checkpoint: Path) -> int:
 
 
 def _remove(checkpoint: Path) -> None:
-    """By a rename first: a checkpoint of which half is removed must not look like one."""
-    shutil.rmtree(_put_aside(checkpoint, ".removed"), ignore_errors=True)
+    """Remove a checkpoint, by a rename first: half a checkpoint must not look like one."""
+    shutil.rmtree(_set_aside(checkpoint, ".removed"), ignore_errors=True)
 
 
-def _put_aside(checkpoint: Path, suffix: str) -> Path:
+def _set_aside(checkpoint: Path, suffix: str) -> Path:
     aside = checkpoint.with_suffix(suffix)
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
 def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with it, None when it is what was written."""
+    """Return what is wrong with the checkpoint, None where it is what was written."""
     try:
         manifest = _manifest(checkpoint)
         if manifest["format"] != FORMAT:
@@ -170,9 +187,18 @@ def _fault(checkpoint: Path) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
+def _is_of_earlier_version(checkpoint: Path) -> bool:
+    """Return whether the manifest is whole, and of a lower format."""
+    try:
+        manifest = _manifest(checkpoint)
+        return _render(manifest) == (checkpoint / MANIFEST).read_text() and int(manifest["format"]) < FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _damaged_file(checkpoint: Path, expected: Mapping[str, Digest]) -> str | None:
-    found = {str(path.relative_to(checkpoint)) for path in list_files(checkpoint)} - {MANIFEST}
-    if added := found - expected.keys():
+    actual = {str(path.relative_to(checkpoint)) for path in list_files(checkpoint)} - {MANIFEST}
+    if added := actual - expected.keys():
         return f"{min(added)} was added"
-    wrong = [name for name, written in expected.items() if file_digest(checkpoint / name) != written]
-    return f"{wrong[0]} is not what was written" if wrong else None
+    changed = [name for name, digest in expected.items() if file_digest(checkpoint / name) != digest]
+    return f"{changed[0]} is not what was written" if changed else None

@@ -1,15 +1,14 @@
 """The command line that all launch scripts share: `NAME.py CONFIG.toml [dotted.key=value …]`.
 
-    run(doc, schema, function)   parses, calls function(config), ends with the documented exit code
-    train_script(doc, schema)    the whole of a script that trains
-    plain_script(doc, main)      the whole of one that reads its own words
-    say, print_table             what a person reads on standard output
-    Console                      a report: a progress bar with time left on a terminal, plain lines elsewhere
+    run_script(doc, schema, function)   parses the command line, calls function(config), ends with an exit code
+    train_script(doc, schema)           a whole script that trains
+    plain_script(doc, main)             a whole script that parses arguments of its own, mostly with ArgumentParser
 
 Exit codes: 0 done, 1 a crash or a fault that is not the user's, 2 the user's mistake, 3 nothing valid to resume from,
-75 stopped early and wants to be run again, 93 died again and again at the same place, 130 interrupted by Ctrl-C.
+75 stopped early and has to run again, 93 died again and again at the same place, 130 interrupted by Ctrl-C.
 """
 
+import argparse
 import contextlib
 import errno
 import inspect
@@ -19,51 +18,82 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from lad_dist.cli.console import TERMINAL_PROGRESS
+from lad_dist.cli.logging_setup import configure_logging
 from lad_dist.config.describe import describe_keys, type_name
 from lad_dist.config.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, Fault, UserError
 from lad_dist.config.load import keyword_parameters, load_config
 from lad_dist.config.schema import ConfigTable
 from lad_dist.distributed import processes
 from lad_dist.distributed.environment import check_environment
+from lad_dist.utils import progress
 
-# Of the file system: nothing is wrong with the program where these are met.
+# Errors of the file system: they say nothing about the program.
 FILE_SYSTEM_ERRORS = frozenset(
     getattr(errno, name) for name in "EACCES EDQUOT EEXIST EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()
 )
-MAX_LINE = 280  # characters of a complaint
-COMPLAINT_SECONDS = 10  # seconds for another process of the host to complain
-LAUNCHER_ARGUMENTS = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # the environment says the same
+MAX_LINE = 280  # characters of an error message
+MESSAGE_SECONDS = 10  # seconds for another process of the host to print the message
+LAUNCHER_ARGUMENTS = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # launchers add them; the environment says the same
 
 NamedChoices = Mapping[str, Mapping[str, Callable[..., Any]]]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser for `plain_script`: positional and optional arguments may mix, and a mistake is a UserError."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{self.prog}: {message}; see --help")
 
 
 def run_script(
     doc: str, schema: type[ConfigTable], function: Callable[[Any], int | None], named: Callable[[], NamedChoices] = dict
 ) -> None:
-    """Calls function(config) for the command line's config. `named()` are, for --help, the choices behind each `name`
-    key."""
-    words = [word for word in sys.argv[1:] if not LAUNCHER_ARGUMENTS.fullmatch(word)]
-    if not words or {"-h", "--help"} & set(words):
+    """Call function(config) with the config of the command line, and exit.
+
+    Args:
+        doc: What --help prints first.
+        schema: The schema of the config.
+        function: Returns an exit code, None for 0.
+        named: Returns, for --help, the choices behind each `name` key.
+    """
+    arguments = user_arguments()
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text(doc, schema, named()))
-        sys.exit(EXIT_DONE if words else EXIT_USER_ERROR)
-    sys.exit(guarded(lambda: function(load_config(schema, words[0], words[1:]))))
+        sys.exit(EXIT_DONE if arguments else EXIT_USER_ERROR)
+    _run_and_exit(lambda: function(load_config(schema, arguments[0], arguments[1:])))
 
 
 def train_script(doc: str, schema: type[ConfigTable]) -> None:
-    """The whole of a script that trains."""
+    """Train by the config of the command line, and exit."""
     run_script(doc, schema, _train, _choices)
 
 
 def plain_script(doc: str, main: Callable[[], int | None]) -> None:
-    """The whole of a script whose command line is no config and overrides: `main` reads its own words."""
+    """Call a function that parses the command line itself, and exit."""
     if {"-h", "--help"} & set(sys.argv):
         print(doc)
         sys.exit(EXIT_DONE)
-    sys.exit(guarded(main))
+    _run_and_exit(main)
+
+
+def user_arguments() -> list[str]:
+    """Return the arguments of the command line without those that a launcher added."""
+    return [argument for argument in sys.argv[1:] if not LAUNCHER_ARGUMENTS.fullmatch(argument)]
+
+
+def _run_and_exit(function: Callable[[], int | None]) -> NoReturn:
+    configure_logging()
+    progress.install(TERMINAL_PROGRESS)
+    sys.exit(run_to_exit_code(function))
 
 
 def _train(config: Any) -> int:
@@ -74,56 +104,65 @@ def _train(config: Any) -> int:
 
 def _choices() -> NamedChoices:
     from lad_dist.compression.registry import COMPRESSIONS
-    from lad_dist.objectives import OBJECTIVES
+    from lad_dist.objectives.registry import OBJECTIVES
 
     return {"objective": OBJECTIVES, "compression": COMPRESSIONS}
 
 
-def guarded(work: Callable[[], int | None]) -> int:
-    """The exit code of `work`; a UserError is one line on stderr, and so are Ctrl-C and what the system refuses."""
+def run_to_exit_code(function: Callable[[], int | None]) -> int:
+    """Call the function and return its exit code.
+
+    A UserError or Fault, an interruption and an error of the file system each become one line on standard error.
+    """
     try:
         check_environment()
-        return work() or EXIT_DONE
+        return function() or EXIT_DONE
     except (UserError, Fault) as error:
-        _complain(f"error: {one_line(str(error))}")
+        _print_error(f"error: {one_line(str(error))}")
         return error.code
     except OSError as error:
         if error.errno not in FILE_SYSTEM_ERRORS:
             raise
-        said = f"{error.filename}: {error.strerror}; see what the place is, who may write there, and what room is left"
-        _complain(f"error: {one_line(said)}")
+        message = f"{error.filename}: {error.strerror}; check the path, who may write to it, and the space on the disk"
+        _print_error(f"error: {one_line(message)}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        _complain("interrupted", patience=0)
+        _print_error("interrupted", patience=0)
         return EXIT_INTERRUPTED
+    finally:
+        TERMINAL_PROGRESS.close()
 
 
-def _complain(line: str, patience: float = COMPLAINT_SECONDS) -> None:
-    """To the user, once for each host: what one of them lacks the others may have."""
+def _print_error(line: str, patience: float = MESSAGE_SECONDS) -> None:
+    """Print the line once for each host: what one of them lacks, others may have."""
+    TERMINAL_PROGRESS.close()
     with contextlib.suppress(ValueError):  # the ranks are perhaps the mistake
         if 0 < processes.rank() < processes.world_size():
             if processes.local_rank() > 0:
-                _await_the_complaint(patience)
+                _await_message(patience)
                 return
             line = f"{socket.gethostname()}: {line}"
     print(line, file=sys.stderr)
 
 
-def _await_the_complaint(patience: float) -> None:
-    """torchrun and deepspeed end all processes once one has left: perhaps the one that was to complain, and was not yet
-    there. Those that have met are abreast of each other, and srun's wait for each other (slurm/common.sh)."""
+def _await_message(patience: float) -> None:
+    """Give the process that prints the message the time to do so.
+
+    Launchers (torchrun, deepspeed) end all processes once one has left, perhaps before that process got here. Processes
+    that have joined a group are abreast of each other, and those of srun wait for each other (slurm/common.sh).
+    """
     if "RANK" in os.environ and not dist.is_initialized():
         time.sleep(patience)
 
 
 def one_line(text: str) -> str:
-    """The text as a terminal can show it, its middle left out where it is longer than a reader has patience for."""
+    """Return the text as a terminal can show it, shortened in the middle where it is long."""
     text = "".join(c if c.isprintable() else "\\n" if c == "\n" else repr(c)[1:-1] for c in text)
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} … {text[3 - MAX_LINE // 2 :]}"
 
 
 def help_text(doc: str, schema: type[ConfigTable], named: NamedChoices) -> str:
-    """The script's docstring, then every key with type, default and description."""
+    """Return the script's docstring, then every key with type, default and description."""
     lines = [inspect.cleandoc(doc), "", "Config keys (type, default):"]
     lines += [f"  {key} ({kind}, {default}): {text}" for key, kind, default, text in describe_keys(schema)]
     for key, choices in named.items():
@@ -133,12 +172,12 @@ def help_text(doc: str, schema: type[ConfigTable], named: NamedChoices) -> str:
 
 
 def _keyword_lines(function: Any) -> list[str]:
-    found = []
+    lines = []
     for name, parameter in keyword_parameters(function).items():
         default = "required" if parameter.default is parameter.empty else repr(parameter.default)
         notes = [text for text in map(_description, getattr(parameter.annotation, "__metadata__", ())) if text]
-        found.append(f"{name} ({type_name(parameter.annotation)}, {default}){': ' + notes[0] if notes else ''}")
-    return found or ["name alone"]
+        lines.append(f"{name} ({type_name(parameter.annotation)}, {default}){': ' + notes[0] if notes else ''}")
+    return lines or ["name alone"]
 
 
 def _description(note: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""What the launch scripts run, each a function from a config to an exit code."""
+"""Commands of the launch scripts: functions from a config to an exit code."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,17 +12,17 @@ from lad_dist.training.train import train
 
 
 def train_command(config: TrainConfig) -> int:
-    """Trains with progress on the terminal and prints where everything is."""
+    """Train with progress on the terminal, and print where everything is."""
     console = Console(config.run.name)
     try:
-        outcome = train(config, report=console)
+        result = train(config, report=console)
     finally:
         console.close()
-    if outcome.results is None:
-        say(f"{outcome.folder}: stopped early and saved; run the same command again to go on")
+    if result.results is None:
+        say(f"{result.folder}: stopped early and saved; run the same command again to go on")
         return EXIT_RUN_AGAIN
-    print_table(config.run.name, ("", "student", "teacher"), _rows(outcome.results))
-    say(f"model in {outcome.folder / 'export'}, curves: tensorboard --logdir {outcome.folder}")
+    print_table(config.run.name, ("", "student", "teacher"), _rows(result.results))
+    say(f"model in {result.folder / 'export'}, curves: tensorboard --logdir {result.folder}")
     return EXIT_DONE
 
 
@@ -32,10 +32,10 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def evaluate_command(config: EvaluateConfig) -> int:
-    """Evaluates a model folder and prints a table."""
-    result = evaluate(config)
-    teacher = result.get("teacher", {})
+    """Evaluate a model folder and print a table."""
+    scores = evaluate(config)
+    teacher = scores.get("teacher", {})
     print_table(
-        config.model.path, ("", "model", "teacher"), [(k, v, teacher.get(k, "")) for k, v in result["model"].items()]
+        config.model.path, ("", "model", "teacher"), [(k, v, teacher.get(k, "")) for k, v in scores["model"].items()]
     )
     return EXIT_DONE

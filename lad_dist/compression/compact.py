@@ -1,15 +1,15 @@
-"""Compact: a student in as few bytes as it has, beside the ordinary folder or in its stead.
+"""Compact exports: a student in as few bytes as it has, beside the ordinary folder or instead of it.
 
-    pack(student)               its small forms, before its Parts are folded away
-    Packed.save(folder, ..)     the files: compact.safetensors, mask.safetensors
-    load(folder)                an export's model in its compact form: a low-rank pair is a pair
-    load_masked(folder, base)   an export's model as its masks over a base
-    masks, replace_masks        the masks alone
+    pack(student)                its small forms, before its compressed modules are merged
+    CompactExport.save(folder)   the files: compact.safetensors, mask.safetensors
+    load_compact(folder)         an export's model in its compact form: a low-rank pair is a pair
+    load_masked(folder, base)    an export's model as its masks over a base
+    read_masks, replace_masks    the masks alone
 
-An ordinary folder has no place for pairs of factors, and writes each zero in four bytes. Here a weight of which
-enough is 0 is one bit a weight (`NAME.bits`, row after row, in numpy's order, its shape in the file's metadata) and the
-values that are not 0 (`NAME.values`). A student that only chose among weights that never changed is, but for its head,
-1/32 of its base: many tasks cost one model and a mask each (Gao, Colombo and Wang, 2021).
+An ordinary folder has no place for pairs of factors, and writes each zero in four bytes. Here a weight with enough
+zeros is stored as two tensors. `NAME.bits` has one bit for each weight, row after row, in numpy's order; the shape is
+in the file's metadata. `NAME.values` has the values that are not 0. A student that only chose among weights that never
+changed is, but for its head, 1/32 of its base: many tasks cost one model and a mask each (Gao, Colombo and Wang, 2021).
 """
 
 import json
@@ -24,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lad_dist.compression import compressed_module
-from lad_dist.compression.compressed_module import COMPACT, MERGED, ToPlain
+from lad_dist.compression.compressed_module import COMPACT, MERGED, ToPlain, compressed_modules, iter_weights
 from lad_dist.compression.layers import keep_layers
 from lad_dist.compression.pruning.module import GlobalPruning, MaskedModule
 from lad_dist.config.errors import UserError
@@ -41,7 +40,7 @@ BITS, VALUES = ".bits", ".values"
 
 @dataclass(frozen=True)
 class CompactExport:
-    """Small forms of a student; empty where it has none."""
+    """The small forms of a student; empty where it has none."""
 
     compact: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
@@ -50,115 +49,118 @@ class CompactExport:
     dtype: str  # to which those had been rounded
 
     def save(self, folder: Path, base: str | None, layers: Sequence[int] | None) -> None:
-        """Into an export. `base`, `layers`: what the student started from."""
+        """Write the files into an export. `base`, `layers`: what the student started from."""
         if self.compact:
             self._write(folder / COMPACT_FILE, self.compact)
         if self.masks:
             self._write(folder / MASK_FILE, self.masks, base=base, layers=layers, digest=self.digest, dtype=self.dtype)
 
-    def _write(self, path: Path, values: Mapping[str, Tensor], **facts: Any) -> None:
-        shapes = {name: shape for name, shape in self.shapes.items() if name + BITS in values}
-        facts = {"format": 1, "shapes": shapes, **facts}
-        save_file(dict(values), path, {name: json.dumps(fact) for name, fact in facts.items()})
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
+        shapes = {name: shape for name, shape in self.shapes.items() if name + BITS in tensors}
+        metadata = {"format": 1, "shapes": shapes, **metadata}
+        save_file(dict(tensors), path, _encode_metadata(metadata))
 
 
 def pack(student: PreTrainedModel) -> CompactExport:
-    """In fp32, on the CPU. Compact, where that takes fewer bytes than the ordinary form; as masks, where the weights
-    under them did not train."""
-    weights = dict(_plain(student, COMPACT)) if compressed_module.compressed_modules(student) else {}
-    compact = dict(pair for name, weight in weights.items() for pair in _packed(name, weight))
-    if _bytes(compact) >= 4 * sum(weight.numel() for _, weight in compressed_module.iter_weights(student, MERGED)):
+    """Return the small forms of a student, in fp32, on the CPU.
+
+    The compact form is there where it takes fewer bytes than the ordinary form, the masks where the weights under them
+    did not train.
+    """
+    weights = dict(_plain_weights(student, COMPACT)) if compressed_modules(student) else {}
+    compact = dict(pair for name, weight in weights.items() for pair in _pack_weight(name, weight))
+    if _num_bytes(compact) >= 4 * sum(weight.numel() for _, weight in iter_weights(student, MERGED)):
         compact = {}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
     dtype = str(student.dtype).removeprefix("torch.")
-    masked = _over_frozen(student)
+    masked = _masks_over_frozen(student)
     if not masked:
         return CompactExport(compact, {}, "", shapes, dtype)
-    masks = {f"{name}.weight{BITS}": _bits(part.mask.keep) for name, part in masked.items()}
-    frozen, learnt = _side_tensors(student, masked)
-    return CompactExport(compact, masks | learnt, weights_digest(frozen), shapes, dtype)
+    masks = {f"{name}.weight{BITS}": _pack_bits(module.mask.keep) for name, module in masked.items()}
+    frozen, trained = _frozen_and_trained(student, masked)
+    return CompactExport(compact, masks | trained, weights_digest(frozen), shapes, dtype)
 
 
-def _plain(student: nn.Module, plain: ToPlain) -> Iterator[tuple[str, Tensor]]:
-    return ((name, weight.detach().float().cpu()) for name, weight in compressed_module.iter_weights(student, plain))
+def _plain_weights(student: nn.Module, to_plain: ToPlain) -> Iterator[tuple[str, Tensor]]:
+    return ((name, weight.detach().float().cpu()) for name, weight in iter_weights(student, to_plain))
 
 
-def _packed(name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
-    bits, values = _bits(weight != 0), weight[weight != 0]
+def _pack_weight(name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
+    bits, values = _pack_bits(weight != 0), weight[weight != 0]
     if bits.nbytes + values.nbytes < weight.nbytes:
         return [(name + BITS, bits), (name + VALUES, values)]
     return [(name, weight.contiguous())]
 
 
-def _unpacked(values: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    whole = {name: value for name, value in values.items() if not name.endswith((BITS, VALUES))}
-    for name in {name.removesuffix(BITS) for name in values if name.endswith(BITS)}:
-        mask = _mask(values[name + BITS], shapes[name])
-        whole[name] = torch.zeros(mask.shape).masked_scatter(mask, values[name + VALUES])
-    return whole
+def _unpack_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith((BITS, VALUES))}
+    for name in {name.removesuffix(BITS) for name in tensors if name.endswith(BITS)}:
+        mask = _unpack_bits(tensors[name + BITS], shapes[name])
+        weights[name] = torch.zeros(mask.shape).masked_scatter(mask, tensors[name + VALUES])
+    return weights
 
 
-def _bits(mask: Tensor) -> Tensor:
+def _pack_bits(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))
 
 
-def _mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
+def _unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
     return torch.from_numpy(flat.astype(bool)).view(*shape)
 
 
-def _bytes(values: Mapping[str, Tensor]) -> int:
-    return sum(value.nbytes for value in values.values())
+def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _over_frozen(student: nn.Module) -> dict[str, MaskedModule]:
-    """The masked weights by name, where that is all there is to the student and none of them trains."""
-    masked = {name: part for name, part in student.named_modules() if isinstance(part, MaskedModule)}
-    others = any(
-        not isinstance(part, MaskedModule | GlobalPruning) for part in compressed_module.compressed_modules(student)
-    )
-    return {} if others or any(part.origin.requires_grad for part in masked.values()) else masked
+def _masks_over_frozen(student: nn.Module) -> dict[str, MaskedModule]:
+    """Return the masked modules by name; none where a masked weight trains, or the student has other compressions."""
+    masked = {name: module for name, module in student.named_modules() if isinstance(module, MaskedModule)}
+    others = any(not isinstance(module, MaskedModule | GlobalPruning) for module in compressed_modules(student))
+    return {} if others or any(module.origin.requires_grad for module in masked.values()) else masked
 
 
-def _side_tensors(student: nn.Module, masked: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights that did not change, without their masks, and those that learnt, by their names in the plain model."""
-    plain = {f"{name}.inner.{own}": f"{name}.{own}" for name in masked for own in ("weight", "bias")}
+def _frozen_and_trained(student: nn.Module, masked: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights that did not train, without their masks, and those that did, by their names when merged."""
+    merged_names = {f"{name}.inner.{kind}": f"{name}.{kind}" for name in masked for kind in ("weight", "bias")}
     scores = tuple(f"{name}.mask." for name in masked)
-    sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    weights: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     for name, weight in student.named_parameters():
         if not name.startswith(scores):
-            sides[weight.requires_grad][plain.get(name, name)] = weight.detach().float().cpu()
-    return sides
+            weights[weight.requires_grad][merged_names.get(name, name)] = weight.detach().float().cpu()
+    return weights
 
 
 def load_compact(folder: str | Path) -> PreTrainedModel:
-    """The model of an export, in its compact form where one lies there, otherwise in its ordinary one, ready to run.
-    Raises UserError."""
+    """Return the model of an export, ready to run. Raise UserError where it cannot be read.
+
+    It has the compact form where the export has one, otherwise the ordinary one.
+    """
     path = Path(folder) / COMPACT_FILE
     config = load_hf_config(str(folder))
     head = head_of_architectures(config.architectures or ())
     if not path.exists():
-        return loading.load_model(str(folder), head, whole=True)
-    values, facts = _read(path)
+        return loading.load_model(str(folder), head, require_head=True)
+    tensors, metadata = _read_tensors(path)
     model = new_model(config, head)
-    weights = _unpacked(values, facts["shapes"])
+    weights = _unpack_weights(tensors, metadata["shapes"])
     if head == "none":
-        weights = _encoder(model, weights)
+        weights = _encoder_weights(model, weights)
     for name in [name.removesuffix(".1.weight") for name in weights if name.endswith(".1.weight")]:
-        _split(model, name, len(weights[f"{name}.1.weight"][0]))
-    return _filled(path, model, weights)
+        _insert_pair(model, name, len(weights[f"{name}.1.weight"][0]))
+    return _load_weights(path, model, weights)
 
 
-def _encoder(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the head of a pre-training, and with the pooler that it lacks, as `models.load` has it."""
+def _encoder_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without a pre-training head, and with the model's new pooler where they have none."""
     prefix = f"{model.base_model_prefix}."
-    inside = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    encoder = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     pooler = {name: weight.detach() for name, weight in model.named_parameters() if name.startswith("pooler.")}
-    return pooler | (inside or dict(weights))
+    return pooler | (encoder or dict(weights))
 
 
-def _split(model: nn.Module, name: str, rank: int) -> None:
-    """A pair of that rank in a module's place."""
+def _insert_pair(model: nn.Module, name: str, rank: int) -> None:
+    """Replace a module by a pair of that rank."""
     parent, _, child = name.rpartition(".")
     plain = model.get_submodule(name)
     if isinstance(plain, nn.Embedding):
@@ -173,60 +175,68 @@ def _split(model: nn.Module, name: str, rank: int) -> None:
 
 
 def load_masked(folder: str | Path, base: str | None = None) -> PreTrainedModel:
-    """The model of an export that is masks over a base, ready to run. Of the export, config.json and mask.safetensors
-    are read, and not its weights. `base`: where the base lies now, by default where it lay. Raises UserError, also
-    where the base is not the one that the masks were learnt over."""
+    """Return the model of an export that is masks over a base, ready to run.
+
+    Of the export, config.json and mask.safetensors are read, and not its weights. `base` is where the base is now, by
+    default where it was. Raise UserError where a file cannot be read, or the base is not the one of the masks.
+    """
     path = Path(folder) / MASK_FILE
     config = load_hf_config(str(folder))
-    values, facts = _read(path)
-    place = base or facts["base"]
-    model = loading.load_model(place, head_of_architectures(config.architectures or ()), labels=label_names(config))
-    model = keep_layers(model, facts["layers"])
-    learnt = {name: value for name, value in values.items() if not name.endswith(BITS)}
-    dtype = getattr(torch, facts["dtype"])
+    tensors, metadata = _read_tensors(path)
+    base = base or metadata["base"]
+    model = loading.load_model(base, head_of_architectures(config.architectures or ()), labels=label_names(config))
+    model = keep_layers(model, metadata["layers"])
+    trained = {name: tensor for name, tensor in tensors.items() if not name.endswith(BITS)}
+    dtype = getattr(torch, metadata["dtype"])
     weights = {name: weight.detach().to(dtype).float() for name, weight in model.named_parameters()}
-    if weights_digest({name: weight for name, weight in weights.items() if name not in learnt}) != facts["digest"]:
-        raise UserError(f"{place}: its weights are not those that {path} was learnt over")
-    for name, mask in _masks(values, facts["shapes"]).items():
+    digest = weights_digest({name: weight for name, weight in weights.items() if name not in trained})
+    if digest != metadata["digest"]:
+        raise UserError(f"{base}: is not the base of {path}, whose masks were learnt over other weights")
+    for name, mask in _unpack_masks(tensors, metadata["shapes"]).items():
         weights[name] = weights[name] * mask
-    return _filled(path, model, weights | learnt)
+    return _load_weights(path, model, weights | trained)
 
 
 def read_masks(path: str | Path) -> dict[str, Tensor]:
-    """Of a mask.safetensors, by weight [O, I]: True where it stays. Raises UserError."""
-    values, facts = _read(Path(path))
-    if "shapes" not in facts:
+    """Return the masks of a mask.safetensors by weight [O, I]: True where it stays. Raise UserError."""
+    tensors, metadata = _read_tensors(Path(path))
+    if "shapes" not in metadata:
         raise UserError(f"{path}: holds no masks; name a {MASK_FILE}")
-    return _masks(values, facts["shapes"])
+    return _unpack_masks(tensors, metadata["shapes"])
 
 
-def replace_masks(path: Path, kept: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes the mask.safetensors at `path` into a folder, with other masks."""
-    values, facts = _read(path)
-    values |= {name + BITS: _bits(mask) for name, mask in kept.items()}
-    save_file(values, folder / MASK_FILE, {name: json.dumps(fact) for name, fact in facts.items()})
+def replace_masks(path: Path, masks: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the mask.safetensors at `path` into a folder, with other masks."""
+    tensors, metadata = _read_tensors(path)
+    tensors |= {name + BITS: _pack_bits(mask) for name, mask in masks.items()}
+    save_file(tensors, folder / MASK_FILE, _encode_metadata(metadata))
 
 
-def _masks(values: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    names = [name.removesuffix(BITS) for name in values if name.endswith(BITS)]
-    return {name: _mask(values[name + BITS], shapes[name]) for name in names}
+def _unpack_masks(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    names = [name.removesuffix(BITS) for name in tensors if name.endswith(BITS)]
+    return {name: _unpack_bits(tensors[name + BITS], shapes[name]) for name in names}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in metadata.items()}
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the metadata of a file. Raise UserError."""
     try:
         with safe_open(path, "pt") as file:
-            facts = {name: json.loads(fact) for name, fact in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (no mapping)
+            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _filled(path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The model with all its weights from a file. Raises UserError where they are others."""
-    own = {name: weight.shape for name, weight in model.named_parameters()}
-    found = {name: weight.shape for name, weight in weights.items()}
-    if own != found:
-        wrong = min(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+def _load_weights(path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Return the model with all its weights from a file. Raise UserError where they have other names or shapes."""
+    expected = {name: weight.shape for name, weight in model.named_parameters()}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    if expected != shapes:
+        wrong = min(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
         raise UserError(f"{path}: is not of the model that config.json beside it describes, see {wrong}")
-    model.load_state_dict(dict(weights), strict=False)  # a weight that several modules share is there once
+    model.load_state_dict(dict(weights), strict=False)  # a weight that several modules share comes once
     return model.eval()

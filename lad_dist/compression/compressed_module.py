@@ -1,14 +1,12 @@
-"""Parts: compressed pieces of a student.
+"""Compressed modules: what stands in a student in the place of plain modules while it trains.
 
-A Part stands where a plain module stood and trains with the student. `at(moment)` moves its schedule, `pruned()`
-says which weights it has just taken away. Two plain modules have its function: `fold()` returns
-one of the kind that stood there, for the ordinary folder that is exported; `compact()` the one that computes least.
-Surgeries put Parts in: low_rank.py, pruning.py and theseus.py have their kinds.
+    CompressedModule             the base class
+    compressed_modules           those of a model
+    merge_all, compact_all       replace them by plain modules
+    iter_modules, iter_weights   the modules and weights that a model would have without them
 
-    Part            the base of all
-    parts           those of a model
-    fold, compact   a model without them
-    walk, weights   its modules and weights as they would be without them
+A compressed module trains with the student. Two plain modules have its function. One is of the kind that it replaced:
+the exported folder has that one. The other computes least. Low rank, pruning and Theseus have their own kinds.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,21 +19,28 @@ from lad_dist.core.step_state import StepState
 
 
 class CompressedModule(nn.Module):
-    def on_step_start(self, moment: StepState) -> None:
-        """Moves schedules, once before the micro-batches of each step. What it leaves behind is a function of the
-        moment and of what a checkpoint holds, and so the same on all processes and after a resumption."""
+    """A module that replaces plain modules of a student while it trains."""
+
+    def on_step_start(self, state: StepState) -> None:
+        """Move schedules, once before the micro-batches of each step.
+
+        The result is a function of the state and of what a checkpoint holds, and so the same on all processes and after
+        a resumption.
+        """
 
     def newly_pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Weights of which the last `at` took some away, with masks that are True where they stay: the optimizer
-        forgets the rest."""
+        """Return the weights that the last `on_step_start` pruned, with masks that are True where they stay.
+
+        The optimizer resets its state where a mask is False.
+        """
         return iter(())
 
     def merge(self) -> nn.Module | None:
-        """The plain module with the same function, of the kind that the Part replaced; None where it replaced none."""
+        """Return the plain module with the same function, of the kind that was replaced; None where none was."""
         raise NotImplementedError
 
     def to_compact(self) -> nn.Module | None:
-        """The plain module with the same function that computes least."""
+        """Return the plain module with the same function that computes least."""
         return self.merge()
 
 
@@ -44,49 +49,49 @@ MERGED, COMPACT = methodcaller("merge"), methodcaller("to_compact")
 
 
 def compressed_modules(model: nn.Module) -> list[CompressedModule]:
-    """The model's Parts, in the order of its modules."""
+    """Return the model's compressed modules, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, CompressedModule)]
 
 
 def merge_all(model: nn.Module) -> nn.Module:
-    """The model, each Part replaced by the module that it folds into, in place."""
-    return _replaced(model, MERGED)
+    """Replace each compressed module of the model by the module that it merges into, in place."""
+    return _replace_all(model, MERGED)
 
 
 def compact_all(model: nn.Module) -> nn.Module:
-    """The model, each Part replaced by the module that computes least, in place."""
-    return _replaced(model, COMPACT)
+    """Replace each compressed module of the model by the module that computes least, in place."""
+    return _replace_all(model, COMPACT)
 
 
-def iter_modules(module: nn.Module, plain: ToPlain, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, as they would be with each Part `plain`; nothing is changed."""
+def iter_modules(module: nn.Module, to_plain: ToPlain, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules by name, as they are after `to_plain` of each compressed module. The model stays as it is."""
     if isinstance(module, CompressedModule):
         with torch.device(next(module.parameters(), torch.empty(0)).device):
-            made = plain(module)
-        if made is not None:
-            yield from iter_modules(made, plain, name)
+            plain = to_plain(module)
+        if plain is not None:
+            yield from iter_modules(plain, to_plain, name)
         return
     yield name, module
-    for child, inner in module.named_children():
-        yield from iter_modules(inner, plain, f"{name}.{child}" if name else child)
+    for child_name, child in module.named_children():
+        yield from iter_modules(child, to_plain, f"{name}.{child_name}" if name else child_name)
 
 
-def iter_weights(model: nn.Module, plain: ToPlain) -> Iterator[tuple[str, nn.Parameter]]:
-    """All weights by name, as they would be with each Part `plain`; shared ones once, where they come first."""
-    seen: set[int] = set()
-    kept = list(iter_modules(model, plain))  # while they live, no two weights have one id
-    for name, module in kept:
-        for own, weight in module.named_parameters(recurse=False):
-            if id(weight) not in seen:
-                seen.add(id(weight))
-                yield f"{name}.{own}" if name else own, weight
+def iter_weights(model: nn.Module, to_plain: ToPlain) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield all weights by name, as they are after `to_plain`. Shared ones come once, by their first name."""
+    visited: set[int] = set()
+    modules = list(iter_modules(model, to_plain))  # while they live, no two weights have one id
+    for module_name, module in modules:
+        for weight_name, weight in module.named_parameters(recurse=False):
+            if id(weight) not in visited:
+                visited.add(id(weight))
+                yield f"{module_name}.{weight_name}" if module_name else weight_name, weight
 
 
-def _replaced(model: nn.Module, plain: ToPlain) -> nn.Module:
+def _replace_all(model: nn.Module, to_plain: ToPlain) -> nn.Module:
     for name, child in list(model.named_children()):
-        own = plain(child) if isinstance(child, CompressedModule) else child
-        if own is None:
+        plain = to_plain(child) if isinstance(child, CompressedModule) else child
+        if plain is None:
             delattr(model, name)
         else:
-            setattr(model, name, _replaced(own, plain))
+            setattr(model, name, _replace_all(plain, to_plain))
     return model

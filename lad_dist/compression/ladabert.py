@@ -1,17 +1,18 @@
-"""The budget of LadaBERT: how small a model becomes by low rank and pruning (Mao et al., 2020, equation 7).
+"""LadaBERT: a budget of weights, met by low rank and pruning together (Mao et al., 2020, equation 7).
 
-    count(model, maps)      a model's weights, by what can become of them
-    solve(…)                the factor that is not given
-    sparsity(…)             how much has to be pruned, once the ranks are known
-    told(…)                 what was asked for and what is achieved
+    count_weights(model, maps)   a model's weights, by what can become of them
+    solve_factors(…)             the factor that is missing
+    required_sparsity(…)         the share that has to be pruned, once the ranks are known
+    summary(…)                   the requested and the achieved factors
+    ladabert(…)                  the compression
 
-    weights / reduction = words / embedding + maps / (svd · weight) + rest
+    weights / reduction = word embeddings / embedding + linear maps / (svd · weight) + rest
 
-All factors say how many times fewer weights there are, as the paper's Table 2 does. Words are the word embeddings, maps
-the encoder's linear maps; the rest (positions, segments, biases, norms, pooler and head) stays as it is.
+All factors say how many times fewer weights there are, as the paper's Table 2 does. The linear maps are the encoder's;
+the rest (positions, segments, biases, norms, pooler and head) stays as it is.
 
-Ranks are whole numbers, so a budget cannot be met by ranks alone. They are rounded up, and pruning takes what is too
-much, unless that is less than TOLERANCE of the budget.
+Ranks are whole numbers, so ranks alone cannot meet a budget. They are rounded up, and pruning takes what is too much,
+unless that is less than TOLERANCE of the budget.
 """
 
 import math
@@ -44,12 +45,14 @@ from lad_dist.core.batch import Head
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.loading import PreTrainedModel
 
-TOLERANCE = 0.005  # of the weights asked for
+TOLERANCE = 0.005  # of the requested number of weights
 
 
 class WeightCounts(NamedTuple):
-    words: int
-    maps: int
+    """Numbers of a model's weights, by what can become of them."""
+
+    word_embeddings: int
+    linear_maps: int
     rest: int
 
     @property
@@ -58,62 +61,77 @@ class WeightCounts(NamedTuple):
 
 
 class Factors(NamedTuple):
+    """How many times fewer weights: of the word embeddings, of the maps by low rank, of these by pruning."""
+
     embedding: float
     svd: float
     weight: float
 
 
 def count_weights(model: PreTrainedModel, maps: Iterable[str]) -> WeightCounts:
-    """`maps`: the names of those that weights are taken from, by low rank or by pruning."""
-    chosen = {model.get_submodule(name).get_parameter("weight") for name in maps}
-    words, linear = count_parameters(model.get_input_embeddings()), sum(weight.numel() for weight in chosen)
-    return WeightCounts(words, linear, count_parameters(model) - words - linear)
+    """Count the weights. `maps` are the names of the linear maps that low rank or pruning makes smaller."""
+    weights = {model.get_submodule(name).get_parameter("weight") for name in maps}
+    embedding_count, map_count = count_parameters(model.get_input_embeddings()), sum(w.numel() for w in weights)
+    return WeightCounts(embedding_count, map_count, count_parameters(model) - embedding_count - map_count)
 
 
 def solve_factors(
     counts: WeightCounts, reduction: float | None, embedding: float | None, svd: float | None, weight: float | None
 ) -> Factors:
-    """All three factors. Raises UserError where not exactly one of the four is missing, or none of the missing one's
-    values gives the reduction."""
-    given = {"embedding": embedding, "svd": svd, "weight": weight}
-    missing = [name for name, factor in given.items() if factor is None]
+    """Return all three factors, the missing one solved for.
+
+    Raise UserError where not exactly one of the four is missing, or no value of it gives the reduction.
+    """
+    options = {"embedding": embedding, "svd": svd, "weight": weight}
+    missing = [name for name, factor in options.items() if factor is None]
     if len(missing) != (reduction is not None):
-        raise UserError("surgery ladabert: give reduction and two of embedding, svd and weight, or these three alone")
-    if reduction is None or not missing:
-        return Factors(**given)  # type: ignore[arg-type]
-    known = Factors(*(factor or 1.0 for factor in given.values()))
-    free = counts.words / known.embedding if embedding is None else counts.maps / (known.svd * known.weight)
-    fixed = remaining_weights(counts, known) - free
-    left = counts.total / reduction - fixed
-    if not 0 < left <= free:
-        most = (
-            f"more than {counts.total / fixed:.3g}" if left <= 0 else f"less than {counts.total / (fixed + free):.3g}"
-        )
-        others = " and ".join(f"{name} = {factor:g}" for name, factor in given.items() if factor is not None)
         raise UserError(
-            f"surgery ladabert: reduction = {reduction:g}, but with {others} no {missing[0]} can make it {most}"
+            "compression ladabert: give reduction and two of embedding, svd and weight, or these three alone"
         )
-    return known._replace(**{missing[0]: free / left})
+    if reduction is None or not missing:
+        return Factors(**options)  # type: ignore[arg-type]
+    known = Factors(*(factor or 1.0 for factor in options.values()))
+    if embedding is None:
+        free = counts.word_embeddings / known.embedding
+    else:
+        free = counts.linear_maps / (known.svd * known.weight)
+    fixed = remaining_weights(counts, known) - free
+    available = counts.total / reduction - fixed
+    if not 0 < available <= free:
+        limit = (
+            f"more than {counts.total / fixed:.3g}"
+            if available <= 0
+            else f"less than {counts.total / (fixed + free):.3g}"
+        )
+        others = " and ".join(f"{name} = {factor:g}" for name, factor in options.items() if factor is not None)
+        raise UserError(
+            f"compression ladabert: reduction = {reduction:g}, but with {others} no {missing[0]} can make it {limit}"
+        )
+    return known._replace(**{missing[0]: free / available})
 
 
 def remaining_weights(counts: WeightCounts, factors: Factors) -> float:
-    """That are left of a model."""
-    return counts.words / factors.embedding + counts.maps / (factors.svd * factors.weight) + counts.rest
+    """Return the number of weights that remain of a model under these factors."""
+    remaining_maps = counts.linear_maps / (factors.svd * factors.weight)
+    return counts.word_embeddings / factors.embedding + remaining_maps + counts.rest
 
 
-def required_sparsity(counts: WeightCounts, asked: float | None, weight: float | None) -> float:
-    """The share of a model's maps, products by now, that has to go for `asked` weights to stay; that of the factor
-    `weight` where no number is asked for, or it comes near enough. Raises UserError where that is more than all."""
-    given = None if weight is None else 1 - 1 / weight
-    if asked is None:
-        assert given is not None
-        return given
-    if given is not None and abs(counts.total - given * counts.maps - asked) <= TOLERANCE * asked:
-        return given
-    share = (counts.total - asked) / counts.maps
+def required_sparsity(counts: WeightCounts, target: float | None, weight: float | None) -> float:
+    """Return the share of a model's maps, products by now, that has to go for `target` weights to stay.
+
+    It is the one of the factor `weight` where there is no target, or where that comes near enough to it. Raise
+    UserError where the share is more than all.
+    """
+    by_factor = None if weight is None else 1 - 1 / weight
+    if target is None:
+        assert by_factor is not None
+        return by_factor
+    if by_factor is not None and abs(counts.total - by_factor * counts.linear_maps - target) <= TOLERANCE * target:
+        return by_factor
+    share = (counts.total - target) / counts.linear_maps
     if not 0 <= share < 1:
         raise UserError(
-            f"surgery ladabert: {round(asked)} weights cannot be met: the model is too small for such ranks"
+            f"compression ladabert: {round(target)} weights cannot be met: the model is too small for such ranks"
         )
     return share
 
@@ -121,17 +139,19 @@ def required_sparsity(counts: WeightCounts, asked: float | None, weight: float |
 def summary(
     before: WeightCounts, after: WeightCounts, factors: Factors, reduction: float | None, sparsity: float
 ) -> dict[str, float]:
-    """Factors as asked for or solved, and as achieved, of a model before and after its ranks were cut; `sparsity` of
-    its maps goes."""
-    stays = after.maps - round(sparsity * after.maps)
+    """Return the factors as requested or solved, and as achieved, by logged name.
+
+    `before` and `after` are the counts around the low rank; `sparsity` of the maps goes afterwards.
+    """
+    remaining_maps = after.linear_maps - round(sparsity * after.linear_maps)
     achieved = {
-        "reduction": before.total / (after.total - after.maps + stays),
-        "embedding": before.words / after.words,
-        "svd": before.maps / after.maps,
-        "weight": after.maps / stays,
+        "reduction": before.total / (after.total - after.linear_maps + remaining_maps),
+        "embedding": before.word_embeddings / after.word_embeddings,
+        "svd": before.linear_maps / after.linear_maps,
+        "weight": after.linear_maps / remaining_maps,
     }
-    asked = {"reduction": reduction or before.total / remaining_weights(before, factors), **factors._asdict()}
-    return {f"budget/requested/{name}": factor for name, factor in asked.items()} | {
+    requested = {"reduction": reduction or before.total / remaining_weights(before, factors), **factors._asdict()}
+    return {f"budget/requested/{name}": factor for name, factor in requested.items()} | {
         f"budget/achieved/{name}": factor for name, factor in achieved.items()
     }
 
@@ -141,7 +161,7 @@ Factor = Annotated[float, Field(ge=1)] | None
 
 def ladabert(
     model: PreTrainedModel,
-    sample: CalibrationBatches = no_calibration_batches,
+    calibration_batches: CalibrationBatches = no_calibration_batches,
     report: ReportValues = silent,
     *,
     reduction: Annotated[
@@ -156,25 +176,26 @@ def ladabert(
     end: End = 0.5,
     update_every: UpdateEvery = 20,
 ) -> PreTrainedModel:
-    """LadaBERT (Mao et al., 2020): word embeddings and linear maps of low rank, then the two factors of each map pruned
-    by magnitude, step by step while the student trains; see budget.py for how the factors go together. Raises UserError
-    for factors that do not."""
-    where = "surgery ladabert"
+    """Replace word embeddings and linear maps by products, whose factors lose weights while the student trains.
+
+    Pruning is by magnitude (LadaBERT, Mao et al., 2020). Raise UserError for factors that do not go together.
+    """
+    where = "compression ladabert"
     maps = linear_maps(model, modules, where)
     counts = count_weights(model, maps)
     factors = solve_factors(counts, reduction, embedding, svd, weight)
     ranks = {name: _rank_up(linear, factors.svd) for name, linear in maps.items() if factors.svd > 1}
     if factors.embedding > 1:
-        name, words = word_embeddings_of(model, where)
-        ranks[name] = _rank_up(words, factors.embedding)
-    insert_products(model, ranks, sample if activation_aware else None, report)
-    thin = [f"{name}.{side}" for name in maps if name in ranks for side in ("inner", "outer")]
-    left = [*thin, *(name for name in maps if name not in ranks)]
-    after = count_weights(model, left)
+        name, word_embeddings = word_embeddings_of(model, where)
+        ranks[name] = _rank_up(word_embeddings, factors.embedding)
+    insert_products(model, ranks, calibration_batches if activation_aware else None, report)
+    product_factors = [f"{name}.{side}" for name in maps if name in ranks for side in ("inner", "outer")]
+    prunable = [*product_factors, *(name for name in maps if name not in ranks)]
+    after = count_weights(model, prunable)
     sparsity = required_sparsity(after, reduction and counts.total / reduction, weight)
     if sparsity:
         schedule = Schedule(sparsity, begin=begin, end=end, update_every=update_every)
-        insert_masks(model, left, Magnitude, schedule, Pattern(), recover=True)
+        insert_masks(model, prunable, Magnitude, schedule, Pattern(), recover=True)
     if model.device.type != "meta":
         report(summary(counts, after, factors, reduction, sparsity))
     return model
@@ -187,5 +208,5 @@ def _rank_up(module: nn.Linear | nn.Embedding, factor: float) -> int:
 def check_ladabert(
     config: TrainConfig, head: Head, labels: Sequence[str], *, begin: float, end: float, **_: Any
 ) -> None:
-    """Whether the surgery goes with the rest of the config. Raises UserError."""
-    check_pruning("surgery ladabert", config, begin, end)
+    """Raise UserError where the compression does not go with the rest of the config."""
+    check_pruning("compression ladabert", config, begin, end)

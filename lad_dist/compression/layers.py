@@ -1,4 +1,4 @@
-"""Changes to whole layers and embeddings: layers kept, embeddings drawn anew, dropout, frozen encoders."""
+"""Changes to whole layers and embeddings: a choice of layers, new embeddings, dropout, frozen encoders."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -12,60 +12,74 @@ from lad_dist.models.dims import encoder_layers
 from lad_dist.models.loading import PreTrainedModel
 
 
-def layer_numbers(rule: str | Sequence[int], depth: int | None, available: int) -> list[int]:
-    """Numbers from 1 of the layers to keep. "even" takes every (available / depth)-th, ending with the last: 2, 4, 6
-    of six. Raises UserError."""
+def layer_numbers(rule: str | Sequence[int], num_hidden_layers: int | None, available: int) -> list[int]:
+    """Return the numbers, from 1, of the layers to keep. Raise UserError where the model has too few.
+
+    "even" takes every (available / num_hidden_layers)-th, ending with the last: 2, 4, 6 of six.
+    """
     if not isinstance(rule, str):
         wrong = [n for n in rule if not 1 <= n <= available]
         if wrong:
-            raise UserError(f"student.layers: there is no layer {wrong[0]}, the model has layers 1 to {available}")
+            raise UserError(f"student.layers: no layer {wrong[0]}; the model has layers 1 to {available}")
         return list(rule)
-    depth = available if depth is None else depth
-    if depth > available:
-        raise UserError(f"student.num_hidden_layers = {depth}, but the model it starts from has {available} layers")
+    count = available if num_hidden_layers is None else num_hidden_layers
+    if count > available:
+        raise UserError(f"student.num_hidden_layers = {count}, but the model it starts from has {available} layers")
     if rule == "first":
-        return list(range(1, depth + 1))
+        return list(range(1, count + 1))
     if rule == "last":
-        return list(range(available - depth + 1, available + 1))
-    return [(m * available) // depth for m in range(1, depth + 1)]
+        return list(range(available - count + 1, available + 1))
+    return [(m * available) // count for m in range(1, count + 1)]
 
 
 def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
-    """The model with only these layers, numbered from 1. Where all layers share their weights (ALBERT), the model runs
-    its one layer as many times as there are numbers."""
+    """Return the model with these layers alone, numbered from 1.
+
+    Where all layers share their weights (ALBERT), the model runs its one layer as many times as there are numbers.
+    """
     model.config.num_hidden_layers = len(numbers)
     if families.family_of(model.config).shared_layers:
         return model
     stack = encoder_layers(model)
-    kept = [stack[n - 1] for n in numbers]
+    layers = [stack[n - 1] for n in numbers]
     del stack[:]
-    stack.extend(kept)
-    for index, layer in enumerate(kept):
+    stack.extend(layers)
+    for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index  # type: ignore[assignment]
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[n - 1] for n in numbers]
-    if hasattr(kept[0], "attn_norm"):
-        _norms_before_attention(model, kept)
+    if families.family_of(model.config).embeddings_norm is not None:
+        _move_norms_before_attention(model, layers)
     return model
 
 
-def _norms_before_attention(model: PreTrainedModel, kept: Sequence[Any]) -> None:
-    """ModernBERT has none in its first layer, which reads the embeddings' norm. Of another layer that comes first, the
-    scale goes into the map to q, k and v; the first one that comes later gets a new norm."""
-    first, config = kept[0], model.config
-    if isinstance(first.attn_norm, nn.LayerNorm):
-        before = model.base_model.get_parameter("embeddings.norm.weight")
-        first.attn.Wqkv.weight.data *= first.attn_norm.weight.data / before.data.square().mean().sqrt()
-        first.attn_norm = nn.Identity()
-    for layer in kept[1:]:
-        if isinstance(layer.attn_norm, nn.Identity):
-            layer.attn_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+def _move_norms_before_attention(model: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
+    """Leave the first layer, which reads the embeddings' norm (ModernBERT), without a norm before attention.
+
+    Of another layer that comes first, the scale goes into the map to q, k and v. The original first layer gets a new
+    norm where it comes later.
+    """
+    family = families.family_of(model.config)
+    assert family.embeddings_norm is not None
+    assert family.modules.qkv is not None
+    norm_path = family.modules.attention_norm
+    embeddings_norm: Any = model.base_model.get_submodule(family.embeddings_norm)
+    norm, qkv = (layers[0].get_submodule(path) for path in (norm_path, family.modules.qkv))
+    if isinstance(norm, nn.LayerNorm):
+        scale = norm.weight.data / embeddings_norm.weight.data.square().mean().sqrt()
+        qkv.get_parameter("weight").data *= scale
+        layers[0].set_submodule(norm_path, nn.Identity())
+    for layer in layers[1:]:
+        if isinstance(layer.get_submodule(norm_path), nn.Identity):
+            bias = embeddings_norm.bias is not None
+            new = nn.LayerNorm(model.config.hidden_size, eps=embeddings_norm.eps, bias=bias)
+            layer.set_submodule(norm_path, new)
 
 
 def random_embeddings(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with new embeddings: N(0, initializer_range), norms at identity."""
+    """Return the model with new embeddings: N(0, initializer_range), norms at identity."""
     for module in model.base_model.get_submodule("embeddings").modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=model.config.initializer_range)
@@ -75,23 +89,27 @@ def random_embeddings(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def set_dropout(model: PreTrainedModel, hidden: float | None, attention: float | None) -> PreTrainedModel:
-    """The model with other dropout probabilities, None leaving its own. Its config keeps the old ones, for those who
-    train on from the export."""
-    for parent in model.modules():
-        own = type(parent).__name__.endswith("SelfAttention")
-        if attention is not None and isinstance(getattr(parent, "attention_dropout", None), float | int):
-            parent.attention_dropout = attention  # type: ignore[assignment]  # ModernBERT's is a number
-        for name, child in parent.named_children():
-            probability = attention if name == "attention_dropout" or (own and name == "dropout") else hidden
+    """Return the model with other dropout probabilities; None leaves them as they are.
+
+    Its config keeps the old ones, for those who train on from the export.
+    """
+    family = families.family_of(model.config)
+    attention_path, _, attention_name = family.attention_dropout.rpartition(".")
+    for name, module in model.named_modules():
+        in_attention = f".{name}".endswith(f".{attention_path}")
+        if in_attention and attention is not None and isinstance(getattr(module, attention_name), float | int):
+            setattr(module, attention_name, attention)
+        for child_name, child in module.named_children():
+            probability = attention if in_attention and child_name == attention_name else hidden
             if probability is not None and isinstance(child, nn.Dropout):
                 child.p = probability
-            elif hidden and name == "out_drop":
-                parent.out_drop = nn.Dropout(hidden)  # ModernBERT leaves it out where there is none
+            elif hidden and child_name == family.optional_dropout:
+                setattr(module, child_name, nn.Dropout(hidden))
     return model
 
 
 def freeze_encoder(model: PreTrainedModel) -> None:
-    """The encoder keeps its weights; heads and poolers learn."""
+    """Freeze the encoder's weights; heads and poolers learn."""
     head = {id(p) for name, p in model.base_model.named_parameters() if name.startswith("pooler.")}
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(id(parameter) in head)
@@ -100,10 +118,13 @@ def freeze_encoder(model: PreTrainedModel) -> None:
 def scale_position_embeddings(
     model: PreTrainedModel, *, scale: Annotated[float, Field(gt=0, le=1, description="of their size that stays")]
 ) -> PreTrainedModel:
-    """Scales position and segment embeddings. A new model draws them as large as those of words, and the words drown:
-    from nothing, a few hundred steps teach it much more when they start small."""
-    words = set(model.get_input_embeddings().modules())
+    """Scale position and segment embeddings.
+
+    A new model draws them as large as those of words, and the words drown. A model that is trained from scratch learns
+    much more in its first few hundred steps when they start small.
+    """
+    word_embeddings = set(model.get_input_embeddings().modules())
     for module in model.base_model.get_submodule("embeddings").modules():
-        if isinstance(module, nn.Embedding) and module not in words:
+        if isinstance(module, nn.Embedding) and module not in word_embeddings:
             module.weight.data *= scale
     return model

@@ -1,20 +1,22 @@
-"""Low rank: linear maps and word embeddings as products of two thin matrices.
+"""Low rank: linear maps and word embeddings as products of two smaller matrices.
 
-    LowRank            the Part in a linear map's place
-    LowRankEmbedding   the Part in the word embeddings' place
-    factors(…)         the product that is nearest to a weight, and how far it is
-    second_moments(…)  what a weight reads on a sample of the data, for errors to be weighed by
-    put(…)             puts the Parts in
-    words_of(model)    the word embeddings, refused where an MLM head reads them too
-    rank(…)            for a share of a matrix's weights
+    LowRank                  the compressed module in a linear map's place
+    LowRankEmbedding         the compressed module in the word embeddings' place
+    factors(…)               the product that is nearest to a weight, and its error
+    second_moments(…)        of the inputs of weights on a sample of the data, to weigh errors by
+    replace_with_products    inserts the compressed modules
+    word_embeddings_of       the word embeddings, refused where an MLM head reads them too
+    rank_of_share            the rank for a share of a matrix's weights
 
-Without a sample, what is dropped are the smallest singular values of the weight W: no product of this rank is nearer to
-it (Eckart and Young, 1936; LadaBERT, Mao et al., 2020, section 3.2). With one it is those of W R, where R Rᵀ = S is the
-second moment of the inputs x: no product of this rank makes E|W x - B A x|² smaller (DRONE, Chen et al., 2021; the
-Cholesky factor as R: SVD-LLM, Wang et al., 2024). Embeddings are a linear map of words, each a coordinate, so that S is
-diagonal: how often a word occurs. S gets DAMPING times the mean of its diagonal on it, so that directions which the
-sample does not show are weighed as without one. That costs nothing: the product is the best by both together, and the
-one without a sample the nearest to W, so on the sample itself it cannot be the worse of the two.
+Without a sample, the smallest singular values of the weight W are dropped: no product of this rank is nearer to W
+(Eckart and Young, 1936; LadaBERT, Mao et al., 2020, section 3.2). With a sample, those of W R are dropped, where
+R Rᵀ = S is the second moment of the inputs x: no product of this rank makes E|W x - B A x|² smaller (DRONE, Chen et
+al., 2021; the Cholesky factor as R: SVD-LLM, Wang et al., 2024). Embeddings are a linear map of words, each a
+coordinate, so that S is diagonal: how often a word occurs.
+
+DAMPING times the mean of the diagonal of S is added to it, so that directions which the sample does not show are
+weighed as without one. This costs nothing: the product is the best by both together, and the one without a sample the
+nearest to W, so on the sample itself it cannot be the worse of the two.
 
 O rows and I columns of a weight, V words, D width.
 """
@@ -27,8 +29,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lad_dist.compression import compressed_module
-from lad_dist.compression.compressed_module import CompressedModule
+from lad_dist.compression.compressed_module import CompressedModule, compressed_modules
 from lad_dist.compression.options import (
     LAYER_MODULES,
     ActivationAware,
@@ -47,8 +48,10 @@ DAMPING = 1e-3  # of the mean of the second moments' diagonal
 
 
 class LowRank(CompressedModule):
-    """x -> B (A x) + b with A [rank, I], B [O, rank]. The singular values are shared evenly between A and B, so that
-    both learn at one pace."""
+    """x -> B (A x) + b with A [rank, I], B [O, rank].
+
+    The singular values are shared evenly between A and B, so that both learn at one pace.
+    """
 
     def __init__(self, inner: nn.Linear, outer: nn.Linear):
         super().__init__()
@@ -56,9 +59,9 @@ class LowRank(CompressedModule):
         self.outer = outer
 
     @classmethod
-    def of(cls, linear: nn.Linear, rank: int, moment: Tensor | None = None) -> tuple[Self, Tensor]:
-        """And the relative error. `moment` [I, I]: of its inputs."""
-        a, b, error = factors(linear.weight, rank, moment)
+    def from_module(cls, linear: nn.Linear, rank: int, second_moment: Tensor | None = None) -> tuple[Self, Tensor]:
+        """Return the nearest product and its relative error. `second_moment` [I, I] is that of the map's inputs."""
+        a, b, error = factors(linear.weight, rank, second_moment)
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(_linear(a, None), _linear(b, bias)), error
 
@@ -70,7 +73,7 @@ class LowRank(CompressedModule):
         return _linear(_product(self.outer, self.inner.weight), bias)
 
     def to_compact(self) -> nn.Module:
-        """The pair, where it has fewer weights than its product."""
+        """Return the pair, where it has fewer weights than its product."""
         rows, columns, rank = self.outer.out_features, self.inner.in_features, self.inner.out_features
         return nn.Sequential(self.inner, self.outer) if rank * (rows + columns) < rows * columns else self.merge()
 
@@ -84,74 +87,82 @@ class LowRankEmbedding(CompressedModule):
         self.outer = outer
 
     @classmethod
-    def of(cls, words: nn.Embedding, rank: int, moment: Tensor | None = None) -> tuple[Self, Tensor]:
-        """And the relative error. `moment` [V]: how often each word occurs."""
-        a, b, error = factors(words.weight.T, rank, moment)
-        return cls(_embedding(a.T, words.padding_idx), _linear(b, None)), error
+    def from_module(
+        cls, embedding: nn.Embedding, rank: int, second_moment: Tensor | None = None
+    ) -> tuple[Self, Tensor]:
+        """Return the nearest product and its relative error. `second_moment` [V] is how often each word occurs."""
+        a, b, error = factors(embedding.weight.T, rank, second_moment)
+        return cls(_embedding(a.T, embedding.padding_idx), _linear(b, None)), error
 
-    def forward(self, words: Tensor) -> Tensor:
-        return self.outer(self.inner(words))
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.outer(self.inner(input_ids))
 
     def merge(self) -> nn.Module:
         return _embedding(_product(self.outer, self.inner.weight.T).T, self.inner.padding_idx)
 
     def to_compact(self) -> nn.Module:
-        """The pair, where it has fewer weights than its product."""
-        words, rank, width = *self.inner.weight.shape, self.outer.out_features
-        return nn.Sequential(self.inner, self.outer) if rank * (words + width) < words * width else self.merge()
+        """Return the pair, where it has fewer weights than its product."""
+        num_words, rank, width = *self.inner.weight.shape, self.outer.out_features
+        is_smaller = rank * (num_words + width) < num_words * width
+        return nn.Sequential(self.inner, self.outer) if is_smaller else self.merge()
 
 
 def _product(outer: nn.Linear, inner: Tensor) -> Tensor:
-    """B A in their precision, multiplied in fp32."""
+    """Return B A in the factors' precision, multiplied in fp32."""
     return (outer.weight.detach().float() @ inner.detach().float()).to(inner.dtype)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """With copies of these."""
+    """Return a linear map with copies of these."""
     rows, columns = weight.shape
-    made = nn.Linear(columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    linear = nn.Linear(columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        made.weight.copy_(weight)
+        linear.weight.copy_(weight)
         if bias is not None:
-            made.bias.copy_(bias)
-    return made
+            linear.bias.copy_(bias)
+    return linear
 
 
 def _embedding(weight: Tensor, padding: int | None) -> nn.Embedding:
-    words, width = weight.shape
-    made = nn.Embedding(words, width, padding_idx=padding, device=weight.device, dtype=weight.dtype)
+    """Return an embedding with a copy of the weight."""
+    num_words, width = weight.shape
+    embedding = nn.Embedding(num_words, width, padding_idx=padding, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        made.weight.copy_(weight)
-    return made
+        embedding.weight.copy_(weight)
+    return embedding
 
 
-def factors(weight: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """A [rank, I] and B [O, rank] of the product nearest to the weight [O, I], in its precision, and its distance
-    relative to the weight's norm. `moment` [I, I], or [I] of its diagonal, makes both those of its outputs."""
-    wanted, root = weight.detach().double(), None if moment is None else _root(moment)
-    left, values, right = _svd(_weighted_by(wanted, root))
+def factors(weight: Tensor, rank: int, second_moment: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A [rank, I] and B [O, rank] of the product nearest to the weight [O, I], in its precision, and the error.
+
+    The error is the distance relative to the weight's norm. With `second_moment` [I, I], or [I] of its diagonal,
+    distance and norm are those of the weight's outputs.
+    """
+    exact, root = weight.detach().double(), None if second_moment is None else _damped_root(second_moment)
+    left, values, right = _svd(_weighted_by(exact, root))
     error = values[rank:].norm() / values.norm().clamp(min=torch.finfo(values.dtype).tiny)
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     if root is not None:  # B A = U Uᵀ W, whose singular values these are not yet
-        inside, values, right = _svd(left.T @ wanted)
-        left = left @ inside
-    share = values.sqrt()
-    return (share[:, None] * right).to(weight.dtype), (left * share).to(weight.dtype), error
+        rotation, values, right = _svd(left.T @ exact)
+        left = left @ rotation
+    root_values = values.sqrt()
+    return (root_values[:, None] * right).to(weight.dtype), (left * root_values).to(weight.dtype), error
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, the singular values and Vᵀ. Of a tall matrix they take half the time of a wide one's."""
-    wide = matrix.shape[0] < matrix.shape[1]
-    left, values, right = torch.linalg.svd(matrix.T if wide else matrix, full_matrices=False)
-    return (right.T, values, left.T) if wide else (left, values, right)
+    """Return U, the singular values and Vᵀ."""
+    is_wide = matrix.shape[0] < matrix.shape[1]  # a tall matrix takes half the time of a wide one
+    left, values, right = torch.linalg.svd(matrix.T if is_wide else matrix, full_matrices=False)
+    return (right.T, values, left.T) if is_wide else (left, values, right)
 
 
-def _root(moment: Tensor) -> Tensor:
-    """R with R Rᵀ = S, damped."""
-    moment = moment.double()
-    if moment.dim() == 1:
-        return (moment + DAMPING * moment.mean()).sqrt()
-    return torch.linalg.cholesky(moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment)).to(moment))
+def _damped_root(second_moment: Tensor) -> Tensor:
+    """Return R with R Rᵀ = S, damped."""
+    second_moment = second_moment.double()
+    if second_moment.dim() == 1:
+        return (second_moment + DAMPING * second_moment.mean()).sqrt()
+    identity = torch.eye(len(second_moment)).to(second_moment)
+    return torch.linalg.cholesky(second_moment + DAMPING * second_moment.diagonal().mean() * identity)
 
 
 def _weighted_by(weight: Tensor, root: Tensor | None) -> Tensor:
@@ -163,78 +174,89 @@ def _weighted_by(weight: Tensor, root: Tensor | None) -> Tensor:
 def second_moments(
     model: PreTrainedModel, modules: Mapping[str, nn.Linear | nn.Embedding], batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
-    """Of what each reads on the sample, up to a factor: sums of x xᵀ [I, I] for linear maps; for words [V] how often
-    they occur and once more, as there are many that a sample does not have."""
+    """Return the second moments of what each module reads on the sample, up to a factor.
+
+    For linear maps these are sums of x xᵀ [I, I]; for words [V] how often they occur and once more, as there are many
+    that a sample does not have.
+    """
     maps = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    found = {name: module.weight.new_zeros(module.in_features, module.in_features) for name, module in maps.items()}
+    moments = {name: module.weight.new_zeros(module.in_features, module.in_features) for name, module in maps.items()}
     names, training = list(maps), model.training
     model.eval()
     for batch in batches:
         with activations.capture(
             list(maps.values()),
-            lambda n, x, _: _add(found[names[n]], activations.token_rows(x, batch)),  # noqa: B023
+            # The hook runs in this iteration alone, while `batch` is this one.
+            lambda n, x, _: _add_products(moments[names[n]], activations.token_rows(x, batch)),  # noqa: B023
         ):
-            activations.run_logits(model, batch)
+            activations.compute_logits(model, batch)
     model.train(training)
-    counted = {name: _counts(module, batches) for name, module in modules.items() if isinstance(module, nn.Embedding)}
-    return found | counted
+    counts = {
+        name: _word_counts(module, batches) for name, module in modules.items() if isinstance(module, nn.Embedding)
+    }
+    return moments | counts
 
 
-def _add(total: Tensor, x: Tensor) -> None:
+def _add_products(total: Tensor, x: Tensor) -> None:
     x = x.to(total.dtype)
     total += x.T @ x
 
 
-def _counts(words: nn.Embedding, batches: Sequence[Batch]) -> Tensor:
-    total = torch.ones(words.num_embeddings)
+def _word_counts(embedding: nn.Embedding, batches: Sequence[Batch]) -> Tensor:
+    total = torch.ones(embedding.num_embeddings)
     for batch in batches:
-        total += torch.bincount(activations.real_tokens(batch.input_ids, batch), minlength=words.num_embeddings)
-    return total.to(words.weight.device)
+        input_ids = activations.real_tokens(batch.input_ids, batch)
+        total += torch.bincount(input_ids, minlength=embedding.num_embeddings)
+    return total.to(embedding.weight.device)
 
 
 def replace_with_products(
     model: PreTrainedModel, ranks: Mapping[str, int], batches: Sequence[Batch] = ()
 ) -> dict[str, float]:
-    """Replaces linear maps and embeddings, by name, with Parts of these ranks, in place, and says how far each is from
-    what it replaced: relative to its weight's norm; with batches, the same on every process, to that of its outputs on
-    them. On the meta device it has nothing to say."""
+    """Replace linear maps and embeddings, by name, with products of these ranks, in place. Return their errors.
+
+    An error is relative to the norm of the weight; with batches, the same on every process, to that of its outputs on
+    them. On the meta device there are no errors.
+    """
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in ranks}
     moments = second_moments(model, modules, batches) if batches else {}
     errors = {}
     for name, module in modules.items():
         kind = LowRankEmbedding if isinstance(module, nn.Embedding) else LowRank
-        part, error = kind.of(module, ranks[name], moments.pop(name, None))
+        product, error = kind.from_module(module, ranks[name], moments.pop(name, None))
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, part)
+        setattr(model.get_submodule(parent), child, product)
         if not error.is_meta:
             errors[name] = error.item()
     return errors
 
 
 def word_embeddings_of(model: PreTrainedModel, where: str) -> tuple[str, nn.Embedding]:
-    """The word embeddings and their name. Raises UserError where another module reads their weight, as MLM heads do, or
-    they are a product already."""
-    words = model.get_input_embeddings()
-    if not isinstance(words, nn.Embedding):
+    """Return the name of the word embeddings, and these.
+
+    Raise UserError where another module reads their weight, as MLM heads do, or they are a product already.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
         raise UserError(f"{where}: the word embeddings are of low rank already; list it once")
-    others = [module for module in model.modules() if getattr(module, "weight", None) is words.weight]
-    if len(others) > 1:
+    users = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
+    if len(users) > 1:
         raise UserError(
             f"{where}: the MLM head reads the word embeddings, which cannot be a product then; leave embeddings at 1, "
             "or compress them on a task"
         )
-    return next(name for name, module in model.named_modules() if module is words), words
+    return next(name for name, module in model.named_modules() if module is embedding), embedding
 
 
 def rank_of_share(matrix: Tensor, share: float) -> float:
-    """Of the product of two that has this share of the matrix's weights; it has yet to be rounded."""
+    """Return the rank, not yet rounded, of the product that has this share of the matrix's weights."""
     rows, columns = matrix.shape
     return share * rows * columns / (rows + columns)
 
 
 def low_rank(
     model: PreTrainedModel,
-    sample: CalibrationBatches = no_calibration_batches,
+    calibration_batches: CalibrationBatches = no_calibration_batches,
     report: ReportValues = silent,
     *,
     keep: Annotated[
@@ -246,42 +268,48 @@ def low_rank(
     activation_aware: ActivationAware = False,
     modules: Modules = LAYER_MODULES,
 ) -> PreTrainedModel:
-    """Replaces linear maps and word embeddings by products of two thin matrices, of rank keep · rows · columns /
-    (rows + columns): see low_rank.py. Raises UserError where nothing matches, or an MLM head reads the embeddings."""
-    where = "surgery low_rank"
-    chosen: dict[str, tuple[nn.Linear | nn.Embedding, float]] = {}
+    """Replace linear maps and word embeddings by products of two smaller matrices.
+
+    The rank of a map's product is keep · rows · columns / (rows + columns), that of the embeddings likewise.
+    Raise UserError where no name matches, or an MLM head reads the embeddings.
+    """
+    where = "compression low_rank"
+    shares: dict[str, tuple[nn.Linear | nn.Embedding, float]] = {}
     if keep < 1:
-        chosen |= {name: (linear, keep) for name, linear in linear_maps(model, modules, where).items()}
+        shares |= {name: (linear, keep) for name, linear in linear_maps(model, modules, where).items()}
     if embeddings < 1:
-        name, words = word_embeddings_of(model, where)
-        chosen[name] = words, embeddings
-    if not chosen:
+        name, embedding = word_embeddings_of(model, where)
+        shares[name] = embedding, embeddings
+    if not shares:
         raise UserError(f"{where}: keep and embeddings are 1, which leaves all as it is; set one of them below 1")
-    ranks = {name: max(1, int(rank_of_share(module.weight, share))) for name, (module, share) in chosen.items()}
-    insert_products(model, ranks, sample if activation_aware else None, report)
+    ranks = {name: max(1, int(rank_of_share(module.weight, share))) for name, (module, share) in shares.items()}
+    insert_products(model, ranks, calibration_batches if activation_aware else None, report)
     return model
 
 
 def linear_maps(model: PreTrainedModel, modules: str, where: str) -> dict[str, nn.Linear]:
-    """Linear maps by name, but for those of products. Raises UserError where none matches."""
-    products = [
-        part for part in compressed_module.compressed_modules(model) if isinstance(part, LowRank | LowRankEmbedding)
-    ]
-    inside = {module for part in products for module in part.modules()}
-    found = {
+    """Return linear maps by name, without those of products. Raise UserError where no name matches."""
+    products = [module for module in compressed_modules(model) if isinstance(module, LowRank | LowRankEmbedding)]
+    inside_products = {module for product in products for module in product.modules()}
+    maps = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module not in inside and re.search(modules, name)
+        if isinstance(module, nn.Linear) and module not in inside_products and re.search(modules, name)
     }
-    if not found:
+    if not maps:
         raise UserError(f"{where}: no linear map's name matches {modules!r}")
-    return found
+    return maps
 
 
 def insert_products(
-    model: PreTrainedModel, ranks: Mapping[str, int], sample: CalibrationBatches | None, tell: ReportValues
+    model: PreTrainedModel,
+    ranks: Mapping[str, int],
+    calibration_batches: CalibrationBatches | None,
+    report: ReportValues,
 ) -> None:
-    numbers = model.device.type != "meta"
-    errors = replace_with_products(model, ranks, sample() if sample and numbers else ())
+    """Replace modules with products of these ranks, in place, and report the errors."""
+    has_numbers = model.device.type != "meta"
+    batches = calibration_batches() if calibration_batches and has_numbers else ()
+    errors = replace_with_products(model, ranks, batches)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    tell({f"initial_error/low_rank/{name.removeprefix(prefix)}": error for name, error in errors.items()})
+    report({f"initial_error/low_rank/{name.removeprefix(prefix)}": error for name, error in errors.items()})

@@ -7,23 +7,25 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from lad_dist.core.batch import Batch
+from lad_dist.models import families
 
-LAYER_MODULES = r"(^|\.)(layers?|albert_layer_groups)\."  # names of modules in the encoder's layers
+LAYER_MODULES = families.layer_list_pattern()
 
 CalibrationBatches = Callable[[], Sequence[Batch]]
 ReportValues = Callable[[Mapping[str, float]], None]
 
 
 def no_calibration_batches() -> Sequence[Batch]:
-    """Of a model that stands alone."""
-    raise ValueError("there are no training data to take a sample of")
+    """Raise ValueError: the model is compressed without training data."""
+    raise ValueError("no calibration batches: the model is compressed without training data")
 
 
 def silent(values: Mapping[str, float]) -> None:
-    """Tells nobody."""
+    """Report nothing."""
 
 
 def regular_expression(text: str) -> str:
+    """Return the text. Raise ValueError where it is not a regular expression."""
     try:
         re.compile(text)
     except re.error as error:
@@ -37,4 +39,4 @@ ActivationAware = Annotated[
 ]
 Begin = Annotated[float, Field(ge=0, le=1, description="share of the training after which weights go")]
 End = Annotated[float, Field(ge=0, le=1, description="share of the training after which all have gone")]
-UpdateEvery = Annotated[int, Field(ge=1, description="steps between one tightening and the next")]
+UpdateEvery = Annotated[int, Field(ge=1, description="steps between one update of the masks and the next")]

@@ -19,16 +19,20 @@ from lad_dist.models.loading import PreTrainedModel
 def apply_compressions(
     model: PreTrainedModel,
     compressions: Iterable["partial[PreTrainedModel]"],
-    sample: CalibrationBatches = no_calibration_batches,
+    calibration_batches: CalibrationBatches = no_calibration_batches,
     report: ReportValues = silent,
 ) -> PreTrainedModel:
-    """The model after these surgeries, in order. `sample()` is the first batches of the training data, the same on all
-    processes; `tell(values)` puts what was found, by name, into the first row and the results of the run. On the meta
-    device a model has shapes and no numbers: a surgery refuses there what does not fit, and asks and tells nothing."""
-    given = {"sample": sample, "tell": report}
-    for surgery in compressions:
-        wanted = inspect.signature(surgery.func).parameters.keys() & given.keys()
-        model = surgery(model, **{name: given[name] for name in wanted})
+    """Return the model after these compressions, in order.
+
+    `calibration_batches()` returns the first batches of the training data, the same on all processes. `report(values)`
+    puts measured values, by name, into the first row and the results of the run. On the meta device a model has shapes
+    and no numbers: a compression raises UserError where it does not fit, reads no batches and reports nothing.
+    """
+    # A compression takes those of them that its signature names.
+    context = {"calibration_batches": calibration_batches, "report": report}
+    for compression in compressions:
+        names = inspect.signature(compression.func).parameters.keys() & context.keys()
+        model = compression(model, **{name: context[name] for name in names})
     return model
 
 
@@ -39,7 +43,7 @@ COMPRESSIONS: dict[str, Callable[..., PreTrainedModel]] = {
     "scale_position_embeddings": scale_position_embeddings,
     "theseus": theseus,
 }
-# Of the rest of the config, given it, the student's head and its labels, and the surgery's arguments.
+# Checks against the rest of the config: each takes it, the student's head, its labels and the compression's arguments.
 COMPRESSION_CHECKS: dict[str, Callable[..., None]] = {
     "ladabert": check_ladabert,
     "prune": check_prune,

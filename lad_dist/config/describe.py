@@ -11,7 +11,7 @@ from lad_dist.config.schema import ConfigTable
 
 
 def describe_keys(schema: type[ConfigTable], prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """Rows of (key, type, default, description) for every key that the schema reads."""
+    """Return (key, type, default, description) for every key of a schema."""
     rows = []
     for name, field in schema.model_fields.items():
         tables = tables_in(field.annotation)
@@ -23,8 +23,19 @@ def describe_keys(schema: type[ConfigTable], prefix: str = "") -> list[tuple[str
     return rows
 
 
+def changeable_keys(schema: type[ConfigTable], prefix: str = "") -> set[str]:
+    """Return the keys of a schema that may differ when a run resumes: they change nothing of what is learnt."""
+    keys = set()
+    for name, field in schema.model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("resume") == "changeable":
+            keys.add(prefix + name)
+        for table in tables_in(field.annotation):
+            keys |= changeable_keys(table, f"{prefix}{name}.")
+    return keys
+
+
 def type_name(annotation: Any) -> str:
-    """An annotation as a user reads it."""
+    """Return an annotation as a user reads it."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return type_name(inner[0])
@@ -35,7 +46,7 @@ def type_name(annotation: Any) -> str:
     if origin is dict:
         return "table"
     if inner:
-        return " | ".join(type_name(part) for part in inner if part is not type(None))
+        return " | ".join(type_name(member) for member in inner if member is not type(None))
     return {"str": "string", "Any": "any"}.get(annotation.__name__, annotation.__name__)
 
 

@@ -1,7 +1,7 @@
 """Reading configs: TOML files, dotted overrides, checks. Every mistake is a UserError of one line.
 
 load_config(schema, path, overrides)   TOML file + ["optim.lr=1e-4", ...] -> a frozen config
-apply_overrides(tables, overrides)     the same change on plain tables: command line, search and tests share it
+apply_overrides(tables, overrides)     the same changes on plain tables: command line, search and tests share it
 parse_config(schema, tables, where)    plain tables -> a frozen config
 dump_config(config)                    TOML text with every default written out
 validate_arguments(...)                keyword arguments checked against a signature
@@ -20,8 +20,9 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import ConfigTable
+from lad_dist.config.schema import ConfigTable, train_schema
 from lad_dist.utils.suggest import did_you_mean, nearest
+from lad_dist.utils.text import is_encodable
 
 MAX_DEPTH = 16  # tables in tables
 MAX_SHOWN = 60  # characters of a wrong value
@@ -31,25 +32,28 @@ Schema = TypeVar("Schema", bound=ConfigTable)
 
 
 def load_config(schema: type[Schema], path: str | Path, overrides: Iterable[str] = ()) -> Schema:
-    """The config in the TOML file `path` after the overrides. Raises UserError, naming file, key and nearest right
-    key."""
+    """Return the config in a TOML file after the overrides.
+
+    Raises:
+        UserError: The file or a key is wrong; the message names the nearest right key.
+    """
     return parse_config(schema, apply_overrides(read_toml(path), map(parse_override, overrides)), where=str(path))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The plain tables of a TOML file."""
+    """Return the plain tables of a TOML file; raise UserError where it cannot be read."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (at byte {error.start}); a config is TOML, a text in UTF-8") from None
-    except (ValueError, RecursionError) as error:  # of its own, and of a number with thousands of digits
-        raise UserError(f"{path}: not valid TOML: {error}; mend the file") from None
+    except (ValueError, RecursionError) as error:  # tomllib's own, and int's for thousands of digits
+        raise UserError(f"{path}: not valid TOML: {error}; fix the file") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`"a.b=value"` as `("a.b", value)`: the value in TOML, a bare word as a string."""
+    """Return `"a.b=value"` as `("a.b", value)`; the value is TOML, or a bare word for a string."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{text!r}: an override is written key.subkey=value")
@@ -62,7 +66,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def apply_overrides(tables: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """A copy of the tables with each `("a.b", value)` set; `("a.0.b", value)`: in the first of a list of tables."""
+    """Return a copy of the tables with each `("a.b", value)` set.
+
+    `("a.0.b", value)` sets the key in the first table of a list.
+    """
     result = dict(tables)
     for key, value in changes:
         result = _with_value(result, key.split("."), value, key)
@@ -70,13 +77,13 @@ def apply_overrides(tables: Mapping[str, Any], changes: Iterable[tuple[str, Any]
 
 
 def _with_value(tables: Any, path: list[str], value: Any, key: str) -> Any:
-    """A copy of a table, or of a list of them, with the value set."""
+    """Return a copy of a table, or of a list of tables, with the value set."""
     head, *rest = path
     if isinstance(tables, list):
         numbered = {str(number): table for number, table in enumerate(tables)}
         if head not in numbered:
-            meant = 'did you mean "0"?' if len(tables) == 1 else did_you_mean(head, numbered)
-            raise UserError(f"{key}: there is no {head} in a list of {len(tables)}, counted from 0; {meant}")
+            hint = 'did you mean "0"?' if len(tables) == 1 else did_you_mean(head, numbered)
+            raise UserError(f"{key}: no number {head} in a list of {len(tables)}, counted from 0; {hint}")
         return list(_with_value(numbered, path, value, key).values())
     if not rest:
         return {**tables, head: value}
@@ -87,35 +94,36 @@ def _with_value(tables: Any, path: list[str], value: Any, key: str) -> Any:
 
 
 def parse_config(schema: type[Schema], tables: Mapping[str, Any], where: str) -> Schema:
-    """Plain tables as a config. Raises UserError for the first mistake, `where` in front."""
+    """Return plain tables as a config; raise UserError for the first mistake, with `where` in front."""
     _check_values(tables, where)
     try:
         return schema.model_validate(dict(tables))
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(schema, error)}") from None
+        raise UserError(f"{where}: {first_mistake(error, schema)}") from None
 
 
 def _check_values(tables: Mapping[str, Any], where: str) -> None:
-    """Refuses what TOML allows and nothing here can use: tables in tables without end, and texts that no file has."""
+    """Raise UserError for valid TOML that no config can hold: very deep tables, and texts that no file can hold."""
     level: list[tuple[str, Any]] = [("", tables)]
     for _ in range(MAX_DEPTH):
         level = [inner for place, value in level for inner in _items(place, value)]
         for place, value in level:
-            if isinstance(value, str) and not _is_text(value):
-                raise UserError(f"{where}: {place}: {_shown(value)} holds a character that no text can; write it anew")
+            if isinstance(value, str) and not _is_usable(value):
+                raise UserError(f"{where}: {place}: {_shown(value)} holds a character that no text can; retype it")
     if level:
-        raise UserError(f"{where}: {level[0][0][:40]}…: more than {MAX_DEPTH} tables deep; no key stands there")
+        raise UserError(f"{where}: {level[0][0][:40]}…: more than {MAX_DEPTH} tables deep; no key is so deep")
 
 
 def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of each item of a table or list."""
     if isinstance(value, Mapping | list):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         yield from ((f"{place}.{key}" if place else str(key), inner) for key, inner in items)
 
 
-def _is_text(value: str) -> bool:
-    """Whether it can be written down, and handed to the system as a path."""
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+def _is_usable(text: str) -> bool:
+    """Return whether the text can be written down, and handed to the system as a path."""
+    return "\0" not in text and is_encodable(text)
 
 
 def _shown(value: Any) -> str:
@@ -124,93 +132,112 @@ def _shown(value: Any) -> str:
 
 
 def dump_config(config: ConfigTable) -> str:
-    """TOML with every default written out; what is None is left away."""
+    """Return the config as TOML, with every default written out; TOML has no None."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
 def with_defaults(schema: type[ConfigTable], tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables of a config as an earlier version wrote it, with the keys that it did not know at their defaults."""
-    found = dict(tables)
+    """Return the tables of a stored config, with keys that are new since at their defaults."""
+    result = dict(tables)
     for name, field in schema.model_fields.items():
         inner = tables_in(field.annotation)
-        if inner and isinstance(found.get(name), Mapping):
-            found[name] = with_defaults(inner[0], found[name])
+        if inner and isinstance(result.get(name), Mapping):
+            result[name] = with_defaults(inner[0], result[name])
         elif not inner and field.default is not PydanticUndefined and field.default is not None:
-            found.setdefault(name, field.default)
-    return found
+            result.setdefault(name, field.default)
+    return result
+
+
+def is_of_earlier_version(tables: Mapping[str, Any]) -> bool:
+    """Return whether a training's config, as its run wrote it, has keys that the schema does not know."""
+    try:
+        train_schema(tables).model_validate(tables)
+    except ValidationError as error:
+        return any(mistake["type"] == "extra_forbidden" for mistake in error.errors())
+    return False
 
 
 def check_writable(key: str, folder: str | Path) -> None:
-    """Raises UserError where no such folder can be made or written to."""
-    place = Path(folder)
+    """Raise UserError where the folder cannot be created or written to."""
+    existing = Path(folder)
     try:
-        while not place.exists():
-            place = place.parent
-        fit = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+        while not existing.exists():
+            existing = existing.parent
+        writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     except OSError:  # a name that is too long
-        fit = False
-    if not fit:
-        raise UserError(f"{key} = {_shown(str(folder))}: {place} is no folder that can be written; give another")
+        writable = False
+    if not writable:
+        raise UserError(f"{key} = {_shown(str(folder))}: {existing} is no folder that can be written; give another")
 
 
 def lookup(what: str, name: str, choices: Mapping[str, Any]) -> Any:
-    """choices[name], or UserError with the nearest name."""
+    """Return choices[name]; raise UserError with the nearest name where there is none."""
     if name not in choices:
         raise UserError(f'{what} "{name}" is unknown: {did_you_mean(name, choices)}')
     return choices[name]
 
 
 def validate_arguments(where: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword-only arguments of `function` with `options` filled in, checked against its signature and completed
-    by its defaults. Raises UserError naming `where`."""
+    """Return the keyword-only arguments of a function: the options, and its defaults for the others.
+
+    Raises:
+        UserError: An option does not fit the function's signature; the message begins with `where`.
+    """
     fields = {name: _field_of(parameter) for name, parameter in keyword_parameters(function).items()}
     schema: type[ConfigTable] = create_model(where, __base__=ConfigTable, **fields)  # type: ignore[call-overload]
     return parse_config(schema, options, where).model_dump()
 
 
 def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a function or of a class's constructor."""
+    """Return the keyword-only parameters of a function or of a class's constructor."""
     signature = inspect.signature(function, eval_str=True)
     return {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 def _field_of(parameter: inspect.Parameter) -> tuple[Any, Any]:
+    """Return a parameter as pydantic's create_model takes it."""
     return parameter.annotation, ... if parameter.default is parameter.empty else parameter.default
 
 
-def _explain(schema: type[ConfigTable], error: ValidationError) -> str:
+def first_mistake(error: ValidationError, schema: type[ConfigTable] | None = None) -> str:
+    """Return the first mistake of a validation in one line: the dotted key, what is wrong, and the value.
+
+    Args:
+        error: What pydantic raised.
+        schema: The config that was validated: with it, a misspelt key is answered with the nearest right one.
+    """
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains a missing one
-    path = [str(part) for part in first["loc"] if not _is_union_tag(part)]
-    place = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        names = _key_names(schema, path[:-1])
+    path = [str(key) for key in first["loc"] if not _is_union_tag(key)]
+    if schema is not None and first["type"] == "extra_forbidden":
         kind = "table" if first["loc"][:-1] == () and isinstance(first.get("input"), dict) else "key"
-        return f"{place}: no such {kind}; {did_you_mean(path[-1], names)}"
-    if first["type"] == "missing":
+        return f"{'.'.join(path)}: no such {kind}; {did_you_mean(path[-1], _key_names(schema, path[:-1]))}"
+    if schema is not None and first["type"] == "missing":
         *outer, name = path
-        like = nearest(
-            name, first["input"].keys() - _key_names(schema, outer)
-        )  # where a name may stand beside any other
-        said = f'{like[0]}: no such key; did you mean "{name}"?' if like else f"{name}: missing, and it has no default"
-        return ".".join([*outer, said])
+        # A name may stand beside any other, so only the unknown ones are candidates.
+        similar = nearest(name, first["input"].keys() - _key_names(schema, outer))
+        reason = "missing, and it has no default"
+        reason = f'{similar[0]}: no such key; did you mean "{name}"?' if similar else f"{name}: {reason}"
+        return ".".join([*outer, reason])
     message = first["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(first["input"], dict | BaseModel) else f", not {_shown(first['input'])}"
-    return f"{place}: {message[0].lower() + message[1:]}{given}" if place else message
+    value = "" if isinstance(first["input"], dict | BaseModel) else f", not {_shown(first['input'])}"
+    return f"{'.'.join(path)}: {message[0].lower() + message[1:]}{value}" if path else message
 
 
-def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "bool"))
+def _is_union_tag(key: Any) -> bool:
+    """Return whether a piece of an error's place names a type of a union, not a key."""
+    return isinstance(key, str) and ("[" in key or key in ("int", "float", "str", "bool"))
 
 
 def _key_names(schema: Any, path: list[str]) -> list[str]:
-    for part in path:
-        if not part.isdigit():
-            schema = tables_in(schema.model_fields[part].annotation)[0]
+    """Return the keys of the table at a path."""
+    for key in path:
+        if not key.isdigit():
+            schema = tables_in(schema.model_fields[key].annotation)[0]
     return list(schema.model_fields)
 
 
 def tables_in(annotation: Any) -> list[type[ConfigTable]]:
-    """The tables named in an annotation: X, X | None, list[X]."""
+    """Return the tables that an annotation names: X, X | None, list[X]."""
     if inspect.isclass(annotation) and issubclass(annotation, ConfigTable):
         return [annotation]
     return [table for inner in typing.get_args(annotation) for table in tables_in(inner)]

@@ -1,4 +1,4 @@
-"""What a forward of a model returns, and which of it an objective asks for.
+"""The tensors that a forward of a model returns, and those that an objective asks for.
 
 ModelDims      the sizes of a model that a loss needs to know
 OutputSpec     which tensors of a forward an objective asks for
@@ -13,30 +13,51 @@ from lad_dist.core.batch import Head
 
 
 class ModelDims(NamedTuple):
-    """The sizes of a model, as an objective sees them."""
+    """The sizes of a model that an objective needs to know.
+
+    Attributes:
+        num_hidden_layers: Encoder layers; the embeddings are not one.
+        hidden_size: The width D of hidden states.
+        num_attention_heads: The heads H of a layer.
+        head: The kind of head on top of the encoder.
+        num_outputs: The outputs V of the head; 0 without one.
+        padded_length: The tokens of every sequence, where data.pad_to makes them equal.
+    """
 
     num_hidden_layers: int
     hidden_size: int
     num_attention_heads: int
     head: Head
     num_outputs: int
-    padded_length: int | None = None  # tokens of every sequence, where data.pad_to makes them equal
+    padded_length: int | None = None
 
 
 class OutputSpec(NamedTuple):
-    """What an objective wants to see of a forward. Layer 0 is the embedding output, layer l the output of layer l."""
+    """The outputs of a forward that an objective asks for.
+
+    Attributes:
+        logits: Whether it asks for the outputs of the head.
+        hidden: Layers whose hidden states it asks for; layer 0 is the output of the embeddings.
+        qkv: Layers, from 1, whose queries, keys and values it asks for.
+    """
 
     logits: bool = False
     hidden: tuple[int, ...] = ()
     qkv: tuple[int, ...] = ()
 
 
-QKV = ("query", "key", "value")  # names of the three in `Trace.qkv`
+QKV = ("query", "key", "value")  # names of the three in `ModelOutputs.qkv`
 
 
 class ModelOutputs(NamedTuple):
-    """What a forward left behind."""
+    """The outputs of a forward: those that an OutputSpec names.
 
-    logits: Tensor | None = None  # [R, V]
+    Attributes:
+        logits: Outputs of the head, [R, V].
+        hidden: Hidden states by layer, [N, D]; layer 0 is the output of the embeddings.
+        qkv: Queries, keys and values by layer, [N, H, D / H] each.
+    """
+
+    logits: Tensor | None = None
     hidden: dict[int, Tensor] = {}  # noqa: RUF012 (never mutated)
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # noqa: RUF012 (never mutated)

@@ -1,10 +1,10 @@
-"""The state of training at a step: what schedules are functions of."""
+"""The state of training at a step: the argument of schedules."""
 
 from typing import NamedTuple
 
 
 class StepState(NamedTuple):
-    """Where a training stands: the same on all processes."""
+    """The step of a training, the number of its steps and its seed: the same on all processes."""
 
     step: int
     steps: int
@@ -12,5 +12,5 @@ class StepState(NamedTuple):
 
     @property
     def progress(self) -> float:
-        """Of all steps, in [0, 1]."""
+        """The share of the steps that are done, in [0, 1]."""
         return self.step / self.steps

@@ -1,10 +1,10 @@
-"""What the training loop reads: micro-batches by (step, slot), and the batches to evaluate on.
+"""What the training loop reads: micro-batches by (step, micro-batch), and the batches to evaluate on.
 
-    CorpusFeed   masked language modelling over token shards
-    TaskFeed     a labelled task
+    CorpusDataset   masked language modelling over token shards
+    TaskDataset     a labelled task
 
-Both have `.slots`, `.steps_per_epoch`, `.fingerprint` (of the data, in ids), and pure functions of
-their arguments and the seed: `.batch(step, slot)`, and `.samples(step, slot)`, what is in it.
+Both have `.micro_batches_per_step`, `.steps_per_epoch`, `.fingerprint` (of the data, in ids), and two pure functions of
+the seed and their arguments: `.batch(step, micro_batch)`, and `.samples(step, micro_batch)`, what it consists of.
 """
 
 import hashlib
@@ -17,73 +17,89 @@ from lad_dist.config.schema import CorpusDataConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import pack
 from lad_dist.data.mlm import Vocabulary, mask_windows
-from lad_dist.data.sampling import CorpusOrder, TaskOrder, WindowRead, window_span, windows
+from lad_dist.data.sampling import CorpusOrder, TaskOrder, WindowRead, num_windows, window_span
 from lad_dist.data.shards.reader import Shards
 from lad_dist.data.tasks.examples import Batches, tokenize
 from lad_dist.data.tasks.task import Task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerprint
-from lad_dist.data.tokenization.special_tokens import frame_of, ordinary_ids, vocabulary_size, word_starts
+from lad_dist.data.tokenization.special_tokens import (
+    ordinary_ids,
+    special_token_frame,
+    vocabulary_size,
+    word_starts,
+)
 from lad_dist.utils.rng import MASK, derive_key, derive_keys
 from lad_dist.utils.suggest import did_you_mean
 
-HELD_OUT_SLOTS = 32
+HELD_OUT_MICRO_BATCHES = 32
 
 
 class CorpusDataset:
     """Windows of the corpus between the tokenizer's special tokens, some of their tokens masked."""
 
     def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        """Raises UserError when the shards are damaged or made with another tokenizer, the tokenizer has no mask
-        token, or data.source_weights names a source that is not there."""
+        """Open the shards.
+
+        Raises:
+            UserError: The shards are damaged or of another tokenizer, the tokenizer has no mask token, or
+                data.source_weights names an unknown source.
+        """
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
         self._train = _CorpusWindows(data, tokenizer, "train")
-        self._order = CorpusOrder(
-            self._train.counts, self._train.weights, self._windows_per_slot, data.micro_batches_per_step, seed
-        )
         self.micro_batches_per_step = data.micro_batches_per_step
+        self._order = CorpusOrder(
+            self._train.counts, self._train.weights, self._windows_per_micro_batch, data.micro_batches_per_step, seed
+        )
 
     @property
     def steps_per_epoch(self) -> float:
+        """Return the number of steps in which every source is read as often as its weight says."""
         return self._order.steps_per_epoch
 
     @cached_property
     def fingerprint(self) -> str:
+        """Return a hash of all tokens."""
         return self._train.fingerprint
 
     @property
-    def _windows_per_slot(self) -> int:
+    def _windows_per_micro_batch(self) -> int:
         return self._data.micro_batch_tokens // self._data.max_length
 
-    def batch(self, step: int, slot: int) -> Batch:
-        """Micro-batch `slot` of step `step`: rows are the masked tokens, labels their ids."""
-        return self._train.batch(self._order.micro_batch(step, slot), self._seed)
+    def batch(self, step: int, micro_batch: int) -> Batch:
+        """Return a micro-batch of a step: the head reads the masked tokens, labels are their ids."""
+        return self._train.batch(self._order.micro_batch(step, micro_batch), self._seed)
 
-    def samples(self, step: int, slot: int) -> list[str]:
-        """What the micro-batch consists of, for a log: windows by their source and number."""
-        reading = self._order.micro_batch(step, slot)
+    def samples(self, step: int, micro_batch: int) -> list[str]:
+        """Return what the micro-batch consists of, for a log: windows by their source and number."""
+        reading = self._order.micro_batch(step, micro_batch)
         places = zip(reading.source.tolist(), reading.window.tolist(), strict=True)
         return [f"{self._train.names[source]} {window}" for source, window in places]
 
     @cached_property
     def held_out(self) -> Batches:
-        """At most 32 slots of the held-out documents, the same and with the same masks in every run: whole slots, or
-        one that repeats documents where they are fewer. Empty when the corpus was prepared with nothing held out."""
+        """Return at most 32 micro-batches of the held-out documents, the same and with the same masks in every run.
+
+        They are whole micro-batches, or one that repeats documents where these are fewer. The list is empty when the
+        corpus was prepared with nothing held out.
+        """
         held_out = _CorpusWindows(self._data, self._tokenizer, "held_out")
         if not held_out.counts:
             return []
-        order = CorpusOrder(
-            held_out.counts, [1.0] * len(held_out.counts), self._windows_per_slot, micro_batches_per_step=1, seed=0
-        )
-        slots = min(HELD_OUT_SLOTS, int(order.steps_per_epoch) or 1)
-        return [partial(held_out.batch, order.micro_batch(number, 0), 0) for number in range(slots)]
+        weights = [1.0] * len(held_out.counts)
+        order = CorpusOrder(held_out.counts, weights, self._windows_per_micro_batch, micro_batches_per_step=1, seed=0)
+        count = min(HELD_OUT_MICRO_BATCHES, int(order.steps_per_epoch) or 1)
+        return [partial(held_out.batch, order.micro_batch(number, 0), 0) for number in range(count)]
 
 
 def open_shards(data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, split: str = "train") -> Shards:
-    """Raises UserError when the shards are damaged or made with another tokenizer, or data.source_weights names a source that
-    is not there."""
+    """Return one split of the shards.
+
+    Raises:
+        UserError: The shards are damaged or of another tokenizer, or data.source_weights names an unknown source.
+    """
     shards = Shards(data.shards, split)
     if shards.manifest["tokenizer"]["fingerprint"] != fingerprint(tokenizer):
-        raise UserError(f"{data.shards}: made with another tokenizer; use the one in {shards.tokenizer_folder}")
+        raise UserError(f"{data.shards}: prepared with another tokenizer; use the one in {shards.tokenizer_folder}")
     _weights(data, shards)
     return shards
 
@@ -94,65 +110,72 @@ class _CorpusWindows:
     def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
         shards = open_shards(data, tokenizer, split)
         self.fingerprint = shards.fingerprint
-        self._frame = frame_of(tokenizer)
+        self._frame = special_token_frame(tokenizer)
         self._room = data.max_length - self._frame.size
-        self._length, self._joined = data.max_length, data.cross_documents
+        self._length, self._cross_documents = data.max_length, data.cross_documents
         self._streams = shards.streams
         self.names = [stream.name for stream in self._streams]
-        self.counts = [windows(stream.length, self._room) for stream in self._streams]
+        self.counts = [num_windows(stream.length, self._room) for stream in self._streams]
         self.weights = _weights(data, shards)
         self._vocabulary = _vocabulary(tokenizer, data.whole_word_mask)
-        self._ordinary = np.ones(vocabulary_size(tokenizer), dtype=bool)
-        self._ordinary[[*self._frame.before, *self._frame.after]] = False
-        self._hidden = max(1, round(data.mlm_probability * self._tokens_per_window()))
+        self._is_content = np.ones(vocabulary_size(tokenizer), dtype=bool)  # by token id
+        self._is_content[[*self._frame.before, *self._frame.after]] = False
+        self._masked_per_window = max(1, round(data.mlm_probability * self._tokens_per_window()))
 
     def _tokens_per_window(self) -> float:
-        """On the average, separators not counted."""
+        """Return the average, separators not counted."""
         tokens = sum(stream.tokens * weight for stream, weight in zip(self._streams, self.weights, strict=True))
         return tokens / (sum(c * weight for c, weight in zip(self.counts, self.weights, strict=True)) or 1)
 
     def batch(self, reading: WindowRead, seed: int) -> Batch:
         ids = np.stack([self._row(*place) for place in zip(reading.source, reading.window, strict=True)])
-        content = self._ordinary[ids]
+        content = self._is_content[ids]
         starts, lengths = self._sequences(content)
-        self._put_frames(ids, starts, lengths)
-        masked, hidden = mask_windows(ids, content, self._hidden, self._vocabulary, self._mask_keys(reading, seed))
-        return pack(masked, starts, lengths, hidden, ids, self._frame.size + 1)
+        self._write_frames(ids, starts, lengths)
+        input_ids, masked = mask_windows(
+            ids, content, self._masked_per_window, self._vocabulary, self._mask_keys(reading, seed)
+        )
+        return pack(input_ids, starts, lengths, masked, ids)
 
     def _row(self, source: int, window: int) -> np.ndarray:
-        """int64 [L]: the window after the tokens that come before a text, and special tokens to the end."""
+        """Return int64 [L]: the window after the tokens that come before a text, and a special token to the end."""
         stream = self._streams[source]
         begin, end = window_span(window, stream.length, self._room)
-        row = np.full(self._length, [*self._frame.after, *self._frame.before][0], dtype=np.int64)
+        # Any special token of the frame: no content, so it belongs to no sequence and packing drops it.
+        filler = [*self._frame.after, *self._frame.before][0]
+        row = np.full(self._length, filler, dtype=np.int64)
         first = len(self._frame.before)
         row[:first] = self._frame.before
         row[first : first + end - begin] = stream.read(int(begin), int(end))
         return row
 
     def _sequences(self, content: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the sequences begin in the U * L places, and their lengths: a run of content with its special tokens,
-        or all runs of a window where documents are joined."""
+        """Return where the sequences begin in the U * L places, and their lengths.
+
+        A sequence is a run of content with its special tokens, or all runs of a window where a sequence may cross
+        documents.
+        """
         edges = np.diff(np.concatenate([[False], content.ravel(), [False]]).astype(np.int8))
         begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-        if self._joined:
+        if self._cross_documents:
             _, first = np.unique(begins // self._length, return_index=True)
             begins, ends = begins[first], ends[[*(first[1:] - 1), -1]]
         return begins - len(self._frame.before), ends - begins + self._frame.size
 
-    def _put_frames(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
-        """Writes each sequence's own special tokens: where a window cuts a separator, only a part of them is there."""
+    def _write_frames(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """Write the special tokens of each sequence: a window that cuts a separator holds only some of them."""
         before, after = self._frame.before, self._frame.after
         flat = ids.reshape(-1)
         flat[starts[:, None] + np.arange(len(before))] = before
         flat[(starts + lengths)[:, None] - len(after) + np.arange(len(after))] = after
 
     def _mask_keys(self, reading: WindowRead, seed: int) -> np.ndarray:
-        """uint64 [U]: a function of the seed, the window, and how often it was read before."""
-        found = np.empty(len(reading.window), dtype=np.uint64)
-        for source, turn in sorted(set(zip(reading.source.tolist(), reading.epoch.tolist(), strict=True))):
-            mine = (reading.source == source) & (reading.epoch == turn)
-            found[mine] = derive_keys(derive_key(MASK, seed, source, turn), reading.window[mine])
-        return found
+        """Return uint64 [U]: a function of the seed, the window, and how often it was read before."""
+        keys = np.empty(len(reading.window), dtype=np.uint64)
+        for source, epoch in sorted(set(zip(reading.source.tolist(), reading.epoch.tolist(), strict=True))):
+            selected = (reading.source == source) & (reading.epoch == epoch)
+            keys[selected] = derive_keys(derive_key(MASK, seed, source, epoch), reading.window[selected])
+        return keys
 
 
 def _weights(data: CorpusDataConfig, shards: Shards) -> list[float]:
@@ -171,10 +194,10 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast, whole_words: bool) -> Vocabu
 
 
 class TaskDataset:
-    """Examples of a task, tokenized when the feed is made."""
+    """Examples of a task, tokenized when the dataset is made."""
 
     def __init__(self, data: TaskDataConfig, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        """Raises UserError when the tokenizer does not know the text."""
+        """Tokenize the examples. Raise UserError when the tokenizer does not know the text."""
         self.train = tokenize(task, task.train, tokenizer, data, f"{task.name}'s training data", data.pad_to)
         self._order = TaskOrder(self.train.count, data.micro_batch_size, data.micro_batches_per_step, seed)
         self.micro_batches_per_step = data.micro_batches_per_step
@@ -184,20 +207,22 @@ class TaskDataset:
 
     @property
     def steps_per_epoch(self) -> float:
+        """Return the number of steps in which every example is read once."""
         return self._order.steps_per_epoch
 
     @cached_property
     def fingerprint(self) -> str:
+        """Return a hash of the training examples and their labels."""
         return hashlib.sha256(self.train.fingerprint.encode() + self.train.labels.tobytes()).hexdigest()
 
-    def batch(self, step: int, slot: int) -> Batch:
-        """Micro-batch `slot` of step `step`: rows and labels are those of its examples."""
-        return self.train.batch(self.numbers(step, slot))
+    def batch(self, step: int, micro_batch: int) -> Batch:
+        """Return a micro-batch of a step, with the rows and labels of its examples."""
+        return self.train.batch(self.example_ids(step, micro_batch))
 
-    def samples(self, step: int, slot: int) -> list[int]:
-        """The numbers for a log."""
-        return self.numbers(step, slot).tolist()
+    def samples(self, step: int, micro_batch: int) -> list[int]:
+        """Return the ids of the micro-batch's examples, for a log."""
+        return self.example_ids(step, micro_batch).tolist()
 
-    def numbers(self, step: int, slot: int) -> np.ndarray:
-        """int64 [examples_per_slot]: which examples of `train` the micro-batch consists of."""
-        return self._order.micro_batch(step, slot)
+    def example_ids(self, step: int, micro_batch: int) -> np.ndarray:
+        """Return int64 [micro_batch_size]: which examples of `train` the micro-batch consists of."""
+        return self._order.micro_batch(step, micro_batch)

@@ -1,7 +1,7 @@
-"""Batches ahead of the model: `load(feed, steps, slots, workers)`.
+"""Batches ahead of the model: `load_batches(dataset, steps, micro_batches, num_workers)`.
 
-A batch is a function of (step, slot), so any number of loader processes gives the same ones, and none of them has a
-state to save. They send plain arrays: a tensor would be sent as an open file, of which a process may have few.
+A batch is a function of (step, micro-batch), so any number of loader processes gives the same ones, and none of them
+has a state to save. They send plain arrays: a tensor would be sent as an open file, of which a process may have few.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,38 +15,44 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.utils import worker_process
 
-AHEAD = 2  # steps that each loader process is ahead
+PREFETCHED_STEPS = 2  # of each loader process
 
-NumpyBatch = list[dict[str, Any]]
-
-
-class Feed(Protocol):
-    def batch(self, step: int, slot: int) -> Batch: ...
+NumpyBatch = dict[str, Any]
 
 
-class _StepDataset(Dataset[NumpyBatch | UserError]):
-    def __init__(self, feed: Feed, slots: Sequence[int]) -> None:
-        self._feed, self._slots = feed, slots
+class MicroBatchDataset(Protocol):
+    """What batches are loaded from."""
 
-    def __getitem__(self, step: int) -> NumpyBatch | UserError:
+    def batch(self, step: int, micro_batch: int) -> Batch:
+        """Return a micro-batch of a step: a pure function of both."""
+        ...
+
+
+class _StepDataset(Dataset[list[NumpyBatch] | UserError]):
+    def __init__(self, dataset: MicroBatchDataset, micro_batches: Sequence[int]) -> None:
+        self._dataset, self._micro_batches = dataset, micro_batches
+
+    def __getitem__(self, step: int) -> list[NumpyBatch] | UserError:
         try:
-            return [_to_numpy(self._feed.batch(step, slot)) for slot in self._slots]
+            return [_to_numpy(self._dataset.batch(step, micro_batch)) for micro_batch in self._micro_batches]
         except UserError as error:  # the loader would put its traceback in front of the message
             return error
 
 
-def load_batches(feed: Feed, steps: Iterable[int], slots: Sequence[int], workers: int) -> Iterator[list[Batch]]:
-    """The batches of these slots, step by step. Raises UserError when the feed does."""
+def load_batches(
+    dataset: MicroBatchDataset, steps: Iterable[int], micro_batches: Sequence[int], num_workers: int
+) -> Iterator[list[Batch]]:
+    """Yield these micro-batches of each step. Raise UserError where the dataset does."""
     loader = DataLoader(
-        _StepDataset(feed, slots),
+        _StepDataset(dataset, micro_batches),
         batch_size=None,
         sampler=steps,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker if workers else None,
-        prefetch_factor=AHEAD if workers else None,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # its own: it draws a seed that nobody needs
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_start_worker if num_workers else None,
+        prefetch_factor=PREFETCHED_STEPS if num_workers else None,
+        multiprocessing_context="fork" if num_workers else None,
+        generator=torch.Generator(),  # the loader draws a seed that nobody needs, and not from the global generator
     )
     for batches in loader:
         if isinstance(batches, UserError):
@@ -54,7 +60,7 @@ def load_batches(feed: Feed, steps: Iterable[int], slots: Sequence[int], workers
         yield [_to_tensors(batch) for batch in batches]
 
 
-def _as_it_is(batches: Any) -> Any:
+def _unchanged(batches: Any) -> Any:
     return batches
 
 
@@ -62,15 +68,15 @@ def _start_worker(worker: int) -> None:
     worker_process.die_with_parent()
 
 
-def _to_numpy(batch: Batch) -> dict[str, Any]:
+def _to_numpy(batch: Batch) -> NumpyBatch:
     return {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in batch._asdict().items()}
 
 
-def _to_tensors(bare: dict[str, Any]) -> Batch:
-    values: dict[str, Any] = {name: _tensor(x) if isinstance(x, np.ndarray) else x for name, x in bare.items()}
+def _to_tensors(arrays: NumpyBatch) -> Batch:
+    values: dict[str, Any] = {name: _to_tensor(x) if isinstance(x, np.ndarray) else x for name, x in arrays.items()}
     return Batch(**values)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def _to_tensor(array: np.ndarray) -> torch.Tensor:
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor  # the copy to a device need not be waited for

@@ -1,4 +1,4 @@
-"""Checks of the environment that launchers set, before anything goes by it."""
+"""Checks of the environment variables that launchers set, before anything reads them."""
 
 import os
 import re
@@ -6,26 +6,25 @@ import re
 from lad_dist.config.errors import UserError
 from lad_dist.distributed.processes import rank, world_size
 
-# An index, or NVIDIA's name of a device or of a part of one; what hides them all.
-DEVICE_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")
-NO_DEVICES = ("", "-1", "none", "nodevfiles", "void")
+DEVICE_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")  # an index, or NVIDIA's name of a device or of a slice of one
+NO_DEVICES = ("", "-1", "none", "nodevfiles", "void")  # values that hide all devices
 
 
 def check_environment() -> None:
-    """Raises UserError for a variable of the environment that says nonsense, or lacks another that it needs."""
+    """Raise UserError where an environment variable has no valid value, or where one that it needs is not set."""
     _check_numbers("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     _check_numbers(*(f"SLURM_{name}" for name in ("STEP_NUM_TASKS", "PROCID", "LOCALID", "JOB_ID")))
     _check_world()
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", threads):
-        raise UserError(f"OMP_NUM_THREADS = {threads!r} is no number of threads; set it to one, or unset it")
+        raise UserError(f"OMP_NUM_THREADS = {threads!r} is not a number of threads; set it to one, or unset it")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     wrong = [name for name in visible.split(",") if not DEVICE_NAME.fullmatch(name.strip())]
     if wrong and visible.lower() not in NO_DEVICES:
-        raise UserError(f"CUDA_VISIBLE_DEVICES = {visible!r}: {wrong[0]!r} is no device; list numbers such as 0,1")
+        raise UserError(f"CUDA_VISIBLE_DEVICES = {visible!r}: {wrong[0]!r} is not a device; list numbers such as 0,1")
     folder = os.environ.get("TMPDIR")
     if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-        raise UserError(f"TMPDIR = {folder!r} is no folder that can be written; make it, or unset TMPDIR")
+        raise UserError(f"TMPDIR = {folder!r} is not a writable folder; create it, or unset TMPDIR")
 
 
 def _check_numbers(*names: str) -> None:
@@ -36,19 +35,19 @@ def _check_numbers(*names: str) -> None:
 
 
 def _check_world() -> None:
-    set_ = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    if bool(set_["RANK"]) != bool(set_["WORLD_SIZE"]):
-        there, lacking = ("RANK", "WORLD_SIZE") if set_["RANK"] else ("WORLD_SIZE", "RANK")
-        raise UserError(f"{there} is set and {lacking} is not; unset it, or start with deepspeed, torchrun or srun")
+    values = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    if bool(values["RANK"]) != bool(values["WORLD_SIZE"]):
+        present, missing = ("RANK", "WORLD_SIZE") if values["RANK"] else ("WORLD_SIZE", "RANK")
+        raise UserError(f"{present} is set and {missing} is not; unset it, or start with deepspeed, torchrun or srun")
     if world_size() < 1 or rank() >= world_size():
         raise UserError(
-            f"RANK = {rank()}, but the {world_size()} processes of WORLD_SIZE are numbered from 0; mend one"
+            f"RANK = {rank()}, but the {world_size()} processes of WORLD_SIZE are numbered from 0; correct one of them"
         )
-    if world_size() > 1 and set_["WORLD_SIZE"]:
-        lacking_names = [name for name, value in set_.items() if not value]
-        if lacking_names:
+    if world_size() > 1 and values["WORLD_SIZE"]:
+        missing_names = [name for name, value in values.items() if not value]
+        if missing_names:
             raise UserError(
-                f"{lacking_names[0]} is not set, and {world_size()} processes need it; let a launcher set it"
+                f"{missing_names[0]} is not set, and {world_size()} processes need it; let a launcher set it"
             )
-        if not 0 < int(set_["MASTER_PORT"] or 0) < 65536:
-            raise UserError(f"MASTER_PORT = {set_['MASTER_PORT']} is no port; give one from 1024 to 65535")
+        if not 0 < int(values["MASTER_PORT"] or 0) < 65536:
+            raise UserError(f"MASTER_PORT = {values['MASTER_PORT']} is not a port; set one from 1024 to 65535")

@@ -1,8 +1,10 @@
-"""Loggers of a run of many processes: the main process alone speaks, unless a record is for every rank.
+"""Loggers of a run of many processes: the main process alone emits records, unless one is for every rank.
+
+Usage, from the main process and from each process:
 
     logger = get_logger(__name__)
-    logger.warning("%s: the row of step %d is lost", file, step)        # from the main process
-    logger.warning("rank %d: no free port", rank, extra=EVERY_RANK)     # from each process
+    logger.warning("%s: the row of step %d is lost", file, step)
+    logger.warning("rank %d: no free port", rank, extra=EVERY_RANK)
 """
 
 import logging

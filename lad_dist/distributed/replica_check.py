@@ -1,10 +1,10 @@
-"""Agreement: weights that processes hold alike are alike, or it is known whose are not.
+"""Comparison of replicas: processes that should hold the same weights do, or it is known whose differ.
 
-    fingerprint(tensors)   64 bits that depend on each bit of each tensor, computed where the tensors are
-    dissenters(tensors)    the ranks whose tensors differ
+    parameter_hash(tensors)    64 bits that depend on each bit of each tensor, computed where the tensors are
+    divergent_ranks(tensors)   the ranks whose tensors differ
 
-A flipped bit in a device's memory, or a missed collective, leaves one process with other weights; its gradients then
-spoil everybody's. A single flipped bit always changes the fingerprint, anything else with all but certainty.
+A flipped bit in a device's memory, or a missed collective, leaves one process with other weights. Its gradients then
+spoil the weights of all. A single flipped bit always changes the hash, any other change with all but certainty.
 """
 
 from collections import Counter
@@ -16,23 +16,24 @@ from torch import Tensor
 
 from lad_dist.distributed import processes
 
-CHUNK = 1 << 18  # words: few kernels, little memory
-NEXT = 6364136223846793005  # odd, as every factor of a word: then no power of 2 times it is 0 modulo 2^64
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 1 << 18  # integers: few kernels, little memory
+# An odd number, as every factor is: then no power of 2 times it is 0 modulo 2^64, and no single flipped bit is missed.
+MULTIPLIER = 6364136223846793005
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @torch.no_grad()
 def parameter_hash(tensors: Iterable[Tensor]) -> int:
-    """A sum over all words of odd factors times words, modulo 2^64. Waits for the device once."""
+    """Return the sum of odd factors times all bits read as integers, modulo 2^64; wait for the device once."""
     total: Tensor | None = None
     factors: Tensor | None = None
     for tensor in tensors:
         if factors is None:
             factors = _factors(tensor.device)
             total = factors.new_zeros(())
-        for words in _words(tensor).split(CHUNK):
+        for integers in _as_integers(tensor).split(CHUNK):
             assert total is not None
-            total = total * NEXT + (words * factors[: len(words)]).sum()
+            total = total * MULTIPLIER + (integers * factors[: len(integers)]).sum()
     return 0 if total is None else int(total)
 
 
@@ -42,19 +43,21 @@ def _factors(device: torch.device) -> Tensor:
     return (torch.randint(-(1 << 62), 1 << 62, (CHUNK,), generator=generator) * 2 + 1).to(device)
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """The bits as integers, of 64 bits where they are that many."""
+def _as_integers(tensor: Tensor) -> Tensor:
+    """Return the bits as integers, of 64 bits where the tensor's size allows it."""
     flat = tensor.detach().contiguous().view(-1)
     if flat.numel() * flat.element_size() % 8:
-        return flat.view(WORDS[flat.element_size()])
+        return flat.view(INTEGERS[flat.element_size()])
     aligned = flat if flat.data_ptr() % 8 == 0 else flat.clone()
     return aligned.view(torch.int64)
 
 
 def divergent_ranks(tensors: Iterable[Tensor]) -> list[int]:
-    """The ranks whose tensors are not those of most ranks; all ranks where no more than half of them agree. All
-    processes call it together, and get one answer."""
-    prints = processes.all_gather(parameter_hash(tensors))
-    (common, votes), *_ = Counter(prints).most_common()
-    agreed = 2 * votes > len(prints)
-    return [rank for rank, own in enumerate(prints) if own != common or not agreed]
+    """Return the ranks whose tensors are not those of most ranks; all ranks where no more than half of them agree.
+
+    All processes call it together, and get the same answer.
+    """
+    hashes = processes.all_gather(parameter_hash(tensors))
+    (common, count), *_ = Counter(hashes).most_common()
+    has_majority = 2 * count > len(hashes)
+    return [rank for rank, value in enumerate(hashes) if value != common or not has_majority]

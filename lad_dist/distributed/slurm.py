@@ -1,4 +1,4 @@
-"""The variables that SLURM sets. The only module that reads them."""
+"""The environment variables that SLURM sets; only this module reads them."""
 
 import os
 import subprocess
@@ -7,20 +7,21 @@ from lad_dist.config.errors import UserError
 
 
 def slurm_variable(name: str) -> str | None:
+    """Return the value of SLURM_`name`, None where it is not set."""
     return os.environ.get(f"SLURM_{name}")
 
 
 def launcher_variables() -> dict[str, str]:
-    """RANK and its companions for a process that no launcher set up."""
+    """Return RANK, WORLD_SIZE and the like for a process that no launcher but srun started."""
     if not slurm_variable("STEP_NUM_TASKS") or slurm_variable("STEP_NUM_TASKS") == "1":
         return {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
         }  # fmt: skip
-    needed = ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID")
-    lacking = [name for name in needed if not slurm_variable(name)]
-    if lacking:
-        raise UserError(f"SLURM_STEP_NUM_TASKS is set and SLURM_{lacking[0]} is not; start the processes with srun")
+    required = ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID")
+    missing = [name for name in required if not slurm_variable(name)]
+    if missing:
+        raise UserError(f"SLURM_STEP_NUM_TASKS is set and SLURM_{missing[0]} is not; start the processes with srun")
     return {
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
@@ -35,4 +36,4 @@ def _first_host(nodes: str) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
-        raise UserError(f"SLURM_STEP_NODELIST = {nodes!r}: scontrol names no host of it; set MASTER_ADDR") from None
+        raise UserError(f"SLURM_STEP_NODELIST = {nodes!r}: scontrol names none of the hosts; set MASTER_ADDR") from None

@@ -1,19 +1,19 @@
-"""Health: a rank that dies or hangs is found, named, and nobody waits for it.
+"""Find a rank that died or hangs, name it, and end all ranks so that nobody waits for it.
 
-    Watch(stacks, hang_seconds)      around the loop, on every rank, after processes.start()
-    watch.mark(step, phase, slot)    progress of the main thread, by the same marks on every rank: an assignment
-    watch.paused()                   around what takes long without a mark
+    Watchdog(stacks, timeout)               around the loop, on every rank, after processes.start()
+    watchdog.mark(step, phase, micro_batch) progress of the main thread, by the same marks on every rank; an assignment
+    watchdog.paused()                       around what takes long without a mark
 
-A thread on each rank sends a line a second over a star of TCP connections with rank 0 in the middle. What it finds:
+A thread on each rank sends a line a second over TCP connections with rank 0 in the middle. It diagnoses:
 
-    a rank died       its connection ends without a goodbye, or its host does not acknowledge: the others name it and
+    a rank died       Its connection ends without a goodbye, or its host does not acknowledge. The others name it and
                       end with 1. (A process that is merely stopped still acknowledges: its kernel does.)
-    a rank failed     it says so when an exception leaves the `with`; the others end with the exception's `code`, or 1,
-                      unless their own loops end in the meantime: a user's mistake is met by all of them alike
-    a rank hangs      nobody made progress for max(hang_seconds, 10 x the median step); who is silent is to blame, else
-                      who made least progress: the others wait for it. All leave their stacks and end with 75
+    a rank failed     It sends its exception when that leaves the `with`. The others end with the exception's `code`, or
+                      1, unless their own loops end in the meantime: all ranks meet a user's mistake alike.
+    a rank hangs      Nobody made progress for max(timeout, 10 x the median step). Silent ranks are to blame, else those
+                      with the least progress: the others wait for them. All write their stacks and end with 75.
 
-They end by os._exit: a main thread that waits in a collective cannot be asked.
+They end by os._exit, because a main thread that waits in a collective cannot react.
 """
 
 import contextlib
@@ -55,33 +55,41 @@ MEDIAN_WINDOW = 64  # steps
 
 
 class Watchdog:
-    """See the module. hang_seconds: 0 looks for no hangs, only for deaths. start_seconds: in place of it before
-    there is a median, where it is more. In a thread that is not the main one, as a search's trial, it does nothing:
-    who ends such a process is not ours to say."""
+    """The thread that finds dead and hung ranks, as a context manager; see the module.
 
-    def __init__(self, stacks: Path, hang_seconds: float = 60.0, start_seconds: float = START_SECONDS) -> None:
+    In a thread that is not the main one, as in a search's trial, it does nothing: it must not end that process.
+    """
+
+    def __init__(self, stacks: Path, timeout: float = 60.0, start_timeout: float = START_SECONDS) -> None:
+        """Prepare the watchdog.
+
+        Args:
+            stacks: The folder of the stacks that hung ranks write.
+            timeout: Seconds without progress that are a hang; 0 finds deaths alone.
+            start_timeout: Replaces `timeout` before there is a median step, where it is larger.
+        """
         self.rank = processes.rank()
-        self._hang_seconds = hang_seconds or math.inf
-        self._start_seconds = max(start_seconds, self._hang_seconds)
-        self._beat = min(HEARTBEAT_SECONDS, self._hang_seconds / 10)
-        self._path = stacks / f"rank-{self.rank:05}.txt"
+        self._timeout = timeout or math.inf
+        self._start_timeout = max(start_timeout, self._timeout)
+        self._beat_seconds = min(HEARTBEAT_SECONDS, self._timeout / 10)
+        self._stacks_path = stacks / f"rank-{self.rank:05}.txt"
         self._mark = NO_PROGRESS_YET
         self._pauses = 0
-        self._begun: deque[float] = deque(maxlen=MEDIAN_WINDOW + 1)  # when the last steps began
-        self._file: TextIO | None = None
-        self._leaving: dict[str, Any] | None = None  # the last words
+        self._step_starts: deque[float] = deque(maxlen=MEDIAN_WINDOW + 1)  # times of the last steps
+        self._stacks_file: TextIO | None = None
+        self._farewell: dict[str, Any] | None = None  # the last message
         self._thread: threading.Thread | None = None
 
-    def mark(self, step: int, phase: str, slot: int = 0) -> None:
-        """The main thread begins this phase of this micro-batch."""
-        before = self._mark
-        if step != before.step or not self._begun:
-            self._begun.append(time.monotonic())
-        self._mark = ProgressMark(before.number + 1, step, phase, slot)
+    def mark(self, step: int, phase: str, micro_batch: int = 0) -> None:
+        """Record that the main thread begins this phase of this micro-batch."""
+        previous = self._mark
+        if step != previous.step or not self._step_starts:
+            self._step_starts.append(time.monotonic())
+        self._mark = ProgressMark(previous.number + 1, step, phase, micro_batch)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Nobody counts as hanging while any rank is in here."""
+        """Count nobody as hanging while any rank is within this context."""
         self._pauses += 1
         try:
             yield
@@ -93,11 +101,11 @@ class Watchdog:
             return self
         if not faulthandler.is_enabled():
             faulthandler.enable(sys.__stderr__ or 2)
-        members = processes.all_gather(Peer(socket.gethostname(), os.getpid(), _pid_namespace()))
-        self._links = connect_all(len({member.space for member in members}) == 1)
-        self._roster = ClusterState(members, time.monotonic())
-        self._woken, self._wake = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="health", daemon=True)
+        peers = processes.all_gather(Peer(socket.gethostname(), os.getpid(), _pid_namespace()))
+        self._connections = connect_all(len({peer.pid_namespace for peer in peers}) == 1)
+        self._cluster = ClusterState(peers, time.monotonic())
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
         return self
 
@@ -107,173 +115,179 @@ class Watchdog:
         if self._thread is None:
             return
         if error is None:
-            processes.barrier()  # until all are here, a death is seen
-        self._leaving = {"bye": True} if error is None else {"failed": _failure(error)}
-        self._may_follow = isinstance(error, Exception) and not isinstance(error, UserError | Fault)
-        self._wake.send(b".")
+            processes.barrier()  # until all are here, a death is noticed
+        self._farewell = {"bye": True} if error is None else {"failed": _failure(error)}
+        # Another rank's death or failure may have caused this error: then this rank ends by that diagnosis.
+        self._awaits_blame = isinstance(error, Exception) and not isinstance(error, UserError | Fault)
+        self._wake_sender.send(b".")
         self._thread.join()
         self._thread = None
-        for end in (self._woken, self._wake, *(link.socket for link in self._links.values())):
+        sockets = (connection.socket for connection in self._connections.values())
+        for end in (self._wake_receiver, self._wake_sender, *sockets):
             end.close()
-        self._tidy()
+        self._close_stacks()
 
     def _run(self) -> None:
         selector = selectors.DefaultSelector()
-        selector.register(self._woken, selectors.EVENT_READ, None)
-        for rank, link in self._links.items():
-            selector.register(link.socket, selectors.EVENT_READ, rank)
-        due = self._beaten = time.monotonic()
-        leave = math.inf
-        while (now := time.monotonic()) < leave:
-            for key, _ in selector.select(max(0.0, min(due, leave) - now)):
+        selector.register(self._wake_receiver, selectors.EVENT_READ, None)
+        for rank, connection in self._connections.items():
+            selector.register(connection.socket, selectors.EVENT_READ, rank)
+        due = self._last_beat = time.monotonic()
+        end = math.inf
+        while (now := time.monotonic()) < end:
+            for key, _ in selector.select(max(0.0, min(due, end) - now)):
                 if key.data is None:
-                    selector.unregister(self._woken)
-                    leave = self._last_words()
-                elif not self._read(key.data):
+                    selector.unregister(self._wake_receiver)
+                    end = self._send_farewell()
+                elif not self._receive(key.data):
                     selector.unregister(key.fileobj)
             if time.monotonic() >= due:
-                self._look()
-                due = time.monotonic() + self._beat
+                self._beat()
+                due = time.monotonic() + self._beat_seconds
 
-    def _last_words(self) -> float:
-        """Says why this rank leaves, and until when it listens to the others before it does."""
-        assert self._leaving is not None
-        for link in self._links.values():
-            link.send(**self._leaving)
-        if not self._may_follow or not self._links:
+    def _send_farewell(self) -> float:
+        """Send why this rank leaves; return until when it listens to the others before it does."""
+        assert self._farewell is not None
+        for connection in self._connections.values():
+            connection.send(**self._farewell)
+        if not self._awaits_blame or not self._connections:
             return 0.0
         now = time.monotonic()
-        self._roster.on_failure(self.rank, Failure(*self._leaving["failed"]), now)
-        return now + GRACE + self._beat
+        self._cluster.on_failure(self.rank, Failure(*self._farewell["failed"]), now)
+        return now + GRACE + self._beat_seconds
 
-    def _read(self, rank: int) -> bool:
-        """Takes what another rank says; whether it may say more."""
-        link, member = self._links[rank], self._roster.peers[rank]
-        messages, stands = link.receive()
+    def _receive(self, rank: int) -> bool:
+        """Take another rank's messages; return whether its connection stands."""
+        peer = self._cluster.peers[rank]
+        messages, stands = self._connections[rank].receive()
         for message in messages:
-            self._hear(rank, message)
-        if not stands and not member.left and member.failure is None:
-            self._end(self._roster.diagnose_death(rank))
+            self._on_message(rank, message)
+        if not stands and not peer.left and peer.failure is None:
+            self._end_all(self._cluster.diagnose_death(rank))
         return stands
 
-    def _hear(self, rank: int, message: dict[str, Any]) -> None:
+    def _on_message(self, rank: int, message: dict[str, Any]) -> None:
         now = time.monotonic()
         if "mark" in message:
-            self._roster.on_heartbeat(rank, ProgressMark(*message["mark"]), message["paused"], now)
+            self._cluster.on_heartbeat(rank, ProgressMark(*message["mark"]), message["paused"], now)
         elif "failed" in message:
-            self._roster.on_failure(rank, Failure(*message["failed"]), now)
+            self._cluster.on_failure(rank, Failure(*message["failed"]), now)
         elif "end" in message:
-            self._leave_all(Diagnosis(**message["end"]))
+            self._exit(Diagnosis(**message["end"]))
         else:
-            self._roster.peers[rank].left = True
+            self._cluster.peers[rank].left = True
 
-    def _look(self) -> None:
-        """Says where this rank stands, and looks at where all do."""
-        now, bound = time.monotonic(), self._bound()
-        if now - self._beaten > bound / 2:
-            self._roster.reset_timers(now)
-        self._beaten = now
+    def _beat(self) -> None:
+        """Send this rank's position, and diagnose the state of all."""
+        now, timeout = time.monotonic(), self._current_timeout()
+        if now - self._last_beat > timeout / 2:  # this process itself was stopped
+            self._cluster.reset_timers(now)
+        self._last_beat = now
         paused = self._pauses > 0
-        self._roster.on_heartbeat(self.rank, self._mark, paused, now)
-        for link in self._links.values():
-            if not link.clogged:
-                link.send(mark=self._mark, paused=paused)
-        self._arm(math.inf if paused or not self._mark.number else bound)
-        verdict = self._roster.diagnose_failure(now) or self._hang(now, bound)
-        if verdict is not None:
-            self._end(verdict)
+        self._cluster.on_heartbeat(self.rank, self._mark, paused, now)
+        for connection in self._connections.values():
+            if not connection.clogged:
+                connection.send(mark=self._mark, paused=paused)
+        self._schedule_stacks(math.inf if paused or not self._mark.number else timeout)
+        diagnosis = self._cluster.diagnose_failure(now) or self._diagnose_hang(now, timeout)
+        if diagnosis is not None:
+            self._end_all(diagnosis)
 
-    def _bound(self) -> float:
-        """Seconds without progress that are a hang."""
-        begun = list(self._begun)
-        if len(begun) <= MIN_STEPS:
-            return self._start_seconds
-        median = statistics.median(b - a for a, b in itertools.pairwise(begun))
-        return max(self._hang_seconds, 10 * median)
+    def _current_timeout(self) -> float:
+        """Return the seconds without progress that are a hang."""
+        starts = list(self._step_starts)
+        if len(starts) <= MIN_STEPS:
+            return self._start_timeout
+        median = statistics.median(b - a for a, b in itertools.pairwise(starts))
+        return max(self._timeout, 10 * median)
 
-    def _arm(self, bound: float) -> None:
-        """Stacks even of a process none of whose threads runs, because one of them keeps Python's lock."""
-        if math.isfinite(bound):
-            faulthandler.dump_traceback_later(bound, file=self._stacks())
+    def _schedule_stacks(self, timeout: float) -> None:
+        """Let faulthandler write the stacks if no beat follows: one thread may hold Python's lock and stop all."""
+        if math.isfinite(timeout):
+            faulthandler.dump_traceback_later(timeout, file=self._open_stacks())
         else:
             faulthandler.cancel_dump_traceback_later()
 
-    def _hang(self, now: float, bound: float) -> Diagnosis | None:
-        """Rank 0 hears all and decides; the others hear it alone and decide on it."""
+    def _diagnose_hang(self, now: float, timeout: float) -> Diagnosis | None:
+        """Diagnose a hang: rank 0 hears all and decides; the others hear it alone and judge it alone."""
+        silence = SILENT_BEATS * self._beat_seconds
         if self.rank == 0:
-            return self._roster.diagnose_hang(now, bound, SILENT_BEATS * self._beat, range(len(self._roster.peers)))
-        verdict = self._roster.diagnose_hang(now, bound, SILENT_BEATS * self._beat, (0, self.rank))
-        return verdict if verdict is not None and 0 in verdict.silent else None
+            return self._cluster.diagnose_hang(now, timeout, silence, range(len(self._cluster.peers)))
+        diagnosis = self._cluster.diagnose_hang(now, timeout, silence, (0, self.rank))
+        return diagnosis if diagnosis is not None and 0 in diagnosis.silent else None
 
-    def _end(self, verdict: Diagnosis) -> None:
-        """Ends all ranks, this one too unless it failed by itself: then its main thread is on its way."""
-        if self.rank in verdict.ranks and not verdict.stacks:
+    def _end_all(self, diagnosis: Diagnosis) -> None:
+        """End all ranks, this one too unless it failed by itself: then its main thread is about to end it."""
+        if self.rank in diagnosis.ranks and not diagnosis.stacks:
             return
-        for link in self._links.values():
-            link.send(end=verdict._asdict())
-        if self.rank == self._speaker(verdict):
-            os.write(2, f"{verdict.line}: all processes end\n".encode())
-        self._leave_all(verdict)
+        for connection in self._connections.values():
+            connection.send(end=diagnosis._asdict())
+        if self.rank == self._reporting_rank(diagnosis):
+            # Not by a logger: the main thread may hold its lock, and never release it.
+            os.write(2, f"{diagnosis.line}: all processes end\n".encode())
+        self._exit(diagnosis)
 
-    def _speaker(self, verdict: Diagnosis) -> int:
-        """Rank 0, or where it is to blame the first of each host: all of them have found it."""
-        here = self._roster.peers[self.rank].pid_namespace
-        heirs = (rank for rank, member in enumerate(self._roster.peers) if rank and member.pid_namespace == here)
-        return next(heirs, 0) if 0 in verdict.ranks else 0
+    def _reporting_rank(self, diagnosis: Diagnosis) -> int:
+        """Return rank 0, or where it is to blame the first other rank of each host: all ranks have the diagnosis."""
+        namespace = self._cluster.peers[self.rank].pid_namespace
+        neighbors = (rank for rank, peer in enumerate(self._cluster.peers) if rank and peer.pid_namespace == namespace)
+        return next(neighbors, 0) if 0 in diagnosis.ranks else 0
 
-    def _leave_all(self, verdict: Diagnosis) -> None:
-        if self.rank in verdict.ranks and not verdict.stacks:
+    def _exit(self, diagnosis: Diagnosis) -> None:
+        if self.rank in diagnosis.ranks and not diagnosis.stacks:
             return
         try:
-            if verdict.stacks:
-                self._leave_stacks(verdict.line)
+            if diagnosis.stacks:
+                self._write_stacks(diagnosis.line)
             self._await_others()
-            for rank in verdict.silent:
-                self._kill(self._roster.peers[rank])
-            self._tidy()
-            _flush()
+            for rank in diagnosis.silent:
+                self._kill(self._cluster.peers[rank])
+            self._close_stacks()
+            _flush_output()
         finally:  # whatever else is broken
-            os._exit(verdict.code)
+            os._exit(diagnosis.code)
 
-    def _leave_stacks(self, line: str) -> None:
-        file = self._stacks()
+    def _write_stacks(self, line: str) -> None:
+        file = self._open_stacks()
         with contextlib.suppress(OSError):
             file.write(f"{line}\n")
             file.flush()
         faulthandler.dump_traceback(file)
 
     def _await_others(self) -> None:
-        """Until the others have read the last words, or for a second."""
-        end = time.monotonic() + FLUSH_SECONDS
-        while time.monotonic() < end and any(link.receive()[1] for link in self._links.values()):
+        """Wait until the others have read the last messages, or for FLUSH_SECONDS."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while time.monotonic() < deadline and any(peer.receive()[1] for peer in self._connections.values()):
             time.sleep(0.02)
 
-    def _stacks(self) -> TextIO:
-        """Opened while nothing hangs yet, but not before there is a run that may: a mistake leaves no trace. Where the
-        disk takes no file, the log has to do."""
-        if self._file is None:
+    def _open_stacks(self) -> TextIO:
+        """Open the file for the stacks while nothing hangs yet, but not before a run has begun that may hang.
+
+        So a user's mistake leaves no file behind. Where the disk takes no file, standard error has to do.
+        """
+        if self._stacks_file is None:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("a")
+                self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
+                self._stacks_file = self._stacks_path.open("a")
             except OSError:
-                self._file = open(os.dup(2), "w")  # noqa: SIM115 (for as long as the watchdog runs)
-        return self._file
+                self._stacks_file = open(os.dup(2), "w")  # noqa: SIM115 (for as long as the watchdog runs)
+        return self._stacks_file
 
-    def _tidy(self) -> None:
+    def _close_stacks(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self._file is None:
+        if self._stacks_file is None:
             return
-        with contextlib.suppress(OSError):  # it is gone, or others have left something beside it
-            self._file.close()
-            if self._path.stat().st_size == 0:
-                self._path.unlink()
-                self._path.parent.rmdir()
+        with contextlib.suppress(OSError):  # the file is gone, or other ranks have files beside it
+            self._stacks_file.close()
+            if self._stacks_path.stat().st_size == 0:
+                self._stacks_path.unlink()
+                self._stacks_path.parent.rmdir()
 
-    def _kill(self, member: Peer) -> None:
-        """A stopped process would keep its memory and its device. Elsewhere its id is another process's."""
-        if member.pid_namespace == _pid_namespace() and member.pid != os.getpid():
+    def _kill(self, peer: Peer) -> None:
+        """Kill a stopped process, which would keep its memory and its device; elsewhere its id is another process's."""
+        if peer.pid_namespace == _pid_namespace() and peer.pid != os.getpid():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(member.pid, signal.SIGKILL)
+                os.kill(peer.pid, signal.SIGKILL)
 
 
 def _failure(error: BaseException) -> Failure:
@@ -283,13 +297,13 @@ def _failure(error: BaseException) -> Failure:
 
 
 def _pid_namespace() -> str:
-    """What two processes have in common that mean the same one by an id: a running kernel, a name space in it."""
+    """Return what processes share in which an id means the same process: a running kernel and a name space in it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _flush() -> None:
-    """What was printed gets out, unless its reader does not read."""
+def _flush_output() -> None:
+    """Flush what was printed, unless its reader does not read."""
 
     def flush() -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -1,8 +1,9 @@
 """Evaluation: a model over a task's dev set, or an objective over held-out text, shared out over the processes.
 
     predict(forward, batches)       logits [R, V] of all rows of all examples, in order, on every process
+    mean_terms(terms, batches)      loss terms averaged over held-out batches
     task_scores(dev, predictions)   the task's metrics by name
-    compare(...)                    a model and perhaps its teacher: metrics, loyalty
+    compare(...)                    metrics of a model, and with a teacher also the teacher's metrics and the loyalty
     evaluate(config)                the same for model folders, and the speed-up: what launch/evaluate.py calls
 
 Every process makes the same number of forwards, because under ZeRO-3 a forward is a collective.
@@ -42,38 +43,43 @@ LOGITS = OutputSpec(logits=True)
 
 
 class Predictions(NamedTuple):
+    """What a model answers on a dev set."""
+
     logits: NDArray[np.floating]  # [R, V]
     seconds: float  # of this process's forwards
 
 
 def rank_batches(batches: Batches) -> Iterator[tuple[Batch, bool]]:
-    """This process's batches, and whether each counts: the last ones are filled up so that all processes have as
-    many."""
-    world, rank = processes.world_size(), processes.rank()
-    for first in range(0, len(batches), world):
+    """Yield this process's batches, and whether each counts.
+
+    The last round is filled up with the last batch, so that all processes have equally many batches.
+    """
+    world_size, rank = processes.world_size(), processes.rank()
+    for first in range(0, len(batches), world_size):
         index = first + rank
         yield batches[min(index, len(batches) - 1)](), index < len(batches)
 
 
 @torch.no_grad()
 def predict(forward: Forward, batches: Batches) -> Predictions:
+    """Return the logits of all batches, in order, on every process."""
     device, seconds = processes.device(), 0.0
-    mine: list[NDArray[np.floating]] = []
+    local_logits: list[NDArray[np.floating]] = []
     for batch, counts in rank_batches(batches):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         logits = forward(batch.to(device)).float().cpu().numpy()
-        seconds += time.perf_counter() - begin
+        seconds += time.perf_counter() - start
         if counts:
-            mine.append(logits)
-    everyone = processes.all_gather(mine)
-    # Process r made batches r, r + world, …: reading round the processes restores their order.
-    rows = [everyone[i % len(everyone)][i // len(everyone)] for i in range(len(batches))]
-    return Predictions(np.concatenate(rows), seconds)
+            local_logits.append(logits)
+    by_rank = processes.all_gather(local_logits)
+    # Process r predicts batches r, r + world_size, …: reading round the processes restores their order.
+    logits_in_order = [by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(len(batches))]
+    return Predictions(np.concatenate(logits_in_order), seconds)
 
 
 @torch.no_grad()
 def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches) -> dict[str, float]:
-    """Loss terms averaged over held-out batches."""
+    """Return the loss terms averaged over held-out batches."""
     device, totals, count = processes.device(), dict[str, Tensor](), 0
     for batch, counts in rank_batches(batches):
         values = terms(batch.to(device))
@@ -82,16 +88,16 @@ def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches)
             totals[name] = totals.get(name, torch.zeros((), device=device)) + value * counts
     totals["count"] = torch.tensor(float(count), device=device)
     means = processes.means(totals)
-    everything = means.pop("count")
-    return {name: value / everything for name, value in means.items()}
+    mean_count = means.pop("count")
+    return {name: value / mean_count for name, value in means.items()}
 
 
 def task_scores(dev: Dev, predictions: Mapping[str, Predictions]) -> dict[str, float]:
-    """The task's metrics; those of a second dev set (MNLI's mismatched) carry its name."""
+    """Return the task's metrics; those of a second dev set (MNLI's mismatched) carry its name."""
     scores: dict[str, float] = {}
-    for name, seen in predictions.items():
+    for name, dev_predictions in predictions.items():
         suffix = name.removeprefix("dev")
-        scores |= {metric + suffix: value for metric, value in dev[name].score(seen.logits).items()}
+        scores |= {metric + suffix: value for metric, value in dev[name].score(dev_predictions.logits).items()}
     return scores
 
 
@@ -101,54 +107,66 @@ def compare(
     teacher: Forward | None,
     teacher_dev: Dev,
 ) -> dict[str, dict[str, float]]:
-    """{"student": metrics and loyalty, "teacher": metrics}. `teacher_dev` are the same examples as the teacher reads
-    them."""
-    predictions = {name: predict(student, examples.in_order()) for name, examples in dev.items()}
-    result = {"student": task_scores(dev, predictions)}
+    """Return {"student": metrics and loyalty, "teacher": metrics}.
+
+    `teacher_dev` holds the same examples in the teacher's tokens.
+    """
+    student_predictions = {name: predict(student, examples.in_order()) for name, examples in dev.items()}
+    scores = {"student": task_scores(dev, student_predictions)}
     if teacher is None:
-        return result
-    theirs = {name: predict(teacher, examples.in_order()) for name, examples in teacher_dev.items()}
-    result["teacher"] = task_scores(teacher_dev, theirs)
-    result["student"] |= dev["dev"].loyalty(predictions["dev"].logits, theirs["dev"].logits)
-    return result
+        return scores
+    teacher_predictions = {name: predict(teacher, examples.in_order()) for name, examples in teacher_dev.items()}
+    scores["teacher"] = task_scores(teacher_dev, teacher_predictions)
+    scores["student"] |= dev["dev"].loyalty(student_predictions["dev"].logits, teacher_predictions["dev"].logits)
+    return scores
 
 
 def _speedup(student: Forward, teacher: Forward, batches: Batches, teacher_batches: Batches) -> float:
-    """Teacher seconds / student seconds over these batches, one process after a warm-up, the two measured in turn."""
-    mine, its = (some[: 8 * processes.world_size()] for some in (batches, teacher_batches))
-    ratios = [predict(teacher, its).seconds / predict(student, mine).seconds for _ in range(3)]
+    """Return teacher seconds / student seconds over the first batches, the two measured in turn."""
+    count = 8 * processes.world_size()
+    ratios = [
+        predict(teacher, teacher_batches[:count]).seconds / predict(student, batches[:count]).seconds for _ in range(3)
+    ]
     return float(np.median(ratios))
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """The metrics of a model folder on a task, and with a teacher its loyalty and how much faster it is. Raises
-    UserError before weights are read where that is possible."""
+    """Return the metrics of a model folder on a task, and with a teacher also loyalty and speed-up.
+
+    Raises:
+        UserError: a folder or the task cannot be evaluated; where possible before weights are read.
+    """
     if config.out is not None:
         check_writable("out", Path(config.out).parent)
     check_task(config.data)
     task = load_task(config.data)
-    paths = [words.path for words in (config.model, config.teacher) if words is not None]
+    paths = [folder.path for folder in (config.model, config.teacher) if folder is not None]
     for path in paths:
         label_order(path, task.kind, task.outputs)
         check_weight_files(path)
         check_length(load_hf_config(path), path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)
-    compared = None if task.kind in ("classification", "regression") else f'data.kind = "{task.kind}"'
-    its = tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, compared)
-    for path, words in zip(paths, (tokenizer, its), strict=False):
-        check_vocabulary(load_hf_config(path), path, len(words))
+    comparison = None if task.kind in ("classification", "regression") else f'data.kind = "{task.kind}"'
+    teacher_tokenizer = (
+        tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, comparison)
+    )
+    for path, path_tokenizer in zip(paths, (tokenizer, teacher_tokenizer), strict=False):
+        check_vocabulary(load_hf_config(path), path, len(path_tokenizer))
     device = processes.start()
     dev = TaskDataset(config.data, task, tokenizer, seed=0).dev
-    teacher_dev = dev if its is tokenizer else TaskDataset(config.data, task, its, seed=0).dev
-    frozen = [FrozenModel(path, task.kind, device=device, labels=task.outputs) for path in paths]
-    forwards = [partial(logits_of, model) for model in frozen]
-    ours, theirs = forwards[0], forwards[1] if len(forwards) > 1 else None
-    found = compare(dev, ours, theirs, teacher_dev)
-    if theirs is not None:
-        found["student"]["speedup"] = _speedup(ours, theirs, dev["dev"].in_order(), teacher_dev["dev"].in_order())
+    teacher_dev = (
+        dev if teacher_tokenizer is tokenizer else TaskDataset(config.data, task, teacher_tokenizer, seed=0).dev
+    )
+    models = [FrozenModel(path, task.kind, device=device, labels=task.outputs) for path in paths]
+    forwards = [partial(logits_of, model) for model in models]
+    student, teacher = forwards[0], forwards[1] if len(forwards) > 1 else None
+    scores = compare(dev, student, teacher, teacher_dev)
+    if teacher is not None:
+        speedup = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
+        scores["student"]["speedup"] = speedup
     result = {
-        name: {"path": path, "parameters": count_parameters(model.model), **found[role]}
-        for name, role, path, model in zip(("model", "teacher"), found, paths, frozen, strict=False)
+        name: {"path": path, "parameters": count_parameters(model.model), **scores[role]}
+        for name, role, path, model in zip(("model", "teacher"), scores, paths, models, strict=False)
     }
     if config.out is not None and processes.is_main():
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +175,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def logits_of(model: FrozenModel, batch: Batch) -> Tensor:
-    """What a frozen model answers [R, V]."""
+    """Return a frozen model's logits [R, V]."""
     logits = model(batch, LOGITS).logits
     assert logits is not None
     return logits

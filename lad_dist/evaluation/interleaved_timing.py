@@ -1,10 +1,11 @@
 """Latency: how long a forward takes, one form of a model against another in the same process.
 
-    shapes(room)             batch sizes and lengths that are measured, as far as a model has positions
-    interleaved(forms, …)    seconds of each form: A B A B …, after a warm-up, on a device that is waited for
-    Timing                   what is kept of them: the median, and how far the middle half of the rounds lies apart
+    batch_shapes(max_positions)    batch sizes and lengths to measure, as far as a model has positions
+    time_interleaved(forms, …)     seconds of each form: A B A B …, after a warm-up, on a synchronized device
+    Timing                         the median over rounds, and the distance between the quartiles
 
-A machine's pace drifts by more than what is to be seen; forms that take turns drift together. Read their ratios.
+A machine's pace drifts by more than the differences to measure. Forms that take turns drift together: read their
+ratios.
 
 B sequences, S tokens of each: no padding.
 """
@@ -18,13 +19,13 @@ import torch
 
 BATCHES, LENGTHS = (1, 32), (128, 512)
 WARM_UP = 1  # rounds that do not count
-LEAST, MOST = 5, 30  # rounds
-ENOUGH = 10.0  # seconds of one shape, after which only the least number of rounds goes on
+MIN_ROUNDS, MAX_ROUNDS = 5, 30
+MAX_SECONDS = 10.0  # of one shape; from then on only the least number of rounds is completed
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one forward. `spread`: between the quartiles of the rounds."""
+    """The time of one forward; `spread` is the distance between the quartiles over the rounds."""
 
     form: str
     device: str
@@ -40,42 +41,42 @@ class Timing:
         return self.batch / self.seconds
 
 
-def shapes(room: int) -> list[tuple[int, int]]:
-    """(B, S) for sequences of at most `room` tokens."""
-    lengths = [length for length in LENGTHS if length <= room] or [room]
+def batch_shapes(max_positions: int) -> list[tuple[int, int]]:
+    """Return the shapes (B, S) with sequences of at most `max_positions` tokens."""
+    lengths = [length for length in LENGTHS if length <= max_positions] or [max_positions]
     return [(batch, length) for batch in BATCHES for length in lengths]
 
 
-def interleaved(
+def time_interleaved(
     forms: Mapping[str, Callable[[], object]], device: torch.device, shape: tuple[int, int], rounds: int | None = None
 ) -> list[Timing]:
-    """Times each form's call in turn, so many rounds, or as many as fit in a while."""
+    """Time each form's call in turn, for this many rounds, or for as many as fit into MAX_SECONDS."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(WARM_UP):
         for call in forms.values():
-            _timed(call, device)
-    begin = time.perf_counter()
-    while _goes_on(min(map(len, seconds.values())), time.perf_counter() - begin, rounds):
+            _time_call(call, device)
+    start = time.perf_counter()
+    while _continues(min(map(len, seconds.values())), time.perf_counter() - start, rounds):
         for name, call in forms.items():
-            seconds[name].append(_timed(call, device))
-    return [_timing(name, device, shape, found) for name, found in seconds.items()]
+            seconds[name].append(_time_call(call, device))
+    return [_timing(name, device, shape, form_seconds) for name, form_seconds in seconds.items()]
 
 
-def _goes_on(done: int, spent: float, rounds: int | None) -> bool:
+def _continues(completed: int, elapsed: float, rounds: int | None) -> bool:
     if rounds is not None:
-        return done < rounds
-    return done < LEAST or (done < MOST and spent < ENOUGH)
+        return completed < rounds
+    return completed < MIN_ROUNDS or (completed < MAX_ROUNDS and elapsed < MAX_SECONDS)
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    begin = time.perf_counter()
+def _time_call(call: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
     call()
-    _wait(device)
-    return time.perf_counter() - begin
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

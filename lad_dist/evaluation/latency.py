@@ -1,9 +1,9 @@
-"""The ledger of a run: what its student weighs and how long it takes, beside its teacher, in every form that ships.
+"""Latency of a run's student: size and time of a forward beside the teacher's, in every form that ships.
 
-    measure(asked)   exports what is asked for, measures, and writes the run's results.json and model card anew
+    measure(request)   exports the forms of the request, measures, rewrites the run's results.json and model card
 
-The student is measured in its compact form, by transformers' own attention, as it is served; with its head where that
-is of a task, without where it is of words. On the CPU; PyTorch's forms also on a GPU, where there is one.
+The student is measured in its compact form, by transformers' own attention, as it is served: a task's model with its
+head, a language model without. All forms run on the CPU; PyTorch's forms also on a GPU, if there is one.
 """
 
 import platform
@@ -45,8 +45,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class LatencyRequest:
-    """`onnx`, `int8`: forms to export and measure too; `rounds`: of each shape, by default as many as fit in a while;
-    `teacher`: where it lies now."""
+    """The run to measure, and in which forms.
+
+    Attributes:
+        folder: of a complete run.
+        onnx: also export and measure the fp32 form.
+        int8: also export and measure the int8 form.
+        rounds: of each shape; by default as many as fit into a fixed time.
+        teacher: path of the teacher, if it is not the one in the run's config any longer.
+    """
 
     folder: Path
     onnx: bool = False
@@ -56,71 +63,77 @@ class LatencyRequest:
 
     @property
     def export(self) -> Path:
+        """The student's folder."""
         return self.folder / "export"
 
 
-def measure(asked: LatencyRequest) -> dict[str, Any]:
-    """The ledger. Raises UserError before weights are read where that is possible."""
-    results = run_folder.read_results(asked.folder)
-    config = parse_config(train_schema(results["config"]), results["config"], str(asked.folder / "results.json"))
-    taught_by = asked.teacher or (config.teacher.path if config.teacher else None)
-    room = _check(asked, taught_by)
-    dev = _dev(config, asked) if asked.onnx or asked.int8 else None
-    student = InferenceModel(compact.load_compact(asked.export))
-    teacher = None if taught_by is None else InferenceModel(_teacher(taught_by, student))
-    sessions = _sessions(asked, student)
+def measure(request: LatencyRequest) -> dict[str, Any]:
+    """Measure a run's student, and return the table "latency" of results.json.
+
+    Raises:
+        UserError: the run, the teacher or the data cannot be read; where possible before weights are read.
+    """
+    results = run_folder.read_results(request.folder)
+    config = parse_config(train_schema(results["config"]), results["config"], str(request.folder / "results.json"))
+    teacher_path = request.teacher or (config.teacher.path if config.teacher else None)
+    shapes = interleaved_timing.batch_shapes(_check(request, teacher_path))
+    dev = _dev_examples(config, request) if request.onnx or request.int8 else None
+    student = InferenceModel(compact.load_compact(request.export))
+    teacher = None if teacher_path is None else InferenceModel(_load_teacher(teacher_path, student))
+    sessions = _export_forms(request, student)
     forms = {STUDENT: student} if teacher is None else {TEACHER: teacher, STUDENT: student}
-    ledger: dict[str, Any] = {
+    latency: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "threads": torch.get_num_threads(),
         "devices": {"cpu": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})", **_gpu()},
         "versions": {name: version(name) for name in ("torch", "transformers", *(["onnxruntime"] if sessions else []))},
-        **{form: _sizes(served, interleaved_timing.shapes(room)) for form, served in forms.items()},
+        **{form: _sizes(model, shapes) for form, model in forms.items()},
         "quality": {} if dev is None else _quality(dev, student, sessions),
-        "timings": [
-            asdict(timing) for timing in _timings(forms, sessions, interleaved_timing.shapes(room), asked.rounds)
-        ],
+        "timings": [asdict(timing) for timing in _timings(forms, sessions, shapes, request.rounds)],
     }
-    # What runs holds its pairs as two maps each: only the run knows what they are folded.
-    ledger[STUDENT] |= {"parameters": results["student"]["parameters"], **footprint.table_on_disk(asked.export)}
-    if taught_by is not None:
-        ledger[TEACHER] |= footprint.table_on_disk(Path(taught_by))
-    run_folder.add_to_results(asked.folder, {"student": footprint.table_on_disk(asked.export), "ledger": ledger})
-    return ledger
+    # A low-rank map is two maps in the compact form: only the run knows the parameters of the merged student.
+    latency[STUDENT] |= {"parameters": results["student"]["parameters"], **footprint.bytes_table(request.export)}
+    if teacher_path is not None:
+        latency[TEACHER] |= footprint.bytes_table(Path(teacher_path))
+    tables = {"student": footprint.bytes_table(request.export), "latency": latency}
+    run_folder.add_to_results(request.folder, tables)
+    return latency
 
 
-def _check(asked: LatencyRequest, teacher: str | None) -> int:
-    """Tokens that all models have positions for."""
-    if asked.onnx or asked.int8:
+def _check(request: LatencyRequest, teacher: str | None) -> int:
+    """Return the number of tokens for which all models have positions."""
+    if request.onnx or request.int8:
         onnx_export.check()
-    if not asked.export.is_dir():
-        raise UserError(f"{asked.export}: no such folder; a run that is complete has its student there")
-    paths = [str(asked.export), *([teacher] if teacher else [])]
+    if not request.export.is_dir():
+        raise UserError(f"{request.export}: no such folder; a complete run exports the student to it")
+    paths = [str(request.export), *([teacher] if teacher else [])]
     for path in paths:
         check_weight_files(path)
     return min(max_positions(load_hf_config(path)) for path in paths)
 
 
-def _dev(config: TrainConfig, asked: LatencyRequest) -> TaskExamples | None:
-    """The task's dev set, for what is to be compared; None of a pre-training."""
+def _dev_examples(config: TrainConfig, request: LatencyRequest) -> TaskExamples | None:
+    """Return the task's dev set, on which forms are compared; None for pre-training."""
     if not isinstance(config.data, TaskDataConfig):
         return None
     check_task(config.data)
     task = load_task(config.data)
-    tokenizer = load_tokenizer(asked.export)
+    tokenizer = load_tokenizer(request.export)
     return tokenize(task, task.dev["dev"], tokenizer, config.data, f"{task.name}'s dev data")
 
 
-def _teacher(path: str, student: InferenceModel) -> PreTrainedModel:
-    """With a head of the student's kind."""
+def _load_teacher(path: str, student: InferenceModel) -> PreTrainedModel:
+    """Load the teacher with a head of the student's kind."""
     head = head_of_architectures([type(student.model).__name__])
-    return loading.load_model(path, head, whole=head != "none")
+    return loading.load_model(path, head, require_head=head != "none")
 
 
-def _sessions(asked: LatencyRequest, student: InferenceModel) -> dict[str, Session]:
-    """The files that are asked for, written anew. int8 is made of fp32."""
-    wanted = [form for form, wish in ((ONNX, asked.onnx or asked.int8), (INT8, asked.int8)) if wish]
-    files = {form: asked.export / footprint.FORMS[form] for form in wanted}
+def _export_forms(request: LatencyRequest, student: InferenceModel) -> dict[str, Session]:
+    """Write the requested forms anew and return their sessions; int8 is quantized from fp32."""
+    requested = [
+        form for form, is_requested in ((ONNX, request.onnx or request.int8), (INT8, request.int8)) if is_requested
+    ]
+    files = {form: request.export / footprint.FORMS[form] for form in requested}
     if ONNX in files:
         onnx_export.export(student, files[ONNX])
     if INT8 in files:
@@ -128,23 +141,24 @@ def _sessions(asked: LatencyRequest, student: InferenceModel) -> dict[str, Sessi
     return {form: Session(file) for form, file in files.items()}
 
 
-def _sizes(served: InferenceModel, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """At the shortest length, and the FLOPs per token at each."""
+def _sizes(model: InferenceModel, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return the footprint at the shortest length, and the FLOPs per token at each length."""
     lengths = sorted({length for _, length in shapes})
-    batches = {length: _one(served, length) for length in lengths}
-    at = {
-        f"{footprint.FLOPS}/at {length}": sum(footprint.flops(served.model, batch).values()) / length
+    batches = {length: _single_sequence(model, length) for length in lengths}
+    flops_by_length = {
+        f"{footprint.FLOPS}/at {length}": sum(footprint.flops(model.model, batch).values()) / length
         for length, batch in batches.items()
     }
-    return {**footprint.footprint(served.model, batches[lengths[0]]), **at}
+    return {**footprint.footprint(model.model, batches[lengths[0]]), **flops_by_length}
 
 
-def _one(served: InferenceModel, length: int) -> Batch:
-    """A sequence of that length; heads of tokens read all of it."""
-    whole = head_of_architectures([type(served.model).__name__]) in ("tagging", "question_answering")
-    rows = np.arange(length if whole else 1)
+def _single_sequence(model: InferenceModel, length: int) -> Batch:
+    """Return a batch of one sequence; heads of tokens read all of it, others the first token."""
+    reads_tokens = head_of_architectures([type(model.model).__name__]) in ("tagging", "question_answering")
+    head_positions = np.arange(length if reads_tokens else 1)
     tokens = np.zeros(length, dtype=np.int64)
-    return collate([tokens], [tokens.astype(np.uint8)], rows, np.zeros(len(rows), dtype=np.int64))
+    labels = np.zeros(len(head_positions), dtype=np.int64)
+    return collate([tokens], [tokens.astype(np.uint8)], head_positions, labels)
 
 
 def _timings(
@@ -153,22 +167,22 @@ def _timings(
     shapes: Sequence[tuple[int, int]],
     rounds: int | None,
 ) -> list[interleaved_timing.Timing]:
-    found = []
+    timings = []
     for device in [CPU, *(torch.device(name) for name in _gpu())]:
-        for served in forms.values():
-            served.to(device)
+        for model in forms.values():
+            model.to(device)
         for batch, length in shapes:
-            calls = {form: _call(served, batch, length, device) for form, served in forms.items()}
+            calls = {form: _call(model, batch, length, device) for form, model in forms.items()}
             if device == CPU:
-                given = onnx_export.example_inputs(forms[STUDENT], [length] * batch)
-                calls |= {form: partial(session, given) for form, session in sessions.items()}
-            found += interleaved_timing.interleaved(calls, device, (batch, length), rounds)
-    return found
+                inputs = onnx_export.example_inputs(forms[STUDENT], [length] * batch)
+                calls |= {form: partial(session, inputs) for form, session in sessions.items()}
+            timings += interleaved_timing.time_interleaved(calls, device, (batch, length), rounds)
+    return timings
 
 
-def _call(served: InferenceModel, batch: int, length: int, device: torch.device) -> Callable[[], object]:
-    given = {name: x.to(device) for name, x in onnx_export.example_inputs(served, [length] * batch).items()}
-    return partial(served, **given)
+def _call(model: InferenceModel, batch: int, length: int, device: torch.device) -> Callable[[], object]:
+    inputs = {name: x.to(device) for name, x in onnx_export.example_inputs(model, [length] * batch).items()}
+    return partial(model, **inputs)
 
 
 def _gpu() -> dict[str, str]:
@@ -176,29 +190,31 @@ def _gpu() -> dict[str, str]:
 
 
 def _quality(dev: TaskExamples, student: InferenceModel, sessions: Mapping[str, Session]) -> dict[str, Any]:
-    """Of each exported form, the task's metrics, and how far it decides as the student does."""
+    """Return the task's metrics of each exported form, and how far the form decides as the student does."""
 
-    def answers(run: Callable[[dict[str, Tensor]], Sequence[Any]]) -> Any:
-        return evaluate.predict(lambda batch: _logits(run, student, batch.to(CPU)), dev.in_order()).logits
+    def predict(forward: Callable[[dict[str, Tensor]], Sequence[Any]]) -> Any:
+        return evaluate.predict(lambda batch: _padded_logits(forward, student, batch.to(CPU)), dev.in_order()).logits
 
-    ours = answers(lambda inputs: student(**inputs))
-    found = {}
+    student_logits = predict(lambda inputs: student(**inputs))
+    quality = {}
     for form, session in sessions.items():
-        its = answers(session)
-        found[form] = {"metrics": dev.score(its), "agreement": dev.loyalty(its, ours)}
-    return found
+        form_logits = predict(session)
+        quality[form] = {"metrics": dev.score(form_logits), "loyalty": dev.loyalty(form_logits, student_logits)}
+    return quality
 
 
-def _logits(run: Callable[[dict[str, Tensor]], Sequence[Any]], served: InferenceModel, batch: Batch) -> Tensor:
-    """[R, V] of a padded forward."""
+def _padded_logits(
+    forward: Callable[[dict[str, Tensor]], Sequence[Any]], model: InferenceModel, batch: Batch
+) -> Tensor:
+    """Return the logits [R, V] of a padded forward."""
     longest = int(batch.lengths.max())
     real = torch.arange(longest) < batch.lengths[:, None]
-    padding = served.model.config.pad_token_id or 0
-    given = {
+    padding = model.model.config.pad_token_id or 0
+    inputs = {
         "input_ids": torch.full(real.shape, padding).masked_scatter(real, batch.input_ids),
         "attention_mask": real.long(),
         "token_type_ids": torch.zeros(real.shape, dtype=torch.long).masked_scatter(real, batch.token_type_ids.long()),
     }
-    outputs = [torch.as_tensor(x) for x in run({name: given[name] for name in served.inputs})]
-    found = torch.stack(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
-    return found if len(found.shape) == 2 else found[real].index_select(0, batch.head_positions)
+    outputs = [torch.as_tensor(x) for x in forward({name: inputs[name] for name in model.input_names})]
+    logits = torch.stack(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+    return logits if len(logits.shape) == 2 else logits[real].index_select(0, batch.head_positions)

@@ -1,15 +1,17 @@
-"""Topology: where the weights that pruning left stand, and whether their places matter (Gao, Colombo and Wang, 2021,
-section 4).
+"""Mask analysis: where the weights that pruning left stand, and whether their places matter.
 
-    read(place)             the masks of a run, an export or a mask file
-    sparsity(masks)         share of the weights that went, by layer and component
-    overlap(one, other)     Jaccard index of two, beside what chance would give
-    shuffled(masks, …)      the same number of weights in each matrix, elsewhere
-    shuffle_test(masks, …)  the dev set's metric with masks as they are, and shuffled
-    report(places, …)       all of it as tables, and with `out` mask_analysis.json and mask_analysis.png: launch/topology.py
+    load_run_masks(path)       the masks of a run, an export or a mask file
+    sparsity(masks)            pruned weights by layer and component
+    overlap(first, second)     Jaccard index of two masks, and what chance would give
+    shuffle_masks(masks, …)    as many weights in each matrix, at other places
+    shuffle_test(masks, …)     the dev set's metric with the masks, and with shuffled ones
+    analyze(paths, …)          all of it
+    report(paths, …)           the same as tables, and with `out` mask_analysis.json and mask_analysis.png
 
-Where weights did not change, masks lie in the export as bits; of others the zeros of its compact form are read, which
-are those of the factors where a matrix is a product of two.
+Gao, Colombo and Wang (2021), "Adapting by Pruning", section 4. launch/analyze_masks.py calls `report`.
+
+Where weights did not change, the export holds their masks as bits. For other weights the zeros of the compact form are
+read; where a matrix is a product of two, these are the zeros of the factors.
 """
 
 import io
@@ -35,96 +37,116 @@ from lad_dist.config.load import parse_config
 from lad_dist.config.load import read_toml as read_tables
 from lad_dist.config.schema import EvaluateConfig, ModelPathConfig, TaskConfig, train_schema
 from lad_dist.evaluation.evaluate import evaluate
+from lad_dist.models.families import layer_list_pattern, module_pattern
 from lad_dist.models.loading import save_model
 from lad_dist.utils.atomic_io import write_text
 
-KeepMasks = Mapping[str, NDArray[np.bool_]]  # by weight [O, I]: True where it stays
-Group = tuple[int | None, str]  # a layer from 1, or none, and a component
+KeepMasks = Mapping[str, NDArray[np.bool_]]  # by weight [O, I]: True where the weight stays
+Group = tuple[int | None, str]  # a layer from 1, or None, and a component
 
-# How names of matrices end, in the families' various words; the first that fits.
+# Ends of matrix names in all families; the first that matches counts.
 COMPONENTS = {
-    "query": r"\.(query|(pos_)?query_proj|q_lin|q)",
-    "key": r"\.(key|(pos_)?key_proj|k_lin|k)",
-    "value": r"\.(value|value_proj|v_lin|v)",
-    "query, key, value": r"\.Wqkv",
-    "attention output": r"(attention\.output\.dense|attention\.dense|\.out_lin|\.attn\.o|\.attn\.Wo)",
-    "FFN in": r"\.(intermediate\.dense|lin1|ffn|mlp\.Wi)",
-    "FFN out": r"\.(output\.dense|lin2|ffn_output|mlp\.Wo)",
+    "query": module_pattern("query", "position_query"),
+    "key": module_pattern("key", "position_key"),
+    "value": module_pattern("value"),
+    "query, key, value": module_pattern("qkv"),
+    "attention output": module_pattern("attention_output"),
+    "FFN in": module_pattern("intermediate"),
+    "FFN out": module_pattern("output"),
     "embeddings": r"embeddings?(\.\w+)?",
     "other": "",
 }
-LAYER = re.compile(r"(?:^|\.)(?:layers?|albert_layer_groups)\.(\d+)\.")
+LAYER = re.compile(rf"{layer_list_pattern()}(?P<index>\d+)\.")
 ALL = "all"
 Table = tuple[str, list[str], list[list[Any]]]  # title, header, rows
 
 
 @dataclass(frozen=True)
 class RunMasks:
-    """Of the matrices that were pruned. `run`: the folder with the config, where there is one; `file`: of bits over a
-    base, where the weights under them are known."""
+    """The masks of the pruned matrices of one run.
+
+    Attributes:
+        name: of the run, or of the folder.
+        keep_masks: by weight.
+        run: the folder with the config, if there is one.
+        file: of masks as bits over a base; None where the weights under the masks are unknown.
+    """
 
     name: str
-    kept: KeepMasks
+    keep_masks: KeepMasks
     run: Path | None = None
     file: Path | None = None
 
 
-def read(place: str | Path) -> RunMasks:
-    """Of a run folder, an export or its mask.safetensors. Raises UserError."""
-    path = Path(place)
+def load_run_masks(path: str | Path) -> RunMasks:
+    """Read the masks of a run folder, an export or a mask.safetensors.
+
+    Raises:
+        UserError: the path holds no masks and no pruned weights, or a file cannot be read.
+    """
+    path = Path(path)
     folder = path.parent if path.is_file() else path / "export" if (path / "export").is_dir() else path
     run = folder.parent if (folder.parent / "config.toml").is_file() else None
     name = (run or folder).resolve().name
     file = path if path.is_file() else folder / compact.MASK_FILE
     if file.is_file():
-        return RunMasks(name, _bits(file), run, file)
+        return RunMasks(name, _masks_of_bits(file), run, file)
     packed = folder / compact.COMPACT_FILE
-    kept = _bits(packed) | _zeros([packed]) if packed.is_file() else _zeros(sorted(folder.glob("model*.safetensors")))
-    if not kept:
-        raise UserError(f"{place}: holds no masks, and no weights that were pruned; name a run of the surgery prune")
-    return RunMasks(name, kept, run)
+    if packed.is_file():
+        keep_masks = _masks_of_bits(packed) | _masks_of_zeros([packed])
+    else:
+        keep_masks = _masks_of_zeros(sorted(folder.glob("model*.safetensors")))
+    if not keep_masks:
+        raise UserError(f"{path}: holds no masks and no pruned weights; name a run with the compression prune")
+    return RunMasks(name, keep_masks, run)
 
 
-def _bits(file: Path) -> dict[str, NDArray[np.bool_]]:
+def _masks_of_bits(file: Path) -> dict[str, NDArray[np.bool_]]:
     return {name: mask.numpy() for name, mask in compact.read_masks(file).items() if mask.ndim == 2}
 
 
-def _zeros(files: Iterable[Path]) -> dict[str, NDArray[np.bool_]]:
-    """Of matrices that lie there whole and have more zeros than a row: the embedding of padding is one in any model."""
-    found = {}
+def _masks_of_zeros(files: Iterable[Path]) -> dict[str, NDArray[np.bool_]]:
+    """Return the masks of the matrices that are stored whole and have more zeros than a row has weights."""
+    keep_masks = {}
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     weight = file.get_tensor(name)
+                    # One row of zeros is no pruning: the embedding of the padding token is zero in any model.
                     if weight.ndim == 2 and int((weight == 0).sum()) > weight.shape[1]:
-                        found[name] = (weight != 0).numpy()
+                        keep_masks[name] = (weight != 0).numpy()
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
-    return found
+    return keep_masks
 
 
-def group(weight: str) -> Group:
-    """Where a matrix stands, by its name; of a pair of factors, where their product does."""
+def weight_group(weight: str) -> Group:
+    """Return the layer and component of a matrix by its name; a factor belongs where its product does."""
     name = re.sub(r"(\.[01])?\.weight$", "", weight)
-    found = LAYER.search(name)
+    layer = LAYER.search(name)
     component = next(c for c, ending in COMPONENTS.items() if re.search(f"{ending}$", name))
-    return int(found.group(1)) + 1 if found else None, component
+    return int(layer["index"]) + 1 if layer else None, component
 
 
-def sparsity(kept: KeepMasks) -> dict[Group, tuple[int, int]]:
-    """By layer and component: weights that went, and all."""
-    found: dict[Group, tuple[int, int]] = {}
-    for name, mask in kept.items():
-        gone, count = found.get(group(name), (0, 0))
-        found[group(name)] = gone + int(mask.size - mask.sum()), count + mask.size
-    return found
+def sparsity(keep_masks: KeepMasks) -> dict[Group, tuple[int, int]]:
+    """Return (pruned weights, all weights) by layer and component."""
+    counts: dict[Group, tuple[int, int]] = {}
+    for name, mask in keep_masks.items():
+        pruned, count = counts.get(weight_group(name), (0, 0))
+        counts[weight_group(name)] = pruned + int(mask.size - mask.sum()), count + mask.size
+    return counts
 
 
 class MaskOverlap(NamedTuple):
-    """`jaccard`: weights that stay in both over weights that stay in either. `expected`, `sd`: of it, where both are
-    drawn at random with as many in each matrix. `deviations`: how many standard deviations lie between, None where
-    chance has no choice."""
+    """How far two masks keep the same weights.
+
+    Attributes:
+        jaccard: weights that stay in both over weights that stay in either.
+        expected: mean of the Jaccard index, were both drawn at random with as many weights in each matrix.
+        sd: standard deviation of it.
+        deviations: difference of `jaccard` and chance in standard deviations; None where chance has no choice.
+    """
 
     jaccard: float
     expected: float
@@ -132,35 +154,40 @@ class MaskOverlap(NamedTuple):
     deviations: float | None
 
 
-def overlap(one: KeepMasks, other: KeepMasks) -> MaskOverlap:
-    """Over the matrices that both have. In a matrix of n weights of which a and b stay, both keep a b / n by chance,
-    with variance a b (n - a)(n - b) / (n² (n - 1)): the hypergeometric distribution. The sum over matrices is exact; of
-    the Jaccard index, a smooth function of it, mean and sd are to first order in 1/n."""
+def overlap(first: KeepMasks, second: KeepMasks) -> MaskOverlap:
+    """Return the overlap over the matrices that both masks have.
+
+    In a matrix of n weights of which a and b stay, both keep a b / n by chance, with variance
+    a b (n - a)(n - b) / (n² (n - 1)): the hypergeometric distribution. The sum over matrices is exact. Mean and sd of
+    the Jaccard index, a smooth function of the sum, are to first order in 1/n.
+    """
     both = total = 0
     mean = variance = 0.0
-    for name in one.keys() & other.keys():
-        n, a, b = one[name].size, int(one[name].sum()), int(other[name].sum())
-        both += int((one[name] & other[name]).sum())
+    for name in first.keys() & second.keys():
+        n, a, b = first[name].size, int(first[name].sum()), int(second[name].sum())
+        both += int((first[name] & second[name]).sum())
         total += a + b
         mean += a * b / n
         variance += a * b * (n - a) * (n - b) / (n * n * max(1, n - 1))
     if total == both:
-        return MaskOverlap(1.0, 1.0, 0.0, None)  # nothing stays in any
+        return MaskOverlap(1.0, 1.0, 0.0, None)  # no weight stays in either
     slope = total / (total - mean) ** 2
     deviations = (both - mean) / variance**0.5 if variance else None
     return MaskOverlap(both / (total - both), mean / (total - mean), slope * variance**0.5, deviations)
 
 
-def shuffled(kept: KeepMasks, *key: int) -> dict[str, NDArray[np.bool_]]:
-    """Each mask with its entries permuted: a function of the key and of the names."""
+def shuffle_masks(keep_masks: KeepMasks, *key: int) -> dict[str, NDArray[np.bool_]]:
+    """Permute the entries of each mask; the permutation is a function of the key and of the names."""
     return {
-        name: np.random.default_rng([*key, number]).permutation(kept[name].ravel()).reshape(kept[name].shape)
-        for number, name in enumerate(sorted(kept))
+        name: np.random.default_rng([*key, number])
+        .permutation(keep_masks[name].ravel())
+        .reshape(keep_masks[name].shape)
+        for number, name in enumerate(sorted(keep_masks))
     }
 
 
 class ShuffleTest(NamedTuple):
-    """The main metric on the dev set: of the masks, and of shuffled ones."""
+    """The main metric on the dev set with the run's masks, and with shuffled ones."""
 
     metric: str
     value: float
@@ -168,193 +195,215 @@ class ShuffleTest(NamedTuple):
 
 
 def shuffle_test(masks: RunMasks, times: int, base: str | None = None) -> ShuffleTest | None:
-    """None where the weights under the masks are not known, or there is no dev set: of weights that trained with their
-    masks, and of runs on a corpus. `base`: where the weights lie now. Raises UserError."""
+    """Evaluate the run with its masks and with as many shuffled ones.
+
+    Args:
+        masks: of one run.
+        times: number of shuffles.
+        base: path of the weights under the masks, if it is no longer the one that the export names.
+
+    Returns:
+        None without a dev set (a run on a corpus), or where the weights under the masks are unknown because they
+        trained with their masks.
+
+    Raises:
+        UserError: the model or the data cannot be read.
+    """
     if masks.file is None or masks.run is None:
         return None
-    tables = read_tables(masks.run / "config.toml")
-    config = parse_config(train_schema(tables), tables, str(masks.run / "config.toml"))
+    options = read_tables(masks.run / "config.toml")
+    config = parse_config(train_schema(options), options, str(masks.run / "config.toml"))
     if not isinstance(config, TaskConfig):
         return None
-    found = [
-        _scores(masks, kept, config, base) for kept in (masks.kept, *(shuffled(masks.kept, n) for n in range(times)))
-    ]
-    metric = next(iter(found[0]))
-    value, *others = (scores[metric] for scores in found)
-    return ShuffleTest(metric, value, others)
+    candidates = [masks.keep_masks, *(shuffle_masks(masks.keep_masks, number) for number in range(times))]
+    scores = [_scores(masks, keep_masks, config, base) for keep_masks in candidates]
+    metric = next(iter(scores[0]))
+    value, *shuffled_values = (candidate_scores[metric] for candidate_scores in scores)
+    return ShuffleTest(metric, value, shuffled_values)
 
 
-def _scores(masks: RunMasks, kept: KeepMasks, config: TaskConfig, base: str | None) -> dict[str, float]:
+def _scores(masks: RunMasks, keep_masks: KeepMasks, config: TaskConfig, base: str | None) -> dict[str, float]:
     assert masks.file is not None
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "export"
         shutil.copytree(masks.file.parent, folder, ignore=shutil.ignore_patterns("*.safetensors", "onnx*"))
-        compact.replace_masks(masks.file, {name: torch.from_numpy(mask) for name, mask in kept.items()}, folder)
+        tensors = {name: torch.from_numpy(mask) for name, mask in keep_masks.items()}
+        compact.replace_masks(masks.file, tensors, folder)
         save_model(compact.load_masked(folder, base), folder)
-        words = EvaluateConfig(model=ModelPathConfig(path=str(folder)), teacher=None, data=config.data, out=None)
-        scores = evaluate(words)["model"]
+        model = ModelPathConfig(path=str(folder))
+        scores = evaluate(EvaluateConfig(model=model, teacher=None, data=config.data, out=None))["model"]
     return {name: value for name, value in scores.items() if name not in ("path", "parameters")}
 
 
 @dataclass(frozen=True)
 class MaskAnalysis:
-    """What is known of several masks. `overlaps`: of each pair, by component and of all."""
+    """The analysis of several masks; `overlaps` are of each pair of names, by component and of all."""
 
     masks: Sequence[RunMasks]
     overlaps: Mapping[tuple[str, str], Mapping[str, MaskOverlap]]
     tests: Mapping[str, ShuffleTest]
 
 
-def analyze(places: Sequence[str | Path], shuffles: int = 0, base: str | None = None) -> MaskAnalysis:
-    """Of the masks at these places. Raises UserError where they cannot be read or are of different models."""
-    found = [read(place) for place in places]
-    names = [masks.name for masks in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{twice}: two of the folders are called that; rename one, or name it once")
-    pairs = {(a.name, b.name): _overlaps(a, b) for a, b in combinations(found, 2)}
-    tested = {masks.name: shuffle_test(masks, shuffles, base) for masks in found} if shuffles else {}
-    return MaskAnalysis(found, pairs, {name: test for name, test in tested.items() if test is not None})
+def analyze(paths: Sequence[str | Path], shuffles: int = 0, base: str | None = None) -> MaskAnalysis:
+    """Analyze the masks at these paths.
+
+    Raises:
+        UserError: masks cannot be read or compared.
+    """
+    run_masks = [load_run_masks(path) for path in paths]
+    names = [masks.name for masks in run_masks]
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise UserError(f"{duplicate}: two of the folders have this name; rename one, or name it once")
+    overlaps = {(a.name, b.name): _overlaps(a, b) for a, b in combinations(run_masks, 2)}
+    tests = {masks.name: shuffle_test(masks, shuffles, base) for masks in run_masks} if shuffles else {}
+    return MaskAnalysis(run_masks, overlaps, {name: test for name, test in tests.items() if test is not None})
 
 
 def _overlaps(a: RunMasks, b: RunMasks) -> dict[str, MaskOverlap]:
-    shared = a.kept.keys() & b.kept.keys()
-    wrong = sorted(name for name in shared if a.kept[name].shape != b.kept[name].shape)
-    if wrong or not shared:
-        why = f"{wrong[0]} has another shape" if wrong else "no matrix is pruned in both"
-        raise UserError(f"{a.name} and {b.name}: {why}, so that their masks cannot be compared; leave one away")
-    names = {ALL: shared} | {c: {name for name in shared if group(name)[1] == c} for c in COMPONENTS}
-    return {c: overlap(a.kept, {name: b.kept[name] for name in some}) for c, some in names.items() if some}
+    shared = a.keep_masks.keys() & b.keep_masks.keys()
+    mismatched = sorted(name for name in shared if a.keep_masks[name].shape != b.keep_masks[name].shape)
+    if mismatched or not shared:
+        reason = f"{mismatched[0]} has another shape" if mismatched else "no matrix is pruned in both"
+        raise UserError(f"{a.name} and {b.name}: {reason}, so that their masks cannot be compared; leave one away")
+    by_component = {c: {name for name in shared if weight_group(name)[1] == c} for c in COMPONENTS}
+    return {
+        component: overlap(a.keep_masks, {name: b.keep_masks[name] for name in names})
+        for component, names in ({ALL: shared} | by_component).items()
+        if names
+    }
 
 
 def report(
-    places: Sequence[str | Path], out: str | Path | None = None, shuffles: int = 0, base: str | None = None
+    paths: Sequence[str | Path], out: str | Path | None = None, shuffles: int = 0, base: str | None = None
 ) -> list[Table]:
-    """Tables of all masks; with `out` also mask_analysis.json and mask_analysis.png there. Raises UserError."""
-    found = analyze(places, shuffles, base)
+    """Return tables of all masks; with `out` also write mask_analysis.json and mask_analysis.png to that folder.
+
+    Raises:
+        UserError: masks cannot be read or compared, or `out` cannot be written.
+    """
+    analysis = analyze(paths, shuffles, base)
     if out is not None:
-        _write(found, Path(out))
-    tables = [_component_table(found), _layer_table(found), _overlap_table(found), _test_table(found)]
+        _write(analysis, Path(out))
+    tables = [_component_table(analysis), _layer_table(analysis), _overlap_table(analysis), _test_table(analysis)]
     return [table for table in tables if table[2]]
 
 
-def _component_table(found: MaskAnalysis) -> Table:
-    counts = {masks.name: sparsity(masks.kept) for masks in found.masks}
-    used = {component for each in counts.values() for _, component in each}
-    columns = [component for component in COMPONENTS if component in used]
+def _component_table(analysis: MaskAnalysis) -> Table:
+    counts_by_name = {masks.name: sparsity(masks.keep_masks) for masks in analysis.masks}
+    present = {component for counts in counts_by_name.values() for _, component in counts}
+    columns = [component for component in COMPONENTS if component in present]
     rows = [
-        [name, _share(each.values()), *(_share(n for (_, of), n in each.items() if of == c) for c in columns)]
-        for name, each in counts.items()
+        [
+            name,
+            _pruned_share(counts.values()),
+            *(_pruned_share(n for (_, component), n in counts.items() if component == column) for column in columns),
+        ]
+        for name, counts in counts_by_name.items()
     ]
-    return "weights that went, by component", ["", ALL, *columns], rows
+    return "share of pruned weights, by component", ["", ALL, *columns], rows
 
 
-def _layer_table(found: MaskAnalysis) -> Table:
-    counts = {masks.name: sparsity(masks.kept) for masks in found.masks}
-    layers = sorted({layer for each in counts.values() for layer, _ in each if layer is not None})
+def _layer_table(analysis: MaskAnalysis) -> Table:
+    counts_by_name = {masks.name: sparsity(masks.keep_masks) for masks in analysis.masks}
+    layers = sorted({layer for counts in counts_by_name.values() for layer, _ in counts if layer is not None})
     rows = [
-        [name, *(_share(n for (of, _), n in each.items() if of == layer) for layer in layers)]
-        for name, each in counts.items()
+        [name, *(_pruned_share(n for (layer, _), n in counts.items() if layer == column) for column in layers)]
+        for name, counts in counts_by_name.items()
     ]
-    return "weights that went, by layer", ["", *map(str, layers)], rows if layers else []
+    return "share of pruned weights, by layer", ["", *map(str, layers)], rows if layers else []
 
 
-def _share(counts: Iterable[tuple[int, int]]) -> float | str:
-    """Of weights that went, where there are any."""
-    gone, every = np.sum([(0, 0), *counts], axis=0).tolist()
-    return gone / every if every else "-"
+def _pruned_share(counts: Iterable[tuple[int, int]]) -> float | str:
+    pruned, total = np.sum([(0, 0), *counts], axis=0).tolist()
+    return pruned / total if total else "-"
 
 
-def _overlap_table(found: MaskAnalysis) -> Table:
-    rows = [
-        [a, b, each[ALL].jaccard, each[ALL].expected, each[ALL].sd, _or_none(each[ALL].deviations)]
-        for (a, b), each in found.overlaps.items()
-    ]
-    return (
-        "weights that stay in both, of those that stay in either",
-        ["", "", "Jaccard", "by chance", "sd", "in sd"],
-        rows,
-    )
-
-
-def _or_none(value: float | None) -> float | str:
-    return "-" if value is None else value
-
-
-def _test_table(found: MaskAnalysis) -> Table:
+def _overlap_table(analysis: MaskAnalysis) -> Table:
     rows: list[list[Any]] = []
-    for name, test in found.tests.items():
+    for (a, b), overlaps in analysis.overlaps.items():
+        whole = overlaps[ALL]
+        deviations = "-" if whole.deviations is None else whole.deviations
+        rows.append([a, b, whole.jaccard, whole.expected, whole.sd, deviations])
+    header = ["", "", "Jaccard", "by chance", "sd", "in sd"]
+    return "weights that stay in both, of those that stay in either", header, rows
+
+
+def _test_table(analysis: MaskAnalysis) -> Table:
+    rows: list[list[Any]] = []
+    for name, test in analysis.tests.items():
         mean = float(np.mean(test.shuffled))
         spread = float(np.std(test.shuffled, ddof=1)) if len(test.shuffled) > 1 else "-"
         rows.append([name, test.metric, test.value, mean, spread, test.value - mean])
     return "masks shuffled within each matrix", ["", "metric", "masks", "shuffled", "sd", "drop"], rows
 
 
-def _write(found: MaskAnalysis, out: Path) -> None:
+def _write(analysis: MaskAnalysis, out: Path) -> None:
     picture = io.BytesIO()
-    figure(found).savefig(picture, dpi=120)
+    figure(analysis).savefig(picture, dpi=120)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "mask_analysis.json", json.dumps(as_json(found), indent=2) + "\n")
+        write_text(out / "mask_analysis.json", json.dumps(as_json(analysis), indent=2) + "\n")
         (out / "mask_analysis.png").write_bytes(picture.getvalue())
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give --out another folder") from None
 
 
-def as_json(found: MaskAnalysis) -> dict[str, Any]:
-    """For other programs."""
+def as_json(analysis: MaskAnalysis) -> dict[str, Any]:
+    """Return the analysis for other programs."""
     return {
         "sparsity": {
             masks.name: [
-                {"layer": layer, "component": component, "gone": gone, "weights": count}
-                for (layer, component), (gone, count) in sparsity(masks.kept).items()
+                {"layer": layer, "component": component, "pruned": pruned, "weights": count}
+                for (layer, component), (pruned, count) in sparsity(masks.keep_masks).items()
             ]
-            for masks in found.masks
+            for masks in analysis.masks
         },
         "overlap": [
             {"of": list(pair), "component": component, **value._asdict()}
-            for pair, each in found.overlaps.items()
-            for component, value in each.items()
+            for pair, overlaps in analysis.overlaps.items()
+            for component, value in overlaps.items()
         ],
-        "shuffled": {name: test._asdict() for name, test in found.tests.items()},
+        "shuffled": {name: test._asdict() for name, test in analysis.tests.items()},
     }
 
 
-def figure(found: MaskAnalysis) -> Figure:
-    """Of each run what went, layers upwards; and of each pair the Jaccard index over that of chance."""
-    names, panels = [masks.name for masks in found.masks], len(found.masks) + bool(found.overlaps)
-    drawn = Figure(figsize=(0.5 + 3.4 * panels, 4), layout="constrained")
-    axes = drawn.subplots(1, panels, squeeze=False)[0]
-    for panel, masks in zip(axes, found.masks, strict=False):
+def figure(analysis: MaskAnalysis) -> Figure:
+    """Draw what each run pruned, layers upwards, and for each pair the Jaccard index over that of chance."""
+    names, panels = [masks.name for masks in analysis.masks], len(analysis.masks) + bool(analysis.overlaps)
+    plot = Figure(figsize=(0.5 + 3.4 * panels, 4), layout="constrained")
+    axes = plot.subplots(1, panels, squeeze=False)[0]
+    for panel, masks in zip(axes, analysis.masks, strict=False):
         _sparsity_panel(panel, masks)
-    if found.overlaps:
-        times = np.full((len(names), len(names)), np.nan)
-        for (a, b), each in found.overlaps.items():
+    if analysis.overlaps:
+        ratios = np.full((len(names), len(names)), np.nan)
+        for (a, b), overlaps in analysis.overlaps.items():
             row, column = sorted((names.index(a), names.index(b)), reverse=True)
-            times[row, column] = each[ALL].jaccard / each[ALL].expected if each[ALL].expected else np.nan
-        _heat(axes[-1], "overlap, times that of chance", times, names, names, 2.0, "{:.2f}")
-    return drawn
+            whole = overlaps[ALL]
+            ratios[row, column] = whole.jaccard / whole.expected if whole.expected else np.nan
+        _heatmap(axes[-1], "overlap, times that of chance", ratios, names, names, 2.0)
+    return plot
 
 
 def _sparsity_panel(axes: Any, masks: RunMasks) -> None:
-    counts = sparsity(masks.kept)
+    counts = sparsity(masks.keep_masks)
     layers = sorted({layer or 0 for layer, _ in counts})
     components = [c for c in COMPONENTS if any(c == component for _, component in counts)]
     shares = np.full((len(layers), len(components)), np.nan)
-    for (layer, component), (gone, count) in counts.items():
-        shares[layers.index(layer or 0), components.index(component)] = gone / count
+    for (layer, component), (pruned, count) in counts.items():
+        shares[layers.index(layer or 0), components.index(component)] = pruned / count
     rows = ["-" if layer == 0 else str(layer) for layer in layers]
-    _heat(axes, f"{masks.name}: weights that went", shares, rows, components, 1.0, "{:.2f}")
+    _heatmap(axes, f"{masks.name}: share of pruned weights", shares, rows, components, 1.0)
 
 
-def _heat(
-    axes: Any, title: str, values: NDArray[np.floating], rows: list[str], columns: list[str], most: float, form: str
+def _heatmap(
+    axes: Any, title: str, values: NDArray[np.floating], rows: list[str], columns: list[str], maximum: float
 ) -> None:
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=most, origin="lower", aspect="auto")
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=maximum, origin="lower", aspect="auto")
     axes.set_title(title, fontsize="medium", parse_math=False)
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small", parse_math=False)
     axes.set_yticks(range(len(rows)), rows, fontsize="small", parse_math=False)
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            colour = "white" if value > 0.6 * most else "black"
-            axes.text(column, row, form.format(value), ha="center", va="center", color=colour, fontsize="small")
+            colour = "white" if value > 0.6 * maximum else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="small")

@@ -1,8 +1,9 @@
-"""What the modules of a model see of a sample of the training data.
+"""Inputs and outputs of a model's modules on a sample of the training data.
 
-seen(modules, keep)   within it, keep(number, input, output) is called for each of them that runs
-run(model, batch)     one forward, from which nothing is learnt
-rows(x, batch)        what stands at real tokens, or at what a head reads
+capture(modules, callback)     hands them to a callback while the context lasts
+compute_logits(model, batch)   one forward without gradients
+token_rows(x, batch)           the rows of real tokens, or those that a head reads
+real_tokens(flat, batch)       flat rows without padding
 """
 
 import contextlib
@@ -19,13 +20,13 @@ from lad_dist.models.loading import PreTrainedModel
 
 
 @contextlib.contextmanager
-def capture(modules: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within it, keep(number, input, output) is called for each of the modules that runs."""
+def capture(modules: Sequence[nn.Module], callback: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call callback(index, input, output) whenever one of the modules runs in this context."""
 
-    def hook(number: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, inputs, output: keep(number, inputs[0], output)
+    def hook(index: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, inputs, output: callback(index, inputs[0], output)
 
-    handles = [module.register_forward_hook(hook(number)) for number, module in enumerate(modules)]
+    handles = [module.register_forward_hook(hook(index)) for index, module in enumerate(modules)]
     try:
         yield
     finally:
@@ -33,16 +34,19 @@ def capture(modules: Sequence[nn.Module], keep: Callable[[int, Tensor, Tensor], 
             handle.remove()
 
 
-def run_logits(model: PreTrainedModel, batch: Batch) -> Tensor | None:
-    """Its logits, where there is a head."""
-    needs = OutputSpec(logits=model.base_model is not model)
+def compute_logits(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """Run the model without gradients and return its logits [R, V], None where it has no head."""
+    spec = OutputSpec(logits=model.base_model is not model)
     with torch.no_grad():
-        return compute_outputs(model, batch.to(model.device), needs).logits
+        return compute_outputs(model, batch.to(model.device), spec).logits
 
 
 def token_rows(x: Tensor, batch: Batch) -> Tensor:
-    """[1, N and filler, D] of a body that runs flat, or [U, S, D] of one that runs padded, to the real tokens' [N, D];
-    [R, 1, D] of the head to [R, D], and what else has rows of its own likewise."""
+    """Return the rows of a module's input or output that belong to real tokens, [N, D].
+
+    In an encoder, x is [1, N and filler, D] where it runs flat, [U, S, D] where it runs padded. A head's [R, 1, D]
+    becomes [R, D], and so do other tensors whose rows are no tokens.
+    """
     spans = one_span_per_sequence(batch)
     if x.shape[:-1] == spans.sequence_ids.shape:
         return real_tokens(unpad(x, spans._replace(padded_index=spans.padded_index.to(x.device))), batch)
@@ -52,5 +56,5 @@ def token_rows(x: Tensor, batch: Batch) -> Tensor:
 
 
 def real_tokens(flat: Tensor, batch: Batch) -> Tensor:
-    """[N, ...] without what `pad_to` padded."""
+    """Return [N, ...] without the tokens that `pad_to` added."""
     return flat if batch.num_tokens == len(flat) else flat[unpad(batch.is_token, batch).to(flat.device)]

@@ -1,9 +1,9 @@
-"""Attention over flat tokens, and the two ways a forward runs: flat or padded.
+"""Attention over flat tokens, and the two ways in which a forward runs: flat or padded.
 
 Batches are flat, so attention alone must know where sequences end. transformers lets a model run with an attention
-function of our own (`AttentionInterface`); ours takes the `FlatForward` that `compute_outputs` hands through the
-forward as a keyword, records q, k and v where they are needed, and keeps sequences apart. On a GPU that is a
-variable-length kernel; elsewhere it pads, inside attention only. Families with an attention of their own
+function of our own (`AttentionInterface`). The function here takes a `FlatForward`, which `compute_outputs` hands
+through the model as a keyword. It records q, k and v where they are needed, and keeps sequences apart. On a GPU it
+calls a variable-length kernel; elsewhere it pads, inside attention only. Families with an attention of their own
 (`families.py`) run padded as a whole (`PaddedForward`).
 
 N tokens of all sequences, U spans of S places, D hidden size, H heads.
@@ -29,114 +29,129 @@ from lad_dist.models import families
 from lad_dist.models.dims import encoder_layers
 
 ATTENTION_NAME = "lad_dist_flat"
-AMPERE, MULTIPLE = (8, 0), 8  # what the variable-length kernel asks of a GPU, and of a head's size
+# What the variable-length kernel requires of a GPU and of the size of a head.
+KERNEL_COMPUTE_CAPABILITY = (8, 0)
+KERNEL_HEAD_SIZE_MULTIPLE = 8
 
 
 @dataclass
 class FlatForward:
-    """One forward over flat tokens: how the model sees them, what the attention function needs to know of the batch,
-    and where it leaves q, k and v."""
+    """One forward over flat tokens: its inputs, what attention must know of the batch, and the q, k and v it leaves."""
 
     batch: Batch
-    wanted: tuple[int, ...]
-    layer: int = 0  # the one that runs, from 1: some families run one layer many times
+    qkv_layers: tuple[int, ...]
+    # The layer that runs, from 1. The hooks count it, for some families run one module as many layers.
+    current_layer: int = 0
     biases: dict[int | None, Tensor | None] = field(default_factory=dict)  # of attention's scores, by window
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     @property
-    def words(self) -> dict[str, Any]:
-        return {"flat": self}
+    def model_kwargs(self) -> dict[str, Any]:
+        """What the model takes beside token ids, positions and segments."""
+        return {"flat_forward": self}
 
-    def lay_out(self, x: Tensor) -> Tensor:
-        """[N] to [1, N and filler], which linear layers see and nothing else does."""
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """Lay out [N] as [1, N and filler]. Linear layers see the filler and nothing else does."""
         return F.pad(x, (0, self.batch.computed_tokens - len(x)))[None]
 
     def flatten(self, x: Tensor) -> Tensor:
-        """[1, N and filler, D] to [N, D]."""
+        """Return the [N, D] of [1, N and filler, D]."""
         return x[0, : len(self.batch.input_ids)]
 
-    def recording(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        """The attention function records by itself."""
+    def register_hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Return no hooks: the attention function records by itself."""
         return []
 
     def record(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """A Part in a layer's place may hold several: the last one's stay."""
-        if self.layer in self.wanted:
-            self.qkv[self.layer] = (q, k, v)
+        """Record the q, k and v of the layer that runs.
 
-    def bias_like(self, q: Tensor, window: int | None) -> Tensor | None:
-        """[U, 1, S or 1, S] in the type of q: 0 where a place attends to another, which is `window` places away at
-        most; the least number elsewhere."""
+        A CompressedModule in a layer's place may hold several attentions. Those of the last one to run stay.
+        """
+        if self.current_layer in self.qkv_layers:
+            self.qkv[self.current_layer] = (q, k, v)
+
+    def score_bias(self, q: Tensor, window: int | None) -> Tensor | None:
+        """Return what to add to the scores: [U, 1, S or 1, S] in the type of q.
+
+        It is 0 where a place attends to another, at most `window` places away, and the least number elsewhere.
+        """
         if window is not None and window >= self.batch.span_length - 1:
             window = None
         if window not in self.biases:
-            self.biases[window] = self._bias_like(q, window)
+            self.biases[window] = self._score_bias(q, window)
         return self.biases[window]
 
-    def _bias_like(self, q: Tensor, window: int | None) -> Tensor | None:
+    def _score_bias(self, q: Tensor, window: int | None) -> Tensor | None:
         if window is None and not (self.batch.has_padding or self.batch.packed):
             return None
         visible = self.batch.visible[:, None]
         if window is not None:
             places = torch.arange(self.batch.span_length, device=q.device)
             distance = (places[:, None] - places).abs()
-            visible = visible & (distance <= window) | (distance == 0)  # a place without a token too sees something
+            # A place without a token sees itself too, so that no softmax is over nothing.
+            visible = visible & (distance <= window) | (distance == 0)
         return q.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(q.dtype).min)
 
 
 @dataclass
 class PaddedForward:
-    """One forward of a family with an attention of its own: [B, S], a sequence a span, and a mask of two dimensions."""
+    """One forward of a family with its own attention, over [B, S], a sequence a span, and a mask of two dimensions."""
 
     batch: Batch
-    wanted: tuple[int, ...]
-    layer: int = 0
-    found: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)  # by layer and attention in it
-    heads: int = 0
+    qkv_layers: tuple[int, ...]
+    current_layer: int = 0
+    projections: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)  # by layer and attention in it
+    num_heads: int = 0
 
     def __post_init__(self) -> None:
         self.batch = one_span_per_sequence(self.batch)
 
     @property
-    def words(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
+        """What the model takes beside token ids, positions and segments."""
         return {"attention_mask": self.batch.is_token.long()}
 
     @property
     def qkv(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        last = {number: list(each.values())[-1] for number, each in self.found.items()}
-        split = {n: [self.flatten(x).unflatten(-1, (self.heads, -1)) for x in each] for n, each in last.items()}
-        return {number: (q, k, v) for number, (q, k, v) in split.items()}
+        """The q, k and v of each layer, [N, H, D / H]: those of the last of its attentions to run."""
+        last = {layer: list(attentions.values())[-1] for layer, attentions in self.projections.items()}
+        heads = {
+            layer: [self.flatten(x).unflatten(-1, (self.num_heads, -1)) for x in outputs]
+            for layer, outputs in last.items()
+        }
+        return {layer: (q, k, v) for layer, (q, k, v) in heads.items()}
 
-    def lay_out(self, x: Tensor) -> Tensor:
-        """[N] to [B, S]."""
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """Pad [N] to [B, S]."""
         return pad(x, self.batch)
 
     def flatten(self, x: Tensor) -> Tensor:
-        """[B, S, D] to [N, D]."""
+        """Return the [N, D] of [B, S, D]."""
         return unpad(x, self.batch)
 
-    def recording(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        """Hooks on the maps to q, k and v of the layers wanted."""
-        names = families.family_of(model.config).projections
-        assert names is not None
-        self.heads = model.config.num_attention_heads
+    def register_hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Register hooks that record the outputs of the maps to q, k and v in `qkv_layers`."""
+        modules = families.family_of(model.config).modules.by_role()
+        paths = [modules[role] for role in ("query", "key", "value")]
+        self.num_heads = model.config.num_attention_heads
         handles = []
-        for number in self.wanted:
-            for path, module in encoder_layers(model)[number - 1].named_modules():
-                attention, _, name = path.rpartition(".")
-                if name in names:
-                    handles.append(module.register_forward_hook(self._keep(number, attention, names.index(name))))
+        for layer in self.qkv_layers:
+            for name, module in encoder_layers(model)[layer - 1].named_modules():
+                for index, path in enumerate(paths):
+                    if f".{name}".endswith(f".{path}"):
+                        attention = name.rpartition(".")[0]
+                        handles.append(module.register_forward_hook(self._recorder(layer, attention, index)))
         return handles
 
-    def _keep(self, number: int, attention: str, place: int) -> Callable[..., None]:
-        """A Part in a layer's place may hold several attentions: that of the last one to run stays."""
+    def _recorder(self, layer: int, attention: str, index: int) -> Callable[..., None]:
+        """Return a hook on the map to q, k or v: index 0, 1 or 2."""
 
-        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-            kept = self.found.setdefault(number, {}).setdefault(attention, [])
-            if len(kept) == place:  # DeBERTa sends its relative positions through the same maps afterwards
-                kept.append(output)
+        def record(_: nn.Module, __: Any, output: Tensor) -> None:
+            outputs = self.projections.setdefault(layer, {}).setdefault(attention, [])
+            if len(outputs) == index:  # DeBERTa sends its relative positions through the same maps afterwards
+                outputs.append(output)
 
-        return keep
+        return record
 
 
 def _attention(
@@ -146,60 +161,63 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    flat: FlatForward,
+    flat_forward: FlatForward,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query, key, value [1, H, N, D / H] -> [1, N, H, D / H]: every token attends to the tokens of its own sequence,
-    those less than `sliding_window` away where it is given."""
-    tokens = len(flat.batch.input_ids)
+    """Let every token attend to its own sequence: query, key, value [1, H, N, D / H] -> [1, N, H, D / H].
+
+    With a `sliding_window` it attends to tokens less than that far away.
+    """
+    tokens = len(flat_forward.batch.input_ids)
     q, k, v = (x[0].transpose(0, 1)[:tokens] for x in (query, key, value))
-    flat.record(q, k, v)
+    flat_forward.record(q, k, v)
     # The kernel knows neither fp32 nor dropout, nor keys inside a span that do not count; these go the padded way.
-    kernel = _has_kernel(q.device, q.dtype) and not dropout and flat.batch.num_tokens == tokens
-    attend = _kernel_attention if kernel else _padded_attention
+    use_kernel = _has_kernel(q.device, q.dtype) and not dropout and flat_forward.batch.num_tokens == tokens
+    attend = _kernel_attention if use_kernel else _padded_attention
     window = None if sliding_window is None else sliding_window - 1
-    out = attend(q, k, v, flat, scaling, dropout, window)
+    out = attend(q, k, v, flat_forward, scaling, dropout, window)
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 
 @cache
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     half = dtype in (torch.bfloat16, torch.float16)
-    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= KERNEL_COMPUTE_CAPABILITY
 
 
 def _kernel_attention(
-    q: Tensor, k: Tensor, v: Tensor, flat: FlatForward, scaling: float | None, _: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, forward: FlatForward, scaling: float | None, _: float, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (brings the compiler: seconds at every start)
+    # Imported here, for it brings the compiler: seconds at every start.
+    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
 
-    spans, longest, size = flat.batch.cu_seqlens, flat.batch.span_length, q.shape[-1]
-    q, k, v = (F.pad(x, (0, -size % MULTIPLE)).contiguous() for x in (q, k, v))
+    cu_seqlens, longest, size = forward.batch.cu_seqlens, forward.batch.span_length, q.shape[-1]
+    q, k, v = (F.pad(x, (0, -size % KERNEL_HEAD_SIZE_MULTIPLE)).contiguous() for x in (q, k, v))
     scale = size**-0.5 if scaling is None else scaling
-    reach = (-1, -1) if window is None else (window, window)
-    out = varlen_attn(q, k, v, spans, spans, longest, longest, scale=scale, window_size=reach)
+    window_size = (-1, -1) if window is None else (window, window)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window_size)
     assert isinstance(out, Tensor)
     return out[..., :size]
 
 
 def _padded_attention(
-    q: Tensor, k: Tensor, v: Tensor, flat: FlatForward, scaling: float | None, dropout: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, forward: FlatForward, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
-    q, k, v = (pad(x, flat.batch).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (pad(x, forward.batch).transpose(1, 2) for x in (q, k, v))
     # PyTorch's fused attention on a CPU has a backward slower than the products themselves, in bf16 by half again.
     explicit = q.device.type == "cpu" and q.requires_grad and (dropout or q.dtype == torch.bfloat16)
     attend = _explicit_attention if explicit else F.scaled_dot_product_attention
-    out = attend(q, k, v, attn_mask=flat.bias_like(q, window), dropout_p=dropout, scale=scaling)
-    return unpad(out.transpose(1, 2), flat.batch)
+    out = attend(q, k, v, attn_mask=forward.score_bias(q, window), dropout_p=dropout, scale=scaling)
+    return unpad(out.transpose(1, 2), forward.batch)
 
 
 def _explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, dropout_p: float, scale: float | None
 ) -> Tensor:
-    """F.scaled_dot_product_attention of [U, H, S, D / H], product by product."""
+    """Compute F.scaled_dot_product_attention of [U, H, S, D / H] product by product."""
     heads, (length, size) = q.shape[:2], q.shape[2:]
     q, k, v = (x.reshape(-1, length, size) for x in (q, k, v))
     bias = q.new_zeros(1, 1, 1)
@@ -211,7 +229,7 @@ def _explicit_attention(
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Flat attention keeps sequences apart by itself."""
+    """Make no mask: flat attention keeps sequences apart by itself."""
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -13,43 +13,44 @@ from lad_dist.models import families
 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's layers, first to last; one, where they share their weights."""
+    """Return the model's layers, first to last; one, where they share their weights."""
     base = model.base_model
-    inside = (child for module in (base, *base.children()) for child in module.children())
-    return next(child for child in inside if isinstance(child, nn.ModuleList))
+    children = (child for module in (base, *base.children()) for child in module.children())
+    return next(child for child in children if isinstance(child, nn.ModuleList))
 
 
 def model_dims(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | None = None) -> ModelDims:
-    """What an objective needs to know of a model's sizes."""
+    """Return the sizes of a model that an objective needs to know."""
     outputs = {"none": 0, "mlm": config.vocab_size}.get(head, labels)
     return ModelDims(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head, outputs, span)
 
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """Tokens of the longest sequence that the model has positions for."""
+    """Return the length of the longest sequence that the model has positions for."""
     return int(config.max_position_embeddings) - families.family_of(config).first_position(config)
 
 
 def check_length(config: PreTrainedConfig, name: str, longest: int) -> None:
-    """Raises UserError when the model has no positions for sequences of `longest` tokens."""
-    room = max_positions(config)
-    if longest > room:
-        raise UserError(f"data.max_length: {longest} tokens, but {name} has {room} positions")
+    """Raise UserError where the model has no positions for sequences of `longest` tokens."""
+    positions = max_positions(config)
+    if longest > positions:
+        raise UserError(f"data.max_length: {longest} tokens, but {name} has {positions} positions")
 
 
-def check_vocabulary(config: PreTrainedConfig, name: str, tokens: int) -> None:
-    """Raises UserError when the model has embeddings for fewer than so many tokens."""
-    if config.vocab_size < tokens:
+def check_vocabulary(config: PreTrainedConfig, name: str, vocab_size: int) -> None:
+    """Raise UserError where the model has embeddings for fewer tokens than its tokenizer, `vocab_size`, has."""
+    if config.vocab_size < vocab_size:
         raise UserError(
-            f"{name}: its tokenizer has {tokens} tokens, the model only {config.vocab_size}; one is not its"
+            f"{name}: the tokenizer has {vocab_size} tokens, the model only {config.vocab_size}; "
+            "take the tokenizer that the model was trained with"
         )
 
 
 def uses_segments(config: PreTrainedConfig) -> bool:
-    """Whether the model sees which tokens are those of the second text."""
+    """Return whether the model sees which tokens are those of the second text."""
     return getattr(config, "type_vocab_size", 0) > 1
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of weights, shared ones counted once."""
+    """Return the number of weights, shared ones counted once."""
     return sum(p.numel() for p in model.parameters())

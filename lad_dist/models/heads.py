@@ -13,6 +13,7 @@ from transformers import (
 
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Head
+from lad_dist.models.families import family_of
 from lad_dist.models.hf_config import load_hf_config
 
 MODEL_CLASSES = {
@@ -23,7 +24,7 @@ MODEL_CLASSES = {
     "tagging": AutoModelForTokenClassification,
     "question_answering": AutoModelForQuestionAnswering,
 }
-# How the names of architectures end that have the head of a task.
+# Ends of the names of architectures with a task's head.
 ARCHITECTURE_SUFFIXES = {
     "classification": "ForSequenceClassification",
     "regression": "ForSequenceClassification",
@@ -33,6 +34,7 @@ ARCHITECTURE_SUFFIXES = {
 
 
 def set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> None:
+    """Write the labels of a task, in the order of the head's outputs, into the config."""
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: index for index, name in enumerate(labels)}
     if ARCHITECTURE_SUFFIXES[head] == "ForSequenceClassification":
@@ -40,21 +42,22 @@ def set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> N
 
 
 def label_names(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the names of the head's outputs, in their order."""
     names = config.id2label or {}
     return tuple(str(names[index]) for index in range(len(names)))  # type: ignore[index]
 
 
 def _has_head(config: PreTrainedConfig, head: Head) -> bool:
-    """Whether the folder may hold a head of that kind, as far as it says what it holds."""
+    """Return whether the folder may hold a head of that kind, as far as its config lists architectures."""
     return not config.architectures or any(name.endswith(ARCHITECTURE_SUFFIXES[head]) for name in config.architectures)
 
 
 def head_of_architectures(architectures: Sequence[str]) -> Head:
-    """The head of a task that architectures of these names have; "none" where they have none, as pre-trained ones."""
-    held = [
-        head for head, ending in ARCHITECTURE_SUFFIXES.items() if any(name.endswith(ending) for name in architectures)
+    """Return the head of a task that architectures of these names have; "none" for those of pre-trained models."""
+    heads = [
+        head for head, suffix in ARCHITECTURE_SUFFIXES.items() if any(name.endswith(suffix) for name in architectures)
     ]
-    return held[0] if held else "none"  # type: ignore[return-value]
+    return heads[0] if heads else "none"  # type: ignore[return-value]
 
 
 def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
@@ -64,34 +67,36 @@ def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -
 
 
 def label_order(path: str, head: Head, labels: Sequence[str]) -> list[int] | None:
-    """Where each of the task's labels stands among the outputs of the model at `path`; None when in the same order.
-    Raises UserError when it has no such head, or the labels do not fit it."""
+    """Return the index of each of the task's labels among the outputs of the model at `path`, None for equal orders.
+
+    Raise UserError where the model has no such head, or the labels do not fit it.
+    """
     config = load_hf_config(path)
     if not _has_head(config, head):
-        found = ", ".join(config.architectures or ())
-        raise UserError(f"{path}: its architecture is {found}, which has no head for {head.replace('_', ' ')}")
+        architectures = ", ".join(config.architectures or ())
+        raise UserError(f"{path}: the architecture is {architectures}, which has no head for {head.replace('_', ' ')}")
     names = label_names(config)
     if len(names) != len(labels):
         raise UserError(
-            f"{path}: its head has {len(names)} outputs ({', '.join(names)}), "
+            f"{path}: the head has {len(names)} outputs ({', '.join(names)}), "
             f"the task has {len(labels)} labels ({', '.join(labels)})"
         )
     unnamed = all(name.startswith("LABEL_") for name in names)
     if unnamed or _same_outputs(config, head, labels):
         return None
     if set(names) != set(labels):
-        raise UserError(f"{path}: its labels are {', '.join(names)}, the task's are {', '.join(labels)}")
+        raise UserError(f"{path}: the model's labels are {', '.join(names)}, the task's are {', '.join(labels)}")
     return [names.index(label) for label in labels]
 
 
 def keeps_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
-    """Whether a folder's own head is the one that `load` gives, as far as its config says what it holds."""
+    """Return whether `load_model` keeps the folder's own head, as far as its config says what the folder holds."""
     if head == "mlm":
         return has_mlm_head(config)
     return head == "none" or (_has_head(config, head) and _same_outputs(config, head, labels))
 
 
 def has_mlm_head(config: PreTrainedConfig) -> bool:
-    """Whether the folder says that it holds a masked-language-model head. (ELECTRA's discriminator has none.)"""
-    names = [name for name in config.architectures or () if name != "ElectraForPreTraining"]
+    """Return whether the folder says that it holds a masked-language-model head."""
+    names = set(config.architectures or ()) - set(family_of(config).discriminators)
     return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)

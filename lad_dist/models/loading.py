@@ -1,9 +1,9 @@
 """Models in and out: folder or hub name to model, model to folder.
 
-load_model(path, head, ...)      folder or hub name -> model with the head asked for, set to flat attention
+load_model(path, head, ...)      folder or hub name -> model with this head, set to flat attention
 create_model(architecture, ...)  a new model
 save_model(model, folder)        model -> an ordinary Hugging Face folder
-check_weight_files(path)         whether weights can be read, by their headers alone
+check_weight_files(path)         refuses weights that cannot be read, by their headers alone
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,30 +26,32 @@ from lad_dist.models import families
 from lad_dist.models.attention import ATTENTION_NAME
 from lad_dist.models.heads import MODEL_CLASSES, keeps_head, set_labels
 from lad_dist.models.hf_config import architecture_config, load_hf_config
-from lad_dist.utils.errors import first_line
+from lad_dist.utils.text import one_line
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
 def check_weight_files(path: str) -> None:
-    """Raises UserError where the weights in a folder are missing, cut off, or no weights. Hub names pass: their files
-    may still have to be fetched."""
+    """Raise UserError where the weights in a folder are missing, cut off, or no weights.
+
+    Hub names pass, for their files may still have to be fetched.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise UserError(f"{path}: no weights there, neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"{path}: no weights, neither model.safetensors nor pytorch_model.bin")
     for file in files:
         try:
             _open_weights(file)
         except Exception as error:  # of Rust, zip and pickle
-            raise UserError(f"{file}: no weights can be read there ({first_line(error)})") from None
+            raise UserError(f"{file}: cannot read weights ({one_line(error)})") from None
 
 
 def _open_weights(file: Path) -> None:
-    """Reads what the file says of its tensors. Of a pickle, nothing but tensors is made, or it raises."""
+    """Read the names and shapes of a file's tensors. A pickle of anything but tensors raises."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt"):
             return
@@ -57,13 +59,15 @@ def _open_weights(file: Path) -> None:
 
 
 def load_model(
-    path: str, head: Head, *, labels: Sequence[str] = (), dtype: torch.dtype = torch.float32, whole: bool = False
+    path: str, head: Head, *, labels: Sequence[str] = (), dtype: torch.dtype = torch.float32, require_head: bool = False
 ) -> PreTrainedModel:
-    """The model at `path` with a head of the kind asked for, in flat attention. A head that the folder lacks, or whose
-    labels are others, is new, unless `whole` forbids it. Raises UserError when the folder cannot be read or lacks what
-    `whole` wants."""
+    """Return the model at `path` with a head of this kind, in flat attention.
+
+    A head that the folder lacks, or whose labels are others, is new, unless `require_head` forbids it. Raise UserError
+    where the folder cannot be read, lacks weights of the encoder, or lacks a head that is required.
+    """
     config = load_hf_config(path)
-    keep_head = whole or head in ("none", "mlm") or keeps_head(config, head, labels)
+    keep_head = require_head or head in ("none", "mlm") or keeps_head(config, head, labels)
     if not keep_head:
         set_labels(config, head, labels)
     try:
@@ -72,36 +76,39 @@ def load_model(
             config=config,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=not whole,
+            ignore_mismatched_sizes=not require_head,
             trust_remote_code=False,
         )
     except Exception as error:  # of Rust, zip and pickle too
-        raise UserError(f"{path}: the model cannot be loaded ({first_line(error)})") from None
+        raise UserError(f"{path}: the model cannot be loaded ({one_line(error)})") from None
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     _check_encoder(path, model, missing, report["mismatched_keys"])
-    if whole and missing:
+    if require_head and missing:
         raise UserError(f"{path}: this model has no {head} head ({missing[0]} is missing)")
     if not keep_head:
         _new_head(model)
-    return _ready(model)
+    return _with_flat_attention(model)
 
 
 def _check_encoder(path: str, model: PreTrainedModel, missing: Sequence[str], mismatched: Iterable[Any]) -> None:
-    """Raises UserError where the folder lacks weights below the head, or has them in other shapes: transformers would
-    draw them at random."""
+    """Raise UserError where the folder lacks weights below the head, or has them in other shapes.
+
+    transformers would draw them at random.
+    """
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     lacking = [key for key in missing if key.startswith(prefix)]
     if lacking:
-        raise UserError(f"{path}: lacks {len(lacking)} weights, as {lacking[0]}; its config.json is of another model")
+        raise UserError(f"{path}: lacks {len(lacking)} weights, as {lacking[0]}; config.json is of another model")
     wrong = sorted(str(key[0]) for key in mismatched if str(key[0]).startswith(prefix))
     if wrong:
         raise UserError(f"{path}: {wrong[0]} has another shape than config.json says; it is of another model")
 
 
 def _new_head(model: PreTrainedModel) -> None:
-    inside = set(model.base_model.modules())
+    """Draw the weights of the head anew."""
+    encoder = set(model.base_model.modules())
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module not in inside:
+        if isinstance(module, nn.Linear) and module not in encoder:
             nn.init.normal_(module.weight, std=model.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -111,27 +118,27 @@ def create_model(
     architecture: dict[str, Any],
     head: Head,
     *,
-    vocabulary: int,
-    special: Mapping[str, int] = MappingProxyType({}),
+    vocab_size: int,
+    special_ids: Mapping[str, int] = MappingProxyType({}),
     labels: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """A new model in the words of its Hugging Face config, weights from torch's global generator."""
-    return new_model(architecture_config(architecture, vocabulary, special), head, labels)
+    """Return a new model of the architecture's Hugging Face config, weights from torch's global generator."""
+    return new_model(architecture_config(architecture, vocab_size, special_ids), head, labels)
 
 
 def new_model(config: PreTrainedConfig, head: Head, labels: Sequence[str] = ()) -> PreTrainedModel:
-    """A model with this config, which becomes its own, and new weights; on the meta device, with none."""
+    """Return a model with this config, which it takes over, and new weights; on the meta device without any."""
     if labels:
         set_labels(config, head, labels)
-    return _ready(MODEL_CLASSES[head].from_config(config))
+    return _with_flat_attention(MODEL_CLASSES[head].from_config(config))
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the model as an ordinary Hugging Face folder, in fp32."""
+    """Write the model as an ordinary Hugging Face folder, in fp32."""
     model.float().save_pretrained(folder)
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
+def _with_flat_attention(model: PreTrainedModel) -> PreTrainedModel:
     if families.family_of(model.config).flat:
         model.set_attn_implementation(ATTENTION_NAME)
     return model

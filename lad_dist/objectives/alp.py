@@ -1,12 +1,4 @@
-"""ALP-KD, attention-based layer projection (Passban et al., AAAI 2021): each student layer reads all teacher layers.
-
-    e_m = softmax over l of S_m · H_l        C_m = Σ_l e_ml H_l
-    L = hidden · Σ_m MSE(S_m, C_m) + hard · CE + soft · T² KL                              m = 1 … M, l = 1 … L
-
-S_m and H_l [B, D] are first tokens of student and teacher layers; MSE is a mean over sequences and width. The attention
-e has no weights of its own and is differentiated like the rest. Widths must be equal. `teacher_layer_weight/m/l` is logged:
-the mean of e_ml.
-"""
+"""ALP-KD: each student layer attends to all teacher layers."""
 
 from typing import Annotated
 
@@ -22,6 +14,16 @@ from lad_dist.objectives.kd import KD, Weight
 
 
 class ALP(KD):
+    """ALP-KD, attention-based layer projection (Passban et al., AAAI 2021).
+
+        e_m = softmax over l of S_m · H_l        C_m = Σ_l e_ml H_l
+        L = hidden · Σ_m MSE(S_m, C_m) + hard · CE + soft · T² KL                          m = 1 … M, l = 1 … L
+
+    S_m and H_l [B, D] are first tokens of student and teacher layers of equal width; MSE is a mean over sequences and
+    width. The attention e has no weights of its own and is differentiated like the rest. The objective logs
+    `teacher_layer_weight/m/l`, the mean of e_ml.
+    """
+
     def __init__(
         self,
         student: ModelDims,
@@ -32,23 +34,40 @@ class ALP(KD):
         hard: Weight = 0.1,
         temperature: Annotated[float, Field(gt=0)] = 20.0,
     ):
+        """Build the objective for two models.
+
+        Args:
+            student: Dimensions of the student.
+            teacher: Dimensions of the teacher.
+            hidden: Weight of the hidden states.
+            soft: Weight of the teacher's logits.
+            hard: Weight of the labels.
+            temperature: T.
+
+        Raises:
+            UserError: The widths differ, or the teacher lacks the head that `soft` needs.
+        """
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         check_same_width("alp", student, teacher)
         self.hidden = hidden
-        self.student_outputs = self.student_outputs._replace(hidden=tuple(range(1, student.num_hidden_layers + 1)))
-        self.teacher_outputs = self.teacher_outputs._replace(hidden=tuple(range(1, teacher.num_hidden_layers + 1)))
+        self.student_spec = self.student_spec._replace(hidden=tuple(range(1, student.num_hidden_layers + 1)))
+        self.teacher_spec = self.teacher_spec._replace(hidden=tuple(range(1, teacher.num_hidden_layers + 1)))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Compute KD's terms and the error between student layers and attended teacher layers.
+
+        Returns:
+            KD's terms, and "hidden".
+        """
         assert teacher is not None
-        layers = [losses.first_tokens(teacher.hidden[layer], batch).float() for layer in self.teacher_outputs.hidden]
-        target = torch.stack(layers, dim=1)  # [B, L, D]
-        distances = []
-        for m in self.student_outputs.hidden:
-            mine = losses.first_tokens(student.hidden[m], batch).float()
-            attention = torch.softmax(torch.einsum("bd,bld->bl", mine, target), dim=-1)
-            mixed = torch.einsum("bl,bld->bd", attention, target)
-            distances.append(losses.over_sequences(losses.squared(mine, mixed), batch))
-            self.metrics |= teacher_layer_weights(
-                m, (losses.over_sequences(e, batch) for e in attention.detach().unbind(dim=1))
-            )
-        return super().forward(student, teacher, batch) | {"hidden": self.hidden * torch.stack(distances).sum()}
+        layers = [losses.first_tokens(teacher.hidden[layer], batch).float() for layer in self.teacher_spec.hidden]
+        teacher_states = torch.stack(layers, dim=1)  # [B, L, D]
+        errors = []
+        for m in self.student_spec.hidden:
+            state = losses.first_tokens(student.hidden[m], batch).float()
+            attention = torch.softmax(torch.einsum("bd,bld->bl", state, teacher_states), dim=-1)
+            target = torch.einsum("bl,bld->bd", attention, teacher_states)
+            errors.append(losses.mean_over_sequences(losses.squared_error(state, target), batch))
+            weights = (losses.mean_over_sequences(e, batch) for e in attention.detach().unbind(dim=1))
+            self.metrics |= teacher_layer_weights(m, weights)
+        return super().forward(student, teacher, batch) | {"hidden": self.hidden * torch.stack(errors).sum()}

@@ -1,10 +1,4 @@
-"""Objective: what a student is to learn.
-
-An objective is built from two Shapes and its own keyword-only arguments, which are its config schema. It says what it
-needs of the two forwards (`student_needs`, `teacher_needs`), and turns their traces into named weighted terms; the
-loop sums them and logs them by name without knowing either. What it learns itself (gates, projections) are its
-parameters: clipped, sharded and saved with the student's.
-"""
+"""Base class of objectives, and what several of them share: layer maps, projections, checks of dimensions."""
 
 from collections.abc import Iterable
 from typing import ClassVar, Literal
@@ -17,65 +11,104 @@ from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 
 
 class Objective(nn.Module):
-    """(student trace, teacher trace, batch) -> {name: weighted term}."""
+    """Base class of objectives: outputs of student and teacher, and a batch -> {name: weighted term}.
+
+    A subclass takes the dimensions of both models and its own keyword-only arguments, which are its config schema. It
+    sets `student_spec` and `teacher_spec`, and implements `forward`. The training loop sums the terms and logs them by
+    name; it knows no objective. Gates and projections that an objective learns are its parameters. They are clipped,
+    sharded and saved with the student's, and train at `optim.objective_lr`.
+
+    Attributes:
+        supported_data: Data that it can train on: "corpus" (unlabelled text), "task" (labelled examples).
+        requires_teacher: Whether it learns from a teacher. If not, the config must have none.
+        uses_mlm_head: Whether student and teacher have an MLM head on a corpus. On a task they have the task's head.
+        student_spec: The tensors that it reads of the student's forward.
+        teacher_spec: The tensors that it reads of the teacher's forward.
+        metrics: Detached scalars of the last forward, logged beside the terms.
+    """
 
     supported_data: ClassVar[tuple[Literal["corpus", "task"], ...]] = ("corpus", "task")
     requires_teacher: ClassVar[bool] = True
-    trains_no_head: ClassVar[bool] = False  # trains no head, and asks none of the teacher: a corpus's student has none
+    uses_mlm_head: ClassVar[bool] = True
 
-    student_outputs: OutputSpec
-    teacher_outputs: OutputSpec = OutputSpec()
+    student_spec: OutputSpec
+    teacher_spec: OutputSpec = OutputSpec()
 
     def __init__(self) -> None:
+        """Start without metrics."""
         super().__init__()
         self.metrics: dict[str, Tensor] = {}
-        """Detached scalars of the last forward that are worth a curve."""
 
     def on_step_start(self, progress: float) -> None:
-        """Told once before each step how much of the training lies behind, in [0, 1]."""
+        """Prepare for a step; called once before its micro-batches.
+
+        Args:
+            progress: Share of all training steps that are done, in [0, 1].
+        """
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Compute the loss of a micro-batch, term by term.
+
+        Args:
+            student: Outputs of the student, as in `student_spec`.
+            teacher: Outputs of the teacher, as in `teacher_spec`; None without a teacher.
+            batch: The micro-batch that both models read.
+
+        Returns:
+            Terms by name: fp32 scalars, weights included. Their sum is the loss.
+        """
         raise NotImplementedError
 
 
 def uniform_layer_map(name: str, student: ModelDims, teacher: ModelDims) -> list[tuple[int, int]]:
-    """Student layers m = 1 … M with the teacher layers ⌊m L / M⌋. Raises UserError where M > L."""
-    if student.num_hidden_layers > teacher.num_hidden_layers:
-        raise UserError(
-            f"objective.name = {name}: {student.num_hidden_layers} student layers, only {teacher.num_hidden_layers} teacher layers"
-        )
-    return [
-        (m, m * teacher.num_hidden_layers // student.num_hidden_layers) for m in range(1, student.num_hidden_layers + 1)
-    ]
+    """Return pairs of student layer m = 1 … M and teacher layer ⌊m L / M⌋.
+
+    Args:
+        name: The objective's name, for the message.
+        student: Dimensions of the student, M layers.
+        teacher: Dimensions of the teacher, L layers.
+
+    Raises:
+        UserError: The student has more layers than the teacher.
+    """
+    new, old = student.num_hidden_layers, teacher.num_hidden_layers
+    if new > old:
+        raise UserError(f"objective.name = {name}: {new} student layers, only {old} teacher layers")
+    return [(m, m * old // new) for m in range(1, new + 1)]
 
 
 def projection(student: ModelDims, teacher: ModelDims) -> nn.Module:
-    """[N, D of the student] -> [N, D of the teacher]: learnt where they differ, nothing where they do not."""
-    return (
-        nn.Identity()
-        if student.hidden_size == teacher.hidden_size
-        else nn.Linear(student.hidden_size, teacher.hidden_size)
-    )
+    """Return a map [N, student width] -> [N, teacher width]: learnt if the widths differ, the identity if not."""
+    if student.hidden_size == teacher.hidden_size:
+        return nn.Identity()
+    return nn.Linear(student.hidden_size, teacher.hidden_size)
 
 
-def teacher_layer_weights(m: int, shares: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Student layer m's shares of teacher layers 1 … L, as observed: a run's heat map is drawn from them."""
-    return {f"teacher_layer_weight/{m}/{layer}": share for layer, share in enumerate(shares, start=1)}
+def teacher_layer_weights(m: int, weights: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return metrics `teacher_layer_weight/m/l` for student layer m; a run draws its heat map from them.
+
+    Args:
+        m: Number of the student layer, from 1.
+        weights: Scalars that sum to 1: the weights of teacher layers 1 … L in what student layer m learns.
+    """
+    return {f"teacher_layer_weight/{m}/{layer}": weight for layer, weight in enumerate(weights, start=1)}
 
 
 def check_same_width(name: str, student: ModelDims, teacher: ModelDims) -> None:
-    """Raises UserError where an objective compares hidden states of different widths."""
+    """Raise UserError if an objective that compares hidden states one to one gets different widths."""
     if student.hidden_size != teacher.hidden_size:
         raise UserError(
-            f"objective.name = {name}: the student is {student.hidden_size} wide and the teacher {teacher.hidden_size}; "
-            "it compares hidden states one to one, take tinybert, emd or minilm2, or a student as wide as its teacher"
+            f"objective.name = {name}: the student is {student.hidden_size} wide and the teacher "
+            f"{teacher.hidden_size}; {name} compares hidden states one to one, take tinybert, emd or minilm2, "
+            "or a student as wide as the teacher"
         )
 
 
 def check_same_heads(name: str, student: ModelDims, teacher: ModelDims) -> None:
-    """Raises UserError where an objective compares attention of different numbers of heads."""
+    """Raise UserError if an objective that compares attention head by head gets different numbers of heads."""
     if student.num_attention_heads != teacher.num_attention_heads:
         raise UserError(
-            f"objective.name = {name}: the student has {student.num_attention_heads} heads and the teacher {teacher.num_attention_heads}; "
-            "it compares attention head by head, take minilm2 or a student with as many heads"
+            f"objective.name = {name}: the student has {student.num_attention_heads} heads and the teacher "
+            f"{teacher.num_attention_heads}; {name} compares attention head by head, take minilm2 "
+            "or a student with as many heads"
         )

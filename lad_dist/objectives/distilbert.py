@@ -1,10 +1,4 @@
-"""DistilBERT's three terms (Sanh et al., 2019):
-
-    L = soft · T² KL(softmax(z_t / T) || softmax(z_s / T)) + hard · CE(z_s, y) + cosine · (1 - cos(h_s, h_t))
-
-z are logits: of the MLM head at the masked positions, where CE is MLM's own loss, or of a task. h [N, D] are last
-hidden states, of equal width; their term is a mean over tokens. Weights and temperature are the authors'.
-"""
+"""DistilBERT: logits, labels and the direction of the last hidden states."""
 
 from typing import Annotated
 
@@ -19,6 +13,14 @@ from lad_dist.objectives.kd import KD, Weight
 
 
 class DistilBERT(KD):
+    """DistilBERT's three terms (Sanh et al., 2019).
+
+        L = soft · T² KL(softmax(z_t / T) || softmax(z_s / T)) + hard · CE(z_s, y) + cosine · (1 - cos(h_s, h_t))
+
+    z [R, V] are logits: of the MLM head at the masked positions, where CE is MLM's own loss, or of a task. h [N, D] are
+    last hidden states of equal width; their term is a mean over tokens. Weights and temperature are the authors'.
+    """
+
     def __init__(
         self,
         student: ModelDims,
@@ -29,15 +31,33 @@ class DistilBERT(KD):
         hard: Weight = 2.0,
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
+        """Build the objective for two models.
+
+        Args:
+            student: Dimensions of the student.
+            teacher: Dimensions of the teacher.
+            cosine: Weight of the last hidden states.
+            soft: Weight of the teacher's logits.
+            hard: Weight of the labels.
+            temperature: T.
+
+        Raises:
+            UserError: The widths differ, or the teacher lacks the head that `soft` needs.
+        """
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         check_same_width("distilbert", student, teacher)
         self.cosine = cosine
-        self.last = (student.num_hidden_layers, teacher.num_hidden_layers)
-        self.student_outputs = self.student_outputs._replace(hidden=(student.num_hidden_layers,))
-        self.teacher_outputs = self.teacher_outputs._replace(hidden=(teacher.num_hidden_layers,))
+        self.student_layer, self.teacher_layer = student.num_hidden_layers, teacher.num_hidden_layers
+        self.student_spec = self.student_spec._replace(hidden=(self.student_layer,))
+        self.teacher_spec = self.teacher_spec._replace(hidden=(self.teacher_layer,))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Compute KD's terms and the cosine distance of the last hidden states.
+
+        Returns:
+            KD's terms, and "cosine".
+        """
         assert teacher is not None
-        mine, its = self.last
-        angles = losses.cosine(student.hidden[mine], teacher.hidden[its])
-        return super().forward(student, teacher, batch) | {"cosine": self.cosine * losses.over_tokens(angles, batch)}
+        distances = losses.cosine_distance(student.hidden[self.student_layer], teacher.hidden[self.teacher_layer])
+        terms = super().forward(student, teacher, batch)
+        return terms | {"cosine": self.cosine * losses.mean_over_tokens(distances, batch)}

@@ -1,20 +1,4 @@
-"""BERT-EMD, many-to-many layer mapping by the earth mover's distance (Li et al., EMNLP 2020).
-
-    D^H_ml = MSE(S_m W_h, H_l)       D^A_ml = MSE(A_m, A_l)                              m = 1 … M, l = 1 … L
-    F = argmin Σ F_ml D_ml           with row sums w_s, column sums w_t; one plan for each of D^H and D^A
-    L = hidden · Σ F^H D^H + attention · Σ F^A D^A + embedding · MSE(E_s W_e, E_t) + hard · CE + soft · T² KL
-
-S_m and H_l [N, D] are outputs of student and teacher layers, A attention scores Q Kᵀ / √d before the softmax (a mean
-over heads and pairs of tokens of one sequence), E [N, D] embedding outputs; W_h and W_e are learnt where widths differ.
-Numbers of heads must be equal, unless attention = 0. Masses w begin equal; cost attention then shifts them to layers
-that are cheap to reach: w_i ∝ exp(Σ_k C_k / (C_i · cost_temperature)), C_i the cost of a unit of w_i, averaged over
-both plans. Weights of 0.01 are the authors' 0.005 for two labels, whose soft term is half of ours.
-
-Plans and masses are renewed once a step, from the mean costs of all micro-batches of all processes in the step before;
-in the first step every layer learns from every other in proportion to the masses. So a step has one plan, the same on
-all processes and however many they are, and the device is waited for once a step. The gradient flows through D alone.
-`teacher_layer_weight/m/l` is logged: the share of teacher layer l in what moves to student layer m, by hidden states if they count.
-"""
+"""BERT-EMD: every student layer learns from every teacher layer, as optimal transport distributes them."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -35,6 +19,28 @@ from lad_dist.objectives.optimal_transport import Array
 
 
 class EMD(KD):
+    """BERT-EMD, many-to-many layer mapping by the earth mover's distance (Li et al., EMNLP 2020).
+
+        D^H_ml = MSE(S_m W_h, H_l)       D^A_ml = MSE(A_m, A_l)                              m = 1 … M, l = 1 … L
+        F = argmin Σ F_ml D_ml           with row sums w_s, column sums w_t; one plan for each of D^H and D^A
+        L = hidden · Σ F^H D^H + attention · Σ F^A D^A + embedding · MSE(E_s W_e, E_t) + hard · CE + soft · T² KL
+
+    S_m and H_l [N, D] are outputs of student and teacher layers. A are attention scores Q Kᵀ / √d before the softmax: a
+    mean over heads and pairs of tokens of one sequence. E [N, D] are embedding outputs. W_h and W_e are learnt if the
+    widths differ. Masses w begin equal; cost attention then shifts them to layers that are cheap to reach:
+
+        w_i ∝ exp(Σ_k C_k / (C_i · cost_temperature))
+
+    with C_i the cost of a unit of w_i, averaged over both plans. Weights of 0.01 are the authors' 0.005 for two labels,
+    whose soft term is half of this one.
+
+    Plans and masses are renewed once a step, from the mean costs of all micro-batches of all processes in the step
+    before. In the first step every layer learns from every other in proportion to the masses. So a step has one plan,
+    the same for any number of processes, and the host waits for the device once a step. The gradient flows through D
+    alone. The objective logs `teacher_layer_weight/m/l`: the share of teacher layer l in what moves to student layer m,
+    by hidden states if they count.
+    """
+
     def __init__(
         self,
         student: ModelDims,
@@ -48,6 +54,23 @@ class EMD(KD):
         hard: Weight = 0.0,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ):
+        """Build the objective for two models.
+
+        Args:
+            student: Dimensions of the student.
+            teacher: Dimensions of the teacher.
+            hidden: Weight of the hidden states.
+            attention: Weight of the attention scores; with 0 the numbers of heads may differ.
+            embedding: Weight of the embedding outputs.
+            cost_temperature: Temperature of the masses; the higher, the more equal they are.
+            soft: Weight of the teacher's logits.
+            hard: Weight of the labels.
+            temperature: T.
+
+        Raises:
+            UserError: hidden and attention are 0, the numbers of heads differ, or the teacher lacks the head that
+                `soft` needs.
+        """
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         weights = {"hidden": hidden, "attention": attention}
         self.weights = {kind: weight for kind, weight in weights.items() if weight}
@@ -59,78 +82,91 @@ class EMD(KD):
         self.embedding, self.cost_temperature = embedding, cost_temperature
         self.hidden_projection = projection(student, teacher)
         self.embedding_projection = projection(student, teacher)
-        mine, its = (tuple(range(1, shape.num_hidden_layers + 1)) for shape in (student, teacher))
-        first = (0,) * bool(embedding)
-        self.student_outputs = self.student_outputs._replace(
-            hidden=first + mine * bool(hidden), qkv=mine * bool(attention)
-        )
-        self.teacher_outputs = self.teacher_outputs._replace(
-            hidden=first + its * bool(hidden), qkv=its * bool(attention)
+        embedding_layer = (0,) * bool(embedding)
+        student_layers, teacher_layers = (tuple(range(1, dims.num_hidden_layers + 1)) for dims in (student, teacher))
+        self.student_spec, self.teacher_spec = (
+            spec._replace(hidden=embedding_layer + layers * bool(hidden), qkv=layers * bool(attention))
+            for spec, layers in ((self.student_spec, student_layers), (self.teacher_spec, teacher_layers))
         )
         self.masses: Sequence[Array] = [
-            np.full(shape.num_hidden_layers, 1 / shape.num_hidden_layers) for shape in (student, teacher)
+            np.full(dims.num_hidden_layers, 1 / dims.num_hidden_layers) for dims in (student, teacher)
         ]
         self.plans = dict.fromkeys(self.weights, np.outer(*self.masses))
+        # Sums over the micro-batches of this step, means over the processes.
         self.costs = torch.zeros(len(self.weights), student.num_hidden_layers, teacher.num_hidden_layers)
-        """Sums over the micro-batches of this step, means over the processes."""
         self.count = 0
 
     def on_step_start(self, progress: float) -> None:
+        """Renew plans and masses from the costs of the step before."""
         if self.count:
-            self.renew((self.costs / self.count).double().cpu().numpy())
+            self.renew_plans((self.costs / self.count).double().cpu().numpy())
         self.costs, self.count = torch.zeros_like(self.costs), 0
 
-    def renew(self, costs: Array) -> None:
-        """New plans for costs [1 or 2, M, L], of hidden states and of attention, and the masses that they lead to.
-        A step that overflowed changes nothing."""
-        if not np.isfinite(costs).all():
+    def renew_plans(self, costs: Array) -> None:
+        """Set new plans, and the masses that follow from them. Costs that are not finite change nothing.
+
+        Args:
+            costs: [1 or 2, M, L], of hidden states and of attention, those whose weight is not 0.
+        """
+        if not np.isfinite(costs).all():  # the step overflowed
             return
         self.plans = {
             kind: optimal_transport.transport_plan(cost, *self.masses)
             for kind, cost in zip(self.plans, costs, strict=True)
         }
-        found = zip(self.plans.values(), costs, strict=True)
-        sides = [optimal_transport.masses(plan, cost, self.cost_temperature) for plan, cost in found]
-        self.masses = [np.mean(side, axis=0) for side in zip(*sides, strict=True)]
+        masses = [
+            optimal_transport.cost_attention(plan, cost, self.cost_temperature)
+            for plan, cost in zip(self.plans.values(), costs, strict=True)
+        ]
+        self.masses = [np.mean(side, axis=0) for side in zip(*masses, strict=True)]
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Compute KD's terms and the costs of the plans; in training, add up the costs of the step.
+
+        Returns:
+            KD's terms, and "hidden", "attention" and "embedding", each only if its weight is not 0.
+        """
         assert teacher is not None
         projected = {m: self.hidden_projection(x) for m, x in student.hidden.items() if m and "hidden" in self.plans}
-        mine, its = (
-            {layer: losses.scores((q, k), batch, self.heads) for layer, (q, k, _) in trace.qkv.items()}
-            for trace in (student, teacher)
+        student_scores, teacher_scores = (
+            {layer: losses.attention_scores((q, k), batch, self.heads) for layer, (q, k, _) in outputs.qkv.items()}
+            for outputs in (student, teacher)
         )
 
         def hidden(m: int, layer: int) -> Tensor:
-            return losses.over_tokens(losses.squared(projected[m], teacher.hidden[layer]), batch)
+            return losses.mean_over_tokens(losses.squared_error(projected[m], teacher.hidden[layer]), batch)
 
         def attention(m: int, layer: int) -> Tensor:
-            return losses.score_error(mine[m], its[layer], batch)
+            return losses.attention_score_loss(student_scores[m], teacher_scores[layer], batch)
 
         distances = {"hidden": hidden, "attention": attention}
-        moved = {kind: _moved(plan, distances[kind]) for kind, plan in self.plans.items()}
+        transports = {kind: _transport(plan, distances[kind]) for kind, plan in self.plans.items()}
         if self.training:
-            self._count(torch.stack([costs for _, costs in moved.values()]))
-        self._observe(batch.input_ids.device)
+            self._add_costs(torch.stack([costs for _, costs in transports.values()]))
+        self._log_layer_weights(batch.input_ids.device)
         terms = super().forward(student, teacher, batch)
-        terms |= {kind: self.weights[kind] * loss for kind, (loss, _) in moved.items()}
+        terms |= {kind: self.weights[kind] * loss for kind, (loss, _) in transports.items()}
         if self.embedding:
             mapped = self.embedding_projection(student.hidden[0])
-            terms["embedding"] = self.embedding * losses.over_tokens(losses.squared(mapped, teacher.hidden[0]), batch)
+            error = losses.mean_over_tokens(losses.squared_error(mapped, teacher.hidden[0]), batch)
+            terms["embedding"] = self.embedding * error
         return terms
 
-    def _count(self, costs: Tensor) -> None:
+    def _add_costs(self, costs: Tensor) -> None:
         self.costs = self.costs.to(costs.device) + processes.average(costs)
         self.count += 1
 
-    def _observe(self, device: torch.device) -> None:
+    def _log_layer_weights(self, device: torch.device) -> None:
         plan = next(iter(self.plans.values()))
-        shares = (plan / plan.sum(axis=1, keepdims=True)).tolist()
-        for m, row in enumerate(shares, start=1):
-            self.metrics |= teacher_layer_weights(m, (torch.full((), share, device=device) for share in row))
+        weights = (plan / plan.sum(axis=1, keepdims=True)).tolist()
+        for m, row in enumerate(weights, start=1):
+            self.metrics |= teacher_layer_weights(m, (torch.full((), weight, device=device) for weight in row))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside parameters; buffers would be rounded with a model in half precision."""
+        """Return what a checkpoint needs beside parameters.
+
+        Buffers would be rounded with a model in half precision.
+        """
         return {
             "masses": [torch.from_numpy(x) for x in self.masses],
             "plans": {kind: torch.from_numpy(x) for kind, x in self.plans.items()},
@@ -139,17 +175,21 @@ class EMD(KD):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` returned."""
         self.masses = [x.cpu().numpy() for x in state["masses"]]
         self.plans = {kind: x.cpu().numpy() for kind, x in state["plans"].items()}
         self.costs, self.count = state["costs"], state["count"]
 
 
-def _moved(plan: Array, distance: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
-    """Σ plan · distance(m, l), and all distances [M, L]. Only those that the plan uses are differentiated."""
-    used, every = [], []
+def _transport(plan: Array, distance: Callable[[int, int], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return Σ plan · distance(m, l), and all distances [M, L], detached.
+
+    Only distances that the plan uses are differentiated.
+    """
+    summands, costs = [], []
     for (m, layer), share in np.ndenumerate(plan):
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(share)):
             cost = distance(m + 1, layer + 1)
-        every.append(cost.detach())
-        used += [share.item() * cost] if share else []
-    return torch.stack(used).sum(), torch.stack(every).view(plan.shape)
+        costs.append(cost.detach())
+        summands += [share.item() * cost] if share else []
+    return torch.stack(summands).sum(), torch.stack(costs).view(plan.shape)

@@ -1,10 +1,4 @@
-"""Plain knowledge distillation (Hinton et al., 2015):
-
-    L = hard · CE(z_s, y) + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
-
-z are logits: of a task (for tagging at each word; for question answering over the tokens of a sequence, where the
-answer begins and where it ends), or of the MLM head at the masked positions.
-"""
+"""KD: plain knowledge distillation, from the logits of the teacher."""
 
 from typing import Annotated
 
@@ -21,6 +15,15 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class KD(Objective):
+    """Plain knowledge distillation (Hinton et al., 2015).
+
+        L = hard · CE(z_s, y) + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
+
+    z [R, V] are logits of student and teacher: of the MLM head at the masked positions, or of a task. For tagging there
+    is a row per word. For question answering the distributions are over the tokens of a sequence, one for the start of
+    the answer and one for its end.
+    """
+
     def __init__(
         self,
         student: ModelDims,
@@ -30,6 +33,18 @@ class KD(Objective):
         hard: Weight = 0.5,
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
+        """Build the objective for two models.
+
+        Args:
+            student: Dimensions of the student.
+            teacher: Dimensions of the teacher.
+            soft: Weight of the teacher's logits.
+            hard: Weight of the labels.
+            temperature: T.
+
+        Raises:
+            UserError: soft > 0, and the teacher has no head.
+        """
         super().__init__()
         if soft and teacher.head == "none":
             raise UserError(
@@ -37,18 +52,23 @@ class KD(Objective):
             )
         self.soft, self.hard, self.temperature = soft, hard, temperature
         self.head = student.head
-        self.student_outputs = OutputSpec(logits=bool(soft or hard))
-        self.teacher_outputs = OutputSpec(logits=soft > 0)
+        self.student_spec = OutputSpec(logits=bool(soft or hard))
+        self.teacher_spec = OutputSpec(logits=soft > 0)
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Compute the losses against the labels and against the teacher's logits.
+
+        Returns:
+            "hard" and "soft", each only if its weight is not 0.
+        """
         assert teacher is not None
         terms = {}
         if self.hard:
             assert student.logits is not None
-            terms["hard"] = self.hard * losses.hard(student.logits, batch, self.head)
+            terms["hard"] = self.hard * losses.hard_label_loss(student.logits, batch, self.head)
         if self.soft:
             assert student.logits is not None
             assert teacher.logits is not None
-            distance = losses.soft(student.logits, teacher.logits, batch, self.head, self.temperature)
-            terms["soft"] = self.soft * distance
+            loss = losses.soft_label_loss(student.logits, teacher.logits, batch, self.head, self.temperature)
+            terms["soft"] = self.soft * loss
         return terms

@@ -1,9 +1,9 @@
-"""Which teacher layers each student layer learns from, as optimal transport between layers (BERT-EMD).
+"""Optimal transport between layers, which decides what each student layer learns from (BERT-EMD).
 
-    plan(costs, student, teacher)            the cheapest way to bring the teacher's masses to the student's
-    masses(plan, costs, temperature)         cost attention: layers that are cheap to reach weigh more
+    transport_plan(costs, student, teacher)     the cheapest way to bring the teacher's masses to the student's
+    cost_attention(plan, costs, temperature)    new masses: layers that are cheap to reach weigh more
 
-M student layers, L teacher layers; all in fp64 on the host, where a plan of 12 x 24 takes milliseconds.
+M student layers, L teacher layers. All is in fp64 on the host, where a plan of 12 x 24 takes milliseconds.
 """
 
 import numpy as np
@@ -13,38 +13,53 @@ from scipy.optimize import linprog
 from scipy.special import softmax
 
 Array = NDArray[np.float64]
-LEAST = 1e-3  # share of the mass that cost attention leaves spread evenly, so that no layer is lost for good
+UNIFORM_SHARE = 1e-3  # of the mass is always spread evenly, so that every layer can gain mass again
 
 
 def transport_plan(costs: Array, student: Array, teacher: Array) -> Array:
-    """The F [M, L] >= 0 with row sums `student` and column sums `teacher` (both sum to 1) that minimises Σ F · costs:
-    an exact vertex of the polytope, so at most M + L - 1 entries are not 0."""
+    """Return the plan F [M, L] >= 0 with the given sums of rows and columns that minimises Σ F · costs.
+
+    F is an exact vertex of the polytope, so at most M + L - 1 entries are not 0.
+
+    Args:
+        costs: [M, L], the cost of moving a unit of mass between two layers.
+        student: [M], masses of the student's layers (sums of rows); they sum to 1.
+        teacher: [L], masses of the teacher's layers (sums of columns); they sum to 1.
+    """
     rows = sparse.kron(sparse.eye(len(student)), np.ones((1, len(teacher))))
     columns = sparse.kron(np.ones((1, len(student))), sparse.eye(len(teacher)))
     # Both sides sum to 1: the last column's equation says nothing new, and rounding could contradict it.
     equations = sparse.vstack([rows, columns]).tocsr()[:-1]
-    found = linprog(
+    solution = linprog(
         (costs / max(costs.max(), np.finfo(float).tiny)).ravel(),
         A_eq=equations,
         b_eq=np.concatenate([student, teacher])[:-1],
         method="highs-ds",
     )
-    assert found.success, found.message
-    return np.maximum(found.x, 0.0).reshape(costs.shape)
+    assert solution.success, solution.message
+    return np.maximum(solution.x, 0.0).reshape(costs.shape)
 
 
-def masses(plan: Array, costs: Array, temperature: float) -> tuple[Array, Array]:
-    """New masses of the student's layers [M] and the teacher's [L] out of a plan between the old ones: the softmax of
-    Σ_k C_k / (C_i · temperature), C_i the cost of a unit of layer i's mass."""
-    spent = plan * costs
+def cost_attention(plan: Array, costs: Array, temperature: float) -> tuple[Array, Array]:
+    """Return new masses of the student's layers [M] and of the teacher's [L] (Li et al., EMNLP 2020).
+
+    They are the softmax of Σ_k C_k / (C_i · temperature), C_i the cost of a unit of layer i's mass.
+
+    Args:
+        plan: [M, L], the plan between the old masses.
+        costs: [M, L], the cost of moving a unit of mass between two layers.
+        temperature: The higher, the more equal the masses.
+    """
+    paid = plan * costs
     return (
-        _attended(spent.sum(axis=1) / plan.sum(axis=1), temperature),
-        _attended(spent.sum(axis=0) / plan.sum(axis=0), temperature),
+        _masses(paid.sum(axis=1) / plan.sum(axis=1), temperature),
+        _masses(paid.sum(axis=0) / plan.sum(axis=0), temperature),
     )
 
 
-def _attended(units: Array, temperature: float) -> Array:
-    if not units.sum():
-        return np.full(len(units), 1 / len(units))
-    units = np.maximum(units, LEAST * units.mean())
-    return (1 - LEAST) * softmax(units.sum() / units / temperature) + LEAST / len(units)
+def _masses(unit_costs: Array, temperature: float) -> Array:
+    if not unit_costs.sum():
+        return np.full(len(unit_costs), 1 / len(unit_costs))
+    unit_costs = np.maximum(unit_costs, UNIFORM_SHARE * unit_costs.mean())
+    attention = softmax(unit_costs.sum() / unit_costs / temperature)
+    return (1 - UNIFORM_SHARE) * attention + UNIFORM_SHARE / len(unit_costs)

@@ -1,4 +1,4 @@
-"""Learning from labels alone: `task` from a task's, `mlm` from the masked tokens themselves (Devlin et al., 2019)."""
+"""Learning from labels alone: those of a task, or the masked tokens of a corpus."""
 
 from torch import Tensor
 
@@ -9,23 +9,39 @@ from lad_dist.objectives.base import Objective
 
 
 class _SupervisedObjective(Objective):
-    """L = CE(z, y), squared error for regression."""
+    """Loss against labels, without a teacher."""
 
     requires_teacher = False
-    student_outputs = OutputSpec(logits=True)
+    student_spec = OutputSpec(logits=True)
 
     def __init__(self, student: ModelDims, teacher: ModelDims | None):
+        """Build the objective for a student; `teacher` is None."""
         super().__init__()
         self.head = student.head
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Compute the loss against the labels of `batch`.
+
+        Returns:
+            {"hard": the loss}.
+        """
         assert student.logits is not None
-        return {"hard": losses.hard(student.logits, batch, self.head)}
+        return {"hard": losses.hard_label_loss(student.logits, batch, self.head)}
 
 
 class Supervised(_SupervisedObjective):
+    """Supervised training on a task, L = CE(z, y); squared error for regression.
+
+    z [R, V] are the student's logits, y the labels (Devlin et al., NAACL 2019).
+    """
+
     supported_data = ("task",)
 
 
 class MLM(_SupervisedObjective):
+    """Masked language modelling on a corpus, L = CE(z, y) (Devlin et al., NAACL 2019).
+
+    z [R, V] are the logits of the MLM head at the masked positions, y the tokens that stood there.
+    """
+
     supported_data = ("corpus",)

@@ -1,17 +1,4 @@
-"""TinyBERT's intermediate distillation (Jiao et al., Findings of EMNLP 2020, equations 6 to 9):
-
-    L = embedding · MSE(E_s W, E_t) + Σ_m (hidden · MSE(S_m W, H_l) + attention · MSE(A_m, A_l))     l = ⌊m L / M⌋
-        + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
-
-E [N, D] are embedding outputs, S_m and H_l [N, D] the outputs of student layer m = 1 … M and teacher layer l, A the
-attention scores Q Kᵀ / √d before the softmax: a mean over heads and pairs of tokens of one sequence. One learnt map W
-with a bias serves all layers, as in the authors' code; where the widths are equal there is none. Numbers of heads must
-be equal, unless attention = 0.
-
-With soft = 0 it trains no head: on a corpus it is general distillation, on a task the first of two phases, and kd with
-hard = 0 from its export the second. Both at once, with soft > 0 on a task, are LadaBERT's four losses (Mao et al.,
-2020, section 3.4).
-"""
+"""TinyBERT: embeddings, hidden states and attention scores of uniformly mapped layers."""
 
 from typing import Annotated
 
@@ -28,7 +15,21 @@ from lad_dist.objectives.kd import KD, Weight
 
 
 class TinyBERT(KD):
-    trains_no_head = True
+    """TinyBERT's intermediate distillation (Jiao et al., Findings of EMNLP 2020, equations 6 to 9).
+
+        L = embedding · MSE(E_s W, E_t) + Σ_m (hidden · MSE(S_m W, H_l) + attention · MSE(A_m, A_l))     l = ⌊m L / M⌋
+            + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
+
+    E [N, D] are embedding outputs, S_m and H_l [N, D] the outputs of student layer m = 1 … M and teacher layer l. A are
+    attention scores Q Kᵀ / √d before the softmax: a mean over heads and pairs of tokens of one sequence. One learnt map
+    W with a bias serves all layers, as in the authors' code; with equal widths there is none.
+
+    With soft = 0 it trains no head. On a corpus it is general distillation; on a task it is the first of two phases,
+    and kd with hard = 0 from its export the second. Both at once, with soft > 0 on a task, are LadaBERT's four losses
+    (Mao et al., 2020, section 3.4).
+    """
+
+    uses_mlm_head = False
 
     def __init__(
         self,
@@ -41,6 +42,21 @@ class TinyBERT(KD):
         soft: Weight = 0.0,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ):
+        """Build the objective for two models.
+
+        Args:
+            student: Dimensions of the student.
+            teacher: Dimensions of the teacher.
+            embedding: Weight of the embedding outputs.
+            hidden: Weight of the hidden states.
+            attention: Weight of the attention scores; with 0 the numbers of heads may differ.
+            soft: Weight of the teacher's logits.
+            temperature: T.
+
+        Raises:
+            UserError: The student has more layers than the teacher, the numbers of heads differ, or a model lacks the
+                head that `soft` needs.
+        """
         if soft and student.head == "none":
             raise UserError("objective.soft: on a corpus tinybert trains no head; set objective.soft = 0, or take kd")
         super().__init__(student, teacher, soft=soft, hard=0.0, temperature=temperature)
@@ -49,26 +65,33 @@ class TinyBERT(KD):
         self.heads = teacher.num_attention_heads
         self.weights = {"embedding": embedding, "hidden": hidden, "attention": attention}
         self.projection = projection(student, teacher)
-        matches = uniform_layer_map("tinybert", student, teacher)
-        self.states = [(0, 0)] * bool(embedding) + matches * bool(hidden)
-        self.scores = matches * bool(attention)
-        self.student_outputs, self.teacher_outputs = (
-            needs._replace(
-                hidden=tuple(match[side] for match in self.states),
-                qkv=tuple(match[side] for match in self.scores),
+        layer_map = uniform_layer_map("tinybert", student, teacher)
+        self.hidden_map = [(0, 0)] * bool(embedding) + layer_map * bool(hidden)
+        self.attention_map = layer_map * bool(attention)
+        self.student_spec, self.teacher_spec = (
+            spec._replace(
+                hidden=tuple(layers[side] for layers in self.hidden_map),
+                qkv=tuple(layers[side] for layers in self.attention_map),
             )
-            for side, needs in enumerate((self.student_outputs, self.teacher_outputs))
+            for side, spec in enumerate((self.student_spec, self.teacher_spec))
         )
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Compute the errors of embeddings, hidden states and attention scores, and the soft-label loss.
+
+        Returns:
+            "embedding", "hidden", "attention" and "soft", each only if its weight is not 0.
+        """
         assert teacher is not None
         errors: dict[str, list[Tensor]] = {name: [] for name, weight in self.weights.items() if weight}
-        for m, layer in self.states:
-            mapped = self.projection(student.hidden[m])
-            error = losses.over_tokens(losses.squared(mapped, teacher.hidden[layer]), batch)
+        for m, layer in self.hidden_map:
+            projected = self.projection(student.hidden[m])
+            error = losses.mean_over_tokens(losses.squared_error(projected, teacher.hidden[layer]), batch)
             errors["hidden" if m else "embedding"].append(error)
-        for m, layer in self.scores:
-            mine, its = (losses.scores(qkv[:2], batch, self.heads) for qkv in (student.qkv[m], teacher.qkv[layer]))
-            errors["attention"].append(losses.score_error(mine, its, batch))
-        terms = {name: self.weights[name] * torch.stack(each).sum() for name, each in errors.items()}
+        for m, layer in self.attention_map:
+            student_scores, teacher_scores = (
+                losses.attention_scores(qkv[:2], batch, self.heads) for qkv in (student.qkv[m], teacher.qkv[layer])
+            )
+            errors["attention"].append(losses.attention_score_loss(student_scores, teacher_scores, batch))
+        terms = {name: self.weights[name] * torch.stack(values).sum() for name, values in errors.items()}
         return terms | super().forward(student, teacher, batch)

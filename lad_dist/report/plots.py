@@ -7,20 +7,23 @@ from matplotlib.figure import Figure
 
 from lad_dist.report.comparison import Comparison
 
-MOST_COLUMNS = 4  # of panels
+MAX_COLUMNS = 4  # of panels
 
 
 def figure(comparison: Comparison) -> Figure:
-    """A panel per task: every seed a point, mean ± sd beside them, the teacher a dashed line; best method on top."""
+    """Draw a panel per task, best method on top.
+
+    Every seed is a point; mean ± sd stand beside them, and the teacher is a dashed line.
+    """
     tasks = list(comparison.tasks)
-    columns = min(len(tasks), MOST_COLUMNS)
-    lines = math.ceil(len(tasks) / columns)
+    columns = min(len(tasks), MAX_COLUMNS)
+    rows = math.ceil(len(tasks) / columns)
     size = (
         0.5 + 0.085 * max(map(len, comparison.methods)) + 2.6 * columns,
-        0.3 + lines * (0.8 + 0.32 * len(comparison.methods)),
+        0.3 + rows * (0.8 + 0.32 * len(comparison.methods)),
     )
-    drawn = Figure(figsize=size, layout="constrained")
-    panels = list(drawn.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    plot = Figure(figsize=size, layout="constrained")
+    panels = list(plot.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes, task in zip(panels, tasks, strict=False):
         _panel(axes, comparison, task)
     for axes in panels[len(tasks) :]:
@@ -29,23 +32,21 @@ def figure(comparison: Comparison) -> Figure:
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-    return drawn
+    plot.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    return plot
 
 
 def _panel(axes: Axes, comparison: Comparison, task: str) -> None:
     names = list(comparison.methods)
     for score in comparison.teachers(task).values():
         axes.axvline(score, linestyle="--", color="grey", label="teacher", zorder=0)
-    for place, name in enumerate(names):
-        if (name, task) in comparison.cells.index:
+    for row, name in enumerate(names):
+        if (name, task) in comparison.score_summary.index:
             points = comparison.scores.loc[(name, task)].to_numpy()
-            mean, sd, _ = comparison.cells.loc[(name, task)]
-            axes.plot(points, [place + 0.15] * len(points), "o", color="C0", alpha=0.5, markersize=4, label="a seed")
+            mean, sd, _ = comparison.score_summary.loc[(name, task)]
+            axes.plot(points, [row + 0.15] * len(points), "o", color="C0", alpha=0.5, markersize=4, label="a seed")
             error = None if math.isnan(sd) else sd
-            axes.errorbar(
-                mean, place - 0.15, xerr=error, fmt="D", color="C1", markersize=5, capsize=3, label="mean ± sd"
-            )
+            axes.errorbar(mean, row - 0.15, xerr=error, fmt="D", color="C1", markersize=5, capsize=3, label="mean ± sd")
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_title(f"{task} {comparison.tasks[task]}", fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)

@@ -1,12 +1,12 @@
-"""Finding: the complete task runs below folders.
+"""The results of the complete task runs below folders.
 
-collect(folders)   -> Found: the runs, and what was left out and why
+collect(folders)   returns LoadedRuns: the runs, and which folders were skipped and why
 TaskRun            what a comparison reads of a run
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -14,13 +14,23 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import with_defaults
+from lad_dist.config.load import first_mistake, is_of_earlier_version, with_defaults
 from lad_dist.config.schema import TaskConfig
 from lad_dist.runs.run_folder import CHANGEABLE_KEYS
 from lad_dist.utils.strict_json import parse_json
+from lad_dist.utils.tables import flatten
+from lad_dist.utils.text import first_line
 
-# What says which run it is, and on which task, not by which method.
-PLACE = {"run.name", "run.dir", "run.seed", "data.task", "data.dev", "data.kind", "objective.name"} | CHANGEABLE_KEYS
+# Settings that identify a run and its task, and not its method.
+IDENTITY_KEYS = {
+    "run.name",
+    "run.dir",
+    "run.seed",
+    "data.task",
+    "data.dev",
+    "data.kind",
+    "objective.name",
+} | CHANGEABLE_KEYS
 
 LOYALTY = ("label_loyalty", "teacher_pearson")  # of decisions, of numbers
 
@@ -28,36 +38,36 @@ Settings = dict[str, Hashable]
 
 
 class _Lenient(BaseModel):
-    """A part of results.json: what a report reads of it."""
+    """A table of results.json, as far as a report reads it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class _Place(_Lenient):
+class _RunConfig(_Lenient):
     name: str
     dir: str
     seed: int
 
 
-class _Data(_Lenient):
+class _DataConfig(_Lenient):
     task: str | None = None
     dev: str | None = None
     shards: str | None = None
 
 
-class _Name(_Lenient):
+class _ObjectiveConfig(_Lenient):
     name: str
 
 
-class _Path(_Lenient):
+class _TeacherConfig(_Lenient):
     path: str
 
 
 class _Config(_Lenient):
-    run: _Place
-    data: _Data
-    objective: _Name
-    teacher: _Path | None = None
+    run: _RunConfig
+    data: _DataConfig
+    objective: _ObjectiveConfig
+    teacher: _TeacherConfig | None = None
 
 
 class _Student(_Lenient):
@@ -90,7 +100,7 @@ class _Sizes(_Lenient):
     safetensors: float = Field(math.nan, alias="bytes/safetensors")
 
 
-class _Ledger(_Lenient):
+class _Latency(_Lenient):
     threads: int
     devices: dict[str, str]
     timings: list[_Timing]
@@ -98,18 +108,19 @@ class _Ledger(_Lenient):
     teacher: _Sizes | None = None
 
     @property
-    def _single(self) -> list[_Timing]:
-        """Of one sequence on the CPU, of the shortest length."""
-        ones = [timing for timing in self.timings if timing.batch == 1 and timing.device == "cpu"]
-        return [timing for timing in ones if timing.length == min(one.length for one in ones)]
+    def _single_sequence(self) -> list[_Timing]:
+        """Timings of one sequence on the CPU, of the shortest length."""
+        single = [timing for timing in self.timings if timing.batch == 1 and timing.device == "cpu"]
+        return [timing for timing in single if timing.length == min(other.length for other in single)]
 
-    def latency(self, form: str) -> float:
-        """Milliseconds of one sequence; NaN where it was not measured."""
-        return next((1e3 * timing.seconds for timing in self._single if timing.form == form), math.nan)
+    def milliseconds(self, form: str) -> float:
+        """Return the milliseconds of one sequence; NaN where the form was not measured."""
+        return next((1e3 * timing.seconds for timing in self._single_sequence if timing.form == form), math.nan)
 
     @property
     def conditions(self) -> str:
-        length = self._single[0].length if self._single else 0
+        """The conditions of the measurement, in words."""
+        length = self._single_sequence[0].length if self._single_sequence else 0
         return f"{length} tokens, {self.devices.get('cpu', 'cpu')}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
@@ -123,7 +134,7 @@ class _Results(_Lenient):
     tokens_per_second: float
     processes: int
     device: str
-    ledger: _Ledger | None = None
+    latency: _Latency | None = None
 
 
 class Form(NamedTuple):
@@ -137,8 +148,14 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskRun:
-    """A complete run on a task. `task` is GLUE's name or the path of the file that it is scored on; `settings` are all
-    keys of its config that may make a variant."""
+    """A complete run on a task.
+
+    Attributes:
+        folder: of the run.
+        task: GLUE's name, or the path of the file with the dev set.
+        results: of the run.
+        settings: all keys of the config that may distinguish variants.
+    """
 
     folder: str
     task: str
@@ -147,91 +164,99 @@ class TaskRun:
 
     @property
     def name(self) -> str:
+        """The run's name."""
         return self.results.config.run.name
 
     @property
     def objective(self) -> str:
+        """The objective's name."""
         return self.results.config.objective.name
 
     @property
     def seed(self) -> int:
+        """The run's seed."""
         return self.results.config.run.seed
 
     @property
     def metric(self) -> str:
+        """The main metric of the task."""
         return next(iter(self.results.metrics))
 
     @property
     def score(self) -> float:
+        """The main metric's value."""
         return self.results.metrics[self.metric]
 
     @property
     def loyalty(self) -> float:
-        """To its teacher; NaN without one."""
+        """The loyalty to the teacher; NaN without one."""
         return next((self.results.metrics[name] for name in LOYALTY if name in self.results.metrics), math.nan)
 
     @property
     def teacher(self) -> str | None:
+        """The teacher's path."""
         return self.results.config.teacher.path if self.results.config.teacher else None
 
     @property
     def forms(self) -> list[Form]:
-        """The student as it was trained, and as launch/ledger.py exported it."""
-        student, ledger = self.results.student, self.results.ledger
-        forms = [Form("student", self.score, math.nan, student.bytes)]
-        if ledger is None:
-            return forms
-        forms = [forms[0]._replace(latency=ledger.latency("student"))]
+        """The student as it was trained, and as launch/measure_latency.py exported it."""
+        student, latency = self.results.student, self.results.latency
+        if latency is None:
+            return [Form("student", self.score, math.nan, student.bytes)]
+        forms = [Form("student", self.score, latency.milliseconds("student"), student.bytes)]
         for name, size in (("onnx", student.onnx), ("onnx int8", student.int8)):
-            if name in ledger.quality:
-                score = ledger.quality[name].metrics.get(self.metric, math.nan)
-                forms.append(Form(name, score, ledger.latency(name), size))
+            if name in latency.quality:
+                score = latency.quality[name].metrics.get(self.metric, math.nan)
+                forms.append(Form(name, score, latency.milliseconds(name), size))
         return forms
 
     @property
     def teacher_form(self) -> Form:
-        results = self.results
-        ledger, score = results.ledger, results.teacher.get(self.metric, math.nan)
-        if ledger is None:
+        """The teacher as it was measured beside the student."""
+        latency, score = self.results.latency, self.results.teacher.get(self.metric, math.nan)
+        if latency is None:
             return Form("teacher", score, math.nan, math.nan)
-        return Form(
-            "teacher", score, ledger.latency("teacher"), ledger.teacher.safetensors if ledger.teacher else math.nan
-        )
+        size = latency.teacher.safetensors if latency.teacher else math.nan
+        return Form("teacher", score, latency.milliseconds("teacher"), size)
 
     @property
     def export(self) -> str:
-        """Where a config that goes on from this run finds it."""
-        place = self.results.config.run
-        return str(PurePath(place.dir, place.name, "export"))
+        """The path by which a config that goes on from this run names the export."""
+        run = self.results.config.run
+        return str(PurePath(run.dir, run.name, "export"))
 
 
 @dataclass
 class LoadedRuns:
-    """`runs` by folder; `left_out` are folders by the reason for leaving them out."""
+    """The runs by folder, and the skipped folders by the reason for skipping them."""
 
     runs: list[TaskRun] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def collect(folders: Sequence[str | Path]) -> LoadedRuns:
-    """The complete task runs below the folders, each once, whatever the order of the folders. Raises UserError."""
-    found = LoadedRuns()
-    for file in _below(folders, "results.json"):
-        _take(file, found)
-    for file in _below(folders, "config.toml"):
+    """Return the complete task runs below the folders, each once, whatever the order of the folders.
+
+    Raises:
+        UserError: a folder does not exist, a results.json is damaged, or there is no complete run.
+    """
+    loaded = LoadedRuns()
+    for file in _files_below(folders, "results.json"):
+        _load_run(file, loaded)
+    for file in _files_below(folders, "config.toml"):
         if not (file.parent / "results.json").exists():
-            found.left_out["not complete"].append(str(file.parent))
-    _drop(found, "teachers of the others, with no teacher of their own", _is_their_teacher(found.runs))
-    _drop(found, "the main metric is no number", [not math.isfinite(run.score) for run in found.runs])
-    if not found.runs:
-        where = ", ".join(sorted({str(folder) for folder in folders}))
-        rest = "".join(f"; {reason}: {len(names)}" for reason, names in found.left_out.items())
-        raise UserError(f"{where}: no complete run on a task below{rest}")
-    return found
+            loaded.skipped["not complete"].append(str(file.parent))
+    _skip(loaded, "teachers of the others, with no teacher of their own", _are_teachers(loaded.runs))
+    _skip(loaded, "the main metric is no number", [not math.isfinite(run.score) for run in loaded.runs])
+    if not loaded.runs:
+        paths = ", ".join(sorted({str(folder) for folder in folders}))
+        reasons = "".join(f"; {reason}: {len(names)}" for reason, names in loaded.skipped.items())
+        raise UserError(f"{paths}: no complete run on a task below{reasons}")
+    return loaded
 
 
-def _below(folders: Sequence[str | Path], name: str) -> list[Path]:
-    """The files of this name, each by one path although folders may overlap."""
+def _files_below(folders: Sequence[str | Path], name: str) -> list[Path]:
+    """Return the files of this name, each by one path although folders may overlap."""
     paths: dict[Path, Path] = {}
     for folder in sorted({Path(folder) for folder in folders}, reverse=True):
         if not folder.is_dir():
@@ -240,57 +265,52 @@ def _below(folders: Sequence[str | Path], name: str) -> list[Path]:
     return sorted(paths.values())
 
 
-def _take(file: Path, found: LoadedRuns) -> None:
-    """A run into `found`. A search and the quickstart write a results.json of their own, without a config."""
+def _load_run(file: Path, loaded: LoadedRuns) -> None:
+    """Add a run to `loaded`."""
     tables = _read(file)
+    # A search and the quickstart write a results.json of their own, without a config.
     if "config" not in tables:
-        found.left_out["no run's results"].append(str(file.parent))
+        loaded.skipped["no run's results"].append(str(file.parent))
+        return
+    if isinstance(tables["config"], dict) and is_of_earlier_version(tables["config"]):
+        loaded.skipped["of an earlier version of lad_dist"].append(str(file.parent))
         return
     try:
         results = _Results.model_validate(tables)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: damaged ({place}: {first['msg']}); remove it and run the run again") from None
+        raise UserError(f"{file}: damaged ({first_mistake(error)}); remove it and run the run again") from None
     data = results.config.data
     task = data.task or data.dev
     if task is None:
-        found.left_out["on a corpus"].append(str(file.parent))
+        loaded.skipped["on a corpus"].append(str(file.parent))
         return
-    settings = {key: value for key, value in _leaves(with_defaults(TaskConfig, tables["config"])) if key not in PLACE}
-    found.runs.append(TaskRun(str(file.parent), task, results, settings))
+    leaves = flatten(with_defaults(TaskConfig, tables["config"]), into_lists=True)
+    settings = {key: _hashable(value) for key, value in leaves.items() if key not in IDENTITY_KEYS and value != []}
+    loaded.runs.append(TaskRun(str(file.parent), task, results, settings))
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         tables = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: damaged ({reason}); remove it and run the run again") from None
+        raise UserError(f"{file}: damaged ({first_line(error)}); remove it and run the run again") from None
     if not isinstance(tables, dict):
         raise UserError(f"{file}: damaged (not a JSON object); remove it and run the run again")
     return tables
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Hashable]]:
-    """What stands in nested tables and lists of tables, by dotted keys; other lists as tuples."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{prefix}.{number}")
-    elif value != []:
-        yield prefix, tuple(map(str, value)) if isinstance(value, list) else value
+def _hashable(value: Any) -> Hashable:
+    return tuple(map(str, value)) if isinstance(value, list) else value
 
 
-def _is_their_teacher(runs: Sequence[TaskRun]) -> list[bool]:
-    taught_by = {str(PurePath(run.teacher)) for run in runs if run.teacher is not None}
-    return [run.teacher is None and run.export in taught_by for run in runs]
+def _are_teachers(runs: Sequence[TaskRun]) -> list[bool]:
+    """Tell for each run whether it is a teacher of another run and has no teacher of its own."""
+    teachers = {str(PurePath(run.teacher)) for run in runs if run.teacher is not None}
+    return [run.teacher is None and run.export in teachers for run in runs]
 
 
-def _drop(found: LoadedRuns, reason: str, which: Sequence[bool]) -> None:
-    names = [run.folder for run, drop in zip(found.runs, which, strict=True) if drop]
+def _skip(loaded: LoadedRuns, reason: str, is_skipped: Sequence[bool]) -> None:
+    names = [run.folder for run, skip in zip(loaded.runs, is_skipped, strict=True) if skip]
     if names:
-        found.left_out[reason] += names
-        found.runs = [run for run, drop in zip(found.runs, which, strict=True) if not drop]
+        loaded.skipped[reason] += names
+        loaded.runs = [run for run, skip in zip(loaded.runs, is_skipped, strict=True) if not skip]

@@ -1,7 +1,7 @@
 """Plots of run folders: what `metrics.jsonl` holds, as pictures.
 
-curves(folders, out)   metric.png, terms.png and gates.png of one or more runs
-reading(rows)          a heat map of which teacher layers each student layer read in the end
+curves(folders, out)         metric.png, terms.png and gates.png of one or more runs
+teacher_layer_figure(rows)   a heat map of which teacher layers each student layer read in the end
 """
 
 import json
@@ -18,13 +18,16 @@ Rows = list[dict[str, Any]]
 
 
 def curves(folders: Sequence[Path], out: Path, metric: str = "accuracy") -> list[Path]:
-    """Draws the runs' dev metric over steps beside their teacher's, the terms of their losses, and where there are
-    gates their openness; returns the files. Raises FileNotFoundError where a folder holds no run."""
+    """Draw the curves of runs and return the files.
+
+    The dev metric over steps beside the teacher's, the terms of the losses, and the gates where a run has them. Raises
+    FileNotFoundError where a folder holds no run.
+    """
     out.mkdir(parents=True, exist_ok=True)
     runs = {folder.name: _rows(folder) for folder in folders}
-    drawn = [_metric(runs, _teachers(folders, metric), metric), *map(_terms, runs, runs.values())]
-    drawn += [_gates(name, rows) for name, rows in runs.items() if _gate_names(rows)]
-    return [_save(figure, out / f"{name}.png") for name, figure in drawn]
+    figures = [_metric(runs, _teachers(folders, metric), metric), *map(_terms, runs, runs.values())]
+    figures += [_gates(name, rows) for name, rows in runs.items() if _gate_names(rows)]
+    return [_save(figure, out / f"{name}.png") for name, figure in figures]
 
 
 def _rows(folder: Path) -> Rows:
@@ -32,10 +35,10 @@ def _rows(folder: Path) -> Rows:
 
 
 def _teachers(folders: Sequence[Path], metric: str) -> dict[str, float]:
-    """By name of the teachers' folders, how good the runs measured them to be."""
-    found = [json.loads(file.read_text()) for folder in folders if (file := folder / "results.json").exists()]
-    taught = [results for results in found if metric in results["teacher"]]
-    return {results["config"]["teacher"]["path"]: results["teacher"][metric] for results in taught}
+    """Return the metric of the teachers as the runs measured it, by the teachers' folders."""
+    tables = [json.loads(file.read_text()) for folder in folders if (file := folder / "results.json").exists()]
+    with_teacher = [results for results in tables if metric in results["teacher"]]
+    return {results["config"]["teacher"]["path"]: results["teacher"][metric] for results in with_teacher}
 
 
 def _metric(runs: dict[str, Rows], teachers: dict[str, float], metric: str) -> tuple[str, Figure]:
@@ -61,7 +64,7 @@ def _gate_names(rows: Rows) -> list[str]:
 
 
 def _gates(name: str, rows: Rows) -> tuple[str, Figure]:
-    figure, axes = _figure(f"{name}: openness of the gates, 1 = the teacher's layer, 0 = those below it")
+    figure, axes = _figure(f"{name}: gates, 1 = the teacher's layer, 0 = those below it")
     for gate in _gate_names(rows):
         _line(axes, rows, gate, f"teacher layer {gate.removeprefix('gate/')}")
     axes.set_ylim(0, 1)
@@ -70,14 +73,16 @@ def _gates(name: str, rows: Rows) -> tuple[str, Figure]:
 
 
 def teacher_layer_figure(rows: Rows) -> Figure | None:
-    """The last `teacher_layer_weight/m/l` as a heat map, student layers upwards, each a row that adds up to 1; None where an objective
-    reports none."""
-    shares = next((found for row in reversed(rows) if (found := _reads(row))), None)
+    """Draw the last weights `teacher_layer_weight/M/L` as a heat map; None where the objective reports none.
+
+    Student layers M go upwards; the weights of each add up to 1.
+    """
+    shares = next((weights for row in reversed(rows) if (weights := _teacher_layer_weights(row))), None)
     if shares is None:
         return None
-    students, teachers = (sorted({place[side] for place in shares}) for side in (0, 1))
+    students, teachers = (sorted({pair[side] for pair in shares}) for side in (0, 1))
     values = [[shares.get((m, layer), 0.0) for layer in teachers] for m in students]
-    figure, axes = _figure("what each student layer reads of the teacher's")
+    figure, axes = _figure("weight of each teacher layer for each student layer")
     axes.grid(visible=False)
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1, origin="lower", aspect="auto")
     axes.set(xlabel="teacher layer", ylabel="student layer")
@@ -89,9 +94,9 @@ def teacher_layer_figure(rows: Rows) -> Figure | None:
     return figure
 
 
-def _reads(row: dict[str, Any]) -> dict[tuple[int, int], float]:
-    places = {key: key.split("/")[1:] for key in row if key.startswith("teacher_layer_weight/")}
-    return {(int(m), int(layer)): row[key] for key, (m, layer) in places.items()}
+def _teacher_layer_weights(row: dict[str, Any]) -> dict[tuple[int, int], float]:
+    layers = {key: key.split("/")[1:] for key in row if key.startswith("teacher_layer_weight/")}
+    return {(int(m), int(layer)): row[key] for key, (m, layer) in layers.items()}
 
 
 def _figure(title: str) -> tuple[Figure, Axes]:

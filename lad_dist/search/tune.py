@@ -1,15 +1,15 @@
-"""Searches and grids: Ray Tune over a task distillation. The only importer of ray.
+"""Searches and grids: Ray Tune over a task distillation.
 
-    search(config)   runs it, or goes on with it -> Found
+    search(config)   runs a search, or goes on with it -> SearchResult
 
-All trials are drawn and checked before Ray starts (`trials`). A trial is `train` in its own process, its rows handed to
-Tune. Trials of a space are stopped by ASHA when others do better at the same training step; those of a grid, which are
-there to be compared, all run to their end.
+All trials are sampled and checked before Ray starts (`grid`). A trial is `train` in a process of its own, which reports
+its scores to Tune. ASHA stops trials of a space when others do better at the same training step. Trials of a grid are
+compared with each other: all of them run to their end.
 
     <dir>/<name>/search.toml    the search with its base config, as it was started
                  trial-00/ …    an ordinary run folder each, in a grid kd-rte-0; one that ASHA stopped has no
                                 results.json and no export
-                 teacher_cache/       what the trials' teachers say, while it lasts
+                 teacher_cache/ outputs of the trials' teachers, while the search lasts
                  ray/           Tune's own state, and the traceback of a failed trial in trial-00/error.txt
                  best.toml      the best trial's config, ready for launch/task_distill.py; not of a grid
                  results.json   all trials, best first; written last: its presence says that the search is complete
@@ -22,44 +22,46 @@ their checkpoints where run.save_every left any; ASHA then compares anew.
 import ctypes
 import gc
 import json
-import logging
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import tomli_w
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
+from lad_dist.cluster.connect import check_trial_fits, ray_cluster
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.config.load import dump_config, read_toml
 from lad_dist.config.schema import SearchConfig, SearchOptions, TaskConfig
-from lad_dist.search.grid import Trial, base_configs, dotted, sample_trials
+from lad_dist.distributed.logs import get_logger
+from lad_dist.search.grid import Trial, base_configs, sample_trials
 from lad_dist.training import run_spec
 from lad_dist.utils.atomic_io import write_text
 from lad_dist.utils.strict_json import parse_json
+from lad_dist.utils.tables import flatten
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run folders have it all
 
-TASK = {"data.task", "data.train", "data.dev", "data.kind"}
-OBJECT_STORE = 100_000_000  # bytes: trials exchange nothing but numbers
+TASK_KEYS = {"data.task", "data.train", "data.dev", "data.kind"}
+
+logger = get_logger(__name__)
 
 
 @dataclass
 class SearchResult:
-    """`trials` are rows of trial, choices and sampled values, metric, its last score and step, best first; `failed` are
-    rows of trial and error; `best` is the file with the best config, None for a grid."""
+    """The outcome of a search.
+
+    Attributes:
+        trials: Rows of trial, choices and sampled values, metric, last score and step; best first.
+        failed: Rows of trial and error.
+        best: The file with the best config; None for a grid.
+    """
 
     trials: list[dict[str, Any]]
     failed: list[dict[str, str]]
@@ -67,65 +69,70 @@ class SearchResult:
 
 
 def search(config: SearchConfig) -> SearchResult | None:
-    """Searches; None when it was interrupted (SIGINT, SIGUSR1) and wants to be run again. Raises UserError for a base
-    config, an override, a space or a metric that does not fit, before Ray starts."""
-    words = config.search
-    folder = Path(words.dir) / words.name
+    """Run a search, or go on with it; None when it was interrupted (SIGINT, SIGUSR1) and has to run again.
+
+    Raises UserError for a base config, an override, a space or a metric that does not fit, before Ray starts.
+    """
+    options = config.search
+    folder = Path(options.dir) / options.name
     trials = sample_trials(config)
     metrics = _check(config, trials)
-    searched = config.model_dump(exclude_none=True) | {"base": {base: read_toml(base) for base in base_configs(config)}}
-    _check_same(folder, searched)
+    bases = {"base": {base: read_toml(base) for base in base_configs(config)}}
+    tables = config.model_dump(exclude_none=True) | bases
+    _check_same(folder, tables)
     if not (folder / "results.json").exists():
-        with _ray(words):
-            write_text(folder / "search.toml", tomli_w.dumps(searched))
-            ended = _tuner(config, trials, metrics, folder).fit()
-            results = [ended[index] for index in range(len(ended))]
+        with ray_cluster():
+            check_trial_fits(options.cpus, options.gpus)
+            write_text(folder / "search.toml", tomli_w.dumps(tables))
+            grid = _tuner(config, trials, metrics, folder).fit()
+            results = [grid[index] for index in range(len(grid))]
         if not _complete(results, len(trials)):
             return None
         _conclude(config, trials, metrics, results, folder)
     best = None if config.grid else folder / "best.toml"
-    return _found(folder / "results.json", best)
+    return _read_result(folder / "results.json", best)
 
 
-def _found(results: Path, best: Path | None) -> SearchResult:
+def _read_result(file: Path, best: Path | None) -> SearchResult:
     try:
-        return SearchResult(**parse_json(results.read_text(encoding="utf-8")), best=best)
+        return SearchResult(**parse_json(file.read_text(encoding="utf-8")), best=best)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{results}: damaged ({error}); remove it and run the search again") from None
+        raise UserError(f"{file}: damaged ({error}); remove it and run the search again") from None
 
 
 def _check(config: SearchConfig, trials: list[Trial]) -> list[str]:
-    """The metric of each trial. One trial of each combination stands for its samples, and one seed for all, in what
-    takes time to check: data, models, and that the task has the metric."""
-    words, known = config.search, dict[str, str]()
+    """Return the metric of each trial.
+
+    Of what takes time to check (data, models, and that the task has the metric), one trial of each combination stands
+    for its samples, and one seed for all.
+    """
+    options, metric_of = config.search, dict[str, str]()
     if not config.grid and not trials[0].config.run.eval_every:
         raise UserError("run.eval_every: trials are compared at their evaluations; set override.run.eval_every")
-    if tasks := TASK & trials[0].sample.keys():
-        raise UserError(
-            f"space.{min(tasks)}: a task is nothing to search, its scores are not another's; put it in [grid]"
-        )
+    if keys := TASK_KEYS & trials[0].sample.keys():
+        raise UserError(f"space.{min(keys)}: scores of different tasks cannot be compared; put tasks in [grid]")
     metrics = []
-    for trial in trials[:: words.num_samples]:
-        alike = dump_config(trial.config.model_copy(update={"run": trials[0].config.run}))
-        if alike not in known:
-            known[alike] = _metric(words, trial.config)
-        metrics += [known[alike]] * words.num_samples
+    for trial in trials[:: options.num_samples]:
+        text = dump_config(trial.config.model_copy(update={"run": trials[0].config.run}))
+        if text not in metric_of:
+            metric_of[text] = _metric(options, trial.config)
+        metrics += [metric_of[text]] * options.num_samples
     return metrics
 
 
-def _metric(words: SearchOptions, config: TaskConfig) -> str:
+def _metric(options: SearchOptions, config: TaskConfig) -> str:
     task = run_spec.resolve_run(config).task
     assert task is not None
-    if words.metric is not None and words.metric not in task.metrics:
-        raise UserError(f'search.metric: {task.name} has no "{words.metric}", it has {", ".join(task.metrics)}')
-    return words.metric or task.metrics[0]
+    if options.metric is not None and options.metric not in task.metrics:
+        raise UserError(f'search.metric: {task.name} has no "{options.metric}", it has {", ".join(task.metrics)}')
+    return options.metric or task.metrics[0]
 
 
-def _check_same(folder: Path, searched: Mapping[str, Any]) -> None:
-    """Raises UserError when the folder holds another search."""
+def _check_same(folder: Path, tables: Mapping[str, Any]) -> None:
+    """Raise UserError where the folder holds another search."""
     if not (folder / "search.toml").exists():
         return
-    old, new = (dict(dotted(tables)) for tables in (read_toml(folder / "search.toml"), searched))
+    old, new = flatten(read_toml(folder / "search.toml")), flatten(tables)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         key = changed[0]
@@ -135,123 +142,89 @@ def _check_same(folder: Path, searched: Mapping[str, Any]) -> None:
         )
 
 
-@contextmanager
-def _ray(words: SearchOptions) -> Iterator[None]:
-    """Ray, joined at RAY_ADDRESS or started here for as long as it is needed."""
-    address, folder = os.environ.get("RAY_ADDRESS"), None
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
-        else:
-            folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets in it have 107 characters at most
-            ray.init(
-                num_cpus=len(os.sched_getaffinity(0)),
-                object_store_memory=OBJECT_STORE,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                _temp_dir=folder,
-            )
-        _check_room(words)
-        yield
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_room(words: SearchOptions) -> None:
-    """Tune would wait without end for a node that can hold a trial."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(words.cpus <= node.get("CPU", 0) and words.gpus <= node.get("GPU", 0) for node in nodes):
-        cpus, gpus = (max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-        raise UserError(
-            f"search.cpus = {words.cpus:g}, search.gpus = {words.gpus:g}: no node can hold such a trial, "
-            f"the largest has {cpus:g} CPUs and {gpus:g} GPUs"
-        )
-
-
 def _tuner(config: SearchConfig, trials: list[Trial], metrics: list[str], folder: Path) -> tune.Tuner:
-    here, words, configs = os.getcwd(), config.search, [trial.config for trial in trials]
+    options, configs = config.search, [trial.config for trial in trials]
+    working_folder = os.getcwd()
 
-    def run(given: dict[str, int]) -> None:
-        os.chdir(here)
-        _train(words, configs[given["number"]], metrics[given["number"]])
+    def run(parameters: dict[str, int]) -> None:
+        os.chdir(working_folder)
+        _run_trial(options, configs[parameters["number"]], metrics[parameters["number"]])
 
-    trainable = tune.with_resources(run, {"cpu": words.cpus, "gpu": words.gpus})
+    trainable = tune.with_resources(run, {"cpu": options.cpus, "gpu": options.gpus})
     state = folder.resolve() / "ray"
-    if config.grid:  # complete runs answer at once; Tune would take up the rest in any order
+    if config.grid:  # complete runs end at once; Tune would resume the rest in any order
         shutil.rmtree(state, ignore_errors=True)
     elif tune.Tuner.can_restore(state):
         return tune.Tuner.restore(str(state), trainable, resume_unfinished=True, restart_errored=True)
     settings = tune.TuneConfig(
         metric="score",
         mode="max",
-        max_concurrent_trials=words.max_concurrent or None,
+        max_concurrent_trials=options.max_concurrent or None,
         reuse_actors=True,  # a process that has loaded its libraries takes the next trial
-        scheduler=None if config.grid else _asha(words, configs[0]),
+        scheduler=None if config.grid else _asha(options, configs[0]),
         trial_dirname_creator=lambda trial: configs[trial.config["number"]].run.name,
     )
     names = [config.run.name for config in configs]
-    place = tune.RunConfig(
-        name=state.name, storage_path=str(state.parent), verbose=0, callbacks=[_Progress(names, metrics)]
-    )
+    callbacks: list[tune.Callback] = [_TrialLogger(names, metrics)]
+    run_config = tune.RunConfig(name=state.name, storage_path=str(state.parent), verbose=0, callbacks=callbacks)
     space = {"number": tune.grid_search(list(range(len(trials))))}
-    return tune.Tuner(trainable, param_space=space, tune_config=settings, run_config=place)
+    return tune.Tuner(trainable, param_space=space, tune_config=settings, run_config=run_config)
 
 
-def _asha(words: SearchOptions, config: TaskConfig) -> ASHAScheduler:
+def _asha(options: SearchOptions, config: TaskConfig) -> ASHAScheduler:
     return ASHAScheduler(
         time_attr="step",
-        max_t=10**9,  # ASHA ends no run that its config does not
-        grace_period=words.grace_period * config.run.eval_every,
-        reduction_factor=words.reduction_factor,
+        max_t=10**9,  # no limit: the config of a run ends it, not ASHA
+        grace_period=options.grace_period * config.run.eval_every,
+        reduction_factor=options.reduction_factor,
     )
 
 
-class _Progress(tune.Callback):
-    """A line for every evaluation, and for a trial that failed."""
+class _TrialLogger(tune.Callback):
+    """Logs a line for every evaluation, and for a trial that failed."""
 
     def __init__(self, names: list[str], metrics: list[str]):
         self.names, self.metrics = names, metrics
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         number = trial.config["number"]
-        line = f"{self.names[number]} step {result['step']}  {self.metrics[number]} {result['score']:.4g}"
-        print(line, file=sys.stderr, flush=True)
+        score = f"{self.metrics[number]} {result['score']:.4g}"
+        logger.info("%s step %s  %s", self.names[number], result["step"], score)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        print(f"{self.names[trial.config['number']]} failed", file=sys.stderr, flush=True)
+        logger.warning("%s failed", self.names[trial.config["number"]])
 
 
-def _train(words: SearchOptions, config: TaskConfig, metric: str) -> None:
-    """A trial, in the process that Tune gave it."""
-    if not words.gpus:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that asked for none
+def _run_trial(options: SearchOptions, config: TaskConfig, metric: str) -> None:
+    """Train a trial, in the process that Tune started for it."""
+    if not options.gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that uses none
     from lad_dist.training.train import train  # noqa: PLC0415 (deepspeed belongs to the process of the trial)
 
-    threads = max(1, int(words.cpus))
+    threads = max(1, int(options.cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the driver's may be that of a whole node
     torch.set_num_threads(threads)
-    told = False
+    reported = False
 
-    def tell(row: Mapping[str, Any]) -> None:
-        nonlocal told
+    def report_score(row: Mapping[str, Any]) -> None:
+        nonlocal reported
         if f"dev/{metric}" in row:
             tune.report({"score": row[f"dev/{metric}"], "step": row["step"]})
-            told = True
+            reported = True
 
-    results = train(config, report=tell).results
+    results = train(config, report=report_score).results
     _free_memory()
     if results is None:
-        raise Fault(f"{config.run.name} was asked to stop: its last evaluation is not its result")
-    if not told:  # complete already, which an interrupted search had not heard of
+        raise Fault(f"{config.run.name} was asked to stop: the last evaluation of a stopped trial is no result")
+    if not reported:  # the run was complete already, which an interrupted search did not learn
         tune.report({"score": results["metrics"][metric], "step": results["steps"]})
 
 
 def _free_memory() -> None:
-    """Of a trial, for others: the C library keeps for its process what is freed, and the next trial, in a thread of its
-    own, takes other memory."""
+    """Return the memory of a trial to the system.
+
+    The C library keeps for its process what is freed, and the next trial, in a thread of its own, takes other memory.
+    """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
@@ -259,14 +232,13 @@ def _free_memory() -> None:
 
 
 def _complete(results: list[tune.Result], count: int) -> bool:
-    ended = [result for result in results if result.error is not None or (result.metrics or {}).get("done")]
-    return len(ended) == count
+    return count == sum(result.error is not None or bool((result.metrics or {}).get("done")) for result in results)
 
 
 def _conclude(
     config: SearchConfig, trials: list[Trial], metrics: list[str], results: list[tune.Result], folder: Path
 ) -> None:
-    """Writes results.json, and of a search best.toml. Raises UserError when no trial has a result."""
+    """Write results.json, and for a space best.toml; raise UserError where no trial has a result."""
     rows, failed = [], []
     for result in results:
         if result.error is not None:
@@ -291,5 +263,5 @@ def _write_best(row: Mapping[str, Any], config: TaskConfig, count: int, folder: 
     run = config.run.model_copy(update={"name": "best"})
     best = config.model_copy(update={"run": run, "teacher": teacher})
     command = f"# python launch/task_distill.py {folder / 'best.toml'}"
-    found = f"# {row['trial']}, the best of {count} trials by {row['metric']} on the dev set"
-    write_text(folder / "best.toml", f"{command}\n{found}\n{dump_config(best)}")
+    origin = f"# {row['trial']}, the best of {count} trials by {row['metric']} on the dev set"
+    write_text(folder / "best.toml", f"{command}\n{origin}\n{dump_config(best)}")

@@ -1,10 +1,10 @@
-"""Costs: what a run takes in memory, arithmetic and disk, from its plan, without reading a weight.
+"""Estimate what a run takes in memory, arithmetic and disk, from the RunSpec, without reading a weight.
 
-    of(made, world)        all of it, for a plan on `world` processes -> Costs
-    skeleton(made)         what trains, on the meta device: shapes without numbers
-    checkpoint_bytes(…)    of one checkpoint, all processes' files together
-    GPUS                   what GPUs of a name can do, from their makers' data sheets
-    Gpu.hours              of the arithmetic, at a share of the peak (MFU)
+    estimate(spec, world_size)         all costs, on `world_size` processes -> CostEstimate
+    meta_distiller(spec)               what trains, on the meta device: shapes without numbers
+    checkpoint_bytes(spec, distiller)  the size of one checkpoint, all processes' files together
+    GPUS                               speed and memory of GPUs by name, from the makers' data sheets
+    GpuSpec.hours                      the time of the arithmetic, at a fraction of the peak (MFU)
 
 P weights that train, W processes, b bytes of a weight (4 in fp32, 2 in bf16 and fp16), ZeRO stage z; weights that do
 not train are b bytes each, on each process and in a checkpoint:
@@ -31,31 +31,30 @@ from torch import nn
 from lad_dist.compression import footprint
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.core.batch import Batch
-from lad_dist.data.datasets import CorpusDataset, TaskDataset
 from lad_dist.data.shards.reader import SPLITS, read_manifest
+from lad_dist.models import families
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import PreTrainedModel, new_model
 from lad_dist.training import optimization, run_spec
 from lad_dist.training.distiller import Distiller
-from lad_dist.training.teacher_cache import cache_bytes, worth_caching
+from lad_dist.training.teacher_cache import decide_cache
 
-SAMPLE = 8  # micro-batches that stand for all
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SAMPLE_MICRO_BATCHES = 8  # micro-batches that represent all
+BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """`flops`: dense matrix products per second in bf16, V100 in fp16; `single`: in fp32 as PyTorch runs it by default,
-    without TF32; `memory`: bytes."""
+    """Speed and memory of a GPU."""
 
-    flops: float
-    single: float
-    memory: float
+    half_flops: float  # dense FLOP/s in bf16, of a V100 in fp16
+    fp32_flops: float  # in fp32 as PyTorch runs it by default, without TF32
+    memory: float  # bytes
 
     def hours(self, flops: float, count: int, mfu: float, precision: str) -> float:
-        """Of `flops` on `count` of them, at `mfu` of the peak in that precision."""
-        peak = self.single if precision == "float32" else self.flops
+        """Return the hours of `flops` on `count` GPUs, at the fraction `mfu` of the peak in that precision."""
+        peak = self.fp32_flops if precision == "float32" else self.half_flops
         return flops / (count * peak * mfu) / 3600
 
 
@@ -83,61 +82,64 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes on one process."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """Of a run. FLOPs are per real token; `teacher_share` of the steps ask the teacher, where its answers are kept."""
+    """The costs of a run. Sizes are in bytes, FLOPs are per token without padding."""
 
-    student: int  # weights of the export
-    objective: int
-    teacher: int
+    student: int  # parameters of the export
+    objective: int  # parameters
+    teacher: int  # parameters
     memory: Memory
     steps: int
     epochs: float
-    tokens: float  # of one step, real ones
-    student_flops: float  # forward and backward, of what is exported: without a predecessor's blocks
+    tokens: float  # of one step, without padding
+    student_flops: float  # forward and backward, of what is exported: without the predecessor's blocks
     teacher_flops: float
-    teacher_share: float
+    teacher_share: float  # fraction of the steps that run the teacher: a cache saves the others
     checkpoint: int
     export: int
     data: int
-    answers: int
+    teacher_cache: int
 
     @property
     def flops(self) -> float:
-        """Of the whole run."""
+        """FLOPs of the whole run."""
         return self.steps * self.tokens * (self.student_flops + self.teacher_share * self.teacher_flops)
 
 
-def estimate(made: run_spec.RunSpec, world: int) -> CostEstimate:
-    """What the run of this plan costs on `world` processes. Reads its data's first micro-batches."""
-    method, teacher = meta_distiller(made), _teacher(made)
-    feed = made.dataset()
-    taught = made.teacher_dataset(feed)
-    places = [divmod(number, feed.micro_batches_per_step) for number in range(SAMPLE)]
-    batches = [feed.batch(*place) for place in places]
-    steps = made.config.run.steps or max(1, round((made.config.run.epochs or 0) * feed.steps_per_epoch))
+def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
+    """Return what a run costs on `world_size` processes; read the first micro-batches of the data."""
+    distiller, teacher = meta_distiller(spec), _meta_teacher(spec)
+    dataset = spec.dataset()
+    teacher_dataset = spec.teacher_dataset(dataset)
+    indices = [divmod(number, dataset.micro_batches_per_step) for number in range(SAMPLE_MICRO_BATCHES)]
+    batches = [dataset.batch(*index) for index in indices]
+    steps = spec.num_steps(dataset)
     tokens = sum(batch.num_tokens for batch in batches)
-    answers = _answers(made, method, feed, taught, steps)
-    its = 0 if teacher is None else _flops(teacher, [taught.batch(*place) for place in places])
-    student = footprint.exported(method.student)
+    cache = decide_cache(spec, distiller.objective.teacher_spec, teacher_dataset, steps)
+    cached_bytes = cache.size if cache.use else 0
+    teacher_flops = 0 if teacher is None else _flops(teacher, [teacher_dataset.batch(*index) for index in indices])
+    largest = max(batches, key=lambda batch: batch.computed_tokens)
+    student = footprint.exported_weights(distiller.student)
     return CostEstimate(
         student=student,
-        objective=count_parameters(method.objective),
+        objective=count_parameters(distiller.objective),
         teacher=0 if teacher is None else count_parameters(teacher),
-        memory=_memory(made, method, teacher, max(batches, key=lambda batch: batch.computed_tokens), world),
+        memory=_memory(spec, distiller, teacher, largest, world_size),
         steps=steps,
-        epochs=steps / feed.steps_per_epoch,
-        tokens=tokens / len(batches) * feed.micro_batches_per_step,
-        student_flops=3 * _flops(method.student, batches) / tokens,
-        teacher_flops=its / tokens,
-        teacher_share=min(1.0, feed.steps_per_epoch / steps) if answers else 1.0,
-        checkpoint=checkpoint_bytes(made, method),
+        epochs=steps / dataset.steps_per_epoch,
+        tokens=tokens / len(batches) * dataset.micro_batches_per_step,
+        student_flops=3 * _flops(distiller.student, batches) / tokens,
+        teacher_flops=teacher_flops / tokens,
+        teacher_share=min(1.0, dataset.steps_per_epoch / steps) if cached_bytes else 1.0,
+        checkpoint=checkpoint_bytes(spec, distiller),
         export=4 * student,
-        data=_corpus_bytes(made),
-        answers=answers,
+        data=_corpus_bytes(spec),
+        teacher_cache=cached_bytes,
     )
 
 
@@ -145,22 +147,23 @@ def _flops(model: PreTrainedModel, batches: Sequence[Batch]) -> int:
     return sum(footprint.flops(model, *batches).values())
 
 
-def meta_distiller(made: run_spec.RunSpec) -> Distiller:
-    """What the engine will hold, on the meta device."""
+def meta_distiller(spec: run_spec.RunSpec) -> Distiller:
+    """Return what the engine will hold, on the meta device."""
     with torch.device("meta"):
-        return Distiller(made.meta_student(), made.objective())
+        return Distiller(spec.meta_student(), spec.objective())
 
 
-def _teacher(made: run_spec.RunSpec) -> PreTrainedModel | None:
-    if made.config.teacher is None:
+def _meta_teacher(spec: run_spec.RunSpec) -> PreTrainedModel | None:
+    if spec.config.teacher is None:
         return None
     with torch.device("meta"):
-        return new_model(load_hf_config(made.config.teacher.path), made.teacher_head, made.labels)
+        return new_model(load_hf_config(spec.config.teacher.path), spec.teacher_head, spec.labels)
 
 
-def checkpoint_bytes(made: run_spec.RunSpec, method: Distiller) -> int:
-    """Of one checkpoint, all processes' files together."""
-    stage, size, (trained, frozen) = made.config.zero_stage, BYTES[made.precision], _weights(method)
+def checkpoint_bytes(spec: run_spec.RunSpec, distiller: Distiller) -> int:
+    """Return the size of one checkpoint, all processes' files together."""
+    stage, (trained, frozen) = spec.config.zero_stage, _count_weights(distiller)
+    size = BYTES_PER_WEIGHT[spec.precision]
     if stage == 3:
         return 12 * trained + size * frozen
     if stage == 0:
@@ -168,76 +171,68 @@ def checkpoint_bytes(made: run_spec.RunSpec, method: Distiller) -> int:
     return (size + 12) * trained + size * frozen
 
 
-def _weights(method: Distiller) -> tuple[int, int]:
-    """How many train, and how many do not."""
-    trained = sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
-    return trained, count_parameters(method) - trained
+def _count_weights(distiller: Distiller) -> tuple[int, int]:
+    """Return how many weights train, and how many do not."""
+    trained = sum(weight.numel() for weight in distiller.parameters() if weight.requires_grad)
+    return trained, count_parameters(distiller) - trained
 
 
-def _memory(made: run_spec.RunSpec, method: Distiller, teacher: nn.Module | None, batch: Batch, world: int) -> Memory:
-    size, (trained, frozen) = BYTES[made.precision], _weights(method)
-    stage, zero = made.config.zero_stage, made.config.deepspeed.get("zero_optimization", {})
-    optimizer = 12 * trained // world if stage else (8 if size == 4 else 12) * trained
+def _memory(
+    spec: run_spec.RunSpec, distiller: Distiller, teacher: nn.Module | None, batch: Batch, world_size: int
+) -> Memory:
+    size, (trained, frozen) = BYTES_PER_WEIGHT[spec.precision], _count_weights(distiller)
+    stage, zero = spec.config.zero_stage, spec.config.deepspeed.get("zero_optimization", {})
+    optimizer = 12 * trained // world_size if stage else (8 if size == 4 else 12) * trained
     bucket = optimization.bucket_size(zero, trained) * size if stage else 0
     return Memory(
-        weights=size * (trained + frozen) // (world if stage == 3 else 1),
-        gradients=size * trained // (world if stage >= 2 else 1),
+        weights=size * (trained + frozen) // (world_size if stage == 3 else 1),
+        gradients=size * trained // (world_size if stage >= 2 else 1),
         optimizer=optimizer,
         buckets=bucket * (2 if zero.get("overlap_comm") and stage < 3 else 1),
-        activations=_activations(made, method.student.config, batch, size),
-        teacher=_teacher_bytes(made, method, teacher, batch),
+        activations=_activations(spec, distiller.student.config, batch, size),
+        teacher=_teacher_bytes(spec, distiller, teacher, batch),
     )
 
 
-def _activations(made: run_spec.RunSpec, config: Any, batch: Batch, size: int) -> int:
-    """What a micro-batch's forward keeps for its backward: Korthikanti et al., 2022, section 4.1, for tokens without
-    padding. Fused attention keeps no scores; with attention dropout they count, as where its products are explicit."""
-    width, heads = config.hidden_size, config.num_attention_heads
-    inner = getattr(config, "intermediate_size", None) or config.hidden_dim
-    words = made.config.student
-    kept = size * (8 * width + 2 * inner) + (0 if words.dropout == 0 else 2 * width)
-    layer = batch.computed_tokens * kept
-    if words.attention_dropout != 0:
+def _activations(spec: run_spec.RunSpec, config: Any, batch: Batch, size: int) -> int:
+    """Return the bytes that a micro-batch's forward stores for the backward, for tokens without padding.
+
+    By Korthikanti et al., 2022, section 4.1. Fused attention stores no scores. With attention dropout they count, as
+    with explicit matrix products.
+    """
+    hidden_size, heads = config.hidden_size, config.num_attention_heads
+    student = spec.config.student
+    token_bytes = size * (8 * hidden_size + 2 * families.intermediate_size(config))
+    token_bytes += 0 if student.dropout == 0 else 2 * hidden_size
+    layer = batch.computed_tokens * token_bytes
+    if student.attention_dropout != 0:
         layer += int(batch.sequence_ids.numel()) * batch.span_length * heads * (2 * size + 1)
-    logits = (
-        len(batch.head_positions) * made.student_dims.num_outputs * (size + 2 * 4)
-    )  # and the loss, which is in fp32
-    return config.num_hidden_layers * layer + batch.computed_tokens * 4 * width * size + logits
+    # The loss is in fp32.
+    logits = len(batch.head_positions) * spec.student_dims.num_outputs * (size + 2 * 4)
+    return config.num_hidden_layers * layer + batch.computed_tokens * 4 * hidden_size * size + logits
 
 
-def _teacher_bytes(made: run_spec.RunSpec, method: Distiller, teacher: nn.Module | None, batch: Batch) -> int:
-    """Its weights, and what it says of a micro-batch."""
+def _teacher_bytes(spec: run_spec.RunSpec, distiller: Distiller, teacher: nn.Module | None, batch: Batch) -> int:
+    """Return the bytes of the teacher's weights and of the outputs for a micro-batch."""
     if teacher is None:
         return 0
-    assert made.teacher_dims is not None
-    assert made.config.teacher is not None
-    size, needs = BYTES[made.config.teacher.dtype or made.precision], method.objective.teacher_outputs
-    states = batch.computed_tokens * made.teacher_dims.hidden_size * (len(needs.hidden) + 3 * len(needs.qkv))
-    said = states + len(batch.head_positions) * made.teacher_dims.num_outputs * needs.logits
-    return size * (count_parameters(teacher) + said)
+    assert spec.teacher_dims is not None
+    assert spec.config.teacher is not None
+    size = BYTES_PER_WEIGHT[spec.config.teacher.dtype or spec.precision]
+    output_spec = distiller.objective.teacher_spec
+    states = (
+        batch.computed_tokens * spec.teacher_dims.hidden_size * (len(output_spec.hidden) + 3 * len(output_spec.qkv))
+    )
+    logits = len(batch.head_positions) * spec.teacher_dims.num_outputs * output_spec.logits
+    return size * (count_parameters(teacher) + states + logits)
 
 
-def _answers(
-    made: run_spec.RunSpec,
-    method: Distiller,
-    feed: CorpusDataset | TaskDataset,
-    taught: CorpusDataset | TaskDataset,
-    steps: int,
-) -> int:
-    """Bytes of the teacher's answers on disk, 0 where it is asked at each step."""
-    words = made.config.teacher
-    if words is None or not isinstance(taught, TaskDataset) or not worth_caching(words, steps, feed.steps_per_epoch):
+def _corpus_bytes(spec: run_spec.RunSpec) -> int:
+    if not isinstance(spec.config.data, CorpusDataConfig):
         return 0
-    assert made.teacher_dims is not None
-    dtype = getattr(torch, words.dtype or made.precision)
-    size = cache_bytes(method.objective.teacher_outputs, made.teacher_dims, taught.train, dtype)
-    return size if size <= words.cache_gb * 1e9 else 0
-
-
-def _corpus_bytes(made: run_spec.RunSpec) -> int:
-    if not isinstance(made.config.data, CorpusDataConfig):
-        return 0
-    manifest = read_manifest(Path(made.config.data.shards))
-    width = np.dtype(manifest["dtype"]).itemsize
-    found = [shard for source in manifest["sources"] for split in SPLITS for shard in source["splits"][split]["shards"]]
-    return sum(shard["length"] * width + shard["offsets_bytes"] for shard in found)
+    manifest = read_manifest(Path(spec.config.data.shards))
+    size = np.dtype(manifest["dtype"]).itemsize
+    shards = [
+        shard for source in manifest["sources"] for split in SPLITS for shard in source["splits"][split]["shards"]
+    ]
+    return sum(shard["length"] * size + shard["offsets_bytes"] for shard in shards)

@@ -1,9 +1,9 @@
-"""What a config's [deepspeed] may hold, checked without deepspeed, which takes seconds to import.
+"""Check the keys of a config's [deepspeed] without deepspeed, which takes seconds to import.
 
-check(table)   raises UserError for a key that DeepSpeed lacks, one that lad_dist decides, or a value of another kind
+check_keys(config)   raises UserError for a key that DeepSpeed lacks, one that lad_dist sets, or a value of another type
 
-DeepSpeed ignores a misspelt key of its top level in silence, and finds those in its blocks when weights have long been
-read. A test holds KEYS of the blocks equal to the installed DeepSpeed's; values within them it checks itself.
+DeepSpeed silently ignores a misspelt key of its top level. It reports those in its blocks only after the weights have
+been read. A test compares KEYS of the blocks with the installed DeepSpeed's; DeepSpeed itself checks the values.
 """
 
 from typing import Any
@@ -11,18 +11,18 @@ from typing import Any
 from lad_dist.config.errors import UserError
 from lad_dist.utils.suggest import did_you_mean
 
-OURS = {
-    "train_batch_size": "data.micro_batches_per_step and data.micro_batch_tokens or examples_per_slot",
-    "train_micro_batch_size_per_gpu": "data.micro_batch_tokens or examples_per_slot",
+MANAGED_KEYS = {  # keys that other keys of the config set
+    "train_batch_size": "data.micro_batches_per_step and data.micro_batch_tokens or micro_batch_size",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_tokens or micro_batch_size",
     "gradient_accumulation_steps": "data.micro_batches_per_step",
     "optimizer": "[optim]",
     "scheduler": "optim.schedule",
     "torch_autocast": "deepspeed.bf16 or fp16",
 }
-# The keys of tables, by their place; "" is the top level.
+# The keys of tables, by the table's path; "" is the top level.
 KEYS = {
-    place: frozenset(keys.split())
-    for place, keys in {
+    path: frozenset(keys.split())
+    for path, keys in {
         "": """
             activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
             csv_monitor data_types disable_allgather dump_state flops_profiler fp16 gradient_allreduce_op
@@ -65,41 +65,43 @@ KEYS = {
         """,
     }.items()
 }
-# What DeepSpeed itself would take as it comes, and fail on much later.
-KINDS: dict[str, tuple[Any, str]] = {
+# Types that DeepSpeed does not check, and fails on much later.
+VALUE_TYPES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys((*filter(None, KEYS), "comms_logger", "flops_profiler"), (dict, "table")),
     **dict.fromkeys(("gradient_clipping", "gradient_predivide_factor"), (int | float, "number")),
 }
 
 
-def check_keys(table: dict[str, Any]) -> None:
-    """Raises UserError for the first mistake."""
-    for key in table.keys() & OURS.keys():
-        raise UserError(f"deepspeed.{key}: this is decided by {OURS[key]}; take it away")
-    _check_table(table, "")
-    stage = table.get("zero_optimization", {}).get("stage", 0)
+def check_keys(config: dict[str, Any]) -> None:
+    """Raise UserError for the first mistake."""
+    for key in config.keys() & MANAGED_KEYS.keys():
+        raise UserError(f"deepspeed.{key}: {MANAGED_KEYS[key]} sets this; remove the key")
+    _check_table(config, "")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {stage!r}")
-    if table.get("bf16", {}).get("enabled") and stage == 0:
+    if config.get("bf16", {}).get("enabled") and stage == 0:
         raise UserError(
             "deepspeed.bf16: needs deepspeed.zero_optimization.stage = 1 or more, whose weights keep an fp32 copy"
         )
-    if table.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
         raise UserError(
-            'deepspeed.zero_optimization.offload_optimizer.device: what lies on "nvme" is in no checkpoint; use "cpu"'
+            'deepspeed.zero_optimization.offload_optimizer.device: no checkpoint holds what is on "nvme"; use "cpu"'
         )
     for name, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
-        if not table.get(name, {}).get(key, True):
-            raise UserError(f"deepspeed.{name}.{key}: take it away: without it, gradients that are not finite are used")
+        if not config.get(name, {}).get(key, True):
+            raise UserError(
+                f"deepspeed.{name}.{key}: remove the key: without it, gradients that are not finite are used"
+            )
 
 
-def _check_table(table: dict[str, Any], place: str) -> None:
+def _check_table(table: dict[str, Any], path: str) -> None:
     for key, value in table.items():
-        inner = f"{place}.{key}" if place else key
-        if key not in KEYS[place]:
-            hint = did_you_mean(key, KEYS[place] | (set() if place else OURS.keys()))
+        inner = f"{path}.{key}" if path else key
+        if key not in KEYS[path]:
+            hint = did_you_mean(key, KEYS[path] | (set() if path else MANAGED_KEYS.keys()))
             raise UserError(f"deepspeed.{inner}: DeepSpeed has no such key; {hint}")
-        kind, name = KINDS.get(inner, (object, ""))
+        kind, name = VALUE_TYPES.get(inner, (object, ""))
         if not isinstance(value, kind) or (name == "number" and isinstance(value, bool)):
             raise UserError(f"deepspeed.{inner}: must be a {name}, not {value!r}")
         if inner in KEYS:

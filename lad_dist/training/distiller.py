@@ -1,4 +1,4 @@
-"""Method: all that trains, in one module with one forward and one loss. It is what the DeepSpeed engine holds."""
+"""The module that trains: student and objective, with one forward and one loss. The DeepSpeed engine holds it."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from lad_dist.objectives.base import Objective
 
 
 class Distiller(nn.Module):
-    """A student and its objective. `found`: what was measured when the student was made, by name."""
+    """A student and its objective. `initial_values`: what was measured when the student was built, by name."""
 
     def __init__(
         self, student: PreTrainedModel, objective: Objective, initial_values: Mapping[str, float] = MappingProxyType({})
@@ -26,24 +26,25 @@ class Distiller(nn.Module):
         self.student = student
         self.objective = objective
 
-    def on_step_start(self, moment: StepState) -> None:
-        """Moves all schedules, once before the micro-batches of each step."""
-        for piece in compressed_module.compressed_modules(self.student):
-            piece.on_step_start(moment)
-        self.objective.on_step_start(moment.progress)
+    def on_step_start(self, state: StepState) -> None:
+        """Advance all schedules, once before the micro-batches of each step."""
+        for module in compressed_module.compressed_modules(self.student):
+            module.on_step_start(state)
+        self.objective.on_step_start(state.progress)
 
     def newly_pruned(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Weights of which the last `at` took some away, with masks that are True where they stay."""
-        return [pair for piece in compressed_module.compressed_modules(self.student) for pair in piece.newly_pruned()]
+        """Return the weights that the last `on_step_start` pruned, with masks that are True where they stay."""
+        modules = compressed_module.compressed_modules(self.student)
+        return [pair for module in modules for pair in module.newly_pruned()]
 
     def forward(self, batch: Batch, target: ModelOutputs | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed loss, and by name its terms and what the objective observed (detached scalars)."""
-        seen = compute_outputs(self.student, batch, self.objective.student_outputs)
-        terms = self.objective(seen, target, batch)
+        """Return the summed loss, and by name its terms and the metrics of the objective (detached scalars)."""
+        outputs = compute_outputs(self.student, batch, self.objective.student_spec)
+        terms = self.objective(outputs, target, batch)
         loss = torch.stack(list(terms.values())).sum()
         return loss, {name: x.detach() for name, x in (terms | self.objective.metrics).items()}
 
     def export(self) -> PreTrainedModel:
-        """The student as a plain model: Parts folded, the objective left behind. In place."""
+        """Return the student as a plain model, in place: compressed modules merged, without the objective."""
         compressed_module.merge_all(self.student)
         return self.student

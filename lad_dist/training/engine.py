@@ -1,11 +1,11 @@
-"""The engine: DeepSpeed, made, checked and copied. With resize.py the only importer of deepspeed.
+"""The DeepSpeed engine: build it, check its config, copy its state.
 
-check(table)               [deepspeed] in DeepSpeed's own words, by DeepSpeed's own checks
-build(method, config)      the engine that trains a method
-snapshot(engine, folder)   the files of a checkpoint in that folder, in memory
-forget(engine, pruned)     the optimizer's moments of weights that were taken away
-whole(method, stage)       within it every process has all weights
-release(engine)            what it held may go
+check_deepspeed_config(config)          the values of [deepspeed], by DeepSpeed's own checks
+build_engine(distiller, config)         the engine that trains a distiller
+snapshot(engine, folder)                the files of a checkpoint in that folder, in memory
+reset_optimizer_state(engine, pruned)   zeroes the moments of pruned weights
+gathered_parameters(distiller, stage)   a context in which every process has all weights
+release(engine)                         frees what the engine holds
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import Files, HostSnapshotEngine
 from lad_dist.config.errors import UserError
+from lad_dist.config.load import first_mistake
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
 from lad_dist.training import optimization
@@ -36,33 +37,34 @@ from lad_dist.training.distiller import Distiller
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-BLOCKS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-# Of shares, in weights: as many as a CPU computes at once, or a multiple. It rounds those left over at a share's end in
-# another way, so they must not be there, or what is learnt depends on where shares end.
+DEEPSPEED_SCHEMAS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+# The number of weights of a share is a multiple of this: as many as a CPU computes at once, or a multiple. A CPU rounds
+# a remainder at a share's end in another way, and then the result would depend on where shares end.
 ALIGNMENT = 16
-CACHED = 2**16  # numbers that a CPU core's cache holds in fp64
+CACHED_NUMBERS = 2**16  # numbers that a CPU core's cache holds in fp64
 VERSION: str = deepspeed.__version__
 
 
-def check_deepspeed_config(table: Mapping[str, Any]) -> None:
-    """The values in DeepSpeed's blocks, by its own checks; plan.make has seen to the keys. Raises UserError."""
-    for name, schema in BLOCKS.items():
+def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+    """Raise UserError where DeepSpeed's own checks refuse a value; resolve_run() has checked the keys."""
+    for name, schema in DEEPSPEED_SCHEMAS.items():
         try:
-            schema(**table.get(name, {}))
+            schema(**config.get(name, {}))
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"deepspeed.{name}.{key}: {first['msg']}") from None
+            raise UserError(f"deepspeed.{name}.{first_mistake(error)}") from None
 
 
-def build_engine(method: Distiller, config: TrainConfig) -> Any:
-    """Under ZeRO-1 and 2 in fp32 on a CPU, what it learns does not depend on how its shares are cut."""
+def build_engine(distiller: Distiller, config: TrainConfig) -> Any:
+    """Return the engine that trains a distiller.
+
+    Under ZeRO-1 and 2 in fp32 on a CPU, the result does not depend on where shares end.
+    """
     logger.setLevel("ERROR")
     DeepSpeedZeroOptimizer.nccl_start_alignment_factor = property(lambda _: ALIGNMENT, lambda *_: None)
-    DeepSpeedZeroOptimizer.get_grad_norm_direct = _share_of_norm
-    # Its shared-memory collectives compile C++ at first use; gloo serves a CPU, and nccl a GPU.
+    DeepSpeedZeroOptimizer.get_grad_norm_direct = _gradient_norm
+    # DeepSpeed's shared-memory collectives compile C++ at first use; gloo serves a CPU, and nccl a GPU.
     deepspeed.ops.__compatible_ops__ = {}
-    words = {
+    options = {
         "train_batch_size": config.data.micro_batches_per_step,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.data.micro_batches_per_step // processes.world_size(),
@@ -71,25 +73,28 @@ def build_engine(method: Distiller, config: TrainConfig) -> Any:
         "zero_force_ds_cpu_optimizer": False,  # [optim] decides, with weights offloaded too
         **config.deepspeed,
     }
-    groups = optimization.parameter_groups(method.student, method.objective, config.optim)
+    groups = optimization.parameter_groups(distiller.student, distiller.objective, config.optim)
     if zero := config.deepspeed.get("zero_optimization"):
-        trained = sum(weight.numel() for group in groups for weight in group["params"])
-        words["zero_optimization"] = {**zero, "reduce_bucket_size": optimization.bucket_size(zero, trained)}
+        num_weights = sum(weight.numel() for group in groups for weight in group["params"])
+        options["zero_optimization"] = {**zero, "reduce_bucket_size": optimization.bucket_size(zero, num_weights)}
     optimizer = optimization.adamw(groups, config.optim, config.zero_stage)
     with contextlib.redirect_stdout(sys.stderr):
-        engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=words)
+        engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=options)
     engine.checkpoint_engine = HostSnapshotEngine(reshard.read)
     engine._copy_recovery_script = lambda _: None  # a checkpoint holds no code
     return engine
 
 
-def _share_of_norm(optimizer: Any, gradients: Iterable[Tensor], parameters: Any, norm_type: float = 2) -> Tensor:
-    """The norm of all processes' shares of a group's gradients: summed in fp64 to the end, as rounding each share's sum
-    makes the clipped gradients depend on who has which share."""
+def _gradient_norm(optimizer: Any, gradients: Iterable[Tensor], parameters: Any, norm_type: float = 2) -> Tensor:
+    """Return the norm of a group's gradients over all processes' shares, summed in fp64.
+
+    Rounding the sum of each share would make the clipped gradients depend on which process has which share.
+    """
     assert norm_type == 2
-    real = [x for x in gradients if not hasattr(x, "_zero_padding")]
-    mine = [torch.linalg.vector_norm(piece, dtype=torch.float64) for x in real for piece in _pieces(x)]
-    total = torch.stack(mine).square().sum() if mine else torch.zeros((), dtype=torch.float64, device=optimizer.device)
+    unpadded = [x for x in gradients if not hasattr(x, "_zero_padding")]
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for x in unpadded for piece in _pieces(x)]
+    zero = torch.zeros((), dtype=torch.float64, device=optimizer.device)
+    total = torch.stack(norms).square().sum() if norms else zero
     dist.all_reduce(total, group=optimizer.dp_process_group)
     norm = total.sqrt().float()
     mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
@@ -97,68 +102,71 @@ def _share_of_norm(optimizer: Any, gradients: Iterable[Tensor], parameters: Any,
 
 
 def _pieces(x: Tensor) -> Sequence[Tensor]:
-    """A CPU writes out what it widens to fp64; piece by piece that stays in its cache. A GPU widens as it sums."""
-    return x.flatten().split(CACHED) if x.device.type == "cpu" else (x,)
+    """Split a tensor on the CPU: it materializes the fp64 copy, which stays in the cache piece by piece."""
+    return x.flatten().split(CACHED_NUMBERS) if x.device.type == "cpu" else (x,)
 
 
 def snapshot(engine: Any, folder: Path) -> Files:
-    """All processes call it together; each gets the files that are its own to write."""
+    """Return the files of a checkpoint that this process writes; all processes call it together."""
     client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
     engine.save_checkpoint(str(folder), tag=reshard.TAG, client_state=client, save_latest=False)
-    return engine.checkpoint_engine.taken()
+    return engine.checkpoint_engine.pop_files()
 
 
 def reset_optimizer_state(engine: Any, pruned: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Zeroes the moments of weights where their masks are False, in ZeRO's stages up to 2: what is gone must not go on
-    drifting."""
+    """Zero the moments of weights where the masks are False, up to ZeRO-2: pruned weights must not drift."""
     if not pruned:
         return  # as in most steps
-    places = {
-        parameter: (number, place)
-        for number, group in enumerate(reshard.groups(engine))
-        for place, parameter in enumerate(group)
+    positions = {
+        parameter: (group_index, index)
+        for group_index, group in enumerate(reshard.groups(engine))
+        for index, parameter in enumerate(group)
     }
-    for parameter, kept in pruned:
-        if parameter in places:  # or it is frozen
-            _reset_state(engine.optimizer, parameter, kept.flatten(), *places[parameter])
+    for parameter, mask in pruned:
+        if parameter in positions:  # not where it is frozen
+            _reset_state(engine.optimizer, parameter, mask.flatten(), *positions[parameter])
 
 
-def _reset_state(optimizer: Any, parameter: nn.Parameter, kept: Tensor, group: int, place: int) -> None:
+def _reset_state(optimizer: Any, parameter: nn.Parameter, mask: Tensor, group_index: int, index: int) -> None:
     if hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         if mapping is None:
-            return  # all of it lies with other processes
-        (flat,) = optimizer.optimizer.param_groups[group]["params"]
-        whole, here = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            return  # other processes hold all of it
+        (flat,) = optimizer.optimizer.param_groups[group_index]["params"]
+        source, target = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
         for moment in _moments(optimizer.optimizer, flat):
-            stays = kept.narrow(0, whole.start, whole.numel)
-            moment.narrow(0, here.start, here.numel).mul_(stays.to(moment.device))  # it may be offloaded
+            piece = mask.narrow(0, source.start, source.numel)
+            moment.narrow(0, target.start, target.numel).mul_(piece.to(moment.device))  # it may be offloaded
         return
     half = hasattr(optimizer, "fp32_groups")
-    weight = optimizer.fp32_groups[group][place] if half else parameter
+    weight = optimizer.fp32_groups[group_index][index] if half else parameter
     for moment in _moments(optimizer.optimizer if half else optimizer, weight):
-        moment.view(-1).mul_(kept.to(moment.device))
+        moment.view(-1).mul_(mask.to(moment.device))
 
 
 def _moments(optimizer: Any, weight: Tensor) -> list[Tensor]:
-    """Of a weight's size; none before the first update."""
+    """Return the moments of a weight, which have the weight's size; none before the first update."""
     return [x for x in optimizer.state.get(weight, {}).values() if isinstance(x, Tensor) and x.shape == weight.shape]
 
 
-def gathered_parameters(method: Distiller, stage: int) -> contextlib.AbstractContextManager[Any]:
-    """Under ZeRO-3, whole weights on every process."""
+def gathered_parameters(distiller: Distiller, stage: int) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which every process has whole weights under ZeRO-3."""
     if stage < 3:
         return contextlib.nullcontext()
-    return deepspeed.zero.GatheredParameters(list(method.parameters()))
+    return deepspeed.zero.GatheredParameters(list(distiller.parameters()))
 
 
 def release(engine: Any) -> None:
-    """Takes its hooks off the weights, so that they are freed once nobody names them: another run of this process needs
-    the room. Under ZeRO-3 DeepSpeed 0.19 still keeps them."""
+    """Remove the engine's hooks from the weights, so that they are freed once nothing refers to them.
+
+    Another run of this process needs the memory. Under ZeRO-3 DeepSpeed 0.19 still holds them.
+    """
     engine.destroy()
 
 
 def communication_seconds() -> float:
-    """What DeepSpeed's timers measured in collectives so far, under its `comms_logger`; reading resets them. (The
-    logger's own table adds up running totals.)"""
+    """Return the seconds in collectives since the last call, by the timers of DeepSpeed's `comms_logger`.
+
+    Reading resets the timers. The logger's own table adds up running totals.
+    """
     return sum(timer.elapsed() for timer in deepspeed.comm.comm.timers.get_timers().values()) / 1000

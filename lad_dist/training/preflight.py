@@ -1,11 +1,12 @@
-"""Preflight: whether these machines can do the run, found out together and in about a second, before a model is built.
+"""Check that these machines can do the run, on all processes in about a second, before a model is built.
 
-    check(made, folder)   devices, an all-reduce, the data, room on the disk
-    together(work)        work() on every process; what one of them could not do ends all, in one line
-    Unfit                 other machines may do better: the job goes back to the queue
+    check(spec, folder)      devices, an all-reduce, the data, room on the disk
+    run_on_all(work)         work() on every process; what fails on one of them ends all, in one line
+    check_devices(devices)   devices that are alike, no more processes than GPUs
+    DeviceFault              other machines may do better: the job goes back to the queue
 
-What any machines would run into ends with 2: more processes than GPUs, data that nobody sees, a disk without room. What
-is wrong with one of them ends with 75: no GPU or another one than the others', data that it does not see, a collective
+What any machines would meet ends with 2: more processes than GPUs, data that nobody sees, a disk without room. What is
+wrong with one machine ends with 75: no GPU or another one than the others', data that it does not see, a collective
 that fails, sums wrongly or takes too long. All processes leave with the same code, and the line names process and host.
 """
 
@@ -26,37 +27,43 @@ from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.data.shards.reader import SPLITS, Shards
 from lad_dist.distributed import processes
 from lad_dist.training import cost_model, run_spec
+from lad_dist.utils.text import first_line
 
-NUMBERS = 1 << 17  # of the all-reduce: 1 MiB
-BOUND = timedelta(seconds=120)  # for it: the first one also connects everybody with everybody
+ALL_REDUCE_SIZE = 1 << 17  # integers: 1 MiB
+ALL_REDUCE_TIMEOUT = timedelta(seconds=120)  # the first one also connects all processes with each other
 
 Result = TypeVar("Result")
 
 
 class DeviceFault(Fault):
-    """Of this set of machines."""
+    """Something is wrong with one of these machines."""
 
     code = EXIT_RUN_AGAIN
 
 
 class Device(NamedTuple):
-    """What a process computes on: `gpus` are those that it sees on its host."""
+    """The device of a process. `gpus`: how many GPUs the process sees on the host."""
 
     host: str
     name: str
     gpus: int
 
 
-def check(made: run_spec.RunSpec, folder: Path) -> None:
-    """Raises UserError or Unfit, the same on all processes. `folder` is the run's."""
-    check_devices(processes.all_gather(_mine()))
-    check_devices_together(_sum)
-    check_devices_together(lambda: _see_data(made))
-    processes.on_main(lambda: _check_room(made, folder))
+def check(spec: run_spec.RunSpec, folder: Path) -> None:
+    """Raise UserError or DeviceFault, the same on all processes, where the run cannot work. `folder`: the run's."""
+    check_devices(processes.all_gather(_own_device()))
+    run_on_all(_check_all_reduce)
+    run_on_all(lambda: _check_data(spec))
+    processes.on_main(lambda: _check_disk(spec, folder))
 
 
-def check_devices_together(work: Callable[[], Result]) -> Result:
-    """What `work` returns on this process. Raises UserError: its own where it failed on all, Unfit where on some."""
+def run_on_all(work: Callable[[], Result]) -> Result:
+    """Call `work` on every process, and return the result of this one.
+
+    Raises:
+        UserError: `work` raised UserError on all processes.
+        DeviceFault: `work` raised UserError on some processes.
+    """
     error: UserError | None = None
     try:
         result = work()
@@ -72,61 +79,61 @@ def check_devices_together(work: Callable[[], Result]) -> Result:
     raise DeviceFault(f"process {failed[0]} {faults[failed[0]]}{others}; the other processes had no such trouble")
 
 
-def _mine() -> Device:
-    where = processes.device()
-    if where.type == "cpu":
+def _own_device() -> Device:
+    device = processes.device()
+    if device.type == "cpu":
         return Device(socket.gethostname(), "no GPU", 0)
-    return Device(socket.gethostname(), torch.cuda.get_device_name(where), torch.cuda.device_count())
+    return Device(socket.gethostname(), torch.cuda.get_device_name(device), torch.cuda.device_count())
 
 
 def check_devices(devices: list[Device]) -> None:
-    """`devices` by rank. Raises Unfit where they are not alike, UserError where processes would share a GPU."""
+    """Raise DeviceFault where devices, by rank, are not alike, and UserError where processes would share a GPU."""
     usual, _ = Counter(device.name for device in devices).most_common(1)[0]
     for rank, device in enumerate(devices):
         if device.name != usual:
             raise DeviceFault(f"process {rank} on {device.host} has {device.name}, most processes have {usual}")
     for rank, device in enumerate(devices):
-        here = sum(other.host == device.host for other in devices)
-        if device.gpus and here > device.gpus:
+        neighbors = sum(other.host == device.host for other in devices)
+        if device.gpus and neighbors > device.gpus:
             raise UserError(
-                f"process {rank} on {device.host}: {here} processes there see {device.gpus} GPUs; start as many "
-                "processes as GPUs (with SLURM, --ntasks-per-node equal to --gpus-per-node)"
+                f"process {rank} on {device.host}: {neighbors} processes of this host see {device.gpus} GPUs; start "
+                "as many processes as GPUs (with SLURM, --ntasks-per-node equal to --gpus-per-node)"
             )
 
 
-def _sum() -> None:
-    """An all-reduce of whole numbers, whose sum is known exactly."""
-    world = processes.world_size()
-    if world == 1:
+def _check_all_reduce() -> None:
+    """Raise DeviceFault where an all-reduce of integers fails, or does not give the exact sum."""
+    world_size = processes.world_size()
+    if world_size == 1:
         return
-    places = torch.arange(NUMBERS, device=processes.device())
-    total = places + processes.rank()
+    integers = torch.arange(ALL_REDUCE_SIZE, device=processes.device())
+    total = integers + processes.rank()
     try:
-        dist.all_reduce(total, async_op=True).wait(BOUND)
+        dist.all_reduce(total, async_op=True).wait(ALL_REDUCE_TIMEOUT)
     except RuntimeError as error:
-        raise DeviceFault(f"an all-reduce among {world} processes failed ({str(error).splitlines()[0]})") from None
-    if not torch.equal(total, world * places + world * (world - 1) // 2):
-        raise DeviceFault(f"an all-reduce among {world} processes gave a wrong sum")
+        raise DeviceFault(f"an all-reduce among {world_size} processes failed ({first_line(error)})") from None
+    if not torch.equal(total, world_size * integers + world_size * (world_size - 1) // 2):
+        raise DeviceFault(f"an all-reduce among {world_size} processes gave a wrong sum")
 
 
-def _see_data(made: run_spec.RunSpec) -> None:
-    """Every file of the corpus is there, as long as the manifest says. Raises UserError."""
-    if isinstance(made.config.data, CorpusDataConfig):
+def _check_data(spec: run_spec.RunSpec) -> None:
+    """Raise UserError where a file of the corpus is missing, or not as long as the manifest records."""
+    if isinstance(spec.config.data, CorpusDataConfig):
         for split in SPLITS:
-            Shards(made.config.data.shards, split)
+            Shards(spec.config.data.shards, split)
 
 
-def _check_room(made: run_spec.RunSpec, folder: Path) -> None:
-    """Raises UserError where the disk lacks room for the checkpoints that the run keeps, the next, and the export."""
-    words = made.config.run
-    method = cost_model.meta_distiller(made)
-    each, export = cost_model.checkpoint_bytes(made, method), 4 * footprint.exported(method.student)
-    there = len([path for path in (folder / "checkpoints").glob("step-*") if not path.suffix])
-    missing = max(1, words.keep + 1 - there) if words.save_every else 1
-    needed = missing * each + export
+def _check_disk(spec: run_spec.RunSpec, folder: Path) -> None:
+    """Raise UserError where the disk lacks room for the checkpoints that the run keeps, the next, and the export."""
+    config = spec.config.run
+    distiller = cost_model.meta_distiller(spec)
+    checkpoint, export = cost_model.checkpoint_bytes(spec, distiller), 4 * footprint.exported_weights(distiller.student)
+    existing = len([path for path in (folder / "checkpoints").glob("step-*") if not path.suffix])
+    missing = max(1, config.keep + 1 - existing) if config.save_every else 1
+    needed = missing * checkpoint + export
     free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
     if needed > free:
         raise UserError(
-            f"{folder}: {missing} checkpoints of {each / 1e9:.2g} GB and the export take {needed / 1e9:.2g} GB, "
-            f"{free / 1e9:.2g} GB are free on {socket.gethostname()}; make room there, or set run.dir to another disk"
+            f"{folder}: {missing} checkpoints of {checkpoint / 1e9:.2g} GB and the export take {needed / 1e9:.2g} GB, "
+            f"{free / 1e9:.2g} GB are free on {socket.gethostname()}; make room, or set run.dir to another disk"
         )

@@ -1,12 +1,13 @@
-"""Answers: what a frozen teacher says of each training example of a task, asked once and kept on disk.
+"""Teacher cache: the outputs of a frozen teacher for each training example of a task, computed once, stored on disk.
 
-    fields(needs)     names of what is kept of a Trace
-    bytes_of(...)     what they take on disk
-    Answers           asks for what is not there yet; then numbers of examples -> Trace
+    field_names(output_spec)   names of the stored fields of ModelOutputs
+    cache_bytes(...)           their size on disk
+    decide_cache(...)          whether a run uses a cache
+    TeacherCache               computes what is missing; then maps numbers of examples to ModelOutputs
 
-An answer is a function of the teacher and the example, not of the run: the teacher is asked block by block, in batches
-of its own. So a run that finds all answers and one that has to ask learn from the same numbers, to the bit, whatever
-its seed, its batches and its number of processes.
+An output is a function of the teacher and the example, not of the run: the teacher runs block by block, in batches of
+its own. So a run that reads all outputs and one that has to compute them learn from the same numbers, to the bit,
+whatever the seed, the batches and the number of processes.
 
     <folder>/<digest>/about.json                    what the digest was taken of
                       hidden-4.00003.safetensors    one field of one block: `values` [N or R, …] and `starts`
@@ -14,14 +15,13 @@ its seed, its batches and its number of processes.
 
 The digest is over the teacher's weights and settings, the tokenized examples, and what computes them. A field has files
 of its own, so runs that need other layers share those that they have in common. Files appear whole, so runs may fill
-one folder at the same time; one that cannot be read is asked for again.
+one folder at the same time. A file that cannot be read is computed again.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -34,21 +34,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import TeacherConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import QKV, ModelDims, ModelOutputs, OutputSpec
+from lad_dist.data.datasets import CorpusDataset, TaskDataset
 from lad_dist.distributed import processes
+from lad_dist.distributed.logs import EVERY_RANK, get_logger
+from lad_dist.training.run_spec import RunSpec
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
 
-FORMAT = 1
-BLOCK = 256  # examples of a file
-BATCH = 32  # examples that the teacher is asked about at once
+FORMAT = 2
+BLOCK_SIZE = 256  # examples of a file
+BATCH_SIZE = 32  # examples of a forward of the teacher
 
-AskTeacher = Callable[[Batch, OutputSpec], ModelOutputs]
+Teacher = Callable[[Batch, OutputSpec], ModelOutputs]
+
+logger = get_logger(__name__)
 
 
 class Examples(Protocol):
-    """Tokenized examples, numbered from 0. `fingerprint` tells two sets of them apart."""
+    """Tokenized examples, numbered from 0. `fingerprint` identifies the set."""
 
     @property
     def count(self) -> int: ...
@@ -66,62 +70,95 @@ class Examples(Protocol):
 
 
 class _CachedColumn(NamedTuple):
-    """A field of a block. `starts` are plain numbers: they are looked up one by one."""
+    """A field of a block. `starts` are Python integers, because they are read one by one."""
 
     values: Tensor
     starts: list[int]
 
 
-def fields(needs: OutputSpec) -> list[str]:
-    """The names under which what is needed is kept."""
-    attention = [f"{name}-{layer}" for layer in needs.qkv for name in QKV]
-    return ["logits"] * needs.logits + [f"hidden-{layer}" for layer in needs.hidden] + attention
+def field_names(output_spec: OutputSpec) -> list[str]:
+    """Return the names of the fields that are stored."""
+    attention = [f"{name}-{layer}" for layer in output_spec.qkv for name in QKV]
+    return ["logits"] * output_spec.logits + [f"hidden-{layer}" for layer in output_spec.hidden] + attention
 
 
-def _by_field(trace: ModelOutputs) -> dict[str, Tensor]:
-    found = {f"hidden-{layer}": x for layer, x in trace.hidden.items()}
-    for layer, qkv in trace.qkv.items():
-        found |= {f"{name}-{layer}": x for name, x in zip(QKV, qkv, strict=True)}
-    return found if trace.logits is None else found | {"logits": trace.logits}
+def _to_fields(outputs: ModelOutputs) -> dict[str, Tensor]:
+    fields = {f"hidden-{layer}": x for layer, x in outputs.hidden.items()}
+    for layer, qkv in outputs.qkv.items():
+        fields |= {f"{name}-{layer}": x for name, x in zip(QKV, qkv, strict=True)}
+    return fields if outputs.logits is None else fields | {"logits": outputs.logits}
 
 
-def _trace(found: Mapping[str, Tensor], needs: OutputSpec) -> ModelOutputs:
-    qkv = {layer: tuple(found[f"{name}-{layer}"] for name in QKV) for layer in needs.qkv}
-    return ModelOutputs(found.get("logits"), {layer: found[f"hidden-{layer}"] for layer in needs.hidden}, qkv)  # type: ignore[arg-type]
+def _from_fields(fields: Mapping[str, Tensor], output_spec: OutputSpec) -> ModelOutputs:
+    hidden = {layer: fields[f"hidden-{layer}"] for layer in output_spec.hidden}
+    qkv = {layer: tuple(fields[f"{name}-{layer}"] for name in QKV) for layer in output_spec.qkv}
+    return ModelOutputs(fields.get("logits"), hidden, qkv)  # type: ignore[arg-type]
 
 
-def cache_bytes(needs: OutputSpec, teacher: ModelDims, examples: Examples, dtype: torch.dtype) -> int:
-    """What the answers take on disk."""
-    states = examples.tokens * teacher.hidden_size * (len(needs.hidden) + 3 * len(needs.qkv))
-    return (states + len(examples.labels) * teacher.num_outputs * needs.logits) * dtype.itemsize
+def cache_bytes(output_spec: OutputSpec, teacher: ModelDims, examples: Examples, dtype: torch.dtype) -> int:
+    """Return the size of the teacher's outputs on disk."""
+    states = examples.tokens * teacher.hidden_size * (len(output_spec.hidden) + 3 * len(output_spec.qkv))
+    return (states + len(examples.labels) * teacher.num_outputs * output_spec.logits) * dtype.itemsize
 
 
-def worth_caching(words: TeacherConfig, steps: int, steps_per_epoch: float) -> bool:
-    """Whether examples are read more than once, or other runs read them too."""
-    return words.cache is not None or steps > steps_per_epoch
+class CacheDecision(NamedTuple):
+    """Whether a run uses a cache, and the bytes of all outputs: 0 where a cache saves nothing."""
+
+    use: bool
+    size: int
+
+
+def decide_cache(
+    spec: RunSpec, output_spec: OutputSpec, teacher_dataset: CorpusDataset | TaskDataset, steps: int
+) -> CacheDecision:
+    """Decide for a cache where it is read more than once and not larger than teacher.cache_gb.
+
+    It is read again where the run has more than one epoch, or where other runs read the same folder.
+    """
+    config = spec.config.teacher
+    if config is None or not isinstance(teacher_dataset, TaskDataset):
+        return CacheDecision(False, 0)
+    if config.cache is None and steps <= teacher_dataset.steps_per_epoch:
+        return CacheDecision(False, 0)
+    assert spec.teacher_dims is not None
+    dtype = getattr(torch, config.dtype or spec.precision)
+    size = cache_bytes(output_spec, spec.teacher_dims, teacher_dataset.train, dtype)
+    return CacheDecision(size <= config.cache_gb * 1e9, size)
 
 
 class TeacherCache:
-    """numbers int [B] of examples -> Trace of them, end to end, on the device."""
+    """Maps numbers of examples, int [B], to the teacher's outputs for them, end to end, on the device."""
 
     def __init__(
         self,
         folder: Path,
-        ask: AskTeacher,
-        about: Mapping[str, Any],
+        teacher: Teacher,
+        teacher_identity: Mapping[str, Any],
         examples: Examples,
-        needs: OutputSpec,
+        output_spec: OutputSpec,
         device: torch.device,
         size: int,
     ) -> None:
-        """`about` identifies the teacher, `size` is that of all answers. Asks on all processes for what is not there
-        yet. Raises UserError when the folder cannot hold it, or not all processes see it."""
-        self._ask, self._examples, self._needs, self._device = ask, examples, needs, device
-        self._fields = fields(needs)
-        self._kept: dict[tuple[str, int], _CachedColumn] = {}
+        """Compute what is missing, shared out over all processes, and map all files into memory.
+
+        Args:
+            folder: The folder of all caches.
+            teacher: Computes the outputs for a batch.
+            teacher_identity: What the digest holds about the teacher.
+            examples: The examples.
+            output_spec: Which outputs are stored.
+            device: The device of the outputs.
+            size: The bytes of all outputs.
+
+        Raises:
+            UserError: The folder cannot hold the outputs, or not all processes see it.
+        """
+        self._teacher, self._examples, self._output_spec, self._device = teacher, examples, output_spec, device
+        self._fields = field_names(output_spec)
+        self._columns: dict[tuple[str, int], _CachedColumn] = {}
         about = {
             "format": FORMAT,
-            **about,
+            **teacher_identity,
             "examples": examples.fingerprint,
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -132,33 +169,38 @@ class TeacherCache:
             write_text(self.folder / "about.json", text)
             self._fill(size)
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot keep the teacher's answers there ({error.strerror})") from None
+            raise UserError(
+                f"{self.folder}: cannot store the teacher's outputs in this folder ({error.strerror})"
+            ) from None
         processes.barrier()
         for block in range(self._blocks):
             for name in self._fields:
-                self._kept[name, block] = self._whole(name, block)
+                self._columns[name, block] = self._load(name, block)
 
     def __call__(self, numbers: np.ndarray) -> ModelOutputs:
-        spots = [divmod(number, BLOCK) for number in numbers.tolist()]
-        found = {name: torch.cat([self._rows(name, *spot) for spot in spots]) for name in self._fields}
-        return _trace({name: self._device_copy(x) for name, x in found.items()}, self._needs)
+        indices = [divmod(number, BLOCK_SIZE) for number in numbers.tolist()]
+        fields = {name: torch.cat([self._rows(name, *index) for index in indices]) for name in self._fields}
+        return _from_fields({name: self._device_copy(x) for name, x in fields.items()}, self._output_spec)
 
-    def _rows(self, name: str, block: int, place: int) -> Tensor:
-        kept = self._kept[name, block]
-        return kept.values[kept.starts[place] : kept.starts[place + 1]]
+    def _rows(self, name: str, block: int, index: int) -> Tensor:
+        column = self._columns[name, block]
+        return column.values[column.starts[index] : column.starts[index + 1]]
 
     def _device_copy(self, x: Tensor) -> Tensor:
         return x.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else x
 
     @cached_property
     def _blocks(self) -> int:
-        return -(-self._examples.count // BLOCK)
+        return -(-self._examples.count // BLOCK_SIZE)
 
     def _file(self, name: str, block: int) -> Path:
         return self.folder / f"{name}.{block:05d}.safetensors"
 
     def _fill(self, size: int) -> None:
-        """This process's share of what is missing. Runs that fill one folder together begin at different blocks."""
+        """Compute this process's share of what is missing.
+
+        Runs that fill one folder at the same time begin at different blocks.
+        """
         world, rank = processes.world_size(), processes.rank()
         first = processes.from_main(os.getpid())
         order = [(first + block) % self._blocks for block in range(self._blocks)]
@@ -166,26 +208,26 @@ class TeacherCache:
         _check_room(self.folder, size * len(missing) // self._blocks)
         for block in missing[rank::world]:
             if names := self._missing(block):
-                self._answer(block, names)
+                self._compute(block, names)
 
     def _missing(self, block: int) -> list[str]:
         return [name for name in self._fields if not self._file(name, block).exists()]
 
-    def _answer(self, block: int, names: Iterable[str]) -> None:
-        """Asks about a block, and writes these fields."""
-        numbers = np.arange(block * BLOCK, min((block + 1) * BLOCK, self._examples.count))
-        spans = np.diff(self._examples.batch(numbers).cu_seqlens.numpy())
-        by_length = np.argsort(spans, kind="stable")
-        parts: dict[str, dict[int, Tensor]] = {name: {} for name in names}
-        for begin in range(0, len(numbers), BATCH):
-            chosen = by_length[begin : begin + BATCH]
-            batch = self._examples.batch(numbers[chosen])
-            found = _by_field(self._ask(batch.to(self._device), self._needs))
-            for name, rows in parts.items():
-                counts = _rows_of(batch) if name == "logits" else spans[chosen].tolist()
-                rows.update(zip(chosen.tolist(), found[name].cpu().split(counts), strict=True))
-        for name, rows in parts.items():
-            self._write(self._file(name, block), [rows[place] for place in range(len(numbers))])
+    def _compute(self, block: int, names: Iterable[str]) -> None:
+        """Run the teacher on a block, and write these fields."""
+        numbers = np.arange(block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, self._examples.count))
+        lengths = np.diff(self._examples.batch(numbers).cu_seqlens.numpy())
+        by_length = np.argsort(lengths, kind="stable")
+        rows_by_field: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+        for begin in range(0, len(numbers), BATCH_SIZE):
+            indices = by_length[begin : begin + BATCH_SIZE]
+            batch = self._examples.batch(numbers[indices])
+            fields = _to_fields(self._teacher(batch.to(self._device), self._output_spec))
+            for name, rows in rows_by_field.items():
+                counts = _head_rows_per_sequence(batch) if name == "logits" else lengths[indices].tolist()
+                rows.update(zip(indices.tolist(), fields[name].cpu().split(counts), strict=True))
+        for name, rows in rows_by_field.items():
+            self._write(self._file(name, block), [rows[index] for index in range(len(numbers))])
 
     def _write(self, file: Path, rows: list[Tensor]) -> None:
         starts = torch.tensor([0, *(len(x) for x in rows)]).cumsum(0)
@@ -199,7 +241,7 @@ class TeacherCache:
         finally:
             draft.unlink(missing_ok=True)
 
-    def _whole(self, name: str, block: int) -> _CachedColumn:
+    def _load(self, name: str, block: int) -> _CachedColumn:
         file = self._file(name, block)
         for attempt in range(2):
             try:
@@ -208,8 +250,8 @@ class TeacherCache:
             except (SafetensorError, KeyError) as error:
                 if attempt:
                     raise UserError(f"{file}: cannot be read ({error}); remove it") from None
-                print(f"{file}: damaged ({error}), asking the teacher again", file=sys.stderr)
-                self._answer(block, [name])
+                logger.warning("%s: damaged (%s), computing the teacher's outputs again", file, error, extra=EVERY_RANK)
+                self._compute(block, [name])
             except FileNotFoundError:
                 raise UserError(
                     f"{file}: another process wrote it and this one does not see it; "
@@ -218,17 +260,17 @@ class TeacherCache:
         raise AssertionError
 
 
-def _rows_of(batch: Batch) -> list[int]:
-    """How many rows the head reads of each sequence."""
+def _head_rows_per_sequence(batch: Batch) -> list[int]:
+    """Return how many rows the head reads of each sequence."""
     sequence = np.searchsorted(batch.cu_seqlens.numpy(), batch.head_positions.numpy(), side="right") - 1
     return np.bincount(sequence, minlength=len(batch.lengths)).tolist()
 
 
 def _check_room(folder: Path, size: int) -> None:
-    """Raises UserError when the disk has no room for `size` bytes more."""
+    """Raise UserError where the disk has no room for `size` more bytes."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"{folder}: the teacher's answers take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "set teacher.cache to a folder on another disk, or teacher.cache_gb = 0 to ask it anew at each step"
+            f"{folder}: the teacher's outputs take {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "set teacher.cache to a folder on another disk, or teacher.cache_gb = 0 to run the teacher at each step"
         )

@@ -1,119 +1,142 @@
-"""train(config, report): the only loop. Scripts, search trials and tests all call it; they differ in `report` alone.
+"""train(config, report): the only way to train. Scripts, search trials and tests differ in `report` alone.
 
-It knows steps, an engine, batches and `report`; it knows no method, no task and no launcher.
-
-A step is `data.micro_batches_per_step` micro-batches, shared out over the processes. What is in a slot, its masks and its dropout are
-functions of (seed, step, slot), so the number of processes changes who computes a slot and nothing else, and resuming
-needs one integer.
+A step is `data.micro_batches_per_step` micro-batches, shared out over the processes. The content of a micro-batch, the
+masks and the dropout are functions of (seed, step, micro-batch). So the number of processes changes who computes a
+micro-batch and nothing else, and resuming needs one integer.
 """
 
 import gc
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.outputs import OutputSpec
-from lad_dist.data.datasets import TaskDataset
+from lad_dist.data.datasets import CorpusDataset, TaskDataset
 from lad_dist.distributed import processes
+from lad_dist.distributed.logs import get_logger
 from lad_dist.distributed.watchdog import Watchdog
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.runs.run_folder import Run
-from lad_dist.training import engine as engines
-from lad_dist.training import preflight, run_spec
-from lad_dist.training.teacher_cache import TeacherCache, cache_bytes, worth_caching
+from lad_dist.training import engine, preflight, run_spec
+from lad_dist.training.teacher_cache import TeacherCache, decide_cache
 from lad_dist.training.trainer import Clock, Report, RunResult, Trainer, silent, untimed
 from lad_dist.training.update_guard import SkipPolicy, UpdateGuard
 
+logger = get_logger(__name__)
+
 
 def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) -> RunResult:
-    """Trains, evaluates and exports what the config describes, resuming a partial run; a complete one is returned as
-    it is. `report` gets every row on every process; `clock(phase)` is entered around the phases of a step. Raises
-    UserError before anything is taken where that is possible."""
+    """Train, evaluate and export what the config describes.
+
+    A partial run is resumed; the result of a complete run is returned as it is.
+
+    Args:
+        config: The config.
+        report: Called with every row of metrics, on every process.
+        clock: `clock(phase)` is entered around the phases of a step.
+
+    Raises:
+        UserError: The config, the data or the machines do not allow the run; where possible before anything is
+            written.
+    """
     config = run_spec.resolve_options(config)
     run = Run(config)
     if run.results is not None:
         return RunResult(run.folder, run.results)
-    made = check(config)
+    spec = check(config)
     processes.start()
     processes.catch_signals()
-    with run.session(), Watchdog(run.folder / "stacks", config.run.watchdog_timeout) as watch:
-        ended = processes.on_main(lambda: run.results)  # by a life that was waited for
-        if ended is not None:
-            return RunResult(run.folder, ended)
+    with run.session(), Watchdog(run.folder / "stacks", config.run.watchdog_timeout) as watchdog:
+        results = processes.on_main(lambda: run.results)  # of an earlier session that this one waited for
+        if results is not None:
+            return RunResult(run.folder, results)
         processes.on_main(run.checkpoints.cleanup)
-        preflight.check(made, run.folder)
-        while (outcome := _attempt(made, run, report, clock, watch)) is None:
-            gc.collect()  # what it trained makes room for the next
-        return outcome
+        preflight.check(spec, run.folder)
+        while (result := _train_once(spec, run, report, clock, watchdog)) is None:
+            gc.collect()  # the memory of the last attempt makes room for the next
+        return result
 
 
 def check(config: TrainConfig) -> run_spec.RunSpec:
-    """All that can be known to be wrong before anything is taken. Raises UserError."""
-    made = run_spec.resolve_run(config)
-    engines.check_deepspeed_config(config.deepspeed)
-    return made
+    """Raise UserError for every mistake that can be known before anything is written; return the resolved run."""
+    spec = run_spec.resolve_run(config)
+    engine.check_deepspeed_config(config.deepspeed)
+    return spec
 
 
-def _attempt(made: run_spec.RunSpec, run: Run, report: Report, clock: Clock, watch: Watchdog) -> RunResult | None:
-    """None when the run has to go back to an earlier checkpoint."""
-    with watch.paused():
-        loop = prepare(made, run, report, clock, watch)
-    outcome = loop.fit()
-    engines.release(loop.engine)
-    return outcome
+def _train_once(spec: run_spec.RunSpec, run: Run, report: Report, clock: Clock, watchdog: Watchdog) -> RunResult | None:
+    """Train to the end; return None where the run has to go back to an earlier checkpoint."""
+    with watchdog.paused():
+        trainer = prepare(spec, run, report, clock, watchdog)
+    result = trainer.fit()
+    engine.release(trainer.engine)
+    return result
 
 
 def prepare(
-    made: run_spec.RunSpec, run: Run, report: Report = silent, clock: Clock = untimed, watch: Watchdog | None = None
-) -> "Trainer":
-    """Everything up to the first step: processes, data, teacher, student, engine."""
-    config = made.config
+    spec: run_spec.RunSpec, run: Run, report: Report = silent, clock: Clock = untimed, watchdog: Watchdog | None = None
+) -> Trainer:
+    """Build everything up to the first step: processes, data, teacher, student, engine."""
+    config = spec.config
     device = processes.start()
-    _warn_of_slow_precision(made, device)
-    feed = made.dataset()
-    teacher = made.teacher(device)
-    method = made.distiller(feed).to(device)
-    steps = config.run.steps or max(1, round((config.run.epochs or 0) * feed.steps_per_epoch))
-    teacher_feed = made.teacher_dataset(feed)
-    answers = _answers(made, run, teacher_feed, teacher, method.objective.teacher_outputs, steps)
-    engine = engines.build_engine(method, config)
-    guard = UpdateGuard(engine, SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.skipped_steps()))
-    watch = watch or Watchdog(run.folder / "stacks")
-    return Trainer(made, run, engine, guard, method, feed, teacher, teacher_feed, answers, steps, report, clock, watch)
+    _warn_of_slow_precision(spec, device)
+    dataset = spec.dataset()
+    teacher = spec.teacher(device)
+    distiller = spec.distiller(dataset).to(device)
+    steps = spec.num_steps(dataset)
+    teacher_dataset = spec.teacher_dataset(dataset)
+    cache = _teacher_cache(spec, run, teacher_dataset, teacher, distiller.objective.teacher_spec, steps)
+    deepspeed_engine = engine.build_engine(distiller, config)
+    policy = SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.skipped_steps())
+    return Trainer(
+        spec=spec,
+        run=run,
+        engine=deepspeed_engine,
+        guard=UpdateGuard(deepspeed_engine, policy),
+        distiller=distiller,
+        dataset=dataset,
+        teacher=teacher,
+        teacher_dataset=teacher_dataset,
+        teacher_cache=cache,
+        steps=steps,
+        report=report,
+        clock=clock,
+        watchdog=watchdog or Watchdog(run.folder / "stacks"),
+    )
 
 
-def _warn_of_slow_precision(made: run_spec.RunSpec, device: torch.device) -> None:
-    """A CPU that multiplies no bf16 does so number by number, some forty times as slowly as in fp32."""
-    half = made.precision == "bfloat16"
-    if half and device.type == "cpu" and processes.is_main() and not _cpu_has_bf16():
-        print("this CPU has no bf16 arithmetic and is far faster with deepspeed.bf16.enabled=false", file=sys.stderr)
+def _warn_of_slow_precision(spec: run_spec.RunSpec, device: torch.device) -> None:
+    """Warn where the CPU has no bf16 arithmetic: it multiplies number by number, some forty times slower than fp32."""
+    if spec.precision == "bfloat16" and device.type == "cpu" and not _cpu_has_bf16():
+        logger.warning("this CPU has no bf16 arithmetic and is far faster with deepspeed.bf16.enabled=false")
 
 
 def _cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _answers(
-    made: run_spec.RunSpec, run: Run, feed: Any, teacher: FrozenModel | None, needs: OutputSpec, steps: int
+def _teacher_cache(
+    spec: run_spec.RunSpec,
+    run: Run,
+    dataset: CorpusDataset | TaskDataset,
+    teacher: FrozenModel | None,
+    output_spec: OutputSpec,
+    steps: int,
 ) -> TeacherCache | None:
-    """The teacher's, where they are worth keeping."""
-    words = made.config.teacher
-    if words is None or teacher is None or not isinstance(feed, TaskDataset):
+    """Return the cache of the teacher's outputs, where the run uses one."""
+    cache = decide_cache(spec, output_spec, dataset, steps)
+    if not cache.use:
+        if cache.size:
+            logger.warning(
+                "%s: the teacher runs at each step, as a cache would take %.1f GB, more than teacher.cache_gb allows",
+                run.folder,
+                cache.size / 1e9,
+            )
         return None
-    assert made.teacher_dims is not None
-    if not worth_caching(words, steps, feed.steps_per_epoch):
-        return None
-    size = cache_bytes(needs, made.teacher_dims, feed.train, teacher.model.dtype)
-    if size > words.cache_gb * 1e9:
-        if processes.is_main():
-            print(f"{run.folder}: the teacher is asked anew at each step; {_too_large(size)}", file=sys.stderr)
-        return None
-    folder = run.teacher_cache if words.cache is None else Path(words.cache)
-    return TeacherCache(folder, teacher, teacher.identity, feed.train, needs, processes.device(), size)
-
-
-def _too_large(size: int) -> str:
-    return f"its answers would take {size / 1e9:.1f} GB, more than teacher.cache_gb allows"
+    assert teacher is not None
+    assert spec.config.teacher is not None
+    assert isinstance(dataset, TaskDataset)
+    folder = run.teacher_cache if spec.config.teacher.cache is None else Path(spec.config.teacher.cache)
+    identity, device = teacher.identity, processes.device()
+    return TeacherCache(folder, teacher, identity, dataset.train, output_spec, device, cache.size)

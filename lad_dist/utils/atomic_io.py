@@ -1,12 +1,11 @@
-"""Files that are there whole or not at all, whenever the machine stops.
+"""Files that are whole or absent, whenever the machine stops.
 
-write_text(path, text)   a small file, in place of an older one
-append_text(path, text)  at its end, whole or not at all where there is no room
-draft_of(path)           a name for it until it is whole
-commit(draft, final)     a folder, by its new name
-sha256(path)             of a file of any size
-digest(path)             that and its size
-locked(file)             kept to this process while it lives
+write_text(path, text)    write a small file, in place of an older one
+append_text(path, text)   append to a file; where the disk is full, append nothing
+temporary_path(path)      the name of a file or folder until it is whole
+commit(draft, final)      give a folder its final name
+file_digest(path)         size and sha256 of a file
+file_lock(file)           lock a file for this process
 """
 
 import contextlib
@@ -21,14 +20,17 @@ from typing import TypedDict
 
 
 class Digest(TypedDict):
-    """Of a file's content."""
+    """Size and hash of a file."""
 
     bytes: int
     sha256: str
 
 
 def write_text(path: Path, text: str) -> None:
-    """Makes the folders above it. Two processes that write the same file do not meet."""
+    """Write a file atomically, and make the folders above it.
+
+    Two processes may write the same file: each has a temporary file of its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = temporary_path(path)
     try:
@@ -41,25 +43,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """For one process at a time."""
-    left = text.encode()
+    """Append to a file, all of the text or nothing. Only one process at a time may append."""
+    rest = text.encode()
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         try:
-            while left:
-                left = left[file.write(left) :]
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError:
             file.truncate(size)
             raise
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes what is to be `path`: no other one does, on whatever machine."""
+    """Return a path beside `path` that no other process writes to, on whatever machine."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.draft")
 
 
 def commit(draft: Path, final: Path) -> None:
-    """Renames a folder after all that is in it has reached the disk. `final` must not exist, or be empty."""
+    """Rename a folder after all of its files have reached the disk. `final` must not exist, or be empty."""
     for path in [*list_files(draft), *(path for path in [draft, *draft.rglob("*")] if path.is_dir())]:
         fsync(path)
     os.rename(draft, final)
@@ -67,11 +69,12 @@ def commit(draft: Path, final: Path) -> None:
 
 
 def list_files(folder: Path) -> Iterator[Path]:
-    """Those of all folders in it, sorted."""
+    """Return all files below a folder, sorted."""
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def fsync(path: Path) -> None:
+    """Wait until a file or folder has reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,18 +83,22 @@ def fsync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Return the sha256 of a file of any size."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_digest(path: Path) -> Digest:
+    """Return size and sha256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 @contextlib.contextmanager
 def file_lock(file: Path, *, alone: bool = True) -> Iterator[None]:
-    """Holds a lock on the file, alone or beside others that do not want it alone. It ends with the process, however
-    that ends. Raises BlockingIOError while another process holds it."""
+    """Hold a lock on a file, alone or shared with others that do not want it alone.
+
+    The lock ends with the process, however that ends. Raises BlockingIOError while another process holds it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as opened:
         try:
@@ -99,5 +106,5 @@ def file_lock(file: Path, *, alone: bool = True) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise BlockingIOError(error.errno, "held by another process", str(file)) from None
-            # A file system without locks: then nobody is kept out.
+            # The file system has no locks: then nobody is locked out.
         yield

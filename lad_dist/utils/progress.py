@@ -1,7 +1,7 @@
 """Progress of long work: silent until a command installs a reporter.
 
-    install(reporter)            what shows progress from now on; commands install the terminal's
-    report(task, done, total)    tells the reporter how far a task is
+install(reporter)            what shows progress from now on; commands install the terminal's
+report(task, done, total)    tells the reporter how far a task is
 """
 
 from typing import Protocol

@@ -1,28 +1,30 @@
-"""The right name for a misspelt one.
+"""Suggestions for misspelt names.
 
-did_you_mean(name, names)   what to say about a name that is none of them
-nearest(name, names)        those that it may stand for
+did_you_mean(name, names)   a hint for a name that is none of the names
+nearest(name, names)        the names that it may be a misspelling of
 distance(a, b)              typing errors between two words
 """
 
 import difflib
 from collections.abc import Iterable
 
-LISTED = 160  # characters of a list of choices
+MAX_LISTED = 160  # characters of a list of choices
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`did you mean "x"?`, or the choices when none is near."""
+    """Return `did you mean "x"?`, or the list of names when none is near."""
     names = sorted(set(map(str, names)))
     near = nearest(name, names)
     if near:
         return "did you mean " + " or ".join(f'"{each}"' for each in near) + "?"
-    return f"choose from {_listed(names)}" if names else "there is none to choose from"
+    return f"choose from {_listed(names)}" if names else "the list of choices is empty"
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Those fewest typing errors away, where that is one for a short name and at most two for a longer one; else the
-    one whose letters are the most like."""
+    """Return the names that are the fewest typing errors away: at most one for a short name, two for a longer one.
+
+    Where no name is so near, return the one whose letters are most alike, if any.
+    """
     names = list(names)
     word = _plain(name)
     errors = {each: distance(word, _plain(each)) for each in names if abs(len(each) - len(name)) <= 2}
@@ -37,7 +39,7 @@ def _plain(name: str) -> str:
 
 
 def distance(a: str, b: str) -> int:
-    """Letters dropped, added, replaced or swapped with their neighbours between a and b (optimal string alignment)."""
+    """Return how many letters are dropped, added, replaced or swapped with a neighbour (optimal string alignment)."""
     before: list[int] = []
     last = list(range(len(b) + 1))
     for i, left in enumerate(a, start=1):
@@ -52,8 +54,8 @@ def distance(a: str, b: str) -> int:
 
 
 def _listed(names: list[str]) -> str:
-    """The names in one line, the rest counted where there are many."""
+    """Return the names in one line; of many names, the first ones and the number of the others."""
     text, shown = names[0], 1
-    while shown < len(names) and len(text) + len(names[shown]) < LISTED:
+    while shown < len(names) and len(text) + len(names[shown]) < MAX_LISTED:
         text, shown = f"{text}, {names[shown]}", shown + 1
     return text if shown == len(names) else f"{text} and {len(names) - shown} more"

@@ -1,4 +1,4 @@
-"""The benchmarks: a step's arithmetic by hand, its parts no more than the whole; what that of the data times."""
+"""The benchmarks: phases add up to no more than the step; the three ways to prepare data read the same text."""
 
 import contextlib
 import json
@@ -11,8 +11,9 @@ from conftest import World
 from launching import ROOT, launch
 
 from lad_dist.benchmarks import data, step
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.load import parse_config
-from lad_dist.config.schema import PrepareConfig, TaskConfig
+from lad_dist.config.schema import TaskConfig
 from lad_dist.data.shards.reader import Shards, read_manifest
 
 
@@ -31,7 +32,7 @@ def test_a_step_is_taken_apart(world: World, tmp_path: Path) -> None:
 
 def test_the_script_prints_a_table(world: World, tmp_path: Path) -> None:
     files = [f"data.{key}={path}" for key, path in world.files.items()]
-    words = [
+    overrides = [
         f"teacher.path={world.teacher}",
         f"student.path={world.pretrained}",
         "student.num_hidden_layers=2",
@@ -39,7 +40,7 @@ def test_the_script_prints_a_table(world: World, tmp_path: Path) -> None:
     ]
     config = tmp_path / "config.toml"
     config.write_text((ROOT / "configs/task/lad.toml").read_text().replace('task = "rte"\n', ""))
-    done = launch([ROOT / "launch/benchmark.py", "step", config, *files, *words])
+    done = launch([ROOT / "launch/benchmark.py", "step", config, *files, *overrides])
     assert done.returncode == 0, done.stderr
     assert "share of peak" in done.stdout
     wrong = launch([ROOT / "launch/benchmark.py", "stp", config])
@@ -72,7 +73,7 @@ def test_a_sample_is_cut_repeated_and_never_the_same_twice(
     texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
     assert len(texts) == len(set(texts)) == 3 * 40
     assert sum(map(len, texts)) == size
-    monkeypatch.setattr(data, "SAMPLE", len(texts[0]) + 1)
+    monkeypatch.setattr(data, "SAMPLE_CHARACTERS", len(texts[0]) + 1)
     data._write_sample(books, file, 1)
     assert file.read_text().count("\n") == 2
 
@@ -90,21 +91,21 @@ def test_all_three_read_the_whole_sample(books: PrepareConfig, tmp_path: Path, m
     blocks = data._blocks({"input_ids": [[1, 2, 3], [4, 5], [6, 7]]}, length=3)
     assert blocks == {"input_ids": [[1, 2, 3], [4, 5, 6]]}
     data._map(no_clock, books, file, 1, tmp_path / "cache")
-    sequences, tokens, full = data._serve(no_clock, tmp_path / "shards", 32)
-    assert full > 0.9
+    sequences, tokens, filled = data._load(no_clock, tmp_path / "shards", 32)
+    assert filled > 0.9
     assert sequences > 0
-    assert tokens == pytest.approx(full * data.TOKENS_PER_SLOT * (data.BATCHES - 1))
+    assert tokens == pytest.approx(filled * data.MICRO_BATCH_TOKENS * (data.BATCHES - 1))
     assert Shards(tmp_path / "shards").streams[0].length > 1000
 
 
-def test_what_a_process_says_it_took() -> None:
-    figure = data._run(_two, 21)
-    assert figure.value == 42
-    assert figure.seconds >= 0.05
-    assert figure.megabytes > 1
+def test_a_process_reports_what_it_took() -> None:
+    measurement = data._run(_double, 21)
+    assert measurement.value == 42
+    assert measurement.seconds >= 0.05
+    assert measurement.megabytes > 1
 
 
-def _two(clock: Any, number: int) -> int:
+def _double(clock: Any, number: int) -> int:
     import time
 
     time.sleep(0.2)

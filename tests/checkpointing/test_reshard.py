@@ -1,4 +1,4 @@
-"""A run goes on under another number of processes or another ZeRO stage as if nothing had happened."""
+"""A run continues under another number of processes or another ZeRO stage as if nothing had changed."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ STEPS, SAVED = 8, 2
 
 
 def layout(name: str) -> dict[str, int]:
-    """Of PROCESSESxSTAGE."""
+    """Return the layout of PROCESSESxSTAGE."""
     return {"processes": int(name[0]), "zero": int(name[2])}
 
 
@@ -56,7 +56,7 @@ CHAINS = {
 
 
 def config(kind: str, world: World) -> dict[str, Any]:
-    """Two slots, so that the sum over processes is the sum over micro-batches in the same order."""
+    """Two micro-batches, so that the sum over processes is the sum over micro-batches in the same order."""
     if kind == "minilm":
         tables = toy.corpus_config(
             Path(), world.corpus, world.pretrained, world.pretrained, objective={"name": "minilm"}
@@ -81,32 +81,35 @@ def config(kind: str, world: World) -> dict[str, Any]:
 
 
 class Runs:
-    """All stretches of this file, those of two processes in two launches. The runs in LAYOUTS go to SAVED, and those
-    that begin CHAINS to the end; then one engine of each layout takes up all of SAVED, and goes on with its chain."""
+    """All stretches of this file, those of two processes in two launches.
+
+    The runs in LAYOUTS go to SAVED, and those that begin CHAINS to the end. Then one engine of each layout loads all
+    checkpoints of SAVED, and continues with its chain.
+    """
 
     def __init__(self, world: World, work: Path):
-        self.begun = {
+        self.first = {
             (kind, name): Stretch(config(kind, world), layout(name), str(work / f"{kind}-{name}"), 0, SAVED, [SAVED])
             for kind, names in LAYOUTS.items()
             for name in names
         }
-        self.taken = {
-            (kind, now): Stretch(run.config, run.layout, f"{run.folder}-taken", starts=self._saved(kind))
-            for (kind, now), run in self.begun.items()
+        self.resumed = {
+            (kind, now): Stretch(run.config, run.layout, f"{run.folder}-resumed", starts=self._saved(kind))
+            for (kind, now), run in self.first.items()
         }
         for kind, first, cut, second, again, third in sorted(CHAINS):
-            whole, middle, end = self.begun[kind, first], self.taken[kind, second], self.taken[kind, third]
+            whole, middle, end = self.first[kind, first], self.resumed[kind, second], self.resumed[kind, third]
             whole.last = STEPS
             whole.saves.append(cut)
             middle.starts.append(whole.checkpoint(cut))
             middle.first, middle.last, middle.saves = cut, again, [again]
             end.starts.append(middle.checkpoint(again))
             end.first, end.last = again, STEPS
-        run([*self.begun.values()])
-        run([*self.taken.values()])
+        run([*self.first.values()])
+        run([*self.resumed.values()])
 
     def _saved(self, kind: str) -> list[tuple[str, dict[str, int]]]:
-        return [self.begun[kind, name].checkpoint(SAVED) for name in LAYOUTS[kind]]
+        return [self.first[kind, name].checkpoint(SAVED) for name in LAYOUTS[kind]]
 
 
 @pytest.fixture(scope="module")
@@ -137,24 +140,30 @@ def difference(one: State, other: State) -> float:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("kind", "was", "now"), PAIRS)
-def test_what_was_saved_is_what_is_taken_up(kind: str, was: str, now: str, runs: Runs) -> None:
-    """Bit for bit: weights, fp32 copies, moments, the objective's state, counters, rates. One engine takes up several
-    checkpoints, one after another."""
-    saved = runs.begun[kind, was].found["saves"][SAVED]
-    taken = runs.taken[kind, now].found["starts"][LAYOUTS[kind].index(was)]
+def test_the_loaded_state_is_the_saved_one(kind: str, was: str, now: str, runs: Runs) -> None:
+    """Bit for bit: weights, fp32 copies, moments, the objective's state, counters, rates.
+
+    One engine loads several checkpoints, one after another.
+    """
+    saved = runs.first[kind, was].states["saves"][SAVED]
+    loaded = runs.resumed[kind, now].states["starts"][LAYOUTS[kind].index(was)]
     assert len(saved["parameters"]) > 20
     assert saved["counts"] == [[SAVED]] * len(saved["counts"])
-    assert difference(saved, taken) == 0
+    assert difference(saved, loaded) == 0
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("kind", "first", "cut", "second", "again", "third"), sorted(CHAINS))
-def test_a_run_that_changes_its_layout_twice_ends_as_one_that_does_not(
+def test_a_run_that_changes_layout_twice_ends_as_one_that_does_not(
     kind: str, first: str, cut: int, second: str, again: int, third: str, runs: Runs
 ) -> None:
-    """The same samples in the same slots, and the same bits under ZeRO's stages 1 and 2 in fp32. Stage 0 works tensor
-    by tensor, and torch's fused AdamW rounds what is left over at a tensor's end in another way."""
-    whole, middle, end = (x.found for x in (runs.begun[kind, first], runs.taken[kind, second], runs.taken[kind, third]))
+    """The same samples in the same micro-batches, and the same bits under ZeRO's stages 1 and 2 in fp32.
+
+    Stage 0 works tensor by tensor, and torch's fused AdamW rounds the last elements of a tensor in another way.
+    """
+    whole, middle, end = (
+        x.states for x in (runs.first[kind, first], runs.resumed[kind, second], runs.resumed[kind, third])
+    )
     assert middle["samples"] | end["samples"] == {key: x for key, x in whole["samples"].items() if key[0] >= cut}
     states = [{name: x["fp32"] for name, x in state["end"]["parameters"].items()} for state in (whole, end)]
     if all(name[2] != "0" for name in (first, second, third)) and kind != "bf16":
@@ -163,21 +172,21 @@ def test_a_run_that_changes_its_layout_twice_ends_as_one_that_does_not(
 
 
 @pytest.mark.processes
-def test_it_reads_what_deepspeeds_own_converter_reads(runs: Runs, tmp_path: Path) -> None:
-    folder, out = Path(runs.begun["lad", "2x1"].checkpoint(SAVED)[0]), tmp_path / "universal"
+def test_it_reads_the_same_numbers_as_deepspeeds_converter(runs: Runs, tmp_path: Path) -> None:
+    folder, out = Path(runs.first["lad", "2x1"].checkpoint(SAVED)[0]), tmp_path / "universal"
     ds_to_universal.main(
         Namespace(
             input_folder=str(folder / "state"), output_folder=str(out), num_extract_workers=1, num_merge_workers=1,
             keep_temp_folder=False, strict=True, inject_missing_state=False,
         )
     )  # fmt: skip
-    saved = reshard._saved(None, folder, layout("2x1"))
+    saved = reshard._read_state(None, folder, layout("2x1"))
     names = {path.parent.relative_to(out / "zero").as_posix() for path in out.rglob("exp_avg.pt")}
     assert saved.pieces.keys() == names
     for name in names:
         for key, values in saved.values(name):
-            theirs = torch.load(out / "zero" / name / f"{key}.pt")["param"]
-            assert torch.equal(values, theirs.flatten()), (name, key)
+            converted = torch.load(out / "zero" / name / f"{key}.pt")["param"]
+            assert torch.equal(values, converted.flatten()), (name, key)
 
 
 class Half(torch.nn.Module):
@@ -187,7 +196,7 @@ class Half(torch.nn.Module):
         super().__init__()
         self.first, self.second, self.frozen = (torch.nn.Linear(3, 3) for _ in range(3))
         self.frozen.requires_grad_(False)
-        self.register_buffer("seen", torch.randn(()))
+        self.register_buffer("buffer", torch.randn(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.frozen(self.second(self.first(x))).square().mean()
@@ -197,16 +206,16 @@ def half_engine(stage: int, seed: int) -> Any:
     torch.manual_seed(seed)
     module = Half()
     groups = [{"params": [*layer.parameters()], "lr": 1e-2} for layer in (module.first, module.second)]
-    words = {
+    options = {
         "train_batch_size": 1,
         "fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2},
         "zero_optimization": {"stage": stage},
     }
-    engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.AdamW(groups), config=words)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.AdamW(groups), config=options)
     return engine
 
 
-def test_fp16_keeps_its_loss_scale_and_what_does_not_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_keeps_the_loss_scale_and_frozen_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes.start()
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", {})
@@ -240,8 +249,8 @@ class Bomb:
 @pytest.mark.processes
 @pytest.mark.parametrize("zipped", [True, False])
 def test_no_file_of_a_checkpoint_executes_anything(zipped: bool, runs: Runs, world: World, tmp_path: Path) -> None:
-    source = Path(runs.begun["lad", "2x1"].checkpoint(SAVED)[0]) / "state"
-    loop = start(Stretch(config("lad", world), layout("1x0"), str(tmp_path)))
+    source = Path(runs.first["lad", "2x1"].checkpoint(SAVED)[0]) / "state"
+    trainer = start(Stretch(config("lad", world), layout("1x0"), str(tmp_path)))
     names = sorted(path.name for path in source.iterdir())
     assert len(names) == 3  # the module's, and two shares of the optimizer
     for name in names:
@@ -250,7 +259,7 @@ def test_no_file_of_a_checkpoint_executes_anything(zipped: bool, runs: Runs, wor
         bomb = Bomb(tmp_path / "exploded")
         torch.save({"optimizer_state_dict": bomb}, checkpoint / "state" / name, _use_new_zipfile_serialization=zipped)
         with pytest.raises(UserError) as caught:
-            reshard.load_checkpoint(loop.engine, checkpoint, layout("2x1"), layout("1x0"))
+            reshard.load_checkpoint(trainer.engine, checkpoint, layout("2x1"), layout("1x0"))
         assert str(caught.value).startswith(f"{checkpoint / 'state' / name}: holds more than tensors")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "exploded").exists()
@@ -258,16 +267,18 @@ def test_no_file_of_a_checkpoint_executes_anything(zipped: bool, runs: Runs, wor
 
 @pytest.mark.processes
 def test_shares_that_are_not_where_deepspeed_says_are_refused(runs: Runs, world: World, tmp_path: Path) -> None:
-    source = Path(runs.begun["lad", "2x1"].checkpoint(SAVED)[0]) / "state"
+    source = Path(runs.first["lad", "2x1"].checkpoint(SAVED)[0]) / "state"
     shutil.copytree(source, tmp_path / "state")
     (path,) = tmp_path.glob("state/*rank_1_mp*")
     share = reshard.read(path)
     slices = share["optimizer_state_dict"]["param_slice_mappings"][0]
     next(iter(slices.values())).start += 1
     torch.save(share, path)
-    loop = start(Stretch(config("lad", world), layout("1x0"), str(tmp_path)))
-    with pytest.raises(UserError, match="saved by 2 processes under ZeRO 1, now there are 1 under ZeRO 0, and the opt"):
-        reshard.load_checkpoint(loop.engine, tmp_path, layout("2x1"), layout("1x0"))
+    trainer = start(Stretch(config("lad", world), layout("1x0"), str(tmp_path)))
+    with pytest.raises(
+        UserError, match="saved by 2 processes under ZeRO 1, the run now has 1 under ZeRO 0, and the opt"
+    ):
+        reshard.load_checkpoint(trainer.engine, tmp_path, layout("2x1"), layout("1x0"))
 
 
 @pytest.mark.parametrize(("was", "now"), [("2x3", "1x3"), ("2x3", "2x1"), ("2x0", "2x3")])
@@ -275,7 +286,7 @@ def test_zero_3_stays_as_it_is(was: str, now: str) -> None:
     with pytest.raises(UserError) as caught:
         reshard.load_checkpoint(None, Path("step-000000010"), layout(was), layout(now))
     assert str(caught.value).startswith("step-000000010: saved by 2 processes under ZeRO ")
-    assert str(caught.value).endswith("; ZeRO 3 is resumed with what it was saved with")
+    assert str(caught.value).endswith("; resume ZeRO 3 with the layout that it was saved with")
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), ranks=st.integers(1, 5), alignment=st.integers(1, 4))
@@ -286,17 +297,17 @@ def test_shares_make_a_whole(sizes: list[int], ranks: int, alignment: int) -> No
     flat[:total] = torch.arange(1, total + 1)
     span, saved = len(flat) // ranks, reshard._SavedState()
     for rank in range(ranks):
-        mine, slices, at = flat[rank * span : (rank + 1) * span], {}, 0
+        share_weights, slices, position = flat[rank * span : (rank + 1) * span], {}, 0
         for number, size in enumerate(sizes):
-            first, last = max(at, rank * span), min(at + size, (rank + 1) * span)
+            first, last = max(position, rank * span), min(position + size, (rank + 1) * span)
             if first < last:
                 slices[f"p{number}"] = fragment_address(numel=last - first, start=first - rank * span)
-            at += size
-        state = {0: {"exp_avg": -mine, "step": torch.tensor(7.0)}}
+            position += size
+        state = {0: {"exp_avg": -share_weights, "step": torch.tensor(7.0)}}
         share = {"base_optimizer_state": {"state": state}, "param_slice_mappings": [slices]}
-        reshard._add_share(saved, share | {"single_partition_of_fp32_groups": [mine]})
+        reshard._add_share(saved, share | {"single_partition_of_fp32_groups": [share_weights]})
     assert saved.counts == [{"step": 7.0}]
     for number, piece in enumerate(flat[:total].split(sizes)):
-        found = dict(saved.values(f"p{number}"))
-        assert torch.equal(found["fp32"], piece)
-        assert torch.equal(found["exp_avg"], -piece)
+        values = dict(saved.values(f"p{number}"))
+        assert torch.equal(values["fp32"], piece)
+        assert torch.equal(values["exp_avg"], -piece)

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all; a damaged one gives way to the one before it."""
+"""A checkpoint exists whole or not at all; a damaged one gives way to the one before it."""
 
 import random
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from checkpoint_damage import random_damage
 
 from lad_dist.checkpointing.store import MANIFEST, CheckpointStore, NoValidCheckpoint, read_metadata
-from lad_dist.cli.app import guarded
+from lad_dist.cli.app import run_to_exit_code
 from lad_dist.config.errors import UserError
 from lad_dist.utils.atomic_io import file_digest, list_files
 
@@ -86,7 +86,7 @@ def another_step_in_the_manifest(checkpoint: Path) -> None:
 
 def another_format(checkpoint: Path) -> None:
     text = (checkpoint / MANIFEST).read_text()
-    (checkpoint / MANIFEST).write_text(text.replace('"format": 1', '"format": 9'))
+    (checkpoint / MANIFEST).write_text(text.replace('"format": 2', '"format": 9'))
 
 
 def empty_the_folder(checkpoint: Path) -> None:
@@ -99,7 +99,7 @@ def take_the_one_before(checkpoint: Path) -> None:
     shutil.copytree(checkpoint.with_name("step-000000001"), checkpoint)
 
 
-def swap_its_files(checkpoint: Path) -> None:
+def swap_two_files(checkpoint: Path) -> None:
     a, b = checkpoint / "note", checkpoint / "state" / "weights.pt"
     first, second = a.read_bytes(), b.read_bytes()
     a.write_bytes(second)
@@ -113,7 +113,7 @@ def a_folder_for_a_file(checkpoint: Path) -> None:
 
 DAMAGES = [
     flip_a_byte, cut_short, lose_a_file, add_a_file, lose_the_manifest, cut_the_manifest, empty_the_manifest,
-    another_step_in_the_manifest, another_format, empty_the_folder, take_the_one_before, swap_its_files,
+    another_step_in_the_manifest, another_format, empty_the_folder, take_the_one_before, swap_two_files,
     a_folder_for_a_file,
 ]  # fmt: skip
 
@@ -124,19 +124,19 @@ def test_a_new_run_has_nothing_to_resume(store: CheckpointStore) -> None:
     assert not store.folder.exists()
 
 
-def test_the_newest_two_are_kept(store: CheckpointStore) -> None:
+def test_the_newest_two_stay(store: CheckpointStore) -> None:
     saved(store, 2, 10, 9_999, 10_000)
     assert names(store) == ["0009999", "0010000"]
     assert newest_step(store) == 10_000
     assert (store.folder / "latest").read_text() == "step-000010000"
 
 
-def test_so_many_are_kept_and_every_third_for_good(tmp_path: Path) -> None:
+def test_the_newest_three_stay_and_every_third(tmp_path: Path) -> None:
     store = saved(CheckpointStore(tmp_path, keep=3, keep_every=3), *range(10, 120, 10))
     assert [int(name) for name in names(store)] == [30, 60, 90, 100, 110]
 
 
-def test_a_run_taken_up_goes_on_counting(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_count(tmp_path: Path) -> None:
     for step in range(10, 120, 10):
         store = saved(CheckpointStore(tmp_path, keep=3, keep_every=3), step)
     assert [int(name) for name in names(store)] == [30, 60, 90, 100, 110]
@@ -153,10 +153,10 @@ def test_a_damaged_newest_checkpoint_gives_way(
     assert error.count("\n") == 1
     assert "step-000000002: damaged (" in error
     assert newest_step(store) == 1
-    assert capsys.readouterr().err == ""  # it was put aside, and is not found again
+    assert capsys.readouterr().err == ""  # it was set aside, and is not reported again
 
 
-def test_every_one_of_300_random_damages_is_found(store: CheckpointStore, tmp_path: Path) -> None:
+def test_each_of_300_random_damages_is_detected(store: CheckpointStore, tmp_path: Path) -> None:
     saved(store, 1, 2)
     whole = tmp_path / "whole"
     shutil.copytree(store.folder, whole)
@@ -189,9 +189,9 @@ def test_without_a_valid_checkpoint_nothing_starts_afresh(
         return 0
 
     for _ in range(2):
-        assert guarded(work) == 3
+        assert run_to_exit_code(work) == 3
         last = capsys.readouterr().err.splitlines()[-1]
-        assert last.endswith("none of the 2 checkpoints is valid; remove the run folder to start afresh")
+        assert last.endswith("none of 2 checkpoints is valid; remove the run folder to start afresh")
     assert issubclass(NoValidCheckpoint, UserError)
 
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(store: CheckpointStore) -> No
     assert len(names(store)) == 1
 
 
-def test_what_a_crash_left_gives_its_room_back_before_any_is_asked_for(tmp_path: Path) -> None:
+def test_cleanup_removes_what_a_crash_left(tmp_path: Path) -> None:
     for name in ("step-000000001", "step-000000002.draft", "step-000000001.removed", "step-000000003.damaged"):
         (tmp_path / name / "state").mkdir(parents=True)
         (tmp_path / name / "state" / "x.pt").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""What a person sees while it works."""
+"""What a person reads: progress, errors, output."""
 
 import shlex
 import subprocess
@@ -6,41 +6,84 @@ import sys
 
 import pytest
 
-from lad_dist.cli.app import guarded, time
-from lad_dist.cli.console import Console
+from lad_dist.cli.app import run_to_exit_code
+from lad_dist.cli.console import TerminalProgress, time
+from lad_dist.cli.logging_setup import configure_logging
+from lad_dist.distributed.logs import EVERY_RANK, get_logger
 
 
-def test_lines_come_now_and_then_with_the_time_left(
+def test_without_a_terminal_a_line_now_and_then_has_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([100.0, 104.0, 110.0, 119.9, 160.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    console = Console("corpus", every=10)
-    for step in (20, 21, 22, 30, 60):  # the first twenty were done before
-        console({"step": step, "steps": 100, "million tokens": 1.5 * step})
-    console.close()
+    report = TerminalProgress()
+    for done in (20, 21, 22, 30, 60):  # the first twenty were done before
+        report("corpus", done, 100, f"million tokens {1.5 * done:.4g}")
     assert capsys.readouterr().err.splitlines() == [
         "corpus 22.0% done, 0:06:30 left  million tokens 33",
         "corpus 60.0% done, 0:01:00 left  million tokens 90",
     ]
 
 
+def test_a_terminal_has_a_bar_until_the_task_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    report = TerminalProgress()
+    for done in (1, 2, 2):
+        report("corpus [1]", done, 2, "a.txt")
+        assert (report._bars is None) == (done == 2)
+    shown = capsys.readouterr().err
+    assert all(text in shown for text in ("corpus [1]", "2/2", "a.txt"))
+
+
+def test_two_tasks_have_a_bar_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    report = TerminalProgress()
+    report("read", 1, 10)
+    report("write", 1, 5)
+    assert report._bars is not None
+    assert [(bar.description, bar.completed, bar.total) for bar in report._bars.tasks] == [
+        ("read", 1, 10),
+        ("write", 1, 5),
+    ]
+    report.close()
+    assert report._bars is None
+    assert "write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("process", ["main", "other"])
+def test_loggers_write_bare_lines_of_the_main_process(
+    process: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0" if process == "main" else "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    logger = get_logger("lad_dist.tests")
+    configure_logging()
+    logger.info("%s: saved", "runs/a")
+    logger.debug("details")
+    logger.warning("of each rank", extra=EVERY_RANK)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == (["runs/a: saved"] if process == "main" else []) + ["of each rank"]
+
+
 @pytest.mark.parametrize("call", ["say('x' * 1000)", "print_table('t', ('a', 'b'), [('x' * 100, 1.0)] * 10)"])
-def test_a_reader_that_has_seen_enough_is_no_mistake(call: str) -> None:
-    script = f"from lad_dist.cli import app\nfor _ in range(500): app.{call}\n"
-    done = subprocess.run(
+def test_a_closed_pipe_is_no_mistake(call: str) -> None:
+    script = f"from lad_dist.cli import console\nfor _ in range(500): console.{call}\n"
+    process = subprocess.run(
         f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -n 1; exit ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    assert guarded(interrupted) == 130
+    assert run_to_exit_code(interrupted) == 130
     assert capsys.readouterr().err == "interrupted\n"

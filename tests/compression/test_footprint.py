@@ -29,10 +29,10 @@ FEED_FORWARD = 2 * 32 * 64 + 64 + 32 + 2 * 32
 POOLER, CLASSIFIER = 32 * 32 + 32, 32 * 2 + 2
 
 
-def made(head: Head = "classification", **settings: Any) -> PreTrainedModel:
+def toy_model(head: Head = "classification", **settings: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     labels = toy.LABELS if head == "classification" else ()
-    return loading.create_model({**toy.SIZES, **settings}, head, vocabulary=VOCABULARY, labels=labels)
+    return loading.create_model({**toy.SIZES, **settings}, head, vocab_size=VOCABULARY, labels=labels)
 
 
 def by_component(embeddings: int, attention: int, feed_forward: int, head: int) -> dict[str, int]:
@@ -40,10 +40,10 @@ def by_component(embeddings: int, attention: int, feed_forward: int, head: int) 
 
 
 def test_weights_by_hand() -> None:
-    found = footprint.stored_weights(made())
+    stored = footprint.stored_weights(toy_model())
     expected = by_component(EMBEDDINGS, 4 * ATTENTION, 4 * FEED_FORWARD, POOLER + CLASSIFIER)
-    assert found.weights == expected
-    tied = footprint.stored_weights(made("mlm"))
+    assert stored.weights == expected
+    tied = footprint.stored_weights(toy_model("mlm"))
     transform = 32 * 32 + 32 + 2 * 32
     assert tied.weights == {**expected, "head": transform + VOCABULARY}  # its map is the words' embeddings
 
@@ -53,48 +53,48 @@ def test_arithmetic_by_hand() -> None:
     attention = 2 * 8 * 4 * 32 * 32 + 2 * 2 * 32 * (3 * 3 + 5 * 5)
     feed_forward = 2 * 8 * 2 * 32 * 64
     expected = by_component(0, 4 * attention, 4 * feed_forward, 2 * 2 * 32 * (32 + 2))
-    assert footprint.flops(made(), batch) == expected
-    assert footprint.flops(made(), batch, batch) == {name: 2 * count for name, count in expected.items()}
-    assert footprint.flops(made("mlm"), batch) == {**expected, "head": 2 * 2 * 32 * (32 + VOCABULARY)}
+    assert footprint.flops(toy_model(), batch) == expected
+    assert footprint.flops(toy_model(), batch, batch) == {name: 2 * count for name, count in expected.items()}
+    assert footprint.flops(toy_model("mlm"), batch) == {**expected, "head": 2 * 2 * 32 * (32 + VOCABULARY)}
     # An encoder's pooler is read by nobody.
-    assert footprint.flops(made("none"), batch) == {**expected, "head": 0}
+    assert footprint.flops(toy_model("none"), batch) == {**expected, "head": 0}
 
 
 def test_padding_is_no_arithmetic() -> None:
-    assert footprint.flops(made(), toy.batch([5, 3], pad_to=9)) == footprint.flops(made(), toy.batch([5, 3]))
+    assert footprint.flops(toy_model(), toy.batch([5, 3], pad_to=9)) == footprint.flops(toy_model(), toy.batch([5, 3]))
 
 
 def test_zeros_are_stored_and_computed() -> None:
-    model, batch = made(), toy.batch([3, 5])
+    model, batch = toy_model(), toy.batch([3, 5])
     before = footprint.footprint(model, batch)
     with torch.no_grad():
         model.bert.encoder.layer[1].intermediate.dense.weight[:32] = 0
     after = footprint.footprint(model, batch)
-    lost = {name for name in before if before[name] != after[name]}
-    assert lost == {"nonzero", "nonzero/feed_forward"}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"nonzero", "nonzero/feed_forward"}
     assert before["nonzero"] - after["nonzero"] == 32 * 32
 
 
 @pytest.mark.parametrize(("rank", "less"), [(8, 4 * (32 * 32 - 8 * 64)), (16, 0)])
 def test_a_pair_counts_as_a_pair_where_that_is_less(rank: int, less: int) -> None:
     """Of [32, 32] in each of four layers: rank 16 takes no less than the product."""
-    model, batch = made(), toy.batch([3, 5])
+    model, batch = toy_model(), toy.batch([3, 5])
     plain = footprint.footprint(model, batch)
     for layer in encoder_layers(model):
-        layer.attention.self.query, _ = LowRank.of(layer.attention.self.query, rank)
-    found = footprint.footprint(model, batch)
-    assert found["parameters"] == plain["parameters"]
-    assert plain["stored"] - found["stored"] == plain["stored/attention"] - found["stored/attention"] == less
-    assert plain[footprint.FLOPS] - found[footprint.FLOPS] == pytest.approx(2 * less)
+        layer.attention.self.query, _ = LowRank.from_module(layer.attention.self.query, rank)
+    product = footprint.footprint(model, batch)
+    assert product["parameters"] == plain["parameters"]
+    assert plain["stored"] - product["stored"] == plain["stored/attention"] - product["stored/attention"] == less
+    assert plain[footprint.FLOPS] - product[footprint.FLOPS] == pytest.approx(2 * less)
     assert len(compressed_module.compressed_modules(model)) == 4
 
 
 def test_pairs_are_what_torch_counts() -> None:
-    model, batch = low_rank(made(), keep=0.5).eval().requires_grad_(False), toy.batch([16, 16, 16, 16])
+    model, batch = low_rank(toy_model(), keep=0.5).eval().requires_grad_(False), toy.batch([16, 16, 16, 16])
     counted = footprint.flops(model, batch)
     with torch.device("meta"):
-        bare = low_rank(made(), keep=0.5)
-    assert footprint.flops(bare, batch) == counted
+        meta_model = low_rank(toy_model(), keep=0.5)
+    assert footprint.flops(meta_model, batch) == counted
     compact = compressed_module.compact_all(model)
     assert footprint.flops(compact, batch) == counted
     assert sum(footprint.stored_weights(compact).weights.values()) == count_parameters(compact)
@@ -116,31 +116,31 @@ class Scores(compressed_module.CompressedModule):
 
 
 def test_what_only_trains_is_not_counted() -> None:
-    model, batch = made(), toy.batch([3])
+    model, batch = toy_model(), toy.batch([3])
     before = footprint.footprint(model, batch)
     model.bert.scores = Scores()
     assert footprint.footprint(model, batch) == before
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("words")
     return {family: load_tokenizer(toy_families.tokenizer(family, folder / family)) for family in toy_families.SIZES}
 
 
 @pytest.mark.parametrize("family", toy_families.SIZES)
-def test_components_of_each_family(family: str, words: Any) -> None:
+def test_components_of_each_family(family: str, tokenizers: Any) -> None:
     """All weights are of one component each; those of layers are of two, and nearly nothing else is."""
-    model = toy_families.made(family, "classification", words[family], toy.LABELS)
-    found = footprint.stored_weights(model).weights
-    assert sum(found.values()) == count_parameters(model)
-    beside = found["attention"] + found["feed_forward"] - count_parameters(encoder_layers(model))
+    model = toy_families.new_model(family, "classification", tokenizers[family], toy.LABELS)
+    weights = footprint.stored_weights(model).weights
+    assert sum(weights.values()) == count_parameters(model)
+    beside = weights["attention"] + weights["feed_forward"] - count_parameters(encoder_layers(model))
     extra = {"mpnet": 32 * 4, "deberta-v2": 32 * 32 * 3 + 3 * 32}  # biases by position; a convolution and its norm
     assert beside == extra.get(family, 0)
     inner = 3 if family == "modernbert" else 2
-    assert found["feed_forward"] // (1 if family == "albert" else 4) == pytest.approx(inner * 32 * 64, rel=0.06)
-    assert found["embeddings"] >= model.get_input_embeddings().weight.numel()
-    assert 32 * 2 <= found["head"] <= 32 * 32 + 32 * 2 + 4 * 32
+    assert weights["feed_forward"] // (1 if family == "albert" else 4) == pytest.approx(inner * 32 * 64, rel=0.06)
+    assert weights["embeddings"] >= model.get_input_embeddings().weight.numel()
+    assert 32 * 2 <= weights["head"] <= 32 * 32 + 32 * 2 + 4 * 32
 
 
 def test_narrower_and_shallower_students_count_less(world: World, tmp_path: Path) -> None:
@@ -148,20 +148,25 @@ def test_narrower_and_shallower_students_count_less(world: World, tmp_path: Path
 
     def student(**changes: Any) -> dict[str, float]:
         tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, objective={"name": "kd"})
-        made = run_spec.resolve_run(toy.parsed(tables, {f"student.{key}": value for key, value in changes.items()}))
-        model = cost_model.meta_distiller(made).student
+        spec = run_spec.resolve_run(toy.parsed(tables, {f"student.{key}": value for key, value in changes.items()}))
+        model = cost_model.meta_distiller(spec).student
         return {"parameters": count_parameters(model), **footprint.flops(model, toy.batch([16]))}
 
-    whole, shallow, narrow = student(depth=4), student(depth=1), student(depth=4, width=16)
+    whole, shallow, narrow = (
+        student(num_hidden_layers=4),
+        student(num_hidden_layers=1),
+        student(num_hidden_layers=4, hidden_size=16),
+    )
     assert shallow["parameters"] == whole["parameters"] - 3 * (ATTENTION + FEED_FORWARD)
     assert shallow["attention"] == whole["attention"] / 4
     assert narrow["feed_forward"] == whole["feed_forward"] / 4
 
 
 def test_bytes_are_those_of_the_weights(world: World, tmp_path: Path) -> None:
-    assert footprint.on_disk(world.teacher) == {"safetensors": (world.teacher / "model.safetensors").stat().st_size}
+    size = (world.teacher / "model.safetensors").stat().st_size
+    assert footprint.bytes_on_disk(world.teacher) == {"safetensors": size}
     (tmp_path / "onnx").mkdir()
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"123")
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"4567")
     (tmp_path / "onnx" / "model.int8.onnx").write_bytes(b"1")
-    assert footprint.table_on_disk(tmp_path) == {"bytes/safetensors": 7, "bytes/onnx int8": 1}
+    assert footprint.bytes_table(tmp_path) == {"bytes/safetensors": 7, "bytes/onnx int8": 1}

@@ -1,4 +1,4 @@
-"""LadaBERT's budget: what is asked for is what is left, in counts and in a trained student's weights."""
+"""LadaBERT's budget: the requested weights are those that remain, in counts and in a trained student."""
 
 from pathlib import Path
 from typing import Any
@@ -35,23 +35,23 @@ from lad_dist.training import run_spec
 from lad_dist.training.train import train
 
 NAMES = ("embedding", "svd", "weight")
-COUNTS = WeightCounts(words=600, maps=2400, rest=100)
+COUNTS = WeightCounts(word_embeddings=600, linear_maps=2400, rest=100)
 FACTOR = st.floats(1.0, 6.0)
 
 
-def made(architecture: dict[str, Any], vocabulary: int = 300) -> PreTrainedModel:
+def toy_model(architecture: dict[str, Any], vocabulary: int = 300) -> PreTrainedModel:
     torch.manual_seed(0)
-    return loading.create_model(architecture, "classification", vocabulary=vocabulary, labels=toy.LABELS)
+    return loading.create_model(architecture, "classification", vocab_size=vocabulary, labels=toy.LABELS)
 
 
 def cut(model: PreTrainedModel, **options: Any) -> dict[str, float]:
-    """What the surgery tells, with which all of its weights go at once."""
-    told: dict[str, float] = {}
+    """Return what the compression reports, whose pruned weights all go at once."""
+    reported: dict[str, float] = {}
     options = {"begin": 0.0, "end": 0.0, **options}
-    ladabert(model, report=told.update, **validate_arguments("surgery ladabert", ladabert, options))
-    for part in compressed_module.compressed_modules(model):
-        part.on_step_start(StepState(0, 10, seed=0))
-    return told
+    ladabert(model, report=reported.update, **validate_arguments("compression ladabert", ladabert, options))
+    for module in compressed_module.compressed_modules(model):
+        module.on_step_start(StepState(0, 10, seed=0))
+    return reported
 
 
 def nonzero(model: PreTrainedModel) -> int:
@@ -66,14 +66,14 @@ def test_by_hand() -> None:
     factors = Factors(2.0, 3.0, 4.0)
     assert remaining_weights(COUNTS, factors) == 600.0
     for name in NAMES:
-        given = {**factors._asdict(), name: None}
-        assert solve_factors(COUNTS, 3100 / 600, **given) == pytest.approx(factors)
+        options = {**factors._asdict(), name: None}
+        assert solve_factors(COUNTS, 3100 / 600, **options) == pytest.approx(factors)
     assert solve_factors(COUNTS, None, *factors) == factors
 
 
 def test_sparsity_by_hand() -> None:
     """After SVD: of 300 + 800 + 100 weights 700 are asked for, so 500 of 800 go, whatever 4 would have taken."""
-    after = WeightCounts(words=300, maps=800, rest=100)
+    after = WeightCounts(word_embeddings=300, linear_maps=800, rest=100)
     assert required_sparsity(after, 700, 4.0) == 500 / 800
     assert required_sparsity(after, 700, None) == 500 / 800
     assert required_sparsity(after, 602, 4.0) == 0.75  # 600 is within 0.5 % of it
@@ -84,13 +84,13 @@ def test_sparsity_by_hand() -> None:
 
 @settings(max_examples=60)
 @given(FACTOR, FACTOR, FACTOR, st.sampled_from(NAMES))
-def test_solving_finds_what_was_left_out(embedding: float, svd: float, weight: float, missing: str) -> None:
+def test_solving_returns_the_missing_factor(embedding: float, svd: float, weight: float, missing: str) -> None:
     factors = Factors(embedding, svd, weight)
     reduction = COUNTS.total / remaining_weights(COUNTS, factors)
     assume(reduction >= 1)
-    given = {**factors._asdict(), missing: None}
+    options = {**factors._asdict(), missing: None}
     try:
-        solved = solve_factors(COUNTS, reduction, **given)
+        solved = solve_factors(COUNTS, reduction, **options)
     except UserError:
         assert factors._asdict()[missing] == pytest.approx(1.0)  # a rounding below it
         return
@@ -112,57 +112,63 @@ def test_a_budget_is_met(
     """Within 0.5 %, at sizes where a rank is many per cent, or refused."""
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
     with torch.device("meta"):
-        model = made({**toy.SIZES, **sizes}, vocabulary)
+        model = toy_model({**toy.SIZES, **sizes}, vocabulary)
     before = count_parameters(model)
-    given = dict(zip([name for name in NAMES if name != missing], factors, strict=True))
+    options = dict(zip([name for name in NAMES if name != missing], factors, strict=True))
     try:
-        ladabert(model, **validate_arguments("", ladabert, {"reduction": reduction, **given}))
+        ladabert(model, **validate_arguments("", ladabert, {"reduction": reduction, **options}))
     except UserError:
         return
-    prunings = [part for part in compressed_module.compressed_modules(model) if isinstance(part, GlobalPruning)]
-    gone = sum(round(part.schedule.sparsity * _size(part)) for part in prunings)
-    left = count_parameters(model) - gone
-    assert before / left == pytest.approx(reduction, rel=TOLERANCE)
+    modules = compressed_module.compressed_modules(model)
+    prunings = [module for module in modules if isinstance(module, GlobalPruning)]
+    gone = sum(round(pruning.schedule.sparsity * _size(pruning)) for pruning in prunings)
+    remaining = count_parameters(model) - gone
+    assert before / remaining == pytest.approx(reduction, rel=TOLERANCE)
 
 
-def _size(part: GlobalPruning) -> int:
-    return sum(masked.origin.numel() for masked in part.masked.values())
+def _size(pruning: GlobalPruning) -> int:
+    return sum(masked.origin.numel() for masked in pruning.masked.values())
+
+
+def pruning_of(model: PreTrainedModel) -> GlobalPruning:
+    (pruning,) = (m for m in compressed_module.compressed_modules(model) if isinstance(m, GlobalPruning))
+    return pruning
 
 
 @pytest.mark.parametrize("missing", [*NAMES, None])
-def test_what_is_told_is_what_is_left(missing: str | None) -> None:
-    model = made(toy.SIZES)
+def test_the_report_is_what_remains(missing: str | None) -> None:
+    model = toy_model(toy.SIZES)
     for weight in model.parameters():
         torch.nn.init.normal_(weight)  # no zeros but those of pruning
     before = count_parameters(model)
     options: dict[str, Any] = {"embedding": 2.0, "svd": 1.5, "weight": 2.0}
     if missing:
         options = {"reduction": 2.5} | {name: factor for name, factor in options.items() if name != missing}
-    told = cut(model, **options)
-    assert before / nonzero(model) == pytest.approx(told["budget/achieved/reduction"])
-    assert told["budget/achieved/reduction"] == pytest.approx(
-        told["budget/requested/reduction"], rel=0.005 if missing else 0.1
+    reported = cut(model, **options)
+    assert before / nonzero(model) == pytest.approx(reported["budget/achieved/reduction"])
+    assert reported["budget/achieved/reduction"] == pytest.approx(
+        reported["budget/requested/reduction"], rel=0.005 if missing else 0.1
     )
-    assert {name: told[f"budget/requested/{name}"] for name in options} == options
+    assert {name: reported[f"budget/requested/{name}"] for name in options} == options
     for name in NAMES:
-        assert told[f"budget/achieved/{name}"] == pytest.approx(told[f"budget/requested/{name}"], rel=0.2)
+        assert reported[f"budget/achieved/{name}"] == pytest.approx(reported[f"budget/requested/{name}"], rel=0.2)
 
 
 def test_ones_leave_a_model_as_it_is() -> None:
-    model = made(toy.SIZES)
-    told = cut(model, embedding=1.0, svd=1.0, weight=1.0)
+    model = toy_model(toy.SIZES)
+    reported = cut(model, embedding=1.0, svd=1.0, weight=1.0)
     assert not compressed_module.compressed_modules(model)
-    assert set(told.values()) == {1.0}
+    assert set(reported.values()) == {1.0}
 
 
-def test_each_factor_has_its_part() -> None:
+def test_each_factor_compresses_other_modules() -> None:
     """Pruning lies on both factors of each map of low rank, ranked together, and on no embeddings or head."""
-    model = made(toy.SIZES)
+    model = toy_model(toy.SIZES)
     cut(model, embedding=2.0, svd=2.0, weight=4.0)
-    found = compressed_module.compressed_modules(model)
-    assert sum(isinstance(part, LowRank) for part in found) == 4 * 6
-    assert sum(isinstance(part, LowRankEmbedding) for part in found) == 1
-    (pruning,) = [part for part in found if isinstance(part, GlobalPruning)]
+    modules = compressed_module.compressed_modules(model)
+    assert sum(isinstance(module, LowRank) for module in modules) == 4 * 6
+    assert sum(isinstance(module, LowRankEmbedding) for module in modules) == 1
+    pruning = pruning_of(model)
     assert len(pruning.masked) == 2 * 4 * 6
     assert {name.rpartition(".")[2] for name in pruning.masked} == {"inner", "outer"}
     assert pruning.sparsity == pytest.approx(0.75, abs=1e-3)
@@ -171,23 +177,22 @@ def test_each_factor_has_its_part() -> None:
 @pytest.mark.parametrize("modules", ["query$", r"\.dense$", "embeddings|layer"])
 def test_it_holds_for_any_choice_of_maps(modules: str) -> None:
     """Products lie deeper than the maps that they stand for; what is pruned stays these maps."""
-    model = made(toy.SIZES)
+    model = toy_model(toy.SIZES)
     for weight in model.parameters():
         torch.nn.init.normal_(weight)
     before = count_parameters(model)
-    told = cut(model, embedding=2.0, svd=2.0, weight=2.0, modules=modules)
-    assert before / nonzero(model) == pytest.approx(told["budget/achieved/reduction"])
-    (pruning,) = [part for part in compressed_module.compressed_modules(model) if isinstance(part, GlobalPruning)]
+    reported = cut(model, embedding=2.0, svd=2.0, weight=2.0, modules=modules)
+    assert before / nonzero(model) == pytest.approx(reported["budget/achieved/reduction"])
+    pruning = pruning_of(model)
     assert not [name for name in pruning.masked if "embedding" in name]
 
 
 def test_pruning_alone_is_on_the_maps() -> None:
-    model = made(toy.SIZES)
-    told = cut(model, reduction=1.5, embedding=1.0, svd=1.0)
-    assert not [
-        part for part in compressed_module.compressed_modules(model) if isinstance(part, LowRank | LowRankEmbedding)
-    ]
-    assert told["budget/achieved/reduction"] == pytest.approx(1.5, rel=1e-3)
+    model = toy_model(toy.SIZES)
+    reported = cut(model, reduction=1.5, embedding=1.0, svd=1.0)
+    modules = compressed_module.compressed_modules(model)
+    assert not [module for module in modules if isinstance(module, LowRank | LowRankEmbedding)]
+    assert reported["budget/achieved/reduction"] == pytest.approx(1.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(("number", "millions"), [(1, 44), (2, 22), (3, 15), (4, 11)])
@@ -197,15 +202,15 @@ def test_the_papers_sizes(number: int, millions: int) -> None:
     (options,) = read_toml(file)["compression"]
     options.pop("name")
     with torch.device("meta"):
-        model = made({"model_type": "bert"}, 30522)
+        model = toy_model({"model_type": "bert"}, 30522)
     counts = count_weights(model, linear_maps(model, LAYER_MODULES, ""))
     factors = solve_factors(counts, **{"weight": None, **options})
     assert f"solved for: {factors.weight:.2f} where" in file.read_text()
     assert round(counts.total / options["reduction"] / 1e6) == millions
     ladabert(model, **validate_arguments("", ladabert, options))
-    (pruning,) = [part for part in compressed_module.compressed_modules(model) if isinstance(part, GlobalPruning)]
-    left = count_parameters(model) - round(pruning.schedule.sparsity * _size(pruning))
-    assert left * options["reduction"] == pytest.approx(counts.total, rel=1e-6)
+    pruning = pruning_of(model)
+    remaining = count_parameters(model) - round(pruning.schedule.sparsity * _size(pruning))
+    assert remaining * options["reduction"] == pytest.approx(counts.total, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -231,23 +236,24 @@ def test_what_it_refuses(options: dict[str, Any], message: str, world: World, tm
     """Before weights are read."""
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
     listed = {"name": "ladabert", **options}
-    with pytest.raises(UserError, match=f"surgery ladabert: .*{message}"):
+    with pytest.raises(UserError, match=f"compression ladabert: .*{message}"):
         run_spec.resolve_run(toy.parsed(tables, {"objective": {"name": "kd"}, "compression": [listed]}))
 
 
-def test_a_run_trains_under_its_budget_and_says_so(world: World, tmp_path: Path) -> None:
+def test_a_run_trains_under_a_budget_and_reports_both(world: World, tmp_path: Path) -> None:
     """From the teacher, with the four losses; the export has the zeros, and the trained student's function."""
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
-    listed = {"name": "ladabert", "reduction": 2.0, "embedding": 2.0, "svd": 1.5, "activation_aware": True, "update_every": 2}
+    factors = {"reduction": 2.0, "embedding": 2.0, "svd": 1.5}
+    listed = {"name": "ladabert", **factors, "activation_aware": True, "update_every": 2}
     objective = {"name": "tinybert", "soft": 1.0}
     config = toy.parsed(tables, {"student.num_hidden_layers": 4, "objective": objective, "compression": [listed]})
     rows: list[dict[str, Any]] = []
     results = train(config, rows.append).results
     assert results is not None
-    found = {name: value for name, value in rows[0].items() if name.startswith(("budget/", "initial_error/"))}
-    assert found.items() <= results["student"].items()
-    assert found["budget/achieved/reduction"] == pytest.approx(2.0, rel=0.005)
-    assert found["budget/requested/weight"] == pytest.approx(found["budget/achieved/weight"], rel=0.2)
+    logged = {name: value for name, value in rows[0].items() if name.startswith(("budget/", "initial_error/"))}
+    assert logged.items() <= results["student"].items()
+    assert logged["budget/achieved/reduction"] == pytest.approx(2.0, rel=0.005)
+    assert logged["budget/requested/weight"] == pytest.approx(logged["budget/achieved/weight"], rel=0.2)
     assert {"embedding", "hidden", "attention", "soft"} < rows[1].keys()
     assert rows[-2]["loss"] < rows[1]["loss"]
     before = count_parameters(loading.load_model(str(world.teacher), "classification", labels=toy.LABELS))

@@ -1,4 +1,4 @@
-"""Surgeries keep what they say they keep."""
+"""Changes to layers and embeddings leave everything else as it is."""
 
 import pytest
 import torch
@@ -30,22 +30,22 @@ FAMILIES = {
 }
 
 
-def made(family: str = "bert") -> PreTrainedModel:
+def toy_model(family: str = "bert") -> PreTrainedModel:
     torch.manual_seed(0)
     architecture = {"model_type": family, **FAMILIES[family]}
-    return loading.create_model(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
+    return loading.create_model(architecture, "classification", vocab_size=90, labels=toy.LABELS).eval()
 
 
 def outputs(model: PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch = toy.batch([5, 3, 9])
     with torch.no_grad():
-        seen = compute_outputs(model, batch, OutputSpec(logits=True, hidden=(layer,)))
-    assert seen.logits is not None
-    return seen.logits, seen.hidden[layer]
+        both = compute_outputs(model, batch, OutputSpec(logits=True, hidden=(layer,)))
+    assert both.logits is not None
+    return both.logits, both.hidden[layer]
 
 
 @pytest.mark.parametrize(
-    ("rule", "num_hidden_layers", "kept"),
+    ("rule", "num_hidden_layers", "expected"),
     [
         ("even", 6, [2, 4, 6, 8, 10, 12]),
         ("even", 5, [2, 4, 7, 9, 12]),
@@ -55,30 +55,30 @@ def outputs(model: PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Ten
         ([1, 12], None, [1, 12]),
     ],
 )
-def test_layer_numbers(rule: str | list[int], depth: int | None, kept: list[int]) -> None:
-    assert layer_numbers(rule, depth, 12) == kept
+def test_layer_numbers(rule: str | list[int], num_hidden_layers: int | None, expected: list[int]) -> None:
+    assert layer_numbers(rule, num_hidden_layers, 12) == expected
 
 
 @given(st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
 def test_even_layers_rise_and_end_with_the_last(sizes: tuple[int, int]) -> None:
     available, depth = sizes
-    kept = layer_numbers("even", depth, available)
-    assert len(kept) == len(set(kept)) == depth
-    assert kept == sorted(kept)
-    assert kept[-1] == available
-    assert kept[0] >= 1
+    numbers = layer_numbers("even", depth, available)
+    assert len(numbers) == len(set(numbers)) == depth
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == available
+    assert numbers[0] >= 1
 
 
 @pytest.mark.parametrize(("rule", "num_hidden_layers"), [("even", 13), ([0], None), ([13], None)])
-def test_layers_that_are_not_there(rule: str | list[int], depth: int | None) -> None:
+def test_layers_that_the_model_does_not_have(rule: str | list[int], num_hidden_layers: int | None) -> None:
     with pytest.raises(UserError, match=r"12 layers|layers 1 to 12"):
-        layer_numbers(rule, depth, 12)
+        layer_numbers(rule, num_hidden_layers, 12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_layers_are_those_of_the_model(family: str) -> None:
+def test_layers_that_stay_are_those_of_the_model(family: str) -> None:
     """Its first two layers compute what they computed in the whole model, and its config counts two."""
-    model = made(family)
+    model = toy_model(family)
     digests = [model_digest(layer) for layer in encoder_layers(model)]
     _, second = outputs(model, 2)
     small = keep_layers(model, [1, 2])
@@ -88,15 +88,15 @@ def test_kept_layers_are_those_of_the_model(family: str) -> None:
 
 
 def test_layers_may_be_listed_in_any_order() -> None:
-    model = made()
+    model = toy_model()
     digests = [model_digest(layer) for layer in encoder_layers(model)]
-    kept = keep_layers(model, [4, 2])
-    assert [model_digest(layer) for layer in encoder_layers(kept)] == [digests[3], digests[1]]
+    small = keep_layers(model, [4, 2])
+    assert [model_digest(layer) for layer in encoder_layers(small)] == [digests[3], digests[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_embeddings_are_new_and_the_rest_is_not(family: str) -> None:
-    model = made(family)
+    model = toy_model(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     random_embeddings(model)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
@@ -106,8 +106,8 @@ def test_random_embeddings_are_new_and_the_rest_is_not(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quiet_positions_leave_words_and_layers_alone(family: str) -> None:
-    model = made(family)
+def test_scaled_positions_leave_words_and_layers_alone(family: str) -> None:
+    model = toy_model(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     scale_position_embeddings(model, scale=0.1)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
@@ -118,7 +118,7 @@ def test_quiet_positions_leave_words_and_layers_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_set_dropout_by_kind(family: str) -> None:
-    model = set_dropout(made(family), 0.25, 0.5)
+    model = set_dropout(toy_model(family), 0.25, 0.5)
     attention = {m.dropout.p for name, m in model.named_modules() if type(m).__name__.endswith("SelfAttention")}
     others = {
         child.p

@@ -1,5 +1,4 @@
-"""Low rank: the nearest of its rank, in the weights or on a sample; a Part, its fold and its compact form are one
-function."""
+"""Low rank: the nearest product, in the weights or on a sample; merged and compact forms have the same function."""
 
 from pathlib import Path
 from typing import Any
@@ -33,67 +32,67 @@ SIZES = st.tuples(st.integers(2, 12), st.integers(2, 12)).flatmap(
 )
 
 
-def made(family: str = "bert") -> PreTrainedModel:
+def toy_model(family: str = "bert") -> PreTrainedModel:
     torch.manual_seed(0)
     architecture = {"model_type": toy_families.kind(family), "initializer_range": 0.2, **toy_families.SIZES[family]}
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
     return loading.create_model(
-        architecture, "classification", vocabulary=90, special=special, labels=toy.LABELS
+        architecture, "classification", vocab_size=90, special_ids=special, labels=toy.LABELS
     ).eval()
 
 
 def logits(model: PreTrainedModel, batch: Batch = SAMPLE[0]) -> Tensor:
     with torch.no_grad():
-        found = compute_outputs(model, batch, OutputSpec(logits=True)).logits
-    assert found is not None
-    return found
+        outputs = compute_outputs(model, batch, OutputSpec(logits=True))
+    assert outputs.logits is not None
+    return outputs.logits
 
 
 @settings(max_examples=25)
 @given(SIZES, st.booleans())
-def test_a_map_is_the_nearest_of_its_rank(sizes: tuple[int, int, int], bias: bool) -> None:
-    """Its error is what the dropped singular values hold (Eckart and Young)."""
+def test_a_product_is_the_nearest_to_a_map(sizes: tuple[int, int, int], bias: bool) -> None:
+    """The error is what the dropped singular values hold (Eckart and Young)."""
     rows, columns, rank = sizes
     torch.manual_seed(rows * columns)
     linear, x = nn.Linear(columns, rows, bias=bias), torch.randn(7, columns)
-    part, error = LowRank.of(linear, rank)
-    folded, small = part.merge(), part.to_compact()
-    assert isinstance(folded, nn.Linear)
+    product, error = LowRank.from_module(linear, rank)
+    merged, small = product.merge(), product.to_compact()
+    assert isinstance(merged, nn.Linear)
     values = torch.linalg.svdvals(linear.weight.detach())
-    assert (folded.weight - linear.weight).norm().item() == pytest.approx(values[rank:].norm().item(), abs=1e-5)
+    assert (merged.weight - linear.weight).norm().item() == pytest.approx(values[rank:].norm().item(), abs=1e-5)
     assert error.item() == pytest.approx((values[rank:].norm() / values.norm()).item(), abs=1e-6)
-    torch.testing.assert_close(folded(x), part(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(small(x), part(x), rtol=1e-5, atol=1e-5)
-    assert count_parameters(small) == min(count_parameters(part), count_parameters(folded))
+    torch.testing.assert_close(merged(x), product(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(x), product(x), rtol=1e-5, atol=1e-5)
+    assert count_parameters(small) == min(count_parameters(product), count_parameters(merged))
 
 
 @settings(max_examples=25)
 @given(SIZES, st.booleans())
-def test_embeddings_are_the_nearest_of_their_rank(sizes: tuple[int, int, int], padded: bool) -> None:
+def test_a_product_is_the_nearest_to_embeddings(sizes: tuple[int, int, int], padded: bool) -> None:
     count, width, rank = sizes
     torch.manual_seed(count * width)
-    embeddings, words = nn.Embedding(count, width, padding_idx=1 if padded else None), torch.arange(count)
-    part, _ = LowRankEmbedding.of(embeddings, rank)
-    folded, small = part.merge(), part.to_compact()
-    assert isinstance(folded, nn.Embedding)
-    assert folded.padding_idx == embeddings.padding_idx
+    embeddings, input_ids = nn.Embedding(count, width, padding_idx=1 if padded else None), torch.arange(count)
+    product, _ = LowRankEmbedding.from_module(embeddings, rank)
+    merged, small = product.merge(), product.to_compact()
+    assert isinstance(merged, nn.Embedding)
+    assert merged.padding_idx == embeddings.padding_idx
     dropped = torch.linalg.svdvals(embeddings.weight.detach())[rank:]
-    assert (folded.weight - embeddings.weight).norm().item() == pytest.approx(dropped.norm().item(), abs=1e-5)
-    torch.testing.assert_close(folded(words), part(words), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(small(words), part(words), rtol=1e-5, atol=1e-5)
-    assert count_parameters(small) == min(count_parameters(part), count_parameters(folded))
+    assert (merged.weight - embeddings.weight).norm().item() == pytest.approx(dropped.norm().item(), abs=1e-5)
+    torch.testing.assert_close(merged(input_ids), product(input_ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(input_ids), product(input_ids), rtol=1e-5, atol=1e-5)
+    assert count_parameters(small) == min(count_parameters(product), count_parameters(merged))
 
 
 def test_a_padding_word_learns_nothing_as_before() -> None:
-    part, _ = LowRankEmbedding.of(nn.Embedding(9, 6, padding_idx=1), 3)
-    part(torch.tensor([0, 1, 2])).square().sum().backward()
-    assert part.inner.weight.grad is not None
-    assert [row.any().item() for row in part.inner.weight.grad[:4]] == [True, False, True, False]
+    product, _ = LowRankEmbedding.from_module(nn.Embedding(9, 6, padding_idx=1), 3)
+    product(torch.tensor([0, 1, 2])).square().sum().backward()
+    assert product.inner.weight.grad is not None
+    assert [row.any().item() for row in product.inner.weight.grad[:4]] == [True, False, True, False]
 
 
 @settings(max_examples=40)
 @given(SIZES, st.integers(1, 20), st.integers(0, 100))
-def test_on_its_sample_a_weighted_product_is_never_worse_and_in_the_weights_never_better(
+def test_a_weighted_product_is_never_worse_on_the_sample_and_never_better_in_the_weights(
     sizes: tuple[int, int, int], rows: int, seed: int
 ) -> None:
     """Than the truncated SVD, also where the sample does not show all directions."""
@@ -101,7 +100,7 @@ def test_on_its_sample_a_weighted_product_is_never_worse_and_in_the_weights_neve
     torch.manual_seed(seed)
     weight, scale = torch.randn(count, width).double(), torch.logspace(0, 1, width).double()
     x = torch.randn(rows, width).double() * scale
-    plain, weighted = (_product(weight, rank, moment) for moment in (None, x.T @ x))
+    plain, weighted = (_product(weight, rank, second_moment) for second_moment in (None, x.T @ x))
 
     def error(product: Tensor, on: Tensor) -> float:
         return (on @ (product - weight).T).norm().item()
@@ -128,19 +127,19 @@ def test_a_diagonal_is_a_second_moment_too() -> None:
     torch.testing.assert_close(_product(weight, 3, diagonal), _product(weight, 3, torch.diag(diagonal)))
 
 
-def test_a_weighted_product_is_the_best_there_is() -> None:
+def test_a_weighted_product_is_the_best_possible() -> None:
     """No step of a descent on the damped error makes it smaller."""
     torch.manual_seed(0)
     weight, x = torch.randn(5, 7).double(), torch.randn(30, 7).double() @ torch.randn(7, 7).double()
-    moment = x.T @ x
-    damped = moment + low_rank.DAMPING * moment.diagonal().mean() * torch.eye(7)
-    a, b, relative = low_rank.factors(weight, 3, moment)
+    second_moment = x.T @ x
+    damped = second_moment + low_rank.DAMPING * second_moment.diagonal().mean() * torch.eye(7)
+    a, b, relative = low_rank.factors(weight, 3, second_moment)
     a.requires_grad_()
     b.requires_grad_()
 
     def loss() -> Tensor:
-        lost = b @ a - weight
-        return (lost @ damped * lost).sum()
+        error = b @ a - weight
+        return (error @ damped * error).sum()
 
     best = loss()
     assert relative.item() ** 2 == pytest.approx((best / (weight @ damped * weight).sum()).item())
@@ -152,39 +151,39 @@ def test_a_weighted_product_is_the_best_there_is() -> None:
             assert loss() > best
 
 
-def _product(weight: Tensor, rank: int, moment: Tensor | None) -> Tensor:
-    a, b, _ = low_rank.factors(weight, rank, moment)
+def _product(weight: Tensor, rank: int, second_moment: Tensor | None) -> Tensor:
+    a, b, _ = low_rank.factors(weight, rank, second_moment)
     return b @ a
 
 
-@pytest.mark.parametrize("moment", [None, torch.rand(4)])
-def test_both_factors_have_the_same_singular_values(moment: Tensor | None) -> None:
-    a, b, _ = low_rank.factors(torch.randn(6, 4), 3, moment)
+@pytest.mark.parametrize("second_moment", [None, torch.rand(4)])
+def test_both_factors_have_the_same_singular_values(second_moment: Tensor | None) -> None:
+    a, b, _ = low_rank.factors(torch.randn(6, 4), 3, second_moment)
     torch.testing.assert_close(torch.linalg.svdvals(a), torch.linalg.svdvals(b))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_part_is_as_precise_as_what_it_replaces(dtype: torch.dtype) -> None:
-    linear, words = nn.Linear(4, 6, dtype=dtype), nn.Embedding(9, 6, dtype=dtype)
-    for part in (LowRank.of(linear, 2)[0], LowRankEmbedding.of(words, 2)[0]):
-        for module in (part, part.merge(), part.to_compact()):
+def test_a_product_is_as_precise_as_what_it_replaces(dtype: torch.dtype) -> None:
+    linear, embedding = nn.Linear(4, 6, dtype=dtype), nn.Embedding(9, 6, dtype=dtype)
+    for product in (LowRank.from_module(linear, 2)[0], LowRankEmbedding.from_module(embedding, 2)[0]):
+        for module in (product, product.merge(), product.to_compact()):
             assert {p.dtype for p in module.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("family", toy_families.SIZES)
 def test_second_moments_are_of_real_tokens(family: str) -> None:
     """Whether a family runs flat or padded, whatever is padded besides: as of each sequence alone."""
-    model = made(family)
+    model = toy_model(family)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layer" in name]
     modules = {name: model.get_submodule(name) for name in names}
     alone = [toy.batch([n], seed=n) for n in (9, 30, 5)]
     together = _joined(alone)
     padded = together._replace(computed_tokens=together.computed_tokens + 3)
-    wanted, found = (low_rank.second_moments(model, modules, batches) for batches in (alone, [padded]))
-    assert wanted.keys() == set(names)
+    expected, actual = (low_rank.second_moments(model, modules, batches) for batches in (alone, [padded]))
+    assert expected.keys() == set(names)
     for name in names:
         if "pos_" not in name and not _reads_positions(model, name):
-            torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
 def _reads_positions(model: PreTrainedModel, name: str) -> bool:
@@ -208,11 +207,11 @@ def test_rows_leave_padding_out() -> None:
 
 
 def test_words_count_once_more_than_they_occur() -> None:
-    model = made()
-    words = model.get_input_embeddings()
-    found = low_rank.second_moments(model, {"words": words}, [toy.batch([3, 2], pad_to=4), toy.batch([4])])["words"]
-    seen = torch.cat([toy.batch([3, 2]).input_ids, toy.batch([4]).input_ids])
-    assert found.tolist() == [1.0 + (seen == word).sum().item() for word in range(90)]
+    model = toy_model()
+    modules = {"words": model.get_input_embeddings()}
+    counts = low_rank.second_moments(model, modules, [toy.batch([3, 2], pad_to=4), toy.batch([4])])["words"]
+    input_ids = torch.cat([toy.batch([3, 2]).input_ids, toy.batch([4]).input_ids])
+    assert counts.tolist() == [1.0 + (input_ids == word).sum().item() for word in range(90)]
 
 
 def lowered(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
@@ -220,43 +219,42 @@ def lowered(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
 
 def test_it_replaces_the_maps_that_match_and_keeps_the_share() -> None:
-    model = made()
+    model = toy_model()
     before = count_parameters(encoder_layers(model))
     lowered(model, keep=0.5)
-    found = compressed_module.compressed_modules(model)
-    assert len(found) == 4 * 6  # query, key, value, output, intermediate, output
+    assert len(compressed_module.compressed_modules(model)) == 4 * 6  # query, key, value, output, intermediate, output
     assert 0.4 < count_parameters(encoder_layers(model)) / before < 0.6
     assert isinstance(model.classifier, nn.Linear)
-    assert len(compressed_module.compressed_modules(lowered(made(), keep=0.5, modules=r"layer\.0\..*query"))) == 1
+    assert len(compressed_module.compressed_modules(lowered(toy_model(), keep=0.5, modules=r"layer\.0\..*query"))) == 1
 
 
 def test_embeddings_have_a_share_of_their_own() -> None:
-    model = lowered(made(), keep=1.0, embeddings=0.5)
-    (part,) = compressed_module.compressed_modules(model)
-    assert part is model.get_input_embeddings()
-    assert count_parameters(part) == 11 * (90 + 32)  # 0.5 · 90 · 32 / 122 is 11.8
+    model = lowered(toy_model(), keep=1.0, embeddings=0.5)
+    (product,) = compressed_module.compressed_modules(model)
+    assert product is model.get_input_embeddings()
+    assert count_parameters(product) == 11 * (90 + 32)  # 0.5 · 90 · 32 / 122 is 11.8
 
 
 @pytest.mark.parametrize("activation_aware", [False, True])
 @pytest.mark.parametrize("family", toy_families.SIZES)
-def test_one_function_as_parts_folded_and_compact(family: str, weighted: bool) -> None:
+def test_products_merged_and_compact_forms_have_one_function(family: str, activation_aware: bool) -> None:
     def model() -> PreTrainedModel:
-        return lowered(made(family), keep=0.4, embeddings=0.4, weighted=weighted)
+        return lowered(toy_model(family), keep=0.4, embeddings=0.4, activation_aware=activation_aware)
 
-    plain = made(family).state_dict()
-    found = logits(model())
-    folded = compressed_module.merge_all(model())
-    assert not compressed_module.compressed_modules(folded)
-    assert {name: x.shape for name, x in folded.state_dict().items()} == {name: x.shape for name, x in plain.items()}
-    torch.testing.assert_close(logits(folded), found, rtol=1e-4, atol=1e-4)
+    plain = toy_model(family).state_dict()
+    expected = logits(model())
+    merged = compressed_module.merge_all(model())
+    assert not compressed_module.compressed_modules(merged)
+    assert {name: x.shape for name, x in merged.state_dict().items()} == {name: x.shape for name, x in plain.items()}
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     small = compressed_module.compact_all(model())
-    assert count_parameters(small) < 0.6 * count_parameters(folded)
-    torch.testing.assert_close(logits(small), found, rtol=1e-4, atol=1e-4)
+    assert count_parameters(small) < 0.6 * count_parameters(merged)
+    torch.testing.assert_close(logits(small), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_full_rank_changes_nothing() -> None:
     for weighted in (False, True):
-        model = made()
+        model = toy_model()
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         ranks = {name: min(model.get_submodule(name).weight.shape) for name in names}
         before = logits(model)
@@ -268,35 +266,37 @@ def test_full_rank_changes_nothing() -> None:
 
 
 def test_a_sample_makes_the_outputs_on_it_nearer() -> None:
-    before, model = logits(made()), made()
-    plain, weighted = (logits(lowered(made(), keep=0.6, embeddings=0.6, weighted=w)) for w in (False, True))
+    before, model = logits(toy_model()), toy_model()
+    plain, weighted = (
+        logits(lowered(toy_model(), keep=0.6, embeddings=0.6, activation_aware=aware)) for aware in (False, True)
+    )
     assert not torch.equal(plain, weighted)
     assert (weighted - before).norm() < (plain - before).norm()
-    assert model.training is lowered(model, keep=0.6, weighted=True).training is False
+    assert model.training is lowered(model, keep=0.6, activation_aware=True).training is False
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0.5, "modules": "nowhere"}, "surgery low_rank: no linear map's name matches 'nowhere'"),
-        ({"keep": 0.5, "modules": "("}, r"surgery low_rank: modules: not a regular expression \(missing \)"),
+        ({"keep": 0.5, "modules": "nowhere"}, "compression low_rank: no linear map's name matches 'nowhere'"),
+        ({"keep": 0.5, "modules": "("}, r"compression low_rank: modules: not a regular expression \(missing \)"),
         ({"keep": 1.0}, "keep and embeddings are 1, which leaves all as it is"),
         ({"keep": 1.0, "embeddings": 0.0}, "embeddings: input should be greater than 0"),
     ],
 )
 def test_what_it_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        low_rank.low_rank(made(), **validate_arguments("surgery low_rank", low_rank.low_rank, options))
+        low_rank.low_rank(toy_model(), **validate_arguments("compression low_rank", low_rank.low_rank, options))
 
 
 def test_twice_is_refused() -> None:
     with pytest.raises(UserError, match="no linear map's name matches"):
-        lowered(lowered(made(), keep=0.5), keep=0.5)
+        lowered(lowered(toy_model(), keep=0.5), keep=0.5)
     with pytest.raises(UserError, match="of low rank already"):
-        lowered(lowered(made(), keep=1.0, embeddings=0.5), keep=1.0, embeddings=0.5)
+        lowered(lowered(toy_model(), keep=1.0, embeddings=0.5), keep=1.0, embeddings=0.5)
 
 
-TIED = "surgery {}: the MLM head reads the word embeddings, .* leave embedding"
+TIED = "compression {}: the MLM head reads the word embeddings, .* leave embedding"
 
 
 @pytest.mark.parametrize(
@@ -316,30 +316,30 @@ def test_embeddings_that_a_head_reads_are_refused_before_weights_are_read(
         run_spec.resolve_run(config)
 
 
-def test_quiet_positions_are_not_words_of_low_rank() -> None:
-    model = lowered(made(), keep=1.0, embeddings=0.5)
-    words = [weight.clone() for weight in model.get_input_embeddings().parameters()]
+def test_scaled_positions_are_not_words_of_low_rank() -> None:
+    model = lowered(toy_model(), keep=1.0, embeddings=0.5)
+    word_embeddings = [weight.clone() for weight in model.get_input_embeddings().parameters()]
     scale_position_embeddings(model, scale=0.1)
-    assert all(map(torch.equal, words, model.get_input_embeddings().parameters()))
+    assert all(map(torch.equal, word_embeddings, model.get_input_embeddings().parameters()))
 
 
-def test_a_run_says_what_was_lost(world: World, tmp_path: Path) -> None:
+def test_a_run_reports_what_was_lost(world: World, tmp_path: Path) -> None:
     """For each module; on a sample less of what its outputs hold than without it."""
-    lost = {}
+    errors = {}
     for weighted in (False, True):
         tables = toy.task_config(tmp_path / str(weighted), world.files, world.teacher, world.teacher)
-        surgeries = [{"name": "low_rank", "keep": 0.5, "embeddings": 0.5, "activation_aware": weighted}]
-        config = toy.parsed(tables, {"run.steps": 1, "objective": {"name": "kd"}, "compression": surgeries})
+        compressions = [{"name": "low_rank", "keep": 0.5, "embeddings": 0.5, "activation_aware": weighted}]
+        config = toy.parsed(tables, {"run.steps": 1, "objective": {"name": "kd"}, "compression": compressions})
         rows: list[dict[str, Any]] = []
         results = train(config, rows.append).results
         assert results is not None
         assert rows[0].pop("step") == 0
         rows[0].pop("steps")
         assert rows[0].items() <= results["student"].items()
-        lost[weighted] = rows[0]
-    assert lost[False].keys() == lost[True].keys()
-    assert len(lost[False]) == 2 * 6 + 1
+        errors[weighted] = rows[0]
+    assert errors[False].keys() == errors[True].keys()
+    assert len(errors[False]) == 2 * 6 + 1
     prefix = "initial_error/low_rank/"
-    assert {f"{prefix}embeddings.word_embeddings", f"{prefix}encoder.layer.1.output.dense"} < lost[False].keys()
-    assert all(0 < error < 1 for each in lost.values() for error in each.values())
-    assert sum(lost[True].values()) < sum(lost[False].values())
+    assert {f"{prefix}embeddings.word_embeddings", f"{prefix}encoder.layer.1.output.dense"} < errors[False].keys()
+    assert all(0 < error < 1 for run_errors in errors.values() for error in run_errors.values())
+    assert sum(errors[True].values()) < sum(errors[False].values())

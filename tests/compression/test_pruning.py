@@ -1,4 +1,4 @@
-"""Masks take away what their criterion says, exactly as many, along their schedule; folding keeps the function."""
+"""Masks take away what their criterion says, exactly as many, along their schedule; merging keeps the function."""
 
 import copy
 from functools import partial
@@ -34,33 +34,33 @@ LENGTHS = [5, 3, 9]
 LOGITS = OutputSpec(logits=True)
 
 
-def made() -> PreTrainedModel:
+def toy_model() -> PreTrainedModel:
     torch.manual_seed(0)
     architecture = {"model_type": "bert", **toy.SIZES}
-    return loading.create_model(architecture, "classification", vocabulary=90, labels=toy.LABELS).eval()
+    return loading.create_model(architecture, "classification", vocab_size=90, labels=toy.LABELS).eval()
 
 
 def pruned(**options: Any) -> tuple[PreTrainedModel, GlobalPruning]:
-    model = prune(made(), **validate_arguments("prune", prune, options))
+    model = prune(toy_model(), **validate_arguments("prune", prune, options))
     return model, pruning_of(model)
 
 
 def pruning_of(model: PreTrainedModel) -> GlobalPruning:
-    (part,) = (part for part in compressed_module.compressed_modules(model) if isinstance(part, GlobalPruning))
-    return part
+    (pruning,) = (m for m in compressed_module.compressed_modules(model) if isinstance(m, GlobalPruning))
+    return pruning
 
 
 def logits(model: nn.Module) -> Tensor:
-    found = compute_outputs(model, toy.batch(LENGTHS), LOGITS).logits  # type: ignore[arg-type]
-    assert found is not None
-    return found
+    outputs = compute_outputs(model, toy.batch(LENGTHS), LOGITS)  # type: ignore[arg-type]
+    assert outputs.logits is not None
+    return outputs.logits
 
 
-def trained(model: PreTrainedModel, part: GlobalPruning, steps: int) -> None:
-    """So many steps towards nothing in particular."""
+def run_steps(model: PreTrainedModel, pruning: GlobalPruning, steps: int) -> None:
+    """Train so many steps towards nothing in particular."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):
-        part.on_step_start(StepState(step, steps, 0))
+        pruning.on_step_start(StepState(step, steps, 0))
         optimizer.zero_grad()
         logits(model).square().sum().backward()
         optimizer.step()
@@ -68,22 +68,22 @@ def trained(model: PreTrainedModel, part: GlobalPruning, steps: int) -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5), ("1:4", 0.5), ("8x2", 0.7)])
-def test_it_reaches_its_sparsity_and_folds_into_the_same_function(
+def test_it_reaches_the_sparsity_and_merges_into_the_same_function(
     criterion: str, pattern: str, sparsity: float
 ) -> None:
-    model, part = pruned(sparsity=sparsity, criterion=criterion, pattern=pattern, every=3)
-    assert torch.equal(logits(model), logits(made()))  # nothing has gone yet
-    trained(model, part, 20)
-    assert part.sparsity == pytest.approx(sparsity, abs=0.005)
-    found = logits(model)
-    zeros = sum(int((one.origin[~one.mask.keep] != 0).sum()) for one in part.masked.values())
+    model, pruning = pruned(sparsity=sparsity, criterion=criterion, pattern=pattern, update_every=3)
+    assert torch.equal(logits(model), logits(toy_model()))  # nothing has gone yet
+    run_steps(model, pruning, 20)
+    assert pruning.sparsity == pytest.approx(sparsity, abs=0.005)
+    expected = logits(model)
+    zeros = sum(int((module.origin[~module.mask.keep] != 0).sum()) for module in pruning.masked.values())
     assert zeros > 0  # a mask hides weights, it does not change them
-    folded = compressed_module.merge_all(model)
-    assert torch.equal(logits(folded), found)
-    assert set(folded.state_dict()) == set(made().state_dict())
-    assert not compressed_module.compressed_modules(folded)
+    merged = compressed_module.merge_all(model)
+    assert torch.equal(logits(merged), expected)
+    assert set(merged.state_dict()) == set(toy_model().state_dict())
+    assert not compressed_module.compressed_modules(merged)
     layers = [m.weight for m in encoder_layers(model).modules() if isinstance(m, nn.Linear)]
-    assert 1 - sum(int(w.count_nonzero()) for w in layers) / sum(w.numel() for w in layers) >= part.sparsity
+    assert 1 - sum(int(w.count_nonzero()) for w in layers) / sum(w.numel() for w in layers) >= pruning.sparsity
 
 
 @settings(max_examples=30, deadline=None)
@@ -101,55 +101,57 @@ def test_exactly_so_many_go_and_the_least_important_first(values: list[int], spa
 
 def test_one_ranking_for_all_weights() -> None:
     """The naive twin: sort every weight by its size."""
-    _, part = pruned(sparsity=0.6)
-    every = torch.cat([one.origin.detach().abs().flatten() for one in part.masked.values()])
-    limit = every.sort().values[round(0.6 * len(every)) - 1]
-    part.tighten(0.6)
-    for one in part.masked.values():
-        assert torch.equal(one.mask.keep, one.origin.detach().abs() > limit)
-    shares = {one.mask.keep.float().mean().item() for one in part.masked.values()}
+    _, pruning = pruned(sparsity=0.6)
+    importance = torch.cat([module.origin.detach().abs().flatten() for module in pruning.masked.values()])
+    limit = importance.sort().values[round(0.6 * len(importance)) - 1]
+    pruning.tighten(0.6)
+    for module in pruning.masked.values():
+        assert torch.equal(module.mask.keep, module.origin.detach().abs() > limit)
+    shares = {module.mask.keep.float().mean().item() for module in pruning.masked.values()}
     assert len(shares) > 3  # not one share for each matrix
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4x2"])
 def test_patterns(pattern: str) -> None:
-    shape = Pattern.of(pattern)
-    _, part = pruned(sparsity=0.5, pattern=pattern)
+    parsed = Pattern.parse(pattern)
+    _, pruning = pruned(sparsity=0.5, pattern=pattern)
     for sparsity in (0.2, 0.5):
-        part.tighten(sparsity)
-        assert part.sparsity == pytest.approx(sparsity, abs=0.002)
-        for one in part.masked.values():
-            kept = one.mask.keep
-            if shape.group:
-                assert (kept.unflatten(1, (-1, shape.group)).sum(-1) >= shape.kept).all()
+        pruning.tighten(sparsity)
+        assert pruning.sparsity == pytest.approx(sparsity, abs=0.002)
+        for module in pruning.masked.values():
+            keep = module.mask.keep
+            if parsed.group:
+                assert (keep.unflatten(1, (-1, parsed.group)).sum(-1) >= parsed.keep).all()
             else:
-                blocks = kept.unflatten(0, (-1, 4)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+                blocks = keep.unflatten(0, (-1, 4)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
                 assert (blocks.all(-1) | ~blocks.any(-1)).all()
     if pattern == "2:4":  # of each four, the two largest
-        for one in part.masked.values():
-            groups = one.origin.detach().abs().unflatten(1, (-1, 4))
+        for module in pruning.masked.values():
+            groups = module.origin.detach().abs().unflatten(1, (-1, 4))
             twin = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, groups.argsort(-1)[..., 2:], True)
-            assert torch.equal(one.mask.keep, twin.flatten(1))
+            assert torch.equal(module.mask.keep, twin.flatten(1))
 
 
 @given(st.integers(2, 400), st.tuples(st.floats(0, 1), st.floats(0, 1)), st.floats(0.01, 0.99), st.integers(1, 50))
-def test_the_schedule_rises_to_its_end(steps: int, ends: tuple[float, float], sparsity: float, every: int) -> None:
-    schedule = Schedule(sparsity, 0.0, min(ends), max(ends), every)
-    found = [schedule.at(step, steps) for step in range(steps)]
-    assert found == sorted(found)
-    assert found[-1] == sparsity
+def test_the_schedule_rises_to_the_end(
+    steps: int, ends: tuple[float, float], sparsity: float, update_every: int
+) -> None:
+    schedule = Schedule(sparsity, 0.0, min(ends), max(ends), update_every)
+    sparsities = [schedule.sparsity_at(step, steps) for step in range(steps)]
+    assert sparsities == sorted(sparsities)
+    assert sparsities[-1] == sparsity
     first, last = schedule.span(steps)
-    assert all(x == 0 for x in found[:first])
-    assert all(x == sparsity for x in found[last:])
+    assert all(x == 0 for x in sparsities[:first])
+    assert all(x == sparsity for x in sparsities[last:])
 
 
 def test_the_schedule_by_hand() -> None:
     """Half way a cubic has done 7 / 8 of it."""
     schedule = Schedule(0.8, 0.2, 0.1, 0.5, 1)
-    assert schedule.at(9, 100) == 0
-    assert schedule.at(10, 100) == pytest.approx(0.2)
-    assert schedule.at(30, 100) == pytest.approx(0.8 - 0.6 / 8)
-    assert schedule.at(50, 100) == 0.8
+    assert schedule.sparsity_at(9, 100) == 0
+    assert schedule.sparsity_at(10, 100) == pytest.approx(0.2)
+    assert schedule.sparsity_at(30, 100) == pytest.approx(0.8 - 0.6 / 8)
+    assert schedule.sparsity_at(50, 100) == 0.8
 
 
 def test_scores_learn_by_the_published_gradients() -> None:
@@ -160,7 +162,7 @@ def test_scores_learn_by_the_published_gradients() -> None:
         torch.manual_seed(1)
         mask = kind(weight)
         mask.keep.copy_(torch.rand(4, 6) > 0.5)
-        mask.settle(torch.tensor(0.3))
+        mask.set_threshold(torch.tensor(0.3))
         (mask(weight) * upstream).sum().backward()
         expected = upstream * weight
         if kind is Adapting:
@@ -191,58 +193,60 @@ def test_movement_counts_what_training_would_move_away_from_nothing() -> None:
 
 @pytest.mark.parametrize("recover", [True, False])
 def test_connections_come_back_where_they_may(recover: bool) -> None:
-    _, part = pruned(sparsity=0.5, criterion="adapting", recover=recover)
-    part.tighten(0.5)
-    before = [one.mask.keep.clone() for one in part.masked.values()]
-    for one in part.masked.values():
-        one.mask.scores.data.neg_()
-    part.tighten(0.5)
-    returned = sum(int((one.mask.keep & ~old).sum()) for one, old in zip(part.masked.values(), before, strict=True))
+    _, pruning = pruned(sparsity=0.5, criterion="adapting", recover=recover)
+    pruning.tighten(0.5)
+    before = [module.mask.keep.clone() for module in pruning.masked.values()]
+    for module in pruning.masked.values():
+        module.mask.scores.data.neg_()
+    pruning.tighten(0.5)
+    returned = sum(
+        int((module.mask.keep & ~old).sum()) for module, old in zip(pruning.masked.values(), before, strict=True)
+    )
     assert (returned > 0) is recover
-    assert part.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert pruning.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("criterion", ["adapting", "iterative"])
 def test_the_base_stays_as_it_was(criterion: str) -> None:
     """Bit for bit, also where a copy of it was trained; the head has learnt."""
-    model, part = pruned(sparsity=0.5, criterion=criterion, modules=r"(embeddings|layer)\.")
-    trained(model, part, 10)
-    original = dict(made().named_parameters())
-    folded = dict(compressed_module.merge_all(model).named_parameters())
+    model, pruning = pruned(sparsity=0.5, criterion=criterion, modules=r"(embeddings|layer)\.")
+    run_steps(model, pruning, 10)
+    original = dict(toy_model().named_parameters())
+    merged = dict(compressed_module.merge_all(model).named_parameters())
     moved = {
         name
         for name, weight in original.items()
-        if not torch.equal(folded[name][folded[name] != 0], weight[folded[name] != 0])
+        if not torch.equal(merged[name][merged[name] != 0], weight[merged[name] != 0])
     }
     assert moved == {name for name in original if name.startswith(("classifier.", "bert.pooler."))}
-    for name, one in part.masked.items():
-        assert torch.equal(one.origin, original[f"{name}.weight"])
+    for name, module in pruning.masked.items():
+        assert torch.equal(module.origin, original[f"{name}.weight"])
 
 
 def test_iterative_trains_a_copy_until_the_last_weights_have_gone() -> None:
-    model, part = pruned(sparsity=0.5, criterion="iterative", every=1)
-    first = next(iter(part.masked.values()))
+    model, pruning = pruned(sparsity=0.5, criterion="iterative", update_every=1)
+    first = next(iter(pruning.masked.values()))
     mask = first.mask
     assert isinstance(mask, Iterative)
     starts = mask.trained.detach().clone()
-    part.on_step_start(StepState(0, 10, 0))
+    pruning.on_step_start(StepState(0, 10, 0))
     logits(model).sum().backward()
     assert mask.trained.grad is not None
     assert mask.trained.grad.abs().sum() > 0
     with torch.no_grad():
         mask.trained += 1.0
     assert torch.equal(mask(first.origin), (starts + 1.0).view_as(mask.keep) * mask.keep)
-    part.on_step_start(StepState(5, 10, 0))
+    pruning.on_step_start(StepState(5, 10, 0))
     assert torch.equal(mask(first.origin), starts.view_as(mask.keep) * mask.keep)
 
 
 def test_scores_learn_before_the_first_weights_go() -> None:
-    model, part = pruned(sparsity=0.5, criterion="adapting", every=20)
-    part.on_step_start(StepState(0, 1000, 0))
-    assert part.sparsity == 0
+    model, pruning = pruned(sparsity=0.5, criterion="adapting", update_every=20)
+    pruning.on_step_start(StepState(0, 1000, 0))
+    assert pruning.sparsity == 0
     logits(model).square().sum().backward()
-    for one in part.masked.values():
-        (scores,) = one.mask.parameters()
+    for module in pruning.masked.values():
+        (scores,) = module.mask.parameters()
         assert scores.grad is not None
         assert scores.grad.abs().sum() > 0
 
@@ -250,47 +254,47 @@ def test_scores_learn_before_the_first_weights_go() -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_steps_that_are_left_out_change_no_sparsity(criterion: str) -> None:
     """Those at which the last weights were to go as well, and after a resumption in between."""
-    model, part = pruned(sparsity=0.5, criterion=criterion, end=0.6, every=1)
+    model, pruning = pruned(sparsity=0.5, criterion=criterion, end=0.6, update_every=1)
     for step in (0, 1, 2):
-        part.on_step_start(StepState(step, 10, 0))
-    assert part.sparsity < 0.5
-    again, resumed = pruned(sparsity=0.5, criterion=criterion, end=0.6, every=1)
+        pruning.on_step_start(StepState(step, 10, 0))
+    assert pruning.sparsity < 0.5
+    again, resumed = pruned(sparsity=0.5, criterion=criterion, end=0.6, update_every=1)
     again.load_state_dict(model.state_dict())
-    for one in (part, resumed):
-        one.on_step_start(StepState(9, 10, 0))
-        assert one.sparsity == pytest.approx(0.5, abs=1e-4)
-    assert all(mask.rewound for mask in part.modules() if isinstance(mask, Iterative))
+    for running in (pruning, resumed):
+        running.on_step_start(StepState(9, 10, 0))
+        assert running.sparsity == pytest.approx(0.5, abs=1e-4)
+    assert all(mask.rewound for mask in pruning.modules() if isinstance(mask, Iterative))
 
 
 def test_a_weight_that_the_head_shares_is_refused() -> None:
     torch.manual_seed(0)
-    model = loading.create_model({"model_type": "bert", **toy.SIZES}, "mlm", vocabulary=90)
+    model = loading.create_model({"model_type": "bert", **toy.SIZES}, "mlm", vocab_size=90)
     options = validate_arguments("prune", prune, {"sparsity": 0.5, "modules": "word_embeddings"})
     with pytest.raises(UserError, match="word_embeddings shares its weight with another module; leave it out of"):
         prune(model, **options)
 
 
 def test_only_weights_that_train_are_pruned() -> None:
-    model = made()
+    model = toy_model()
     encoder_layers(model)[0].requires_grad_(False)
     prune(model, **validate_arguments("prune", prune, {"sparsity": 0.5}))
     assert not any(".layer.0." in name for name in pruning_of(model).masked)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"sparsity": 1.0}, "surgery prune: sparsity: input should be less than 1"),
-        ({}, "surgery prune: sparsity: missing"),
-        ({"sparsity": 0.5, "criterion": "size"}, "surgery prune: criterion: "),
-        ({"sparsity": 0.5, "begin": 0.5, "end": 0.2}, "surgery prune: begin = 0.5 is later than end = 0.2"),
-        ({"sparsity": 0.5, "pattern": "4:2"}, "surgery prune: pattern: must be"),
-        ({"sparsity": 0.5, "modules": "("}, "surgery prune: modules: not a regular expression"),
+        ({"sparsity": 1.0}, "compression prune: sparsity: input should be less than 1"),
+        ({}, "compression prune: sparsity: missing"),
+        ({"sparsity": 0.5, "criterion": "size"}, "compression prune: criterion: "),
+        ({"sparsity": 0.5, "begin": 0.5, "end": 0.2}, "compression prune: begin = 0.5 is later than end = 0.2"),
+        ({"sparsity": 0.5, "pattern": "4:2"}, "compression prune: pattern: must be"),
+        ({"sparsity": 0.5, "modules": "("}, "compression prune: modules: not a regular expression"),
         (
             {"sparsity": 0.5, "modules": "nowhere"},
-            "surgery prune: no linear map's or embedding's name matches 'nowhere'",
+            "compression prune: no linear map's or embedding's name matches 'nowhere'",
         ),
-        ({"sparsity": 0.6, "pattern": "2:4"}, "surgery prune: sparsity = 0.6, but 2:4 takes 0.5 away at most"),
+        ({"sparsity": 0.6, "pattern": "2:4"}, "compression prune: sparsity = 0.6, but 2:4 takes 0.5 away at most"),
         ({"sparsity": 0.2, "pattern": "2:5"}, "columns, which 5 does not divide"),
         ({"sparsity": 0.2, "pattern": "7x1"}, "no whole blocks of 7 x 1"),
         ({"sparsity": 0.2, "initial": 0.6}, "initial = 0.6 is more than sparsity = 0.2"),
@@ -298,31 +302,31 @@ def test_only_weights_that_train_are_pruned() -> None:
         ({"sparsity": 0.5, "criterion": "movement", "initial": 0.1}, "before the first step nothing has moved"),
     ],
 )
-def test_mistakes_are_found_before_any_weight_is_read(
-    options: dict[str, Any], said: str, world: World, tmp_path: Path
+def test_mistakes_are_refused_before_any_weight_is_read(
+    options: dict[str, Any], message: str, world: World, tmp_path: Path
 ) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
     tables["compression"] = [{"name": "prune", **options}]
     with pytest.raises(UserError) as caught:
         check(toy.parsed(tables))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("surgeries", "stage", "said"),
+    ("compressions", "stage", "message"),
     [
         ([{"name": "prune", "sparsity": 0.5}] * 2, 0, "is pruned already"),
         ([{"name": "prune", "sparsity": 0.5}, {"name": "low_rank", "keep": 0.5}], 0, "list prune after it"),
         ([{"name": "prune", "sparsity": 0.5}], 3, "ZeRO"),
     ],
 )
-def test_surgeries_that_do_not_go_together(
-    surgeries: list[dict[str, Any]], stage: int, said: str, world: World, tmp_path: Path
+def test_compressions_that_do_not_go_together(
+    compressions: list[dict[str, Any]], stage: int, message: str, world: World, tmp_path: Path
 ) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
-    tables |= {"compression": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
-    with pytest.raises(UserError, match=said):
+    tables |= {"compression": compressions, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    with pytest.raises(UserError, match=message):
         check(toy.parsed(tables))
 
 
@@ -333,41 +337,42 @@ def test_the_optimizer_forgets_what_is_gone(
     """At the step at which weights go, their moments are 0, those of the rest are not; and they stay 0."""
     from lad_dist.training import engine
 
-    seen: list[tuple[Tensor, Tensor]] = []
-    forget = engine.reset_optimizer_state
+    moments: list[tuple[Tensor, Tensor]] = []
+    reset_optimizer_state = engine.reset_optimizer_state
 
-    def watched(made: Any, masks: Any) -> None:
+    def watched(deepspeed_engine: Any, masks: Any) -> None:
         masks = list(masks)
-        forget(made, masks)
-        if masks and len(seen) < 1:
-            seen.extend(_moments_of(made, *masks[0]) if len(_moments_of(made, *masks[0])) else [])
+        reset_optimizer_state(deepspeed_engine, masks)
+        if masks and not moments:
+            moments.extend(_moments_of(deepspeed_engine, *masks[0]))
 
-    monkeypatch.setattr("lad_dist.training.trainer.engines.reset_optimizer_state", watched)
-    surgeries = [{"name": "prune", "sparsity": 0.6, "begin": 0.5}]
-    changes = {"run.steps": 4, "compression": surgeries, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    monkeypatch.setattr("lad_dist.training.trainer.reset_optimizer_state", watched)
+    compressions = [{"name": "prune", "sparsity": 0.6, "begin": 0.5}]
+    changes = {"run.steps": 4, "compression": compressions, "deepspeed": {"zero_optimization": {"stage": stage}}}
     train(toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained), changes))
-    assert seen
-    for moment, kept in seen:
-        assert (moment[~kept] == 0).all()
-        assert (moment[kept] != 0).float().mean() > 0.9
+    assert moments
+    for moment, keep in moments:
+        assert (moment[~keep] == 0).all()
+        assert (moment[keep] != 0).float().mean() > 0.9
 
 
-def _moments_of(made: Any, weight: nn.Parameter, kept: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The optimizer's moments of a weight, each with its mask, in one process."""
-    if made.zero_optimization_stage() == 0:
-        state = made.optimizer.state.get(weight, {})
-        return [(state[key], kept) for key in ("exp_avg", "exp_avg_sq") if key in state]
+def _moments_of(deepspeed_engine: Any, weight: nn.Parameter, keep: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the optimizer's moments of a weight, each with the mask, in one process."""
+    if deepspeed_engine.zero_optimization_stage() == 0:
+        state = deepspeed_engine.optimizer.state.get(weight, {})
+        return [(state[key], keep) for key in ("exp_avg", "exp_avg_sq") if key in state]
     mapping = weight._hp_mapping  # type: ignore[attr-defined]
-    return [(mapping.get_hp_fragment(key).view_as(kept), kept) for key in ("exp_avg", "exp_avg_sq")]
+    return [(mapping.get_hp_fragment(key).view_as(keep), keep) for key in ("exp_avg", "exp_avg_sq")]
 
 
-def test_masks_after_low_rank_are_on_its_factors() -> None:
-    operate = partial(low_rank, **validate_arguments("low_rank", low_rank, {"keep": 0.5}))
-    model = apply_compressions(made(), [operate], list, dict[str, float]().update)
+def test_masks_after_low_rank_are_on_the_factors() -> None:
+    compression = partial(low_rank, **validate_arguments("low_rank", low_rank, {"keep": 0.5}))
+    model = apply_compressions(toy_model(), [compression], list, dict[str, float]().update)
     prune(model, **validate_arguments("prune", prune, {"sparsity": 0.5}))
-    part = pruning_of(model)
-    assert all(name.endswith((".inner", ".outer")) for name in part.masked)
-    part.tighten(0.5)
-    found = logits(model)
-    torch.testing.assert_close(logits(compressed_module.compact_all(copy.deepcopy(model))), found, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(compressed_module.merge_all(model)), found, rtol=1e-5, atol=1e-5)
+    pruning = pruning_of(model)
+    assert all(name.endswith((".inner", ".outer")) for name in pruning.masked)
+    pruning.tighten(0.5)
+    expected = logits(model)
+    compact = compressed_module.compact_all(copy.deepcopy(model))
+    torch.testing.assert_close(logits(compact), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(compressed_module.merge_all(model)), expected, rtol=1e-5, atol=1e-5)

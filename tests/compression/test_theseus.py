@@ -1,4 +1,4 @@
-"""Layers that take the places of a predecessor's blocks: which one runs when, what it learns, what is left of it."""
+"""Theseus: which of a predecessor's block and its successor runs when, what learns, and what is exported."""
 
 import json
 from itertools import pairwise
@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from lad_dist.compression import compressed_module
 from lad_dist.compression.layers import keep_layers, set_dropout
 from lad_dist.compression.low_rank import low_rank
-from lad_dist.compression.theseus import Theseus, replacing, theseus
+from lad_dist.compression.theseus import Theseus, replacement_probability, theseus
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
@@ -43,53 +43,54 @@ REPLACEABLE = [name for name in toy_families.SIZES if name not in ("albert", "de
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model of each family, four layers, weights far from the tiny ones of a new model."""
-    found = {}
+    paths = {}
     for family in toy_families.SIZES:
         torch.manual_seed(1)
         architecture = toy_families.architecture(family, pad_token_id=1)
-        made = loading.create_model(architecture, "classification", vocabulary=300, labels=toy.LABELS)
+        model = loading.create_model(architecture, "classification", vocab_size=300, labels=toy.LABELS)
         with torch.no_grad():
-            for weight in made.parameters():
+            for weight in model.parameters():
                 weight.add_(0.2 * torch.randn_like(weight))
-        found[family] = tmp_path_factory.mktemp(family)
-        save_model(made, found[family])
-    return found
+        paths[family] = tmp_path_factory.mktemp(family)
+        save_model(model, paths[family])
+    return paths
 
 
-def loaded(folder: Path, kept: list[int] | None = None) -> PreTrainedModel:
+def loaded(folder: Path, layers: list[int] | None = None) -> PreTrainedModel:
     model = loading.load_model(str(folder), "classification", labels=toy.LABELS)
-    return model if kept is None else keep_layers(model, kept)
+    return model if layers is None else keep_layers(model, layers)
 
 
 def forced(model: PreTrainedModel, coins: list[bool]) -> PreTrainedModel:
-    """In training, with these blocks replaced."""
+    """Return the model in training, with these blocks replaced."""
     model.train()
-    for part, coin in zip(compressed_module.compressed_modules(model), coins, strict=True):
-        assert isinstance(part, Theseus)
-        part.replaced = coin
+    for module, coin in zip(compressed_module.compressed_modules(model), coins, strict=True):
+        assert isinstance(module, Theseus)
+        module.runs_successor = coin
     return model
 
 
-def at(model: PreTrainedModel, moment: StepState) -> list[bool]:
-    """The coins of a moment."""
-    for part in compressed_module.compressed_modules(model):
-        part.on_step_start(moment)
-    return [part.replaced for part in compressed_module.compressed_modules(model) if isinstance(part, Theseus)]
+def coins_at(model: PreTrainedModel, state: StepState) -> list[bool]:
+    """Return the coins of a step."""
+    modules = compressed_module.compressed_modules(model)
+    for module in modules:
+        module.on_step_start(state)
+    return [module.runs_successor for module in modules if isinstance(module, Theseus)]
 
 
-def compared(mine: ModelOutputs, its: ModelOutputs, layers: tuple[int, ...]) -> None:
-    """The student's layers 0, 1 and 2 with these of the other."""
-    assert torch.equal(mine.logits, its.logits)  # type: ignore[arg-type]
-    for layer, other in enumerate(layers):
-        assert torch.equal(mine.hidden[layer], its.hidden[other])
-    for layer, other in enumerate(layers[1:], start=1):
-        for x, y in zip(mine.qkv[layer], its.qkv[other], strict=True):
+def assert_equal(student: ModelOutputs, other: ModelOutputs, layers: tuple[int, ...]) -> None:
+    """Compare the student's layers 0, 1 and 2 with these of the other."""
+    assert torch.equal(student.logits, other.logits)  # type: ignore[arg-type]
+    for student_layer, layer in enumerate(layers):
+        assert torch.equal(student.hidden[student_layer], other.hidden[layer])
+    for student_layer, layer in enumerate(layers[1:], start=1):
+        for x, y in zip(student.qkv[student_layer], other.qkv[layer], strict=True):
             assert torch.equal(x, y)
 
 
-def traced(model: PreTrainedModel, layers: tuple[int, ...] = (0, 1, 2), batch: Batch | None = None) -> ModelOutputs:
-    needs = OutputSpec(logits=True, hidden=layers, qkv=layers[1:])
-    return compute_outputs(model, toy.batch(LENGTHS) if batch is None else batch, needs)
+def outputs_of(model: PreTrainedModel, layers: tuple[int, ...] = (0, 1, 2), batch: Batch | None = None) -> ModelOutputs:
+    output_spec = OutputSpec(logits=True, hidden=layers, qkv=layers[1:])
+    return compute_outputs(model, toy.batch(LENGTHS) if batch is None else batch, output_spec)
 
 
 # When
@@ -109,32 +110,32 @@ def traced(model: PreTrainedModel, layers: tuple[int, ...] = (0, 1, 2), batch: B
     ],
 )
 def test_probability_of_the_successors(curriculum: Any, progress: float, expected: float) -> None:
-    assert replacing(progress, 0.2, 0.5, curriculum) == pytest.approx(expected)
+    assert replacement_probability(progress, 0.2, 0.5, curriculum) == pytest.approx(expected)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["linear", "constant"]))
 def test_it_never_falls_and_ends_at_one(start: float, end: float, curriculum: Any) -> None:
-    found = [replacing(progress, start, end, curriculum) for progress in np.linspace(0, 1, 50)]
-    assert all(start <= one <= other <= 1 for one, other in pairwise(found))
-    assert found[-1] == 1
+    curve = [replacement_probability(progress, start, end, curriculum) for progress in np.linspace(0, 1, 50)]
+    assert all(start <= one <= other <= 1 for one, other in pairwise(curve))
+    assert curve[-1] == 1
 
 
 def coins(probability: float, seed: int, number: int, steps: int = 500) -> np.ndarray:
-    part = Theseus([nn.Identity()], nn.Identity(), lambda _: probability, number)
-    found = []
+    module = Theseus([nn.Identity()], nn.Identity(), lambda _: probability, number)
+    tosses = []
     for step in range(steps):
-        part.on_step_start(StepState(step, steps, seed))
-        found.append(part.replaced)
-    return np.array(found)
+        module.on_step_start(StepState(step, steps, seed))
+        tosses.append(module.runs_successor)
+    return np.array(tosses)
 
 
 @settings(max_examples=20)
 @given(st.floats(0, 1), st.integers(0, 2**31), st.integers(1, 24))
 def test_coins_fall_as_often_as_they_should(probability: float, seed: int, number: int) -> None:
     """Within five standard deviations and two coins; always and never exactly."""
-    found = coins(probability, seed, number)
-    deviation = np.sqrt(probability * (1 - probability) * len(found))
-    assert abs(found.sum() - probability * len(found)) <= 5 * deviation + 2 * (0 < probability < 1)
+    tosses = coins(probability, seed, number)
+    deviation = np.sqrt(probability * (1 - probability) * len(tosses))
+    assert abs(tosses.sum() - probability * len(tosses)) <= 5 * deviation + 2 * (0 < probability < 1)
 
 
 def test_a_coin_of_probability_zero_or_one_has_one_side() -> None:
@@ -146,10 +147,10 @@ def test_a_coin_of_probability_zero_or_one_has_one_side() -> None:
 @given(st.integers(0, 2**31), st.integers(1, 24))
 def test_coins_are_functions_of_seed_step_and_block(seed: int, number: int) -> None:
     """The same in any process and after any past; of neighbours they agree about half of the time."""
-    mine = coins(0.5, seed, number)
-    assert np.array_equal(mine, coins(0.5, seed, number))
-    for other in (coins(0.5, seed + 1, number), coins(0.5, seed, number + 1), np.roll(mine, 1)):
-        assert 0.35 < (mine == other).mean() < 0.65
+    tosses = coins(0.5, seed, number)
+    assert np.array_equal(tosses, coins(0.5, seed, number))
+    for other in (coins(0.5, seed + 1, number), coins(0.5, seed, number + 1), np.roll(tosses, 1)):
+        assert 0.35 < (tosses == other).mean() < 0.65
 
 
 @settings(max_examples=30)
@@ -157,22 +158,21 @@ def test_coins_are_functions_of_seed_step_and_block(seed: int, number: int) -> N
 def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> None:
     """Each layer of the predecessor is in one block, in order, and blocks differ by one layer at most."""
     old, new = sizes
-    model = loading.create_model({**toy.SIZES, "num_hidden_layers": new}, "none", vocabulary=8)
+    model = loading.create_model({**toy.SIZES, "num_hidden_layers": new}, "none", vocab_size=8)
     with torch.device("meta"):
-        its = new_model(architecture_config({**toy.SIZES, "num_hidden_layers": old}, 8), "none")
-    wide = list(encoder_layers(its))
+        predecessor = new_model(architecture_config({**toy.SIZES, "num_hidden_layers": old}, 8), "none")
+    layers = list(encoder_layers(predecessor))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lad_dist.compression.theseus._layers_of", lambda *_: encoder_layers(its))
-        patch.setattr("lad_dist.compression.theseus.load_hf_config", lambda _: its.config)
-        theseus(model, predecessor="there")
-    blocks = [
-        list(part.predecessor) for part in compressed_module.compressed_modules(model) if isinstance(part, Theseus)
-    ]
-    assert [layer for block in blocks for layer in block] == wide
+        patch.setattr("lad_dist.compression.theseus._layers_of", lambda *_: encoder_layers(predecessor))
+        patch.setattr("lad_dist.compression.theseus.load_hf_config", lambda _: predecessor.config)
+        theseus(model, predecessor="folder")
+    modules = compressed_module.compressed_modules(model)
+    blocks = [list(module.predecessor) for module in modules if isinstance(module, Theseus)]
+    assert [layer for block in blocks for layer in block] == layers
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
-    ends = [wide.index(block[-1]) + 1 for block in blocks]
-    shape = ModelDims(new, 32, 4, "none", 0)
-    assert ends == [layer for _, layer in uniform_layer_map("", shape, shape._replace(num_hidden_layers=old))]
+    ends = [layers.index(block[-1]) + 1 for block in blocks]
+    dims = ModelDims(new, 32, 4, "none", 0)
+    assert ends == [layer for _, layer in uniform_layer_map("", dims, dims._replace(num_hidden_layers=old))]
 
 
 # What
@@ -180,50 +180,54 @@ def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("family", REPLACEABLE)
 def test_with_no_block_replaced_it_is_the_predecessor(family: str, folders: dict[str, Path]) -> None:
-    """Hidden states after each block, and q, k and v of its last layer, are there for every layer of the student."""
+    """Each layer of the student returns the hidden states after a block, and q, k and v of the block's last layer."""
     model = theseus(loaded(folders[family], [1, 3]))
-    compared(traced(forced(model, [False, False])), traced(loaded(folders[family]).eval(), (0, 2, 4)), (0, 2, 4))
+    assert_equal(
+        outputs_of(forced(model, [False, False])), outputs_of(loaded(folders[family]).eval(), (0, 2, 4)), (0, 2, 4)
+    )
 
 
 @pytest.mark.parametrize("family", REPLACEABLE)
 def test_with_all_blocks_replaced_it_is_the_plain_student(family: str, folders: dict[str, Path]) -> None:
-    student = traced(loaded(folders[family], [1, 3]).eval())
+    student = outputs_of(loaded(folders[family], [1, 3]).eval())
     model = theseus(loaded(folders[family], [1, 3]))
-    compared(traced(forced(model, [True, True])), student, (0, 1, 2))
-    compared(traced(forced(model, [False, True]).eval()), student, (0, 1, 2))  # evaluation asks no coin
-    compared(traced(compressed_module.merge_all(model).train()), student, (0, 1, 2))  # type: ignore[arg-type]
+    assert_equal(outputs_of(forced(model, [True, True])), student, (0, 1, 2))
+    assert_equal(outputs_of(forced(model, [False, True]).eval()), student, (0, 1, 2))  # evaluation asks no coin
+    assert_equal(outputs_of(compressed_module.merge_all(model).train()), student, (0, 1, 2))  # type: ignore[arg-type]
     assert not compressed_module.compressed_modules(model)
 
 
 @pytest.mark.parametrize("coins", [[True, False], [False, True]])
 def test_with_one_block_replaced_it_runs_these_layers_in_a_row(coins: list[bool], folders: dict[str, Path]) -> None:
-    """As a plain model with the layers that the coins choose: of the predecessor 1 and 2, or 3 and 4; of the student,
-    which was made otherwise, the first or the second."""
+    """It computes what a plain model with the layers that the coins choose does.
+
+    These are 1 and 2, or 3 and 4 of the predecessor, and the first or the second of the student, which differs from it.
+    """
     torch.manual_seed(7)
-    model, hand = loaded(folders["bert"], [1, 3]), loaded(folders["bert"])
+    model, plain = loaded(folders["bert"], [1, 3]), loaded(folders["bert"])
     for weight in encoder_layers(model).parameters():
         weight.data += 0.1 * torch.randn_like(weight)
-    own, its = list(encoder_layers(model)), list(encoder_layers(hand))
-    rows = [[own[0]], its[2:]] if coins[0] else [its[:2], [own[1]]]
-    stack = encoder_layers(hand)
+    student, predecessor = list(encoder_layers(model)), list(encoder_layers(plain))
+    rows = [[student[0]], predecessor[2:]] if coins[0] else [predecessor[:2], [student[1]]]
+    stack = encoder_layers(plain)
     del stack[:]
     stack.extend(layer for row in rows for layer in row)
-    expected = traced(hand.eval(), (0, len(rows[0]), 3))
-    compared(traced(forced(theseus(model), coins)), expected, (0, len(rows[0]), 3))
+    expected = outputs_of(plain.eval(), (0, len(rows[0]), 3))
+    assert_equal(outputs_of(forced(theseus(model), coins)), expected, (0, len(rows[0]), 3))
 
 
 def test_a_constant_probability_of_zero_and_one(folders: dict[str, Path]) -> None:
     """Until the end of the replacing the predecessor runs, and from then on the student."""
     model = theseus(loaded(folders["bert"], [1, 3]), start=0.0, end=0.5, curriculum="constant")
-    assert at(model, StepState(0, 10, 3)) == at(model, StepState(4, 10, 3)) == [False, False]
-    assert at(model, StepState(5, 10, 3)) == [True, True]
+    assert coins_at(model, StepState(0, 10, 3)) == coins_at(model, StepState(4, 10, 3)) == [False, False]
+    assert coins_at(model, StepState(5, 10, 3)) == [True, True]
     always = theseus(loaded(folders["bert"], [1, 3]), start=1.0)
-    assert all(at(always, StepState(step, 10, 3)) == [True, True] for step in range(10))
+    assert all(coins_at(always, StepState(step, 10, 3)) == [True, True] for step in range(10))
 
 
 def test_coins_of_blocks_differ(folders: dict[str, Path]) -> None:
     model = theseus(loaded(folders["bert"], [1, 3]), end=1.0, curriculum="constant")
-    assert {tuple(at(model, StepState(step, 64, 0))) for step in range(64)} == {
+    assert {tuple(coins_at(model, StepState(step, 64, 0))) for step in range(64)} == {
         (False, False), (False, True), (True, False), (True, True)
     }  # fmt: skip
 
@@ -231,18 +235,20 @@ def test_coins_of_blocks_differ(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("coins", [[True, False], [False, True], [False, False], [True, True]])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients(coins: list[bool], frozen: bool, folders: dict[str, Path]) -> None:
-    """Of a layer that ran, some; of one that did not, 0 and not none; of the predecessor none. Embeddings and head have
-    theirs unless they are frozen."""
+    """A layer that ran has gradients, one that did not has gradients of 0, the predecessor has None.
+
+    Embeddings and head have gradients unless they are frozen.
+    """
     model = forced(theseus(loaded(folders["bert"], [1, 3]), frozen=frozen), coins)
-    logits = traced(model).logits
+    logits = outputs_of(model).logits
     assert logits is not None
     logits.square().sum().backward()
-    for part, coin in zip(compressed_module.compressed_modules(model), coins, strict=True):
-        assert isinstance(part, Theseus)
-        gradients = [weight.grad for weight in part.successor.parameters()]
+    for module, coin in zip(compressed_module.compressed_modules(model), coins, strict=True):
+        assert isinstance(module, Theseus)
+        gradients = [weight.grad for weight in module.successor.parameters()]
         assert all(gradient is not None for gradient in gradients)
         assert any(gradient.any() for gradient in gradients if gradient is not None) == coin
-        assert all(weight.grad is None for weight in part.predecessor.parameters())
+        assert all(weight.grad is None for weight in module.predecessor.parameters())
     inside = {id(weight) for weight in encoder_layers(model).parameters()}
     assert all((weight.grad is None) == frozen for weight in model.parameters() if id(weight) not in inside)
 
@@ -251,29 +257,29 @@ def test_gradients(coins: list[bool], frozen: bool, folders: dict[str, Path]) ->
 def test_only_successors_drop(replaced: bool, folders: dict[str, Path]) -> None:
     model = forced(theseus(set_dropout(loaded(folders["bert"], [1, 3]), 0.5, 0.5)), [replaced, replaced])
     model.get_submodule("bert.embeddings").eval()
-    once, again = (traced(model).hidden[2] for _ in range(2))
+    once, again = (outputs_of(model).hidden[2] for _ in range(2))
     assert torch.equal(once, again) != replaced
 
 
-def test_parts_inside_the_successors(folders: dict[str, Path]) -> None:
-    """Surgeries before it have their way with the layers, and with them alone."""
+def test_compressed_modules_inside_the_successors(folders: dict[str, Path]) -> None:
+    """Compressions before it change the layers, and nothing else."""
     model = theseus(low_rank(loaded(folders["bert"], [1, 3]), keep=0.5))
     plain = compressed_module.merge_all(low_rank(loaded(folders["bert"], [1, 3]), keep=0.5)).eval()
-    found = compressed_module.merge_all(model).eval()
-    assert found.state_dict().keys() == plain.state_dict().keys()
-    torch.testing.assert_close(traced(found).logits, traced(plain).logits)  # type: ignore[arg-type]
+    merged = compressed_module.merge_all(model).eval()
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(outputs_of(merged).logits, outputs_of(plain).logits)  # type: ignore[arg-type]
 
 
 # In a run
 
 
 def tables(world: World, work: Path, objective: str = "supervised", **arguments: Any) -> dict[str, Any]:
-    """A run whose student is cut out of the teacher."""
-    made = toy.task_config(work, world.files, world.teacher, world.teacher)
-    made |= {"objective": {"name": objective}, "compression": [{"name": "theseus", **arguments}]}
+    """Return the config of a run whose student is cut out of the teacher."""
+    config = toy.task_config(work, world.files, world.teacher, world.teacher)
+    config |= {"objective": {"name": objective}, "compression": [{"name": "theseus", **arguments}]}
     if objective == "supervised":
-        del made["teacher"]
-    return made
+        del config["teacher"]
+    return config
 
 
 @pytest.mark.parametrize("objective", ["supervised", "kd", "lad", "tinybert", "minilm"])
@@ -281,30 +287,28 @@ def test_it_trains_and_the_export_is_the_trained_student(
     objective: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the predecessor still runs: the export is what evaluation sees, of the student's size and names."""
-    seen: dict[str, torch.Tensor] = {}
+    student_outputs: list[ModelOutputs] = []
     export = Distiller.export
 
-    def watched(method: Distiller) -> PreTrainedModel:
+    def watched(distiller: Distiller) -> PreTrainedModel:
         with torch.no_grad():
-            logits = traced(method.student.eval()).logits  # type: ignore[arg-type]
-        assert logits is not None
-        seen["logits"] = logits
-        return export(method)
+            student_outputs.append(outputs_of(distiller.student.eval()))  # type: ignore[arg-type]
+        return export(distiller)
 
     monkeypatch.setattr(Distiller, "export", watched)
     rows: list[dict[str, Any]] = []
-    words = tables(world, tmp_path, objective, start=0.3, end=1.0, frozen=objective == "supervised")
-    outcome = train(toy.parsed(words, {"run.steps": 4}), rows.append)
-    assert outcome.results is not None
+    config = tables(world, tmp_path, objective, start=0.3, end=1.0, frozen=objective == "supervised")
+    result = train(toy.parsed(config, {"run.steps": 4}), rows.append)
+    assert result.results is not None
     assert len({row["loss"] for row in rows if "loss" in row}) == 4
-    folder = outcome.folder / "export"
+    folder = result.folder / "export"
     plain = keep_layers(loaded(world.teacher), [2, 4])
-    assert outcome.results["student"]["parameters"] == count_parameters(plain)
+    assert result.results["student"]["parameters"] == count_parameters(plain)
     exported = AutoModelForSequenceClassification.from_pretrained(folder)
     assert exported.state_dict().keys() == plain.state_dict().keys()
     with torch.no_grad():
-        again = traced(loading.load_model(str(folder), "classification", labels=toy.LABELS).eval()).logits
-    torch.testing.assert_close(again, seen["logits"], rtol=1e-5, atol=1e-5)
+        again = outputs_of(loading.load_model(str(folder), "classification", labels=toy.LABELS).eval()).logits
+    torch.testing.assert_close(again, student_outputs[0].logits, rtol=1e-5, atol=1e-5)
     layers = f"{plain.base_model_prefix}.encoder.layer"
     moved = {
         name for name, weight in plain.state_dict().items() if not torch.equal(exported.state_dict()[name], weight)
@@ -317,37 +321,37 @@ def test_on_a_corpus(world: World, tmp_path: Path) -> None:
     """With an MLM head that stays as it is, tied to the embeddings."""
     changes = {"objective": {"name": "kd"}, "compression": [{"name": "theseus"}]}
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained, **changes)
-    outcome = train(toy.parsed(tables, {"run.steps": 2}))
-    weights = loading.load_model(str(outcome.folder / "export"), "mlm").state_dict()
+    result = train(toy.parsed(tables, {"run.steps": 2}))
+    weights = loading.load_model(str(result.folder / "export"), "mlm").state_dict()
     before = loading.load_model(str(world.pretrained), "mlm").state_dict()
     words = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(weights[words], before[words])
     assert torch.equal(weights["cls.predictions.bias"], before["cls.predictions.bias"])
 
 
-def test_memory_and_checkpoints_are_as_foreseen(world: World, tmp_path: Path) -> None:
+def test_memory_and_checkpoints_are_as_estimated(world: World, tmp_path: Path) -> None:
     """The predecessor's weights count once, without gradients and moments."""
     origin = toy.model(tmp_path / "wide", world.tokenizer, "classification", toy.LABELS, hidden_size=128)
     layer = count_parameters(encoder_layers(loaded(origin))[0])
     both = []
-    for name, operations in (("plain", []), ("theseus", [{"name": "theseus", "frozen": False}])):
-        words = tables(world, tmp_path) | {
-            "compression": operations,
+    for name, compressions in (("plain", []), ("theseus", [{"name": "theseus", "frozen": False}])):
+        student_tables = tables(world, tmp_path) | {
+            "compression": compressions,
             "student": {"path": str(origin), "num_hidden_layers": 2},
         }
         stage = {"stage": 1, "reduce_bucket_size": 1000}
         changes = {"run.name": name, "run.steps": 2, "run.save_every": 1, "deepspeed.zero_optimization": stage}
-        config = toy.parsed(words, changes)
-        foreseen = cost_model.estimate(run_spec.resolve_run(config), 1)
+        config = toy.parsed(student_tables, changes)
+        estimate = cost_model.estimate(run_spec.resolve_run(config), 1)
         (checkpoint, *_) = sorted((train(config).folder / "checkpoints").glob("step-*"))
-        found = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-        both.append((foreseen, found))
-    (plain, its_size), (mine, my_size) = both
-    assert mine.memory.weights == plain.memory.weights + 4 * 4 * layer
-    assert (mine.memory.gradients, mine.memory.optimizer) == (plain.memory.gradients, plain.memory.optimizer)
-    assert (mine.student, mine.export) == (plain.student, plain.export)
-    assert mine.checkpoint == plain.checkpoint + 4 * 4 * layer
-    assert my_size - its_size == pytest.approx(4 * 4 * layer, rel=0.05)
+        size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        both.append((estimate, size))
+    (plain, plain_size), (wrapped, wrapped_size) = both
+    assert wrapped.memory.weights == plain.memory.weights + 4 * 4 * layer
+    assert (wrapped.memory.gradients, wrapped.memory.optimizer) == (plain.memory.gradients, plain.memory.optimizer)
+    assert (wrapped.student, wrapped.export) == (plain.student, plain.export)
+    assert wrapped.checkpoint == plain.checkpoint + 4 * 4 * layer
+    assert wrapped_size - plain_size == pytest.approx(4 * 4 * layer, rel=0.05)
 
 
 # Mistakes
@@ -357,27 +361,30 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"student.path": "{pretrained}"}, "{pretrained} has no classification head with the labels no, yes, and a new"),
     ({"student.embeddings": "random"}, "frozen embeddings and head have to be the predecessor's; set student.path to"),
     ({"predecessor": "{pretrained}"}, "frozen embeddings and head have to be the predecessor's; set student.path to"),
-    ({"frozen": False, "predecessor": "{nowhere}"}, "{nowhere}: no model can be read there"),
-    ({"frozen": False, "predecessor": "{weightless}"}, "{weightless}: no weights there"),
-    ({"frozen": False, "predecessor": "{narrow}"}, "surgery theseus: the student is 32 wide and {narrow} 16; take"),
+    ({"frozen": False, "predecessor": "{nowhere}"}, "{nowhere}: cannot read a model"),
+    ({"frozen": False, "predecessor": "{weightless}"}, "{weightless}: no weights, neither"),
+    ({"frozen": False, "predecessor": "{narrow}"}, "compression theseus: the student is 32 wide and {narrow} 16; take"),
     (
         {"frozen": False, "predecessor": "{shallow}"},
         "2 student layers, only 1 in {shallow}; set student.num_hidden_layers to less",
     ),
     ({"frozen": False, "predecessor": "{roberta}"}, "the student is of the family bert, {roberta} of roberta"),
-    ({"student.path": "{albert}"}, "surgery theseus: all layers of albert are one, and none can be replaced"),
-    ({"student.path": "{modernbert}"}, "surgery theseus: the layers of {modernbert} differ in kind, and none can"),
-    ({"student.path": "{deberta-v2}"}, "surgery theseus: the layers of {deberta-v2} differ in kind, and none can"),
+    ({"student.path": "{albert}"}, "compression theseus: all layers of albert are one, and none can be replaced"),
+    ({"student.path": "{modernbert}"}, "compression theseus: the layers of {modernbert} differ in kind, and none can"),
+    ({"student.path": "{deberta-v2}"}, "compression theseus: the layers of {deberta-v2} differ in kind, and none can"),
     (
         {"student.path": "{mpnet}", "frozen": False, "predecessor": "{other-mpnet}"},
         "layers of mpnet need the positions of their own model; leave predecessor away",
     ),
-    ({"student.path": None, "student.architecture": toy.SIZES}, "a new student starts from no model; name its"),
+    (
+        {"student.path": None, "student.architecture": toy.SIZES},
+        "a new student starts from no model; name a",
+    ),
     ({"deepspeed.zero_optimization.stage": 3}, "under ZeRO 3 the same layers must run in each step; set a stage up"),
     ({"compression": ["theseus", "theseus"]}, "it wraps layers as they are; list it once, after all others"),
     ({"compression": ["theseus", "low_rank"]}, "it wraps layers as they are; list it once, after all others"),
-    ({"start": 1.5}, "surgery theseus: start: input should be less than or equal to 1"),
-    ({"curriculum": "linaer"}, "surgery theseus: curriculum: input should be 'linear' or 'constant'"),
+    ({"start": 1.5}, "compression theseus: start: input should be less than or equal to 1"),
+    ({"curriculum": "linaer"}, "compression theseus: curriculum: input should be 'linear' or 'constant'"),
 ]
 
 
@@ -385,12 +392,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 def places(world: World, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     work = tmp_path_factory.mktemp("places")
     sizes = {"narrow": {"hidden_size": 16}, "shallow": {"num_hidden_layers": 1}, "weightless": {}}
-    made = {name: toy.model(work / name, world.tokenizer, "none", **changes) for name, changes in sizes.items()}
-    (made["weightless"] / "model.safetensors").unlink()
+    models = {name: toy.model(work / name, world.tokenizer, "none", **changes) for name, changes in sizes.items()}
+    (models["weightless"] / "model.safetensors").unlink()
     other = work / "other"
     other.symlink_to(folders["mpnet"])
-    found = vars(world) | folders | made | {"nowhere": work / "nowhere", "other-mpnet": other}
-    return {name: str(path) for name, path in found.items()}
+    paths = vars(world) | folders | models | {"nowhere": work / "nowhere", "other-mpnet": other}
+    return {name: str(path) for name, path in paths.items()}
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)
@@ -407,13 +414,13 @@ def test_a_mistake_is_one_line_before_any_weight_is_read(
 
     monkeypatch.setattr(loading, "load_model", unread)
     filled = {key: x.format_map(places) if isinstance(x, str) else x for key, x in changes.items()}
-    operations = {"theseus": {"name": "theseus"}, "low_rank": {"name": "low_rank", "keep": 0.5}}
-    operations["theseus"] |= {key: filled.pop(key) for key in list(filled) if "." not in key and key != "compression"}
-    words = tables(world, tmp_path)
-    words["student"]["tokenizer"] = str(world.tokenizer)
-    words["compression"] = [operations[name] for name in filled.pop("compression", ["theseus"])]
+    compressions = {"theseus": {"name": "theseus"}, "low_rank": {"name": "low_rank", "keep": 0.5}}
+    compressions["theseus"] |= {key: filled.pop(key) for key in list(filled) if "." not in key and key != "compression"}
+    config = tables(world, tmp_path)
+    config["student"]["tokenizer"] = str(world.tokenizer)
+    config["compression"] = [compressions[name] for name in filled.pop("compression", ["theseus"])]
     with pytest.raises(UserError) as caught:
-        run_spec.resolve_run(toy.parsed(words, filled))
+        run_spec.resolve_run(toy.parsed(config, filled))
     assert message.format_map(places) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -421,6 +428,6 @@ def test_a_mistake_is_one_line_before_any_weight_is_read(
 def test_another_predecessor_than_the_students_origin(world: World, tmp_path: Path) -> None:
     """Then the student's own embeddings and head learn."""
     arguments = {"predecessor": str(world.teacher), "frozen": False}
-    words = tables(world, tmp_path, **arguments)
-    outcome = train(toy.parsed(words, {"student.path": str(world.pretrained), "run.steps": 1}))
-    assert json.loads((outcome.folder / "results.json").read_text())["steps"] == 1
+    config = tables(world, tmp_path, **arguments)
+    result = train(toy.parsed(config, {"student.path": str(world.pretrained), "run.steps": 1}))
+    assert json.loads((result.folder / "results.json").read_text())["steps"] == 1

@@ -1,4 +1,4 @@
-"""Narrower models: nothing lost at full width, the least that can be lost below it, and refused where it cannot be."""
+"""Narrow models lose nothing at full width and the least possible below it; impossible widths are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.compression import width_pruning
-from lad_dist.compression.width_pruning import Widths
+from lad_dist.compression.width_pruning.cut import HeadMap, cut_scores, cut_values
+from lad_dist.compression.width_pruning.narrow import Widths, check_widths, narrow_model
+from lad_dist.compression.width_pruning.statistics import nearest_to_coordinates
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
@@ -22,7 +23,7 @@ from lad_dist.models.loading import PreTrainedModel, save_model
 from lad_dist.training import run_spec
 from lad_dist.training.train import train
 
-WIDE = Widths(width=32, heads=4, inner=64)
+WIDE = Widths(hidden_size=32, num_attention_heads=4, intermediate_size=64)
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": toy.SIZES,
     "roberta": {**toy.SIZES, "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 66},
@@ -33,55 +34,54 @@ SAMPLE = [toy.batch([9, 30, 5, 17], seed=seed, labels=[0, 1, 1, 0]) for seed in 
 ELSEWHERE = toy.batch([7, 12], seed=99, labels=[0, 1])
 
 
-def made(family: str = "bert", head: Any = "classification", **sizes: Any) -> PreTrainedModel:
+def toy_model(family: str = "bert", head: Any = "classification") -> PreTrainedModel:
     torch.manual_seed(0)
     labels = toy.LABELS if head == "classification" else ()
-    architecture = {"model_type": family, "initializer_range": 0.2, **FAMILIES[family], **sizes}
-    return loading.create_model(architecture, head, vocabulary=50, labels=labels).eval()
+    architecture = {"model_type": family, "initializer_range": 0.2, **FAMILIES[family]}
+    return loading.create_model(architecture, head, vocab_size=50, labels=labels).eval()
 
 
 @pytest.mark.parametrize("head", ["classification", "mlm", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_lost_at_full_width(family: str, head: str) -> None:
     """Neither on the sample nor elsewhere."""
-    model = made(family, head)
-    same, errors = width_pruning.narrow_model(model, SAMPLE[:3], WIDE, "principal")
+    model = toy_model(family, head)
+    same, errors = narrow_model(model, SAMPLE[:3], WIDE, "principal")
     assert errors == pytest.approx(dict.fromkeys(errors, 0.0), abs=1e-5)
     assert ("logits" in errors) == (head != "none")
-    needs = OutputSpec(logits=head != "none", hidden=(0, 1, 4))
+    output_spec = OutputSpec(logits=head != "none", hidden=(0, 1, 4))
     with torch.no_grad():
-        torch.testing.assert_close(
-            compute_outputs(same, ELSEWHERE, needs), compute_outputs(model, ELSEWHERE, needs), rtol=1e-4, atol=1e-4
-        )
+        actual, expected = (compute_outputs(encoder, ELSEWHERE, output_spec) for encoder in (same, model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["classification", "mlm", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_narrow_model_is_an_ordinary_one(family: str, head: Any, tmp_path: Path) -> None:
-    small, errors = width_pruning.narrow_model(made(family, head), SAMPLE[:3], Widths(16, 2, 20), "principal")
+    small, errors = narrow_model(toy_model(family, head), SAMPLE[:3], Widths(16, 2, 20), "principal")
     save_model(small, tmp_path)
     again = loading.load_model(str(tmp_path), head, labels=toy.LABELS if head == "classification" else ())
     assert model_dims(again.config, head).hidden_size == 16
     assert model_dims(again.config, head).num_attention_heads == 2
     assert max(errors.values()) < 1.5
-    needs = OutputSpec(hidden=(4,))
+    output_spec = OutputSpec(hidden=(4,))
     with torch.no_grad():
-        found = compute_outputs(again.eval(), ELSEWHERE, needs).hidden[4]
-        torch.testing.assert_close(found, compute_outputs(small, ELSEWHERE, needs).hidden[4])
+        hidden = compute_outputs(again.eval(), ELSEWHERE, output_spec).hidden[4]
+        torch.testing.assert_close(hidden, compute_outputs(small, ELSEWHERE, output_spec).hidden[4])
 
 
 def test_what_is_lost_falls_with_width_and_faster_along_principal_directions() -> None:
     losses: dict[str, list[float]] = {"principal": [], "random": []}
     errors: dict[str, list[float]] = {"principal": [], "random": []}
     for width in (8, 16, 24, 28):
-        for directions in losses:
+        for basis in losses:
             torch.manual_seed(1)
-            size = Widths(width, 4, 2 * width)
-            found = width_pruning.narrow_model(made(), SAMPLE, size, directions)[1]  # type: ignore[arg-type]
-            losses[directions].append(sum(value**2 for name, value in found.items() if name.startswith("lost")))
-            errors[directions].append(sum(value**2 for name, value in found.items() if name.startswith("hidden")))
-    for directions in losses:
-        assert losses[directions] == sorted(losses[directions], reverse=True)
+            widths = Widths(width, 4, 2 * width)
+            _, measured = narrow_model(toy_model(), SAMPLE, widths, basis)  # type: ignore[arg-type]
+            losses[basis].append(sum(value**2 for name, value in measured.items() if name.startswith("lost")))
+            errors[basis].append(sum(value**2 for name, value in measured.items() if name.startswith("hidden")))
+    for loss in losses.values():
+        assert loss == sorted(loss, reverse=True)
     assert all(p < r for p, r in zip(losses["principal"], losses["random"], strict=True))
     assert sum(errors["principal"]) < sum(errors["random"])
     assert errors["principal"][-1] < errors["principal"][0]
@@ -95,47 +95,49 @@ def test_heads_are_cut_to_the_largest_singular_values(size: int, seed: int) -> N
     x = torch.randn(40, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 1
     covariance, mean = torch.cov(x.T, correction=0), x.mean(dim=0)
     query, key, value = (
-        width_pruning._Map(torch.randn(6, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64))
-        for _ in range(3)
+        HeadMap(torch.randn(6, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)) for _ in range(3)
     )
 
-    def of(maps: width_pruning._Map) -> torch.Tensor:
-        return x @ maps.weight.T + maps.bias
+    def outputs(head_map: HeadMap) -> torch.Tensor:
+        return x @ head_map.weight.T + head_map.bias
 
     def centred(scores: torch.Tensor) -> torch.Tensor:
         return scores - scores.mean(dim=1, keepdim=True)
 
-    q, k = width_pruning._cut_scores(query, key, covariance, mean, size)
-    wanted, found = centred(of(query) @ of(key).T / 6**0.5), centred(of(q) @ of(k).T / size**0.5)
-    dropped = torch.linalg.svdvals(wanted)[size:]
-    assert (wanted - found).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
+    q, k = cut_scores(query, key, covariance, mean, size)
+    exact, narrow = (
+        centred(outputs(query) @ outputs(key).T / 6**0.5),
+        centred(outputs(q) @ outputs(k).T / size**0.5),
+    )
+    dropped = torch.linalg.svdvals(exact)[size:]
+    assert (exact - narrow).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
     out = torch.randn(7, 6, dtype=torch.float64)
-    v, thin = width_pruning._cut_values(value, out, covariance, size)
-    wanted, found = ((y - y.mean(dim=0)) for y in (of(value) @ out.T, of(v) @ thin.T))
-    dropped = torch.linalg.svdvals(wanted)[size:]
-    assert (wanted - found).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
+    v, narrow_out = cut_values(value, out, covariance, size)
+    exact, narrow = ((y - y.mean(dim=0)) for y in (outputs(value) @ out.T, outputs(v) @ narrow_out.T))
+    dropped = torch.linalg.svdvals(exact)[size:]
+    assert (exact - narrow).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
 
 
 @settings(max_examples=20)
 @given(st.integers(1, 7), st.integers(0, 1000))
-def test_axes_are_orthonormal_and_span_what_they_were_given(width: int, seed: int) -> None:
+def test_axes_are_orthonormal_and_keep_their_span(width: int, seed: int) -> None:
     torch.manual_seed(seed)
     span = torch.linalg.qr(torch.randn(7, width, dtype=torch.float64)).Q
-    axes = width_pruning._near_coordinates(span)
+    axes = nearest_to_coordinates(span)
     torch.testing.assert_close(axes.T @ axes, torch.eye(width, dtype=torch.float64))
     torch.testing.assert_close(axes @ axes.T, span @ span.T)
-    chosen = axes.abs().argmax(dim=0)
-    assert (axes[chosen, range(width)] > 0).all()
+    coordinates = axes.abs().argmax(dim=0)
+    assert (axes[coordinates, range(width)] > 0).all()
 
 
 def test_axes_of_coordinates_are_these_coordinates() -> None:
     span = torch.eye(5, dtype=torch.float64)[:, [1, 3]]
     turned = span @ torch.linalg.qr(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)).Q
-    torch.testing.assert_close(width_pruning._near_coordinates(turned), span)
+    torch.testing.assert_close(nearest_to_coordinates(turned), span)
 
 
 @pytest.mark.parametrize("corpus", [False, True])
-def test_a_run_says_what_its_student_lost(corpus: bool, world: World, tmp_path: Path) -> None:
+def test_a_run_reports_what_the_student_lost(corpus: bool, world: World, tmp_path: Path) -> None:
     tables = (
         toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained)
         if corpus
@@ -166,16 +168,16 @@ def test_a_run_says_what_its_student_lost(corpus: bool, world: World, tmp_path: 
         ({"student.hidden_size": 16, "objective": {"name": "lad"}}, "16 wide"),
     ],
 )
-def test_what_cannot_be_made_is_refused(changes: dict[str, Any], message: str, world: World, tmp_path: Path) -> None:
+def test_impossible_widths_are_refused(changes: dict[str, Any], message: str, world: World, tmp_path: Path) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
     with pytest.raises(UserError, match=message):
         run_spec.resolve_run(toy.parsed(tables, {"objective": {"name": "kd"}} | changes))
 
 
-def test_models_that_cannot_be_narrowed_say_so() -> None:
+def test_models_that_cannot_be_narrowed_are_refused() -> None:
     config = architecture_config({"model_type": "albert", "hidden_size": 32, "num_attention_heads": 4}, 50)
     with pytest.raises(UserError, match="albert cannot be narrowed, only bert"):
-        width_pruning.check_widths(config, 16, None, None, "here")
+        check_widths(config, 16, None, None, "here")
     config = architecture_config({"model_type": "electra", **FAMILIES["electra"]}, 50)
     with pytest.raises(UserError, match="as wide as here's embeddings"):
-        width_pruning.check_widths(config, 12, None, None, "here")
+        check_widths(config, 12, None, None, "here")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lad_dist.compression.registry import COMPRESSIONS
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.describe import describe_keys
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import (
@@ -25,14 +26,13 @@ from lad_dist.config.load import (
 from lad_dist.config.schema import (
     ConfigTable,
     EvaluateConfig,
-    PrepareConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,
     TrainConfig,
     train_schema,
 )
-from lad_dist.objectives import OBJECTIVES
+from lad_dist.objectives.registry import OBJECTIVES
 
 TASK: dict[str, Any] = {
     "run": {"name": "n", "steps": 1},
@@ -65,17 +65,15 @@ def misspelt(name: str) -> str:
 
 
 def every_key() -> list[Any]:
-    """(schema, tables, path of a table, key) for every key of every schema, written out from `describe`."""
-    found = []
+    """(schema, tables, path of a table, key) for every key of every schema, as `describe_keys` lists them."""
+    keys = []
     for schema, tables in SCHEMAS:
         rows = [row[0] for row in describe_keys(schema)]
         names = {tuple(row.replace("[]", "").split(".")) for row in rows}
         names |= {path[:1] for path in names}
         names -= {("objective", "name"), ("compression", "name")}  # beside these, keys are arguments: tested below
-        found += [
-            pytest.param(schema, tables, path, id=f"{schema.__name__}-{'.'.join(path)}") for path in sorted(names)
-        ]
-    return found
+        keys += [pytest.param(schema, tables, path, id=f"{schema.__name__}-{'.'.join(path)}") for path in sorted(names)]
+    return keys
 
 
 @pytest.mark.parametrize(("schema", "tables", "path"), every_key())
@@ -101,7 +99,7 @@ def test_every_misspelt_key_is_named_with_the_right_one(
 
 
 NAMED = [(f"objective {name}", kind) for name, kind in OBJECTIVES.items()]
-NAMED += [(f"surgery {name}", function) for name, function in COMPRESSIONS.items()]
+NAMED += [(f"compression {name}", function) for name, function in COMPRESSIONS.items()]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +122,7 @@ def test_every_misspelt_argument_is_named_with_the_right_one(where: str, functio
         ({"run": {"name": "x"}}, "run: give exactly one of steps and epochs"),
         ({"run": {"steps": 1}}, "run.name: missing, and it has no default"),
         ({"run.name": ""}, "run.name: string should have at least 1 character, not ''"),
-        ({"run": 1}, "run: input should be a valid dictionary or instance of Run, not 1"),
+        ({"run": 1}, "run: input should be a valid dictionary or instance of RunConfig, not 1"),
         ({"optim.lr": "fast"}, "optim.lr: input should be a valid number, not 'fast'"),
         ({"optim.lr": 0.0}, "optim.lr: input should be greater than 0, not 0.0"),
         ({"optim.lr": float("nan")}, "optim.lr: input should be"),
@@ -143,10 +141,10 @@ def test_every_misspelt_argument_is_named_with_the_right_one(where: str, functio
         ({"student.layers": [1, 0]}, "student.layers: "),
         (
             {"student.layers": [1, 2], "student.num_hidden_layers": 3},
-            "student: depth = 3 contradicts the 2 layers listed",
+            "student: num_hidden_layers = 3 contradicts the 2 layers listed",
         ),
         ({"teacher.dtype": "float16"}, "teacher.dtype: input should be 'float32' or 'bfloat16', not 'float16'"),
-        ({"compression": {"name": "low_rank"}}, "surgery: input should be a valid list"),
+        ({"compression": {"name": "low_rank"}}, "compression: input should be a valid list"),
         ({"compression": [{"keep": 0.5}]}, "compression.0.name: missing, and it has no default"),
         ({"model": {"path": "x"}}, "model: no such table; "),
     ],
@@ -215,7 +213,7 @@ tables_of = st.recursive(st.integers(), lambda inner: st.dictionaries(words, inn
 
 
 @given(st.dictionaries(words, tables_of, max_size=3), st.lists(words, min_size=1, max_size=3), st.integers())
-def test_an_override_sets_its_key_and_nothing_else(tables: dict[str, Any], path: list[str], value: int) -> None:
+def test_an_override_sets_one_key_and_nothing_else(tables: dict[str, Any], path: list[str], value: int) -> None:
     before = repr(tables)
     try:
         changed = apply_overrides(tables, [(".".join(path), value)])
@@ -241,8 +239,8 @@ def test_an_override_inside_a_list() -> None:
     assert changed == {"compression": [{"name": "a", "keep": 0.25}, {"name": "b", "share": 1}]}
     assert tables == {"compression": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
     for place in ("2", "-1", "x"):
-        with pytest.raises(UserError, match=rf"surgery\.{place}\.keep: there is no {place} in a list of 2"):
-            apply_overrides(tables, [(f"surgery.{place}.keep", 0.5)])
+        with pytest.raises(UserError, match=rf"compression\.{place}\.keep: no number {place} in a list of 2"):
+            apply_overrides(tables, [(f"compression.{place}.keep", 0.5)])
 
 
 def test_load_reads_a_file_and_applies_overrides(tmp_path: Path) -> None:
@@ -284,5 +282,5 @@ def test_arguments_are_completed_by_their_defaults() -> None:
 
 @pytest.mark.parametrize(("data", "schema"), [({"shards": "s"}, PretrainConfig), ({}, TaskConfig), (1, TaskConfig)])
 def test_the_data_of_a_training_say_what_it_is(data: Any, schema: type[TrainConfig]) -> None:
-    """Also where they are no table: then the config's own check complains of them."""
+    """Also where they are no table: then the validation of the config reports the mistake."""
     assert train_schema({"data": data}) is schema

@@ -11,14 +11,13 @@ from conftest import World
 from launching import ROOT
 from toy_heads import LABELS, MAKE_FILES
 
+from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.load import parse_config, read_toml
 from lad_dist.config.schema import (
     EvaluateConfig,
-    PrepareConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,
-    TokenizerConfig,
 )
 from lad_dist.search.grid import sample_trials
 from lad_dist.training import run_spec
@@ -35,24 +34,24 @@ TRAINING = [file for file in FILES if "run" in read_toml(file)]
 SEARCHES = [file for file in FILES if "search" in read_toml(file)]
 
 
-def test_there_are_configs_of_every_kind() -> None:
+def test_every_kind_of_config_is_shipped() -> None:
     assert {schema_of(read_toml(file)) for file in FILES} == {
         PretrainConfig, TaskConfig, TokenizerConfig, PrepareConfig, SearchConfig, EvaluateConfig
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
-def test_it_is_read(file: Path) -> None:
+def test_a_schema_reads_the_file(file: Path) -> None:
     parse_config(schema_of(read_toml(file)), read_toml(file), str(file))
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
-def test_its_first_line_is_the_command_that_runs_it(file: Path) -> None:
-    words = file.read_text().splitlines()[0].removeprefix("# ").partition("   (")[0].split()
-    script, path = next((words[n], words[n + 1]) for n, word in enumerate(words) if word.endswith(".py"))
+def test_the_first_line_is_the_command_that_runs_the_file(file: Path) -> None:
+    arguments = file.read_text().splitlines()[0].removeprefix("# ").partition("   (")[0].split()
+    script, path = next((arguments[n], arguments[n + 1]) for n, word in enumerate(arguments) if word.endswith(".py"))
     assert (ROOT / script).is_file()
     assert ROOT / path == file
-    assert all("=" in word for word in words[words.index(path) + 1 :])
+    assert all("=" in word for word in arguments[arguments.index(path) + 1 :])
 
 
 def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
         changes |= {f"data.{name}": path for name, path in files.items()}
         changes["data.micro_batch_size"] = 2
         if "teacher" in tables and kind in MAKE_FILES:
-            changes["teacher.path"] = str(toy.model(work / "taught", world.tokenizer, kind, LABELS[kind]))
+            changes["teacher.path"] = str(toy.model(work / "fine-tuned", world.tokenizer, kind, LABELS[kind]))
     if "pad_to" in tables["data"]:
         changes["data.pad_to"] = 32
     if tables["objective"].get("heads"):
@@ -89,23 +88,23 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
 
 
 def _toy_budgets(tables: dict[str, Any]) -> dict[str, Any]:
-    """There is more in a toy model that nothing makes smaller."""
+    """Lower the reductions: more of a toy model cannot be compressed."""
     listed = enumerate(tables.get("compression", []))
-    return {f"compression.{number}.reduction": 3.0 for number, words in listed if "reduction" in words}
+    return {f"compression.{number}.reduction": 3.0 for number, options in listed if "reduction" in options}
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=ids(TRAINING))
 def test_a_training_config_takes_a_step(file: Path, world: World, tmp_path: Path) -> None:
     tables = read_toml(file)
     rows: list[dict[str, Any]] = []
-    outcome = train(toy.parsed(tables, toy_places(tables, world, tmp_path)), rows.append)
-    assert outcome.results is not None
-    assert outcome.results["steps"] == 1
+    result = train(toy.parsed(tables, toy_places(tables, world, tmp_path)), rows.append)
+    assert result.results is not None
+    assert result.results["steps"] == 1
     assert [row["step"] for row in rows if "loss" in row] == [1]
 
 
 @pytest.mark.parametrize("file", SEARCHES, ids=ids(SEARCHES))
-def test_a_search_draws_trials_that_its_base_can_run(
+def test_a_search_draws_trials_that_the_base_config_can_run(
     file: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -119,5 +118,5 @@ def test_a_search_draws_trials_that_its_base_can_run(
     for trial in one_of_each.values():
         tables = trial.config.model_dump(exclude_none=True)
         assert config.grid or tables["run"]["eval_every"] > 0
-        made = run_spec.resolve_run(toy.parsed(tables, toy_places(tables, world, tmp_path)))
-        assert made.task is not None
+        spec = run_spec.resolve_run(toy.parsed(tables, toy_places(tables, world, tmp_path)))
+        assert spec.task is not None

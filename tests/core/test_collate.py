@@ -1,6 +1,7 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,12 +83,12 @@ def test_packed_spans(layout: tuple[int, int, list[tuple[int, int]]]) -> None:
     starts, lengths = np.array(sequences, dtype=np.int64).reshape(-1, 2).T
     hidden = np.zeros(ids.shape, dtype=bool)
     hidden.reshape(-1)[starts] = True
-    batch = pack(ids, starts, lengths, hidden, -ids, shortest=2)
+    batch = pack(ids, starts, lengths, hidden, -ids)
     expected = [list(range(at + 1, at + 1 + n)) for at, n in sequences]
     bounds = batch.cu_seqlens.tolist()
-    found = [batch.input_ids[a:b].tolist() for a, b in pairwise(bounds) if b > a]
-    assert found == expected
-    assert len(bounds) == spans * places // 2 + 1
+    packed = [batch.input_ids[a:b].tolist() for a, b in pairwise(bounds) if b > a]
+    assert packed == expected
+    assert len(bounds) == 64 + 1
     assert batch.lengths.tolist() == np.diff(bounds).tolist()
     assert batch.position_ids.tolist() == [i for _, n in sequences for i in range(n)]
     assert batch.labels.tolist() == (-batch.input_ids[batch.head_positions]).tolist() == [-s[0] for s in expected]
@@ -100,13 +101,23 @@ def test_packed_spans(layout: tuple[int, int, list[tuple[int, int]]]) -> None:
     owner = {place: n for n, (at, length) in enumerate(sequences) for place in range(at, at + length)}
     for span in range(spans):
         for query in range(places):
-            mine = owner.get(span * places + query)
+            query_sequence = owner.get(span * places + query)
             for at in range(places):
-                its = owner.get(span * places + at)
-                if mine is not None:
+                key_sequence = owner.get(span * places + at)
+                if query_sequence is not None:
                     visible = batch.visible[span, min(query, batch.visible.shape[1] - 1), at]
-                    assert bool(visible) == (its == mine)
+                    assert bool(visible) == (key_sequence == query_sequence)
     assert batch.visible.any(dim=-1).all()
+
+
+@pytest.mark.parametrize(("count", "rounded"), [(0, 64), (1, 64), (20, 64), (64, 64), (65, 128)])
+def test_the_number_of_packed_sequences_is_rounded_up_to_a_multiple_of_64(count: int, rounded: int) -> None:
+    ids = np.ones((4, 128), dtype=np.int64)
+    starts, lengths = np.arange(count) * 4, np.full(count, 4)
+    batch = pack(ids, starts, lengths, ids == 0, ids)
+    assert batch.num_sequences == count
+    assert batch.lengths.tolist() == [4] * count + [0] * (rounded - count)
+    assert batch.cu_seqlens.tolist() == [*range(0, 4 * count, 4), *[4 * count] * (rounded - count + 1)]
 
 
 def test_types() -> None:
@@ -115,7 +126,7 @@ def test_types() -> None:
     task = collate(sequences, zeros_like(sequences), np.array([0, 2]), labels)
     assert task.labels.dtype == torch.float32
     ids = np.array([[1, 2, 3]])
-    corpus = pack(ids, np.array([0]), np.array([3]), ids == 2, ids, shortest=3)
+    corpus = pack(ids, np.array([0]), np.array([3]), ids == 2, ids)
     assert corpus.labels.dtype == torch.int64
     for batch in (task, corpus):
         assert batch.cu_seqlens.dtype == batch.sequence_ids.dtype == torch.int32

@@ -1,3 +1,5 @@
+"""Loader processes: batches in order, one-line mistakes, no state, no orphans."""
+
 import os
 import signal
 import subprocess
@@ -16,54 +18,55 @@ from lad_dist.data.loader import load_batches
 
 
 class Numbers:
-    """A batch that says which step and slot it is for."""
+    """A batch that shows its step and number."""
 
-    def batch(self, step: int, slot: int) -> Batch:
+    def batch(self, step: int, micro_batch: int) -> Batch:
         if step == 7:
             raise UserError("shards: gone")
-        ids = np.array([[step, slot, os.getpid()]])
-        return pack(ids, np.array([0]), np.array([3]), ids == slot, ids, 3)
+        ids = np.array([[step, micro_batch, os.getpid()]])
+        return pack(ids, np.array([0]), np.array([3]), ids == micro_batch, ids)
 
 
-def read(steps: range, slots: range, workers: int) -> list[list[list[int]]]:
-    return [[b.input_ids.tolist()[:2] for b in batches] for batches in load_batches(Numbers(), steps, slots, workers)]
+def read(steps: range, micro_batches: range, num_workers: int) -> list[list[list[int]]]:
+    loaded = load_batches(Numbers(), steps, micro_batches, num_workers)
+    return [[b.input_ids.tolist()[:2] for b in batches] for batches in loaded]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_come_in_order_whatever_the_workers(workers: int) -> None:
-    expected = [[[step, slot] for slot in (1, 3)] for step in range(2, 7)]
-    assert read(range(2, 7), range(1, 5, 2), workers) == expected
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_batches_come_in_order_whatever_the_number_of_workers(num_workers: int) -> None:
+    expected = [[[step, micro_batch] for micro_batch in (1, 3)] for step in range(2, 7)]
+    assert read(range(2, 7), range(1, 5, 2), num_workers) == expected
 
 
-def test_batches_arrive_whole_and_nothing_random_is_touched() -> None:
+def test_batches_arrive_whole_and_leave_the_random_state_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     (batches,) = load_batches(Numbers(), range(1), range(1), 1)
-    (mine,) = load_batches(Numbers(), range(1), range(1), 0)
+    (local,) = load_batches(Numbers(), range(1), range(1), 0)
     assert torch.get_rng_state().equal(before)
     for name, value in batches[0]._asdict().items():
-        expected = getattr(mine[0], name)
+        expected = getattr(local[0], name)
         assert type(value) is type(expected)
         if isinstance(value, torch.Tensor) and name not in ("input_ids", "labels"):  # these tell the process
             assert value.equal(expected)
             assert value.dtype == expected.dtype
-    assert batches[0].input_ids[2] != os.getpid() == mine[0].input_ids[2]
+    assert batches[0].input_ids[2] != os.getpid() == local[0].input_ids[2]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_users_mistake_stays_one_line(workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_users_mistake_stays_one_line(num_workers: int) -> None:
     with pytest.raises(UserError) as caught:
-        read(range(5, 9), range(1), workers)
+        read(range(5, 9), range(1), num_workers)
     assert str(caught.value) == "shards: gone"
 
 
 def test_many_batches_open_no_files() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    kept = []
+    loaded = []
     for batches in load_batches(Numbers(), range(8, 12), range(200), 2):
-        kept.append(batches)
+        loaded.append(batches)
         assert len(os.listdir("/proc/self/fd")) < before + 40
-    assert len(kept) == 4
+    assert len(loaded) == 4
 
 
 TRAINER = """

@@ -1,3 +1,5 @@
+"""The order of windows and examples: complete epochs, even weights, and no state."""
+
 import os
 import time
 from itertools import pairwise
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.data.sampling import EPOCHS, CorpusOrder, TaskOrder, WindowRead, rank_share, window_span, windows
+from lad_dist.data.sampling import EPOCHS, CorpusOrder, TaskOrder, WindowRead, num_windows, rank_share, window_span
 
 EXAMPLES = int(os.environ.get("LAD_DIST_EXAMPLES", "400"))
 
@@ -15,14 +17,14 @@ Window = tuple[int, int]
 
 
 def read_by(order: CorpusOrder, numbers: range) -> list[tuple[int, int, int]]:
-    """(source, window, turn) of these slots, counted through all steps."""
-    readings = [order.micro_batch(*divmod(number, order.slots)) for number in numbers]
-    return [place for reading in readings for place in zip(*(part.tolist() for part in reading), strict=True)]
+    """Return (source, window, epoch) of these micro-batches, counted through all steps."""
+    readings = [order.micro_batch(*divmod(number, order.micro_batches_per_step)) for number in numbers]
+    return [place for reading in readings for place in zip(*(column.tolist() for column in reading), strict=True)]
 
 
 @given(st.integers(1, 10**6), st.integers(1, 600))
 def test_windows_cover_a_stream(length: int, room: int) -> None:
-    count = windows(length, room)
+    count = num_windows(length, room)
     begin, end = window_span(np.arange(count), length, room)
     assert begin[0] == 0
     assert end[-1] == length
@@ -36,23 +38,25 @@ def test_windows_cover_a_stream(length: int, room: int) -> None:
 @settings(max_examples=EXAMPLES)
 @given(st.data())
 def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_of_resume(data: st.DataObject) -> None:
-    """Processes share the slots of each step, the run stops at a step and goes on with another number of them."""
+    """Processes share the micro-batches of a step; the run stops and goes on with another number of processes."""
     counts = data.draw(st.lists(st.integers(1, 15), min_size=1, max_size=3))
     size = data.draw(st.integers(1, 7))
-    slots, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 2**40))
-    worlds = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=3))
+    per_step, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 2**40))
+    world_sizes = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=3))
     total = sum(counts)
-    steps = -(-2 * total // (size * slots)) + 1
-    cuts = sorted(data.draw(st.lists(st.integers(0, steps), min_size=len(worlds) - 1, max_size=len(worlds) - 1)))
+    steps = -(-2 * total // (size * per_step)) + 1
+    cuts = sorted(
+        data.draw(st.lists(st.integers(0, steps), min_size=len(world_sizes) - 1, max_size=len(world_sizes) - 1))
+    )
     read: dict[tuple[int, int], WindowRead] = {}
-    for (first, last), world in zip(pairwise([0, *cuts, steps]), worlds, strict=True):
-        for rank in range(world):
-            order = CorpusOrder(counts, [1.0] * len(counts), size, slots, seed)
+    for (first, last), world_size in zip(pairwise([0, *cuts, steps]), world_sizes, strict=True):
+        for rank in range(world_size):
+            order = CorpusOrder(counts, [1.0] * len(counts), size, per_step, seed)
             for step in range(first, last):
-                for slot in rank_share(slots, rank, world):
-                    assert (step, slot) not in read
-                    read[step, slot] = order.micro_batch(step, slot)
-    assert len(read) == steps * slots
+                for micro_batch in rank_share(per_step, rank, world_size):
+                    assert (step, micro_batch) not in read
+                    read[step, micro_batch] = order.micro_batch(step, micro_batch)
+    assert len(read) == steps * per_step
     row = [(s, w) for place in sorted(read) for s, w in zip(*map(np.ndarray.tolist, read[place][:2]), strict=True)]
     everything = sorted((s, w) for s, count in enumerate(counts) for w in range(count))
     for epoch in range(2):
@@ -60,16 +64,16 @@ def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_a_slot_does_not_depend_on_what_was_asked_before(count: int, size: int, slots: int, chance) -> None:
-    order = CorpusOrder([count, 5], [1.0, 2.5], size, slots, 3)
+def test_a_micro_batch_does_not_depend_on_earlier_ones(count: int, size: int, per_step: int, chance) -> None:
+    order = CorpusOrder([count, 5], [1.0, 2.5], size, per_step, 3)
     in_turn = [read_by(order, range(n, n + 1)) for n in range(20)]
-    asked = list(range(20))
-    chance.shuffle(asked)
-    assert all(read_by(order, range(n, n + 1)) == in_turn[n] for n in asked)
+    shuffled = list(range(20))
+    chance.shuffle(shuffled)
+    assert all(read_by(order, range(n, n + 1)) == in_turn[n] for n in shuffled)
 
 
-def test_the_split_of_slots_into_steps_does_not_change_their_row() -> None:
-    one, four = (CorpusOrder([59], [1.0], 3, slots, seed=5) for slots in (1, 4))
+def test_the_division_into_steps_does_not_change_the_row() -> None:
+    one, four = (CorpusOrder([59], [1.0], 3, per_step, seed=5) for per_step in (1, 4))
     assert read_by(one, range(80)) == read_by(four, range(80))
 
 
@@ -81,8 +85,8 @@ def test_weights_are_respected_in_every_stretch(weights: tuple[float, ...]) -> N
     shares /= shares.sum()
     for first in (0, 777):
         sources = np.array([s for s, _, _ in read_by(order, range(first, first + 400))])
-        found = np.bincount(sources, minlength=3) / len(sources)
-        assert abs(found - shares).max() < 0.001
+        actual = np.bincount(sources, minlength=3) / len(sources)
+        assert abs(actual - shares).max() < 0.001
 
 
 def test_a_weight_that_is_no_integer_comes_out_even() -> None:
@@ -102,9 +106,9 @@ def test_a_weighted_source_is_read_evenly(sources: list[tuple[int, float]], seed
     order = CorpusOrder(counts, weights, 1, 1, seed)
     read = read_by(order, range(300))
     for source, count in enumerate(counts):
-        mine = [(window, turn) for s, window, turn in read if s == source]
-        for turn in range(len(mine) // count):
-            assert sorted(mine[turn * count : (turn + 1) * count]) == [(window, turn) for window in range(count)]
+        windows = [(window, epoch) for s, window, epoch in read if s == source]
+        for epoch in range(len(windows) // count):
+            assert sorted(windows[epoch * count : (epoch + 1) * count]) == [(window, epoch) for window in range(count)]
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -114,48 +118,48 @@ def test_epochs_and_seeds_differ() -> None:
     assert len({tuple(windows_of(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
-def test_steps_per_epoch_and_an_epoch_that_ends_inside_a_slot() -> None:
+def test_steps_per_epoch_and_an_epoch_that_ends_inside_a_micro_batch() -> None:
     order = CorpusOrder([10], [1.0], 4, micro_batches_per_step=2, seed=0)
     assert order.steps_per_epoch == 10 / 8
-    assert [turn for _, _, turn in read_by(order, range(3))] == [0] * 10 + [1] * 2
+    assert [epoch for _, _, epoch in read_by(order, range(3))] == [0] * 10 + [1] * 2
 
 
 def test_a_billion_windows_start_at_any_step_at_once() -> None:
-    began = time.perf_counter()
+    begin_time = time.perf_counter()
     order = CorpusOrder([700_000_000, 300_000_000], [1.0, 1.5], 32, 64, seed=1)
     reading = order.micro_batch(400_000, 63)
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - begin_time < 1
     assert len(set(zip(reading.source.tolist(), reading.window.tolist(), strict=True))) == 32
 
 
-def test_slots_are_shared_out() -> None:
+def test_micro_batches_are_divided_among_ranks() -> None:
     assert [list(rank_share(5, rank, 2)) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
 
 
-def slots_from(order: TaskOrder, first: int, count: int) -> list[np.ndarray]:
-    return [order.micro_batch(*divmod(number, order.slots)) for number in range(first, first + count)]
+def micro_batches_from(order: TaskOrder, first: int, count: int) -> list[np.ndarray]:
+    return [order.micro_batch(*divmod(number, order.micro_batches_per_step)) for number in range(first, first + count)]
 
 
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(1, 4), st.integers(0, 2**31))
-def test_task_slots_are_full_and_epochs_end_to_end(count: int, size: int, slots: int, seed: int) -> None:
-    order = TaskOrder(count, size, slots, seed)
-    read = slots_from(order, 0, -(-3 * count // size))
+def test_task_micro_batches_are_full_and_epochs_end_to_end(count: int, size: int, per_step: int, seed: int) -> None:
+    order = TaskOrder(count, size, per_step, seed)
+    read = micro_batches_from(order, 0, -(-3 * count // size))
     assert all(len(ids) == size for ids in read)
     row = np.concatenate(read)
     for epoch in range(3):
         assert sorted(row[epoch * count : (epoch + 1) * count]) == list(range(count))
-    assert order.steps_per_epoch == count / (size * slots)
+    assert order.steps_per_epoch == count / (size * per_step)
 
 
 @settings(max_examples=30)
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_a_task_slot_does_not_depend_on_what_was_asked_before(count: int, size: int, slots: int, chance) -> None:
-    order = TaskOrder(count, size, slots, 3)
-    in_turn = slots_from(order, 0, 20)
-    asked = list(range(20))
-    chance.shuffle(asked)
-    for number in asked:
-        assert order.micro_batch(*divmod(number, slots)).tolist() == in_turn[number].tolist()
+def test_a_micro_batch_of_a_task_does_not_depend_on_earlier_ones(count: int, size: int, per_step: int, chance) -> None:
+    order = TaskOrder(count, size, per_step, 3)
+    in_turn = micro_batches_from(order, 0, 20)
+    shuffled = list(range(20))
+    chance.shuffle(shuffled)
+    for number in shuffled:
+        assert order.micro_batch(*divmod(number, per_step)).tolist() == in_turn[number].tolist()
 
 
 def test_task_seeds_differ() -> None:

@@ -1,4 +1,4 @@
-"""Fingerprints tell weights apart, and the one that differs is named."""
+"""Hashes differ where weights differ, and the rank whose weights differ is named."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def weights(dtype: torch.dtype, *sizes: int) -> list[torch.Tensor]:
 
 
 @given(st.sampled_from(DTYPES), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
-def test_any_bit_that_flips_changes_it(dtype: torch.dtype, sizes: list[int], data: st.DataObject) -> None:
+def test_any_flipped_bit_changes_the_hash(dtype: torch.dtype, sizes: list[int], data: st.DataObject) -> None:
     before = weights(dtype, *sizes)
     after = [x.clone() for x in before]
     assert parameter_hash(after) == parameter_hash(before)
@@ -28,21 +28,21 @@ def test_any_bit_that_flips_changes_it(dtype: torch.dtype, sizes: list[int], dat
 
 
 @pytest.mark.parametrize("place", [0, CHUNK, 5 * CHUNK - 1])
-def test_in_tensors_of_many_chunks_too(place: int) -> None:
+def test_any_flipped_bit_changes_the_hash_of_many_chunks(place: int) -> None:
     (x,) = weights(torch.float32, 5 * CHUNK)
     before = parameter_hash([x])
     x.view(torch.int32)[place] ^= 1 << 31
     assert parameter_hash([x]) != before
 
 
-def test_places_count() -> None:
+def test_the_order_counts() -> None:
     a, b = weights(torch.float32, 6, 6)
     assert parameter_hash([a, b]) != parameter_hash([b, a])
     assert parameter_hash([a]) != parameter_hash([a.flip(0)])
     assert parameter_hash([torch.cat([a, b])]) != parameter_hash([torch.cat([b, a])])
 
 
-def test_where_the_weights_lie_does_not() -> None:
+def test_the_alignment_does_not_count() -> None:
     (a,) = weights(torch.float32, 8)
     shifted = torch.empty(9)[1:].copy_(a)
     assert shifted.data_ptr() % 8 != a.data_ptr() % 8
@@ -52,9 +52,9 @@ def test_where_the_weights_lie_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prints", "ranks"),
+    ("hashes", "ranks"),
     [([7], []), ([7, 7, 7], []), ([7, 8, 7, 7], [1]), ([7, 8], [0, 1]), ([7, 7, 8, 8], [0, 1, 2, 3])],
 )
-def test_who_dissents(prints: list[int], ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "all_gather", lambda own: prints)
+def test_divergent_ranks(hashes: list[int], ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "all_gather", lambda own: hashes)
     assert divergent_ranks([]) == ranks

@@ -1,4 +1,4 @@
-"""A rank that dies or hangs is found, named, and takes nobody's time."""
+"""A rank that dies or hangs is diagnosed and named, and nobody waits for it."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 import watchdog_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from watchdog_ranks import BOUND, Rank
+from watchdog_ranks import TIMEOUT, Rank
 
 from lad_dist.config.errors import EXIT_FAULT, EXIT_RUN_AGAIN, UserError
 from lad_dist.distributed import processes, watchdog
@@ -23,22 +23,22 @@ HOST = socket.gethostname()
 
 
 def await_end(ranks: list[Rank], seconds: float) -> list[int | None]:
-    """Exit codes, negative of a signal; None of whoever lives on."""
-    end = time.monotonic() + seconds
+    """Return the exit codes: negative after a signal, None of ranks that still live."""
+    deadline = time.monotonic() + seconds
     for rank in ranks:
-        rank.process.join(max(0.0, end - time.monotonic()))
+        rank.process.join(max(0.0, deadline - time.monotonic()))
     codes = [rank.process.exitcode for rank in ranks]
     for rank in ranks:
         rank.process.kill()
     return codes
 
 
-def named(rank: Rank) -> str:
+def full_name(rank: Rank) -> str:
     return f"rank {rank.number} on {HOST} (pid {rank.process.pid})"
 
 
 def lines(ranks: list[Rank]) -> list[str]:
-    return [line for rank in ranks for line in rank.said.splitlines()]
+    return [line for rank in ranks for line in rank.stderr.splitlines()]
 
 
 @pytest.mark.processes
@@ -50,7 +50,7 @@ def test_a_rank_that_is_killed_takes_the_others_along(
     victim: int, others: watchdog_ranks.Fault, tmp_path: Path
 ) -> None:
     faults = dict.fromkeys(range(3), others) | {victim: watchdog_ranks.sleep_forever}
-    ranks = watchdog_ranks.begin(tmp_path, faults, 3, hang_seconds=60.0)
+    ranks = watchdog_ranks.begin(tmp_path, faults, 3, timeout=60.0)
     for rank in ranks:
         rank.await_fault()
     time.sleep(0.2)
@@ -58,7 +58,7 @@ def test_a_rank_that_is_killed_takes_the_others_along(
     codes = await_end(ranks, seconds=5.0)
     assert codes == [-signal.SIGKILL if rank == victim else EXIT_FAULT for rank in range(3)]
     (line,) = lines(ranks)
-    assert line.startswith(f"{named(ranks[victim])} died")
+    assert line.startswith(f"{full_name(ranks[victim])} died")
 
 
 @pytest.mark.processes
@@ -68,10 +68,10 @@ def test_a_stopped_rank_is_named_and_killed(victim: int, tmp_path: Path) -> None
     for rank in ranks:
         rank.await_fault()
     os.kill(ranks[victim].process.pid or 0, signal.SIGSTOP)
-    codes = await_end(ranks, seconds=2 * BOUND + 4)
+    codes = await_end(ranks, seconds=2 * TIMEOUT + 4)
     assert codes == [-signal.SIGKILL if rank == victim else EXIT_RUN_AGAIN for rank in range(3)]
     (line,) = lines(ranks)
-    assert named(ranks[victim]) in line
+    assert full_name(ranks[victim]) in line
     assert all("sleep_forever" in rank.stacks for rank in ranks if rank.number != victim)
 
 
@@ -80,28 +80,28 @@ def test_a_rank_that_the_others_wait_for_is_named(tmp_path: Path) -> None:
     ranks = watchdog_ranks.begin(tmp_path, {1: watchdog_ranks.sleep_forever}, 3)
     assert await_end(ranks, seconds=60) == [EXIT_RUN_AGAIN] * 3
     (line,) = lines(ranks)
-    assert f"{named(ranks[1])} in step {watchdog_ranks.FAULTY_STEP}, forward, micro-batch 0" in line
-    assert not any(named(rank) in line for rank in (ranks[0], ranks[2]))
+    assert f"{full_name(ranks[1])} in step {watchdog_ranks.FAULTY_STEP}, forward, micro-batch 0" in line
+    assert not any(full_name(rank) in line for rank in (ranks[0], ranks[2]))
     assert "sleep_forever" in ranks[1].stacks
     assert all("all_reduce" in ranks[rank].stacks for rank in (0, 2))
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_so_is_one_that_holds_pythons_lock_and_leaves_its_stack(culprit: int, tmp_path: Path) -> None:
+def test_a_rank_that_holds_pythons_lock_is_named_and_leaves_a_stack(culprit: int, tmp_path: Path) -> None:
     ranks = watchdog_ranks.begin(tmp_path, {culprit: watchdog_ranks.wait_with_the_lock}, 2)
     codes = await_end(ranks, seconds=60)
     assert codes == [-signal.SIGKILL if rank == culprit else EXIT_RUN_AGAIN for rank in range(2)]
     (line,) = lines(ranks)
-    assert named(ranks[culprit]) in line
+    assert full_name(ranks[culprit]) in line
     assert "wait_with_the_lock" in ranks[culprit].stacks
 
 
 @pytest.mark.processes
-def test_a_process_alone_finds_that_it_hangs(tmp_path: Path) -> None:
+def test_a_single_process_reports_that_it_hangs(tmp_path: Path) -> None:
     (rank,) = watchdog_ranks.begin(tmp_path, {0: watchdog_ranks.sleep_forever}, 1)
     assert await_end([rank], seconds=60) == [EXIT_RUN_AGAIN]
-    assert named(rank) in rank.said
+    assert full_name(rank) in rank.stderr
     assert "sleep_forever" in rank.stacks
 
 
@@ -110,13 +110,13 @@ def test_a_disk_that_takes_no_stacks_hinders_nobody_from_ending(tmp_path: Path) 
     (tmp_path / "stacks").write_text("in the way")
     (rank,) = watchdog_ranks.begin(tmp_path, {0: watchdog_ranks.sleep_forever}, 1)
     assert await_end([rank], seconds=60) == [EXIT_RUN_AGAIN]
-    assert f"no progress for {watchdog_ranks.BOUND:.0f} s" in rank.said
-    assert "sleep_forever" in rank.said
+    assert f"no progress for {watchdog_ranks.TIMEOUT:.0f} s" in rank.stderr
+    assert "sleep_forever" in rank.stderr
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("fault", [watchdog_ranks.nothing, watchdog_ranks.be_slow])
-def test_nothing_is_said_of_a_rank_that_is_slow_or_done(fault: watchdog_ranks.Fault, tmp_path: Path) -> None:
+def test_a_slow_or_finished_rank_is_not_reported(fault: watchdog_ranks.Fault, tmp_path: Path) -> None:
     ranks = watchdog_ranks.begin(tmp_path, {1: fault}, 3)
     assert await_end(ranks, seconds=60) == [0, 0, 0]
     assert lines(ranks) == []
@@ -124,7 +124,7 @@ def test_nothing_is_said_of_a_rank_that_is_slow_or_done(fault: watchdog_ranks.Fa
 
 
 @pytest.mark.processes
-def test_nor_while_any_rank_is_paused(tmp_path: Path) -> None:
+def test_a_paused_rank_is_not_reported(tmp_path: Path) -> None:
     ranks = watchdog_ranks.begin(tmp_path, {1: watchdog_ranks.be_busy_with_something_else}, 2)
     assert await_end(ranks, seconds=60) == [0, 0]
     assert lines(ranks) == []
@@ -132,43 +132,43 @@ def test_nor_while_any_rank_is_paused(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_an_error_on_one_rank_is_told_by_the_others(culprit: int, tmp_path: Path) -> None:
-    ranks = watchdog_ranks.begin(tmp_path, {culprit: watchdog_ranks.raise_error}, 2, hang_seconds=60.0)
+def test_the_others_report_an_error_on_one_rank(culprit: int, tmp_path: Path) -> None:
+    ranks = watchdog_ranks.begin(tmp_path, {culprit: watchdog_ranks.raise_error}, 2, timeout=60.0)
     ranks[culprit].await_fault()
     assert await_end(ranks, seconds=5 + 1) == [EXIT_FAULT, EXIT_FAULT]
-    assert f"{named(ranks[culprit])} failed: RuntimeError: a device fell off" in ranks[1 - culprit].said
-    assert "raise_error" in ranks[culprit].said  # its traceback
+    assert f"{full_name(ranks[culprit])} failed: RuntimeError: a device fell off" in ranks[1 - culprit].stderr
+    assert "raise_error" in ranks[culprit].stderr  # its traceback
 
 
 @pytest.mark.processes
 def test_a_mistake_that_one_rank_alone_meets_ends_the_others_as_it_does(tmp_path: Path) -> None:
-    ranks = watchdog_ranks.begin(tmp_path, {1: watchdog_ranks.make_a_mistake}, 2, hang_seconds=60.0)
+    ranks = watchdog_ranks.begin(tmp_path, {1: watchdog_ranks.make_a_mistake}, 2, timeout=60.0)
     assert await_end(ranks, seconds=60)[0] == UserError.code
-    assert "data/train.csv: cannot be read" in ranks[0].said
+    assert "data/train.csv: cannot be read" in ranks[0].stderr
 
 
 @pytest.mark.processes
-def test_a_mistake_that_all_ranks_meet_is_each_ones_own(tmp_path: Path) -> None:
-    ranks = watchdog_ranks.begin(tmp_path, dict.fromkeys(range(3), watchdog_ranks.make_a_mistake), 3, hang_seconds=60.0)
+def test_a_mistake_of_all_ranks_is_reported_by_each(tmp_path: Path) -> None:
+    ranks = watchdog_ranks.begin(tmp_path, dict.fromkeys(range(3), watchdog_ranks.make_a_mistake), 3, timeout=60.0)
     assert await_end(ranks, seconds=60) == [1, 1, 1]  # an exception that nobody caught: not by os._exit
     assert not any("failed:" in line for line in lines(ranks))
 
 
 @pytest.mark.processes
-def test_a_segmentation_fault_leaves_its_stack(tmp_path: Path) -> None:
+def test_a_segmentation_fault_leaves_a_stack(tmp_path: Path) -> None:
     (rank,) = watchdog_ranks.begin(tmp_path, {0: watchdog_ranks.crash}, 1)
     assert await_end([rank], seconds=60) == [-signal.SIGSEGV]
-    assert "in crash" in rank.said
+    assert "in crash" in rank.stderr
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("speaks", [True, False])
-def test_a_host_that_is_gone_without_a_word_is_missed(speaks: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_host_that_is_gone_without_a_word_is_missed(sends: bool, tmp_path: Path) -> None:
     """In a network of its own, which is then taken down: nothing arrives any more, no end of a connection either."""
-    said = watchdog_ranks.miss_a_dead_host(tmp_path, speaks)
-    if said.startswith("no network"):
-        pytest.skip(said)
-    assert float(said) < 5
+    outcome = watchdog_ranks.miss_a_dead_host(tmp_path, sends)
+    if outcome.startswith("no network"):
+        pytest.skip(outcome)
+    assert float(outcome) < 5
 
 
 def test_a_stranger_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,21 +180,21 @@ def test_a_stranger_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     friend = socket.create_connection(server.getsockname())
     friend.sendall(b"right 00000001")
     with server:
-        links = _accept(server, "right")
+        connections = _accept(server, "right")
     friend.sendall(b'{"bye": true}\n')
     deadline = time.monotonic() + 5
     messages: list[dict[str, bool]] = []
     while not messages and time.monotonic() < deadline:
-        messages, stands = links[1].receive()
-    assert (list(links), messages, stands) == ([1], [{"bye": True}], True)
+        messages, stands = connections[1].receive()
+    assert (list(connections), messages, stands) == ([1], [{"bye": True}], True)
     assert all(stranger.recv(1) == b"" for stranger in strangers)
 
 
 def test_a_trial_of_a_search_is_not_watched(tmp_path: Path) -> None:
-    """It runs in a thread, and the process is not its own."""
+    """The trial runs in a thread, and must not end the process."""
 
     def trial() -> None:
-        with Watchdog(tmp_path / "stacks", hang_seconds=0.1, start_seconds=0.0):
+        with Watchdog(tmp_path / "stacks", timeout=0.1, start_timeout=0.0):
             time.sleep(0.5)
 
     thread = threading.Thread(target=trial)
@@ -203,11 +203,11 @@ def test_a_trial_of_a_search_is_not_watched(tmp_path: Path) -> None:
     assert not (tmp_path / "stacks").exists()
 
 
-def roster(world: int) -> ClusterState:
-    return ClusterState([Peer(f"node{rank}", 100 + rank, "") for rank in range(world)], now=0.0)
+def cluster(world_size: int) -> ClusterState:
+    return ClusterState([Peer(f"node{rank}", 100 + rank, "") for rank in range(world_size)], now=0.0)
 
 
-def at(number: int) -> ProgressMark:
+def mark(number: int) -> ProgressMark:
     return ProgressMark(number, 7, "forward", 0)
 
 
@@ -215,72 +215,72 @@ MARKS = st.lists(st.integers(0, 5), min_size=2, max_size=5)
 
 
 @given(MARKS, st.data())
-def test_who_made_least_progress_is_blamed_and_before_it_who_is_silent(numbers: list[int], data: st.DataObject) -> None:
-    world = len(numbers)
-    silent = data.draw(st.sets(st.integers(0, world - 1), max_size=world - 1))
-    ranks = roster(world)
+def test_silent_ranks_are_blamed_else_those_with_least_progress(numbers: list[int], data: st.DataObject) -> None:
+    world_size = len(numbers)
+    silent = data.draw(st.sets(st.integers(0, world_size - 1), max_size=world_size - 1))
+    state = cluster(world_size)
     for rank, number in enumerate(numbers):
-        ranks.on_heartbeat(rank, at(number), paused=False, now=1.0)
-    for rank in set(range(world)) - silent:
-        ranks.on_heartbeat(rank, at(numbers[rank]), paused=False, now=11.0)
-    assert ranks.diagnose_hang(10.9, bound=10.0, silence=5.0, known=range(world)) is None
-    found = ranks.diagnose_hang(11.1, bound=10.0, silence=5.0, known=range(world))
-    assert found is not None
-    assert found.ranks == (sorted(silent) or [rank for rank in range(world) if numbers[rank] == min(numbers)])
-    assert found.silent == sorted(silent)
+        state.on_heartbeat(rank, mark(number), paused=False, now=1.0)
+    for rank in set(range(world_size)) - silent:
+        state.on_heartbeat(rank, mark(numbers[rank]), paused=False, now=11.0)
+    assert state.diagnose_hang(10.9, timeout=10.0, silence=5.0, ranks=range(world_size)) is None
+    diagnosis = state.diagnose_hang(11.1, timeout=10.0, silence=5.0, ranks=range(world_size))
+    assert diagnosis is not None
+    assert diagnosis.ranks == (sorted(silent) or [rank for rank in range(world_size) if numbers[rank] == min(numbers)])
+    assert diagnosis.silent == sorted(silent)
 
 
 def test_any_progress_puts_it_off() -> None:
-    ranks = roster(2)
+    state = cluster(2)
     for second in range(20):
-        ranks.on_heartbeat(0, at(0), paused=False, now=second)
-        ranks.on_heartbeat(1, at(second), paused=False, now=second)
-        assert ranks.diagnose_hang(second + 0.5, bound=1.0, silence=5.0, known=(0, 1)) is None
+        state.on_heartbeat(0, mark(0), paused=False, now=second)
+        state.on_heartbeat(1, mark(second), paused=False, now=second)
+        assert state.diagnose_hang(second + 0.5, timeout=1.0, silence=5.0, ranks=(0, 1)) is None
 
 
 def test_who_left_is_not_blamed() -> None:
-    ranks = roster(3)
-    ranks.peers[1].left = True
+    state = cluster(3)
+    state.peers[1].left = True
     for rank in (0, 2):
-        ranks.on_heartbeat(rank, at(4), paused=False, now=10.0)
-    found = ranks.diagnose_hang(20.0, bound=5.0, silence=20.0, known=range(3))
-    assert found is not None
-    assert found.ranks == [0, 2]
+        state.on_heartbeat(rank, mark(4), paused=False, now=10.0)
+    diagnosis = state.diagnose_hang(20.0, timeout=5.0, silence=20.0, ranks=range(3))
+    assert diagnosis is not None
+    assert diagnosis.ranks == [0, 2]
 
 
 def test_a_process_that_was_itself_stopped_blames_nobody() -> None:
-    ranks = roster(2)
-    ranks.reset_timers(100.0)
-    assert ranks.diagnose_hang(104.0, bound=5.0, silence=1.0, known=(0, 1)) is None
+    state = cluster(2)
+    state.reset_timers(100.0)
+    assert state.diagnose_hang(104.0, timeout=5.0, silence=1.0, ranks=(0, 1)) is None
 
 
 def test_the_first_that_failed_is_named_after_the_grace() -> None:
-    ranks = roster(3)
-    ranks.on_failure(2, Failure("RuntimeError: it", 1), now=10.0)
-    ranks.on_failure(1, Failure("RuntimeError: connection closed by peer", 1), now=10.1)
-    assert ranks.diagnose_failure(10.0 + GRACE - 0.1) is None
-    found = ranks.diagnose_failure(10.0 + GRACE)
-    assert found is not None
-    assert (found.ranks, found.code) == ([2], 1)
-    assert "node2" in found.line
-    assert "RuntimeError: it" in found.line
+    state = cluster(3)
+    state.on_failure(2, Failure("RuntimeError: it", 1), now=10.0)
+    state.on_failure(1, Failure("RuntimeError: connection closed by peer", 1), now=10.1)
+    assert state.diagnose_failure(10.0 + GRACE - 0.1) is None
+    diagnosis = state.diagnose_failure(10.0 + GRACE)
+    assert diagnosis is not None
+    assert (diagnosis.ranks, diagnosis.code) == ([2], 1)
+    assert "node2" in diagnosis.line
+    assert "RuntimeError: it" in diagnosis.line
 
 
 @pytest.mark.parametrize(
-    ("steps", "bound"),
+    ("steps", "timeout"),
     [([], 600.0), ([1.0, 1.0], 600.0), ([1.0, 1.0, 1.0], 60.0), ([7.0, 7.0, 500.0], 70.0), ([7.0] * 100, 70.0)],
 )
-def test_a_hang_is_ten_median_steps(steps: list[float], bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_is_ten_median_steps(steps: list[float], timeout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
-    watch = Watchdog(Path("stacks"), hang_seconds=60.0)
+    hangs = Watchdog(Path("stacks"), timeout=60.0)
     for step, seconds in enumerate([*steps, 0.0]):
-        for slot in range(3):
-            watch.mark(step, "forward", slot)
+        for micro_batch in range(3):
+            hangs.mark(step, "forward", micro_batch)
         now[0] += seconds
-    assert watch._bound() == bound
+    assert hangs._current_timeout() == timeout
 
 
 def test_deaths_are_seen_where_hangs_are_not_looked_for() -> None:
-    assert Watchdog(Path("stacks"), hang_seconds=0.0)._bound() == float("inf")
+    assert Watchdog(Path("stacks"), timeout=0.0)._current_timeout() == float("inf")
     assert processes.world_size() == 1

@@ -1,4 +1,4 @@
-"""An evaluation sees every example once, in order, on any number of processes, and says the same as the run did."""
+"""An evaluation sees every example once, in order, on any number of processes, and agrees with the run's scores."""
 
 import json
 from pathlib import Path
@@ -45,19 +45,19 @@ def test_every_batch_counts_once_and_all_processes_make_as_many(world_size: int,
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_predictions_come_in_order(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes are played one after the other; what they hand in is gathered when the last one has."""
+    """Simulate the processes one after the other; the last one gathers what all have contributed."""
 
     def forward(batch: Batch) -> torch.Tensor:
         return batch.labels[:, None].double()
 
-    handed: list[Any] = []
+    contributions: list[Any] = []
     monkeypatch.setattr(processes, "world_size", lambda: world_size)
 
     def gather(value: Any) -> list[Any]:
-        handed.append(value)
-        if len(handed) < world_size:
+        contributions.append(value)
+        if len(contributions) < world_size:
             raise InterruptedError
-        return handed
+        return contributions
 
     monkeypatch.setattr(processes, "all_gather", gather)
     for rank in range(world_size):
@@ -65,58 +65,58 @@ def test_predictions_come_in_order(world_size: int, monkeypatch: pytest.MonkeyPa
         if rank < world_size - 1:
             with pytest.raises(InterruptedError):
                 evaluate.predict(forward, batches(4))
-    found = evaluate.predict(forward, batches(4))
+    predictions = evaluate.predict(forward, batches(4))
     expected = [100 * n + k for n in range(4) for k in range(n + 1)]
-    assert found.logits[:, 0].tolist() == expected
+    assert predictions.logits[:, 0].tolist() == expected
 
 
 def test_mean_terms_is_the_mean_over_batches() -> None:
-    found = evaluate.mean_terms(lambda batch: {"size": torch.tensor(float(len(batch.lengths)))}, batches(4))
-    assert found == {"size": pytest.approx(2.5)}
+    means = evaluate.mean_terms(lambda batch: {"size": torch.tensor(float(len(batch.lengths)))}, batches(4))
+    assert means == {"size": pytest.approx(2.5)}
     assert evaluate.mean_terms(lambda batch: {}, []) == {}
 
 
-def test_scores_of_a_second_dev_set_carry_its_name(world: World) -> None:
+def test_scores_of_a_second_dev_set_carry_the_name_of_the_set(world: World) -> None:
     texts = {
         name: Texts([toy.sentence(0), toy.sentence(1)], None, np.array(labels))
         for name, labels in (("dev", [0, 0]), ("dev_mismatched", [0, 1]))
     }
     task = Task("mnli", "classification", ("a", "b"), ("accuracy",), texts["dev"], texts)
-    words, data = load_tokenizer(world.tokenizer), TaskDataConfig(task="mnli")
-    dev = {name: tokenize(task, raw, words, data, name) for name, raw in texts.items()}
-    seen = dict.fromkeys(dev, Predictions(np.array([[1.0, 0.0], [1.0, 0.0]]), 1.0))
-    assert evaluate.task_scores(dev, seen) == {"accuracy": 1.0, "accuracy_mismatched": 0.5}
+    tokenizer, data = load_tokenizer(world.tokenizer), TaskDataConfig(task="mnli")
+    dev = {name: tokenize(task, raw, tokenizer, data, name) for name, raw in texts.items()}
+    predictions = dict.fromkeys(dev, Predictions(np.array([[1.0, 0.0], [1.0, 0.0]]), 1.0))
+    assert evaluate.task_scores(dev, predictions) == {"accuracy": 1.0, "accuracy_mismatched": 0.5}
 
 
-def tables(world: World, model: Path, **more: Any) -> EvaluateConfig:
+def evaluate_config(world: World, model: Path, **options: Any) -> EvaluateConfig:
     data = {**world.files, "max_length": 32}
-    return parse_config(EvaluateConfig, {"model": {"path": str(model)}, "data": data, **more}, "toy")
+    return parse_config(EvaluateConfig, {"model": {"path": str(model)}, "data": data, **options}, "toy")
 
 
-def test_an_export_scores_what_its_run_said(world: World, tmp_path: Path) -> None:
+def test_an_export_scores_what_the_run_reported(world: World, tmp_path: Path) -> None:
     config = toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained), {"run.steps": 3})
     run = train(config)
     assert run.results is not None
     out = tmp_path / "deep" / "result.json"
-    more = {"teacher": {"path": str(world.teacher)}, "out": str(out)}
-    found = evaluate.evaluate(tables(world, run.folder / "export", **more))
-    assert json.loads(out.read_text()) == found
+    options = {"teacher": {"path": str(world.teacher)}, "out": str(out)}
+    scores = evaluate.evaluate(evaluate_config(world, run.folder / "export", **options))
+    assert json.loads(out.read_text()) == scores
     for name in ("accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty"):
-        assert found["model"][name] == pytest.approx(run.results["metrics"][name], abs=1e-6)
-    assert found["model"]["parameters"] == run.results["student"]["parameters"]
-    assert found["teacher"]["accuracy"] == run.results["teacher"]["accuracy"]
-    assert found["teacher"]["path"] == str(world.teacher)
-    assert found["model"]["speedup"] > 0
+        assert scores["model"][name] == pytest.approx(run.results["metrics"][name], abs=1e-6)
+    assert scores["model"]["parameters"] == run.results["student"]["parameters"]
+    assert scores["teacher"]["accuracy"] == run.results["teacher"]["accuracy"]
+    assert scores["teacher"]["path"] == str(world.teacher)
+    assert scores["model"]["speedup"] > 0
 
 
 def test_a_model_is_loyal_to_itself(world: World) -> None:
-    found = evaluate.evaluate(tables(world, world.teacher, teacher={"path": str(world.teacher)}))
-    assert found["model"]["label_loyalty"] == 1
-    assert found["model"]["probability_loyalty"] == pytest.approx(1, abs=1e-3)
-    assert found["model"]["accuracy"] == found["teacher"]["accuracy"]
+    scores = evaluate.evaluate(evaluate_config(world, world.teacher, teacher={"path": str(world.teacher)}))
+    assert scores["model"]["label_loyalty"] == 1
+    assert scores["model"]["probability_loyalty"] == pytest.approx(1, abs=1e-3)
+    assert scores["model"]["accuracy"] == scores["teacher"]["accuracy"]
 
 
-def test_without_a_teacher_there_is_no_loyalty(world: World) -> None:
-    found = evaluate.evaluate(tables(world, world.teacher))
-    assert set(found) == {"model"}
-    assert set(found["model"]) == {"path", "parameters", "accuracy", "f1", "matthews"}
+def test_without_a_teacher_no_loyalty_is_measured(world: World) -> None:
+    scores = evaluate.evaluate(evaluate_config(world, world.teacher))
+    assert set(scores) == {"model"}
+    assert set(scores["model"]) == {"path", "parameters", "accuracy", "f1", "matthews"}

@@ -1,4 +1,4 @@
-"""What launch/ledger.py finds of a run, and where it writes it."""
+"""What launch/measure_latency.py measures of a run, and where it writes the results."""
 
 import json
 import os
@@ -27,10 +27,10 @@ from lad_dist.runs.model_card import latency_remarks, model_card
 
 
 def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda student: student) -> Path:
-    """A run folder as train() leaves it: two of the teacher's layers after `change`, nothing learnt."""
-    tables = toy.task_config(folder, world.files, world.teacher, world.teacher, objective={"name": "kd"})
-    config = toy.parsed(tables, {"data.micro_batches_per_step": 1})
-    student = change(keep_layers(loading.load_model(str(world.teacher), "classification", whole=True), [2, 4]))
+    """Write a run folder as train() does: two of the teacher's layers after `change`, nothing learnt."""
+    options = toy.task_config(folder, world.files, world.teacher, world.teacher, objective={"name": "kd"})
+    config = toy.parsed(options, {"data.micro_batches_per_step": 1})
+    student = change(keep_layers(loading.load_model(str(world.teacher), "classification", require_head=True), [2, 4]))
     batch = toy.batch([16] * 4)
     size, packed = footprint.footprint(student, batch), compact.pack(student)
     export = config.run.folder / "export"
@@ -41,7 +41,7 @@ def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda s
         "command": "python train.py",
         "config": config.model_dump(mode="json", exclude_none=True),
         "metrics": {"accuracy": 0.5},
-        "student": {**size, **footprint.table_on_disk(export)},
+        "student": {**size, **footprint.bytes_table(export)},
         "teacher": {},
         "steps": 8,
         "seconds": 1.0,
@@ -62,65 +62,65 @@ def results_in(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("quick")
-def test_all_forms_of_a_run_beside_its_teacher(world: World, tmp_path: Path, capsys: Any) -> None:
+def test_all_forms_of_a_run_and_the_teacher(world: World, tmp_path: Path, capsys: Any) -> None:
     folder = complete(world, tmp_path)
     before = results_in(folder)
-    assert run_script("ledger.py", str(folder), "--int8", "--rounds", "2") == 0
+    assert run_script("measure_latency.py", str(folder), "--int8", "--rounds", "2") == 0
     after = results_in(folder)
-    found = after.pop("ledger")
+    table = after.pop("latency")
     assert after == {**before, "student": after["student"]}
     forms, shapes = ["teacher", "student", "onnx", "onnx int8"], [(1, 64), (3, 64)]  # toy models have 64 positions
-    assert [(x["form"], x["batch"], x["length"]) for x in found["timings"] if x["device"] == "cpu"] == [
+    assert [(x["form"], x["batch"], x["length"]) for x in table["timings"] if x["device"] == "cpu"] == [
         (form, *shape) for shape in shapes for form in forms
     ]
-    assert all(x["seconds"] > 0 and x["rounds"] == 2 for x in found["timings"])
-    assert found["threads"] == torch.get_num_threads()
+    assert all(x["seconds"] > 0 and x["rounds"] == 2 for x in table["timings"])
+    assert table["threads"] == torch.get_num_threads()
     export = folder / "export"
-    for table in (after["student"], found["student"]):
-        assert table["bytes/onnx int8"] == (export / "onnx" / "model.int8.onnx").stat().st_size
-        assert table["bytes/safetensors"] == (export / "model.safetensors").stat().st_size
-    assert found["student"]["parameters"] == before["student"]["parameters"] < found["teacher"]["parameters"]
-    assert found["teacher"]["bytes/safetensors"] == (world.teacher / "model.safetensors").stat().st_size
-    exact, whole = found["quality"]["onnx"], found["quality"]["onnx int8"]
-    assert exact["agreement"]["label_loyalty"] == 1.0
-    assert exact["agreement"]["probability_loyalty"] > 0.999
-    assert 0.5 <= whole["agreement"]["label_loyalty"] <= 1.0
-    assert set(exact["metrics"]) == {"accuracy", "f1", "matthews"}
-    said, text = capsys.readouterr().out, (export / "README.md").read_text()
+    for sizes in (after["student"], table["student"]):
+        assert sizes["bytes/onnx int8"] == (export / "onnx" / "model.int8.onnx").stat().st_size
+        assert sizes["bytes/safetensors"] == (export / "model.safetensors").stat().st_size
+    assert table["student"]["parameters"] == before["student"]["parameters"] < table["teacher"]["parameters"]
+    assert table["teacher"]["bytes/safetensors"] == (world.teacher / "model.safetensors").stat().st_size
+    fp32, int8 = table["quality"]["onnx"], table["quality"]["onnx int8"]
+    assert fp32["loyalty"]["label_loyalty"] == 1.0
+    assert fp32["loyalty"]["probability_loyalty"] > 0.999
+    assert 0.5 <= int8["loyalty"]["label_loyalty"] <= 1.0
+    assert set(fp32["metrics"]) == {"accuracy", "f1", "matthews"}
+    printed, text = capsys.readouterr().out, (export / "README.md").read_text()
     for form in forms:
         assert f"| {form} | cpu | " in text
-        assert f"│ {form} " in said
+        assert f"│ {form} " in printed
     assert "## How small" in text
     assert "## How fast" in text
-    assert f"/launch/ledger.py {folder} --int8 --rounds 2\n" in text
+    assert f"/launch/measure_latency.py {folder} --int8 --rounds 2\n" in text
     assert "onnx int8 on the dev set: accuracy " in text
-    assert "onnx int8 on the dev set: accuracy " in said
+    assert "onnx int8 on the dev set: accuracy " in printed
     assert not list(folder.rglob("*.draft"))
-    again = latency.measure(LatencyRequest(folder, rounds=1))
-    assert {x["form"] for x in again["timings"]} == {"teacher", "student"}
+    without_onnx = latency.measure(LatencyRequest(folder, rounds=1))
+    assert {x["form"] for x in without_onnx["timings"]} == {"teacher", "student"}
     assert results_in(folder)["student"] == after["student"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, real = [], interleaved_timing.interleaved
+    parameters, real = [], interleaved_timing.time_interleaved
 
-    def interleaved(forms: Any, *rest: Any) -> list[interleaved_timing.Timing]:
-        measured.extend(count_parameters(form.func) for form in forms.values())
+    def time_interleaved(forms: Any, *rest: Any) -> list[interleaved_timing.Timing]:
+        parameters.extend(count_parameters(form.func) for form in forms.values())
         return real(forms, *rest)
 
-    monkeypatch.setattr(interleaved_timing, "interleaved", interleaved)
+    monkeypatch.setattr(interleaved_timing, "time_interleaved", time_interleaved)
     folder = complete(world, tmp_path, lambda student: low_rank(student, keep=0.3))
-    found = latency.measure(LatencyRequest(folder, rounds=1))
-    assert found["student"]["stored"] == results_in(folder)["student"]["stored"] < found["student"]["parameters"]
-    assert set(measured) == {found["teacher"]["stored"], found["student"]["stored"]}
+    table = latency.measure(LatencyRequest(folder, rounds=1))
+    assert table["student"]["stored"] == results_in(folder)["student"]["stored"] < table["student"]["parameters"]
+    assert set(parameters) == {table["teacher"]["stored"], table["student"]["stored"]}
     text = (folder / "export" / "README.md").read_text()
-    saved = 1 - found["student"]["stored"] / found["student"]["parameters"]
-    assert f"* Low rank saves {saved:.0%} of its weights, and their products: smaller and faster." in text
+    saved = 1 - table["student"]["stored"] / table["student"]["parameters"]
+    assert f"* Low rank saves {saved:.0%} of the weights, and their products: smaller and faster." in text
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_is_smaller_and_not_faster_is_said(world: World, tmp_path: Path) -> None:
+def test_the_card_names_what_is_smaller_and_not_faster(world: World, tmp_path: Path) -> None:
     def halved(student: Any) -> Any:
         with torch.no_grad():
             for layer in encoder_layers(student):
@@ -128,14 +128,14 @@ def test_what_is_smaller_and_not_faster_is_said(world: World, tmp_path: Path) ->
         return student
 
     folder = complete(world, tmp_path, halved)
-    assert "of its weights are zero" in model_card(results_in(folder))
-    found = latency.measure(LatencyRequest(folder, rounds=1))
+    assert "of the weights are zero" in model_card(results_in(folder))
+    table = latency.measure(LatencyRequest(folder, rounds=1))
     new = 2 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32 + 2 + 32  # biases and the padding's embedding are 0 in a new model
-    assert found["student"]["stored"] - found["student"]["nonzero"] == 2 * 32 * 32 + new
-    share = 1 - found["student"]["nonzero"] / found["student"]["stored"]
-    (line,) = [line for line in latency_remarks(found["student"], found) if "zero" in line]
+    assert table["student"]["stored"] - table["student"]["nonzero"] == 2 * 32 * 32 + new
+    share = 1 - table["student"]["nonzero"] / table["student"]["stored"]
+    (line,) = [line for line in latency_remarks(table["student"], table) if "zero" in line]
     assert line == (
-        f"{share:.0%} of its weights are zero. That makes a file smaller and nothing faster: with zeros in it a "
+        f"{share:.0%} of the weights are zero. That makes a file smaller and nothing faster: with zeros in it a "
         "product takes as long."
     )
 
@@ -144,9 +144,9 @@ def timing(form: str, seconds: float, batch: int = 1) -> dict[str, Any]:
     return {"form": form, "device": "cpu", "batch": batch, "length": 128, "seconds": seconds}
 
 
-def test_what_its_arithmetic_promises_is_held_against_what_is_measured() -> None:
+def test_the_promise_of_the_flops_is_compared_with_the_latency() -> None:
     plain = {"parameters": 100, "stored": 100, "nonzero": 100}
-    found = {
+    table = {
         "teacher": {**plain, footprint.FLOPS: 4e6},
         "student": {**plain, footprint.FLOPS: 1e6},
         "timings": [
@@ -157,7 +157,7 @@ def test_what_its_arithmetic_promises_is_held_against_what_is_measured() -> None
         ],
         "quality": {},
     }
-    assert latency_remarks(found["student"], found) == [  # type: ignore[arg-type]
+    assert latency_remarks(table["student"], table) == [  # type: ignore[arg-type]
         "It has 1/4.00 of the teacher's FLOPs per token and runs 1.50 to 4.00 times as fast; not all that is saved on "
         "paper is saved in time.",
         "int8 is smaller than fp32 and not faster at 32 x 128 (0.50x).",
@@ -189,9 +189,9 @@ def another_family(folder: Path) -> None:
 
 
 def data_gone(folder: Path) -> None:
-    found = results_in(folder)
-    found["config"]["data"]["dev"] = str(folder / "gone.csv")
-    (folder / "results.json").write_text(json.dumps(found))
+    results = results_in(folder)
+    results["config"]["data"]["dev"] = str(folder / "gone.csv")
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 def nothing(folder: Path) -> None:
@@ -200,25 +200,25 @@ def nothing(folder: Path) -> None:
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
-    ("damage", "words", "said"),
+    ("damage", "arguments", "message"),
     [
-        (no_results, (), "no complete run there, which would have a results.json"),
+        (no_results, (), "holds no complete run: it lacks results.json"),
         (of_a_search, (), "results.json: of no run, or damaged (no config in it); name the folder of one run"),
         (cut_results, (), "results.json: damaged ("),
-        (no_export, (), "export: no such folder; a run that is complete has its student there"),
-        (cut_weights, (), "model.safetensors: no weights can be read there"),
+        (no_export, (), "export: no such folder; a complete run exports the student to it"),
+        (cut_weights, (), "model.safetensors: cannot read weights"),
         (another_family, (), "export: the family t5 is not supported"),
         (data_gone, ("--onnx",), "gone.csv"),
         (nothing, ("--teacher", "gone"), "gone: "),
-        (nothing, ("--rounds", "0"), "ledger: --rounds 0: at least 1"),
-        (nothing, ("--rounds", "x"), "ledger: argument --rounds: invalid int value"),
-        (nothing, ("--int4",), "ledger: unrecognized arguments: --int4; see --help"),
+        (nothing, ("--rounds", "0"), "measure_latency: --rounds 0: at least 1"),
+        (nothing, ("--rounds", "x"), "measure_latency: argument --rounds: invalid int value"),
+        (nothing, ("--int4",), "measure_latency: unrecognized arguments: --int4; see --help"),
     ],
 )
 def test_mistakes(
     damage: Callable[[Path], None],
-    words: tuple[str, ...],
-    said: str,
+    arguments: tuple[str, ...],
+    message: str,
     finished: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -226,12 +226,12 @@ def test_mistakes(
     folder = shutil.copytree(finished, tmp_path / "run")
     damage(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert run_script("ledger.py", str(folder), *words) == 2
-    seen = capsys.readouterr()
-    assert seen.out == ""
-    assert len(seen.err.splitlines()) == 1
-    assert seen.err.startswith("error: ")
-    assert said in seen.err
+    assert run_script("measure_latency.py", str(folder), *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

@@ -22,8 +22,17 @@ from torch import nn
 
 from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
-from lad_dist.evaluation import evaluate
-from lad_dist.evaluation.mask_analysis import RunMasks, group, overlap, read, report, shuffle_test, shuffled, sparsity
+from lad_dist.evaluation import mask_analysis
+from lad_dist.evaluation.mask_analysis import (
+    RunMasks,
+    load_run_masks,
+    overlap,
+    report,
+    shuffle_masks,
+    shuffle_test,
+    sparsity,
+    weight_group,
+)
 from lad_dist.models import loading
 from lad_dist.training.train import train
 
@@ -32,47 +41,49 @@ ADAPT = PRUNE | {"criterion": "adapting"}
 
 
 def mask(*rows: str) -> NDArray[np.bool_]:
-    """Of rows of 1 for what stays and 0 for what goes."""
+    """Build a mask from rows of 1 for weights that stay and 0 for pruned ones."""
     return np.array([[letter == "1" for letter in row] for row in rows])
 
 
 QUERY, KEY = "bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.1.attention.self.key.weight"
-WORDS = "bert.embeddings.word_embeddings.weight"
+EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
 def test_sparsity_by_layer_and_component() -> None:
-    kept = {QUERY: mask("1100", "0000"), KEY: mask("11", "01"), WORDS: mask("1111")}
-    assert sparsity(kept) == {(1, "query"): (6, 8), (2, "key"): (1, 4), (None, "embeddings"): (0, 4)}
+    keep_masks = {QUERY: mask("1100", "0000"), KEY: mask("11", "01"), EMBEDDINGS: mask("1111")}
+    assert sparsity(keep_masks) == {(1, "query"): (6, 8), (2, "key"): (1, 4), (None, "embeddings"): (0, 4)}
 
 
 @pytest.mark.parametrize("family", toy_families.SIZES)
-def test_every_matrix_has_its_component(family: str) -> None:
-    """In every family's words; of layers, none is left over."""
+def test_every_matrix_belongs_to_a_component(family: str) -> None:
+    """In every family; no matrix of a layer is left over."""
     architecture = toy_families.architecture(family, pad_token_id=1)
-    model = loading.create_model(architecture, "classification", vocabulary=300, labels=toy.LABELS)
-    places: dict[Any, list[int]] = {}
+    model = loading.create_model(architecture, "classification", vocab_size=300, labels=toy.LABELS)
+    groups: dict[Any, list[int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            places.setdefault(group(f"{name}.weight"), []).append(module.weight.numel())
+            groups.setdefault(weight_group(f"{name}.weight"), []).append(module.weight.numel())
     layers = 1 if family == "albert" else 4
-    assert {layer for layer, _ in places} == {None, *range(1, layers + 1)}
-    whole = {"attention output", "FFN in", "FFN out"}
-    whole |= {"query, key, value"} if family == "modernbert" else {"query", "key", "value"}
+    assert {layer for layer, _ in groups} == {None, *range(1, layers + 1)}
+    components = {"attention output", "FFN in", "FFN out"}
+    components |= {"query, key, value"} if family == "modernbert" else {"query", "key", "value"}
     for layer in range(1, layers + 1):
-        assert {component for place, component in places if place == layer} == whole
-    assert max(places[None, "embeddings"]) == 300 * (16 if family in ("albert", "electra") else 32)
+        assert {component for group_layer, component in groups if group_layer == layer} == components
+    assert max(groups[None, "embeddings"]) == 300 * (16 if family in ("albert", "electra") else 32)
 
 
 def test_overlap_by_hand() -> None:
-    """Of 8 weights 4 and 4 stay, 2 of them in both: 2 of 6; by chance 2, so no deviation. A second matrix that only one
-    of them has changes nothing."""
+    """Of 8 weights 4 and 4 stay, 2 of them in both: 2 of 6; by chance 2, so no deviation.
+
+    A second matrix that only one mask has changes nothing.
+    """
     one, other = {QUERY: mask("11110000"), KEY: mask("10")}, {QUERY: mask("11001100")}
-    found = overlap(one, other)
-    assert found.jaccard == pytest.approx(2 / 6)
-    assert found.expected == pytest.approx(2 / 6)
-    assert found.deviations == 0
+    result = overlap(one, other)
+    assert result.jaccard == pytest.approx(2 / 6)
+    assert result.expected == pytest.approx(2 / 6)
+    assert result.deviations == 0
     variance = 4 * 4 * 4 * 4 / (64 * 7)
-    assert found.sd == pytest.approx(8 / 36 * math.sqrt(variance))
+    assert result.sd == pytest.approx(8 / 36 * math.sqrt(variance))
     same = overlap(one, one)
     assert same.jaccard == 1
     assert same.deviations == pytest.approx((5 - 2.5) / math.sqrt(variance + 1 / 4))
@@ -91,161 +102,168 @@ def test_chance_is_what_all_masks_of_these_sizes_are(sizes: list[tuple[int, int,
     sizes = [(n, min(a, n), min(b, n)) for n, a, b in sizes]
     shared = [0]
     for n, a, b in sizes:
-        first = set(range(a))  # of one of them the places may be any, by symmetry
+        first = set(range(a))  # by symmetry the places of one mask may be any
         counts = [len(first & set(second)) for second in itertools.combinations(range(n), b)]
         shared = [left + right for left in shared for right in counts]
     first = {str(i): mask("1" * a + "0" * (n - a)) for i, (n, a, _) in enumerate(sizes)}
     second = {str(i): mask("1" * b + "0" * (n - b)) for i, (n, _, b) in enumerate(sizes)}
-    found, total = overlap(first, second), sum(a + b for _, a, b in sizes)
+    result, total = overlap(first, second), sum(a + b for _, a, b in sizes)
     both = sum(min(a, b) for _, a, b in sizes)
     if np.var(shared) == 0:
-        assert found.deviations is None
+        assert result.deviations is None
         return
-    assert found.deviations == pytest.approx((both - np.mean(shared)) / np.std(shared))
-    assert found.expected == pytest.approx(np.mean(shared) / (total - np.mean(shared)))
-    assert found.sd == pytest.approx(total / (total - np.mean(shared)) ** 2 * np.std(shared))
+    assert result.deviations == pytest.approx((both - np.mean(shared)) / np.std(shared))
+    assert result.expected == pytest.approx(np.mean(shared) / (total - np.mean(shared)))
+    assert result.sd == pytest.approx(total / (total - np.mean(shared)) ** 2 * np.std(shared))
 
 
 def test_the_jaccard_index_of_random_masks_is_as_expected() -> None:
     """Mean and sd over many draws, of two matrices of different sparsity."""
     random = np.random.default_rng(0)
 
-    def drawn(shares: tuple[float, float]) -> dict[str, NDArray[np.bool_]]:
+    def draw(shares: tuple[float, float]) -> dict[str, NDArray[np.bool_]]:
         return {
             name: random.permutation(np.arange(size) < round(share * size))[None]
             for (name, size), share in zip((("a", 2000), ("b", 500)), shares, strict=True)
         }
 
-    found = [overlap(drawn((0.3, 0.8)), drawn((0.5, 0.1))) for _ in range(400)]
-    values = np.array([each.jaccard for each in found])
-    assert len({each.expected for each in found}) == 1
-    assert abs(values.mean() - found[0].expected) < 5 * found[0].sd / math.sqrt(len(values)) + 1e-4
-    assert values.std() == pytest.approx(found[0].sd, rel=0.2)
+    overlaps = [overlap(draw((0.3, 0.8)), draw((0.5, 0.1))) for _ in range(400)]
+    values = np.array([one.jaccard for one in overlaps])
+    assert len({one.expected for one in overlaps}) == 1
+    assert abs(values.mean() - overlaps[0].expected) < 5 * overlaps[0].sd / math.sqrt(len(values)) + 1e-4
+    assert values.std() == pytest.approx(overlaps[0].sd, rel=0.2)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31), st.integers(0, 9))
-def test_shuffling_keeps_how_many_stay_in_each_matrix(rows: int, columns: int, seed: int, key: int) -> None:
+def test_shuffling_preserves_the_counts_of_each_matrix(rows: int, columns: int, seed: int, key: int) -> None:
     random = np.random.default_rng(seed)
-    kept = {name: random.random((rows, columns)) < 0.5 for name in (QUERY, KEY)}
-    found = shuffled(kept, key)
-    again = shuffled(dict(reversed(kept.items())), key)
-    for name, value in kept.items():
-        assert found[name].shape == value.shape
-        assert found[name].sum() == value.sum()
-        assert np.array_equal(found[name], again[name])
+    keep_masks = {name: random.random((rows, columns)) < 0.5 for name in (QUERY, KEY)}
+    shuffled = shuffle_masks(keep_masks, key)
+    reordered = shuffle_masks(dict(reversed(keep_masks.items())), key)
+    for name, value in keep_masks.items():
+        assert shuffled[name].shape == value.shape
+        assert shuffled[name].sum() == value.sum()
+        assert np.array_equal(shuffled[name], reordered[name])
 
 
-def test_shuffling_moves_them() -> None:
-    kept = {QUERY: np.arange(400).reshape(20, 20) < 200, KEY: np.arange(400).reshape(20, 20) < 200}
-    one, other = shuffled(kept, 0), shuffled(kept, 1)
+def test_shuffling_moves_the_weights() -> None:
+    keep_masks = {QUERY: np.arange(400).reshape(20, 20) < 200, KEY: np.arange(400).reshape(20, 20) < 200}
+    one, other = shuffle_masks(keep_masks, 0), shuffle_masks(keep_masks, 1)
     assert not np.array_equal(one[QUERY], one[KEY])
     assert not np.array_equal(one[QUERY], other[QUERY])
-    assert abs(overlap(kept, one).deviations or 0) < 5
+    assert abs(overlap(keep_masks, one).deviations or 0) < 5
 
 
 @pytest.fixture(scope="module")
 def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of two methods: one chooses among weights that stay as they are, the other's weights train, once as factors."""
-    work, found = tmp_path_factory.mktemp("runs"), {}
+    """Train runs of two methods.
+
+    One chooses among weights that do not change; the weights of the other train, once as factors.
+    """
+    work, folders = tmp_path_factory.mktemp("runs"), {}
     pairs = {"name": "low_rank", "keep": 0.5}
-    for name, surgeries in (("adapting", [ADAPT]), ("magnitude", [PRUNE]), ("factors", [pairs, PRUNE])):
-        tables = toy.task_config(work, world.files, world.teacher, world.teacher, surgery=surgeries)
-        found[name] = train(toy.parsed(tables, {"run.name": name, "run.steps": 2})).folder
-    return found
+    for name, compressions in (("adapting", [ADAPT]), ("magnitude", [PRUNE]), ("factors", [pairs, PRUNE])):
+        options = toy.task_config(work, world.files, world.teacher, world.teacher, compression=compressions)
+        folders[name] = train(toy.parsed(options, {"run.name": name, "run.steps": 2})).folder
+    return folders
 
 
 def test_masks_of_a_run(runs: dict[str, Path]) -> None:
-    """As bits, or as zeros of what was exported: they say the same where there are both."""
-    masks = read(runs["adapting"])
+    """As bits, or as zeros of the exported weights: an export with both has the same masks twice."""
+    masks = load_run_masks(runs["adapting"])
     assert masks.name == "adapting"
     for place in (runs["adapting"] / "export", runs["adapting"] / "export" / "mask.safetensors"):
-        assert read(place).kept.keys() == masks.kept.keys()
-        assert read(place).name == "adapting"
+        assert load_run_masks(place).keep_masks.keys() == masks.keep_masks.keys()
+        assert load_run_masks(place).name == "adapting"
     weights = load_file(runs["adapting"] / "export" / "model.safetensors")
-    for name, kept in masks.kept.items():
-        assert torch.equal(weights[name] != 0, torch.from_numpy(kept))
-    its = read(runs["magnitude"])
-    assert its.kept.keys() == masks.kept.keys()
-    for found in (masks, its):
-        counts = sparsity(found.kept).values()
-        assert sum(gone for gone, _ in counts) == pytest.approx(0.75 * sum(n for _, n in counts), abs=len(counts))
+    for name, keep_masks in masks.keep_masks.items():
+        assert torch.equal(weights[name] != 0, torch.from_numpy(keep_masks))
+    trained = load_run_masks(runs["magnitude"])
+    assert trained.keep_masks.keys() == masks.keep_masks.keys()
+    for run_masks in (masks, trained):
+        counts = sparsity(run_masks.keep_masks).values()
+        assert sum(pruned for pruned, _ in counts) == pytest.approx(0.75 * sum(n for _, n in counts), abs=len(counts))
     zeros = load_file(runs["magnitude"] / "export" / "model.safetensors")
-    assert all(torch.equal(zeros[name] != 0, torch.from_numpy(kept)) for name, kept in its.kept.items())
+    assert all(
+        torch.equal(zeros[name] != 0, torch.from_numpy(keep_masks)) for name, keep_masks in trained.keep_masks.items()
+    )
 
 
 def test_zeros_of_factors_are_counted_and_not_those_of_their_products(runs: dict[str, Path]) -> None:
-    counts = sparsity(read(runs["factors"]).kept)
-    assert counts.keys() == sparsity(read(runs["magnitude"]).kept).keys()
-    assert {every for _, every in counts.values()} == {8 * (32 + 32), 10 * (32 + 64)}  # both factors, ranks 8 and 10
-    assert sum(gone for gone, _ in counts.values()) == pytest.approx(0.75 * sum(n for _, n in counts.values()), abs=24)
+    counts = sparsity(load_run_masks(runs["factors"]).keep_masks)
+    assert counts.keys() == sparsity(load_run_masks(runs["magnitude"]).keep_masks).keys()
+    assert {total for _, total in counts.values()} == {8 * (32 + 32), 10 * (32 + 64)}  # both factors, ranks 8 and 10
+    assert sum(pruned for pruned, _ in counts.values()) == pytest.approx(
+        0.75 * sum(n for _, n in counts.values()), abs=24
+    )
 
 
 def test_hardly_pruned_matrices_count_too(tmp_path: Path) -> None:
     """The compact form keeps them whole, as their bits would take more than their zeros do."""
     values: dict[str, torch.Tensor] = {}
-    for name, gone in ((QUERY, 2000), (KEY, 100)):
+    for name, zeros in ((QUERY, 2000), (KEY, 100)):
         weight = torch.ones(64, 64)
-        weight.view(-1)[:gone] = 0
+        weight.view(-1)[:zeros] = 0
         values |= dict(compact._packed(name, weight))
     assert KEY in values
     compact.CompactExport(values, {}, "", {QUERY: [64, 64]}, "float32").save(tmp_path, None, None)
-    assert sparsity(read(tmp_path).kept) == {(1, "query"): (2000, 4096), (2, "key"): (100, 4096)}
+    assert sparsity(load_run_masks(tmp_path).keep_masks) == {(1, "query"): (2000, 4096), (2, "key"): (100, 4096)}
 
 
 def test_the_shuffle_test(runs: dict[str, Path]) -> None:
-    """The masks as they are give what the run measured; where weights trained with their masks, there is no test."""
-    found = shuffle_test(read(runs["adapting"]), 2)
+    """Masks that are not shuffled score as the run did; weights that trained with their masks have no test."""
+    test = shuffle_test(load_run_masks(runs["adapting"]), 2)
     results = json.loads((runs["adapting"] / "results.json").read_text())
-    assert found is not None
-    assert found.metric == "accuracy"
-    assert found.value == results["metrics"]["accuracy"]
-    assert len(found.shuffled) == 2
-    assert shuffle_test(read(runs["magnitude"]), 2) is None
+    assert test is not None
+    assert test.metric == "accuracy"
+    assert test.value == results["metrics"]["accuracy"]
+    assert len(test.shuffled) == 2
+    assert shuffle_test(load_run_masks(runs["magnitude"]), 2) is None
 
 
 def test_shuffled_masks_are_what_is_evaluated(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    evaluated = []
 
-    def watched(config: Any) -> dict[str, Any]:
-        seen.append(load_file(Path(config.model.path) / "model.safetensors"))
+    def record(config: Any) -> dict[str, Any]:
+        evaluated.append(load_file(Path(config.model.path) / "model.safetensors"))
         return {"model": {"path": "", "parameters": 0, "accuracy": 0.5}}
 
-    monkeypatch.setattr(evaluate, "evaluate", watched)
-    masks = read(runs["adapting"])
+    monkeypatch.setattr(mask_analysis, "evaluate", record)
+    masks = load_run_masks(runs["adapting"])
     shuffle_test(masks, 1)
-    for weights, kept in zip(seen, (masks.kept, shuffled(masks.kept, 0)), strict=True):
-        assert all(torch.equal(weights[name] != 0, torch.from_numpy(mask)) for name, mask in kept.items())
+    for weights, keep_masks in zip(evaluated, (masks.keep_masks, shuffle_masks(masks.keep_masks, 0)), strict=True):
+        assert all(torch.equal(weights[name] != 0, torch.from_numpy(mask)) for name, mask in keep_masks.items())
 
 
 def test_the_script(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(runs["adapting"]), str(runs["magnitude"]), "--out", str(tmp_path / "out"), "--shuffles", "1"]
-    assert run_script("topology.py", *words) == 0
-    said = capsys.readouterr().out
+    arguments = [str(runs["adapting"]), str(runs["magnitude"]), "--out", str(tmp_path / "out"), "--shuffles", "1"]
+    assert run_script("analyze_masks.py", *arguments) == 0
+    printed = capsys.readouterr().out
     for title in ("by component", "by layer", "stay in both", "shuffled within"):
-        assert title in said
-    found = json.loads((tmp_path / "out" / "mask_analysis.json").read_text())
-    assert set(found) == {"sparsity", "overlap", "shuffled"}
-    masks = read(runs["adapting"])
+        assert title in printed
+    analysis = json.loads((tmp_path / "out" / "mask_analysis.json").read_text())
+    assert set(analysis) == {"sparsity", "overlap", "shuffled"}
+    masks = load_run_masks(runs["adapting"])
     assert {
-        (row["layer"], row["component"]): (row["gone"], row["weights"]) for row in found["sparsity"]["adapting"]
-    } == (sparsity(masks.kept))
-    (whole,) = (row for row in found["overlap"] if row["component"] == "all")
-    assert whole["jaccard"] == overlap(masks.kept, read(runs["magnitude"]).kept).jaccard
-    assert re.search(rf"{whole['jaccard']:.4g}", said)
+        (row["layer"], row["component"]): (row["pruned"], row["weights"]) for row in analysis["sparsity"]["adapting"]
+    } == (sparsity(masks.keep_masks))
+    (whole,) = (row for row in analysis["overlap"] if row["component"] == "all")
+    assert whole["jaccard"] == overlap(masks.keep_masks, load_run_masks(runs["magnitude"]).keep_masks).jaccard
+    assert re.search(rf"{whole['jaccard']:.4g}", printed)
     assert (tmp_path / "out" / "mask_analysis.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tables_of_one_mask(runs: dict[str, Path]) -> None:
     titles = [title for title, _, _ in report([runs["magnitude"]])]
-    assert titles == ["weights that went, by component", "weights that went, by layer"]
+    assert titles == ["share of pruned weights, by component", "share of pruned weights, by layer"]
 
 
 @pytest.mark.parametrize(
-    ("places", "message"),
+    ("paths", "message"),
     [
-        (["{teacher}"], "{teacher}: holds no masks, and no weights that were pruned; name a run of the surgery prune"),
+        (["{teacher}"], "{teacher}: holds no masks and no pruned weights; name a run with the compression prune"),
         (["{nowhere}"], "{nowhere}: holds no masks"),
-        (["{adapting}", "{adapting}/export"], "adapting: two of the folders are called that"),
+        (["{adapting}", "{adapting}/export"], "adapting: two of the folders have this name"),
         (["{adapting}", "{other}"], "adapting and other: no matrix is pruned in both"),
         (["{adapting}", "{small}"], "adapting and small: bert.encoder.layer.0.attention.self.query.weight has another"),
         (["{other}/model.safetensors"], "{other}/model.safetensors: holds no masks; name a mask.safetensors"),
@@ -254,25 +272,25 @@ def test_tables_of_one_mask(runs: dict[str, Path]) -> None:
     ],
 )
 def test_what_cannot_be_compared(
-    places: list[str], message: str, runs: dict[str, Path], world: World, tmp_path: Path
+    paths: list[str], message: str, runs: dict[str, Path], world: World, tmp_path: Path
 ) -> None:
     for name, weight, width in (("other", "other.weight", 4), ("small", QUERY, 4)):
         (tmp_path / name).mkdir()
         save_file({weight: torch.eye(width)}, tmp_path / name / "model.safetensors")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing")
-    words = {**runs, "teacher": world.teacher, **{n: tmp_path / n for n in ("nowhere", "other", "small", "broken")}}
+    folders = {**runs, "teacher": world.teacher, **{n: tmp_path / n for n in ("nowhere", "other", "small", "broken")}}
     with pytest.raises(UserError) as caught:
-        report([place.format_map(words) for place in places])
-    assert message.format_map(words) in str(caught.value)
+        report([path.format_map(folders) for path in paths])
+    assert message.format_map(folders) in str(caught.value)
 
 
-def test_masks_that_lie_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_mask_file_without_a_run(runs: dict[str, Path], tmp_path: Path) -> None:
     """Without a run there is no dev set."""
     (tmp_path / "alone").mkdir()
     file = tmp_path / "alone" / "mask.safetensors"
     file.write_bytes((runs["adapting"] / "export" / "mask.safetensors").read_bytes())
-    masks = read(file)
+    masks = load_run_masks(file)
     assert masks.name == "alone"
     assert shuffle_test(masks, 1) is None
     assert isinstance(masks, RunMasks)

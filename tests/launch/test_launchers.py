@@ -1,4 +1,4 @@
-"""The scripts: what they say of themselves, and real launches by both launchers."""
+"""The scripts: help, usage, and real launches by both launchers."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,18 @@ from conftest import World
 from launching import ROOT, launch, run_script
 
 from lad_dist.compression.registry import COMPRESSIONS
+from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.describe import describe_keys
 from lad_dist.config.load import keyword_parameters
 from lad_dist.config.schema import (
     ConfigTable,
     EvaluateConfig,
-    PrepareConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,
-    TokenizerConfig,
     TrainConfig,
 )
-from lad_dist.objectives import OBJECTIVES
+from lad_dist.objectives.registry import OBJECTIVES
 
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
 SCHEMAS: dict[str, type[ConfigTable]] = {
@@ -38,13 +37,13 @@ SCHEMAS: dict[str, type[ConfigTable]] = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_says_how_to_call_it(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_usage(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(script, "--help") == 0
-    seen = capsys.readouterr()
-    assert seen.err == ""
-    usage = seen.out.partition("usage:")[2].partition("example:")[0]
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    usage = captured.out.partition("usage:")[2].partition("example:")[0]
     assert f"python launch/{script} " in usage
-    assert f"example: python launch/{script}" in seen.out or f"example: deepspeed launch/{script}" in seen.out
+    assert f"example: python launch/{script}" in captured.out or f"example: deepspeed launch/{script}" in captured.out
 
 
 @pytest.mark.parametrize("script", SCHEMAS)
@@ -62,7 +61,7 @@ def test_help_names_every_key(script: str, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("script", SCHEMAS)
-def test_without_arguments_it_says_how_to_call_it(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_the_usage_is_printed(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(script) == 2
     assert "usage: python launch/" in capsys.readouterr().out
 
@@ -71,21 +70,22 @@ def test_a_tokenizer_is_trained_once(world: World, tmp_path: Path, capsys: pytes
     source = {"kind": "text", "path": str(world.books)}
     tables = {"out": str(tmp_path / "words"), "kind": "unigram", "vocab_size": 100, "lowercase": True}
     (tmp_path / "tokenizer.toml").write_text(tomli_w.dumps(tables | {"source": [source]}))
-    said = []
+    printed = []
     for _ in range(2):
         assert run_script("train_tokenizer.py", str(tmp_path / "tokenizer.toml")) == 0
-        said.append(capsys.readouterr().out.splitlines()[-1])
-    assert "tokens, learnt from" in said[0]
-    assert said[1].endswith("already trained by this request; nothing to do")
+        printed.append(capsys.readouterr())
+    assert printed[0].out == printed[1].out == f"{tmp_path / 'words'}: 100 tokens\n"
+    assert "words: learning 100 tokens from" in printed[0].err
+    assert printed[1].err == f"{tmp_path / 'words'}: already trained by this request; nothing to do\n"
 
 
 def test_a_report_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     complete_runs.run(tmp_path / "kd", "kd", "rte", 0, 0.5)
     complete_runs.run(tmp_path / "lad", "lad", "rte", 0, 0.6)
     assert run_script("report.py", str(tmp_path), "--baseline", "lad", "--out", str(tmp_path / "out")) == 0
-    said = capsys.readouterr().out
-    assert "## Against lad" in said
-    assert said == (tmp_path / "out" / "report.md").read_text()
+    printed = capsys.readouterr().out
+    assert "## Against lad" in printed
+    assert printed == (tmp_path / "out" / "report.md").read_text()
     assert run_script("report.py") == 2
     assert capsys.readouterr().err == "error: report: the following arguments are required: FOLDER; see --help\n"
 
@@ -122,13 +122,13 @@ except SystemExit as ended:
 
 
 @pytest.mark.processes
-def test_a_mistake_is_said_once_by_two_processes(tmp_path: Path) -> None:
-    """Also where the process that says it is the later one: its launcher ends it once the other has left."""
+def test_a_mistake_is_printed_once_by_two_processes(tmp_path: Path) -> None:
+    """Also where the process that prints it is late: the launcher ends it once the other has left."""
     (tmp_path / "late.py").write_text(LATE)
-    words = ["configs/pretrain/kd.toml", "data.shards=/nowhere", f"run.dir={tmp_path / 'runs'}"]
-    command = [tmp_path / "late.py", ROOT / "launch" / "pretrain_distill.py", *words]
+    arguments = ["configs/pretrain/kd.toml", "data.shards=/nowhere", f"run.dir={tmp_path / 'runs'}"]
+    command = [tmp_path / "late.py", ROOT / "launch" / "pretrain_distill.py", *arguments]
     done = launch(command, by="torchrun", processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("error: /nowhere: no token shards there") == 1
+    assert done.stderr.count("error: /nowhere: holds no token shards") == 1
     assert "Traceback" not in done.stderr.split("error: /nowhere")[0]
     assert not (tmp_path / "runs").exists()

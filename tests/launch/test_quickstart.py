@@ -1,4 +1,4 @@
-"""The quickstart's whole journey, at a size that takes seconds; nobody learns anything here."""
+"""All stages of the quickstart, at a size that takes seconds; the models learn nothing at it."""
 
 import importlib.util
 import json
@@ -28,11 +28,11 @@ def quickstart() -> ModuleType:
     return module
 
 
-def test_the_whole_journey_and_again(
+def test_all_stages_run_and_a_second_call_trains_nothing(
     quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = quickstart.sorted_changes(SMALL)
-    results = quickstart.journey(tmp_path, changes)
+    changes = quickstart.changes_by_stage(SMALL)
+    results = quickstart.run_all(tmp_path, changes)
     quickstart.show(tmp_path, results)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["lad"]["parameters"] == results["alone"]["parameters"] < results["teacher"]["parameters"]
@@ -46,16 +46,18 @@ def test_the_whole_journey_and_again(
 
     trained = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/export/model.safetensors")}
     assert len(trained) == 4
-    again = quickstart.journey(tmp_path, changes)
+    again = quickstart.run_all(tmp_path, changes)
     assert again["lad"]["accuracy"] == results["lad"]["accuracy"]
     assert {file: file.stat().st_mtime_ns for file in trained} == trained
 
 
-def test_a_stage_that_is_none_is_named_with_the_nearest(quickstart: ModuleType) -> None:
+def test_an_unknown_stage_is_refused_with_the_nearest(quickstart: ModuleType) -> None:
     with pytest.raises(UserError, match='did you mean "teacher"'):
-        quickstart.sorted_changes(["techer.run.epochs=1.0"])
+        quickstart.changes_by_stage(["techer.run.epochs=1.0"])
 
 
 def test_a_misspelt_key_of_a_stage_is_named(quickstart: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lad\.toml: optim\.l_r: no such key"):
-        quickstart.configured(quickstart.TaskConfig, "lad", tmp_path, quickstart.sorted_changes(["lad.optim.l_r=1.0"]))
+        quickstart.stage_config(
+            quickstart.TaskConfig, "lad", tmp_path, quickstart.changes_by_stage(["lad.optim.l_r=1.0"])
+        )

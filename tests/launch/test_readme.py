@@ -1,4 +1,4 @@
-"""The README tells the truth about what exists: keys, files, scripts."""
+"""The README is true: keys, files, scripts."""
 
 import re
 from pathlib import Path

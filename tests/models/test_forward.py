@@ -1,4 +1,4 @@
-"""A flat forward is the padded forward that transformers does itself; it leaves what was asked for and nothing else."""
+"""A flat forward is the padded forward of transformers itself, and returns the tensors of its OutputSpec alone."""
 
 import inspect
 from pathlib import Path
@@ -31,11 +31,11 @@ WINDOWS = toy_families.architecture("modernbert", pad_token_id=0)
 EVERY_LAYER = OutputSpec(logits=True, hidden=(0, 1, 2, 3, 4))
 
 
-def made(folder: Path, head: Head, architecture: dict[str, Any] = toy.SIZES) -> Path:
+def save_toy_model(folder: Path, head: Head, architecture: dict[str, Any] = toy.SIZES) -> Path:
     """A folder with a BERT, its weights far from the tiny ones of a new model. Other families: test_families.py."""
     torch.manual_seed(1)
     labels = ("a", "b", "c") if head == "classification" else ()
-    model = loading.create_model(architecture, head, vocabulary=VOCABULARY, labels=labels)
+    model = loading.create_model(architecture, head, vocab_size=VOCABULARY, labels=labels)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
@@ -60,8 +60,8 @@ def real(x: Tensor, batch: Batch) -> Tensor:
     return x[unpad(batch.is_token, batch)]
 
 
-def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
-    model = loading.load_model(str(made(tmp_path, "none")), "none").eval()
+def test_sequences_do_not_see_each_other(tmp_path: Path) -> None:
+    model = loading.load_model(str(save_toy_model(tmp_path, "none")), "none").eval()
     together, alone = batch_of([5, 9], "none"), batch_of([5], "none")
     assert together.input_ids[:5].tolist() == alone.input_ids.tolist()
     with torch.no_grad():
@@ -72,33 +72,35 @@ def test_a_sequence_does_not_see_its_neighbours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
     """In bf16 and with dropout attention is computed product by product: it keeps the same sequences apart."""
-    model = loading.load_model(str(made(tmp_path, "mlm")), "mlm", dtype=torch.bfloat16).train()
+    model = loading.load_model(str(save_toy_model(tmp_path, "mlm")), "mlm", dtype=torch.bfloat16).train()
     for layer in encoder_layers(model):
         layer.attention.self.dropout.p = dropout
-    apart = batch_of([12, 9, 3], "mlm")
-    together = toy.packed(apart._replace(token_type_ids=torch.zeros_like(apart.token_type_ids)), 12)
+    batch = batch_of([12, 9, 3], "mlm")
+    packed = toy.packed(batch._replace(token_type_ids=torch.zeros_like(batch.token_type_ids)), 12)
     model.get_input_embeddings().weight.grad = None
-    hidden = compute_outputs(model, together, OutputSpec(hidden=(4,))).hidden[4]
-    others = together.input_ids[:12].unique()
-    alone = set(range(VOCABULARY)) - set(others.tolist())
+    hidden = compute_outputs(model, packed, OutputSpec(hidden=(4,))).hidden[4]
+    span_tokens = packed.input_ids[:12].unique()
+    other_tokens = set(range(VOCABULARY)) - set(span_tokens.tolist())
     hidden[:12].float().pow(2).sum().backward()
     gradient = model.get_input_embeddings().weight.grad
     assert gradient is not None
-    assert (gradient[others].abs().sum(dim=1) > 0).all()
-    assert gradient[list(alone)].abs().max() == 0
+    assert (gradient[span_tokens].abs().sum(dim=1) > 0).all()
+    assert gradient[list(other_tokens)].abs().max() == 0
 
 
 def test_segments_matter(tmp_path: Path) -> None:
-    model = loading.load_model(str(made(tmp_path, "none")), "none").eval()
+    model = loading.load_model(str(save_toy_model(tmp_path, "none")), "none").eval()
     batch = batch_of(LENGTHS, "none")
-    plain = batch._replace(token_type_ids=torch.zeros_like(batch.token_type_ids))
+    one_segment = batch._replace(token_type_ids=torch.zeros_like(batch.token_type_ids))
     with torch.no_grad():
-        one, other = (compute_outputs(model, b, OutputSpec(hidden=(4,))).hidden[4] for b in (batch, plain))
-    assert (one - other).abs().max() > 1e-2
+        with_segments, without = (
+            compute_outputs(model, b, OutputSpec(hidden=(4,))).hidden[4] for b in (batch, one_segment)
+        )
+    assert (with_segments - without).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
-    "needs",
+    "spec",
     [
         OutputSpec(),
         OutputSpec(logits=True),
@@ -107,29 +109,29 @@ def test_segments_matter(tmp_path: Path) -> None:
         OutputSpec(True, (4,), (1, 4)),
     ],
 )
-def test_a_trace_holds_what_was_needed(needs: OutputSpec, tmp_path: Path) -> None:
-    model = loading.load_model(str(made(tmp_path, "mlm")), "mlm").eval()
+def test_outputs_are_those_of_the_spec(spec: OutputSpec, tmp_path: Path) -> None:
+    model = loading.load_model(str(save_toy_model(tmp_path, "mlm")), "mlm").eval()
     batch = batch_of(LENGTHS, "mlm")
-    seen = compute_outputs(model, batch, needs)
-    assert (seen.logits is not None) is needs.logits
-    assert tuple(seen.hidden) == needs.hidden
-    assert tuple(seen.qkv) == needs.qkv
-    assert all(x.shape == (35, 32) for x in seen.hidden.values())
-    assert all(x.shape == (35, 4, 8) for qkv in seen.qkv.values() for x in qkv)
+    outputs = compute_outputs(model, batch, spec)
+    assert (outputs.logits is not None) is spec.logits
+    assert tuple(outputs.hidden) == spec.hidden
+    assert tuple(outputs.qkv) == spec.qkv
+    assert all(x.shape == (35, 32) for x in outputs.hidden.values())
+    assert all(x.shape == (35, 4, 8) for qkv in outputs.qkv.values() for x in qkv)
 
 
 def test_the_mlm_head_runs_on_masked_rows_alone(tmp_path: Path) -> None:
-    model = loading.load_model(str(made(tmp_path, "mlm")), "mlm").eval()
-    seen: list[int] = []
-    model.cls.register_forward_hook(lambda _, args, __: seen.append(args[0].numel() // 32))
+    model = loading.load_model(str(save_toy_model(tmp_path, "mlm")), "mlm").eval()
+    head_rows: list[int] = []
+    model.cls.register_forward_hook(lambda _, args, __: head_rows.append(args[0].numel() // 32))
     batch = batch_of(LENGTHS, "mlm")
     compute_outputs(model, batch, OutputSpec(logits=True))
     compute_outputs(model, batch, OutputSpec(hidden=(1,)))  # and not at all where no logits are needed
-    assert seen == [len(batch.head_positions)]
+    assert head_rows == [len(batch.head_positions)]
 
 
-def test_hooks_are_gone_after_a_forward(tmp_path: Path) -> None:
-    model = loading.load_model(str(made(tmp_path, "mlm")), "mlm").eval()
+def test_a_forward_removes_the_hooks(tmp_path: Path) -> None:
+    model = loading.load_model(str(save_toy_model(tmp_path, "mlm")), "mlm").eval()
     before = compute_outputs(model, batch_of(LENGTHS, "mlm"), EVERY_LAYER)
     after = compute_outputs(model, batch_of([4], "mlm"), EVERY_LAYER)
     assert before.hidden[1].shape == (35, 32)
@@ -150,11 +152,11 @@ def varlen_by_hand(*args: Any, **kwargs: Any) -> Tensor:
     out = torch.empty_like(q)
     for start, span in zip(begin.tolist(), spans, strict=False):
         rows = slice(start, start + span)
-        one = [x[rows].transpose(0, 1) for x in (q, k, v)]
+        sequence = [x[rows].transpose(0, 1) for x in (q, k, v)]
         places = torch.arange(span)
-        before, after = (span if reach < 0 else reach for reach in call["window_size"])
+        before, after = (span if size < 0 else size for size in call["window_size"])
         near = (places[:, None] - places <= before) & (places - places[:, None] <= after)
-        out[rows] = F.scaled_dot_product_attention(*one, attn_mask=near, scale=call["scale"]).transpose(0, 1)
+        out[rows] = F.scaled_dot_product_attention(*sequence, attn_mask=near, scale=call["scale"]).transpose(0, 1)
     return out
 
 
@@ -171,15 +173,15 @@ def test_the_kernel_is_called_for_the_same_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel needs a GPU; on a CPU its arguments and layout are held against the padded way. -1: packed spans."""
-    model = loading.load_model(str(made(tmp_path, "mlm", architecture)), "mlm").eval()
+    model = loading.load_model(str(save_toy_model(tmp_path, "mlm", architecture)), "mlm").eval()
     batch = batch_of(lengths, "mlm", pad_to=pad_to) if pad_to != -1 else toy.packed(batch_of(lengths, "mlm"), 12)
     with torch.no_grad():
         padded = compute_outputs(model, batch, EVERY_LAYER)
         monkeypatch.setattr(varlen, "varlen_attn", varlen_by_hand)
         monkeypatch.setattr(attention, "_padded_attention", _kernel_attention)
-        kernel = compute_outputs(model, batch, EVERY_LAYER)
-    torch.testing.assert_close(kernel.logits, padded.logits, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(real(kernel.hidden[4], batch), real(padded.hidden[4], batch), rtol=1e-5, atol=1e-5)
+        by_kernel = compute_outputs(model, batch, EVERY_LAYER)
+    torch.testing.assert_close(by_kernel.logits, padded.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(real(by_kernel.hidden[4], batch), real(padded.hidden[4], batch), rtol=1e-5, atol=1e-5)
 
 
 def test_save_and_load_keep_every_bit(world: World, tmp_path: Path) -> None:
@@ -204,30 +206,30 @@ def test_a_new_head_on_pretrained_layers(world: World) -> None:
     assert model_digest(encoder_layers(model)) == model_digest(encoder_layers(source))
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
     torch.manual_seed(5)
-    again = loading.load_model(str(world.pretrained), "classification", labels=("x", "y", "z"))
-    assert model_digest(again) == model_digest(model)
+    same_seed = loading.load_model(str(world.pretrained), "classification", labels=("x", "y", "z"))
+    assert model_digest(same_seed) == model_digest(model)
     assert model.classifier.weight.abs().max() > 0
 
 
-def test_a_frozen_model_answers_in_the_tasks_order_of_labels(world: World) -> None:
+def test_logits_of_a_frozen_model_have_the_tasks_order_of_labels(world: World) -> None:
     device = torch.device("cpu")
-    straight = FrozenModel(str(world.teacher), "classification", device=device, labels=("no", "yes"))
-    turned = FrozenModel(str(world.teacher), "classification", device=device, labels=("yes", "no"))
+    model = FrozenModel(str(world.teacher), "classification", device=device, labels=("no", "yes"))
+    reversed_model = FrozenModel(str(world.teacher), "classification", device=device, labels=("yes", "no"))
     batch = toy.batch(LENGTHS)
-    one, other = (m(batch, OutputSpec(logits=True)).logits for m in (straight, turned))
-    assert one is not None
-    assert other is not None
-    assert torch.equal(one, other.flip(1))
-    assert not torch.equal(one, other)
-    assert not any(p.requires_grad for p in straight.model.parameters())
-    assert not straight.model.training
+    logits, reversed_logits = (m(batch, OutputSpec(logits=True)).logits for m in (model, reversed_model))
+    assert logits is not None
+    assert reversed_logits is not None
+    assert torch.equal(logits, reversed_logits.flip(1))
+    assert not torch.equal(logits, reversed_logits)
+    assert not any(p.requires_grad for p in model.model.parameters())
+    assert not model.model.training
 
 
-def test_a_frozen_model_needs_the_head_it_is_asked_for(world: World) -> None:
+def test_a_frozen_model_without_the_head_is_refused(world: World) -> None:
     with pytest.raises(UserError, match="this model has no mlm head"):
         FrozenModel(str(world.headless), "mlm", device=torch.device("cpu"))
 
 
-def test_a_family_of_which_nothing_is_known_is_refused() -> None:
+def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(UserError, match=r'student\.architecture\.model_type "t5" is unknown; choose from albert, bert'):
-        loading.create_model({"model_type": "t5", **toy.SIZES}, "none", vocabulary=VOCABULARY)
+        loading.create_model({"model_type": "t5", **toy.SIZES}, "none", vocab_size=VOCABULARY)

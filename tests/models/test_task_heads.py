@@ -28,7 +28,7 @@ from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.evaluation.evaluate import evaluate, predict
 from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
-from lad_dist.objectives import OBJECTIVES
+from lad_dist.objectives.registry import OBJECTIVES
 from lad_dist.training import run_spec
 from lad_dist.training.train import train
 from lad_dist.training.trainer import RunResult
@@ -50,12 +50,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture(scope="module")
-def taught(world: World, files: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
+def teachers(world: World, files: Files, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
     """A fine-tuned teacher of each kind."""
     work = tmp_path_factory.mktemp("teachers")
     learning = {"run.steps": 250, "run.log_every": 250, "optim.lr": 5e-3, "student.num_hidden_layers": 2}
-    alone = {"teacher": None, "objective": {"name": "supervised"}, **learning}
-    return {head: train(run(head, world, files, work, world.headless, {"run.name": head, **alone})) for head in HEADS}
+    without_teacher = {"teacher": None, "objective": {"name": "supervised"}, **learning}
+    return {
+        head: train(run(head, world, files, work, world.headless, {"run.name": head, **without_teacher}))
+        for head in HEADS
+    }
 
 
 def run(head: str, world: World, files: Files, work: Path, teacher: Path, changes: dict[str, Any]) -> TrainConfig:
@@ -64,13 +67,13 @@ def run(head: str, world: World, files: Files, work: Path, teacher: Path, change
     return toy.parsed(tables, changes)
 
 
-def export(outcome: RunResult) -> Path:
-    return outcome.folder / "export"
+def export(result: RunResult) -> Path:
+    return result.folder / "export"
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_toy_task_is_learnt(head: str, taught: dict[str, RunResult]) -> None:
-    results = taught[head].results
+def test_a_toy_task_is_learnt(head: str, teachers: dict[str, RunResult]) -> None:
+    results = teachers[head].results
     assert results is not None
     assert results["metrics"]["f1"] > 0.95
     assert results["metrics"]["accuracy" if head == "tagging" else "exact_match"] > 0.9
@@ -82,26 +85,26 @@ TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.requires_teach
 @pytest.mark.parametrize("name", TAUGHT)
 @pytest.mark.parametrize("head", HEADS)
 def test_every_objective_distils_it(
-    head: str, name: str, world: World, files: Files, taught: dict[str, RunResult], tmp_path: Path
+    head: str, name: str, world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path
 ) -> None:
     """Two steps: finite terms, metrics and loyalty, and an export that loads with its head."""
     rows: list[dict[str, Any]] = []
     changes = {"run.steps": 2, "student.num_hidden_layers": 2, "objective": {"name": name}, "run.name": "student"}
-    outcome = train(run(head, world, files, tmp_path, export(taught[head]), changes), rows.append)
-    assert outcome.results is not None
+    result = train(run(head, world, files, tmp_path, export(teachers[head]), changes), rows.append)
+    assert result.results is not None
     assert all(np.isfinite(value) for row in rows for value in row.values())
-    own = {"tagging": {"f1", "precision", "recall", "accuracy"}}
-    own["question_answering"] = {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
-    assert set(outcome.results["metrics"]) == own[head] | {"label_loyalty", "probability_loyalty"}
-    model = AUTO[head].from_pretrained(export(outcome))
+    names = {"tagging": {"f1", "precision", "recall", "accuracy"}}
+    names["question_answering"] = {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
+    assert set(result.results["metrics"]) == names[head] | {"label_loyalty", "probability_loyalty"}
+    model = AUTO[head].from_pretrained(export(result))
     assert tuple(model.config.id2label.values()) == LABELS[head]
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_distilling_what_the_teacher_says_makes_a_loyal_student(
-    head: str, world: World, files: Files, taught: dict[str, RunResult], tmp_path: Path
+def test_distilling_the_teachers_logits_makes_a_loyal_student(
+    head: str, world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path
 ) -> None:
-    """From its logits alone."""
+    """From the teacher's logits alone."""
     objective = {"name": "kd", "soft": 1.0, "hard": 0.0}
     changes = {
         "run.steps": 60,
@@ -110,97 +113,99 @@ def test_distilling_what_the_teacher_says_makes_a_loyal_student(
         "student.num_hidden_layers": 2,
         "run.log_every": 60,
     }
-    results = train(run(head, world, files, tmp_path, export(taught[head]), changes)).results
+    results = train(run(head, world, files, tmp_path, export(teachers[head]), changes)).results
     assert results is not None
     assert results["metrics"]["label_loyalty"] > 0.7
     assert results["metrics"]["probability_loyalty"] > 0.5
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_what_the_teacher_said_is_found_row_by_row(
-    head: str, world: World, files: Files, taught: dict[str, RunResult], tmp_path: Path
+def test_cached_teacher_outputs_belong_to_their_rows(
+    head: str, world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path
 ) -> None:
-    """Examples have different numbers of rows: a run that keeps the answers learns what one that asks anew does."""
-    found = []
+    """Examples have different numbers of rows: a run with a teacher cache learns what one without learns."""
+    losses = []
     for gigabytes in (20.0, 0.0):
         rows: list[dict[str, Any]] = []
         changes = {"run.steps": 3, "teacher.cache_gb": gigabytes, "run.name": f"{gigabytes}"}
-        changes["teacher.cache"] = str(tmp_path / "answers")
-        train(run(head, world, files, tmp_path, export(taught[head]), changes), rows.append)
-        found.append([{key: row[key] for key in ("loss", "soft", "hard", "hidden")} for row in rows[:3]])
-    assert (tmp_path / "answers").is_dir()
-    for kept, asked in zip(*found, strict=True):
-        assert kept == pytest.approx(asked, rel=1e-4)
+        changes["teacher.cache"] = str(tmp_path / "cache")
+        train(run(head, world, files, tmp_path, export(teachers[head]), changes), rows.append)
+        losses.append([{key: row[key] for key in ("loss", "soft", "hard", "hidden")} for row in rows[:3]])
+    assert (tmp_path / "cache").is_dir()
+    for cached, computed in zip(*losses, strict=True):
+        assert cached == pytest.approx(computed, rel=1e-4)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_an_export_scores_what_its_run_said(head: str, files: Files, taught: dict[str, RunResult]) -> None:
-    folder = str(export(taught[head]))
+def test_an_export_scores_as_the_run_did(head: str, files: Files, teachers: dict[str, RunResult]) -> None:
+    folder = str(export(teachers[head]))
     data = {**files[head], **SIZES}
     tables = {"model": {"path": folder}, "teacher": {"path": folder}, "data": data}
-    found = evaluate(parse_config(EvaluateConfig, tables, "toy"))
-    results = taught[head].results
+    scores = evaluate(parse_config(EvaluateConfig, tables, "toy"))
+    results = teachers[head].results
     assert results is not None
     for name, value in results["metrics"].items():
-        assert found["model"][name] == pytest.approx(value, abs=1e-6)
-    assert found["model"]["label_loyalty"] == 1
-    assert found["model"]["probability_loyalty"] == pytest.approx(1, abs=1e-3)
+        assert scores["model"][name] == pytest.approx(value, abs=1e-6)
+    assert scores["model"]["label_loyalty"] == 1
+    assert scores["model"]["probability_loyalty"] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_model_card_says_how_to_use_it(head: str, taught: dict[str, RunResult]) -> None:
+def test_the_model_card_says_how_to_use_it(head: str, teachers: dict[str, RunResult]) -> None:
     used: dict[str, Any] = {}
-    exec((export(taught[head]) / "README.md").read_text().split("```python\n")[1].split("```")[0], used)
-    answer = used["outputs"].end_logits if head == "question_answering" else used["outputs"].logits
-    assert answer.isfinite().all()
+    exec((export(teachers[head]) / "README.md").read_text().split("```python\n")[1].split("```")[0], used)
+    logits = used["outputs"].end_logits if head == "question_answering" else used["outputs"].logits
+    assert logits.isfinite().all()
 
 
-def test_transformers_tags_as_the_run_did(files: Files, taught: dict[str, RunResult]) -> None:
+def test_transformers_tags_as_the_run_did(files: Files, teachers: dict[str, RunResult]) -> None:
     """Its own pipeline on the dev set's text, word by word."""
-    folder = export(taught["tagging"])
-    words = AutoTokenizer.from_pretrained(folder)
+    folder = export(teachers["tagging"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForTokenClassification.from_pretrained(folder)
-    pipeline = TokenClassificationPipeline(model=model, tokenizer=words, ignore_labels=[])
+    pipeline = TokenClassificationPipeline(model=model, tokenizer=tokenizer, ignore_labels=[])
     rows = [json.loads(line) for line in Path(files["tagging"]["dev"]).read_text().splitlines()]
     right = count = 0
     for row in rows:
         text = " ".join(row["tokens"])
         starts = np.cumsum([0, *(len(word) + 1 for word in row["tokens"][:-1])]).tolist()
-        said = {token["start"]: token["entity"] for token in pipeline(text)}
-        right += sum(said[start] == tag for start, tag in zip(starts, row["tags"], strict=True))
+        tags = {token["start"]: token["entity"] for token in pipeline(text)}
+        right += sum(tags[start] == tag for start, tag in zip(starts, row["tags"], strict=True))
         count += len(starts)
-    results = taught["tagging"].results
+    results = teachers["tagging"].results
     assert results is not None
     assert right / count == pytest.approx(results["metrics"]["accuracy"])
 
 
-def test_transformers_answers_as_the_run_did(files: Files, taught: dict[str, RunResult]) -> None:
+def test_transformers_answers_as_the_run_did(files: Files, teachers: dict[str, RunResult]) -> None:
     """Its own padded forward over question and context: the logits of every row."""
-    folder = export(taught["question_answering"])
-    words = load_tokenizer(folder)
+    folder = export(teachers["question_answering"])
+    tokenizer = load_tokenizer(folder)
     tables = {"model": {"path": str(folder)}, "data": {**files["question_answering"], **SIZES}}
     data = parse_config(EvaluateConfig, tables, "toy").data
-    dev = TaskDataset(data, load_task(data), words, seed=0).dev["dev"]
+    dev = TaskDataset(data, load_task(data), tokenizer, seed=0).dev["dev"]
     assert isinstance(dev, QuestionExamples)
-    frozen = loading.load_model(str(folder), "question_answering", whole=True).eval()
+    frozen = loading.load_model(str(folder), "question_answering", require_head=True).eval()
     with torch.no_grad():
-        found = predict(
+        logits = predict(
             lambda batch: compute_outputs(frozen, batch, OutputSpec(logits=True)).logits, dev.in_order()
         ).logits
-    raw = load_task(data).dev["dev"]
-    inputs = words(raw.questions, raw.contexts, padding=True, return_tensors="pt", return_offsets_mapping=True)
-    assert dev.count == len(raw.questions)  # every context fits
+    examples = load_task(data).dev["dev"]
+    inputs = tokenizer(
+        examples.questions, examples.contexts, padding=True, return_tensors="pt", return_offsets_mapping=True
+    )
+    assert dev.count == len(examples.questions)  # every context fits
     sides = [[n == 0 or side == 1 for n, side in enumerate(inputs.sequence_ids(i))] for i in range(dev.count)]
     inputs.pop("offset_mapping")
     model = AutoModelForQuestionAnswering.from_pretrained(folder, attn_implementation="sdpa").eval()
     with torch.no_grad():
         output = model(**inputs)
     expected = torch.stack([output.start_logits, output.end_logits], dim=-1)[torch.tensor(sides)]
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
-    world: World, files: Files, taught: dict[str, RunResult], tmp_path: Path
+    world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path
 ) -> None:
     """A head of the same kind is kept, whatever the outputs for questions are called."""
     labels = LABELS["tagging"]
@@ -220,7 +225,7 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.doc_stride": 16}, "stride = 16 must be less than half of max_length = 32"),
+        ({"data.doc_stride": 16}, "doc_stride = 16 must be less than half of max_length = 32"),
         ({"data.kind": "tagging", "data.doc_stride": 8}, 'stride goes with kind = "question_answering" alone'),
         ({"data.kind": "classification", "data.null_score_diff_threshold": 1.0}, "null_threshold goes with kind"),
         ({"data.kind": "tagging"}, r'train\.json: file type "\.json" is unknown'),

@@ -1,4 +1,4 @@
-"""BERT-EMD: plans against an exact solver, its terms against a naive twin, its state from step to step."""
+"""BERT-EMD: plans against an exact solver, terms against a naive version, state from step to step."""
 
 import naive_twins
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
+from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, random_outputs
 
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims
@@ -19,8 +19,8 @@ SEEDS = st.integers(0, 1000)
 
 
 def problem(seed: int, sizes: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    return scale * draw.random(sizes), draw.dirichlet(np.ones(sizes[0])), draw.dirichlet(np.ones(sizes[1]))
+    rng = np.random.default_rng(seed)
+    return scale * rng.random(sizes), rng.dirichlet(np.ones(sizes[0])), rng.dirichlet(np.ones(sizes[1]))
 
 
 @settings(max_examples=40)
@@ -31,26 +31,26 @@ def problem(seed: int, sizes: tuple[int, int], scale: float) -> tuple[np.ndarray
 )
 def test_plans_are_those_of_an_exact_solver(seed: int, sizes: tuple[int, int], scale: float) -> None:
     costs, student, teacher = problem(seed, sizes, scale)
-    found, exact = optimal_transport.transport_plan(costs, student, teacher), ot.emd(student, teacher, costs)
-    assert (found * costs).sum() == pytest.approx((exact * costs).sum(), rel=1e-6)
-    np.testing.assert_allclose(found.sum(axis=1), student, atol=1e-9)
-    np.testing.assert_allclose(found.sum(axis=0), teacher, atol=1e-9)
-    np.testing.assert_allclose(found, exact, atol=1e-6)  # random costs have one best plan
-    assert np.count_nonzero(found) < sum(sizes)
+    plan, exact = optimal_transport.transport_plan(costs, student, teacher), ot.emd(student, teacher, costs)
+    assert (plan * costs).sum() == pytest.approx((exact * costs).sum(), rel=1e-6)
+    np.testing.assert_allclose(plan.sum(axis=1), student, atol=1e-9)
+    np.testing.assert_allclose(plan.sum(axis=0), teacher, atol=1e-9)
+    np.testing.assert_allclose(plan, exact, atol=1e-6)  # random costs have one best plan
+    assert np.count_nonzero(plan) < sum(sizes)
 
 
 def test_a_plan_without_costs_is_a_plan() -> None:
-    found = optimal_transport.transport_plan(np.zeros((2, 3)), np.full(2, 1 / 2), np.full(3, 1 / 3))
-    np.testing.assert_allclose(found.sum(axis=0), np.full(3, 1 / 3))
+    plan = optimal_transport.transport_plan(np.zeros((2, 3)), np.full(2, 1 / 2), np.full(3, 1 / 3))
+    np.testing.assert_allclose(plan.sum(axis=0), np.full(3, 1 / 3))
 
 
 @settings(max_examples=20)
 @given(seed=SEEDS, temperature=st.sampled_from([1.0, 5.0, 1e9]))
-def test_cost_attention_equals_its_equation(seed: int, temperature: float) -> None:
+def test_cost_attention_equals_the_equation(seed: int, temperature: float) -> None:
     costs, student, teacher = problem(seed, (3, 4), 2.0)
     plan = 0.5 * optimal_transport.transport_plan(costs, student, teacher) + 0.5 * np.outer(student, teacher)
-    found = optimal_transport.masses(plan, costs, temperature)
-    for side, mass, axis in ((found[0], student, 0), (found[1], teacher, 1)):
+    masses = optimal_transport.cost_attention(plan, costs, temperature)
+    for side, mass, axis in ((masses[0], student, 0), (masses[1], teacher, 1)):
         units = []
         for layer in range(len(mass)):
             shares, prices = (plan[layer], costs[layer]) if axis == 0 else (plan[:, layer], costs[:, layer])
@@ -64,7 +64,7 @@ def test_cost_attention_equals_its_equation(seed: int, temperature: float) -> No
 def test_masses_stay_finite_and_positive(costs: np.ndarray) -> None:
     sides: list[np.ndarray] = [np.full(2, 1 / 2), np.full(3, 1 / 3)]
     for _ in range(5):
-        sides = list(optimal_transport.masses(optimal_transport.transport_plan(costs, *sides), costs, 1.0))
+        sides = list(optimal_transport.cost_attention(optimal_transport.transport_plan(costs, *sides), costs, 1.0))
         for side in sides:
             assert side.sum() == pytest.approx(1.0)
             assert side.min() > 1e-4
@@ -73,26 +73,26 @@ def test_masses_stay_finite_and_positive(costs: np.ndarray) -> None:
 def naive_costs(
     objective: EMD, student: naive_twins.ModelOutputs, teacher: naive_twins.ModelOutputs, batch: Batch
 ) -> np.ndarray:
-    """[2, M, L]: pair by pair, in fp64."""
+    """Return costs [2, M, L], pair by pair, in fp64."""
     costs = np.zeros(objective.costs.shape)
-    map_of = objective.hidden_projection.double()
+    projection = objective.hidden_projection.double()
     for m, layer in np.ndindex(*costs.shape[1:]):
-        mine = map_of(naive_twins.tokens(student.hidden[m + 1], batch)).detach()
-        its = naive_twins.tokens(teacher.hidden[layer + 1], batch)
-        costs[0, m, layer] = (mine - its).square().mean()
+        student_states = projection(naive_twins.real_tokens(student.hidden[m + 1], batch)).detach()
+        teacher_states = naive_twins.real_tokens(teacher.hidden[layer + 1], batch)
+        costs[0, m, layer] = (student_states - teacher_states).square().mean()
         pairs = student.qkv[m + 1][:2], teacher.qkv[layer + 1][:2]
         costs[1, m, layer] = naive_twins.naive_score_error(*pairs, batch, objective.heads)
-    map_of.float()
+    projection.float()
     return costs
 
 
 @settings(max_examples=15)
-@given(batch=naive_twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
-def test_emd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
-    """In the first step by masses, then by the plans of an exact solver on the costs of the step before."""
-    student, teacher = traces(batch, seed, shape)
-    later = traces(batch, seed + 1, shape)
-    objective = EMD(shape, TEACHER, hidden=2.0, attention=3.0, embedding=5.0)
+@given(batch=naive_twins.batches(), seed=SEEDS, dims=st.sampled_from([STUDENT, NARROW]))
+def test_emd_equals_the_equations(batch: Batch, seed: int, dims: ModelDims) -> None:
+    """The first step weighs by masses, later ones by an exact plan for the costs of the step before."""
+    student, teacher = random_outputs(batch, seed, dims)
+    later = random_outputs(batch, seed + 1, dims)
+    objective = EMD(dims, TEACHER, hidden=2.0, attention=3.0, embedding=5.0)
     objective.on_step_start(0.0)
     first = objective(student, teacher, batch)
     costs = naive_costs(objective, student, teacher, batch)
@@ -104,15 +104,15 @@ def test_emd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> 
     masses = np.full(2, 1 / 2), np.full(4, 1 / 4)
     for kind, weight, old, new in zip(("hidden", "attention"), (2, 3), costs, then, strict=True):
         assert second[kind].item() == pytest.approx(weight * (ot.emd(*masses, old) * new).sum(), rel=1e-4)
-    mapped = objective.embedding_projection.double()(naive_twins.tokens(later[0].hidden[0], batch))
-    error = (mapped - naive_twins.tokens(later[1].hidden[0], batch)).square().mean().item()
+    mapped = objective.embedding_projection.double()(naive_twins.real_tokens(later[0].hidden[0], batch))
+    error = (mapped - naive_twins.real_tokens(later[1].hidden[0], batch)).square().mean().item()
     assert second["embedding"].item() == pytest.approx(5 * error, rel=1e-4)
 
 
-def test_a_student_that_is_its_teacher_learns_nothing() -> None:
-    """Once costs are known, each layer is brought to itself, for nothing."""
+def test_a_student_equal_to_the_teacher_learns_nothing() -> None:
+    """From the second step on each layer is mapped to itself, at no cost."""
     batch = toy.batch(LENGTHS)
-    _, teacher = traces(batch)
+    _, teacher = random_outputs(batch)
     objective = EMD(TEACHER, TEACHER)
     for step in range(3):
         objective.on_step_start(step / 3)
@@ -126,7 +126,7 @@ def test_a_student_that_is_its_teacher_learns_nothing() -> None:
 
 def test_only_layers_that_the_plan_uses_are_differentiated() -> None:
     batch = toy.batch(LENGTHS)
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     objective = EMD(STUDENT, TEACHER, soft=0.0)
     objective.on_step_start(0.0)
     objective(student, teacher, batch)
@@ -134,8 +134,8 @@ def test_only_layers_that_the_plan_uses_are_differentiated() -> None:
     plan = objective.plans["hidden"]
     assert 0 < np.count_nonzero(plan) < plan.size
     loss = objective(student, teacher, batch)["hidden"]
-    found = torch.autograd.grad(loss, [teacher.hidden[layer] for layer in range(1, 5)])
-    assert all(g.abs().sum() > 0 for g in found)  # every teacher layer has mass
+    gradients = torch.autograd.grad(loss, [teacher.hidden[layer] for layer in range(1, 5)])
+    assert all(g.abs().sum() > 0 for g in gradients)  # every teacher layer has mass
     (gradient,) = torch.autograd.grad(objective(student, teacher, batch)["hidden"], [student.hidden[1]])
     used = sum(plan[0, layer - 1] * (student.hidden[1] - teacher.hidden[layer]) for layer in range(1, 5))
     torch.testing.assert_close(gradient, (0.01 * 2 * used / used.numel()).float())
@@ -145,11 +145,11 @@ def test_plans_change_with_steps_and_only_while_training() -> None:
     batch = toy.batch(LENGTHS)
     objective = EMD(STUDENT, TEACHER)
     objective.on_step_start(0.0)
-    objective(*traces(batch, 0), batch)
-    objective(*traces(batch, 1), batch)
+    objective(*random_outputs(batch, 0), batch)
+    objective(*random_outputs(batch, 1), batch)
     before = objective.plans["hidden"]
     objective.eval()
-    objective(*traces(batch, 2), batch)
+    objective(*random_outputs(batch, 2), batch)
     assert objective.plans["hidden"] is before
     assert objective.count == 2
     objective.train()
@@ -158,12 +158,12 @@ def test_plans_change_with_steps_and_only_while_training() -> None:
     assert objective.count == 0
 
 
-def test_its_state_goes_with_its_weights_unrounded() -> None:
+def test_state_dict_holds_plans_unrounded() -> None:
     batch = toy.batch(LENGTHS)
     one, other = EMD(NARROW, TEACHER), EMD(NARROW, TEACHER).bfloat16()
     for step in range(2):
         one.on_step_start(step / 4)
-        one(*traces(batch, step, NARROW), batch)
+        one(*random_outputs(batch, step, NARROW), batch)
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.costs, other.costs)
     for objective in (one, other):
@@ -177,12 +177,12 @@ def test_its_state_goes_with_its_weights_unrounded() -> None:
 def test_a_step_that_overflowed_leaves_the_plan_as_it_was() -> None:
     batch = toy.batch(LENGTHS)
     objective = EMD(STUDENT, TEACHER)
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     broken = teacher._replace(hidden={layer: x / 0 for layer, x in teacher.hidden.items()})
-    for step, seen in enumerate((teacher, broken, teacher)):
+    for step, outputs in enumerate((teacher, broken, teacher)):
         before = objective.plans
         objective.on_step_start(step / 4)
-        objective(student, seen, batch)
+        objective(student, outputs, batch)
     assert objective.plans is before
     objective.on_step_start(0.75)
     assert objective.plans is not before

@@ -1,4 +1,4 @@
-"""Objectives that match layers, each against an independent naive twin: looped over sequences, in fp64."""
+"""Objectives that match layers, each against an independent naive version: looped over sequences, in fp64."""
 
 import naive_twins
 import pytest
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
+from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, random_outputs
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
@@ -38,13 +38,13 @@ def close(value: float) -> object:
     rows=st.sampled_from(["first", "all"]),
     normalised=st.booleans(),
 )
-def test_pkd_equals_its_equations(batch: Batch, seed: int, mapping: str, rows: str, normalised: bool) -> None:
-    shapes = STUDENT._replace(num_hidden_layers=3), TEACHER._replace(num_hidden_layers=6)
-    student, teacher = traces(batch, seed, *shapes)
-    objective = PKD(*shapes, hidden=7.0, mapping=mapping, tokens=rows, normalised=normalised)  # type: ignore[arg-type]
+def test_pkd_equals_the_equations(batch: Batch, seed: int, mapping: str, rows: str, normalised: bool) -> None:
+    dims = STUDENT._replace(num_hidden_layers=3), TEACHER._replace(num_hidden_layers=6)
+    student, teacher = random_outputs(batch, seed, *dims)
+    objective = PKD(*dims, hidden=7.0, mapping=mapping, tokens=rows, normalised=normalised)  # type: ignore[arg-type]
     total, count = 0.0, 0
     for m, layer in {"skip": [(1, 2), (2, 4)], "last": [(1, 4), (2, 5)]}[mapping]:
-        pick = naive_twins.firsts if rows == "first" else naive_twins.tokens
+        pick = naive_twins.first_tokens if rows == "first" else naive_twins.real_tokens
         for s, t in zip(pick(student.hidden[m], batch), pick(teacher.hidden[layer], batch), strict=True):
             if normalised:
                 s, t = s / s.norm(), t / t.norm()
@@ -65,17 +65,17 @@ def test_pkd_equals_its_equations(batch: Batch, seed: int, mapping: str, rows: s
 )
 def test_pkd_matches_the_published_layers(layers: int, mapping: str, expected: list[int]) -> None:
     objective = PKD(STUDENT._replace(num_hidden_layers=layers), TEACHER._replace(num_hidden_layers=12), mapping=mapping)  # type: ignore[arg-type]
-    assert [layer for _, layer in objective.matches] == expected
+    assert [layer for _, layer in objective.layer_map] == expected
 
 
 def test_pkd_normalised_does_not_see_lengths() -> None:
     batch = toy.batch(LENGTHS)
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     longer = teacher._replace(hidden={layer: 3 * x for layer, x in teacher.hidden.items()})
     values = [
         [
-            PKD(STUDENT, TEACHER, normalised=normalised)(student, seen, batch)["hidden"].item()
-            for seen in (teacher, longer)
+            PKD(STUDENT, TEACHER, normalised=normalised)(student, outputs, batch)["hidden"].item()
+            for outputs in (teacher, longer)
         ]
         for normalised in (True, False)
     ]
@@ -85,10 +85,14 @@ def test_pkd_normalised_does_not_see_lengths() -> None:
 
 @few
 @given(batch=naive_twins.batches(), seed=SEEDS)
-def test_distilbert_equals_its_equations(batch: Batch, seed: int) -> None:
-    student, teacher = traces(batch, seed)
+def test_distilbert_equals_the_equations(batch: Batch, seed: int) -> None:
+    student, teacher = random_outputs(batch, seed)
     terms = DistilBERT(STUDENT, TEACHER, cosine=3.0, soft=5.0, hard=2.0, temperature=2.0)(student, teacher, batch)
-    pairs = zip(naive_twins.tokens(student.hidden[2], batch), naive_twins.tokens(teacher.hidden[4], batch), strict=True)
+    pairs = zip(
+        naive_twins.real_tokens(student.hidden[2], batch),
+        naive_twins.real_tokens(teacher.hidden[4], batch),
+        strict=True,
+    )
     angles = [1 - (s @ t / (s.norm() * t.norm())).item() for s, t in pairs]
     assert terms["cosine"].item() == close(3 * sum(angles) / len(angles))
     assert student.logits is not None
@@ -108,14 +112,14 @@ def mapped(linear: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 @few
-@given(batch=naive_twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
-def test_tinybert_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
-    student, teacher = traces(batch, seed, shape)
-    objective = TinyBERT(shape, TEACHER, embedding=2.0, hidden=3.0, attention=5.0)
+@given(batch=naive_twins.batches(), seed=SEEDS, dims=st.sampled_from([STUDENT, NARROW]))
+def test_tinybert_equals_the_equations(batch: Batch, seed: int, dims: ModelDims) -> None:
+    student, teacher = random_outputs(batch, seed, dims)
+    objective = TinyBERT(dims, TEACHER, embedding=2.0, hidden=3.0, attention=5.0)
 
     def states(m: int, layer: int) -> float:
-        mine = mapped(objective.projection, naive_twins.tokens(student.hidden[m], batch))
-        return (mine - naive_twins.tokens(teacher.hidden[layer], batch)).square().mean().item()
+        projected = mapped(objective.projection, naive_twins.real_tokens(student.hidden[m], batch))
+        return (projected - naive_twins.real_tokens(teacher.hidden[layer], batch)).square().mean().item()
 
     def attention(m: int, layer: int) -> float:
         return naive_twins.naive_score_error(student.qkv[m][:2], teacher.qkv[layer][:2], batch, 2)
@@ -126,17 +130,17 @@ def test_tinybert_equals_its_equations(batch: Batch, seed: int, shape: ModelDims
     assert terms["attention"].item() == close(5 * (attention(1, 2) + attention(2, 4)))
 
 
-def test_tinybert_with_its_second_phase_in_one() -> None:
+def test_tinybert_with_both_phases_in_one() -> None:
     """LadaBERT's fourth loss is kd's."""
     batch = toy.batch(LENGTHS, labels=[0, 1, 1])
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     both = TinyBERT(STUDENT, TEACHER, soft=3.0, temperature=2.0)
-    found, phase = both(student, teacher, batch), TinyBERT(STUDENT, TEACHER)(student, teacher, batch)
-    wanted = KD(STUDENT, TEACHER, soft=3.0, hard=0.0, temperature=2.0)(student, teacher, batch)
-    assert found.keys() == phase.keys() | wanted.keys() == {"embedding", "hidden", "attention", "soft"}
-    assert all(torch.equal(term, (phase | wanted)[name]) for name, term in found.items())
-    assert both.student_outputs.logits
-    assert both.teacher_outputs.logits
+    terms, first_phase = both(student, teacher, batch), TinyBERT(STUDENT, TEACHER)(student, teacher, batch)
+    second_phase = KD(STUDENT, TEACHER, soft=3.0, hard=0.0, temperature=2.0)(student, teacher, batch)
+    assert terms.keys() == first_phase.keys() | second_phase.keys() == {"embedding", "hidden", "attention", "soft"}
+    assert all(torch.equal(term, (first_phase | second_phase)[name]) for name, term in terms.items())
+    assert both.student_spec.logits
+    assert both.teacher_spec.logits
     with pytest.raises(UserError, match="tinybert trains no head"):
         TinyBERT(STUDENT._replace(head="none"), TEACHER, soft=1.0)
 
@@ -145,7 +149,7 @@ def test_tinybert_learns_a_map_only_where_widths_differ() -> None:
     batch = toy.batch(LENGTHS)
     assert not list(TinyBERT(STUDENT, TEACHER).parameters())
     objective = TinyBERT(NARROW, TEACHER)
-    terms = objective(*traces(batch, student=NARROW), batch)
+    terms = objective(*random_outputs(batch, student=NARROW), batch)
     learnt = list(objective.parameters())
     assert [tuple(p.shape) for p in learnt] == [(8, 4), (8,)]
     gradients = torch.autograd.grad(terms["hidden"] + terms["embedding"], learnt)
@@ -154,10 +158,10 @@ def test_tinybert_learns_a_map_only_where_widths_differ() -> None:
 
 
 @few
-@given(batch=naive_twins.batches(), seed=SEEDS, shape=st.sampled_from([STUDENT, NARROW]))
-def test_minilm_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) -> None:
-    student, teacher = traces(batch, seed, shape)
-    terms = MiniLM(shape, TEACHER)(student, teacher, batch)
+@given(batch=naive_twins.batches(), seed=SEEDS, dims=st.sampled_from([STUDENT, NARROW]))
+def test_minilm_equals_the_equations(batch: Batch, seed: int, dims: ModelDims) -> None:
+    student, teacher = random_outputs(batch, seed, dims)
+    terms = MiniLM(dims, TEACHER)(student, teacher, batch)
     (qs, ks, vs), (qt, kt, vt) = student.qkv[2], teacher.qkv[4]
     assert terms["attention"].item() == close(naive_twins.naive_relation((qs, ks), (qt, kt), batch, 2))
     assert terms["value"].item() == close(naive_twins.naive_relation((vs, vs), (vt, vt), batch, 2))
@@ -170,8 +174,8 @@ def test_minilm_equals_its_equations(batch: Batch, seed: int, shape: ModelDims) 
     heads=st.sampled_from([1, 2, 4]),
     layers=st.tuples(*[st.integers(1, 2)] * 2),
 )
-def test_minilm2_equals_its_equations(batch: Batch, seed: int, heads: int, layers: tuple[int, int]) -> None:
-    student, teacher = traces(batch, seed, NARROW)
+def test_minilm2_equals_the_equations(batch: Batch, seed: int, heads: int, layers: tuple[int, int]) -> None:
+    student, teacher = random_outputs(batch, seed, NARROW)
     objective = MiniLM2(NARROW, TEACHER, heads=heads, student_layer=layers[0], teacher_layer=layers[1])
     terms = objective(student, teacher, batch)
     for name, s, t in zip(terms, student.qkv[layers[0]], teacher.qkv[layers[1]], strict=True):
@@ -180,29 +184,28 @@ def test_minilm2_equals_its_equations(batch: Batch, seed: int, heads: int, layer
 
 @few
 @given(batch=naive_twins.batches(), seed=SEEDS)
-def test_alp_equals_its_equations(batch: Batch, seed: int) -> None:
-    student, teacher = traces(batch, seed)
+def test_alp_equals_the_equations(batch: Batch, seed: int) -> None:
+    student, teacher = random_outputs(batch, seed)
     objective = ALP(STUDENT, TEACHER, hidden=3.0)
-    layers = [naive_twins.firsts(teacher.hidden[layer], batch) for layer in (1, 2, 3, 4)]
-    total, read = 0.0, dict[str, float]()
+    layers = [naive_twins.first_tokens(teacher.hidden[layer], batch) for layer in (1, 2, 3, 4)]
+    total, weights = 0.0, dict[str, float]()
     for m in (1, 2):
-        rows = naive_twins.firsts(student.hidden[m], batch)
+        rows = naive_twins.first_tokens(student.hidden[m], batch)
         for b, row in enumerate(rows):
             energies = torch.stack([row @ layer[b] for layer in layers])
             shares = (energies - energies.logsumexp(0)).exp().tolist()
             mixed = sum(share * layer[b] for share, layer in zip(shares, layers, strict=True))
             total += (row - mixed).square().mean().item() / len(rows)
             for layer, share in enumerate(shares, start=1):
-                read[f"teacher_layer_weight/{m}/{layer}"] = read.get(
-                    f"teacher_layer_weight/{m}/{layer}", 0.0
-                ) + share / len(rows)
+                key = f"teacher_layer_weight/{m}/{layer}"
+                weights[key] = weights.get(key, 0.0) + share / len(rows)
     assert objective(student, teacher, batch)["hidden"].item() == close(3 * total)
-    assert {name: x.item() for name, x in objective.metrics.items()} == {name: close(x) for name, x in read.items()}
+    assert {name: x.item() for name, x in objective.metrics.items()} == {name: close(x) for name, x in weights.items()}
 
 
 def test_alp_of_equal_teacher_layers_that_the_student_has_is_zero() -> None:
     batch = toy.batch(LENGTHS)
-    _, teacher = traces(batch)
+    _, teacher = random_outputs(batch)
     same = teacher._replace(hidden=dict.fromkeys(teacher.hidden, teacher.hidden[1]))
     assert ALP(STUDENT, TEACHER)(same, same, batch)["hidden"].item() == pytest.approx(0.0, abs=1e-9)
 
@@ -212,15 +215,15 @@ def naive_angle(i: Tensor, j: Tensor, k: Tensor) -> float:
 
 
 def naive_structure(groups: list[tuple[Tensor, Tensor, list[tuple[int, list[int]]]]], heads: int) -> float:
-    """R over groups of student rows, teacher rows, and for each vertex its neighbours."""
+    """Return R over groups of student rows, teacher rows, and the neighbours of each vertex."""
     pairs, angles = [], []
-    for student, teacher, seen in groups:
+    for student, teacher, angles_at in groups:
         for h in range(heads):
             s, t = (x.unflatten(1, (heads, -1))[:, h] for x in (student, teacher))
             for i in range(len(s)):
                 for j in range(len(s)):
                     pairs.append((s[i] @ s[j] / s.shape[1] ** 0.5 - t[i] @ t[j] / t.shape[1] ** 0.5) ** 2)
-            for j, neighbours in seen:
+            for j, neighbours in angles_at:
                 for i in neighbours:
                     for k in neighbours:
                         if i != k:
@@ -229,36 +232,38 @@ def naive_structure(groups: list[tuple[Tensor, Tensor, list[tuple[int, list[int]
     return (sum(pairs) / len(pairs)).item() + sum(angles) / max(1, len(angles))
 
 
-def naive_view(attention: Tensor, vertices: int, neighbours: int) -> list[tuple[int, list[int]]]:
-    """Most attended places, and the places that each of them attends to most."""
-    chosen = attention.sum(dim=0).argsort(descending=True)[:vertices].tolist()
-    return [(j, [i for i in attention[j].argsort(descending=True).tolist() if i != j][:neighbours]) for j in chosen]
+def naive_neighbours(attention: Tensor, vertices: int, neighbours: int) -> list[tuple[int, list[int]]]:
+    """Return the most attended positions, and the positions that each of them attends to most."""
+    most_attended = attention.sum(dim=0).argsort(descending=True)[:vertices].tolist()
+    return [
+        (j, [i for i in attention[j].argsort(descending=True).tolist() if i != j][:neighbours]) for j in most_attended
+    ]
 
 
 @few
 @given(
     batch=naive_twins.batches(),
     seed=SEEDS,
-    shape=st.sampled_from([STUDENT, NARROW]),
+    dims=st.sampled_from([STUDENT, NARROW]),
     heads=st.sampled_from([1, 2]),
-    few_of_them=st.booleans(),
+    few_angles=st.booleans(),
 )
-def test_mgskd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims, heads: int, few_of_them: bool) -> None:
-    student, teacher = traces(batch, seed, shape)
-    vertices, neighbours = (2 if few_of_them and not batch.packed else 20), (3 if few_of_them else 20)
+def test_mgskd_equals_the_equations(batch: Batch, seed: int, dims: ModelDims, heads: int, few_angles: bool) -> None:
+    student, teacher = random_outputs(batch, seed, dims)
+    vertices, neighbours = (2 if few_angles and not batch.packed else 20), (3 if few_angles else 20)
     objective = MGSKD(
-        shape, TEACHER, token=2.0, span=3.0, sample=5.0, heads=heads, vertices=vertices, neighbours=neighbours
+        dims, TEACHER, token=2.0, span=3.0, sample=5.0, heads=heads, vertices=vertices, neighbours=neighbours
     )
     terms = objective(student, teacher, batch)
     tokens, spans = [], []
-    states = naive_twins.sequences(student.hidden[1], batch), naive_twins.sequences(teacher.hidden[2], batch)
-    for s, t, scores in zip(*states, naive_twins.naive_scores(*teacher.qkv[2][:2], batch, 2), strict=True):
-        attention = torch.stack([torch.softmax(each, dim=1) for each in scores]).mean(dim=0)
-        tokens.append((s, t, naive_view(attention, vertices, neighbours)))
-        parts = [list(range(n, min(n + 3, len(s)))) for n in range(0, len(s), 3)]
-        over = torch.stack([torch.stack([attention[a][:, b].mean() for b in parts]) for a in parts])
-        means = [torch.stack([x[part].mean(dim=0) for part in parts]) for x in (s, t)]
-        spans.append((*means, naive_view(over, vertices, neighbours)))
+    lower = naive_twins.sequences(student.hidden[1], batch), naive_twins.sequences(teacher.hidden[2], batch)
+    for s, t, scores in zip(*lower, naive_twins.naive_scores(*teacher.qkv[2][:2], batch, 2), strict=True):
+        attention = torch.stack([torch.softmax(head, dim=1) for head in scores]).mean(dim=0)
+        tokens.append((s, t, naive_neighbours(attention, vertices, neighbours)))
+        ranges = [list(range(n, min(n + 3, len(s)))) for n in range(0, len(s), 3)]
+        span_attention = torch.stack([torch.stack([attention[a][:, b].mean() for b in ranges]) for a in ranges])
+        means = [torch.stack([x[tokens_of_span].mean(dim=0) for tokens_of_span in ranges]) for x in (s, t)]
+        spans.append((*means, naive_neighbours(span_attention, vertices, neighbours)))
     upper = naive_twins.sequences(student.hidden[2], batch), naive_twins.sequences(teacher.hidden[4], batch)
     means = [torch.stack([x.mean(dim=0) for x in side]) for side in upper]
     others = [(j, [i for i in range(len(means[0])) if i != j]) for j in range(len(means[0]))]
@@ -270,7 +275,7 @@ def test_mgskd_equals_its_equations(batch: Batch, seed: int, shape: ModelDims, h
 def test_mgskd_does_not_see_where_representations_are() -> None:
     """Turning the student's space changes nothing; moving it leaves the angles alone."""
     batch = toy.batch(LENGTHS)
-    _, teacher = traces(batch)
+    _, teacher = random_outputs(batch)
     objective = MGSKD(TEACHER, TEACHER, heads=1, soft=0.0, hard=0.0)
     turn = torch.linalg.qr(torch.randn(8, 8)).Q
     turned = teacher._replace(hidden={layer: x @ turn for layer, x in teacher.hidden.items()})

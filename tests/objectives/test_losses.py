@@ -1,4 +1,4 @@
-"""Loss functions against hand-computed values and naive twins, in every layout of a batch."""
+"""Loss functions against hand-computed values and naive versions, in every layout of a batch."""
 
 import math
 from collections.abc import Callable
@@ -21,10 +21,10 @@ def test_soft_loss_by_hand() -> None:
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0) * 2, 0.0]])
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     batch = toy.batch([3])
-    soft = losses.soft(student, teacher, batch, "classification", 2.0)
+    soft = losses.soft_label_loss(student, teacher, batch, "classification", 2.0)
     assert soft.item() == pytest.approx(4 * divergence, rel=1e-6)
-    assert losses.soft(teacher, teacher, batch, "classification", 2.0).item() == pytest.approx(0.0, abs=1e-7)
-    squared = losses.soft(student[:, :1], teacher[:, :1], batch, "regression", 2.0)
+    assert losses.soft_label_loss(teacher, teacher, batch, "classification", 2.0).item() == pytest.approx(0.0, abs=1e-7)
+    squared = losses.soft_label_loss(student[:, :1], teacher[:, :1], batch, "regression", 2.0)
     assert squared.item() == pytest.approx((2 * math.log(3)) ** 2)
 
 
@@ -32,20 +32,20 @@ def test_hard_loss_by_hand() -> None:
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
     expected = (-math.log(0.75) - math.log(0.5)) / 2
     batch = toy.batch([3, 2], labels=[0, 1])
-    assert losses.hard(logits, batch, "mlm").item() == pytest.approx(expected, rel=1e-6)
+    assert losses.hard_label_loss(logits, batch, "mlm").item() == pytest.approx(expected, rel=1e-6)
     numbers = toy.batch([3, 2], labels=[1.0, 3.0])
-    assert losses.hard(torch.tensor([[2.0], [0.0]]), numbers, "regression").item() == pytest.approx(5.0)
+    assert losses.hard_label_loss(torch.tensor([[2.0], [0.0]]), numbers, "regression").item() == pytest.approx(5.0)
 
 
-READ = [[0, 2], [0, 1, 2, 4], [0, 1, 3]]  # of sequences of 3, 5 and 4 tokens
+HEAD_POSITIONS = [[0, 2], [0, 1, 2, 4], [0, 1, 3]]  # in sequences of 3, 5 and 4 tokens
 
 
 def answers_batch(pad_to: int | None = None) -> Batch:
-    """Of each sequence the answer begins in the second row that is read, and ends in the last."""
+    """Return a batch where each answer begins in the second row of a sequence and ends in the last."""
     batch = toy.batch([3, 5, 4], pad_to=pad_to)
     starts = batch.cu_seqlens.tolist()
-    rows = [start + row for start, mine in zip(starts, READ, strict=False) for row in mine]
-    labels = [[n == 1, n == len(mine) - 1] for mine in READ for n in range(len(mine))]
+    rows = [start + row for start, positions in zip(starts, HEAD_POSITIONS, strict=False) for row in positions]
+    labels = [[n == 1, n == len(positions) - 1] for positions in HEAD_POSITIONS for n in range(len(positions))]
     return batch._replace(head_positions=torch.tensor(rows), labels=torch.tensor(labels).float())
 
 
@@ -60,21 +60,26 @@ def test_losses_of_answers_equal_their_equations() -> None:
             hard -= math.log(torch.softmax(s[:, column], 0)[right].item())
             p, q = (torch.softmax(x[:, column] / 2, 0) for x in (t, s))
             soft += 4 * (p * (p / q).log()).sum().item()
-    found = (
-        losses.hard(student, batch, "question_answering"),
-        losses.soft(student, teacher, batch, "question_answering", 2.0),
+    terms = (
+        losses.hard_label_loss(student, batch, "question_answering"),
+        losses.soft_label_loss(student, teacher, batch, "question_answering", 2.0),
     )
-    assert [x.item() for x in found] == pytest.approx([hard / 6, soft / 6], rel=1e-5)
-    gradient = torch.autograd.grad(sum(found), student)[0]
+    assert [x.item() for x in terms] == pytest.approx([hard / 6, soft / 6], rel=1e-5)
+    gradient = torch.autograd.grad(sum(terms), student)[0]
     assert gradient.isfinite().all()
     assert gradient.split([2, 4, 3])[1].sum(dim=0).tolist() == pytest.approx([0, 0], abs=1e-6)
-    assert losses.soft(teacher, teacher, batch, "question_answering", 2.0).item() == pytest.approx(0, abs=1e-7)
+    assert losses.soft_label_loss(teacher, teacher, batch, "question_answering", 2.0).item() == pytest.approx(
+        0, abs=1e-7
+    )
 
 
-def test_losses_of_answers_know_no_layout() -> None:
+def test_losses_of_answers_do_not_depend_on_the_layout() -> None:
     batch, logits = answers_batch(), torch.randn(9, 2)
     packed = toy.packed(toy.batch([3, 5, 4]), 8)._replace(head_positions=batch.head_positions, labels=batch.labels)
-    values = [losses.hard(logits, each, "question_answering").item() for each in (batch, answers_batch(7), packed)]
+    values = [
+        losses.hard_label_loss(logits, layout, "question_answering").item()
+        for layout in (batch, answers_batch(7), packed)
+    ]
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
@@ -84,11 +89,13 @@ def test_losses_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -
     batch = toy.batch([1] * 10, labels=[n % 7 for n in range(10)])
 
     def both() -> tuple[Tensor, ...]:
-        loss = losses.soft(student, teacher, batch, "mlm", 2.0) + losses.hard(student, batch, "mlm")
+        loss = losses.soft_label_loss(student, teacher, batch, "mlm", 2.0) + losses.hard_label_loss(
+            student, batch, "mlm"
+        )
         return loss, *torch.autograd.grad(loss, student)
 
     whole = both()
-    monkeypatch.setattr(losses, "CHUNK", 21)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 21)
     for a, b in zip(whole, both(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -98,29 +105,31 @@ def test_losses_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -
 def test_means_are_over_real_tokens_and_sequences(batch: Batch) -> None:
     torch.manual_seed(0)
     values, rows = torch.randn(len(batch.input_ids)), torch.randn(len(batch.input_ids), 3)
-    assert losses.over_tokens(values, batch).item() == pytest.approx(
-        naive_twins.tokens(values, batch).mean().item(), rel=1e-4, abs=1e-6
+    assert losses.mean_over_tokens(values, batch).item() == pytest.approx(
+        naive_twins.real_tokens(values, batch).mean().item(), rel=1e-4, abs=1e-6
     )
     first = losses.first_tokens(rows, batch)
-    torch.testing.assert_close(first[: len(batch.lengths[batch.lengths > 0])].double(), naive_twins.firsts(rows, batch))
-    assert losses.over_sequences(losses.first_tokens(values, batch), batch).item() == pytest.approx(
-        naive_twins.firsts(values, batch).mean().item(), rel=1e-4, abs=1e-6
+    torch.testing.assert_close(
+        first[: len(batch.lengths[batch.lengths > 0])].double(), naive_twins.first_tokens(rows, batch)
+    )
+    assert losses.mean_over_sequences(losses.first_tokens(values, batch), batch).item() == pytest.approx(
+        naive_twins.first_tokens(values, batch).mean().item(), rel=1e-4, abs=1e-6
     )
 
 
-def score_error(student: losses.Pair, teacher: losses.Pair, batch: Batch, heads: int) -> Tensor:
-    mine, its = (losses.scores(pair, batch, heads) for pair in (student, teacher))
-    return losses.score_error(mine, its, batch)
+def score_loss(student: losses.Pair, teacher: losses.Pair, batch: Batch, heads: int) -> Tensor:
+    student_scores, teacher_scores = (losses.attention_scores(pair, batch, heads) for pair in (student, teacher))
+    return losses.attention_score_loss(student_scores, teacher_scores, batch)
 
 
 @settings(max_examples=30)
 @given(batch=naive_twins.batches(), heads=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000))
 @pytest.mark.parametrize(
     ("function", "naive"),
-    [(losses.relation, naive_twins.naive_relation), (score_error, naive_twins.naive_score_error)],
+    [(losses.relation_loss, naive_twins.naive_relation), (score_loss, naive_twins.naive_score_error)],
     ids=["relation", "scores"],
 )
-def test_attention_equals_its_equations(
+def test_attention_equals_the_equations(
     function: Callable[..., Tensor], naive: Callable[..., float], batch: Batch, heads: int, seed: int
 ) -> None:
     """Also where widths differ."""
@@ -132,17 +141,17 @@ def test_attention_equals_its_equations(
     assert function(teacher, teacher, batch, heads).item() == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("function", [losses.relation, score_error])
+@pytest.mark.parametrize("function", [losses.relation_loss, score_loss])
 @pytest.mark.parametrize("span", [None, 9, 16])
-def test_attention_is_differentiated_as_its_equations(function: Callable[..., Tensor], span: int | None) -> None:
-    """By finite differences, though what the backward needs is computed anew."""
+def test_attention_gradients_equal_finite_differences(function: Callable[..., Tensor], span: int | None) -> None:
+    """The backward computes the relations again."""
     flat = toy.batch(LENGTHS)
     batch = flat if span is None else toy.packed(flat, span)
     torch.manual_seed(0)
     q, k = (torch.randn(15, 4, dtype=torch.float32, requires_grad=True) for _ in range(2))
     teacher = (torch.randn(15, 4), torch.randn(15, 4))
-    found = torch.autograd.grad(function((q, k), teacher, batch, 2), (q, k))
-    for x, gradient in zip((q, k), found, strict=True):
+    gradients = torch.autograd.grad(function((q, k), teacher, batch, 2), (q, k))
+    for x, gradient in zip((q, k), gradients, strict=True):
         with torch.no_grad():
             direction = torch.randn_like(x)
             values = []
@@ -153,18 +162,18 @@ def test_attention_is_differentiated_as_its_equations(function: Callable[..., Te
         assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-2, rel=2e-2, abs=1e-4)
 
 
-@pytest.mark.parametrize("function", [losses.relation, score_error])
-def test_attention_keeps_nothing_of_its_size_for_the_backward(function: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("function", [losses.relation_loss, score_loss])
+def test_attention_stores_no_square_tensors_for_the_backward(function: Callable[..., Tensor]) -> None:
     batch = toy.batch([40, 40])
     x = torch.randn(80, 2, 4, requires_grad=True)
-    kept: list[int] = []
+    stored: list[int] = []
 
-    def keep(y: Tensor) -> Tensor:
-        kept.append(y.numel())
+    def pack(y: Tensor) -> Tensor:
+        stored.append(y.numel())
         return y
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
         loss = function((x, x), (x.detach(), x.detach()), batch, 2)
     loss.backward()
-    assert max(kept, default=0) <= batch.sequence_ids.numel() * 8  # a number for each place and unit, not for each pair
+    assert max(stored, default=0) <= batch.sequence_ids.numel() * 8  # numbers per position, not per pair of positions
     assert x.grad is not None

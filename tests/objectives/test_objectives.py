@@ -1,9 +1,9 @@
-"""What holds for every objective: packing, identities, needs, memory, refusals."""
+"""Properties of every objective: packing, identities, output specs, memory, errors."""
 
 import pytest
 import torch
 import toy
-from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, traces
+from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, random_outputs
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
@@ -11,10 +11,10 @@ from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.models import loading
 from lad_dist.models.dims import model_dims
 from lad_dist.models.forward import compute_outputs
-from lad_dist.objectives import OBJECTIVES
+from lad_dist.objectives.registry import OBJECTIVES
 
-TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.requires_teacher)
-ATTENTIVE = ["emd", "minilm", "minilm2", "tinybert"]
+WITH_TEACHER = sorted(name for name, kind in OBJECTIVES.items() if kind.requires_teacher)
+WITH_ATTENTION = ["emd", "minilm", "minilm2", "tinybert"]
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
@@ -23,10 +23,10 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
     torch.manual_seed(0)
     sizes = {**toy.SIZES, "initializer_range": 0.2}  # logits far enough apart that rounding is small beside them
     student, teacher = (
-        loading.create_model(sizes, "classification", vocabulary=50, labels=toy.LABELS).eval() for _ in range(2)
+        loading.create_model(sizes, "classification", vocab_size=50, labels=toy.LABELS).eval() for _ in range(2)
     )
-    size = model_dims(student.config, "classification", labels=2)
-    objective = OBJECTIVES[name](size, size)
+    dims = model_dims(student.config, "classification", labels=2)
+    objective = OBJECTIVES[name](dims, dims)
     flat = toy.batch(LENGTHS, labels=[0, 1, 1])
     lengths = [7, 5, 3]
     ids = flat.input_ids.split(LENGTHS)
@@ -37,17 +37,17 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
     values = []
     for batch in layouts:
         with torch.no_grad():
-            seen = compute_outputs(student, batch, objective.student_outputs)
-            target = compute_outputs(teacher, batch, objective.teacher_outputs)
-            values.append({key: term.item() for key, term in objective(seen, target, batch).items()})
-    for others in values[1:]:
-        assert others == pytest.approx(values[0], rel=1e-4, abs=1e-7)
+            outputs = compute_outputs(student, batch, objective.student_spec)
+            target = compute_outputs(teacher, batch, objective.teacher_spec)
+            values.append({key: term.item() for key, term in objective(outputs, target, batch).items()})
+    for terms in values[1:]:
+        assert terms == pytest.approx(values[0], rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", ["distilbert", "kd", "mgskd", "minilm", "minilm2", "pkd", "tinybert"])
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name: str) -> None:
+def test_a_student_equal_to_the_teacher_has_loss_zero(name: str) -> None:
     batch = toy.batch(LENGTHS)
-    _, teacher = traces(batch)
+    _, teacher = random_outputs(batch)
     options = {"hard": 0.0} if name in ("distilbert", "kd", "mgskd", "pkd") else {}
     terms = OBJECTIVES[name](TEACHER, TEACHER, **options)(teacher, teacher, batch)
     assert terms
@@ -55,52 +55,52 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name: str) -> None:
     assert {key: term.item() for key, term in terms.items()} == pytest.approx(dict.fromkeys(terms, 0.0), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ATTENTIVE)
-def test_heads_have_no_order(name: str) -> None:
-    """What permutes the heads of both changes nothing; of one, where heads are compared one to one, it does."""
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_order_of_heads_does_not_matter(name: str) -> None:
+    """A permutation of both models' heads changes nothing; one of the student's alone changes the terms."""
     batch = toy.batch(LENGTHS)
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     objective = OBJECTIVES[name](STUDENT, TEACHER).eval()
 
-    def turned(trace: ModelOutputs) -> ModelOutputs:
-        return trace._replace(qkv={layer: tuple(x.flip(1) for x in qkv) for layer, qkv in trace.qkv.items()})
+    def flipped(outputs: ModelOutputs) -> ModelOutputs:
+        return outputs._replace(qkv={layer: tuple(x.flip(1) for x in qkv) for layer, qkv in outputs.qkv.items()})
 
     def terms(a: ModelOutputs, b: ModelOutputs) -> dict[str, float]:
         return {key: term.item() for key, term in objective(a, b, batch).items()}
 
-    straight = terms(student, teacher)
-    assert terms(turned(student), turned(teacher)) == pytest.approx(straight, rel=1e-5)
-    assert terms(turned(student), teacher) != pytest.approx(straight, rel=1e-3)
+    unflipped = terms(student, teacher)
+    assert terms(flipped(student), flipped(teacher)) == pytest.approx(unflipped, rel=1e-5)
+    assert terms(flipped(student), teacher) != pytest.approx(unflipped, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_every_term_teaches_the_student(name: str) -> None:
-    """Alone, each gives gradients of what the objective says that it needs, and of nothing else."""
+    """Terms have gradients for all tensors of `student_spec`, and for no others."""
     batch = toy.batch(LENGTHS)
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     assert student.logits is not None
     student = student._replace(logits=student.logits.requires_grad_())
     objective = OBJECTIVES[name](STUDENT, TEACHER)
     inputs: dict[str, Tensor | None] = {"logits": student.logits}
     inputs |= {f"hidden {layer}": x for layer, x in student.hidden.items()}
     inputs |= {f"qkv {layer} {n}": x for layer, qkv in student.qkv.items() for n, x in enumerate(qkv)}
-    learnt = set()
+    differentiated = set()
     for term in objective(student, teacher, batch).values():
         gradients = torch.autograd.grad(term, list(inputs.values()), allow_unused=True, retain_graph=True)
         moved = {key for key, g in zip(inputs, gradients, strict=True) if g is not None and g.abs().sum() > 0}
         assert moved
-        learnt |= moved
-    needs = objective.student_outputs
-    assert ("logits" in learnt) == needs.logits
-    assert {int(key.split()[1]) for key in learnt if key.startswith("hidden")} == set(needs.hidden)
-    assert {int(key.split()[1]) for key in learnt if key.startswith("qkv")} == set(needs.qkv)
+        differentiated |= moved
+    spec = objective.student_spec
+    assert ("logits" in differentiated) == spec.logits
+    assert {int(key.split()[1]) for key in differentiated if key.startswith("hidden")} == set(spec.hidden)
+    assert {int(key.split()[1]) for key in differentiated if key.startswith("qkv")} == set(spec.qkv)
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_the_teacher_may_have_more_precision_than_the_student(name: str) -> None:
     """Losses are in fp32 and see all of it: nothing rounds a teacher to its student."""
     batch = toy.batch(LENGTHS)
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     objective = OBJECTIVES[name](STUDENT, TEACHER).bfloat16()
     rounded = ModelOutputs(
         None if student.logits is None else student.logits.bfloat16(),
@@ -110,40 +110,40 @@ def test_the_teacher_may_have_more_precision_than_the_student(name: str) -> None
     terms = objective(rounded, teacher, batch)
     assert {x.dtype for x in terms.values()} == {torch.float32}
     assert teacher.logits is not None
-    if objective.teacher_outputs.logits:  # a change that bf16 would round away
+    if objective.teacher_spec.logits:  # a change that bf16 would round away
         nudged = teacher._replace(logits=teacher.logits * (1 + 1e-4))
         assert objective(rounded, nudged, batch)["soft"] != terms["soft"]
 
 
-@pytest.mark.parametrize("name", ATTENTIVE)
-def test_no_scores_wait_for_the_backward(name: str) -> None:
-    """Nothing as large as the scores [U, H, S, S] of one layer is kept."""
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_no_scores_are_stored_for_the_backward(name: str) -> None:
+    """No stored tensor is as large as the scores [U, H, S, S] of one layer."""
     batch = toy.batch([64, 64])
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     objective = OBJECTIVES[name](STUDENT, TEACHER)
-    kept: list[int] = []
+    stored: list[int] = []
 
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x.numel())
+    def pack(x: Tensor) -> Tensor:
+        stored.append(x.numel())
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         sum(objective(student, teacher, batch).values())
-    assert max(kept, default=0) < 2 * TEACHER.num_attention_heads * 64 * 64 / 4
+    assert max(stored, default=0) < 2 * TEACHER.num_attention_heads * 64 * 64 / 4
 
 
-def test_where_widths_may_differ() -> None:
+def test_objectives_that_accept_different_widths() -> None:
     batch = toy.batch(LENGTHS)
-    able = set()
-    for name in TAUGHT:
+    accepted = set()
+    for name in WITH_TEACHER:
         try:
             objective = OBJECTIVES[name](NARROW, TEACHER)
         except UserError:
             continue
-        able.add(name)
-        student, teacher = traces(batch, student=NARROW)
+        accepted.add(name)
+        student, teacher = random_outputs(batch, student=NARROW)
         assert all(term.isfinite() for term in objective(student, teacher, batch).values())
-    assert able == {"emd", "kd", "mgskd", "minilm", "minilm2", "tinybert"}
+    assert accepted == {"emd", "kd", "mgskd", "minilm", "minilm2", "tinybert"}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_where_widths_may_differ() -> None:
         ("mgskd", {}, STUDENT._replace(num_hidden_layers=6), TEACHER, "6 student layers"),
         ("minilm", {}, STUDENT._replace(num_attention_heads=4), TEACHER, "4 heads and the teacher 2"),
         ("minilm2", {"heads": 3}, STUDENT, TEACHER, "does not divide"),
-        ("minilm2", {"teacher_layer": 9}, STUDENT, TEACHER, "there are 4 layers"),
+        ("minilm2", {"teacher_layer": 9}, STUDENT, TEACHER, "the model has 4 layers"),
         ("pkd", {}, NARROW, TEACHER, "4 wide"),
         ("pkd", {}, STUDENT._replace(num_hidden_layers=6), TEACHER, "6 student layers"),
         ("pkd", {}, STUDENT._replace(num_hidden_layers=1), TEACHER, "take kd"),
@@ -169,7 +169,7 @@ def test_where_widths_may_differ() -> None:
         ("tinybert", {}, STUDENT._replace(num_hidden_layers=6), TEACHER, "6 student layers"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_models_and_options_that_exclude_each_other_are_refused(
     name: str, options: dict, student: ModelDims, teacher: ModelDims, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -177,27 +177,27 @@ def test_what_does_not_go_together_is_refused(
 
 
 @pytest.mark.parametrize("name", ["emd", "tinybert"])
-def test_a_weight_of_zero_leaves_its_term_away(name: str) -> None:
+def test_a_weight_of_zero_leaves_the_term_out(name: str) -> None:
     """The others stay as they are; without attention, heads may differ."""
     batch = toy.batch(LENGTHS)
-    student, teacher = traces(batch)
+    student, teacher = random_outputs(batch)
     terms = OBJECTIVES[name](STUDENT, TEACHER)(student, teacher, batch)
-    for gone in ("attention", "hidden", "embedding"):
-        objective = OBJECTIVES[name](STUDENT, TEACHER, **{gone: 0.0})
+    for left_out in ("attention", "hidden", "embedding"):
+        objective = OBJECTIVES[name](STUDENT, TEACHER, **{left_out: 0.0})
         rest = objective(student, teacher, batch)
-        assert set(terms) - set(rest) == {gone}
+        assert set(terms) - set(rest) == {left_out}
         assert {key: x.item() for key, x in rest.items()} == {key: terms[key].item() for key in rest}
-        needs = objective.student_outputs
-        assert (gone == "attention", gone == "embedding") == (not needs.qkv, 0 not in needs.hidden)
-        assert (gone == "hidden") == (set(needs.hidden) <= {0})
+        spec = objective.student_spec
+        assert (left_out == "attention", left_out == "embedding") == (not spec.qkv, 0 not in spec.hidden)
+        assert (left_out == "hidden") == (set(spec.hidden) <= {0})
     other = STUDENT._replace(num_attention_heads=4)
-    found = OBJECTIVES[name](other, TEACHER, attention=0.0)(*traces(batch, student=other), batch)
-    assert set(terms) - set(found) == {"attention"}
+    terms_without = OBJECTIVES[name](other, TEACHER, attention=0.0)(*random_outputs(batch, student=other), batch)
+    assert set(terms) - set(terms_without) == {"attention"}
 
 
-def test_needs_name_only_what_is_used() -> None:
-    assert OBJECTIVES["minilm2"](STUDENT, TEACHER).teacher_outputs == OutputSpec(qkv=(4,))
-    assert OBJECTIVES["kd"](STUDENT, TEACHER, soft=0.0).teacher_outputs == OutputSpec()
-    assert OBJECTIVES["lad"](STUDENT, TEACHER, soft=0.0).teacher_outputs == OutputSpec(hidden=(1, 2, 3, 4))
-    assert OBJECTIVES["pkd"](STUDENT, TEACHER).student_outputs == OutputSpec(logits=True, hidden=(1,))
-    assert OBJECTIVES["tinybert"](STUDENT, TEACHER).teacher_outputs == OutputSpec(hidden=(0, 2, 4), qkv=(2, 4))
+def test_output_specs_name_only_what_is_used() -> None:
+    assert OBJECTIVES["minilm2"](STUDENT, TEACHER).teacher_spec == OutputSpec(qkv=(4,))
+    assert OBJECTIVES["kd"](STUDENT, TEACHER, soft=0.0).teacher_spec == OutputSpec()
+    assert OBJECTIVES["lad"](STUDENT, TEACHER, soft=0.0).teacher_spec == OutputSpec(hidden=(1, 2, 3, 4))
+    assert OBJECTIVES["pkd"](STUDENT, TEACHER).student_spec == OutputSpec(logits=True, hidden=(1,))
+    assert OBJECTIVES["tinybert"](STUDENT, TEACHER).teacher_spec == OutputSpec(hidden=(0, 2, 4), qkv=(2, 4))

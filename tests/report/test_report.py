@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import json
 import math
 import random
@@ -14,20 +13,21 @@ from typing import Any
 
 import pytest
 import toy
-from complete_runs import METRICS, run
+from complete_runs import METRICS, load_comparison, method_names, run
 from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lad_dist.config.errors import UserError
-from lad_dist.report import pareto, report
-from lad_dist.report.comparison import Comparison, compare
-from lad_dist.report.grouping import distinct_suffixes
-from lad_dist.report.results import collect
+from lad_dist.report import pareto
+from lad_dist.report.build import build_report
 
 
 def grid(folder: Path) -> None:
-    """kd and lad on two tasks, three seeds each. lad - kd is 0.01, 0.02, 0.03 on rte and 0.1, 0.1, 0.4 on cola."""
+    """Write runs of kd and lad on two tasks, three seeds each.
+
+    lad - kd is 0.01, 0.02, 0.03 on rte and 0.1, 0.1, 0.4 on cola.
+    """
     scores = {
         ("kd", "rte"): (0.60, 0.61, 0.62),
         ("lad", "rte"): (0.61, 0.63, 0.65),
@@ -39,19 +39,15 @@ def grid(folder: Path) -> None:
             run(folder / f"{objective}-{task}-{seed}", objective, task, seed, score)
 
 
-def compared(folder: Path, baseline: str | None = None) -> Comparison:
-    return compare(collect([folder]), baseline)
-
-
-def cells_of(text: str, first: str) -> list[str]:
-    """The cells of the first line of a table that begins so."""
-    line = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
+def cells_of(text: str, first_cell: str) -> list[str]:
+    """Return the cells of the first table row with this first cell."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first_cell} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_means_deviations_sizes_and_order(tmp_path: Path) -> None:
     grid(tmp_path)
-    text = report([tmp_path])
+    text = build_report([tmp_path])
     assert cells_of(text, "method")[1:3] == ["cola matthews", "rte accuracy"]
     # sd: 0.01 and 0.1 for kd, 0.02 and 0.1 for lad; s.e. of the mean: sqrt(sd²/3 + sd²/3) / 2
     assert cells_of(text, "kd") == [
@@ -59,14 +55,14 @@ def test_means_deviations_sizes_and_order(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert cells_of(text, "lad")[1:4] == ["0.400 ± 0.100", "0.630 ± 0.020", "0.515 ± 0.029"]
     assert cells_of(text, "teacher") == ["teacher", "0.750", "0.750", "0.750", "28 M", "23 M", ""]
-    firsts = re.findall(r"^\| (\w+) \|", text.partition("## ")[0], re.MULTILINE)
-    assert firsts == ["method", "teacher", "lad", "kd"]
+    first_cells = re.findall(r"^\| (\w+) \|", text.partition("## ")[0], re.MULTILINE)
+    assert first_cells == ["method", "teacher", "lad", "kd"]
     assert "mean ± sd over 3 seeds" in text
 
 
 def test_the_paired_test(tmp_path: Path) -> None:
     grid(tmp_path)
-    comparison = compared(tmp_path)
+    comparison = load_comparison(tmp_path)
     # differences 1, 2, 3: t = 2 sqrt(3); two-sided p of t with 2 degrees of freedom is 1 - t / sqrt(2 + t²)
     rte = comparison.test("lad", "rte")
     assert rte.pairs == 3
@@ -75,17 +71,17 @@ def test_the_paired_test(tmp_path: Path) -> None:
     # differences 1, 1, 4: t = 2 / (sqrt(3) / sqrt(3)) = 2
     assert comparison.test("lad", "cola").p == pytest.approx(1 - 2 / math.sqrt(6))
     assert comparison.baselines == {"lad": "kd"}
-    assert "+0.020, p 0.074 (3)" in cells_of(report([tmp_path]).partition("## Against kd")[2], "lad")
+    assert "+0.020, p 0.074 (3)" in cells_of(build_report([tmp_path]).partition("## Against kd")[2], "lad")
 
 
-def test_over_all_tasks_every_task_counts_in_its_own_scale(tmp_path: Path) -> None:
+def test_over_all_tasks_every_task_counts_alike(tmp_path: Path) -> None:
     grid(tmp_path / "a")
     grid(tmp_path / "b")
     for file in (tmp_path / "b").glob("*-cola-*/results.json"):
         results = json.loads(file.read_text())
         results["metrics"]["matthews"] *= 1000
         file.write_text(json.dumps(results))
-    small, large = (compared(tmp_path / name).test_all("lad") for name in "ab")
+    small, large = (load_comparison(tmp_path / name).test_all("lad") for name in "ab")
     assert small == pytest.approx(large)
     scale = math.sqrt((0.01**2 + 0.02**2) / 2), 0.1
     assert small.difference == pytest.approx((0.06 / scale[0] + 0.6 / scale[1]) / 6)
@@ -97,25 +93,25 @@ def test_pairs_have_the_same_seed(tmp_path: Path) -> None:
         run(tmp_path / f"kd-{seed}", "kd", "rte", seed, score)
     for seed, score in ((1, 0.7), (0, 0.55), (7, 0.99)):
         run(tmp_path / f"lad-{seed}", "lad", "rte", seed, score)
-    tested = compared(tmp_path).test("lad", "rte")
-    assert tested.pairs == 2
-    assert tested.difference == pytest.approx(0.075)
+    result = load_comparison(tmp_path).test("lad", "rte")
+    assert result.pairs == 2
+    assert result.difference == pytest.approx(0.075)
 
 
-@pytest.mark.parametrize(("seeds", "said"), [((0,), "+0.100, no p (1)"), ((0, 1), "+0.100, no p (2)"), ((5,), "-")])
-def test_where_there_is_nothing_to_test_there_is_no_p(seeds: tuple[int, ...], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seeds", "cell"), [((0,), "+0.100, no p (1)"), ((0, 1), "+0.100, no p (2)"), ((5,), "-")])
+def test_without_pairs_or_variance_no_p_is_reported(seeds: tuple[int, ...], cell: str, tmp_path: Path) -> None:
     for seed in (0, 1):
         run(tmp_path / f"kd-{seed}", "kd", "rte", seed, 0.5 + seed / 100)
     for seed in seeds:
         run(tmp_path / f"lad-{seed}", "lad", "rte", seed, 0.6 + seed / 100)
-    assert cells_of(report([tmp_path]).partition("## Against")[2], "lad")[1] == said
+    assert cells_of(build_report([tmp_path]).partition("## Against")[2], "lad")[1] == cell
 
 
-def test_n_is_said_where_it_differs(tmp_path: Path) -> None:
+def test_the_table_shows_n_where_n_differs(tmp_path: Path) -> None:
     grid(tmp_path)
     shutil.rmtree(tmp_path / "lad-rte-2")
     shutil.rmtree(tmp_path / "lad-rte-1")
-    text = report([tmp_path])
+    text = build_report([tmp_path])
     assert cells_of(text, "lad")[1:4] == ["0.400 ± 0.100 (3)", "0.610 (1)", "0.505"]
     assert "seeds, their number in brackets" in text
 
@@ -123,12 +119,12 @@ def test_n_is_said_where_it_differs(tmp_path: Path) -> None:
 def test_the_order_is_by_the_tasks_that_all_have(tmp_path: Path) -> None:
     grid(tmp_path)
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.62)
-    text = report([tmp_path])
-    assert list(compared(tmp_path).methods) == ["lad", "pkd", "kd"]
+    text = build_report([tmp_path])
+    assert list(load_comparison(tmp_path).methods) == ["lad", "pkd", "kd"]
     assert "best first by the mean over rte, which all methods have" in text
     assert cells_of(text, "pkd")[1:4] == ["-", "0.620 (1)", "0.620"]
     run(tmp_path / "emd", "emd", "mrpc", 0, 0.99)
-    text = report([tmp_path])
+    text = build_report([tmp_path])
     assert "by name, as no task has runs of all methods" in text
     assert cells_of(text, "emd")[4] == "-"
 
@@ -138,7 +134,7 @@ def test_loyalty_stands_apart(tmp_path: Path) -> None:
         run(tmp_path / f"lad-rte-{seed}", "lad", "rte", seed, 0.6, results__metrics__label_loyalty=value)
     run(tmp_path / "lad-cola-0", "lad", "cola", 0, 0.3, results__metrics={"matthews": 0.3, "teacher_pearson": 0.7})
     run(tmp_path / "alone-rte-0", "kd", "rte", 0, 0.5, results__metrics={"accuracy": 0.5})
-    scores, loyal = report([tmp_path]).split("## Loyalty to the teacher")
+    scores, loyal = build_report([tmp_path]).split("## Loyalty to the teacher")
     assert cells_of(loyal, "lad") == ["lad", "0.700 (1)", "0.900 ± 0.100 (3)"]
     assert "| kd |" in scores
     assert "| kd |" not in loyal
@@ -146,145 +142,25 @@ def test_loyalty_stands_apart(tmp_path: Path) -> None:
         results = json.loads(file.read_text())
         del results["metrics"]["label_loyalty" if "label_loyalty" in results["metrics"] else "teacher_pearson"]
         file.write_text(json.dumps(results))
-    assert "Loyalty" not in report([tmp_path])
+    assert "Loyalty" not in build_report([tmp_path])
 
 
-def names(folder: Path) -> set[str]:
-    return set(compared(folder).methods)
-
-
-def test_a_key_that_an_earlier_version_did_not_know_makes_no_variant(tmp_path: Path) -> None:
-    run(tmp_path / "old", "lad", "rte", 0, 0.5)
-    run(tmp_path / "new", "lad", "rte", 1, 0.6, run__spike_sigma=0.0)
-    assert names(tmp_path) == {"lad"}
-    run(tmp_path / "other", "lad", "rte", 2, 0.6, run__spike_sigma=6.0)
-    assert names(tmp_path) == {"lad spike_sigma=0", "lad spike_sigma=6"}
-
-
-def test_variants_are_called_by_the_fewest_keys(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        for norm in ("token", "sequence"):
-            for task in METRICS:
-                lr = 1e-4 * (1 + len(task)) * (1 + len(norm))  # tuned for each, which names nothing
-                options = {"objective__norm": norm, "objective__affine": norm == "token", "optim__lr": lr}
-                run(tmp_path / f"lad-{norm}-{task}-{seed}", "lad", task, seed, 0.5, **options)
-        run(tmp_path / f"kd-{seed}", "kd", "rte", seed, 0.5)
-    assert names(tmp_path) == {"kd", "lad norm=token", "lad norm=sequence"}
-    text = report([tmp_path])
-    assert "* kd: optim.lr = 0.0001" in text
-    line = next(line for line in text.splitlines() if line.startswith("* lad norm=token: "))
-    assert "objective.affine = true, objective.norm = token, optim.lr = 0.003 on cola; 0.0024 on rte" in line
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "called"),
-    [
-        ({"optim__lr": 1e-4}, {"optim__lr": 2e-5}, {"kd lr=0.0001", "kd lr=2e-05"}),
-        ({"optim__lr": 1e-4}, {"optim__lr": 1.00001e-4}, {"kd lr=0.0001", "kd lr=0.000100001"}),
-        ({"student__path": "a/x/m"}, {"student__path": "a/y/m"}, {"kd path=x/m", "kd path=y/m"}),
-        ({"student__layers": [1, 3]}, {"student__layers": [1, 2]}, {"kd layers=[1,3]", "kd layers=[1,2]"}),
-        ({"student__layers": [1, 3]}, {}, {"kd layers=[1,3]", "kd layers=even"}),
-        ({"student__dropout": 0.1}, {}, {"kd dropout=0.1", "kd dropout=none"}),
-        ({"compression": [{"name": "low_rank", "keep": 0.5}]}, {}, {"kd name=low_rank", "kd name=none"}),
-        ({"data__num_workers": 2, "run__eval_every": 5}, {}, {"kd"}),
-    ],
-)
-def test_names_of_two_variants(one: dict[str, Any], other: dict[str, Any], called: set[str], tmp_path: Path) -> None:
-    run(tmp_path / "one", "kd", "rte", 0, 0.5, **one)
-    run(tmp_path / "other", "kd", "rte", 1, 0.5, **other)
-    assert names(tmp_path) == called
-
-
-def test_paths_that_follow_task_seed_and_teacher_are_one_method(tmp_path: Path) -> None:
-    for task in METRICS:
-        for seed in (1, 2):
-            origins = {
-                "first": f"runs/first-{task}-{seed}/export",
-                "teacher": f"runs/teacher-{task}/export",
-                "mini": "mini-1",
-            }
-            for name, origin in origins.items():
-                run(tmp_path / f"{name}-{task}-{seed}", "kd", task, seed, 0.5, student__path=origin)
-    assert names(tmp_path) == {"kd path=export", "kd path=teacher", "kd path=mini-1"}
-    assert "student.path = runs/first-{task}-{seed}/export" in report([tmp_path])
-
-
-def test_another_runs_seed_in_a_path_is_another_method(tmp_path: Path) -> None:
-    for seed in (1, 2):
-        for teacher in (1, 2):
-            path = f"runs/teacher-{teacher}/export"
-            run(tmp_path / f"{seed}-{teacher}", "kd", "rte", seed, 0.5, teacher__path=path)
-    assert names(tmp_path) == {"kd path=teacher-1/export", "kd path=teacher-2/export"}
-
-
-def test_a_variant_is_tested_against_the_baseline_of_its_settings(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        for path in ("a", "b"):
-            for objective in ("kd", "lad"):
-                run(tmp_path / f"{objective}-{path}-{seed}", objective, "rte", seed, 0.5, student__path=path)
-        run(tmp_path / f"pkd-{seed}", "pkd", "rte", seed, 0.5, student__path="c")
-    assert compared(tmp_path).baselines == {"lad path=a": "kd path=a", "lad path=b": "kd path=b"}
-    assert "Without a kd of the same settings: pkd." in report([tmp_path])
-    chosen = compared(tmp_path, "pkd").baselines
-    assert set(chosen) == {"kd path=a", "kd path=b", "lad path=a", "lad path=b"}
-    assert set(chosen.values()) == {"pkd"}
-    assert "lad path=a" in compared(tmp_path, "kd path=b").baselines
-
-
-def test_a_baseline_may_be_a_word_of_the_names_that_a_search_gives(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        for sparsity in ("20", "50"):
-            for criterion in ("adapting", "random"):
-                changes = pruned(criterion, float(sparsity) / 100)
-                run(tmp_path / f"{criterion}-{sparsity}-rte-{seed}", "supervised", "rte", seed, 0.5, **changes)
-    tested = {f"adapting-{share}": f"random-{share}" for share in (20, 50)}
-    assert compared(tmp_path, "random").baselines == tested
-    assert compared(tmp_path, "random-20").baselines.keys() == {*tested, "random-50"}
-    with pytest.raises(UserError, match='did you mean "random"'):
-        compared(tmp_path, "randon")
-
-
-def test_methods_of_several_keys_are_called_as_their_runs_are_if_these_agree(tmp_path: Path) -> None:
-    for task, seed, share in itertools.product(("rte", "cola"), (0, 1), (0.2, 0.5)):
-        run(tmp_path / f"some_{share}-{task}-{seed}", "supervised", task, seed, 0.5, **pruned("random", share))
-    run(tmp_path / "lad-low-rte-0", "lad", "rte", 0, 0.5)
-    assert names(tmp_path) == {"task sparsity=0.2", "task sparsity=0.5", "lad"}
-    run(tmp_path / "best-rte-0", "supervised", "rte", 0, 0.5, **pruned("movement", 0.5))
-    assert names(tmp_path) == {"some_0.2", "some_0.5", "best", "lad-low"}
-    run(tmp_path / "other-rte-2", "supervised", "rte", 2, 0.5, **pruned("movement", 0.5))
-    row = "task criterion={} sparsity={}".format
-    assert names(tmp_path) == {row("random", 0.2), row("random", 0.5), row("movement", 0.5), "lad"}
-
-
-def pruned(criterion: str, sparsity: float) -> dict[str, Any]:
-    return {"compression": [{"name": "prune", "criterion": criterion, "sparsity": sparsity}]}
-
-
-def test_names_tell_which_of_an_objectives_variants_is_the_baseline(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        for rate in (1e-4, 2e-4):
-            for method, objective, soft in (("kd", "kd", 0.5), ("alone", "kd", 0.0), ("lad", "lad", 0.5)):
-                name = f"{method}-{rate}-rte-{seed}"
-                run(tmp_path / name, objective, "rte", seed, 0.5, optim__lr=rate, objective__soft=soft)
-    assert compared(tmp_path).baselines == {"lad-0.0001": "kd-0.0001", "lad-0.0002": "kd-0.0002"}
-
-
-def test_without_a_baseline_there_is_no_test_and_the_reason(tmp_path: Path) -> None:
+def test_without_a_baseline_the_report_has_a_reason_and_no_test(tmp_path: Path) -> None:
     run(tmp_path / "lad", "lad", "rte", 0, 0.5)
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.5)
-    assert "Nothing to test: no such run; name another method by --baseline." in report([tmp_path])
-    assert "Nothing to test: there is no other method." in report([tmp_path / "lad"], "lad")
+    assert "Nothing to test: no such run; name another method by --baseline." in build_report([tmp_path])
+    assert "Nothing to test: no other method has runs." in build_report([tmp_path / "lad"], "lad")
 
 
-def test_teachers_that_differ_are_said(tmp_path: Path) -> None:
+def test_the_notes_list_teachers_that_differ(tmp_path: Path) -> None:
     grid(tmp_path)
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.5, teacher__path="other", results__teacher__accuracy=0.8)
-    text = report([tmp_path])
+    text = build_report([tmp_path])
     assert cells_of(text, "teacher")[1:4] == ["0.750", "2 teachers, 0.750 to 0.800", "-"]
     assert "* Runs on rte had different teachers: other 0.800, runs/teacher-rte/export 0.750." in text
 
 
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+def test_the_notes_list_skipped_folders(tmp_path: Path) -> None:
     grid(tmp_path)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.toml").write_text("")
@@ -292,23 +168,23 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     (tmp_path / "search" / "results.json").write_text('{"trials": [], "failed": []}')
     run(tmp_path / "corpus", "mlm", "rte", 0, 0.5, data={"shards": "corpora/x", "max_length": 128})
     run(tmp_path / "teacher-rte", "supervised", "rte", 0, 0.75, teacher=None)
-    run(tmp_path / "lost", "emd", "rte", 0, math.nan)
+    run(tmp_path / "nan", "emd", "rte", 0, math.nan)
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.5, teacher__path=str(tmp_path / "teacher-rte" / "export"))
-    text = report([tmp_path])
+    text = build_report([tmp_path])
     for reason, name in (
         ("not complete", "begun"),
         ("no run's results", "search"),
         ("on a corpus", "corpus"),
         ("teachers of the others, with no teacher of their own", "teacher-rte"),
-        ("the main metric is no number", "lost"),
+        ("the main metric is no number", "nan"),
     ):
         assert f"* Left out, {reason}: 1 folder ({tmp_path / name})." in text
-    assert names(tmp_path) == {"kd", "lad", "pkd"}
+    assert method_names(tmp_path) == {"kd", "lad", "pkd"}
 
 
 def test_students_without_a_teacher_have_no_teachers_row(tmp_path: Path) -> None:
     run(tmp_path / "alone", "supervised", "rte", 0, 0.5, teacher=None, results__teacher={})
-    text = report([tmp_path])
+    text = build_report([tmp_path])
     assert "| teacher |" not in text
     assert cells_of(text, "supervised")[1] == "0.500"
 
@@ -316,29 +192,31 @@ def test_students_without_a_teacher_have_no_teachers_row(tmp_path: Path) -> None
 def test_a_repeated_run_counts_once(tmp_path: Path) -> None:
     grid(tmp_path)
     run(tmp_path / "again", "kd", "rte", 0, 0.63)
-    text = report([tmp_path])
+    text = build_report([tmp_path])
     assert cells_of(text, "kd")[2] == "0.615 ± 0.005"  # of 0.615, 0.61, 0.62
-    assert "* 1 run more of a method, task and seed already there: their mean counts as one seed." in text
+    assert "* 1 run more of a method, task and seed that has one: their mean counts as one seed." in text
 
 
-def test_seconds_of_different_machines_are_said(tmp_path: Path) -> None:
+def test_the_notes_list_different_machines(tmp_path: Path) -> None:
     grid(tmp_path)
     run(tmp_path / "fast", "kd", "rte", 7, 0.6, results__device="gpu", results__processes=2)
-    assert "* Seconds are from different machines: cpu x 1, gpu x 2." in report([tmp_path])
+    assert "* Seconds are from different machines: cpu x 1, gpu x 2." in build_report([tmp_path])
 
 
-def test_own_tasks_are_called_by_their_files(tmp_path: Path) -> None:
+def test_files_name_own_tasks(tmp_path: Path) -> None:
     for task in ("a", "b"):
         own = {"train": f"data/{task}/train.csv", "dev": f"data/{task}/dev.csv", "kind": "classification"}
         run(tmp_path / task, "kd", task, 0, 0.5, data=own)
-    assert list(compared(tmp_path).tasks) == ["a/dev.csv", "b/dev.csv"]
-    assert names(tmp_path) == {"kd"}
+    assert list(load_comparison(tmp_path).tasks) == ["a/dev.csv", "b/dev.csv"]
+    assert method_names(tmp_path) == {"kd"}
 
 
 def test_files_hold_everything_and_are_the_same_again(tmp_path: Path) -> None:
     grid(tmp_path / "runs")
-    text = report([tmp_path / "runs"], out=tmp_path / "one")
-    report([tmp_path / "runs" / name.name for name in sorted((tmp_path / "runs").iterdir())], out=tmp_path / "two")
+    text = build_report([tmp_path / "runs"], out=tmp_path / "one")
+    build_report(
+        [tmp_path / "runs" / name.name for name in sorted((tmp_path / "runs").iterdir())], out=tmp_path / "two"
+    )
     for name in ("report.md", "report.csv", "report.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert (tmp_path / "one" / "report.md").read_text() == text
@@ -354,32 +232,24 @@ def test_files_hold_everything_and_are_the_same_again(tmp_path: Path) -> None:
 
 
 @settings(max_examples=15)
-@given(order=st.permutations(["a", "b", "c"]), twice=st.booleans(), seed=st.integers(0, 99))
+@given(order=st.permutations(["a", "b", "c"]), with_duplicates=st.booleans(), seed=st.integers(0, 99))
 def test_the_order_of_folders_changes_nothing(
-    order: list[str], twice: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
+    order: list[str], with_duplicates: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder, chance = tmp_path_factory.mktemp("runs"), random.Random(seed)
     for number in range(9):
-        place = folder / "abc"[number % 3] / str(number)
+        run_folder = folder / "abc"[number % 3] / str(number)
         lr = chance.choice([1e-4, 2e-4])
         task = chance.choice(list(METRICS))
-        run(place, chance.choice(["kd", "lad"]), task, number % 4, chance.random(), optim__lr=lr)
+        run(run_folder, chance.choice(["kd", "lad"]), task, number % 4, chance.random(), optim__lr=lr)
     folders = [folder / name for name in order]
-    expected = report(sorted(folders))
-    assert report([*folders, *folders] if twice else folders) == expected
-    assert report([folder, folders[0]] if twice else [folder]) == expected
+    expected = build_report(sorted(folders))
+    assert build_report([*folders, *folders] if with_duplicates else folders) == expected
+    assert build_report([folder, folders[0]] if with_duplicates else [folder]) == expected
 
 
-@given(paths=st.sets(st.text("ab/", min_size=1, max_size=6), min_size=1, max_size=6))
-def test_tails_tell_paths_apart(paths: set[str]) -> None:
-    ends = distinct_suffixes(paths)
-    assert set(ends) == paths
-    assert len(set(ends.values())) == len(paths)
-    assert all(path.endswith(end) for path, end in ends.items())
-
-
-def measured(seconds: float, **more: Any) -> dict[str, Any]:
-    """What launch/ledger.py leaves in results.json, as far as a report reads it."""
+def latency_table(seconds: float, **options: Any) -> dict[str, Any]:
+    """Return what launch/measure_latency.py adds to results.json, as far as a report reads it."""
     paces = {("teacher", "cpu"): 2.0, ("student", "cpu"): 1.0, ("onnx int8", "cpu"): 0.5, ("student", "cuda"): 0.1}
     timings = [
         {"form": form, "device": device, "batch": b, "length": s, "seconds": seconds * pace * b * s / 128}
@@ -387,16 +257,16 @@ def measured(seconds: float, **more: Any) -> dict[str, Any]:
         for b, s in ((32, 128), (1, 512), (1, 128))
     ]
     quality = {"onnx int8": {"metrics": {"accuracy": 0.4}}}
-    found = {"threads": 1, "devices": {"cpu": "x86_64"}, "timings": timings, "quality": quality}
-    return {**found, "teacher": {"bytes/safetensors": 4e6}, **more}
+    table = {"threads": 1, "devices": {"cpu": "x86_64"}, "timings": timings, "quality": quality}
+    return {**table, "teacher": {"bytes/safetensors": 4e6}, **options}
 
 
-def test_bytes_and_latencies_stand_in_the_table_where_runs_have_them(tmp_path: Path) -> None:
+def test_the_table_has_bytes_and_latencies_if_runs_have_them(tmp_path: Path) -> None:
     for seed, seconds in enumerate((0.010, 0.020)):
         small = {"results__student__bytes/safetensors": 2e6, "results__student__bytes/compact": 1e6}
-        run(tmp_path / f"kd-{seed}", "kd", "rte", seed, 0.5, results__ledger=measured(seconds), **small)
+        run(tmp_path / f"kd-{seed}", "kd", "rte", seed, 0.5, results__latency=latency_table(seconds), **small)
     run(tmp_path / "lad", "lad", "rte", 0, 0.6)
-    text = report([tmp_path], out=tmp_path / "out")
+    text = build_report([tmp_path], out=tmp_path / "out")
     assert cells_of(text, "method")[3:] == ["parameters", "FLOPs per token", "bytes", "ms per sequence", "seconds"]
     assert cells_of(text, "kd")[5:7] == ["1 M", "15"]
     assert cells_of(text, "lad")[5:7] == ["-", "-"]
@@ -406,23 +276,25 @@ def test_bytes_and_latencies_stand_in_the_table_where_runs_have_them(tmp_path: P
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "report.csv").read_text())))
     assert [row["latency"] for row in rows if row["method"] == "kd"] == ["10.0", "20.0"]
     shutil.rmtree(tmp_path / "out")
-    other = measured(0.01, threads=4)
-    run(tmp_path / "emd", "emd", "rte", 0, 0.6, results__ledger=other)
-    text = report([tmp_path])
+    other = latency_table(0.01, threads=4)
+    run(tmp_path / "emd", "emd", "rte", 0, 0.6, results__latency=other)
+    text = build_report([tmp_path])
     assert "of different conditions, those of one sequence at a time: 128 tokens, x86_64, 1 thread; 128" in text
 
 
-def test_quality_against_what_it_costs(tmp_path: Path) -> None:
+def test_quality_against_cost(tmp_path: Path) -> None:
     size = {"results__student__bytes/safetensors": 2e6, "results__student__bytes/onnx int8": 5e5}
-    run(tmp_path / "kd", "kd", "rte", 0, 0.5, results__ledger=measured(0.010), **size)
-    run(tmp_path / "lad", "lad", "rte", 0, 0.6, results__ledger=measured(0.020), **size)  # at half the machine's speed
-    run(tmp_path / "pkd", "pkd", "rte", 0, 0.6)  # measured by nobody
-    without = measured(0.020)
+    run(tmp_path / "kd", "kd", "rte", 0, 0.5, results__latency=latency_table(0.010), **size)
+    run(
+        tmp_path / "lad", "lad", "rte", 0, 0.6, results__latency=latency_table(0.020), **size
+    )  # on a machine of half the speed
+    run(tmp_path / "pkd", "pkd", "rte", 0, 0.6)  # not measured
+    without = latency_table(0.020)
     without["timings"] = [timing for timing in without["timings"] if timing["form"] != "teacher"]
-    run(tmp_path / "emd", "emd", "rte", 0, 0.55, results__ledger=without, **size)
-    found = pareto.points(compared(tmp_path))
-    places = {(row["method"], row["form"]): (row["score"], row["latency"], row["bytes"]) for row in records(found)}
-    assert places == {
+    run(tmp_path / "emd", "emd", "rte", 0, 0.55, results__latency=without, **size)
+    points = pareto.points(load_comparison(tmp_path))
+    values = {(row["method"], row["form"]): (row["score"], row["latency"], row["bytes"]) for row in records(points)}
+    assert values == {
         ("kd", "student"): (0.5, pytest.approx(15), 2e6),
         ("kd", "onnx int8"): (0.4, pytest.approx(7.5), 5e5),
         ("lad", "student"): (0.6, pytest.approx(15), 2e6),
@@ -432,16 +304,16 @@ def test_quality_against_what_it_costs(tmp_path: Path) -> None:
         ("teacher", "teacher"): (0.75, pytest.approx(30), 4e6),
     }
     run(tmp_path / "other", "kd", "mrpc", 0, 0.5)
-    drawn = pareto.figure(compared(tmp_path))
-    assert drawn is not None
-    latencies = {axes.get_title(): axes for axes in drawn.axes[::2]}
+    figure = pareto.figure(load_comparison(tmp_path))
+    assert figure is not None
+    latencies = {axes.get_title(): axes for axes in figure.axes[::2]}
     assert [text.get_text() for text in latencies["mrpc"].texts] == [pareto.UNMEASURED]
     assert pareto.UNMEASURED not in [text.get_text() for text in latencies["rte"].texts]
     front = [line.get_xdata().tolist() for line in latencies["rte"].lines if line.get_marker() in ("", "None")]
     assert front == [[pytest.approx(7.5), pytest.approx(15), pytest.approx(30)]]
     for name in ("kd", "lad", "emd"):
         shutil.rmtree(tmp_path / name)
-    assert pareto.figure(compared(tmp_path)) is None
+    assert pareto.figure(load_comparison(tmp_path)) is None
 
 
 def records(frame: Any) -> list[dict[str, Any]]:
@@ -449,24 +321,24 @@ def records(frame: Any) -> list[dict[str, Any]]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
-def test_the_front_is_what_no_other_beats(places: list[tuple[int, int]]) -> None:
-    costs, scores = [cost for cost, _ in places], [score for _, score in places]
-    kept = {places[n] for n in pareto.front(costs, scores)}
-    beaten = {(c, s) for c, s in places if any((d <= c and t >= s) and (d, t) != (c, s) for d, t in places)}
-    assert kept == set(places) - beaten
+def test_no_other_point_beats_the_front(points: list[tuple[int, int]]) -> None:
+    costs, scores = [cost for cost, _ in points], [score for _, score in points]
+    front = {points[n] for n in pareto.front(costs, scores)}
+    beaten = {(c, s) for c, s in points if any((d <= c and t >= s) and (d, t) != (c, s) for d, t in points)}
+    assert front == set(points) - beaten
 
 
 def cut_short(file: Path) -> None:
     file.write_text(file.read_text()[:100])
 
 
-def lose_the_metrics(file: Path) -> None:
+def remove_metrics(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": {}}))
 
 
-def lose_the_threads(file: Path) -> None:
-    ledger = {"devices": {}, "timings": []}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"ledger": ledger}))
+def remove_threads(file: Path) -> None:
+    latency = {"devices": {}, "timings": []}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"latency": latency}))
 
 
 def make_a_list(file: Path) -> None:
@@ -477,16 +349,16 @@ def make_a_list(file: Path) -> None:
     ("damage", "reason"),
     [
         (cut_short, "damaged ("),
-        (lose_the_metrics, "damaged (metrics: "),
+        (remove_metrics, "damaged (metrics: "),
         (make_a_list, "damaged (not a JSON object)"),
-        (lose_the_threads, "damaged (ledger.threads: "),
+        (remove_threads, "damaged (latency.threads: "),
     ],
 )
 def test_a_damaged_result_is_named(damage: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
     grid(tmp_path)
     damage(tmp_path / "kd-rte-1" / "results.json")
     with pytest.raises(UserError) as caught:
-        report([tmp_path], out=tmp_path / "out")
+        build_report([tmp_path], out=tmp_path / "out")
     assert str(caught.value).startswith(f"{tmp_path / 'kd-rte-1' / 'results.json'}: {reason}")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -498,7 +370,7 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "begun" / "config.toml").write_text("")
     (tmp_path / "file").write_text("")
     run(tmp_path / "other" / "kd", "kd", "rte", 0, 0.5, results__metrics={"f1": 0.5})
-    for folders, words, said in (
+    for folders, options, message in (
         (["nowhere"], {}, "nowhere: no such folder"),
         (["begun"], {}, "begun: no complete run on a task below; not complete: 1"),
         (["runs"], {"baseline": "kdd"}, '--baseline "kdd" is none of the methods: did you mean "kd"?'),
@@ -506,18 +378,18 @@ def test_mistakes(tmp_path: Path) -> None:
         (["runs", "other"], {}, "measures rte by "),
     ):
         with pytest.raises(UserError) as caught:
-            report([tmp_path / name for name in folders], **words)
-        assert said in str(caught.value)
+            build_report([tmp_path / name for name in folders], **options)
+        assert message in str(caught.value)
 
 
 def test_real_runs(world: World, tmp_path: Path) -> None:
     from lad_dist.training.train import train
 
     for objective in ("kd", "lad"):
-        tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained, objective={"name": objective})
-        found = train(toy.parsed(tables, {"run.name": objective, "run.steps": 2, "data.num_workers": 0}))
-        assert found.results is not None
-    text = report([tmp_path], out=tmp_path / "out")
+        options = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained, objective={"name": objective})
+        result = train(toy.parsed(options, {"run.name": objective, "run.steps": 2, "data.num_workers": 0}))
+        assert result.results is not None
+    text = build_report([tmp_path], out=tmp_path / "out")
     for objective in ("kd", "lad"):
         results = json.loads((tmp_path / objective / "results.json").read_text())
         assert cells_of(text, objective)[1] == f"{results['metrics']['accuracy']:.3f}"

@@ -19,7 +19,7 @@ import chaos
 import pytest
 import tomli_w
 import toy
-from chaos import SAVE_EVERY, Life, Victim, ended, same
+from chaos import SAVE_EVERY, Life, Victim, run_to_end, same
 from conftest import World
 from launching import ROOT
 from slurm_cluster import LOOK_EVERY, RESTART_AFTER, SlurmCluster
@@ -44,7 +44,7 @@ def test_kills_of_a_real_launcher_and_of_what_it_has_launched(
     for how in ("rank 0", "job", "rank 1", "launcher"):
         before = victim.saved[-1:]
         life = chaos.launch(victim, by)
-        assert life.until(lambda before=before: victim.saved[-1:] != before, 600), life.said[-3000:]
+        assert life.until(lambda before=before: victim.saved[-1:] != before, 600), life.output[-3000:]
         time.sleep(dice.uniform(0.0, 0.5))
         if victim.done:
             break
@@ -54,7 +54,7 @@ def test_kills_of_a_real_launcher_and_of_what_it_has_launched(
         assert victim.damaged == []
         assert how == "launcher" or victim.reached - victim.saved_step <= SAVE_EVERY
     life = chaos.launch(victim, by)
-    assert life.end(900) == [0], life.said[-3000:]
+    assert life.end(900) == [0], life.output[-3000:]
     assert same(victim, straight)
     figures.append((f"kills under {by}: {', '.join(kills)}; equal end", "yes"))
 
@@ -69,12 +69,12 @@ def test_three_lives_without_a_checkpoint_are_the_end(world: World, tmp_path: Pa
     victim = chaos.victim(tmp_path, world, {"run.save_every": 0})
     for _ in range(3):
         life = chaos.begin(victim)
-        assert life.until(lambda life=life: "step 1/" in life.said)
+        assert life.until(lambda life=life: "step 1/" in life.output)
         life.signal(signal.SIGKILL)
         life.end()
     life = chaos.begin(victim)
     assert life.end() == [93, 93]
-    assert "died 3 times in a row at the beginning" in life.said
+    assert "died 3 times in a row at the beginning" in life.output
     figures.append(("three lives killed before a checkpoint: 93", "yes"))
 
 
@@ -121,16 +121,16 @@ def test_a_node_that_falls_silent_ends_the_run_which_then_goes_on(
     victim = chaos.victim(tmp_path, world)
     life = chaos.begin(victim, prepare=enter_network, variables=networks)
     assert life.until(lambda: victim.reached >= 20)
-    moment = time.monotonic()
+    begin = time.monotonic()
     end = networks[lost]
     subprocess.run(["ip", "-n", end["CHAOS_NETWORK"], "link", "set", end["GLOO_SOCKET_IFNAME"], "down"], check=True)
     life.signal(signal.SIGKILL, [lost])
     codes = life.end()
-    seconds = time.monotonic() - moment
+    seconds = time.monotonic() - begin
     assert codes[lost] == -signal.SIGKILL
     assert codes[1 - lost] == 1
     assert victim.reached - victim.saved_step <= SAVE_EVERY
-    ended(victim)
+    run_to_end(victim)
     assert same(victim, straight)
     figures.append((f"the node of rank {lost} falls silent: seconds until the other has ended", f"{seconds:.1f}"))
     assert seconds <= 5.0
@@ -151,13 +151,13 @@ def cluster() -> Iterator[SlurmCluster]:
 @pytest.fixture(scope="module")
 def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository as the scripts see it."""
-    made = tmp_path_factory.mktemp("repository")
-    shutil.copytree(ROOT / "slurm", made / "slurm")
-    (made / "launch").symlink_to(ROOT / "launch")
+    repository = tmp_path_factory.mktemp("repository")
+    shutil.copytree(ROOT / "slurm", repository / "slurm")
+    (repository / "launch").symlink_to(ROOT / "launch")
     tables = toy.task_config(Path("runs"), world.files, world.teacher, world.pretrained)
     changes = {"run.steps": SLURM_STEPS, "run.save_every": 50, "data.micro_batches_per_step": 2, "data.num_workers": 0}
-    (made / "toy.toml").write_text(tomli_w.dumps(apply_overrides(tables, changes.items())))
-    return made
+    (repository / "toy.toml").write_text(tomli_w.dumps(apply_overrides(tables, changes.items())))
+    return repository
 
 
 def submitted(cluster: SlurmCluster, folder: Path, name: str) -> tuple[str, Victim]:
@@ -173,9 +173,9 @@ def undisturbed(cluster: SlurmCluster, folder: Path) -> Victim:
 
 
 def until_it_trains(cluster: SlurmCluster, job: str, victim: Victim) -> None:
-    """Past what it had told of before; a requeued job starts at once, not in two minutes."""
-    told, deadline = victim.reached, time.monotonic() + 600
-    while victim.reached <= told:
+    """Wait until the run is past the steps that it had reported; a requeued job starts at once, not in two minutes."""
+    reached, deadline = victim.reached, time.monotonic() + 600
+    while victim.reached <= reached:
         assert time.monotonic() < deadline, cluster.output(job)[-3000:]
         shown = cluster.shown(job)
         assert shown["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), cluster.output(job)[-3000:]
@@ -222,14 +222,14 @@ def test_a_node_of_slurm_that_is_killed_ends_the_rest_and_the_job_runs_again(
     job, victim = submitted(cluster, folder, "node")
     until_it_trains(cluster, job, victim)
     (here,) = (process.pid for process in on_node("n1") if process.is_python)
-    there = on_node("n2")
-    moment = time.monotonic()
-    for pid in {cluster._daemons[-1].pid, *(p.parent for p in there), *(p.pid for p in there)}:
+    on_n2 = on_node("n2")
+    begin = time.monotonic()
+    for pid in {cluster._daemons[-1].pid, *(p.parent for p in on_n2), *(p.pid for p in on_n2)}:
         os.kill(pid, signal.SIGKILL)
     while Path(f"/proc/{here}").exists():
-        assert time.monotonic() < moment + 60
+        assert time.monotonic() < begin + 60
         time.sleep(0.01)
-    seconds = time.monotonic() - moment
+    seconds = time.monotonic() - begin
     cluster._daemons[-1].wait()
     cluster._daemon("slurmd", "-D", "-N", "n2", "-f", str(cluster.folder / "slurm.conf"))
     finished = cluster.wait(job, 1800)
@@ -246,8 +246,8 @@ class Process(NamedTuple):
 
 
 def on_node(node: str) -> list[Process]:
-    """What SLURM runs there of the training."""
-    found = []
+    """Return the processes of the training on a node."""
+    processes = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             words = (folder / "cmdline").read_bytes().split(b"\0")
@@ -255,5 +255,5 @@ def on_node(node: str) -> list[Process]:
             here = f"SLURMD_NODENAME={node}".encode() in variables
             if here and b"launch/task_distill.py" in words and b"srun" not in words[0]:
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                found.append(Process(int(folder.name), parent, b"python" in words[0]))
-    return found
+                processes.append(Process(int(folder.name), parent, b"python" in words[0]))
+    return processes

@@ -1,12 +1,12 @@
 """What saving and the health checks cost.
 
-usage: LAD_DIST_TEST_DATA=/its/folder python tests/robustness/overhead.py TEACHER FOLDER [STEPS]
+usage: LAD_DIST_TEST_DATA=FOLDER python tests/robustness/overhead.py TEACHER FOLDER [STEPS]
 
-TEACHER is a model folder, of which the encoder counts. Distils it into three layers on CoLA, in two processes of one
-thread each: STEPS steps (default 210, of which the first 10 do not count) with a checkpoint every 100, the watch, the
-guard and the agreement. Each of these is timed by itself, as seconds of the processor and of the wall, and set against
-the rest of the main thread: other work on the machine then matters little. What the threads beside it cost matters
-where no core is free for them.
+TEACHER is a model folder, of which only the encoder is used. The script distils it into three layers on CoLA, in two
+processes of one thread each: STEPS steps (default 210, of which the first 10 do not count) with a checkpoint every 100,
+the watchdog, the update guard and the replica check. Each of these is timed by itself, as seconds of the processor and
+of the wall, and compared with the rest of the main thread: other work on the machine then matters little. What the
+other threads cost matters where no core is free for them.
 """
 
 import csv
@@ -32,7 +32,7 @@ Seconds = list[float]  # of the processor, of the wall
 
 
 def timed(out: Path) -> None:
-    """Leaves the seconds of each part in a file of each rank."""
+    """Write the seconds of each piece of work into a file of each rank."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from lad_dist.checkpointing.async_save import AsyncCheckpointer
@@ -44,11 +44,11 @@ def timed(out: Path) -> None:
     for name, owner, method in (
         ("backward, guarded", UpdateGuard, "backward"),
         ("backward", DeepSpeedEngine, "backward"),
-        ("verdict", UpdateGuard, "verdict"),
+        ("update check", UpdateGuard, "action"),
         ("marks", Watchdog, "mark"),
-        ("watch thread", Watchdog, "_run"),
-        ("agreement", Trainer, "_check_agreement"),
-        ("saving, main thread", AsyncCheckpointer, "after"),
+        ("watchdog thread", Watchdog, "_run"),
+        ("replica check", Trainer, "_check_replicas"),
+        ("saving, main thread", AsyncCheckpointer, "on_step_end"),
         ("saving, its thread", AsyncCheckpointer, "_write"),
     ):
         setattr(owner, method, _added_up(getattr(owner, method), name, seconds))
@@ -106,7 +106,7 @@ def run(teacher: str, folder: Path, steps: int) -> Victim:
 
 
 def write_data(folder: Path) -> None:
-    """1,000 sentences, so that the teacher's answers are soon there."""
+    """1,000 sentences, so that the teacher cache is soon filled."""
     source = Path(os.environ["LAD_DIST_TEST_DATA"]) / "glue" / "CoLA"
     for name, rows in (("train", 1000), ("dev", 100)):
         lines = (source / f"{name}.tsv").read_text().splitlines()[:rows]
@@ -130,14 +130,14 @@ def main() -> None:
     victim = run(with_a_head(teacher, folder / "teacher"), folder, steps)
     life = chaos.begin(victim, prepare=functools.partial(timed, folder / "seconds"))
     codes = life.end(7200)
-    assert codes == [0, 0], life.said[-3000:]
+    assert codes == [0, 0], life.output[-3000:]
     size = sum(path.stat().st_size for path in victim.saved[-1].rglob("*") if path.is_file())
     print(f"{steps - WARM_UP} steps; a checkpoint is {size / 1e6:.0f} MB")
     for rank in range(2):
-        _tell(rank, json.loads((folder / f"seconds.{rank}").read_text()), steps - WARM_UP)
+        _print_seconds(rank, json.loads((folder / f"seconds.{rank}").read_text()), steps - WARM_UP)
 
 
-def _tell(rank: int, seconds: dict[str, Seconds], steps: int) -> None:
+def _print_seconds(rank: int, seconds: dict[str, Seconds], steps: int) -> None:
     whole, inner = seconds.pop("all"), seconds.pop("backward")
     seconds["guard's backward"] = [a - b for a, b in zip(seconds.pop("backward, guarded"), inner, strict=True)]
     main_thread = [spent for name, spent in seconds.items() if "its thread" not in name and "watch" not in name]

@@ -16,7 +16,7 @@ from pathlib import Path
 import chaos
 import pytest
 import torch
-from chaos import LONG, SAVE_EVERY, STEPS, Kill, Victim, ended, same
+from chaos import LONG, SAVE_EVERY, STEPS, Kill, Victim, run_to_end, same
 from checkpoint_damage import random_damage
 from conftest import World
 from strace_faults import changes, failing, killed
@@ -32,11 +32,11 @@ ZERO_0 = {"deepspeed.zero_optimization": {"stage": 0}}
 
 
 def stopped_at(victim: Victim, step: int, ranks: int = 2) -> None:
-    """A life that is asked to stop once it has told of this step, and saves."""
+    """Begin a life and stop it once it has reported this step: it saves."""
     life = chaos.begin(victim, ranks)
     assert life.until(lambda: victim.reached >= step)
     life.signal(signal.SIGUSR1, [0])
-    assert life.end() == [75] * ranks, life.said[-3000:]
+    assert life.end() == [75] * ranks, life.output[-3000:]
     assert victim.saved_step == victim.reached
 
 
@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
 ) -> None:
     """In the long version runs alternate between a checkpoint that both processes write and one that the first does."""
     kills: list[Kill] = []
-    whole = ended(chaos.victim(tmp_path / "zero-0", world, ZERO_0)) if LONG else straight
+    whole = run_to_end(chaos.victim(tmp_path / "zero-0", world, ZERO_0)) if LONG else straight
     begin, runs = time.monotonic(), 0
     while len(kills) < (200 if LONG else 4) or sum(kill.inside for kill in kills) < (50 if LONG else 1):
         alone = LONG and runs % 2 == 1
@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     assert max(took, default=0) <= 5.0
 
 
-def test_a_life_that_begins_while_another_goes_on_waits_for_its_end(
+def test_a_life_that_begins_while_another_goes_on_waits_until_that_ends(
     world: World, straight: Victim, tmp_path: Path, figures: list[tuple[str, str]]
 ) -> None:
     """As where the launcher alone was killed."""
@@ -74,12 +74,12 @@ def test_a_life_that_begins_while_another_goes_on_waits_for_its_end(
     first = chaos.begin(victim)
     assert first.until(lambda: victim.saved != [])
     second = chaos.begin(victim)
-    assert first.end() == [0, 0], first.said[-3000:]
+    assert first.end() == [0, 0], first.output[-3000:]
     codes = second.end()
-    assert codes == [0, 0] or "another process trains there" in second.said, second.said[-3000:]
-    ended(victim)
+    assert codes == [0, 0] or "another process trains in this folder" in second.output, second.output[-3000:]
+    run_to_end(victim)
     assert same(victim, straight)
-    assert "step 1/" not in second.said
+    assert "step 1/" not in second.output
     figures.append(("the same command while ranks of a dead launcher live: waits, equal end", "yes"))
 
 
@@ -117,21 +117,21 @@ def in_place_of_one_of_the_same_name(folder: Path) -> Callable[[], None]:
 
 @pytest.mark.root
 @pytest.mark.parametrize("work", [after_two_and_leftovers, in_place_of_one_of_the_same_name])
-def test_a_save_that_is_killed_at_any_of_its_file_operations_leaves_a_valid_checkpoint(
+def test_a_save_that_is_killed_at_any_file_operation_leaves_a_valid_checkpoint(
     work: Callable[[Path], Callable[[], None]], tmp_path: Path, figures: list[tuple[str, str]]
 ) -> None:
     calls = changes(work, tmp_path / "whole")
     assert {"fsync", "write", "unlinkat"} <= {name for name, _ in calls}
     new = _saved_step(tmp_path / "whole")
-    found = set()
+    steps = set()
     for name, nth in calls:
         folder = tmp_path / f"{name}-{nth}"
         assert killed(work, folder, call=(name, nth)) == -signal.SIGKILL
-        found.add(_saved_step(folder))
+        steps.add(_saved_step(folder))
         save(folder, new)  # the next life does, as if nothing had been
         assert _saved_step(folder) == new
         assert not list(folder.glob("*.*"))
-    assert found == {new - 1, new}
+    assert steps == {new - 1, new}
     name = work.__name__.replace("_", " ")
     figures.append((f"a save {name} killed at each file operation: a valid one left", f"{len(calls)} of {len(calls)}"))
 
@@ -141,9 +141,9 @@ def _saved_step(folder: Path) -> int:
     newest = CheckpointStore(folder).newest()
     assert newest is not None
     step = read_metadata(newest)["step"]
-    found = torch.load(newest / "state" / "a.pt", weights_only=True)
-    assert any(found.keys() == content(step, draft).keys() for draft in ("", "again"))
-    assert torch.equal(found["weight"], content(step, "")["weight"])
+    saved = torch.load(newest / "state" / "a.pt", weights_only=True)
+    assert any(saved.keys() == content(step, draft).keys() for draft in ("", "again"))
+    assert torch.equal(saved["weight"], content(step, "")["weight"])
     return int(step)
 
 
@@ -156,31 +156,31 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     shutil.copytree(victim.folder, whole)
     for _ in range(times):
         newest, before = victim.saved[-1].name, read_metadata(victim.saved[-2])["step"]
-        done = random_damage(victim.saved[-1], dice)
+        damage = random_damage(victim.saved[-1], dice)
         life = chaos.begin(victim)
-        assert life.end() == [0, 0], (done, life.said[-3000:])
-        assert f"{newest}: damaged (" in life.said, done
-        assert f"step {before + 1}/" in life.said, done
-        assert same(victim, straight), done
+        assert life.end() == [0, 0], (damage, life.output[-3000:])
+        assert f"{newest}: damaged (" in life.output, damage
+        assert f"step {before + 1}/" in life.output, damage
+        assert same(victim, straight), damage
         shutil.rmtree(victim.folder)
         shutil.copytree(whole, victim.folder)
-    figures.append(("a damaged engine checkpoint: told, the one before taken, equal ends", f"{times} of {times}"))
+    figures.append(("a damaged engine checkpoint: reported, the one before taken, equal ends", f"{times} of {times}"))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2] if LONG else [1])
 def test_a_run_that_goes_on_with_fewer_and_again_with_more_processes_ends_as_one_that_does_not(
     stage: int, world: World, straight: Victim, tmp_path: Path, figures: list[tuple[str, str]]
 ) -> None:
-    """Bit for bit, however its shares are cut. (A row's mean loss is summed in another order.)"""
+    """The weights are equal bit for bit; the mean loss of a row is summed in another order."""
     changes = {"deepspeed.zero_optimization": {"stage": stage}}
-    whole = straight if stage == 1 else ended(chaos.victim(tmp_path / "whole", world, changes))
+    whole = straight if stage == 1 else run_to_end(chaos.victim(tmp_path / "whole", world, changes))
     seeds = range(3 if LONG else 1)
     for seed in seeds:
         dice, victim = random.Random(seed), chaos.victim(tmp_path / str(seed), world, changes)
         first, second = sorted(dice.sample(range(2, STEPS - 20), 2))
         stopped_at(victim, first, ranks=2)
         stopped_at(victim, second, ranks=1)
-        ended(victim)
+        run_to_end(victim)
         assert victim.weights == whole.weights
         assert victim.losses == pytest.approx(whole.losses, rel=1e-6)
     times = f"{len(seeds)} of {len(seeds)}"
@@ -222,29 +222,31 @@ def test_a_full_disk_costs_rows_and_a_save_and_nothing_else(
     world: World, straight: Victim, tmp_path: Path, small_disk: Path, figures: list[tuple[str, str]]
 ) -> None:
     victim, life, filler = on_a_full_disk(world, tmp_path, small_disk)
-    assert life.until(lambda: "could not be saved" in life.said)
+    assert life.until(lambda: "could not be saved" in life.output)
     assert victim.saved != []
     assert victim.damaged == []
     filler.unlink()
-    assert life.end() == [0, 0], life.said[-3000:]
+    assert life.end() == [0, 0], life.output[-3000:]
     assert victim.weights == straight.weights
     lost = straight.losses.keys() - victim.losses.keys()
-    assert all(f"the row of step {step} is lost" in life.said for step in lost)
+    assert all(f"the row of step {step} is lost" in life.output for step in lost)
     assert all(victim.losses[step] == straight.losses[step] for step in victim.losses)
-    figures.append(("the disk is full for a while: the run goes on; rows lost, all of them told", f"yes; {len(lost)}"))
+    figures.append(
+        ("the disk is full for a while: the run goes on; rows lost, all of them reported", f"yes; {len(lost)}")
+    )
 
 
 @pytest.mark.root
-def test_a_disk_that_stays_full_ends_the_run_until_there_is_room_again(
+def test_a_disk_that_stays_full_ends_the_run_until_the_disk_has_room(
     world: World, straight: Victim, tmp_path: Path, small_disk: Path, figures: list[tuple[str, str]]
 ) -> None:
     victim, life, filler = on_a_full_disk(world, tmp_path, small_disk)
-    assert life.end() == [75, 75], life.said[-3000:]
-    assert "saving failed again and again" in life.said
-    assert "No space left on device" in life.said
+    assert life.end() == [75, 75], life.output[-3000:]
+    assert "saving failed again and again" in life.output
+    assert "No space left on device" in life.output
     assert victim.damaged == []
     filler.unlink()
-    ended(victim)
+    run_to_end(victim)
     assert victim.weights == straight.weights
     figures.append(("full for three saves: 75 and why; equal end once there is room", "yes"))
 
@@ -258,9 +260,9 @@ def test_a_disk_that_errs_costs_a_save_and_nothing_else(
     life = chaos.begin(victim)
     assert life.until(lambda: victim.saved != [])
     with failing(life.pids[rank], "fsync", "EIO"):
-        assert life.until(lambda: "could not be saved" in life.said)
-    assert f"rank {rank}: OSError: [Errno 5]" in life.said
-    assert life.end() == [0, 0], life.said[-3000:]
+        assert life.until(lambda: "could not be saved" in life.output)
+    assert f"rank {rank}: OSError: [Errno 5]" in life.output
+    assert life.end() == [0, 0], life.output[-3000:]
     assert same(victim, straight)
     assert victim.damaged == []
     figures.append((f"fsync of rank {rank} ends with EIO: the run goes on, equal ends", "yes"))
@@ -274,17 +276,17 @@ def test_a_rank_that_stands_still_is_named_and_the_run_goes_on_without_loss(
     victim = chaos.victim(tmp_path, world, {"run.watchdog_timeout": bound})
     life = chaos.begin(victim)
     assert life.until(lambda: victim.reached >= 12)
-    moment = time.monotonic()
+    begin = time.monotonic()
     life.signal(signal.SIGSTOP, [rank])
     name = f"rank {rank} on {socket.gethostname()} (pid {life.pids[rank]})"
-    assert life.until(lambda: f"no answer for {bound:.0f} s: {name}" in life.said)
-    named = time.monotonic() - moment
+    assert life.until(lambda: f"no answer for {bound:.0f} s: {name}" in life.output)
+    named = time.monotonic() - begin
     codes = life.end()
     assert (codes[1 - rank], codes[rank]) == (75, -signal.SIGKILL)
     assert "Thread" in (victim.folder / "stacks" / f"rank-{1 - rank:05}.txt").read_text()
     lost = victim.reached - victim.saved_step
     assert lost <= SAVE_EVERY
-    ended(victim)
+    run_to_end(victim)
     assert same(victim, straight)
     assert named <= bound + 2.0
     figures.append((f"rank {rank} stopped: named after seconds, of a bound of {bound:.0f}", f"{named:.1f}"))

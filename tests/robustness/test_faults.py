@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lad_dist.checkpointing import async_save
 from lad_dist.checkpointing.store import CheckpointStore
-from lad_dist.cli.app import guarded
+from lad_dist.cli.app import run_to_exit_code
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.step_state import StepState
@@ -27,11 +27,11 @@ Row = dict[str, Any]
 
 @pytest.fixture
 def make(world: World, tmp_path: Path) -> Callable[..., TrainConfig]:
-    def made(changes: Row | None = None, name: str = "runs") -> TrainConfig:
+    def config(changes: Row | None = None, name: str = "runs") -> TrainConfig:
         tables = toy.task_config(tmp_path / name, world.files, world.teacher, world.pretrained)
         return toy.parsed(tables, {"data.micro_batches_per_step": 1, **(changes or {})})
 
-    return made
+    return config
 
 
 def steps_of(rows: list[Row]) -> list[int]:
@@ -43,37 +43,37 @@ def weights(config: TrainConfig) -> bytes:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Makes the losses of these steps infinite."""
-    at, forward = Distiller.on_step_start, Distiller.forward
+    """Make the losses of these steps infinite."""
+    on_step_start, forward = Distiller.on_step_start, Distiller.forward
     now: list[int] = []
 
-    def watched(self: Distiller, moment: StepState) -> None:
-        now[:] = [moment.step]
-        at(self, moment)
+    def watched(self: Distiller, state: StepState) -> None:
+        now[:] = [state.step]
+        on_step_start(self, state)
 
     def poisoned(self: Distiller, batch: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:
         loss, terms = forward(self, batch, target)
         return (loss * math.inf if self.training and now[0] in steps else loss), terms
 
-    monkeypatch.setattr(Distiller, "at", watched)
+    monkeypatch.setattr(Distiller, "on_step_start", watched)
     monkeypatch.setattr(Distiller, "forward", poisoned)
 
 
-def test_a_spoilt_update_is_skipped_and_told(
+def test_a_spoilt_update_is_skipped_and_reported(
     make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, {3})
     config, rows = make(), list[Row]()
-    outcome = train(config, rows.append)
-    assert outcome.results is not None
-    assert all(math.isfinite(value) for name, value in outcome.results["metrics"].items() if name != "loss")
+    result = train(config, rows.append)
+    assert result.results is not None
+    assert all(math.isfinite(value) for name, value in result.results["metrics"].items() if name != "loss")
     assert steps_of(rows) == list(range(1, 9))
     assert [math.isinf(row["loss"]) for row in rows if "loss" in row] == [step == 4 for step in range(1, 9)]
     assert "the update of step 3 was skipped: loss inf" in capsys.readouterr().err
-    found = json.loads((config.run.folder / "skipped_steps.json").read_text())
-    assert found["left_out"] == []
-    assert [(row["step"], len(row["samples"])) for row in found["skipped"]] == [(3, 1)]
-    assert len(found["skipped"][0]["samples"][0]) == 4
+    skipped = json.loads((config.run.folder / "skipped_steps.json").read_text())
+    assert skipped["skipped_steps"] == []
+    assert [(row["step"], len(row["samples"])) for row in skipped["skipped"]] == [(3, 1)]
+    assert len(skipped["skipped"][0]["samples"][0]) == 4
 
 
 def test_skips_in_a_row_go_back_to_a_checkpoint_and_leave_their_steps_out(
@@ -88,7 +88,7 @@ def test_skips_in_a_row_go_back_to_a_checkpoint_and_leave_their_steps_out(
     assert steps_of(rows) == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     written = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps_of(written) == [1, 2, 3, 4, 9, 10, 11, 12]
-    assert json.loads((config.run.folder / "skipped_steps.json").read_text())["left_out"] == [4, 5, 6, 7]
+    assert json.loads((config.run.folder / "skipped_steps.json").read_text())["skipped_steps"] == [4, 5, 6, 7]
     assert not (config.run.folder / "crashes.json").exists()
 
 
@@ -101,7 +101,7 @@ def test_without_a_checkpoint_it_goes_back_to_the_beginning(
     assert train(config).results is not None
     other = make(name="other")
     (other.run.folder).mkdir(parents=True)
-    (other.run.folder / "skipped_steps.json").write_text('{"left_out": [2, 3, 4, 5], "skipped": []}')
+    (other.run.folder / "skipped_steps.json").write_text('{"skipped_steps": [2, 3, 4, 5], "skipped": []}')
     train(other)
     assert weights(config) == weights(other)
 
@@ -116,11 +116,11 @@ def test_a_run_that_only_skips_ends_with_what_is_wrong(
         train(config)
         return 0
 
-    assert guarded(work) == 1
+    assert run_to_exit_code(work) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert "update after update was skipped" in last
-    assert json.loads((config.run.folder / "crashes.json").read_text())["deaths"] == 1
+    assert json.loads((config.run.folder / "crashes.json").read_text())["crashes"] == 1
 
 
 def stop_at(step: int, how: Callable[[], None]) -> Callable[[Row], None]:
@@ -134,8 +134,8 @@ def stop_at(step: int, how: Callable[[], None]) -> Callable[[Row], None]:
 def test_the_file_stop_ends_a_run_which_then_goes_on(make: Callable[..., TrainConfig]) -> None:
     config, straight = make({"run.steps": 4}), make({"run.steps": 4}, "other")
     stop = config.run.folder / "STOP"
-    outcome = train(config, stop_at(1, stop.touch))
-    assert outcome.results is None
+    result = train(config, stop_at(1, stop.touch))
+    assert result.results is None
     assert not stop.exists()
     train(straight)
     train(config)
@@ -151,9 +151,9 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_after_three(
     monkeypatch.setattr(async_save, "write", full)
     rows: list[Row] = []
     config = make({"run.steps": 30, "run.save_every": 2})
-    with pytest.raises(Fault, match="No space left on device") as found:
+    with pytest.raises(Fault, match="No space left on device") as caught:
         train(config, rows.append)
-    assert found.value.code == EXIT_RUN_AGAIN
+    assert caught.value.code == EXIT_RUN_AGAIN
     assert 3 <= len(rows) < 30
     for _ in range(2):
         with pytest.raises(Fault):

@@ -59,10 +59,10 @@ def test_it_is_read_or_refused(name: str, content: bytes, world: World, tmp_path
     try:
         READERS[name](tmp_path / name, world)
     except UserError as error:
-        said = one_line(str(error))
-        assert said.isprintable()
-        assert len(said) <= MAX_LINE
-        assert name in said
+        message = one_line(str(error))
+        assert message.isprintable()
+        assert len(message) <= MAX_LINE
+        assert name in message
 
 
 MEMBERS = st.sampled_from(["format", "dtype", "vocabulary", "tokenizer", "sources", "request"])
@@ -77,9 +77,9 @@ def test_a_manifest_with_another_value(member: str, value: Any, world: World, tm
     manifest = json.loads((world.corpus / "manifest.json").read_text()) | {member: value}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "books").exists() or (tmp_path / "books").symlink_to(world.corpus / "books")
-    said = member
+    message = member
     try:
         Shards(tmp_path)
     except UserError as error:
-        said = str(error)
-    assert member in said
+        message = str(error)
+    assert member in message

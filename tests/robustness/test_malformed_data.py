@@ -142,7 +142,7 @@ CASES = [
     regression("nan-parquet", "t.parquet", parquet({"text": ["a", "b"], "label": [1.0, None]}), "t.parquet:2: label"),
     tagged("conll-empty", "t.conll", "", "t.conll: no sentences"),
     tagged("conll-blank", "t.conll", "\n\n", "t.conll: no sentences"),
-    tagged("conll-one-column", "t.conll", "ban\nbart\n", "t.conll:1: one column; a word and its tag are needed"),
+    tagged("conll-one-column", "t.conll", "ban\nbart\n", "t.conll:1: one column, not two: a word and a tag"),
     tagged("conll-ragged", "t.conll", "ban X O\nbart O\n", "t.conll:2: 2 columns, not 3"),
     tagged("conll-one-tag", "t.conll", "ban O\nbart O\n", "t.conll: every tag is O; tagging needs at least two"),
     tagged("conll-utf16", "t.conll", "ban O\nbart B\n".encode("utf-16"), "t.conll:1: not UTF-8"),

@@ -48,7 +48,7 @@ RUN = {
     "steps": 1, "seconds": 1.0, "tokens_per_second": 1.0, "processes": 1, "device": "cpu",
 }  # fmt: skip
 ZERO = "deepspeed.zero_optimization"
-PIECES = {".out.pieces/identity": "{", ".out.pieces/lock": "", ".out.pieces/0.json": ""}
+CHUNKS = {".out.chunks/identity": "{", ".out.chunks/lock": "", ".out.chunks/0.json": ""}
 CONFIGS = [
     *[toml(f"empty-{script}", "", "missing, and it has no default", script) for script in SCRIPTS],
     toml("empty-tune", "", "search: missing", "tune"),
@@ -82,8 +82,8 @@ CONFIGS = [
     changed("nul-path", "teacher.path: ", teacher__path="a\0b"),
     changed("long", "run.steps: input should be a valid integer, not 'aaaa", run__steps="a" * 10_000),
     changed("many", "student.layers", student__layers=["x"] * 1000),
-    changed("null-list", "compression.0: ", surgery=[1]),
-    changed("list-of-lists", "surgery: ", surgery=7),
+    changed("null-list", "compression.0: ", compression=[1]),
+    changed("list-of-lists", "compression: ", compression=7),
     changed("bool-stage", "zero_optimization.stage: must be 0, 1, 2 or 3", deepspeed__zero_optimization__stage=True),
     changed("deep-deepspeed", "offload_param.devic: DeepSpeed has no such", **{f"{ZERO}.offload_param.devic": "cpu"}),
     changed("long-path", "teacher.cache = ", teacher__cache="/tmp/" + "a" * 300),
@@ -126,7 +126,7 @@ CASES = [
     Case("learn-list", "train_tokenizer", "request.json: damaged", {"out/request.json": "[1]"}),
     Case("prepare-file", "prepare_corpus", "exists and holds no token shards", {"out": ""}),
     Case("prepare-manifest", "prepare_corpus", "manifest.json: damaged", {"out/manifest.json": "{"}),
-    Case("prepare-pieces", "prepare_corpus", "identity: damaged", PIECES),
+    Case("prepare-chunks", "prepare_corpus", "identity: damaged", CHUNKS),
     Case("tune-base", "tune", "nowhere.toml: cannot read the config", changes={"search.base": "/nowhere.toml"}),
     Case("tune-base-damaged", "tune", "b.toml: not valid TOML", {"b.toml": "["}, {"search.base": "{here}/b.toml"}),
     changed("tune-law", "distribution", "tune", space={"optim.lr": {"normal": [0, 1]}}),
@@ -161,14 +161,14 @@ CASES = [
     variable("no-port", "MASTER_PORT is not set, and 2 processes need it", **{**LAUNCHED, "MASTER_PORT": ""}),
     variable("no-address", "MASTER_ADDR is not set, and 2 processes need it", **{**LAUNCHED, "MASTER_ADDR": ""}),
     variable("port-word", "MASTER_PORT = 'http' is not a whole number", **{**LAUNCHED, "MASTER_PORT": "http"}),
-    variable("port-large", "MASTER_PORT = 99999 is no port", **{**LAUNCHED, "MASTER_PORT": "99999"}),
+    variable("port-large", "MASTER_PORT = 99999 is not a port", **{**LAUNCHED, "MASTER_PORT": "99999"}),
     variable("tasks", "SLURM_STEP_NUM_TASKS = 'many' is not a whole number", SLURM_STEP_NUM_TASKS="many"),
     variable("procid", "numbered from 0", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="7"),
-    variable("threads", "OMP_NUM_THREADS = 'abc' is no number of threads", OMP_NUM_THREADS="abc"),
-    variable("no-threads", "OMP_NUM_THREADS = '0' is no number of threads", OMP_NUM_THREADS="0"),
-    variable("devices", "CUDA_VISIBLE_DEVICES = 'first': 'first' is no device", CUDA_VISIBLE_DEVICES="first"),
-    variable("devices-gap", "CUDA_VISIBLE_DEVICES = '0,,1': '' is no device", CUDA_VISIBLE_DEVICES="0,,1"),
-    variable("temporary", "TMPDIR = '/nowhere' is no folder that can be written", TMPDIR="/nowhere"),
+    variable("threads", "OMP_NUM_THREADS = 'abc' is not a number of threads", OMP_NUM_THREADS="abc"),
+    variable("no-threads", "OMP_NUM_THREADS = '0' is not a number of threads", OMP_NUM_THREADS="0"),
+    variable("devices", "CUDA_VISIBLE_DEVICES = 'first': 'first' is not a device", CUDA_VISIBLE_DEVICES="first"),
+    variable("devices-gap", "CUDA_VISIBLE_DEVICES = '0,,1': '' is not a device", CUDA_VISIBLE_DEVICES="0,,1"),
+    variable("temporary", "TMPDIR = '/nowhere' is not a writable folder", TMPDIR="/nowhere"),
     changed("run-in-a-file", "README.md is no folder that can be written", run__dir="{root}/README.md"),
     changed("run-on-a-device", "/dev/null is no folder that can be written", run__dir="/dev/null/runs"),
     changed("result-in-a-file", "README.md is no folder", "evaluate", out="{root}/README.md/result.json"),
@@ -190,21 +190,23 @@ def test_a_mark_at_the_beginning_is_none(tmp_path: Path) -> None:
 def test_two_processes_complain_once(world: World, tmp_path: Path) -> None:
     import tomli_w
 
-    made = tables("task_distill", tmp_path, world)
-    made["data"]["train"] = "/nowhere.csv"
-    (tmp_path / "config.toml").write_text(tomli_w.dumps(made))
+    config = tables("task_distill", tmp_path, world)
+    config["data"]["train"] = "/nowhere.csv"
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(config))
     script = [str(ROOT / "launch" / "task_distill.py"), str(tmp_path / "config.toml")]
     port = str(free_port())
     ranks = [
         environment() | {**LAUNCHED, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port} for rank in (0, 1)
     ]
     started = [
-        subprocess.Popen([*launcher("python", 1), *script], env=mine, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        for mine in ranks
+        subprocess.Popen(
+            [*launcher("python", 1), *script], env=variables, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        for variables in ranks
     ]
-    said = [process.communicate(timeout=120)[1] for process in started]
+    outputs = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2]
-    assert_one_line("".join(said), "/nowhere.csv: no such file")
+    assert_one_line("".join(outputs), "/nowhere.csv: no such file")
     assert {path.name for path in tmp_path.iterdir()} == {"config.toml"}
 
 
@@ -219,12 +221,12 @@ def test_a_port_that_is_taken(world: World, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        mine = environment() | {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = environment() | {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         script = [str(ROOT / "launch" / "evaluate.py"), str(tmp_path / "config.toml")]
         done = subprocess.run(
-            [*launcher("python", 1), *script], env=mine, capture_output=True, text=True, cwd=tmp_path, timeout=120
+            [*launcher("python", 1), *script], env=variables, capture_output=True, text=True, cwd=tmp_path, timeout=120
         )
     assert done.returncode == 2
     complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(complaints) == 1
-    assert f"MASTER_PORT = {port}: the processes cannot meet there" in complaints[0]
+    assert f"MASTER_PORT = {port}: the processes cannot meet at this address" in complaints[0]

@@ -127,21 +127,21 @@ def zip_with_a_way_out(file: Path, canary: Path) -> None:
 
 def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Edit:
     def edit(folder: Path) -> None:
-        found = load_file(folder / "model.safetensors")
-        change(found)
-        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     return edit
 
 
-def one_narrower(found: dict[str, torch.Tensor]) -> None:
-    name = next(key for key in found if key.endswith("layer.1.intermediate.dense.weight"))
-    found[name] = found[name][:, :-1].contiguous()
+def one_narrower(weights: dict[str, torch.Tensor]) -> None:
+    name = next(key for key in weights if key.endswith("layer.1.intermediate.dense.weight"))
+    weights[name] = weights[name][:, :-1].contiguous()
 
 
-def without_a_layer(found: dict[str, torch.Tensor]) -> None:
-    for name in [key for key in found if ".layer.3." in key]:
-        del found[name]
+def without_a_layer(weights: dict[str, torch.Tensor]) -> None:
+    for name in [key for key in weights if ".layer.3." in key]:
+        del weights[name]
 
 
 def object_offsets(folder: Path) -> None:
@@ -179,50 +179,50 @@ def flipped(folder: Path) -> None:
 
 SHARD = "sources__0__splits__train__shards__0__"
 BIN = "books/train-00000.bin"
-NOT_THERE = "no model can be read there"
-NO_TOKENIZER = "no tokenizer there"
+NO_MODEL = "cannot read a model"
+NO_TOKENIZER = "no tokenizer, neither a folder of one nor a hub name"
 VERIFY = "--verify"
 
 MODELS = [
-    broken("no-config", without("config.json"), NOT_THERE),
-    broken("config-empty", put("config.json", ""), NOT_THERE),
-    broken("config-cut", cut("config.json", 100), NOT_THERE),
-    broken("config-list", put("config.json", "[]"), NOT_THERE),
-    broken("config-binary", put("config.json", b"\xff\xfe\x00"), NOT_THERE),
-    broken("config-deep", put("config.json", "[" * 100_000), NOT_THERE),
-    broken("config-no-family", config(model_type=None), NOT_THERE),
-    broken("config-unknown-family", config(model_type="brt"), NOT_THERE),
+    broken("no-config", without("config.json"), NO_MODEL),
+    broken("config-empty", put("config.json", ""), NO_MODEL),
+    broken("config-cut", cut("config.json", 100), NO_MODEL),
+    broken("config-list", put("config.json", "[]"), NO_MODEL),
+    broken("config-binary", put("config.json", b"\xff\xfe\x00"), NO_MODEL),
+    broken("config-deep", put("config.json", "[" * 100_000), NO_MODEL),
+    broken("config-no-family", config(model_type=None), NO_MODEL),
+    broken("config-unknown-family", config(model_type="brt"), NO_MODEL),
     broken("config-decoder", config(model_type="gpt2"), "the family gpt2 is not supported"),
-    broken("config-text", config(hidden_size="big"), NOT_THERE),
+    broken("config-text", config(hidden_size="big"), NO_MODEL),
     broken("config-zero", config(num_attention_heads=0), "num_attention_heads = 0; copy the folder again"),
     broken("config-negative", config(hidden_size=-32), "hidden_size = -32; copy the folder again"),
-    broken("config-null", config(num_hidden_layers="4"), NOT_THERE),
-    broken("config-code", config(model_type="own", auto_map={"AutoConfig": "evil.Own"}), NOT_THERE),
-    broken("config-labels", config(id2label={"0": "no"}), NOT_THERE),
-    broken("no-weights", without("model.safetensors"), "no weights there, neither model.safetensors nor"),
-    broken("weights-empty", put("model.safetensors", b""), "model.safetensors: no weights can be read there"),
-    broken("weights-cut", cut("model.safetensors", 20_000), "model.safetensors: no weights can be read there"),
-    broken("weights-header", put("model.safetensors", b"\xff" * 64), "model.safetensors: no weights can be read there"),
+    broken("config-null", config(num_hidden_layers="4"), NO_MODEL),
+    broken("config-code", config(model_type="own", auto_map={"AutoConfig": "evil.Own"}), NO_MODEL),
+    broken("config-labels", config(id2label={"0": "no"}), NO_MODEL),
+    broken("no-weights", without("model.safetensors"), "no weights, neither model.safetensors nor"),
+    broken("weights-empty", put("model.safetensors", b""), "model.safetensors: cannot read weights"),
+    broken("weights-cut", cut("model.safetensors", 20_000), "model.safetensors: cannot read weights"),
+    broken("weights-header", put("model.safetensors", b"\xff" * 64), "model.safetensors: cannot read weights"),
     broken("weights-long-header", put("model.safetensors", (10**9).to_bytes(8, "little") + b"{}"), "no weights can"),
     broken("weights-text", put("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "no weights can"),
-    broken("pickle-zipped", pickled(zipped_pickle), "pytorch_model.bin: no weights can be read there"),
-    broken("pickle-bare", pickled(bare_pickle), "pytorch_model.bin: no weights can be read there"),
-    broken("pickle-way-out", pickled(zip_with_a_way_out), "pytorch_model.bin: no weights can be read there"),
+    broken("pickle-zipped", pickled(zipped_pickle), "pytorch_model.bin: cannot read weights"),
+    broken("pickle-bare", pickled(bare_pickle), "pytorch_model.bin: cannot read weights"),
+    broken("pickle-way-out", pickled(zip_with_a_way_out), "pytorch_model.bin: cannot read weights"),
     broken("pickle-empty", pickled(lambda file, _: file.write_bytes(b"")), "pytorch_model.bin: no weights"),  # type: ignore[arg-type,return-value]
     broken("small-vocabulary", config(vocab_size=50), "tokenizer has"),
-    student("student-no-weights", without("model.safetensors"), "no weights there"),
-    student("student-cut", cut("model.safetensors", 20_000), "no weights can be read there"),
-    student("student-pickle", pickled(zipped_pickle), "pytorch_model.bin: no weights can be read there"),
+    student("student-no-weights", without("model.safetensors"), "no weights, neither"),
+    student("student-cut", cut("model.safetensors", 20_000), "cannot read weights"),
+    student("student-pickle", pickled(zipped_pickle), "pytorch_model.bin: cannot read weights"),
     student("no-tokenizer", without("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     student("tokenizer-empty", put("tokenizer.json", ""), NO_TOKENIZER),
     student("tokenizer-cut", cut("tokenizer.json", 500), NO_TOKENIZER),
     student("tokenizer-list", put("tokenizer.json", "[]"), NO_TOKENIZER),
     student("tokenizer-other", put("tokenizer.json", '{"model": {"type": "Neural"}}'), NO_TOKENIZER),
     student("tokenizer-deep", put("tokenizer.json", "[" * 100_000), NO_TOKENIZER),
-    broken("evaluated-no-weights", without("model.safetensors"), "no weights there", "evaluate", "model.path"),
-    broken("evaluated-pickle", pickled(zipped_pickle), "no weights can be read there", "evaluate", "model.path"),
+    broken("evaluated-no-weights", without("model.safetensors"), "no weights, neither", "evaluate", "model.path"),
+    broken("evaluated-pickle", pickled(zipped_pickle), "cannot read weights", "evaluate", "model.path"),
     broken("evaluated-vocabulary", config(vocab_size=50), "tokenizer has", "evaluate", "model.path"),
-    broken("evaluated-labels", config(id2label={"0": "x", "1": "y"}), "its labels are x, y", "evaluate", "model.path"),
+    broken("evaluated-labels", config(id2label={"0": "x", "1": "y"}), "the model's labels are x, y", "evaluate", "model.path"),
 ]  # fmt: skip
 # What only the weights themselves show.
 READ = [
@@ -233,7 +233,7 @@ READ = [
     broken("teacher-other-shape", weights(one_narrower), "model: "),
 ]
 SHARDS = [
-    shards("no-manifest", without("manifest.json"), "no token shards there; write them with launch/prepare_corpus.py"),
+    shards("no-manifest", without("manifest.json"), "holds no token shards; write them with launch/prepare_corpus.py"),
     shards("manifest-empty", put("manifest.json", ""), "manifest.json: damaged"),
     shards("manifest-cut", cut("manifest.json", 300), "manifest.json: damaged"),
     shards("manifest-binary", put("manifest.json", b"\xff\x00"), "manifest.json: damaged"),
@@ -245,13 +245,13 @@ SHARDS = [
     shards("no-splits", setting("manifest.json", sources__0__splits=None), "damaged (sources.0.splits: "),
     shards("objects", setting("manifest.json", dtype="object"), "damaged (dtype: "),
     shards("no-type", setting("manifest.json", dtype="int7"), "damaged (dtype: "),
-    shards("negative", setting("manifest.json", **{SHARD + "length": -1}), "length: Input should be greater"),
+    shards("negative", setting("manifest.json", **{SHARD + "length": -1}), "length: input should be greater"),
     shards("outside", setting("manifest.json", **{SHARD + "file": "../../x.bin"}), "file: String should match"),
     shards("weightless", setting("manifest.json", sources__0__weight=0.0), "damaged (sources.0.weight: "),
     shards("no-shard", without(BIN), "train-00000.bin: missing; copy the folder again"),
     shards("shard-cut", cut(BIN, 100), "train-00000.bin: 100 bytes, not"),
     shards("no-offsets", without("books/train-00000.offsets.npy"), "offsets.npy: missing"),
-    verified("flipped", flipped, "damaged, its sha256 is not the manifest's"),
+    verified("flipped", flipped, "damaged, not the sha256 of the manifest"),
     verified("too-large-ids", large_ids, "holds id 60000, the vocabulary has"),
     verified("pickled-offsets", object_offsets, "offsets.npy: damaged"),
     verified("one-too-many", put("books/train-00001.bin", b"12"), "train-00001.bin: the manifest does not name it"),
@@ -276,4 +276,4 @@ def test_weights_of_another_model(case: Case, world: World, tmp_path: Path, monk
     case.make(tmp_path, world)
     labels = ("no", "yes")
     with pytest.raises(UserError, match=case.expected):
-        loading.load_model(str(tmp_path / "model"), "classification", labels=labels, whole="teacher" in case.name)
+        loading.load_model(str(tmp_path / "model"), "classification", labels=labels, require_head="teacher" in case.name)

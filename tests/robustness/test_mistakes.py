@@ -11,9 +11,10 @@ import toy
 from conftest import World
 from launching import ROOT, launch
 
-from lad_dist.cli.app import guarded
+from lad_dist.cli.app import run_to_exit_code
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.load import load_config
-from lad_dist.config.schema import EvaluateConfig, PrepareConfig, PretrainConfig, TaskConfig
+from lad_dist.config.schema import EvaluateConfig, PretrainConfig, TaskConfig
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.data.tokenization.algorithms import train_wordpiece
 
@@ -71,10 +72,14 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         TASK,
         {"compression": [{"name": "lowrank", "keep": 0.5}]},
-        'surgery.name "lowrank" is unknown: did you mean "low_rank"?',
+        'compression.name "lowrank" is unknown: did you mean "low_rank"?',
     ),
-    (TASK, {"compression": [{"name": "low_rank"}]}, "surgery low_rank: keep: missing"),
-    (TASK, {"compression": [{"name": "low_rank", "keep": 2.0}]}, "surgery low_rank: keep: input should be less than"),
+    (TASK, {"compression": [{"name": "low_rank"}]}, "compression low_rank: keep: missing"),
+    (
+        TASK,
+        {"compression": [{"name": "low_rank", "keep": 2.0}]},
+        "compression low_rank: keep: input should be less than",
+    ),
     (TASK, {"data.train": None, "data.dev": None, "data.task": "rtee"}, 'task "rtee" is unknown: did you mean "rte"?'),
     (TASK, {"optim.lrr": 1.0}, 'optim.lrr: no such key; did you mean "lr"?'),
     (TASK, {"optims": {"lr": 1.0}}, 'optims: no such table; did you mean "optim"?'),
@@ -91,7 +96,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         TASK,
         {"deepspeed.zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
-        'offload_optimizer.device: what lies on "nvme" is in no checkpoint; use "cpu"',
+        'offload_optimizer.device: no checkpoint holds what is on "nvme"; use "cpu"',
     ),
     (TASK, {"deepspeed.bf16": True}, "deepspeed.bf16: "),
     (
@@ -104,31 +109,39 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         TASK,
         {"deepspeed.train_batch_size": 8},
-        "deepspeed.train_batch_size: this is decided by data.micro_batches_per_step",
+        "deepspeed.train_batch_size: data.micro_batches_per_step",
     ),
-    (TASK, {"deepspeed.optimizer": {"type": "Adam"}}, "deepspeed.optimizer: this is decided by [optim]"),
+    (TASK, {"deepspeed.optimizer": {"type": "Adam"}}, "deepspeed.optimizer: [optim] sets this"),
     # what is not there
     (TASK, {"data.train": "nowhere.csv"}, "nowhere.csv: no such file"),
     (TASK, {"data.dev": "nowhere.xls"}, 'nowhere.xls: file type ".xls" is unknown'),
-    (TASK, {"teacher.path": "/nowhere"}, "/nowhere: no model can be read there"),
+    (TASK, {"teacher.path": "/nowhere"}, "/nowhere: cannot read a model"),
     (TASK, {"student.path": "/nowhere"}, "/nowhere: no "),
-    (TASK, {"student.tokenizer": "/nowhere"}, "/nowhere: no tokenizer there"),
-    (CORPUS, {"data.shards": "/nowhere"}, "/nowhere: no token shards there"),
+    (TASK, {"student.tokenizer": "/nowhere"}, "/nowhere: no tokenizer, neither a folder of one nor a hub name"),
+    (CORPUS, {"data.shards": "/nowhere"}, "/nowhere: holds no token shards"),
     # what does not go together
     (TASK, {"teacher.path": "{other_words}"}, "the teacher's vocabulary"),
-    (TASK, {"teacher.path": "{three}"}, "its head has 3 outputs (a, b, c), the task has 2 labels (no, yes)"),
-    (TASK, {"teacher.path": "{renamed}"}, "its labels are left, right, the task's are no, yes"),
+    (TASK, {"teacher.path": "{three}"}, "the head has 3 outputs (a, b, c), the task has 2 labels (no, yes)"),
+    (TASK, {"teacher.path": "{renamed}"}, "the model's labels are left, right, the task's are no, yes"),
     (TASK, {"data.dev": "{bad_dev}"}, 'bad.jsonl:4: label "yess" is unknown: did you mean "yes"?'),
     (TASK, {"data.kind": "tagging", "data.train": "{bad_dev}"}, "bad.jsonl:1: tokens is None, not a list"),
     (TASK, {"data.kind": "question_answering"}, 'train.csv: file type ".csv" is unknown'),
     (TASK, {"teacher": None}, 'objective.name "lad" needs a teacher: set teacher.path'),
-    (TASK, {"objective": {"name": "supervised"}}, 'objective.name "supervised" learns from no teacher: take [teacher] away'),
+    (
+        TASK,
+        {"objective": {"name": "supervised"}},
+        'objective.name "supervised" learns from no teacher: remove [teacher]',
+    ),
     (TASK, {"objective": {"name": "mlm"}}, 'objective.name "mlm" does not run on a task'),
     (CORPUS, {"objective": {"name": "supervised"}}, 'objective.name "supervised" does not run on a corpus'),
     (CORPUS, {"teacher.path": "{headless}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
     (CORPUS, {"teacher.path": "{teacher}", "objective": {"name": "kd"}}, "the teacher has no head to learn from"),
     (CORPUS, {"objective": {"name": "minilm2", "heads": 5}}, "objective.heads = 5 does not divide a width of 32"),
-    (CORPUS, {"objective": {"name": "minilm2", "teacher_layer": 5}}, "objective.teacher_layer = 5, but there are 4"),
+    (
+        CORPUS,
+        {"objective": {"name": "minilm2", "teacher_layer": 5}},
+        "objective.teacher_layer = 5, but the model has 4",
+    ),
     (CORPUS, {"objective": {"name": "minilm", "heads": 8}}, "objective: heads: no such key"),
     (TASK, {"objective": {"name": "kd", "cosine": 1.0}}, "objective: cosine: no such key"),
     (TASK, {"objective": {"name": "kd", "soft": 0.0, "hard": 0.0}}, "objective: all its weights are 0"),
@@ -157,22 +170,22 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         {"student.path": "{short_roberta}", "data.max_length": 33, "data.micro_batch_tokens": 66},
         "data.max_length: 33 tokens, but",
     ),
-    (CORPUS, {"data.micro_batch_tokens": 60}, "tokens_per_slot = 60 is no multiple of max_length = 32; 64 is"),
+    (CORPUS, {"data.micro_batch_tokens": 60}, "micro_batch_tokens = 60 is no multiple of max_length = 32; 64 is"),
     (CORPUS, {"data.source_weights": {"novels": 2.0}}, 'data.source_weights: no source "novels" in'),
     (CORPUS, {"data.source_weights": {"books": 0.0}}, "data.source_weights.books: input should be greater than 0"),
     (TASK, {"objective.norm": "sequence"}, "it normalises over whole sequences, so set data.pad_to"),
     (CORPUS, {"teacher.cache": "teacher_cache"}, "teacher.cache is for tasks"),
-    (TASK, {"objective.gates": "constant"}, "say how open they are, objective.gate_init = 0.5"),
+    (TASK, {"objective.gates": "constant"}, "set their value, as in objective.gate_init = 0.5"),
     (
         TASK,
         {"student.hidden_size": 16, "student.embeddings": "random"},
         "throws away what a narrower model is fitted to",
     ),
-    (TASK, {"objective.detach_gates": True}, "nothing teaches the gates then"),
+    (TASK, {"objective.detach_gates": True}, "nothing trains the gates; set objective.gates = "),
     (TASK, {"objective.gate_supervision": 1.0, "objective.gates": "frozen"}, 'gates = "frozen" learn nothing'),
-    (CORPUS, {"objective.gate_supervision": 1.0}, "the teacher decides nothing on a corpus"),
-    (TASK, {"objective.gate_init": 1.0}, "a gate cannot start wide open and learn"),
-    (TASK, {"student": {"architecture": toy.SIZES}}, "student.tokenizer: a new model for a task needs one"),
+    (CORPUS, {"objective.gate_supervision": 1.0}, "on a corpus the teacher makes no decision to predict"),
+    (TASK, {"objective.gate_init": 1.0}, "only constant gates can have this value"),
+    (TASK, {"student": {"architecture": toy.SIZES}}, "student.tokenizer: a new model for a task needs a tokenizer; set it"),
     # lengths
     (TASK, {"run.steps": None}, "run: give exactly one of steps and epochs"),
     (TASK, {"run.epochs": 1.0}, "run: give exactly one of steps and epochs"),
@@ -190,7 +203,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (
         CORPUS,
         {"student": {"architecture": {**toy.SIZES, "num_attention_heads": 5}}},
-        "5 heads do not divide a width of 32",
+        "num_attention_heads = 5 does not divide hidden_size = 32",
     ),
     (CORPUS, {"student": {"architecture": {**toy.SIZES, "hidden_size": "big"}}}, "student.architecture: "),
     (
@@ -241,7 +254,7 @@ def test_a_mistake_ends_in_one_line(
     filled = {key: fill(value, places) for key, value in changes.items()}
     path = written(tmp_path, tables_of(kind, places, work), filled)
     schema = TaskConfig if kind == TASK else PretrainConfig
-    code = guarded(lambda: train_command(load_config(schema, path)))
+    code = run_to_exit_code(lambda: train_command(load_config(schema, path)))
     seen = capfd.readouterr()
     assert code == 2
     assert seen.out == ""
@@ -250,7 +263,7 @@ def test_a_mistake_ends_in_one_line(
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_slots_are_shared_out_evenly(
+def test_micro_batches_are_shared_out_evenly(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from lad_dist.cli.commands import train_command
@@ -259,7 +272,7 @@ def test_slots_are_shared_out_evenly(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "29500")
     path = written(tmp_path, tables_of(TASK, places, tmp_path / "runs"), {})
-    assert guarded(lambda: train_command(load_config(TaskConfig, path))) == 2
+    assert run_to_exit_code(lambda: train_command(load_config(TaskConfig, path))) == 2
     assert_one_line(
         capfd.readouterr().err, "data.micro_batches_per_step = 4: cannot be shared out over 3 processes; 3 can"
     )
@@ -269,9 +282,9 @@ def test_slots_are_shared_out_evenly(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model.path": "/nowhere"}, "/nowhere: no model can be read there"),
-        ({"model.path": "{three}"}, "its head has 3 outputs"),
-        ({"teacher.path": "{renamed}"}, "its labels are left, right"),
+        ({"model.path": "/nowhere"}, "/nowhere: cannot read a model"),
+        ({"model.path": "{three}"}, "the head has 3 outputs"),
+        ({"teacher.path": "{renamed}"}, "the model's labels are left, right"),
         ({"data.dev": "nowhere.csv"}, "nowhere.csv: no such file"),
         ({"data.max_length": 65}, "data.max_length: 65 tokens, but"),
         ({"teacher.path": "{other_words}"}, "this tokenizer does not know the text"),
@@ -287,7 +300,7 @@ def test_mistakes_of_an_evaluation(
     model = {"path": str(places.world.teacher)}
     tables = {"model": model, "teacher": dict(model), "data": data, "out": str(tmp_path / "result.json")}
     path = written(tmp_path, tables, {key: fill(value, places) for key, value in changes.items()})
-    assert guarded(lambda: evaluate_command(load_config(EvaluateConfig, path))) == 2
+    assert run_to_exit_code(lambda: evaluate_command(load_config(EvaluateConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, expected)
     assert not (tmp_path / "result.json").exists()
 
@@ -307,7 +320,7 @@ ROWS = {"kind": "jsonl", "path": "{rows}"}
         ({"source": [ROWS, ROWS]}, 'two sources are called "rows"; give one of them another name'),
         ({"part": 0}, "give both of part and parts, or none"),
         ({"part": 2, "parts": 2}, "part = 2, but parts = 2 are numbered from 0"),
-        ({"tokenizer": "/nowhere"}, "/nowhere: no tokenizer there"),
+        ({"tokenizer": "/nowhere"}, "/nowhere: no tokenizer, neither a folder of one nor a hub name"),
         ({"out": "{empty}/../rows.jsonl"}, "exists and holds no token shards; give another folder for out"),
     ],
 )
@@ -316,17 +329,17 @@ def test_mistakes_of_a_preparation(
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"texts": "a"}\n')
     (tmp_path / "empty").mkdir()
-    there = {"rows": tmp_path / "rows.jsonl", "empty": tmp_path / "empty"}
+    paths = {"rows": tmp_path / "rows.jsonl", "empty": tmp_path / "empty"}
 
     def filled(value: Any) -> Any:
         if isinstance(value, list):
             return [{key: filled(inner) for key, inner in source.items()} for source in value]
-        return value.format_map(there) if isinstance(value, str) else value
+        return value.format_map(paths) if isinstance(value, str) else value
 
     tables = {"out": str(tmp_path / "out"), "tokenizer": str(places.world.tokenizer), "source": filled([ROWS])}
     path = written(tmp_path, tables, {key: filled(value) for key, value in changes.items()})
     before = set(tmp_path.iterdir())
-    assert guarded(lambda: not prepare(load_config(PrepareConfig, path))) == 2
+    assert run_to_exit_code(lambda: not prepare(load_config(PrepareConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, expected)
     assert set(tmp_path.iterdir()) == before
 
@@ -341,9 +354,9 @@ def test_mistakes_of_a_preparation(
             ["configs/task/teacher.toml", "run.step=1"],
             'run.step: no such key; did you mean "steps"?',
         ),
-        ("pretrain_distill", ["configs/pretrain/kd.toml", "data.shards=/nowhere"], "/nowhere: no token shards there"),
+        ("pretrain_distill", ["configs/pretrain/kd.toml", "data.shards=/nowhere"], "/nowhere: holds no token shards"),
         ("prepare_corpus", ["configs/pretrain/corpus.toml", "source=[]"], "source: "),
-        ("prepare_corpus", ["--verify", "/nowhere"], "/nowhere: no token shards there"),
+        ("prepare_corpus", ["--verify", "/nowhere"], "/nowhere: holds no token shards"),
         ("train_tokenizer", ["configs/pretrain/tokenizer_unigram.toml", "kind=bpe"], "kind: input should be "),
         ("evaluate", ["configs/task/evaluate.toml", "data.task=rtee", "data.path=x"], 'task "rtee" is unknown'),
         ("tune", ["configs/tune/lad.toml", "search.metric=1"], "search.metric: "),

@@ -1,4 +1,4 @@
-"""Plots: what a run's numbers look like as pictures."""
+"""Plots of a run's metrics."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lad_dist.runs.plots import teacher_layer_figure
 from lad_dist.training.train import train
 
 
-def test_the_heat_map_is_the_last_row_that_says_what_was_read() -> None:
+def test_the_heat_map_shows_the_last_row_with_layer_weights() -> None:
     rows = [
         {"step": 1, "teacher_layer_weight/1/1": 1.0, "teacher_layer_weight/1/2": 0.0, "teacher_layer_weight/2/3": 1.0},
         {
@@ -32,8 +32,8 @@ def test_the_heat_map_is_the_last_row_that_says_what_was_read() -> None:
 
 
 @pytest.mark.parametrize(("objective", "drawn"), [("lad", True), ("alp", True), ("emd", True), ("kd", False)])
-def test_a_run_leaves_its_heat_map(objective: str, drawn: bool, world: World, tmp_path: Path) -> None:
+def test_a_run_saves_the_heat_map(objective: str, drawn: bool, world: World, tmp_path: Path) -> None:
     folder = train(lad(world, tmp_path, {"run.steps": 2, "objective": {"name": objective}})).folder
     assert (folder / "teacher_layers.png").exists() == drawn
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert board.Tags()["images"] == ["reads"] * drawn
+    assert board.Tags()["images"] == ["teacher_layers"] * drawn

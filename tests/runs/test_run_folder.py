@@ -34,7 +34,7 @@ def config(world: World, tmp_path: Path) -> TrainConfig:
         ({"deepspeed.bf16.enabled": False}, "deepspeed.bf16.enabled = None, the config says False"),
         ({"student.num_hidden_layers": None}, "student.num_hidden_layers = 2, the config says None"),
         ({"objective.soft": 0.1}, "objective.soft = None, the config says 0.1"),
-        ({"compression": [{"name": "low_rank", "keep": 0.5}]}, "surgery = [], the config says"),
+        ({"compression": [{"name": "low_rank", "keep": 0.5}]}, "compression = [], the config says"),
     ],
 )
 def test_a_folder_with_another_config_is_refused(
@@ -48,7 +48,7 @@ def test_a_folder_with_another_config_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_key_that_an_earlier_version_did_not_know_was_at_its_default(
+def test_a_key_that_an_earlier_version_lacked_has_the_default(
     world: World, tmp_path: Path, config: TrainConfig
 ) -> None:
     run = Run(config)
@@ -63,10 +63,11 @@ def test_a_key_that_an_earlier_version_did_not_know_was_at_its_default(
         Run(toy.parsed(tables, {"run.spike_sigma": 6.0}))
 
 
-def test_what_changes_nothing_of_what_is_learnt_may_change(world: World, tmp_path: Path, config: TrainConfig) -> None:
+def test_keys_that_do_not_affect_learning_may_change(world: World, tmp_path: Path, config: TrainConfig) -> None:
     Run(config).begin(0)
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
     changes = {"run.log_every": 3, "run.eval_every": 2, "run.save_every": 2, "data.num_workers": 3}
+    changes |= {"run.watchdog_timeout": 5.0, "run.replica_check_every": 7, "teacher.cache": str(tmp_path / "cache")}
     Run(toy.parsed(tables, changes))
 
 
@@ -82,7 +83,7 @@ def test_rows_after_the_checkpoint_are_dropped_when_a_run_is_taken_up(config: Tr
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2)]
 
 
-def test_what_is_told_before_the_first_step_is_told_once(config: TrainConfig) -> None:
+def test_a_row_before_the_first_step_is_recorded_once(config: TrainConfig) -> None:
     for _ in range(2):
         run = Run(config)
         run.begin(0)
@@ -155,8 +156,8 @@ def test_a_new_checkpoint_is_progress(config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("good", [None, UserError("no such file"), KeyboardInterrupt()])
-def test_who_ends_well_did_not_die(config: TrainConfig, good: BaseException | None) -> None:
-    """Nor who was told of a mistake, or was interrupted by hand."""
+def test_a_session_that_ends_well_is_no_crash(config: TrainConfig, good: BaseException | None) -> None:
+    """Nor is one that ends with a UserError or by Ctrl-C."""
     run = Run(config)
     for _ in range(2 * MAX_CRASHES):
         die(run, Crash())
@@ -199,10 +200,10 @@ with file_lock(Path(sys.argv[1])):
 
 
 @pytest.mark.parametrize("seconds", [1, 100])
-def test_a_folder_belongs_to_one_life_at_a_time(
+def test_a_folder_belongs_to_one_session_at_a_time(
     config: TrainConfig, seconds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one before it is waited for while it ends; how it ends does not matter."""
+    """A session waits for the end of the one before; how that ends does not matter."""
     monkeypatch.setattr("lad_dist.runs.run_folder.LOCK_SECONDS", 3.0 if seconds == 100 else 60.0)
     run = Run(config)
     command = [sys.executable, "-c", HOLDER, str(run.folder / "lock"), str(seconds)]
@@ -211,7 +212,10 @@ def test_a_folder_belongs_to_one_life_at_a_time(
         assert other.stdout.readline() == "held\n"
         begin = time.monotonic()
         if seconds == 100:
-            with pytest.raises(UserError, match="another process trains there; wait for its end"), run.session():
+            with (
+                pytest.raises(UserError, match="another process trains in this folder; wait until"),
+                run.session(),
+            ):
                 raise AssertionError("was begun")
             other.kill()
             other.wait()

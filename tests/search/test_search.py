@@ -1,4 +1,4 @@
-"""Searches: what is refused before Ray starts, what trials draw, and real searches on the toy world."""
+"""Searches: refusals before Ray starts, samples of trials, and real searches on the toy world."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ from lad_dist.distributed import processes
 from lad_dist.models import loading
 from lad_dist.models.loading import save_model
 from lad_dist.search.grid import sample_trials
-from lad_dist.search.tune import _train, search
+from lad_dist.search.tune import _run_trial, search
 from lad_dist.training import train
 from lad_dist.training.trainer import RunResult
 
@@ -46,14 +46,14 @@ GRID = {
 
 def tables(work: Path, **changes: Any) -> dict[str, Any]:
     """Four trials, two at once; the changes by table."""
-    words = {"name": "s", "dir": str(work), "base": str(work / "base.toml"), "metric": "accuracy", "num_samples": 4}
+    options = {"name": "s", "dir": str(work), "base": str(work / "base.toml"), "metric": "accuracy", "num_samples": 4}
     default: dict[str, Any] = {
-        "search": {**words, "max_concurrent": 2, "cpus": 0.5, "reduction_factor": 2},
+        "search": {**options, "max_concurrent": 2, "cpus": 0.5, "reduction_factor": 2},
         "override": {"run.eval_every": 2},
         "space": {"optim.lr": {"choice": [HOPELESS, GOOD]}},
     }
-    made = {name: {**default.get(name, {}), **(changes.get(name) or {})} for name in default | changes}
-    return {name: table for name, table in made.items() if changes.get(name, {}) is not None}
+    merged = {name: {**default.get(name, {}), **(changes.get(name) or {})} for name in default | changes}
+    return {name: table for name, table in merged.items() if changes.get(name, {}) is not None}
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def with_base(world: World, folder: Path) -> Path:
 
 
 def denying(world: World, folder: Path) -> Path:
-    made = toy.model(folder, world.tokenizer, "classification", toy.LABELS)
-    student = loading.load_model(str(made), "classification", labels=toy.LABELS)
+    path = toy.model(folder, world.tokenizer, "classification", toy.LABELS)
+    student = loading.load_model(str(path), "classification", labels=toy.LABELS)
     with torch.no_grad():
         student.classifier.weight.zero_()
         student.classifier.bias.copy_(torch.tensor([1e-3, 0.0]))
@@ -98,7 +98,10 @@ def denying(world: World, folder: Path) -> Path:
         ({"search": {"metric": "pearson"}}, 'no "pearson", it has accuracy, f1, matthews'),
         ({"search": {"base": "nowhere.toml"}}, "nowhere.toml: cannot read the config"),
         ({"override": {"run.eval_every": 0}}, "set override.run.eval_every"),
-        ({"space": {"data.dev": {"choice": ["dev.csv"]}}}, "space.data.dev: a task is nothing to search"),
+        (
+            {"space": {"data.dev": {"choice": ["dev.csv"]}}},
+            "space.data.dev: scores of different tasks cannot",
+        ),
         ({"space": None}, r"give \[grid\], \[space\] or both"),
         ({"space": None, "grid": GRID}, r"samples = 4: there is no \[space\] to draw them from"),
         ({"grid": {"method": {}}}, "grid.method: give choices"),
@@ -124,27 +127,30 @@ def test_a_sample_is_a_function_of_seed_trial_and_key(seed: int, low: float, rat
     folder = Path(tempfile.mkdtemp())
     (folder / "base.toml").write_text(tomli_w.dumps(base))
 
-    def drawn(samples: int, **more: Any) -> list[dict[str, Any]]:
+    def sample(samples: int, **more: Any) -> list[dict[str, Any]]:
         space = {
             "optim.lr": {"loguniform": [low, low * ratio]},
             "data": {"micro_batches_per_step": {"randint": [1, 4]}},
             "student.layers": {"choice": [[1, 3], [2, 4], "first"]},
             **more,
         }
-        words = tables(folder, search={"num_samples": samples, "seed": seed})
-        return [trial.sample for trial in sample_trials(parse_config(SearchConfig, {**words, "space": space}, "toy"))]
+        search_tables = tables(folder, search={"num_samples": samples, "seed": seed})
+        return [
+            trial.sample
+            for trial in sample_trials(parse_config(SearchConfig, {**search_tables, "space": space}, "toy"))
+        ]
 
-    samples = drawn(count)
-    assert samples == drawn(count + 3)[:count]
-    wider = drawn(count, **{"optim.warmup": {"uniform": [0.1, 0.2]}})
+    samples = sample(count)
+    assert samples == sample(count + 3)[:count]
+    wider = sample(count, **{"optim.warmup": {"uniform": [0.1, 0.2]}})
     assert samples == [{key: row[key] for key in row if key != "optim.warmup"} for row in wider]
     assert all(low <= row["optim.lr"] * (1 + 1e-9) and row["optim.lr"] <= low * ratio * (1 + 1e-9) for row in samples)
     assert {row["data.micro_batches_per_step"] for row in samples} <= {1, 2, 3}
 
 
-def test_tables_and_dotted_keys_say_the_same(work: Path) -> None:
+def test_tables_and_dotted_keys_are_the_same(work: Path) -> None:
     (work / "search.toml").write_text(tomli_w.dumps(tables(work)))
-    overrides = ["override.data.slots=2", "space.optim.lr={uniform=[0.25,0.5]}"]
+    overrides = ["override.data.micro_batches_per_step=2", "space.optim.lr={uniform=[0.25,0.5]}"]
     config = load_config(SearchConfig, work / "search.toml", overrides)
     for trial in sample_trials(config):
         assert (trial.config.data.micro_batches_per_step, trial.config.run.eval_every) == (2, 2)
@@ -177,7 +183,7 @@ def test_a_grid_is_every_combination_each_with_the_same_samples(work: Path) -> N
 
 
 @pytest.mark.ray
-def test_a_grid_runs_all_its_trials_to_the_end_and_is_compared(work: Path) -> None:
+def test_a_grid_runs_every_trial_to_the_end_and_is_compared(work: Path) -> None:
     tested = tables(work, search={"num_samples": 1}, override={"run.eval_every": 0}, space=None, grid=GRID)
     (work / "tune.toml").write_text(tomli_w.dumps(tested))
     done = launch([TUNE, work / "tune.toml"])
@@ -202,8 +208,8 @@ class Searched:
 
     @property
     def results(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
-        return found
+        tables: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
+        return tables
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +235,7 @@ def test_trials_are_compared_at_their_training_steps(searched: Searched) -> None
 
 
 @pytest.mark.ray
-def test_a_failed_trial_is_counted_and_said(searched: Searched) -> None:
+def test_a_failed_trial_is_counted_and_reported(searched: Searched) -> None:
     (failed,) = searched.results["failed"]
     assert failed["trial"] == "trial-3"
     assert "student.num_hidden_layers = 9" in failed["error"]
@@ -240,21 +246,21 @@ def test_a_failed_trial_is_counted_and_said(searched: Searched) -> None:
 @pytest.mark.ray
 def test_failed_trials_run_again_once_the_results_are_removed(work: Path) -> None:
     grid = {"term": {"hard": {}, "both": {"objective.hidden": 1.0}}}
-    words = {"num_samples": 1, "name": "again", "dir": str(work)}
-    config = parse_config(SearchConfig, tables(work, search=words, space=None, grid=grid), "toy")
+    options = {"num_samples": 1, "name": "again", "dir": str(work)}
+    config = parse_config(SearchConfig, tables(work, search=options, space=None, grid=grid), "toy")
     damaged = work / "again" / "both" / "config.toml"
     damaged.parent.mkdir(parents=True)
     damaged.write_text("[run")
-    found = search(config)
-    assert found is not None
-    assert ([row["trial"] for row in found.trials], [row["trial"] for row in found.failed]) == (["hard"], ["both"])
-    assert f"{damaged}: damaged" in found.failed[0]["error"]
+    result = search(config)
+    assert result is not None
+    assert ([row["trial"] for row in result.trials], [row["trial"] for row in result.failed]) == (["hard"], ["both"])
+    assert f"{damaged}: damaged" in result.failed[0]["error"]
     damaged.unlink()
     (work / "again" / "results.json").unlink()
-    found = search(config)
-    assert found is not None
-    assert {row["trial"]: row["term"] for row in found.trials} == {"hard": "hard", "both": "both"}
-    assert not found.failed
+    result = search(config)
+    assert result is not None
+    assert {row["trial"]: row["term"] for row in result.trials} == {"hard": "hard", "both": "both"}
+    assert not result.failed
 
 
 @pytest.mark.ray
@@ -281,7 +287,7 @@ def test_trials_are_ordinary_runs(searched: Searched) -> None:
 
 
 @pytest.mark.ray
-def test_the_best_config_runs_and_scores_as_its_trial_did(searched: Searched) -> None:
+def test_the_best_config_runs_and_scores_as_the_trial_did(searched: Searched) -> None:
     done = launch([ROOT / "launch" / "task_distill.py", searched.folder / "best.toml"])
     assert done.returncode == 0, done.stderr
     results = json.loads((searched.folder / "best" / "results.json").read_text())
@@ -293,9 +299,9 @@ def test_the_best_config_runs_and_scores_as_its_trial_did(searched: Searched) ->
 @pytest.mark.ray
 def test_a_complete_search_is_not_run_twice(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
-    found = search(load_config(SearchConfig, searched.config))
-    assert found is not None
-    assert {"trials": found.trials, "failed": found.failed} == searched.results
+    result = search(load_config(SearchConfig, searched.config))
+    assert result is not None
+    assert {"trials": result.trials, "failed": result.failed} == searched.results
     with pytest.raises(UserError, match=r"holds a search with search.num_samples = 4, now it is 5"):
         search(load_config(SearchConfig, searched.config, ["search.num_samples=5"]))
 
@@ -311,22 +317,22 @@ def test_a_trial_that_fits_nowhere_is_refused(work: Path, monkeypatch: pytest.Mo
 
 def marked(mark: str) -> list[str]:
     """Command lines of this host's processes that inherited the variable MARK=`mark`."""
-    found = []
+    command_lines = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if f"MARK={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                command_lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
-    return found
+    return command_lines
 
 
 def started(command: list[Path], mark: Path) -> subprocess.Popen[str]:
-    """A script of ours, in processes that inherit MARK."""
-    words = [sys.executable, *map(str, command)]
+    """Start a script, in processes that inherit MARK."""
+    arguments = [sys.executable, *map(str, command)]
     variables = environment() | {"MARK": str(mark)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=ROOT, env=variables, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(arguments, cwd=ROOT, env=variables, text=True, stdout=pipe, stderr=pipe)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -343,7 +349,7 @@ def test_a_trial_that_was_asked_to_stop_is_no_result(work: Path, monkeypatch: py
     monkeypatch.setattr(train, "train", lambda config, report: RunResult(work, None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(Fault, match="trial-0 was asked to stop"):
-        _train(config.search, sample_trials(config)[0].config, "accuracy")
+        _run_trial(config.search, sample_trials(config)[0].config, "accuracy")
     assert processes.device().type == "cpu"  # as it asked for no GPU
 
 
@@ -375,11 +381,11 @@ def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path) -> 
 
 
 @pytest.mark.ray
-def test_an_interrupted_grid_goes_on_in_its_order(work: Path) -> None:
+def test_an_interrupted_grid_goes_on_in_order(work: Path) -> None:
     """So that, its seeds being last, it is at all times a whole one of fewer seeds."""
     grid = {"seed": {str(seed): {"run.seed": seed} for seed in range(6)}}
-    words = {"num_samples": 1, "max_concurrent": 1}
-    config = tables(work, search=words, override={"run.eval_every": 0}, space=None, grid=grid)
+    options = {"num_samples": 1, "max_concurrent": 1}
+    config = tables(work, search=options, override={"run.eval_every": 0}, space=None, grid=grid)
     (work / "tune.toml").write_text(tomli_w.dumps(config))
     running = started([TUNE, work / "tune.toml"], work)
     assert running.stderr is not None

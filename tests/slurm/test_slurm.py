@@ -16,8 +16,9 @@ import toy
 from conftest import World
 from slurm_cluster import SlurmCluster
 
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.load import apply_overrides, parse_config
-from lad_dist.config.schema import PrepareConfig, TaskConfig
+from lad_dist.config.schema import TaskConfig
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.models import loading
 from lad_dist.models.frozen import model_digest
@@ -110,7 +111,7 @@ def test_every_argument_arrives_as_it_was_written(cluster: SlurmCluster, folder:
     launch(folder, SCRIPTS[script], RECORD)
     ended = cluster.run_job([f"slurm/{script}.sbatch", "run.toml", *AWKWARD], 60, folder)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
-    added = ["workers=4"] if script == "prepare" else []
+    added = ["num_workers=4"] if script == "prepare" else []
     assert seen(folder, 0)["arguments"] == ["run.toml", *added, *AWKWARD]
     assert not (folder / "harmed").exists()
 
@@ -280,8 +281,8 @@ def pipeline(
     cluster: SlurmCluster, folder: Path, *words: str, extra: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Submits a chain; the jobs by stage."""
-    said = cluster.run(["bash", "slurm/pipeline.sh", *words], folder, extra)
-    return dict(line.split() for line in said.splitlines())
+    output = cluster.run(["bash", "slurm/pipeline.sh", *words], folder, extra)
+    return dict(line.split() for line in output.splitlines())
 
 
 WHOLE_CHAIN = [
@@ -314,7 +315,7 @@ def test_a_chain_runs_in_order_with_the_overrides_of_each_stage(cluster: SlurmCl
         assert cluster.shown(job)["NumCPUs"] == "1"
     order = (folder / "order").read_text().splitlines()
     steps = [
-        "prepare_corpus['run.toml', 'workers=1']",
+        "prepare_corpus['run.toml', 'num_workers=1']",
         "pretrain_distill['run.toml', 'a.b=x y']",
         "task_distill['run.toml', 'c=1']",
         "evaluate['run.toml']",
@@ -352,7 +353,7 @@ def test_tasks_of_an_array_do_a_share_each_and_the_merge_waits_for_them(cluster:
     for job in ("prepare", "pretrain"):
         assert cluster.wait(jobs[job], 90).state == "COMPLETED"
     *parts, merge, last = (folder / "order").read_text().splitlines()
-    whole = ["run.toml", "workers=2", "a.b=x y"]
+    whole = ["run.toml", "num_workers=2", "a.b=x y"]
     assert sorted(parts) == [str([*whole[:2], f"part={part}", "parts=3", whole[2]]) for part in range(3)]
     assert (merge, last) == (str(whole), "pretrain")
 
@@ -445,8 +446,8 @@ def training(world: World) -> dict[str, Any]:
 
 
 def results(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "results.json").read_text())
-    return found
+    tables: dict[str, Any] = json.loads((run / "results.json").read_text())
+    return tables
 
 
 def losses(run: Path) -> list[float]:
@@ -490,7 +491,7 @@ def test_a_corpus_from_an_array_is_the_corpus_from_one_process(
     jobs = pipeline(cluster, trained, "prepare", "--array=0-1", "--cpus-per-task=1", "array.toml", extra=NO_WAITING)
     ended = cluster.wait(jobs["prepare"], 200)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
-    assert "array: 3 pieces are tokenized; merging them" in ended.output
+    assert "array: 3 chunks are tokenized; merging them" in ended.output
     prepare(parse_config(PrepareConfig, {**tables, "out": str(trained / "alone"), "num_workers": 1}, "toy"))
     array, alone = (files_in(trained / name) for name in ("array", "alone"))
     assert len(array) >= 7
@@ -503,8 +504,8 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def without_teacher(tables: dict[str, Any]) -> dict[str, Any]:
     """The run's student whole, and from the labels alone."""
-    kept = {name: table for name, table in tables.items() if name != "teacher"}
-    return kept | {
+    others = {name: table for name, table in tables.items() if name != "teacher"}
+    return others | {
         "student": {"path": tables["student"]["path"]},
         "objective": {"name": "supervised"},
         "optim": {"lr": tables["optim"]["lr"]},
@@ -528,11 +529,11 @@ def test_a_chain_distils_from_text_to_a_student(cluster: SlurmCluster, trained: 
     for job in jobs.values():
         ended = cluster.wait(job, 200)
         assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
-    found = results(trained / "runs" / "task")
-    assert found["config"]["student"]["path"] == "runs/pretrain/export"
-    assert found["config"]["teacher"]["path"] == "runs/finetune/export"
-    assert found["teacher"]["accuracy"] == results(trained / "runs" / "finetune")["metrics"]["accuracy"]
-    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    task = results(trained / "runs" / "task")
+    assert task["config"]["student"]["path"] == "runs/pretrain/export"
+    assert task["config"]["teacher"]["path"] == "runs/finetune/export"
+    assert task["teacher"]["accuracy"] == results(trained / "runs" / "finetune")["metrics"]["accuracy"]
+    assert task["student"]["parameters"] < task["teacher"]["parameters"]
     assert (trained / "runs" / "task" / "export" / "model.safetensors").exists()
 
 

@@ -85,7 +85,7 @@ FEW = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scop
 def test_every_word_arrives_as_one_argument(folder: Path, script: str, words: list[str]) -> None:
     done, seen = run(folder, f"{script}.sbatch", ["run.toml", *words])
     assert done.returncode == 0, done.stderr
-    assert seen[1:] == ["run.toml", *(["workers=2"] if script == "prepare" else []), *words]
+    assert seen[1:] == ["run.toml", *(["num_workers=2"] if script == "prepare" else []), *words]
     assert untouched(folder)
 
 
@@ -109,7 +109,7 @@ VALUE = HOSTILE.filter(lambda value: value and "," not in value and "{" not in v
     other=HOSTILE,
     pick=st.data(),
 )
-def test_each_task_of_an_array_gets_its_combination(
+def test_each_task_of_an_array_gets_one_combination(
     folder: Path, tasks: list[str], seeds: list[str], other: str, pick: st.DataObject
 ) -> None:
     index = pick.draw(st.integers(0, len(tasks) * len(seeds) - 1))

@@ -1,4 +1,4 @@
-"""What a run costs: against real checkpoints, real tensors, PyTorch's own counter, and by hand; launch/plan.py."""
+"""The costs of a run, compared with real checkpoints and tensors and PyTorch's counter, and by hand; launch/plan.py."""
 
 import runpy
 import sys
@@ -19,7 +19,7 @@ from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.forward import compute_outputs
-from lad_dist.objectives import OBJECTIVES
+from lad_dist.objectives.registry import OBJECTIVES
 from lad_dist.training import cost_model, run_spec
 from lad_dist.training.train import train
 
@@ -43,23 +43,23 @@ def test_a_checkpoint_is_as_large_as_foreseen(world: World, tmp_path: Path, stag
     table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}, "bf16": {"enabled": half}}
     config = config_of(world, tmp_path, {**wide(world, table), "run.steps": 2, "run.save_every": 1})
     foreseen = cost_model.estimate(run_spec.resolve_run(config), 1)
-    outcome = train(config)
-    (checkpoint, *_) = sorted((outcome.folder / "checkpoints").glob("step-*"))
-    found = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-    assert found == pytest.approx(foreseen.checkpoint, rel=0.02)
-    weights = outcome.folder / "export" / "model.safetensors"
+    result = train(config)
+    (checkpoint, *_) = sorted((result.folder / "checkpoints").glob("step-*"))
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    assert size == pytest.approx(foreseen.checkpoint, rel=0.02)
+    weights = result.folder / "export" / "model.safetensors"
     assert weights.stat().st_size == pytest.approx(foreseen.export, rel=0.02)
 
 
 @pytest.mark.parametrize("name", sorted(name for name, kind in OBJECTIVES.items() if "task" in kind.supported_data))
 def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str) -> None:
-    taught = {} if OBJECTIVES[name].requires_teacher else {"teacher": None}
-    made = run_spec.resolve_run(config_of(world, tmp_path, {"objective": {"name": name}, **taught}))
-    real = made.distiller(made.dataset())
-    found = cost_model.estimate(made, 1)
-    assert found.student == count_parameters(real.student)
-    assert found.objective == count_parameters(real.objective)
-    assert found.memory.optimizer == 8 * (found.student + found.objective)
+    changes = {} if OBJECTIVES[name].requires_teacher else {"teacher": None}
+    spec = run_spec.resolve_run(config_of(world, tmp_path, {"objective": {"name": name}, **changes}))
+    real = spec.distiller(spec.dataset())
+    costs = cost_model.estimate(spec, 1)
+    assert costs.student == count_parameters(real.student)
+    assert costs.objective == count_parameters(real.objective)
+    assert costs.memory.optimizer == 8 * (costs.student + costs.objective)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str
     ],
 )
 def test_parameters_are_those_of_the_export(world: World, tmp_path: Path, changes: dict[str, Any]) -> None:
-    made = run_spec.resolve_run(config_of(world, tmp_path, changes))
-    assert cost_model.estimate(made, 1).student == count_parameters(made.distiller(made.dataset()).export())
+    spec = run_spec.resolve_run(config_of(world, tmp_path, changes))
+    assert cost_model.estimate(spec, 1).student == count_parameters(spec.distiller(spec.dataset()).export())
 
 
 @pytest.mark.parametrize("head", ["mlm", "none"])
@@ -81,12 +81,12 @@ def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
     model = loading.load_model(str(world.pretrained), head)  # type: ignore[arg-type]
     batch = toy.batch([16, 16, 16, 16])
     assert batch.computed_tokens == batch.num_tokens
-    needs = OutputSpec(logits=head == "mlm", hidden=(4,))
+    output_spec = OutputSpec(logits=head == "mlm", hidden=(4,))
     # The fused kernel of a CPU is not among those that it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        seen = compute_outputs(model, batch, needs)
+        outputs = compute_outputs(model, batch, output_spec)
         forward = counter.get_total_flops()
-        (seen.hidden[4] if seen.logits is None else seen.logits).sum().backward()
+        (outputs.hidden[4] if outputs.logits is None else outputs.logits).sum().backward()
     assert sum(footprint.flops(model, batch).values()) == pytest.approx(forward, rel=0.02)
     assert 3 * forward == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -104,9 +104,9 @@ def test_zero_shares_the_optimizer_out(world: World, tmp_path: Path) -> None:
         (0, False, 4): (4, 4, 8), (1, True, 4): (2, 2, 3), (2, True, 4): (2, 0.5, 3), (3, True, 4): (0.5, 0.5, 3)
     }  # fmt: skip
     for case, expected in table.items():
-        found = memory(*case)
-        sizes = [count * each for each in expected] + [100 * 2 if case[0] else 0]
-        assert [getattr(found, kind) for kind in kinds] == pytest.approx(sizes, abs=4)
+        estimate = memory(*case)
+        sizes = [count * factor for factor in expected] + [100 * 2 if case[0] else 0]
+        assert [getattr(estimate, kind) for kind in kinds] == pytest.approx(sizes, abs=4)
 
 
 def test_hours_by_hand() -> None:
@@ -116,7 +116,7 @@ def test_hours_by_hand() -> None:
     assert cost_model.GPUS["a100-80"].hours(19.5e12 * 3600, count=1, mfu=1.0, precision="float32") == pytest.approx(1.0)
 
 
-def test_kept_answers_are_asked_for_once(world: World, tmp_path: Path) -> None:
+def test_a_cache_saves_all_epochs_but_one(world: World, tmp_path: Path) -> None:
     def share(changes: dict[str, Any]) -> float:
         return cost_model.estimate(run_spec.resolve_run(config_of(world, tmp_path, changes)), 1).teacher_share
 
@@ -130,14 +130,14 @@ PLAN = ROOT / "launch" / "plan.py"
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The script in this process: its exit code, and what it says."""
+    """Run the script in this process: its exit code, standard output and standard error."""
 
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(PLAN), *map(str, words)])
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(PLAN), *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(PLAN), run_name="__main__")
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
+        output = capsys.readouterr()
+        return int(ended.value.code or 0), output.out, output.err
 
     return run
 
@@ -145,8 +145,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 Script = Callable[..., tuple[int, str, str]]
 
 
-def words_of(world: World) -> list[str]:
-    """Overrides that make configs/task/lad.toml a toy."""
+def overrides(world: World) -> list[str]:
+    """Return the overrides that make configs/task/lad.toml a toy."""
     files = [f"data.{key}={path}" for key, path in world.files.items()]
     places = [f"teacher.path={world.teacher}", f"student.path={world.pretrained}", "student.num_hidden_layers=2"]
     return [*files, *places, "data.max_length=32"]
@@ -160,21 +160,24 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_the_script_prints_what_a_run_costs(world: World, config: Path) -> None:
-    done = launch([PLAN, config, "--gpus", "4", "--nodes", "2", "--gpu", "h200", "--mfu", "0.2", *words_of(world)])
+    done = launch([PLAN, config, "--gpus", "4", "--nodes", "2", "--gpu", "h200", "--mfu", "0.2", *overrides(world)])
     assert done.returncode == 0, done.stderr
-    assert "4 slots = 2 nodes x 2 GPUs x 1" in done.stdout
-    assert "MFU of 0.2 in bfloat16, as given" in done.stdout
+    assert "4 micro-batches = 2 nodes x 2 GPUs x 1" in done.stdout
+    assert "MFU of 0.2 in bfloat16, as set" in done.stdout
     for row in ("parameters", "FLOPs per token", "memory per GPU", "disk", "time"):
         assert row in done.stdout
     assert not (config.parent / "runs").exists()
 
 
-def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path, run: Script) -> None:
+def test_a_search_costs_all_trials(world: World, config: Path, tmp_path: Path, run: Script) -> None:
     search = tmp_path / "search.toml"
-    keys = "\n".join(f'"{key}" = {value!r}' for key, value in (word.split("=") for word in words_of(world)[:4]))
+    keys = "\n".join(
+        f'"{key}" = {value!r}' for key, value in (override.split("=") for override in overrides(world)[:4])
+    )
     search.write_text(
-        f'[search]\nname = "s"\nbase = "{config}"\nsamples = 5\ngpus = 1\n[override]\n{keys}\n"student.num_hidden_layers" = 2\n'
-        '"data.max_length" = 32\n"run.eval_every" = 5\n[space]\n"optim.lr" = {uniform = [0.1, 0.2]}\n'
+        f'[search]\nname = "s"\nbase = "{config}"\nnum_samples = 5\ngpus = 1\n[override]\n{keys}\n'
+        '"student.num_hidden_layers" = 2\n"data.max_length" = 32\n"run.eval_every" = 5\n'
+        '[space]\n"optim.lr" = {uniform = [0.1, 0.2]}\n'
     )
     code, out, err = run(search, "--gpus", "2", "--gpu", "a100-40")
     assert code == 0, err
@@ -182,7 +185,7 @@ def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path, r
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--gpus", "3", "--gpu", "h200"], "data.micro_batches_per_step = 4: cannot be shared out over 3 processes"),
         (["--gpus", "4", "--gpu", "h2000"], '--gpu "h2000" is unknown: did you mean "h200"?'),
@@ -195,9 +198,9 @@ def test_a_search_costs_its_trials(world: World, config: Path, tmp_path: Path, r
     ],
 )  # fmt: skip
 def test_a_wrong_plan_is_refused_in_one_line(
-    world: World, config: Path, run: Script, words: list[str], message: str
+    world: World, config: Path, run: Script, arguments: list[str], message: str
 ) -> None:
-    code, _, err = run(config, *words_of(world), *words)
+    code, _, err = run(config, *overrides(world), *arguments)
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1

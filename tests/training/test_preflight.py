@@ -32,14 +32,14 @@ def test_devices_that_are_alike_are_fit() -> None:
             "process 2 on n2 has NVIDIA A100, most processes have",
         ),
         ([("n1", H200, 1), ("n2", "no GPU", 0), ("n3", H200, 1)], 75, "process 1 on n2 has no GPU"),
-        ([("n1", H200, 2)] * 2 + [("n2", H200, 1)] * 2, 2, "process 2 on n2: 2 processes there see 1 GPUs"),
+        ([("n1", H200, 2)] * 2 + [("n2", H200, 1)] * 2, 2, "process 2 on n2: 2 processes of this host see 1 GPUs"),
     ],
 )
 def test_devices_that_are_not(devices: list[tuple[str, str, int]], code: int, message: str) -> None:
-    with pytest.raises((UserError, DeviceFault)) as found:
+    with pytest.raises((UserError, DeviceFault)) as caught:
         check_devices([Device(*device) for device in devices])
-    assert found.value.code == code
-    assert message in str(found.value)
+    assert caught.value.code == code
+    assert message in str(caught.value)
 
 
 WORKER = """
@@ -61,19 +61,19 @@ def work():
 
 all_reduce = dist.all_reduce
 if case == "sum" and rank == 1:
-    def wrong(x, **words):
+    def wrong(x, **options):
         x[7] += 1
-        return all_reduce(x, **words)
+        return all_reduce(x, **options)
     dist.all_reduce = wrong
 
 try:
-    preflight._sum()
-    said = [preflight.together(work), 0]
+    preflight._check_all_reduce()
+    result = [preflight.run_on_all(work), 0]
 except (UserError, Fault) as error:
-    said = [str(error), error.code]
-everything = processes.gather(said)
-if processes.main():
-    json.dump(everything, open(sys.argv[1], "w"))
+    result = [str(error), error.code]
+results = processes.all_gather(result)
+if processes.is_main():
+    json.dump(results, open(sys.argv[1], "w"))
 """
 
 
@@ -84,14 +84,18 @@ if processes.main():
 )
 def test_all_processes_end_alike(tmp_path: Path, case: str, code: int, message: str) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
-    done = launch([tmp_path / "worker.py", tmp_path / "said.json", case], by="torchrun", processes=2)
+    done = launch([tmp_path / "worker.py", tmp_path / "results.json", case], by="torchrun", processes=2)
     assert done.returncode == 0, done.stderr
-    said = json.loads((tmp_path / "said.json").read_text())
-    assert [each[1] for each in said] == [code, code]
-    assert [each[0] for each in said] == [0, 1] if case == "none" else all(message in each[0] for each in said)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result[1] for result in results] == [code, code]
+    assert (
+        [result[0] for result in results] == [0, 1]
+        if case == "none"
+        else all(message in result[0] for result in results)
+    )
 
 
-def corpus_plan(world: World, work: Path, changes: dict[str, Any]) -> run_spec.RunSpec:
+def corpus_spec(world: World, work: Path, changes: dict[str, Any]) -> run_spec.RunSpec:
     tables = toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained)
     return run_spec.resolve_run(toy.parsed(tables, changes))
 
@@ -99,30 +103,30 @@ def corpus_plan(world: World, work: Path, changes: dict[str, Any]) -> run_spec.R
 def test_a_corpus_that_lost_a_file_is_refused(world: World, tmp_path: Path) -> None:
     shards = tmp_path / "corpus"
     shutil.copytree(world.corpus, shards)
-    made = corpus_plan(world, tmp_path, {"data.shards": str(shards)})
-    preflight.check(made, tmp_path / "run")
-    lost = next(shards.rglob("held_out-*.bin"))
-    lost.unlink()
-    with pytest.raises(UserError, match=lost.name) as found:
-        preflight.check(made, tmp_path / "run")
-    assert not isinstance(found.value, DeviceFault)
+    spec = corpus_spec(world, tmp_path, {"data.shards": str(shards)})
+    preflight.check(spec, tmp_path / "run")
+    missing = next(shards.rglob("held_out-*.bin"))
+    missing.unlink()
+    with pytest.raises(UserError, match=missing.name) as caught:
+        preflight.check(spec, tmp_path / "run")
+    assert not isinstance(caught.value, DeviceFault)
 
 
 def test_a_disk_without_room_for_the_checkpoints(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = corpus_plan(world, tmp_path, {"run.save_every": 1, "run.keep": 3})
-    method = made.distiller(made.dataset())
-    needed = 4 * cost_model.checkpoint_bytes(made, method) + 4 * count_parameters(method.student)
+    spec = corpus_spec(world, tmp_path, {"run.save_every": 1, "run.keep": 3})
+    distiller = spec.distiller(spec.dataset())
+    needed = 4 * cost_model.checkpoint_bytes(spec, distiller) + 4 * count_parameters(distiller.student)
     usage = shutil.disk_usage(tmp_path)
 
     def free(size: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
 
     free(needed)
-    preflight.check(made, tmp_path / "run")
+    preflight.check(spec, tmp_path / "run")
     free(needed - 1)
-    with pytest.raises(UserError, match=r"4 checkpoints of .* make room there"):
-        preflight.check(made, tmp_path / "run")
+    with pytest.raises(UserError, match=r"4 checkpoints of .* make room, or set"):
+        preflight.check(spec, tmp_path / "run")
     for name in ("step-000000001", "step-000000002", "step-000000003.draft"):  # two of them are on the disk already
         (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
-    preflight.check(made, tmp_path / "run")
+    preflight.check(spec, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("*/*"))

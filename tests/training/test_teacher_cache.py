@@ -1,4 +1,4 @@
-"""A teacher's answers: what is kept is what it says, and keeping it changes nothing that is learnt."""
+"""The teacher cache returns the teacher's outputs, and changes nothing that is learnt."""
 
 import shutil
 from pathlib import Path
@@ -24,17 +24,17 @@ from lad_dist.training.teacher_cache import TeacherCache
 from lad_dist.training.train import train
 
 CPU = torch.device("cpu")
-NEEDS = OutputSpec(logits=True, hidden=(0, 2, 4), qkv=(4,))
+OUTPUT_SPEC = OutputSpec(logits=True, hidden=(0, 2, 4), qkv=(4,))
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_cache, "BLOCK", 24)
-    monkeypatch.setattr(teacher_cache, "BATCH", 5)
+    monkeypatch.setattr(teacher_cache, "BLOCK_SIZE", 24)
+    monkeypatch.setattr(teacher_cache, "BATCH_SIZE", 5)
 
 
-def feed(world: World, **words: Any) -> TaskDataset:
-    data = TaskDataConfig(**world.files, max_length=32, micro_batch_size=7, **words)
+def toy_dataset(world: World, **options: Any) -> TaskDataset:
+    data = TaskDataConfig(**world.files, max_length=32, micro_batch_size=7, **options)
     return TaskDataset(data, load_task(data), load_tokenizer(str(world.tokenizer)), seed=3)
 
 
@@ -42,94 +42,96 @@ def frozen(world: World) -> FrozenModel:
     return FrozenModel(str(world.teacher), "classification", device=CPU, labels=toy.LABELS)
 
 
-def kept(folder: Path, ask: teacher_cache.AskTeacher, data: TaskDataset, needs: OutputSpec = NEEDS) -> TeacherCache:
-    return TeacherCache(folder, ask, {"weights": "toy"}, data.train, needs, CPU, size=0)
+def cached(
+    folder: Path, teacher: teacher_cache.Teacher, data: TaskDataset, output_spec: OutputSpec = OUTPUT_SPEC
+) -> TeacherCache:
+    return TeacherCache(folder, teacher, {"weights": "toy"}, data.train, output_spec, CPU, size=0)
 
 
-def nobody(batch: Batch, needs: OutputSpec) -> ModelOutputs:
-    raise AssertionError("it was asked")
+def no_teacher(batch: Batch, output_spec: OutputSpec) -> ModelOutputs:
+    raise AssertionError("the teacher ran")
 
 
-def tensors(trace: ModelOutputs) -> list[torch.Tensor]:
-    assert trace.logits is not None
-    return [trace.logits, *trace.hidden.values(), *(x for qkv in trace.qkv.values() for x in qkv)]
+def tensors(outputs: ModelOutputs) -> list[torch.Tensor]:
+    assert outputs.logits is not None
+    return [outputs.logits, *outputs.hidden.values(), *(x for qkv in outputs.qkv.values() for x in qkv)]
 
 
-@pytest.mark.parametrize("words", [{}, {"pad_to": 40}], ids=["flat", "padded"])
+@pytest.mark.parametrize("options", [{}, {"pad_to": 40}], ids=["flat", "padded"])
 @pytest.mark.usefixtures("small_blocks")
-def test_what_is_kept_is_what_the_teacher_says(words: dict[str, Any], world: World, tmp_path: Path) -> None:
-    teacher, data = frozen(world), feed(world, **words)
-    found = kept(tmp_path, teacher, data)
+def test_the_cache_returns_what_the_teacher_computes(options: dict[str, Any], world: World, tmp_path: Path) -> None:
+    teacher, data = frozen(world), toy_dataset(world, **options)
+    cache = cached(tmp_path, teacher, data)
     for step in range(12):  # more than an epoch: examples of all blocks, in any order
-        seen, said = found(data.numbers(step, 0)), teacher(data.batch(step, 0), NEEDS)
-        assert (seen.hidden.keys(), seen.qkv.keys()) == (said.hidden.keys(), said.qkv.keys())
-        for x, y in zip(tensors(seen), tensors(said), strict=True):
+        actual, expected = cache(data.example_ids(step, 0)), teacher(data.batch(step, 0), OUTPUT_SPEC)
+        assert (actual.hidden.keys(), actual.qkv.keys()) == (expected.hidden.keys(), expected.qkv.keys())
+        for x, y in zip(tensors(actual), tensors(expected), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_teacher_is_asked_once_and_only_for_what_is_missing(world: World, tmp_path: Path) -> None:
-    teacher, data, asked = frozen(world), feed(world), list[int]()
+def test_a_teacher_runs_once_and_only_for_what_is_missing(world: World, tmp_path: Path) -> None:
+    teacher, data, batch_sizes = frozen(world), toy_dataset(world), list[int]()
 
-    def ask(batch: Batch, needs: OutputSpec) -> ModelOutputs:
-        asked.append(len(batch.lengths))
-        return teacher(batch, needs)
+    def counting_teacher(batch: Batch, output_spec: OutputSpec) -> ModelOutputs:
+        batch_sizes.append(len(batch.lengths))
+        return teacher(batch, output_spec)
 
-    first = kept(tmp_path, ask, data)
-    assert sum(asked) == data.train.count
-    again = kept(tmp_path, nobody, data)
-    fewer = kept(tmp_path, nobody, data, OutputSpec(hidden=(2,)))
+    first = cached(tmp_path, counting_teacher, data)
+    assert sum(batch_sizes) == data.train.count
+    again = cached(tmp_path, no_teacher, data)
+    fewer = cached(tmp_path, no_teacher, data, OutputSpec(hidden=(2,)))
     numbers = np.array([3, 60, 3, 25])
     for x, y in zip(tensors(first(numbers)), tensors(again(numbers)), strict=True):
         assert torch.equal(x, y)
     assert torch.equal(fewer(numbers).hidden[2], first(numbers).hidden[2])
     before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path.suffix == ".safetensors"}
-    kept(tmp_path, ask, data, OutputSpec(hidden=(2, 3)))
+    cached(tmp_path, counting_teacher, data, OutputSpec(hidden=(2, 3)))
     after = {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path in before}
     assert after == before
     assert len(list(first.folder.glob("hidden-3.*"))) == 3
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_other_data_or_another_teacher_have_other_answers(world: World, tmp_path: Path) -> None:
+def test_other_data_or_another_teacher_have_another_cache(world: World, tmp_path: Path) -> None:
     teacher = frozen(world)
-    folders = {kept(tmp_path, teacher, feed(world, **words)).folder for words in ({}, {"pad_to": 40})}
-    other = TeacherCache(tmp_path, teacher, {"weights": "other"}, feed(world).train, NEEDS, CPU, size=0)
+    folders = {cached(tmp_path, teacher, toy_dataset(world, **options)).folder for options in ({}, {"pad_to": 40})}
+    other = TeacherCache(tmp_path, teacher, {"weights": "other"}, toy_dataset(world).train, OUTPUT_SPEC, CPU, size=0)
     assert len(folders | {other.folder}) == 3
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 100])
-def test_a_damaged_file_is_asked_for_again(
+def test_a_damaged_file_is_computed_again(
     damage: bytes, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher, data = frozen(world), feed(world)
-    whole = kept(tmp_path, teacher, data)
+    teacher, data = frozen(world), toy_dataset(world)
+    whole = cached(tmp_path, teacher, data)
     everything = np.arange(data.train.count)
     expected = [x.clone() for x in tensors(whole(everything))]
     file = whole.folder / "hidden-2.00001.safetensors"
     del whole
     file.unlink()
     file.write_bytes(damage)
-    found = kept(tmp_path, teacher, data)(everything)
+    actual = cached(tmp_path, teacher, data)(everything)
     assert "hidden-2.00001.safetensors: damaged" in capsys.readouterr().err
-    assert all(torch.equal(x, y) for x, y in zip(tensors(found), expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(tensors(actual), expected, strict=True))
 
 
-def test_a_run_with_found_answers_is_one_that_had_to_ask(world: World, tmp_path: Path) -> None:
-    """Bit for bit; and one that keeps them for itself leaves nothing behind."""
-    rows: dict[str, list[dict[str, Any]]] = {"own": [], "asked": [], "found": []}
-    changes = {"own": {}, "asked": {"teacher.cache": str(tmp_path / "shared")}}
-    changes["found"] = changes["asked"]
+def test_a_run_with_a_filled_cache_equals_one_that_fills_it(world: World, tmp_path: Path) -> None:
+    """Bit for bit; and a run with a cache of its own leaves nothing behind."""
+    rows: dict[str, list[dict[str, Any]]] = {"own": [], "first": [], "second": []}
+    changes = {"own": {}, "first": {"teacher.cache": str(tmp_path / "shared")}}
+    changes["second"] = changes["first"]
     folders = {name: train(lad(world, tmp_path / name, changes[name]), rows[name].append).folder for name in rows}
-    assert curve(rows["own"]) == curve(rows["asked"]) == curve(rows["found"])
+    assert curve(rows["own"]) == curve(rows["first"]) == curve(rows["second"])
     assert len({digest(folder / "export") for folder in folders.values()}) == 1
     assert not (folders["own"] / "teacher_cache").exists()
     assert len(list((tmp_path / "shared").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "kept_ones"),
+    ("changes", "used"),
     [
         ({"run.steps": 3}, False),  # no example is read twice
         ({"run.steps": 3, "teacher.cache": "shared"}, True),
@@ -137,34 +139,34 @@ def test_a_run_with_found_answers_is_one_that_had_to_ask(world: World, tmp_path:
         ({"teacher.cache": "shared", "teacher.cache_gb": 1e-2}, True),
     ],
 )
-def test_answers_are_kept_where_it_pays(
+def test_a_cache_is_used_where_it_pays(
     changes: dict[str, Any],
-    kept_ones: bool,
+    used: bool,
     world: World,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shared, made = tmp_path / "shared", list[TeacherCache]()
+    shared, caches = tmp_path / "shared", list[TeacherCache]()
 
-    def make(*words: Any) -> TeacherCache:
-        made.append(TeacherCache(*words))
-        return made[-1]
+    def build(*arguments: Any) -> TeacherCache:
+        caches.append(TeacherCache(*arguments))
+        return caches[-1]
 
-    monkeypatch.setattr("lad_dist.training.train.TeacherCache", make)
+    monkeypatch.setattr("lad_dist.training.train.TeacherCache", build)
     changes = {key: str(shared) if value == "shared" else value for key, value in changes.items()}
     train(lad(world, tmp_path, changes))
-    assert [found.folder.parent for found in made] == [shared] * kept_ones
+    assert [cache.folder.parent for cache in caches] == [shared] * used
     refused = changes.get("teacher.cache_gb") == 1e-6
-    assert ("asked anew at each step; its answers would take" in capsys.readouterr().err) == refused
+    assert ("the teacher runs at each step, as a cache would take" in capsys.readouterr().err) == refused
 
 
-def test_a_run_that_asks_at_each_step_learns_nearly_the_same(world: World, tmp_path: Path) -> None:
+def test_a_run_without_a_cache_learns_nearly_the_same(world: World, tmp_path: Path) -> None:
     rows: dict[float, list[dict[str, Any]]] = {0.0: [], 20.0: []}
-    for size, seen in rows.items():
-        train(lad(world, tmp_path / str(size), {"teacher.cache_gb": size}), seen.append)
-    anew, once = ([row["loss"] for row in seen if "loss" in row] for seen in rows.values())
-    assert anew == pytest.approx(once, rel=1e-4)
+    for size, size_rows in rows.items():
+        train(lad(world, tmp_path / str(size), {"teacher.cache_gb": size}), size_rows.append)
+    uncached, cached_once = ([row["loss"] for row in size_rows if "loss" in row] for size_rows in rows.values())
+    assert uncached == pytest.approx(cached_once, rel=1e-4)
 
 
 def test_a_disk_without_room_is_one_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,5 +182,5 @@ def test_a_file_where_the_folder_should_be_is_one_line(world: World, tmp_path: P
     folder = lad(world, tmp_path).run.folder
     folder.mkdir()
     (folder / "teacher_cache").write_text("")
-    with pytest.raises(UserError, match="cannot keep the teacher's answers there"):
+    with pytest.raises(UserError, match="cannot store the teacher's outputs in this folder"):
         train(lad(world, tmp_path))

@@ -1,4 +1,4 @@
-"""The loop, through its only entry."""
+"""Training, through `train`."""
 
 import gc
 import json
@@ -47,7 +47,7 @@ def on_corpus(world: World, work: Path, changes: dict[str, Any] | None = None) -
 
 
 def stopped_at(config: TrainConfig, step: int, rows: list[dict[str, Any]] | None = None) -> RunResult:
-    """A run that is asked to stop while it reports `step`."""
+    """Run until a signal requests a stop while the run reports `step`."""
 
     def report(row: dict[str, Any]) -> None:
         if rows is not None:
@@ -64,13 +64,13 @@ def metrics_file(folder: Path) -> list[dict[str, Any]]:
 
 def test_lad_learns(world: World, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
-    outcome = train(lad(world, tmp_path, {"run.steps": 30}), rows.append)
-    assert outcome.results is not None
+    result = train(lad(world, tmp_path, {"run.steps": 30}), rows.append)
+    assert result.results is not None
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_averages_of_many_half_precision_numbers() -> None:
+def test_means_of_many_half_precision_numbers() -> None:
     """In bf16 a sum of halves stands still at 128."""
     averages, batch = MetricAccumulator(), toy.batch([3])
     for _ in range(600):
@@ -79,45 +79,45 @@ def test_averages_of_many_half_precision_numbers() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_what_was_trained_is_let_go(stage: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the memory of a process ends after some runs, or returns to a checkpoint."""
+def test_a_trained_engine_is_freed(stage: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise several runs, or returns to a checkpoint, exhaust the memory of a process."""
     built: list[weakref.ref[Any]] = []
 
-    def build(method: Distiller, config: TrainConfig) -> Any:
-        made = original(method, config)
-        built.extend((weakref.ref(method), weakref.ref(made)))
-        return made
+    def build(distiller: Distiller, config: TrainConfig) -> Any:
+        new_engine = original(distiller, config)
+        built.extend((weakref.ref(distiller), weakref.ref(new_engine)))
+        return new_engine
 
     original = engine.build_engine
     monkeypatch.setattr(engine, "build_engine", build)
     train(lad(world, tmp_path, {"run.steps": 2, "deepspeed.zero_optimization.stage": stage}))
     gc.collect()
-    assert [held() for held in built] == [None, None]
+    assert [reference() for reference in built] == [None, None]
 
 
-@pytest.mark.parametrize("given", [None, 1000])
-def test_zero_takes_memory_for_the_gradients_that_there_are(
-    given: int | None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [None, 1000])
+def test_the_bucket_of_zero_is_no_larger_than_the_gradients(
+    size: int | None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own default is 2 GB in fp32, however small the student."""
-    found: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
 
-    def build(method: Distiller, config: TrainConfig) -> Any:
-        made = original(method, config)
-        found.append((made.optimizer.reduce_bucket_size, sum(x.numel() for x in method.parameters())))
-        return made
+    def build(distiller: Distiller, config: TrainConfig) -> Any:
+        new_engine = original(distiller, config)
+        sizes.append((new_engine.optimizer.reduce_bucket_size, sum(x.numel() for x in distiller.parameters())))
+        return new_engine
 
     original = engine.build_engine
     monkeypatch.setattr(engine, "build_engine", build)
-    zero = {"stage": 1} | ({} if given is None else {"reduce_bucket_size": given})
+    zero = {"stage": 1} | ({} if size is None else {"reduce_bucket_size": size})
     train(lad(world, tmp_path, {"run.steps": 1, "deepspeed.zero_optimization": zero}))
-    ((bucket, trained),) = found
-    assert bucket == (given or trained)
+    ((bucket, num_weights),) = sizes
+    assert bucket == (size or num_weights)
 
 
-TEACHERLESS: dict[str, Any] = {"teacher": None}
+NO_TEACHER: dict[str, Any] = {"teacher": None}
 ON_TASKS: list[dict[str, Any]] = [
-    TEACHERLESS | {"objective": {"name": "supervised"}},
+    NO_TEACHER | {"objective": {"name": "supervised"}},
     *[
         {"objective": {"name": name}}
         for name in ("kd", "distilbert", "pkd", "alp", "emd", "tinybert", "minilm", "minilm2", "mgskd", "lad")
@@ -133,7 +133,7 @@ ON_TASKS: list[dict[str, Any]] = [
     {"teacher.dtype": "bfloat16", **HALF},
 ]
 ON_CORPORA: list[dict[str, Any]] = [
-    TEACHERLESS | {"objective": {"name": "mlm"}},
+    NO_TEACHER | {"objective": {"name": "mlm"}},
     *[{"objective": {"name": name}} for name in ("distilbert", "pkd", "alp", "emd", "mgskd", "lad")],
     *[
         {"teacher.path": "{headless}", "objective": {"name": name, "soft": 0.0}}
@@ -162,8 +162,8 @@ def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path
     filled = {k: v.format_map(places) if isinstance(v, str) else v for k, v in changes.items()}
     config = (on_corpus if corpus else lad)(world, tmp_path, filled | {"run.steps": 2})
     rows: list[dict[str, Any]] = []
-    outcome = train(config, rows.append)
-    assert outcome.results is not None
+    result = train(config, rows.append)
+    assert result.results is not None
     terms = (
         "hard",
         "soft",
@@ -178,22 +178,22 @@ def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path
         "span",
         "sample",
     )
-    rows = [row for row in rows if row["step"] > 0]  # of the first step; before it stands what low rank has lost
+    rows = [row for row in rows if row["step"] > 0]  # from the first step; the row of step 0 holds initial values
     for row in rows[:2]:
         assert math.isfinite(row["loss"])
         assert row["loss"] == pytest.approx(sum(row.get(term, 0.0) for term in terms), rel=2e-2)
     assert [row["step"] for row in rows] == [1, 2, 2]
-    exported = AutoModel.from_pretrained(outcome.folder / "export")
+    exported = AutoModel.from_pretrained(result.folder / "export")
     assert exported.config.num_hidden_layers == (config.student.num_hidden_layers or 4)
     if config.student.path is not None and config.student.embeddings == "copy":
         start = AutoModel.from_pretrained(config.student.path).embeddings.word_embeddings.weight
         now = exported.embeddings.word_embeddings.weight
         assert 0 < (start - now).abs().max() < 0.1
-    assert outcome.results["metrics"]
-    assert all(math.isfinite(value) for value in outcome.results["metrics"].values())
+    assert result.results["metrics"]
+    assert all(math.isfinite(value) for value in result.results["metrics"].values())
 
 
-def test_tinybert_goes_on_with_its_logits(world: World, tmp_path: Path) -> None:
+def test_tinybert_continues_with_the_logits(world: World, tmp_path: Path) -> None:
     """Two phases, two runs: the second begins with the weights of the first, the untrained head among them."""
     first = train(lad(world, tmp_path, {"run.name": "first", "run.steps": 2, "objective": {"name": "tinybert"}}))
     student = {"path": str(first.folder / "export")}
@@ -218,35 +218,35 @@ def test_regression(world: World, tmp_path: Path) -> None:
     tables = toy.task_config(tmp_path, files, world.teacher, world.pretrained)
     alone = {"run.name": "teacher", "run.steps": 2, "teacher": None, "objective": {"name": "supervised"}}
     teacher = train(toy.parsed(tables, alone))
-    outcome = train(toy.parsed(tables, {"run.steps": 2, "teacher.path": str(teacher.folder / "export")}))
-    assert outcome.results is not None
-    assert set(outcome.results["metrics"]) == {"pearson", "spearman", "teacher_pearson"}
-    model = AutoModelForSequenceClassification.from_pretrained(outcome.folder / "export")
+    result = train(toy.parsed(tables, {"run.steps": 2, "teacher.path": str(teacher.folder / "export")}))
+    assert result.results is not None
+    assert set(result.results["metrics"]) == {"pearson", "spearman", "teacher_pearson"}
+    model = AutoModelForSequenceClassification.from_pretrained(result.folder / "export")
     assert model.config.problem_type == "regression"
     assert model.classifier.out_features == 1
 
 
 def test_results_say_how_good_small_fast_and_faithful(world: World, tmp_path: Path) -> None:
     config = lad(world, tmp_path, {"run.steps": 2})
-    outcome = train(config)
-    found = json.loads((outcome.folder / "results.json").read_text())
-    assert found == json.loads(json.dumps(outcome.results))
-    assert set(found) >= {
+    result = train(config)
+    results = json.loads((result.folder / "results.json").read_text())
+    assert results == json.loads(json.dumps(result.results))
+    assert set(results) >= {
         "command", "config", "metrics", "student", "teacher", "steps", "seconds", "tokens_per_second", "processes",
         "device", "versions",
     }  # fmt: skip
-    assert set(found["metrics"]) >= {"accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty"}
-    assert found["teacher"]["parameters"] > found["student"]["parameters"]
-    assert found["teacher"]["forward_flops_per_token"] > found["student"]["forward_flops_per_token"]
-    assert found["config"]["objective"]["temperature"] == 2.0  # defaults are written out
-    assert found["steps"] == 2
-    assert found["seconds"] > 0
-    assert (outcome.folder / "config.toml").read_text().count("temperature") == 1
+    assert set(results["metrics"]) >= {"accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty"}
+    assert results["teacher"]["parameters"] > results["student"]["parameters"]
+    assert results["teacher"]["forward_flops_per_token"] > results["student"]["forward_flops_per_token"]
+    assert results["config"]["objective"]["temperature"] == 2.0  # defaults are written out
+    assert results["steps"] == 2
+    assert results["seconds"] > 0
+    assert (result.folder / "config.toml").read_text().count("temperature") == 1
 
 
 def padded(tokenizer_folder: Path) -> dict[str, torch.Tensor]:
-    words = AutoTokenizer.from_pretrained(tokenizer_folder)
-    return dict(words([toy.sentence(n) for n in range(5)], padding=True, return_tensors="pt"))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return dict(tokenizer([toy.sentence(n) for n in range(5)], padding=True, return_tensors="pt"))
 
 
 @pytest.mark.parametrize(
@@ -254,40 +254,42 @@ def padded(tokenizer_folder: Path) -> dict[str, torch.Tensor]:
     [("classification", False), ("classification", True), ("mlm", False), ("mlm", True), ("none", False)],
 )
 def test_the_export_is_the_trained_model(
-    kind: str, surgery: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, compression: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights bit for bit, logits through transformers' own forward; Parts are folded, nothing of the objective is in
-    it, tokenizer and model card lie beside."""
+    """Weights are equal bit for bit, logits by transformers' own forward.
+
+    Compressed modules are merged, nothing of the objective is exported; tokenizer and model card lie beside.
+    """
     trained: dict[str, Any] = {}
     export = Distiller.export
 
-    def watched(method: Distiller) -> PreTrainedModel:
-        trained["before"] = dev_logits(method)
-        student = export(method)
+    def watched(distiller: Distiller) -> PreTrainedModel:
+        trained["before"] = dev_logits(distiller)
+        student = export(distiller)
         trained["weights"] = {name: weight.clone() for name, weight in student.state_dict().items()}
         return student
 
-    def dev_logits(method: Distiller) -> torch.Tensor:
+    def dev_logits(distiller: Distiller) -> torch.Tensor:
         from lad_dist.core.collate import collate, span_starts
         from lad_dist.core.outputs import OutputSpec
 
-        method.eval()
+        distiller.eval()
         inputs = padded(world.tokenizer)
         ids = [
             row[mask.bool()].numpy() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
         starts = span_starts(ids)
         rows = np.arange(starts[-1]) if kind == "mlm" else starts[:-1]
-        needs = OutputSpec(hidden=(2,)) if kind == "none" else OutputSpec(logits=True)
+        output_spec = OutputSpec(hidden=(2,)) if kind == "none" else OutputSpec(logits=True)
         segments = [np.zeros(len(row), dtype=np.uint8) for row in ids]
         with torch.no_grad():
-            seen = compute_outputs(method.student, collate(ids, segments, rows, rows), needs)
-        return seen.hidden[2] if seen.logits is None else seen.logits
+            outputs = compute_outputs(distiller.student, collate(ids, segments, rows, rows), output_spec)
+        return outputs.hidden[2] if outputs.logits is None else outputs.logits
 
     monkeypatch.setattr(Distiller, "export", watched)
     changes: dict[str, Any] = {"run.steps": 3}
     embeddings = 0.5 if kind == "classification" else 1.0  # an MLM head reads them
-    changes |= {"compression": [{"name": "low_rank", "keep": 0.5, "embeddings": embeddings}]} if surgery else {}
+    changes |= {"compression": [{"name": "low_rank", "keep": 0.5, "embeddings": embeddings}]} if compression else {}
     changes |= {"objective": {"name": "minilm2"}} if kind == "none" else {}
     folder = train((lad if kind == "classification" else on_corpus)(world, tmp_path, changes)).folder / "export"
     auto = {"classification": AutoModelForSequenceClassification, "mlm": AutoModelForMaskedLM, "none": AutoModel}[kind]
@@ -299,21 +301,21 @@ def test_the_export_is_the_trained_model(
     inputs = padded(folder)
     with torch.no_grad():
         output = model(**inputs)
-    found = output.last_hidden_state if kind == "none" else output.logits
+    logits = output.last_hidden_state if kind == "none" else output.logits
     if kind != "classification":
-        found = found[inputs["attention_mask"].bool()]
-    limit = 1e-5 if surgery else 2e-6
-    torch.testing.assert_close(found, trained["before"], rtol=limit, atol=limit)
+        logits = logits[inputs["attention_mask"].bool()]
+    limit = 1e-5 if compression else 2e-6
+    torch.testing.assert_close(logits, trained["before"], rtol=limit, atol=limit)
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| parameters |" in card
-    used: dict[str, Any] = {}
-    exec(card.split("```python\n")[1].split("```")[0], used)
-    encoder = used["model"].base_model.state_dict()
+    namespace: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], namespace)
+    encoder = namespace["model"].base_model.state_dict()
     assert all(torch.equal(encoder[name], weight) for name, weight in model.base_model.state_dict().items())
-    assert ("logits" in used["outputs"]) == (kind == "classification")
+    assert ("logits" in namespace["outputs"]) == (kind == "classification")
     assert sorted(path.name for path in folder.iterdir() if "token" not in path.name) == [
-        "README.md", *["compact.safetensors"] * surgery, "config.json", "model.safetensors"
+        "README.md", *["compact.safetensors"] * compression, "config.json", "model.safetensors"
     ]  # fmt: skip
 
 
@@ -367,11 +369,11 @@ def test_a_run_goes_on_under_another_zero_stage(world: World, tmp_path: Path) ->
     for step, stage in enumerate((0, 2, 1), start=1):
         stopped = stopped_at(lad(world, tmp_path / "b", changes | {"deepspeed.zero_optimization.stage": stage}), step)
         assert stopped.results is None
-    with pytest.raises(UserError, match="now there are 1 under ZeRO 3; ZeRO 3 is resumed with what it was saved with"):
+    with pytest.raises(UserError, match="now has 1 under ZeRO 3; resume ZeRO 3 with the layout that it was saved with"):
         train(lad(world, tmp_path / "b", changes | {"deepspeed.zero_optimization.stage": 3}))
     ended = train(lad(world, tmp_path / "b", changes))
-    mine, its = (load_file(outcome.folder / "export" / "model.safetensors") for outcome in (ended, straight))
-    assert max((mine[name] - its[name]).abs().max() for name in its) <= 1e-6
+    resumed, expected = (load_file(result.folder / "export" / "model.safetensors") for result in (ended, straight))
+    assert max((resumed[name] - expected[name]).abs().max() for name in expected) <= 1e-6
     assert len(metrics_file(ended.folder)) == len(metrics_file(straight.folder))
 
 
@@ -382,7 +384,7 @@ def test_dropout_is_on_in_that_comparison(world: World, tmp_path: Path) -> None:
     assert rows["with"][0]["loss"] != rows["without"][0]["loss"]
 
 
-def test_rows_of_a_lost_stretch_are_written_once(world: World, tmp_path: Path) -> None:
+def test_rows_of_a_repeated_stretch_are_written_once(world: World, tmp_path: Path) -> None:
     """A run that dies after its checkpoint reports the steps in between again."""
     config = lad(world, tmp_path, {"run.save_every": 2, "run.steps": 6})
 
@@ -458,38 +460,40 @@ def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> N
     config = lad(world, tmp_path, {"deepspeed.zero_optimization.stage": 1})
     folder = stopped_at(config, 2).folder
     (checkpoint,) = (folder / "checkpoints").glob("step-*")
-    facts = read_metadata(checkpoint)
+    metadata = read_metadata(checkpoint)
     files = sorted(path for path in checkpoint.rglob("*.pt"))
     assert len(files) == 2  # the module's and the optimizer's
-    kept = tmp_path / "kept"
-    shutil.copytree(checkpoint, kept)
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
     for number, file in enumerate(files):
         shutil.rmtree(checkpoint)
-        shutil.copytree(kept, checkpoint)
+        shutil.copytree(copy, checkpoint)
         torch.save({"module": Bomb(tmp_path / f"exploded{number}")}, file)
         store = CheckpointStore(folder / "checkpoints")
         draft = checkpoint.rename(checkpoint.with_suffix(".draft"))
         (draft / "manifest.json").unlink()
         store.commit(
             draft,
-            facts,
+            metadata,
             {str(path.relative_to(draft)): atomic_io.file_digest(path) for path in atomic_io.list_files(draft)},
         )
-        with pytest.raises(UserError, match="holds more than tensors, and nothing of it was run"):
+        with pytest.raises(UserError, match="holds more than tensors, and none of it was executed"):
             train(config)
         assert not (tmp_path / f"exploded{number}").exists()
 
 
-@pytest.mark.parametrize(("precision", "able", "said"), [(HALF, False, True), (HALF, True, False), ({}, False, False)])
-def test_a_cpu_without_bf16_says_so(
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "warns"), [(HALF, False, True), (HALF, True, False), ({}, False, False)]
+)
+def test_a_cpu_without_bf16_is_reported(
     precision: dict[str, Any],
-    able: bool,
-    said: bool,
+    has_bf16: bool,
+    warns: bool,
     world: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("lad_dist.training.train._cpu_has_bf16", lambda: able)
+    monkeypatch.setattr("lad_dist.training.train._cpu_has_bf16", lambda: has_bf16)
     train(lad(world, tmp_path, {"run.steps": 1, **precision}))
-    assert ("far faster with deepspeed.bf16.enabled=false" in capsys.readouterr().err) == said
+    assert ("far faster with deepspeed.bf16.enabled=false" in capsys.readouterr().err) == warns

@@ -11,7 +11,7 @@ from launching import curves
 from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist.compression.registry import COMPRESSIONS
-from lad_dist.objectives import OBJECTIVES
+from lad_dist.objectives.registry import OBJECTIVES
 
 pytestmark = pytest.mark.processes
 STAGES = (0, 1, 2, 3)
@@ -19,7 +19,7 @@ HEADS_STAGES = (0, 3)
 
 
 def zero(stage: int) -> dict[str, Any]:
-    """DeepSpeed's words. Weights as few as a toy's would be whole on every process under stage 3 too."""
+    """Return DeepSpeed's options; by default stage 3 would leave the few weights of a toy whole on every process."""
     return {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
 
 
@@ -45,30 +45,30 @@ CURVES = {
 }
 
 
-# All surgeries; the student is cut out of the teacher.
-OPERATED: dict[str, list[dict[str, Any]]] = {
+# All compressions; the student is cut out of the teacher.
+COMPRESSED: dict[str, list[dict[str, Any]]] = {
     "theseus": [{"name": "theseus", "end": 1.0}],
     "theseus-unfrozen": [{"name": "theseus", "end": 1.0, "frozen": False}],
     "ladabert": [{"name": "ladabert", "reduction": 3.0, "embedding": 1.5, "svd": 2.0, "update_every": 1}],
     "movement": [
         {"name": "low_rank", "keep": 0.8},
         {"name": "prune", "criterion": "movement", "sparsity": 0.5, "update_every": 1},
-        {"name": "scale_position_embeddings", "share": 0.5},
+        {"name": "scale_position_embeddings", "scale": 0.5},
     ],
     "adapting": [{"name": "prune", "criterion": "adapting", "sparsity": 0.5, "update_every": 1}],
 }
 UNDER = ("supervised", "kd", "lad")
-PAIRS = [*itertools.product(OPERATED, UNDER)]
+PAIRS = [*itertools.product(COMPRESSED, UNDER)]
 
 
-def every_surgery(world: World, work: Path) -> dict[str, dict[str, Any]]:
-    """Three steps of each, under each objective."""
+def every_compression(world: World, work: Path) -> dict[str, dict[str, Any]]:
+    """Return runs of three steps of each compression, under each objective."""
     result: dict[str, dict[str, Any]] = {}
     for (name, objective), stage in itertools.product(PAIRS, STAGES[:3]):
         key = f"{name}-{objective}-zero{stage}"
         tables = toy.task_config(work, world.files, world.teacher, world.teacher)
         tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": {"name": objective}}
-        tables |= {"compression": OPERATED[name], "deepspeed": {"zero_optimization": zero(stage)}}
+        tables |= {"compression": COMPRESSED[name], "deepspeed": {"zero_optimization": zero(stage)}}
         tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
         if objective == "supervised":
             del tables["teacher"]
@@ -77,8 +77,11 @@ def every_surgery(world: World, work: Path) -> dict[str, dict[str, Any]]:
 
 
 def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
-    """Three steps of each: of tinybert, emd and the relations with a student narrower than its teacher, of mgskd with
-    one that is cut out of its teacher's width. And of lad on each kind of task that has several rows in a sequence."""
+    """Return runs of three steps of each objective, and of lad on each kind of task with several rows in a sequence.
+
+    The student of tinybert, emd and the relations is narrower than the teacher; that of mgskd is cut out of the
+    teacher's width.
+    """
     result: dict[str, dict[str, Any]] = {}
     teachers = {kind: toy.model(work / kind, world.tokenizer, kind, LABELS[kind]) for kind in LABELS}
     for name, stage in itertools.product(CURVES, STAGES):
@@ -147,59 +150,61 @@ def objective_curves(
     work = tmp_path_factory.mktemp("objectives")
 
     def configs(folder: Path) -> dict[str, dict[str, Any]]:
-        return every_objective(world, folder) | every_surgery(world, folder)
+        return every_objective(world, folder) | every_compression(world, folder)
 
     return {n: curves(work / f"{n}", configs(work / f"{n}"), processes=n) for n in (1, 2)}
 
 
-def test_every_taught_objective_is_among_the_curves() -> None:
+def test_every_objective_with_a_teacher_is_among_the_curves() -> None:
     assert set(CURVES) == {name for name, kind in OBJECTIVES.items() if kind.requires_teacher}
 
 
 @pytest.mark.parametrize("name", CURVES)
 def test_every_objective_has_one_curve(name: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
-    """Whatever the stage and the number of processes: losses, and what the objective observed."""
+    """Whatever the stage and the number of processes: losses, and the metrics of the objective."""
     expected = terms(objective_curves[1][f"{name}-zero0"])
     assert len(expected) == 3
     assert expected[0]["loss"] != expected[-1]["loss"]
     for processes, stages in objective_curves.items():
         for stage in STAGES:
-            found = terms(stages[f"{name}-zero{stage}"])
-            for mine, its in zip(found, expected, strict=True):
-                assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
+            rows = terms(stages[f"{name}-zero{stage}"])
+            for row, expected_row in zip(rows, expected, strict=True):
+                assert row == pytest.approx(expected_row, rel=2e-4, abs=1e-6), (processes, stage)
 
 
-def test_every_surgery_is_among_them() -> None:
-    assert {row["name"] for rows in OPERATED.values() for row in rows} == set(COMPRESSIONS)
+def test_every_compression_is_among_the_curves() -> None:
+    assert {row["name"] for rows in COMPRESSED.values() for row in rows} == set(COMPRESSIONS)
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
-def test_so_has_every_surgery(
+def test_every_compression_has_one_curve(
     name: str, objective: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]
 ) -> None:
     expected = terms(objective_curves[1][f"{name}-{objective}-zero0"])
     assert len(expected) == 3
     for processes, stages in objective_curves.items():
         for stage in STAGES[:3]:
-            found = terms(stages[f"{name}-{objective}-zero{stage}"])
-            for mine, its in zip(found, expected, strict=True):
-                assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
+            rows = terms(stages[f"{name}-{objective}-zero{stage}"])
+            for row, expected_row in zip(rows, expected, strict=True):
+                assert row == pytest.approx(expected_row, rel=2e-4, abs=1e-6), (processes, stage)
 
 
 @pytest.mark.parametrize("kind", LABELS)
-def test_so_has_every_kind_of_task(kind: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
+def test_every_kind_of_task_has_one_curve(
+    kind: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]
+) -> None:
     """Losses, and the dev set's metrics and loyalty."""
     expected = objective_curves[1][f"{kind}-zero0"]
     for processes, stages in objective_curves.items():
         for stage in HEADS_STAGES:
-            found = stages[f"{kind}-zero{stage}"]
-            for mine, its in zip(terms(found), terms(expected), strict=True):
-                assert mine == pytest.approx(its, rel=2e-4, abs=1e-6), (processes, stage)
+            rows = stages[f"{kind}-zero{stage}"]
+            for row, expected_row in zip(terms(rows), terms(expected), strict=True):
+                assert row == pytest.approx(expected_row, rel=2e-4, abs=1e-6), (processes, stage)
             for name in ("dev/f1", "dev/label_loyalty", "dev/probability_loyalty"):
-                assert found[-1][name] == pytest.approx(expected[-1][name], abs=1e-4), (processes, stage)
+                assert rows[-1][name] == pytest.approx(expected[-1][name], abs=1e-4), (processes, stage)
 
 
 def terms(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Of each step: the loss, its terms and the objective's observations."""
+    """Return, of each step, the loss, the terms and the metrics of the objective."""
     other = ("lr", "dev", "tokens_per_second", "grad_norm")
     return [{key: x for key, x in row.items() if not key.startswith(other)} for row in rows if "loss" in row]

@@ -51,8 +51,8 @@ def test_a_shuffle_of_a_billion_costs_nothing() -> None:
 
 
 def test_keys_depend_on_each_number_and_on_their_order() -> None:
-    found = {derive_key(*numbers) for numbers in [(), (0,), (0, 0), (1, 0), (0, 1), (1, 2, 3), (3, 2, 1), (2**63,)]}
-    assert len(found) == 8
+    keys = {derive_key(*numbers) for numbers in [(), (0,), (0, 0), (1, 0), (0, 1), (1, 2, 3), (3, 2, 1), (2**63,)]}
+    assert len(keys) == 8
     array = derive_keys(5, np.arange(1000))
     assert len(set(array.tolist())) == 1000
     assert not set(array.tolist()) & set(derive_keys(6, np.arange(1000)).tolist())
@@ -60,12 +60,12 @@ def test_keys_depend_on_each_number_and_on_their_order() -> None:
 
 @pytest.mark.parametrize("bit", range(64))
 def test_draws_are_even_in_every_bit(bit: int) -> None:
-    found = random_uint64(derive_keys(0, np.arange(100)), 0, 400)
-    share = ((found >> np.uint64(bit)) & np.uint64(1)).mean()
+    bits = random_uint64(derive_keys(0, np.arange(100)), 0, 400)
+    share = ((bits >> np.uint64(bit)) & np.uint64(1)).mean()
     assert abs(share - 0.5) < 0.0125  # 5 standard errors
 
 
 def test_draws_are_a_stream() -> None:
-    of = derive_keys(1, np.arange(3))
-    assert (random_uint64(of, 2, 9) == random_uint64(of, 0, 10)[:, 2:9]).all()
-    assert len(np.unique(random_uint64(of, 0, 1000))) == 3000
+    keys = derive_keys(1, np.arange(3))
+    assert (random_uint64(keys, 2, 9) == random_uint64(keys, 0, 10)[:, 2:9]).all()
+    assert len(np.unique(random_uint64(keys, 0, 1000))) == 3000

@@ -14,6 +14,7 @@ from launching import ROOT
 from pydantic import BaseModel
 
 from lad_dist.compression.registry import COMPRESSIONS
+from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import (
     apply_overrides,
@@ -27,16 +28,14 @@ from lad_dist.config.load import (
 from lad_dist.config.schema import (
     ConfigTable,
     EvaluateConfig,
-    PrepareConfig,
     PretrainConfig,
     SearchConfig,
     TaskConfig,
-    TokenizerConfig,
     TrainConfig,
 )
 from lad_dist.models.families import FAMILIES
 from lad_dist.models.hf_config import architecture_config
-from lad_dist.objectives import OBJECTIVES
+from lad_dist.objectives.registry import OBJECTIVES
 from lad_dist.search.grid import sample_trials
 from lad_dist.training import deepspeed_schema, run_spec
 
@@ -46,20 +45,22 @@ Path_ = tuple[str | int, ...]
 Check = Callable[[Any], Any]
 
 
-def misspelt(word: str, kind: str, taken: Iterable[str]) -> str | None:
-    """The word with one typing error, the same in each run; None where every such error gives another key that is
-    `taken`, or the word itself."""
+def misspelt(word: str, kind: str, others: Iterable[str]) -> str | None:
+    """Return the word with one typing error, the same in each run.
+
+    None where every such error gives one of `others`, or the word itself.
+    """
     chance = random.Random(f"{word} {kind}")
     for place in chance.sample(range(len(word)), len(word)):
         before, letter, after = word[:place], word[place], word[place + 1 :]
-        made = {
+        wrong = {
             "drop": before + after,
             "double": before + 2 * letter + after,
             "swap": before + after[:1] + letter + after[1:],
             "replace": before + chance.choice(string.ascii_lowercase.replace(letter, "")) + after,
         }[kind]
-        if made and made != word and made not in taken:
-            return made
+        if wrong and wrong != word and wrong not in others:
+            return wrong
     return None
 
 
@@ -69,7 +70,7 @@ class Slip:
 
     path: Path_
     wrong: str
-    others: frozenset[str]  # the keys that may stand there
+    others: frozenset[str]  # the keys of that table
 
     @property
     def right(self) -> str:
@@ -88,7 +89,7 @@ def slips(path: Path_, others: Iterable[str]) -> Iterator[Slip]:
 
 
 def renamed(tables: dict[str, Any], slip: Slip, value: Any = 1) -> dict[str, Any]:
-    """A copy in which the key is misspelt; one that was not there is added, with the value."""
+    """A copy in which the key is misspelt; a key that is absent is added, with the value."""
     tables = deepcopy(tables)
     table: Any = tables
     for key in slip.path[:-1]:
@@ -97,8 +98,8 @@ def renamed(tables: dict[str, Any], slip: Slip, value: Any = 1) -> dict[str, Any
     return tables
 
 
-def said(check: Check, tables: Any) -> str | None:
-    """What a check complains of, None where it accepts."""
+def complaint(check: Check, tables: Any) -> str | None:
+    """Return the message of a check, None where it accepts."""
     try:
         check(tables)
     except UserError as error:
@@ -116,29 +117,29 @@ class Count:
 
 
 def count(check: Check, slips_and_tables: Iterable[tuple[Slip, Any]]) -> Count:
-    found = Count(0, [], [])
+    result = Count(0, [], [])
     for slip, tables in slips_and_tables:
-        message = said(check, tables)
-        found.tried += 1
+        message = complaint(check, tables)
+        result.tried += 1
         if message is None:
-            found.accepted.append(slip.dotted)
+            result.accepted.append(slip.dotted)
         elif not _names(message, slip):
-            found.unnamed.append(f"{slip.dotted}: {message}")
-    return found
+            result.unnamed.append(f"{slip.dotted}: {message}")
+    return result
 
 
 def _names(message: str, slip: Slip) -> bool:
     """Whether the right key is what is suggested, at most beside another that is as near."""
-    _, asked, suggestion = message.rpartition("did you mean ")
+    _, separator, suggestion = message.rpartition("did you mean ")
     near = suggestion.rstrip("?").split(" or ")
-    return slip.wrong in message and bool(asked) and f'"{slip.right}"' in near and len(near) <= 2
+    return slip.wrong in message and bool(separator) and f'"{slip.right}"' in near and len(near) <= 2
 
 
-def assert_named(found: Count) -> None:
-    assert found.tried > 0
-    assert not found.accepted
-    assert len(found.unnamed) <= (1 - NAMED) * found.tried, found.unnamed
-    print(f"{found.tried - len(found.unnamed)} of {found.tried} named")
+def assert_named(result: Count) -> None:
+    assert result.tried > 0
+    assert not result.accepted
+    assert len(result.unnamed) <= (1 - NAMED) * result.tried, result.unnamed
+    print(f"{result.tried - len(result.unnamed)} of {result.tried} named")
 
 
 SOURCE = {"kind": "text", "path": "books"}
@@ -146,7 +147,7 @@ TRAINED = {"student": {"path": "s", "num_hidden_layers": 2}, "teacher": {"path":
 RUN = {
     "run": {"name": "toy", "steps": 1},
     "objective": {"name": "kd"},
-    "compression": [{"name": "scale_position_embeddings", "share": 0.5}],
+    "compression": [{"name": "scale_position_embeddings", "scale": 0.5}],
 }
 TABLES: dict[type[ConfigTable], dict[str, Any]] = {
     TaskConfig: {**RUN, **TRAINED, "data": {"task": "rte"}, "deepspeed": {}},
@@ -193,7 +194,7 @@ def of_schema(schema: type[ConfigTable]) -> Check:
 @pytest.mark.parametrize("schema", TABLES, ids=lambda schema: schema.__name__)
 def test_keys_of_schemas(schema: type[ConfigTable]) -> None:
     tables = TABLES[schema]
-    assert said(of_schema(schema), tables) is None
+    assert complaint(of_schema(schema), tables) is None
     tried = [(slip, renamed(tables, slip)) for path, others in paths(schema, tables) for slip in slips(path, others)]
     assert_named(count(of_schema(schema), tried))
 
@@ -211,13 +212,13 @@ def test_keys_of_overrides(schema: type[ConfigTable]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "choices"), [("objective", OBJECTIVES), ("compression", COMPRESSIONS)], ids=["objectives", "surgeries"]
+    ("where", "choices"), [("objective", OBJECTIVES), ("compression", COMPRESSIONS)], ids=["objectives", "compressions"]
 )
 def test_arguments(where: str, choices: Mapping[str, Any]) -> None:
     tried = []
     for function in choices.values():
         names = keyword_parameters(function)
-        required = {key: 0.5 for key, words in names.items() if words.default is words.empty}
+        required = {key: 0.5 for key, parameter in names.items() if parameter.default is parameter.empty}
         tried += [(slip, (function, renamed(required, slip))) for key in names for slip in slips((key,), names)]
     assert_named(count(lambda pair: validate_arguments(where, *pair), tried))
 
@@ -246,14 +247,14 @@ def test_deepspeed_has_these_keys() -> None:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    found: dict[str, frozenset[str]] = {"": deepspeed_schema.KEYS[""]}
+    keys: dict[str, frozenset[str]] = {"": deepspeed_schema.KEYS[""]}
     inside = [("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config), ("fp16", DeepSpeedFP16Config)]
     while inside:
         place, schema = inside.pop()
         fields = schema.model_fields
-        found[place] = frozenset(fields) | {field.alias for field in fields.values() if field.alias}
+        keys[place] = frozenset(fields) | {field.alias for field in fields.values() if field.alias}
         inside += [(f"{place}.{name}", inner) for name, field in fields.items() for inner in _blocks(field.annotation)]
-    assert found == deepspeed_schema.KEYS
+    assert keys == deepspeed_schema.KEYS
 
 
 def _blocks(annotation: Any) -> list[type[BaseModel]]:

@@ -1,4 +1,20 @@
-"""None"""
+"""Criteria: masks over weights, and which weights matter.
+
+    Mask                the base class: what stands between a weight and its users
+        Magnitude       large weights (Han et al., 2015)
+        Random          drawn once: the null hypothesis for all others
+        Movement        those that training moves away from 0 (Sanh et al., 2020)
+        Adapting        by scores over weights that never change, from |w| ("adapting by pruning", Gao, Colombo and
+                        Wang, 2021)
+        AdaptingPaper   the same from noise, as published
+        Iterative       large after training; what stays returns to where it started (Frankle and Carbin, 2019)
+
+The scores of Movement and Adapting learn through a gate that is hard forwards and soft backwards. Only their order
+counts: rank decides which weights stay, so that the sparsity is what the schedule says. The uniform push by which the
+paper lets all scores sink together is here the threshold that rises.
+
+O rows and I columns of a weight.
+"""
 
 from typing import Any
 
@@ -7,11 +23,11 @@ from torch import Tensor, nn
 
 
 class Mask(nn.Module):
-    """weight [O, I] -> weight · kept. `kept` is True where a weight stays."""
+    """weight [O, I] -> weight · keep. `keep` is True where a weight stays."""
 
     keep: Tensor
-    learns = False  # whether what matters goes on changing after the last weight was to go
-    freezes = False  # whether it is about weights that do not change
+    learns = False  # whether importance goes on changing after the last weight was to go
+    freezes = False  # whether it is for weights that do not change
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -21,27 +37,31 @@ class Mask(nn.Module):
         return weight * self.keep
 
     def importance(self, weight: Tensor) -> Tensor:
-        """[O, I] in fp32: the least important go first."""
+        """Return the importance [O, I] in fp32: the least important go first."""
         raise NotImplementedError
 
-    def settle(self, threshold: Tensor) -> None:
-        """Told whenever weights went: the importance below which."""
+    def set_threshold(self, threshold: Tensor) -> None:
+        """Take note, whenever weights went, of the importance below which they did."""
 
     def finish(self) -> None:
-        """Told when the last weights have gone."""
+        """Take note that the last weights have gone."""
 
 
 class Magnitude(Mask):
+    """|w|."""
+
     def importance(self, weight: Tensor) -> Tensor:
         return weight.detach().float().abs()
 
 
 class Random(Mask):
+    """Random numbers."""
+
     scores: Tensor
 
     def __init__(self, weight: Tensor):
         super().__init__(weight)
-        # Turned round: the same seed gives AdaptingPaper its start from the same row of random numbers.
+        # Flipped: the same seed gives AdaptingPaper its start from the same row of random numbers.
         self.register_buffer("scores", torch.rand(weight.shape, device=weight.device).flip(0, 1))
 
     def importance(self, weight: Tensor) -> Tensor:
@@ -49,12 +69,12 @@ class Random(Mask):
 
 
 class _StraightThroughGate(torch.autograd.Function):
-    """kept forwards; backwards, to scores S, gradient · slope."""
+    """keep forwards; backwards, to scores S, gradient · slope."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, kept: Tensor, slope: Tensor | float) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, keep: Tensor, slope: Tensor | float) -> Tensor:
         ctx.slope = slope
-        return kept.to(scores.dtype)
+        return keep.to(scores.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -62,8 +82,11 @@ class _StraightThroughGate(torch.autograd.Function):
 
 
 class Movement(Mask):
-    """Scores S from 0 with ∂L/∂S = ∂L/∂(weight · mask) · weight: they sum up how far each step would move a weight away
-    from 0 (Sanh et al., 2020, section 3). S is flat, as a bias is, and does not decay."""
+    """Scores S from 0 with ∂L/∂S = ∂L/∂(weight · mask) · weight.
+
+    They sum up how far each step would move a weight away from 0 (Sanh et al., 2020, section 3). S is flat, as a bias
+    is, and does not decay.
+    """
 
     learns = True
 
@@ -72,10 +95,11 @@ class Movement(Mask):
         self.scores = nn.Parameter(self.start(weight))
 
     def start(self, weight: Tensor) -> Tensor:
+        """Return the scores before training."""
         return torch.zeros(weight.numel(), device=weight.device)
 
     def slope(self, scores: Tensor) -> Tensor | float:
-        """Of the gate that gradients pass."""
+        """Return the slope of the gate that gradients pass."""
         return 1.0
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -87,10 +111,12 @@ class Movement(Mask):
 
 
 class Adapting(Movement):
-    """Scores θ over frozen weights w: gate 1[θ > c] forwards, σ(t (θ - c)) backwards, so that
-    ∂L/∂θ = ∂L/∂(w · mask) · w · t σ'(t (θ - c)) (Gao et al., 2021, section 3; the published gate is σ(t_l θ) forwards
-    with t_l = 1e5: here t_l → ∞, so that what was trained is what is exported). θ starts at |w|: small weights go first
-    while nothing is learnt yet, and what is learnt reorders them."""
+    """Scores θ over frozen weights w: the gate is 1[θ > c] forwards, σ(t (θ - c)) backwards.
+
+    So ∂L/∂θ = ∂L/∂(w · mask) · w · t σ'(t (θ - c)) (Gao et al., 2021, section 3). The published gate is σ(t_l θ)
+    forwards with t_l = 1e5: here t_l → ∞, so that what was trained is what is exported. θ starts at |w|: small weights
+    go first while nothing is learnt yet, and what is learnt reorders them.
+    """
 
     freezes = True
     threshold: Tensor
@@ -104,10 +130,10 @@ class Adapting(Movement):
         return weight.detach().abs().flatten()
 
     def slope(self, scores: Tensor) -> Tensor:
-        open_ = torch.sigmoid(self.sharpness * (scores - self.threshold))
-        return self.sharpness * open_ * (1 - open_)
+        gate = torch.sigmoid(self.sharpness * (scores - self.threshold))
+        return self.sharpness * gate * (1 - gate)
 
-    def settle(self, threshold: Tensor) -> None:
+    def set_threshold(self, threshold: Tensor) -> None:
         self.threshold.copy_(threshold)
 
 
@@ -121,8 +147,10 @@ class AdaptingPaper(Adapting):
 
 
 class Iterative(Mask):
-    """A copy of the weight trains while it is pruned by magnitude; then what stays goes back to the weight it started
-    from, and no longer changes."""
+    """A copy of the weight trains while it is pruned by magnitude.
+
+    Then what stays goes back to the weight that the copy started from, and no longer changes.
+    """
 
     freezes = True
     rewound: Tensor

@@ -1,24 +1,12 @@
-"""Pruning: masks over weights, tightened while a student trains.
+"""Modules with masks, and the ranking that tightens all masks of a student while it trains.
 
-    Mask       what stands between a weight and those who use it: kind by kind, which weights matter
-        Magnitude   large ones (Han et al., 2015)
-        Random      drawn once: the null of all others
-        Movement    those that training moves away from 0 (Sanh et al., 2020)
-        Adapting    scores over weights that never change (Gao, Colombo and Wang, 2021: "adapting by pruning"), from |w|
-        AdaptingPaper   the same from noise, as published
-        Iterative   those large after training; what stays returns to where it started (Frankle and Carbin, 2019)
-    Masked     the Part: a linear map or embedding that is seen through a mask
-    Schedule   how many are gone at which step
-    Pattern    which weights can only go together
-    Pruning    a Part of the whole student: it moves all masks, by one ranking of all their weights
+    MaskedModule    the compressed module in the place of a linear map or embedding: it computes with weight · mask
+    GlobalPruning   a compressed module of the whole student: it moves all masks, by one ranking of all their weights
+    insert_masks    inserts both
 
 The weight itself stays as it is, and whoever reads it reads weight · mask. Where the mask is 0 it does not learn, and
 the optimizer forgets its moments. Masks are a function of the weights, the scores and the step, so that all processes
-of ZeRO's stages up to 2 have the same without a word; they are saved with the student.
-
-The scores of Movement and Adapting learn through a gate that is hard forwards and soft backwards. Only their order
-counts: which weights stay is decided by rank, so that the sparsity is what the schedule says, and the uniform push by
-which the paper lets all scores sink together is the threshold that rises here.
+of ZeRO's stages up to 2 have the same ones without communication. They are saved with the student.
 
 O rows and I columns of a weight.
 """
@@ -40,7 +28,7 @@ from lad_dist.core.step_state import StepState
 
 
 class MaskedModule(CompressedModule):
-    """A linear map or embedding that computes with weight · mask. What else is asked of it, `inner` answers."""
+    """A linear map or embedding that computes with weight · mask. Its other attributes are those of `inner`."""
 
     def __init__(self, inner: nn.Linear | nn.Embedding, mask: Mask):
         super().__init__()
@@ -53,6 +41,7 @@ class MaskedModule(CompressedModule):
 
     @property
     def weight(self) -> Tensor:
+        """The weight with its mask."""
         return self.mask(self.origin)
 
     def __getattr__(self, name: str) -> Any:
@@ -65,110 +54,117 @@ class MaskedModule(CompressedModule):
         return torch.func.functional_call(self.inner, {"weight": self.weight}, (x,))
 
     def merge(self) -> nn.Module:
-        """With zeros in its weight."""
-        made = copy.deepcopy(self.inner)
-        made.weight = nn.Parameter(self.weight.detach().clone())
-        return made
+        """Return the inner module with zeros in its weight."""
+        merged = copy.deepcopy(self.inner)
+        merged.weight = nn.Parameter(self.weight.detach().clone())
+        return merged
 
 
 class GlobalPruning(CompressedModule):
-    """What becomes of these masks. `recover`: whether learnt scores may bring weights back."""
+    """The schedule of masks that are ranked together. `recover`: whether learnt scores may bring weights back."""
 
     masked: Mapping[str, MaskedModule]
 
     def __init__(self, masked: Mapping[str, MaskedModule], schedule: Schedule, pattern: Pattern, recover: bool):
         super().__init__()
-        self.__dict__["masked"] = masked  # modules of the student, and not of this Part
+        self.__dict__["masked"] = masked  # not as submodules: they are those of the student
         self.schedule, self.pattern, self.recover = schedule, pattern, recover
-        self.changed: list[MaskedModule] = []
-        self.seen = -1
-        """The last step that `at` was told."""
+        self.changed_modules: list[MaskedModule] = []
+        self.last_step = -1
+        """The step of the last `on_step_start`."""
 
-    def on_step_start(self, moment: StepState) -> None:
-        self.changed = []
-        since, self.seen = self.seen + 1, moment.step  # steps that are left out after damage count all the same
-        due = [step for step in range(since, moment.step + 1) if self._due(step, moment.steps)]
+    def on_step_start(self, state: StepState) -> None:
+        self.changed_modules = []
+        # Steps that were skipped after a bad update count all the same.
+        first_step, self.last_step = self.last_step + 1, state.step
+        due = [step for step in range(first_step, state.step + 1) if self._is_due(step, state.steps)]
         if due:
-            self.tighten(self.schedule.at(due[-1], moment.steps))
-        if self.schedule.span(moment.steps)[1] in due:
-            for part in self.masked.values():
-                part.mask.finish()
+            self.tighten(self.schedule.sparsity_at(due[-1], state.steps))
+        if self.schedule.span(state.steps)[1] in due:
+            for module in self.masked.values():
+                module.mask.finish()
 
-    def _due(self, step: int, steps: int) -> bool:
+    def _is_due(self, step: int, steps: int) -> bool:
         first, last = self.schedule.span(steps)
         if step < first or (step > last and not self.learns):
             return False
         return step == last or (step - first) % self.schedule.update_every == 0
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"seen": self.seen}
+        return {"last_step": self.last_step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self.seen = state["seen"]
+        self.last_step = state["last_step"]
 
     @property
     def learns(self) -> bool:
-        """Whether what matters goes on changing after the last weight was to go."""
-        return any(part.mask.learns for part in self.masked.values())
+        """Whether importance goes on changing after the last weight was to go."""
+        return any(module.mask.learns for module in self.masked.values())
 
     @property
     def sparsity(self) -> float:
-        """Share of the weights under masks that is gone now."""
-        kept = [part.mask.keep for part in self.masked.values()]
-        return 1 - sum(int(mask.sum()) for mask in kept) / sum(mask.numel() for mask in kept)
+        """The share of the weights under masks that is gone now."""
+        masks = [module.mask.keep for module in self.masked.values()]
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     @torch.no_grad()
     def tighten(self, sparsity: float) -> None:
-        """Takes the least important weights away, up to this share of all."""
-        parts = self.masked.values()
-        ranked = [self.pattern.units(self._importance(part)) for part in parts]
-        stays, threshold = _largest(torch.cat([units.flatten() for units in ranked]), sparsity)
-        for part, units, kept in zip(parts, ranked, stays.split([u.numel() for u in ranked]), strict=True):
-            mask = self.pattern.spread(kept.view_as(units))
-            if not torch.equal(mask, part.mask.keep):
-                part.mask.keep.copy_(mask)
-                self.changed.append(part)
+        """Prune the least important weights, up to this share of all."""
+        modules = self.masked.values()
+        unit_importance = [self.pattern.units(self._importance(module)) for module in modules]
+        stay, threshold = _largest(torch.cat([units.flatten() for units in unit_importance]), sparsity)
+        stay_by_module = stay.split([units.numel() for units in unit_importance])
+        for module, units, units_stay in zip(modules, unit_importance, stay_by_module, strict=True):
+            mask = self.pattern.spread(units_stay.view_as(units))
+            if not torch.equal(mask, module.mask.keep):
+                module.mask.keep.copy_(mask)
+                self.changed_modules.append(module)
             if threshold is not None:
-                part.mask.settle(threshold)
+                module.mask.set_threshold(threshold)
 
-    def _importance(self, part: MaskedModule) -> Tensor:
-        found = part.mask.importance(part.origin)
-        if part.mask.learns and self.recover:
-            return found
-        return found.masked_fill(~part.mask.keep, -torch.inf)
+    def _importance(self, module: MaskedModule) -> Tensor:
+        importance = module.mask.importance(module.origin)
+        if module.mask.learns and self.recover:
+            return importance
+        return importance.masked_fill(~module.mask.keep, -torch.inf)
 
     def newly_pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        return ((part.origin, part.mask.keep) for part in self.changed)
+        return ((module.origin, module.mask.keep) for module in self.changed_modules)
 
     def merge(self) -> None:
-        """Zeros lie in the weights, and nothing is left of it."""
+        """Return None: the zeros are in the weights of the masked modules."""
 
 
 def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor | None]:
-    """Which stay, all but exactly the share `sparsity` of them, the first of equals going first; and the importance of
-    the last that goes, if any does."""
-    going = round(sparsity * len(importance))
-    if not going:
+    """Return which stay, all but exactly the share `sparsity` of them, and the importance of the last that goes.
+
+    Of equals, the first ones go first. The importance is None where none goes.
+    """
+    num_pruned = round(sparsity * len(importance))
+    if not num_pruned:
         return torch.ones_like(importance, dtype=torch.bool), None
-    threshold = _smallest(importance, going)
+    threshold = _smallest(importance, num_pruned)
     go = importance < threshold
     tied = (importance == threshold).nonzero().flatten()
-    go[tied[: going - int(go.count_nonzero())]] = True
+    go[tied[: num_pruned - int(go.count_nonzero())]] = True
     return ~go, threshold
 
 
 def _smallest(values: Tensor, number: int) -> Tensor:
-    """The number-th smallest. On a CPU numpy finds it several times as fast."""
+    """Return the number-th smallest."""
     if values.device.type != "cpu":
         return values.kthvalue(number).values
+    # numpy is several times as fast on a CPU.
     return torch.tensor(np.partition(values.numpy(), number - 1)[number - 1])
 
 
 def insert_masks(
     model: nn.Module, names: Sequence[str], kind: type[Mask], schedule: Schedule, pattern: Pattern, recover: bool
 ) -> None:
-    """Puts masks over the weights of linear maps and embeddings, given by name. Raises UserError where the pattern does
-    not fit, a weight has a mask already, or several modules share it."""
+    """Put masks over the weights of linear maps and embeddings, given by name.
+
+    Raise UserError where the pattern does not fit, a weight has a mask already, or several modules share it.
+    """
     users = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     masked: dict[str, MaskedModule] = {}
     for name in names:
@@ -176,9 +172,11 @@ def insert_masks(
         assert isinstance(module, nn.Linear | nn.Embedding)
         pattern.check(name, module.weight, schedule.sparsity)
         if isinstance(model.get_submodule(parent), MaskedModule):
-            raise UserError(f"surgery prune: {parent} is pruned already; one surgery can take only what others leave")
+            raise UserError(
+                f"compression prune: {parent} is pruned already; match it by `modules` of one compression alone"
+            )
         if users[id(module.weight)] > 1:
-            raise UserError(f"surgery prune: {name} shares its weight with another module; leave it out of `modules`")
+            raise UserError(f"compression prune: {name} shares the weight of another module; leave it out of `modules`")
         masked[name] = MaskedModule(module, kind(module.weight))
         setattr(model.get_submodule(parent), child, masked[name])
     number = sum(isinstance(child, GlobalPruning) for child in model.children())

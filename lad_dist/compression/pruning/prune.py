@@ -19,7 +19,7 @@ from lad_dist.models.loading import PreTrainedModel
 
 
 def _pruning_pattern(text: str) -> str:
-    Pattern.of(text)
+    Pattern.parse(text)
     return text
 
 
@@ -48,20 +48,22 @@ def prune(
     frozen: Annotated[bool, Field(description="the encoder's weights stay as they are; scores and head learn")] = False,
     recover: Annotated[bool, Field(description="whether learnt scores may bring weights back")] = True,
 ) -> PreTrainedModel:
-    """Masks over the weights that train, ranked together over all modules chosen, tightened along a cubic schedule:
-    see pruning.py. Raises UserError where nothing matches, or the pattern does not fit."""
+    """Put masks over the weights that train. They are ranked together and pruned along a cubic schedule.
+
+    Raise UserError where no name matches, or the pattern does not fit.
+    """
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding) and re.search(modules, name) and module.weight.requires_grad
     ]
     if not names:
-        raise UserError(f"surgery prune: no linear map's or embedding's name matches {modules!r}")
+        raise UserError(f"compression prune: no linear map's or embedding's name matches {modules!r}")
     kind = CRITERIA[criterion]
     if frozen or kind.freezes:
         freeze_encoder(model)
     insert_masks(
-        model, names, kind, Schedule(sparsity, initial, begin, end, update_every), Pattern.of(pattern), recover
+        model, names, kind, Schedule(sparsity, initial, begin, end, update_every), Pattern.parse(pattern), recover
     )
     return model
 
@@ -78,22 +80,25 @@ def check_prune(
     end: float,
     **_: Any,
 ) -> None:
-    """Whether the surgery goes with the rest of the config. Raises UserError."""
-    check_pruning("surgery prune", config, begin, end)
+    """Raise UserError where the compression does not go with the rest of the config."""
+    check_pruning("compression prune", config, begin, end)
     if initial > sparsity:
-        raise UserError(f"surgery prune: initial = {initial:g} is more than sparsity = {sparsity:g}")
+        raise UserError(f"compression prune: initial = {initial:g} is more than sparsity = {sparsity:g}")
     if criterion == "movement" and not (end and (begin or not initial)):
-        raise UserError("surgery prune: before the first step nothing has moved; let weights go later, by begin or end")
+        raise UserError(
+            "compression prune: before the first step nothing has moved; let weights go later, by begin or end"
+        )
     names = [named.name for named in config.compression]
     later = {"low_rank", "ladabert"}.intersection(names[names.index("prune") :])
     if later:
-        raise UserError(f"surgery prune: masks lie on the weights that {later.pop()} replaces; list prune after it")
+        raise UserError(f"compression prune: masks lie on the weights that {later.pop()} replaces; list prune after it")
 
 
 def check_pruning(where: str, config: TrainConfig, begin: float, end: float) -> None:
+    """Raise UserError where a schedule ends before it begins, or ZeRO's stage is 3."""
     if begin > end:
         raise UserError(f"{where}: begin = {begin:g} is later than end = {end:g}")
     if config.zero_stage == 3:
         raise UserError(
-            f"{where}: ranks all weights, of which under ZeRO 3 no process has more than its share; set a stage up to 2"
+            f"{where}: ranks all weights, but under ZeRO 3 each process has only a share of them; set a stage up to 2"
         )

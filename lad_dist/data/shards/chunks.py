@@ -1,13 +1,13 @@
-"""The work of preparing, in pieces: a part of one source each, tokenized by itself and kept on disk until the merge.
+"""Chunks of text: some spans of one source, tokenized together and stored on disk until the merge.
 
-    plan(sources)        the pieces in the order of the corpus: a function of the files' names and sizes alone
-    identity(…)          what the content of the pieces depends on
-    write(piece, job)    tokenizes a piece into the job's folder
-    written(folder, …)   what is said of a finished one, None for one that is not
-    chunks(folder, …)    its documents and ids, as many at a time as memory should hold
+    plan_chunks(sources)       the chunks in the order of the corpus: a function of the files' names and sizes alone
+    identity(…)                what the content of the chunks depends on
+    write_chunk(chunk, job)    tokenizes a chunk into the job's folder
+    read_chunk_info(…)         the counts and errors of a finished chunk, None for one that is not finished
+    token_blocks(…)            the documents and ids of a chunk, as many at a time as memory should hold
 
-On disk a piece is NUMBER.ids, every document with the separator after it; NUMBER.documents, a RECORD for each; and
-NUMBER.json, written last: without it the piece is not there.
+On disk a chunk is NUMBER.ids, every document with the separator after it; NUMBER.documents, a RECORD for each; and
+NUMBER.json, which is written last: a chunk without it is not finished.
 """
 
 import contextlib
@@ -21,20 +21,19 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from lad_dist.config.corpus_schema import SourceConfig
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import SourceConfig
 from lad_dist.data.sources import corpus, hub
 from lad_dist.data.sources.text_files import Span
 from lad_dist.data.tokenization.encoding import FlatIds, encode_flat, refuse_unknown
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
 
-MIN_CHUNKS = (
-    512  # about as many, while they are neither too small to be worth a file nor too long to be lost when killed
-)
+# About so many chunks, while they are neither too small to be worth a file nor too long to be lost when killed.
+MIN_CHUNKS = 512
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 20, 1 << 26  # bytes of text
 BATCH_CHARACTERS = 1_000_000  # encoded at once
-LISTED = 1000  # complaints kept with their words
+MAX_MESSAGES = 1000  # of unreadable documents, in the manifest
 BLOCK_DOCUMENTS, BLOCK_IDS = 1 << 16, 1 << 22  # read at once
 
 # ids with the separator, bytes of the text in UTF-8, and 128 bits of its BLAKE2b
@@ -42,10 +41,12 @@ RECORD = np.dtype([("ids", "<i8"), ("bytes", "<i8"), ("high", "<u8"), ("low", "<
 
 
 class Stopped(Exception):
-    """The work was asked to stop; what is not finished is gone."""
+    """The process was asked to stop; chunks that are not finished are removed."""
 
 
 class TextChunk(NamedTuple):
+    """What is tokenized together: spans of one source."""
+
     number: int
     source: int
     first: bool  # of its source
@@ -53,45 +54,50 @@ class TextChunk(NamedTuple):
 
 
 class TokenizeJob(NamedTuple):
-    """What all pieces have in common."""
+    """What the tokenizing of all chunks has in common."""
 
     sources: Sequence[SourceConfig]
     tokenizer: PreTrainedTokenizerFast
     folder: Path
     dtype: np.dtype
     separator: np.ndarray
-    skip: bool  # what cannot be read
-    stopping: Callable[[], bool]
+    skip_errors: bool  # skip documents that cannot be read
+    should_stop: Callable[[], bool]
 
 
 @dataclass
 class ErrorLog:
-    """About documents that cannot be read: how many, and the first of them."""
+    """Documents that cannot be read: how many, and messages about the first of them."""
 
     count: int = 0
     messages: list[str] = field(default_factory=list)
 
     def add(self, messages: Sequence[str], count: int) -> None:
+        """Count documents, and store their messages as long as these are few."""
         self.count += count
-        self.messages += messages[: LISTED - len(self.messages)]
+        self.messages += messages[: MAX_MESSAGES - len(self.messages)]
 
 
 def plan_chunks(sources: Sequence[SourceConfig]) -> list[TextChunk]:
-    """Files that can be cut are cut, small ones put together. Raises UserError for a source without documents."""
-    spans = [_shards(source) if source.kind == "hub" else corpus.spans(source) for source in sources]
-    total = sum(span.end for source, its in zip(sources, spans, strict=True) for span in its if source.kind != "hub")
+    """Return the chunks of all sources: files that can be cut are cut, small ones put together.
+
+    Raise UserError for a source without documents.
+    """
+    source_spans = [_hub_shards(source) if source.kind == "hub" else corpus.spans(source) for source in sources]
+    on_disk = [spans for source, spans in zip(sources, source_spans, strict=True) if source.kind != "hub"]
+    total = sum(span.end for spans in on_disk for span in spans)
     size = min(max(total // MIN_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
-    pieces: list[TextChunk] = []
-    for number, (source, its) in enumerate(zip(sources, spans, strict=True)):
-        groups = [(span,) for span in its] if source.kind == "hub" else _grouped(_cut(source, its, size), size)
+    chunks: list[TextChunk] = []
+    for number, (source, spans) in enumerate(zip(sources, source_spans, strict=True)):
+        groups = [(span,) for span in spans] if source.kind == "hub" else _grouped(_cut(source, spans, size), size)
         for nth, group in enumerate(groups):
-            pieces.append(TextChunk(len(pieces), number, nth == 0, group))
-    return pieces
+            chunks.append(TextChunk(len(chunks), number, nth == 0, group))
+    return chunks
 
 
-def _shards(source: SourceConfig) -> list[Span]:
+def _hub_shards(source: SourceConfig) -> list[Span]:
     data = hub.load(source.path, source.config, source.split, [source.column], streaming=True)
-    count = hub.shards(data)
+    count = hub.num_shards(data)
     return [Span(Path(source.path), shard, count) for shard in range(count)]
 
 
@@ -105,78 +111,83 @@ def _cut(source: SourceConfig, spans: Iterable[Span], size: int) -> Iterator[Spa
 
 def _grouped(spans: Iterable[Span], size: int) -> Iterator[tuple[Span, ...]]:
     group: list[Span] = []
-    held = 0
+    group_size = 0
     for span in spans:
         group.append(span)
-        held += span.end - span.begin
-        if held >= size:
+        group_size += span.end - span.begin
+        if group_size >= size:
             yield tuple(group)
-            group, held = [], 0
+            group, group_size = [], 0
     if group:
         yield tuple(group)
 
 
 def identity(
-    sources: Sequence[SourceConfig], pieces: Sequence[TextChunk], fingerprint: str, library: str
+    sources: Sequence[SourceConfig], chunks: Sequence[TextChunk], fingerprint: str, library: str
 ) -> dict[str, str]:
-    """Pieces of the same identity are the same, whoever writes them."""
+    """Return what the content of the chunks depends on: chunks of the same identity are the same."""
     digest = hashlib.sha256()
     for source in sources:
         settings = {key: value for key, value in source.settings().items() if key not in ("name", "weight")}
         digest.update(json.dumps(settings, sort_keys=True).encode())
-    for piece in pieces:
-        digest.update(repr([(piece.source, str(span.file), span.begin, span.end) for span in piece.spans]).encode())
+    for chunk in chunks:
+        digest.update(repr([(chunk.source, str(span.file), span.begin, span.end) for span in chunk.spans]).encode())
     return {"sources": digest.hexdigest(), "tokenizer": fingerprint, "version of tokenizers": library}
 
 
-def read_chunk_info(folder: Path, piece: TextChunk, dtype: np.dtype) -> dict[str, Any] | None:
-    """{"documents", "ids", "skipped", "errors"} of a finished piece."""
+def read_chunk_info(folder: Path, chunk: TextChunk, dtype: np.dtype) -> dict[str, Any] | None:
+    """Return {"documents", "ids", "skipped", "errors"} of a finished chunk, None for one that is not finished."""
     try:
-        said: dict[str, Any] = json.loads((folder / f"{piece.number}.json").read_text(encoding="utf-8"))
-        ids, records = ((folder / f"{piece.number}.{kind}").stat().st_size for kind in ("ids", "documents"))
+        info: dict[str, Any] = json.loads((folder / f"{chunk.number}.json").read_text(encoding="utf-8"))
+        ids, records = ((folder / f"{chunk.number}.{kind}").stat().st_size for kind in ("ids", "documents"))
     except (OSError, ValueError):
         return None
-    whole = ids == said["ids"] * dtype.itemsize and records == said["documents"] * RECORD.itemsize
-    return said if whole else None
+    complete = ids == info["ids"] * dtype.itemsize and records == info["documents"] * RECORD.itemsize
+    return info if complete else None
 
 
-def write_chunk(piece: TextChunk, job: TokenizeJob) -> None:
-    """Raises UserError for what cannot be read, unless that is skipped, and for a tokenizer that does not know the
-    text; Stopped when asked to. Then nothing of the piece is on disk."""
-    complaints = ErrorLog()
+def write_chunk(chunk: TextChunk, job: TokenizeJob) -> None:
+    """Tokenize a chunk into the job's folder. Nothing of the chunk is on disk after an exception.
+
+    Raises:
+        UserError: A document cannot be read and is not to be skipped, or the tokenizer does not know the text.
+        Stopped: The process was asked to stop.
+    """
+    errors = ErrorLog()
     documents = ids = 0
-    with _committed(job.folder, piece.number) as (id_file, document_file):
-        for texts in _batches(_texts(piece, job, complaints)):
+    with _committed(job.folder, chunk.number) as (id_file, document_file):
+        for texts in _batches(_texts(chunk, job, errors)):
             encoded = encode_flat(job.tokenizer, texts)
-            if piece.first and documents == 0:
-                refuse_unknown(job.tokenizer, [encoded.ids], job.sources[piece.source].path)
+            if chunk.first and documents == 0:
+                refuse_unknown(job.tokenizer, [encoded.ids], job.sources[chunk.source].path)
             records = _records(texts, encoded.lengths + len(job.separator))
             id_file.write(_with_separators(encoded, job).data)
             document_file.write(records.data)
             documents, ids = documents + len(records), ids + int(records["ids"].sum())
-    said = {"documents": documents, "ids": ids, "skipped": complaints.count, "errors": complaints.messages}
-    write_text(job.folder / f"{piece.number}.json", json.dumps(said))
+    info = {"documents": documents, "ids": ids, "skipped": errors.count, "errors": errors.messages}
+    write_text(job.folder / f"{chunk.number}.json", json.dumps(info))
 
 
-def _texts(piece: TextChunk, job: TokenizeJob, complaints: ErrorLog) -> Iterator[str]:
-    for span in piece.spans:
-        for document in corpus.read(job.sources[piece.source], span):
+def _texts(chunk: TextChunk, job: TokenizeJob, errors: ErrorLog) -> Iterator[str]:
+    for span in chunk.spans:
+        for document in corpus.read(job.sources[chunk.source], span):
             if isinstance(document, str):
                 yield document
-            elif job.skip:
-                complaints.add([document.message], 1)
+            elif job.skip_errors:
+                errors.add([document.message], 1)
             else:
-                raise stop_at(document.message)
-            if job.stopping():
+                raise unreadable_document_error(document.message)
+            if job.should_stop():
                 raise Stopped
 
 
-def stop_at(complaint: str) -> UserError:
-    return UserError(f'{complaint}; mend or remove it, or set on_error = "skip"')
+def unreadable_document_error(message: str) -> UserError:
+    """Return what to raise for an unreadable document that is not to be skipped."""
+    return UserError(f'{message}; mend or remove it, or set on_error = "skip"')
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of at least BATCH_CHARACTERS, but for the last."""
+    """Yield lists of texts of at least BATCH_CHARACTERS, but for the last."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -191,16 +202,16 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _records(texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:
     data = [text.encode() for text in texts]
-    digests = b"".join(hashlib.blake2b(each, digest_size=16).digest() for each in data)
+    digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in data)
     halves = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
     records = np.empty(len(texts), dtype=RECORD)
-    records["ids"], records["bytes"] = lengths, [len(each) for each in data]
+    records["ids"], records["bytes"] = lengths, [len(text) for text in data]
     records["high"], records["low"] = halves[:, 0], halves[:, 1]
     return records
 
 
 def _with_separators(encoded: FlatIds, job: TokenizeJob) -> np.ndarray:
-    """The ids, a separator after those of each text."""
+    """Return the ids, with a separator after those of each text."""
     size = len(job.separator)
     places = np.cumsum(encoded.lengths + size)[:, None] + np.arange(-size, 0)
     ids = np.empty(len(encoded.ids) + places.size, dtype=job.dtype)
@@ -213,7 +224,7 @@ def _with_separators(encoded: FlatIds, job: TokenizeJob) -> np.ndarray:
 
 @contextlib.contextmanager
 def _committed(folder: Path, number: int) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The files of ids and of documents: on the disk and in their places after the block, gone when it fails."""
+    """Open the files of ids and of documents: on the disk and in place after the block, removed when it fails."""
     finals = [folder / f"{number}.{kind}" for kind in ("ids", "documents")]
     drafts = [temporary_path(final) for final in finals]
     try:
@@ -227,10 +238,10 @@ def _committed(folder: Path, number: int) -> Iterator[tuple[IO[bytes], IO[bytes]
             draft.unlink(missing_ok=True)
 
 
-def token_blocks(folder: Path, piece: TextChunk, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(records, ids) of the documents in order, a few million ids at a time, or one document that has more."""
-    with open(folder / f"{piece.number}.ids", "rb") as ids:
-        for records in records_of(folder, piece):
+def token_blocks(folder: Path, chunk: TextChunk, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (records, ids) of the documents in order, a few million ids at a time, or one document that has more."""
+    with open(folder / f"{chunk.number}.ids", "rb") as ids:
+        for records in records_of(folder, chunk):
             ends = np.cumsum(records["ids"])
             begin = 0
             while begin < len(records):
@@ -240,8 +251,8 @@ def token_blocks(folder: Path, piece: TextChunk, dtype: np.dtype) -> Iterator[tu
                 begin = end
 
 
-def records_of(folder: Path, piece: TextChunk) -> Iterator[np.ndarray]:
-    """The RECORDs of its documents, a few thousand at a time."""
-    with open(folder / f"{piece.number}.documents", "rb") as documents:
+def records_of(folder: Path, chunk: TextChunk) -> Iterator[np.ndarray]:
+    """Yield the RECORDs of a chunk's documents, a few thousand at a time."""
+    with open(folder / f"{chunk.number}.documents", "rb") as documents:
         while len(records := np.fromfile(documents, dtype=RECORD, count=BLOCK_DOCUMENTS)):
             yield records

@@ -1,13 +1,13 @@
-"""Finished pieces to shards: short and repeated documents dropped, the rest divided into splits.
+"""Finished chunks to shards: short and repeated documents dropped, the rest divided into splits.
 
-    merge(job)               writes the shards of every source; what the manifest says of them
-    held_out(high, share)    which documents are kept for evaluation
+    merge_chunks(job)        writes the shards of every source, returns their tables of the manifest
+    held_out(high, share)    which documents are held out for evaluation
     find_repeated(job)       which documents have the same text as an earlier one
     ShardWriter              one source and split on disk
 
-Documents are taken in the order of the pieces. One that is too short is dropped as such and never counts as repeated;
+Documents are taken in the order of the chunks. One that is too short is dropped as such and never counts as repeated;
 of the others with equal texts the first stays, whatever its source. Memory does not grow with the corpus: documents
-pass through in chunks, and repeated ones are found among those whose hashes begin alike, some at a time.
+pass through in blocks, and repeated ones are searched for among those whose hashes begin alike, some at a time.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lad_dist.config.schema import PrepareConfig
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.data.shards.chunks import ErrorLog, TextChunk, records_of, token_blocks
 from lad_dist.data.shards.reader import SPLITS
 from lad_dist.utils.atomic_io import sha256
@@ -28,66 +28,69 @@ from lad_dist.utils.atomic_io import sha256
 # A document that is looked for among the others: its hash, and its number in the order of the corpus.
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
 BUCKET_BYTES = 1 << 26
-MOST_BUCKETS = 512  # files open at once
+MAX_BUCKETS = 512  # files open at once
 
 
 class MergeJob(NamedTuple):
     """What is merged, from where to where."""
 
     config: PrepareConfig
-    pieces: Sequence[TextChunk]
-    said: Sequence[Mapping[str, Any]]  # of each piece, by `pieces.written`
-    work: Path  # folder of the pieces
+    chunks: Sequence[TextChunk]
+    chunk_infos: Sequence[Mapping[str, Any]]  # of each chunk, by `read_chunk_info`
+    work: Path  # folder of the chunks
     out: Path  # folder for the shards
     dtype: np.dtype
     separator: int  # ids of one
-    tick: Callable[[], None]  # called now and then
+    check_stop: Callable[[], None]  # called for each chunk: raises where the process was asked to stop
 
 
 def merge_chunks(job: MergeJob) -> dict[str, Any]:
-    """{"sources", "errors"} of the manifest."""
+    """Write the shards, and return {"sources", "errors"} of the manifest."""
     repeated = find_repeated(job)
-    complaints = ErrorLog()
+    errors = ErrorLog()
     sources = []
     begin = 0
     for number, source in enumerate(job.config.source):
-        mine = [piece for piece in job.pieces if piece.source == number]
-        skipped = complaints.count
-        for piece in mine:
-            complaints.add(job.said[piece.number]["errors"], job.said[piece.number]["skipped"])
-        passed = _merge_source(job, mine, source.folder, repeated[begin:])
-        begin += passed["documents_read"]
-        sources.append(source.settings() | passed | {"skipped": complaints.count - skipped})
-    return {"sources": sources, "errors": complaints.messages}
+        chunks = [chunk for chunk in job.chunks if chunk.source == number]
+        skipped_before = errors.count
+        for chunk in chunks:
+            errors.add(job.chunk_infos[chunk.number]["errors"], job.chunk_infos[chunk.number]["skipped"])
+        counts = _merge_source(job, chunks, source.folder, repeated[begin:])
+        begin += counts["documents_read"]
+        sources.append(source.settings() | counts | {"skipped": errors.count - skipped_before})
+    return {"sources": sources, "errors": errors.messages}
 
 
 def held_out(high: np.ndarray, share: float) -> np.ndarray:
-    """Whether each document is kept for evaluation, bool [n], from the first halves of the hashes of the texts, uint64
-    [n]: so whatever the order and the other documents."""
+    """Return whether each document is held out for evaluation, bool [n].
+
+    It depends on `high`, uint64 [n], the first halves of the hashes of the texts: not on the order, nor on the other
+    documents.
+    """
     return high < np.uint64(int(share * 2**64))
 
 
 def find_repeated(job: MergeJob) -> np.ndarray:
-    """bool [documents], whether each has the text of an earlier one: a file in the folder of the pieces, mapped."""
-    documents = sum(each["documents"] for each in job.said)
-    with open(job.work / "repeated", "wb") as made:
-        os.posix_fallocate(made.fileno(), 0, max(1, documents))  # a full disk is an error here, and a crash in the map
+    """Return bool [documents], whether each has the text of an earlier one: a mapped file beside the chunks."""
+    documents = sum(info["documents"] for info in job.chunk_infos)
+    with open(job.work / "repeated", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, documents))  # a full disk is an error here, and a crash in the map
     repeated = np.memmap(job.work / "repeated", dtype=bool, mode="r+")
     if job.config.deduplicate:
-        for file in _buckets(job, documents):
-            keys = np.fromfile(file, dtype=KEY)
-            file.unlink()
+        for bucket in _buckets(job, documents):
+            keys = np.fromfile(bucket, dtype=KEY)
+            bucket.unlink()
             keys = keys[np.lexsort((keys["low"], keys["high"]))]  # stable: equal ones stay in the corpus's order
             same = (keys["high"][1:] == keys["high"][:-1]) & (keys["low"][1:] == keys["low"][:-1])
             repeated[keys["number"][1:][same]] = True
-            job.tick()
+            job.check_stop()
     return repeated
 
 
 def _buckets(job: MergeJob, documents: int) -> list[Path]:
-    """Files of KEYs: every document that is long enough in the one that the first bits of its hash say."""
+    """Write files of KEYs: every document that is long enough in the one of the first bits of its hash."""
     bits = 1
-    while 2**bits < min(MOST_BUCKETS, documents * KEY.itemsize / BUCKET_BYTES):
+    while 2**bits < min(MAX_BUCKETS, documents * KEY.itemsize / BUCKET_BYTES):
         bits += 1
     files = [job.work / f"bucket-{number}" for number in range(2**bits)]
     with contextlib.ExitStack() as stack:
@@ -101,52 +104,55 @@ def _buckets(job: MergeJob, documents: int) -> list[Path]:
 
 def _keys(job: MergeJob) -> Iterator[np.ndarray]:
     begin = 0
-    for piece in job.pieces:
-        for records in records_of(job.work, piece):
+    for chunk in job.chunks:
+        for records in records_of(job.work, chunk):
             keys = np.empty(len(records), dtype=KEY)
             keys["high"], keys["low"] = records["high"], records["low"]
             keys["number"] = np.arange(begin, begin + len(records))
             begin += len(records)
             yield keys[~_short(records, job)]
-        job.tick()
+        job.check_stop()
 
 
 def _short(records: np.ndarray, job: MergeJob) -> np.ndarray:
     return records["ids"] - job.separator < job.config.min_tokens
 
 
-def _merge_source(job: MergeJob, pieces: Sequence[TextChunk], name: str, repeated: np.ndarray) -> dict[str, Any]:
-    """Counts and shards of one source; `repeated` begins at its first document."""
+def _merge_source(job: MergeJob, chunks: Sequence[TextChunk], name: str, repeated: np.ndarray) -> dict[str, Any]:
+    """Write the shards of one source, and return its counts; `repeated` begins at the first document of the source."""
     writers = {
         split: ShardWriter(job.out, f"{name}/{split}", job.dtype, job.config.tokens_per_shard) for split in SPLITS
     }
     read = Counter(documents=0, bytes=0)
     dropped = Counter(duplicate=0, short=0)
-    kept = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
-    for piece in pieces:
-        for records, ids in token_blocks(job.work, piece, job.dtype):
-            short, again = _short(records, job), repeated[read["documents"] :][: len(records)]
+    written = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
+    for chunk in chunks:
+        for records, ids in token_blocks(job.work, chunk, job.dtype):
+            short, duplicate = _short(records, job), repeated[read["documents"] :][: len(records)]
             read.update(documents=len(records), bytes=int(records["bytes"].sum()))
-            dropped.update(duplicate=int(again.sum()), short=int(short.sum()))
-            held = held_out(records["high"], job.config.held_out)
-            for split, chosen in zip(SPLITS, (~held, held), strict=True):
-                chosen &= ~short & ~again
-                mine = records[chosen]
-                writers[split].add(ids[np.repeat(chosen, records["ids"])], mine["ids"])
-                tokens = int(mine["ids"].sum()) - job.separator * len(mine)
-                kept[split].update(documents=len(mine), tokens=tokens, bytes=int(mine["bytes"].sum()))
-        job.tick()
-    splits = {split: dict(kept[split]) | {"shards": writers[split].close()} for split in SPLITS}
+            dropped.update(duplicate=int(duplicate.sum()), short=int(short.sum()))
+            is_held_out = held_out(records["high"], job.config.held_out)
+            for split, selected in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
+                selected &= ~short & ~duplicate
+                documents = records[selected]
+                writers[split].add(ids[np.repeat(selected, records["ids"])], documents["ids"])
+                tokens = int(documents["ids"].sum()) - job.separator * len(documents)
+                size = int(documents["bytes"].sum())
+                written[split].update(documents=len(documents), tokens=tokens, bytes=size)
+        job.check_stop()
+    splits = {split: dict(written[split]) | {"shards": writers[split].close()} for split in SPLITS}
     counts = {"documents_read": read["documents"], "bytes_read": read["bytes"], "dropped": dict(dropped)}
     return counts | {"splits": splits}
 
 
 class ShardWriter:
-    """Writes documents into `folder/NAME-00000.bin`, a new file when the next document would make one longer than
-    `most` ids, and their offsets beside it."""
+    """Writes documents into `folder/NAME-00000.bin`, and their offsets beside it.
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, most: int) -> None:
-        self._folder, self._name, self._dtype, self._most = folder, name, dtype, most
+    A new file begins when the next document would make one longer than `max_ids`.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, max_ids: int) -> None:
+        self._folder, self._name, self._dtype, self._max_ids = folder, name, dtype, max_ids
         self._shards: list[dict[str, Any]] = []
         self._stream: IO[bytes] | None = None
         self._begin()
@@ -157,11 +163,11 @@ class ShardWriter:
         self._digest = hashlib.sha256()
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents: their ids end to end, separators included, and the number of ids of each, int64 [n]."""
+        """Append documents: their ids end to end, separators included, and the number of ids of each, int64 [n]."""
         ends = np.cumsum(lengths)
         document = start = 0
         while document < len(lengths):
-            fitting = int(np.searchsorted(ends, start + self._most - self._length, side="right"))
+            fitting = int(np.searchsorted(ends, start + self._max_ids - self._length, side="right"))
             if self._length == 0:
                 fitting = max(fitting, document + 1)  # a document longer than a shard
             if fitting > document:
@@ -172,7 +178,7 @@ class ShardWriter:
                 self._finish()
 
     def close(self) -> list[dict[str, Any]]:
-        """What the manifest says of the shards."""
+        """Finish the last shard, and return the shards' tables of the manifest."""
         if self._stream is not None:
             self._finish()
         return self._shards
@@ -185,7 +191,7 @@ class ShardWriter:
         self._digest.update(data)
         self._stream.write(data)
         self._length += len(ids)
-        self._lengths.append(lengths.copy())  # not a view, which would keep all that is known of the documents
+        self._lengths.append(lengths.copy())  # not a view, which would hold all records in memory
 
     @property
     def _file(self) -> Path:

@@ -1,13 +1,13 @@
 """Token shards: a prepared corpus on disk.
 
 manifest.json                        format, tokenizer, sources, counts, and sha256 of every file
-tokenizer/                           the tokenizer that made the tokens
+tokenizer/                           the tokenizer of these tokens
 SOURCE/train-00000.bin               token ids: whole documents end to end, a separator after each
 SOURCE/train-00000.offsets.npy       int64 [documents + 1]: where each begins in the .bin
 SOURCE/held_out-00000.bin …          the same for evaluation
 
 A separator is what the tokenizer puts after a text and what it puts before one ([SEP] [CLS]). Special tokens occur
-nowhere else, so a window of the stream, put between such a pair, is a row of whole sequences wherever it is cut.
+nowhere else. So a window of the stream, put between such a pair, is a row of whole sequences wherever it is cut.
 
     Shards         one split of a corpus: a stream for each source
     Stream         all ids of a source, end to end over its files
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,58 +28,62 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lad_dist.config.errors import UserError
+from lad_dist.config.load import first_mistake
+from lad_dist.utils import progress
 from lad_dist.utils.strict_json import parse_json
+from lad_dist.utils.text import gigabytes, one_line
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
 OPEN_FILES = 64
-CHUNK = 1 << 22  # bytes read at a time when verifying
+READ_BYTES = 1 << 22  # at a time, when verifying
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared corpus. Raises UserError when the folder has none, or one that this version cannot
-    read."""
+    """Return the manifest of a prepared corpus.
+
+    Raises:
+        UserError: The folder has no manifest, or one that this version cannot read.
+    """
     file = folder / MANIFEST
     try:
         manifest = parse_json(file.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{folder}: no token shards there; write them with launch/prepare_corpus.py") from None
+        raise UserError(f"{folder}: holds no token shards; write them with launch/prepare_corpus.py") from None
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); prepare the corpus again") from None
-    written = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(written, int) and written > FORMAT:
-        raise UserError(f"{file}: format {written} is of a later lad_dist; update it, or prepare the corpus again")
-    if written != FORMAT:
+    stored = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(stored, int) and stored > FORMAT:
+        raise UserError(f"{file}: format {stored} is of a later lad_dist; update it, or prepare the corpus again")
+    if stored != FORMAT:
         raise UserError(f"{file}: not format {FORMAT} of token shards; prepare the corpus again")
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: damaged ({place}: {first['msg']}); prepare the corpus again") from None
+        raise UserError(f"{file}: damaged ({first_mistake(error)}); prepare the corpus again") from None
     return manifest
 
 
 class _ManifestTable(BaseModel):
-    """A part of a manifest: what is read of it later."""
+    """A table of a manifest, with the keys that are read later."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
 Count = Annotated[int, Field(ge=0)]
-Inside = Annotated[str, Field(pattern=r"^[^/\x00]+/[^/\x00]+$")]  # a file of a source's folder
-Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+SourceFile = Annotated[str, Field(pattern=r"^[^/\x00]+/[^/\x00]+$")]  # a file of a source's folder
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _Shard(_ManifestTable):
-    file: Inside
+    file: SourceFile
     length: Count
     documents: Count
-    sha256: Sum
-    offsets: Inside
+    sha256: Sha256
+    offsets: SourceFile
     offsets_bytes: Count
-    offsets_sha256: Sum
+    offsets_sha256: Sha256
 
 
 class _Counts(_ManifestTable):
@@ -113,7 +117,7 @@ class Shards:
     """One split of a prepared corpus. `streams` are those of its sources that have documents in this split."""
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
-        """Raises UserError when the folder holds no shards, or files of other sizes than its manifest says."""
+        """Open the shards. Raise UserError when the folder holds none, or files of sizes that the manifest denies."""
         assert split in SPLITS
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -123,12 +127,13 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """Of all tokens, by the manifest's word."""
-        said = [self.manifest["tokenizer"]["fingerprint"], self.manifest["sources"]]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        """Return a hash of all tokens, out of the hashes in the manifest."""
+        hashed = [self.manifest["tokenizer"]["fingerprint"], self.manifest["sources"]]
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     @property
     def tokenizer_folder(self) -> Path:
+        """Return the folder of the tokenizer that the shards were prepared with."""
         return self.folder / "tokenizer"
 
 
@@ -150,17 +155,17 @@ class Stream:
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the last used at the end
 
     def read(self, begin: int, end: int) -> np.ndarray:
-        """Ids begin … end - 1 of the stream, in the shards' own type."""
+        """Return ids begin … end - 1 of the stream, in the shards' own type."""
         shard = int(np.searchsorted(self._begins, begin, side="right")) - 1
-        parts = []
+        spans = []
         while begin < end:
             until = min(end, int(self._begins[shard + 1]))
-            parts.append(self._read(shard, begin - int(self._begins[shard]), until - begin))
+            spans.append(self._read(shard, begin - int(self._begins[shard]), until - begin))
             begin, shard = until, shard + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return spans[0] if len(spans) == 1 else np.concatenate(spans)
 
     def documents(self) -> Iterator[np.ndarray]:
-        """The documents in order, each with the separator after it."""
+        """Yield the documents in order, each with the separator after it."""
         for number, shard in enumerate(self._shards):
             offsets = _offsets(self._folder / shard["offsets"])
             for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
@@ -188,15 +193,18 @@ class Stream:
 
 
 def _require_size(file: Path, size: int) -> None:
-    found = file.stat().st_size if file.exists() else None
-    if found != size:
-        state = "missing" if found is None else f"{found} bytes, not {size}"
+    actual = file.stat().st_size if file.exists() else None
+    if actual != size:
+        state = "missing" if actual is None else f"{actual} bytes, not {size}"
         raise UserError(f"{file}: {state}; copy the folder again or prepare the corpus again")
 
 
-def verify(folder: str | Path, progress: Callable[[str], None] = print) -> int:
-    """Compares every shard with the manifest: size, sha256, offsets, and ids within the vocabulary. Returns the bytes
-    that were read. Raises UserError naming the first file that differs."""
+def verify(folder: str | Path) -> int:
+    """Compare every shard with the manifest, and return the number of bytes that were read.
+
+    Sizes, sha256 sums and offsets are compared, and ids must be within the vocabulary. Raise UserError, which names
+    the file, for the first one that differs.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
     dtype = np.dtype(manifest["dtype"])
@@ -206,17 +214,20 @@ def verify(folder: str | Path, progress: Callable[[str], None] = print) -> int:
         _require_size(folder / shard["file"], shard["length"] * dtype.itemsize)
         _require_size(folder / shard["offsets"], shard["offsets_bytes"])
     _refuse_others(folder, {shard[key] for shard in shards for key in ("file", "offsets")}, sources)
+    bytes_read = 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        read = sum(pool.map(lambda shard: _verify(folder, shard, dtype, manifest["vocabulary"]), shards))
-    progress(f"{folder}: {len(shards)} shards are as their manifest says")
-    return read
+        sizes = pool.map(lambda shard: _verify(folder, shard, dtype, manifest["vocabulary"]), shards)
+        for done, size in enumerate(sizes, 1):
+            bytes_read += size
+            progress.report(f"verifying {folder}", done, len(shards), gigabytes(bytes_read))
+    return bytes_read
 
 
-def _refuse_others(folder: Path, named: set[str], sources: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError for a shard that the manifest does not name: the folder was put together out of several."""
+def _refuse_others(folder: Path, listed: set[str], sources: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError for a file that the manifest does not list: the folder was put together out of several."""
     for source in sources:
         for file in sorted((folder / source["name"]).glob("*")):
-            if str(file.relative_to(folder)) not in named:
+            if str(file.relative_to(folder)) not in listed:
                 raise UserError(f"{file}: the manifest does not name it; remove it, or prepare the corpus again")
 
 
@@ -229,28 +240,28 @@ def _verify(folder: Path, shard: dict[str, Any], dtype: np.dtype, vocabulary: in
     offsets = _offsets(offsets_file)
     ends = (len(offsets) - 1, int(offsets[0]), int(offsets[-1]))
     if ends != (shard["documents"], 0, shard["length"]) or (np.diff(offsets) <= 0).any():
-        raise UserError(f"{offsets_file}: does not fit its .bin; prepare the corpus again")
+        raise UserError(f"{offsets_file}: does not fit the .bin file; prepare the corpus again")
     return int(shard["length"] * dtype.itemsize + shard["offsets_bytes"])
 
 
 def _offsets(file: Path) -> np.ndarray:
-    """int64 [documents + 1]. A file of Python objects is not unpickled."""
+    """Return int64 [documents + 1]. A file of Python objects is not unpickled."""
     try:
         offsets = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise UserError(f"{file}: damaged ({str(error)[:60]}); prepare the corpus again") from None
+        raise UserError(f"{file}: damaged ({one_line(error)}); prepare the corpus again") from None
     if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets):
         raise UserError(f"{file}: damaged, it holds no offsets; prepare the corpus again")
     return offsets
 
 
 def _read_through(file: Path, sha256: str, dtype: np.dtype) -> int:
-    """The largest number in the file, whose sum is checked."""
+    """Return the largest number in the file. Raise UserError where the file has another sum."""
     digest, largest = hashlib.sha256(), 0
     with open(file, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
+        while block := stream.read(READ_BYTES):
+            digest.update(block)
+            largest = max(largest, int(np.frombuffer(block, dtype).max()))
     if digest.hexdigest() != sha256:
-        raise UserError(f"{file}: damaged, its sha256 is not the manifest's; copy it again or prepare the corpus again")
+        raise UserError(f"{file}: damaged, not the sha256 of the manifest; copy it again or prepare the corpus again")
     return largest

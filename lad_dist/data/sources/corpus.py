@@ -1,9 +1,9 @@
 """Text sources: whatever a corpus is made of, as documents.
 
     documents(source)    the texts, one after another: paragraphs on lines of their own
-    check(source)        the mistakes that can be seen without reading the text
-    files(source)        its files, sorted by path
-    read(source, span)   the documents that begin in a part of one file; what cannot be read comes as a Bad
+    check(source)        the mistakes that show without reading the text
+    files(source)        the files, sorted by path
+    read(source, span)   the documents that begin in a span of one file; UnreadableDocument for those that are damaged
 
 A document of `wikiextractor` is what stands between `<doc …>` and `</doc>`, of `text` a file or a block between blank
 lines, of the others a row.
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lad_dist.config.corpus_schema import SourceConfig
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import SourceConfig
 from lad_dist.data.sources import hub, tables
 from lad_dist.data.sources.text_files import DamagedFile, FileLines, Span, is_compressed
 from lad_dist.utils.strict_json import parse_json
@@ -45,8 +45,10 @@ Documents = Iterator[str | UnreadableDocument]
 
 
 def documents(source: SourceConfig) -> Iterator[str]:
-    """The documents in a fixed order: files sorted by path. Raises UserError naming file and line where one is
-    damaged."""
+    """Yield the documents in a fixed order: files sorted by path.
+
+    Raise UserError, with file and line, where one is damaged.
+    """
     for span in spans(source):
         for document in read(source, span):
             if isinstance(document, UnreadableDocument):
@@ -55,8 +57,10 @@ def documents(source: SourceConfig) -> Iterator[str]:
 
 
 def check(source: SourceConfig) -> None:
-    """Raises UserError when the path is missing, holds no documents of its kind, or when its first table has no such
-    column; asks nothing of a hub dataset."""
+    """Raise UserError when the path is missing, holds no documents of its kind, or the first table lacks the column.
+
+    A hub dataset is not looked at.
+    """
     if source.kind in ("parquet", "arrow"):
         tables.check_column(files(source)[0], source.column, source.kind)
     elif source.kind != "hub":
@@ -64,36 +68,39 @@ def check(source: SourceConfig) -> None:
 
 
 def files(source: SourceConfig) -> list[Path]:
-    """Of every kind but hub. Raises UserError when there are none."""
+    """Return the files of a source of any kind but hub. Raise UserError when it has none."""
     root = Path(source.path)
     if not root.exists():
         raise UserError(f"{root}: no such file or folder")
     if root.is_file():
         return [root]
-    pattern, wanted = FILES[source.kind]
-    found = sorted(file for file in root.rglob("*") if pattern.fullmatch(file.name) and file.is_file())
-    if not found:
-        raise UserError(f"{root}: no {wanted} in it")
-    return found
+    pattern, description = FILES[source.kind]
+    matching = sorted(file for file in root.rglob("*") if pattern.fullmatch(file.name) and file.is_file())
+    if not matching:
+        raise UserError(f"{root}: no {description} in it")
+    return matching
 
 
 def spans(source: SourceConfig) -> list[Span]:
-    """The whole source, a span for each file."""
+    """Return the whole source, a span for each file."""
     if source.kind == "hub":
         return [Span(Path(source.path), 0, 1)]
     return [Span(file, 0, file.stat().st_size) for file in files(source)]
 
 
 def can_be_cut(source: SourceConfig, file: Path) -> bool:
-    """Whether spans of this file may begin and end anywhere in it."""
+    """Return whether spans of this file may begin and end anywhere in it."""
     if source.kind == "text" and source.document == "file":
         return False
     return source.kind != "arrow" and not is_compressed(file)
 
 
 def read(source: SourceConfig, span: Span) -> Documents:
-    """The documents of the span in order. Spans that divide a file give its documents once each, and in order. Raises
-    UserError for what cannot be skipped: a file that the system does not hand out, a missing column."""
+    """Yield the documents of the span in order.
+
+    Spans that divide a file give each of its documents once, and in order. Raise UserError for what cannot be skipped:
+    a file that the system does not open, a missing column.
+    """
     if source.kind == "hub":
         yield from _hub(source, span)
         return
@@ -102,8 +109,8 @@ def read(source: SourceConfig, span: Span) -> Documents:
         return
     try:
         yield from _tables(source, span) if source.kind in ("parquet", "arrow") else _lines(source, span)
-    except DamagedFile as damage:
-        yield UnreadableDocument(str(damage))
+    except DamagedFile as error:
+        yield UnreadableDocument(str(error))
 
 
 def _hub(source: SourceConfig, span: Span) -> Documents:
@@ -123,11 +130,11 @@ def _lines(source: SourceConfig, span: Span) -> Documents:
         return _articles(FileLines(span, ARTICLE_END))
     if source.kind == "jsonl":
         return _objects(FileLines(span, LINE), source.column)
-    return _blocks(FileLines(span, BLANK_LINE)) if source.document == "block" else _whole(FileLines(span, LINE))
+    return _blocks(FileLines(span, BLANK_LINE)) if source.document == "block" else _whole_file(FileLines(span, LINE))
 
 
 def _articles(lines: FileLines) -> Documents:
-    """One text per <doc>, its lines as they are, empty ones left out."""
+    """Yield one text for each <doc>: its lines as they are, without empty ones."""
     opened = 0
     outside = False
     body: list[bytes] = []
@@ -146,7 +153,7 @@ def _articles(lines: FileLines) -> Documents:
                 yield UnreadableDocument(
                     f"{lines.where(number)}: text outside <doc …>; this is not WikiExtractor's output"
                 )
-            outside = not closing  # after it a span may begin: there too, what comes next is complained of anew
+            outside = not closing  # a span may begin after it, and would report what comes next anew
     yield from _unclosed(lines, opened)
 
 
@@ -195,12 +202,12 @@ def _value(value: Any, column: str) -> str | UnreadableDocument:
     return value
 
 
-def _whole(lines: FileLines) -> Documents:
+def _whole_file(lines: FileLines) -> Documents:
     yield _decoded(lines, 1, [line for _, line in lines], _paragraphs)
 
 
 def _blocks(lines: FileLines) -> Documents:
-    """One text per block of lines between blank ones, its lines joined into one paragraph."""
+    """Yield one text for each block of lines between blank ones, its lines joined into one paragraph."""
     first = 0
     block: list[bytes] = []
     for number, line in lines:
@@ -214,9 +221,9 @@ def _blocks(lines: FileLines) -> Documents:
         yield _decoded(lines, first, block, _paragraphs)
 
 
-def _decoded(lines: FileLines, first: int, parts: list[bytes], clean: Callable[[str], str]) -> str | UnreadableDocument:
-    """The lines, the first of which has number `first`, as clean text."""
-    data = b"".join(parts)
+def _decoded(lines: FileLines, first: int, text: list[bytes], clean: Callable[[str], str]) -> str | UnreadableDocument:
+    """Return lines of text, the first of which has number `first`, as clean text."""
+    data = b"".join(text)
     try:
         return clean(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -229,7 +236,7 @@ def _without_empty_lines(text: str) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    """Hard-wrapped lines joined into paragraphs, which blank lines separate."""
+    """Return hard-wrapped lines joined into paragraphs, which blank lines separate."""
     return "\n".join(_joined(text.split("\n")))
 
 

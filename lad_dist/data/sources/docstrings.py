@@ -2,14 +2,14 @@
 
     harvest(libraries)   passages of the docstrings of Python's standard library and of installed packages
     split(passages)      passages to train on and to test on, no module in both
-    write(folder)        both as files: a corpus of .txt, train.jsonl and dev.jsonl, for a Source and for TaskData
+    write(folder)        both as files: a corpus of .txt, train.jsonl and dev.jsonl
 
 Sources are read by `ast` and never imported; `pydoc_data.topics`, the language reference behind `help()`, adds to the
-standard library. A passage is a paragraph of prose. The names of all libraries are replaced by one word, so that no
-passage says what it documents.
+standard library. A passage is a paragraph of prose. One word replaces the names of all libraries, so that no passage
+says what it documents.
 
-What is written is a function of the installation: files are taken in the order of a hash of their module's name, never
-in that of a folder.
+The files are a function of the installation: modules are taken in the order of a hash of their names, never in that of
+a folder.
 """
 
 import ast
@@ -26,9 +26,9 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 from lad_dist.config.errors import UserError
-from lad_dist.utils.strict_json import parse_json
+from lad_dist.data.requests import read_json_table
 
-# Libraries that lad_dist depends on and that differ in what they are for, with the names that would give them away.
+# Libraries that lad_dist depends on and that differ in what they are for, with the names that would reveal them.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "python": ("cpython", "python"),
     "matplotlib": ("matplotlib", "pyplot", "mpl", "plt."),
@@ -48,34 +48,40 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Passage(NamedTuple):
+    """A paragraph of prose, and what it documents."""
+
     library: str
     module: str
     text: str
 
 
 def harvest(libraries: Mapping[str, tuple[str, ...]] = LIBRARIES, most: int = 2500) -> list[Passage]:
-    """About `most` passages of each library that is installed, names hidden, whole modules at a time. A passage that
-    occurs again, in whatever library, is left out."""
+    """Return at most `most` passages of each library that is installed, names hidden.
+
+    A passage that occurs again, in whatever library, is left out.
+    """
     hide = hiding(libraries)
-    seen: set[str] = set()
-    found: list[Passage] = []
+    letters: set[str] = set()
+    passages: list[Passage] = []
     for library in libraries:
-        fresh = (
+        new = (
             Passage(library, module, text)
             for module, paragraphs in _documents(library)
             for text in map(hide, paragraphs)
-            if _new(text, seen)
+            if _is_new(text, letters)
         )
-        found += islice(fresh, most)
-    return found
+        passages += islice(new, most)
+    return passages
 
 
 def hiding(libraries: Mapping[str, tuple[str, ...]]) -> Callable[[str], str]:
-    """A function that replaces the names of all the libraries in a text by one word. Names of four letters or more are
-    found inside words too ("torchvision"), shorter ones as words of their own."""
+    """Return a function that replaces the names of all the libraries in a text by one word.
+
+    Names of four letters or more are replaced inside words too ("torchvision"), shorter ones as words of their own.
+    """
     names = sorted({name for names in libraries.values() for name in names}, key=len, reverse=True)
     pattern = re.compile("|".join(map(_name_pattern, names)), re.IGNORECASE)
-    return lambda text: pattern.sub(lambda found: ANONYMOUS + "." * found[0].endswith("."), text)
+    return lambda text: pattern.sub(lambda match: ANONYMOUS + "." * match[0].endswith("."), text)
 
 
 def _name_pattern(name: str) -> str:
@@ -84,17 +90,17 @@ def _name_pattern(name: str) -> str:
     return rf"\b{re.escape(name)}" + ("" if name.endswith(".") else r"\b")
 
 
-def _new(text: str, seen: set[str]) -> bool:
-    """Whether no passage with these letters was seen; what differs in digits and signs alone is the same."""
+def _is_new(text: str, earlier: set[str]) -> bool:
+    """Return whether no earlier passage has these letters, and add them; digits and signs make no difference."""
     letters = re.sub(r"[^a-z]+", "", text.lower())
-    if letters in seen:
+    if letters in earlier:
         return False
-    seen.add(letters)
+    earlier.add(letters)
     return True
 
 
 def _documents(library: str) -> Iterator[tuple[str, list[str]]]:
-    """(module, paragraphs) of a library, in the order of a hash of the module's name; none if it is not installed."""
+    """Yield (module, paragraphs) of a library, in the order of a hash of the module's name; none if not installed."""
     sources = _sources(library)
     for module in sorted(sources, key=_hash):
         source = sources[module]
@@ -103,22 +109,22 @@ def _documents(library: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _sources(library: str) -> dict[str, Path | str]:
-    """Of each module its file; of each topic of the language reference its text."""
+    """Return the file of each module, and the text of each topic of the language reference."""
     root = _root(library)
     if root is None:
         return {}
     files = (file for file in root.rglob("*.py") if not _is_test(file.relative_to(root)))
-    found: dict[str, Path | str] = {f"{library}.{_module(root, file)}": file for file in files}
+    sources: dict[str, Path | str] = {f"{library}.{_module(root, file)}": file for file in files}
     if library == "python":
-        found |= {f"pydoc_data.topics.{topic}": text for topic, text in topics.items()}
-    return found
+        sources |= {f"pydoc_data.topics.{topic}": text for topic, text in topics.items()}
+    return sources
 
 
 def _root(library: str) -> Path | None:
     if library == "python":
         return Path(sysconfig.get_paths()["stdlib"])
-    found = importlib.util.find_spec(library)
-    return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
+    spec = importlib.util.find_spec(library)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def _is_test(path: Path) -> bool:
@@ -135,7 +141,7 @@ def _hash(text: str) -> int:
 
 
 def docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of a source file, read without importing it; none of a file that this Python cannot parse."""
+    """Yield the docstrings of a source file, read without importing it; none of a file that Python cannot parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about escapes in other people's strings
         try:
@@ -148,12 +154,12 @@ def docstrings(file: Path) -> Iterator[str]:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of prose in a docstring: without code, headings and markup, cut to LONGEST characters."""
+    """Yield the paragraphs of prose in a docstring: without code, headings and markup, cut to LONGEST characters."""
     for block in re.split(r"\n\s*\n", text):
         lines = [line for line in block.splitlines() if not CODE.match(line)]
-        kept = [line for line, after in zip_longest(lines, lines[1:], fillvalue="") if not _heading(line, after)]
-        prose = " ".join(ROLE.sub(r"\1", " ".join(kept)).replace("`", "").replace("*", "").split())
-        if len(prose) >= SHORTEST and _reads(prose):
+        text_lines = [line for line, after in zip_longest(lines, lines[1:], fillvalue="") if not _heading(line, after)]
+        prose = " ".join(ROLE.sub(r"\1", " ".join(text_lines)).replace("`", "").replace("*", "").split())
+        if len(prose) >= SHORTEST and _is_prose(prose):
             yield prose if len(prose) <= LONGEST else prose[:LONGEST].rsplit(" ", 1)[0]
 
 
@@ -161,13 +167,13 @@ def _heading(line: str, after: str) -> bool:
     return bool(SECTION.match(line) or SECTION.match(after))
 
 
-def _reads(prose: str) -> bool:
-    words = prose.split()
+def _is_prose(text: str) -> bool:
+    words = text.split()
     return sum(word.strip(".,;:()'\"").isalpha() for word in words) >= 0.75 * len(words)
 
 
 def split(passages: Iterable[Passage], share: float) -> tuple[list[Passage], list[Passage]]:
-    """(to train on, to test on): the modules whose hash falls into `share` are tested on, with all they say."""
+    """Return passages (to train on, to test on): the latter are all of the modules whose hash falls into `share`."""
     train: list[Passage] = []
     test: list[Passage] = []
     for passage in passages:
@@ -175,30 +181,28 @@ def split(passages: Iterable[Passage], share: float) -> tuple[list[Passage], lis
     return train, test
 
 
-def balanced(passages: Sequence[Passage], each: int) -> list[Passage]:
-    """`each` of the longer passages of every library that has as many, in an order that mixes them."""
+def balanced(passages: Sequence[Passage], per_library: int) -> list[Passage]:
+    """Return `per_library` of the longer passages of every library that has as many, in an order that mixes them."""
     by_library: dict[str, list[Passage]] = {}
     long_enough = [passage for passage in passages if len(passage.text) >= SHORTEST_LABELLED]
     for passage in sorted(long_enough, key=lambda passage: _hash(passage.text)):
         by_library.setdefault(passage.library, []).append(passage)
-    chosen = [passage for group in by_library.values() if len(group) >= each for passage in group[:each]]
+    chosen = [passage for group in by_library.values() if len(group) >= per_library for passage in group[:per_library]]
     return sorted(chosen, key=lambda passage: _hash(passage.text))
 
 
 def write(
     folder: Path, *, most: int = 2500, train_each: int = 600, dev_each: int = 150, held_out: float = 0.2
 ) -> dict[str, int]:
-    """Writes corpus/*.txt (a file per module that is trained on), train.jsonl and dev.jsonl with columns text and
-    label: `train_each` and `dev_each` passages of every library. Returns counts for a person to read.
+    """Write a corpus and a labelled task into the folder, and return counts for a person to read.
 
-    A folder that is complete is left as it is. Raises UserError where fewer than two libraries document themselves
-    enough."""
-    counts = folder / "counts.json"
-    if counts.exists():
-        try:
-            return dict(parse_json(counts.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{counts}: damaged ({error}); remove {folder} and run again") from None
+    corpus/*.txt has a file for each module that is trained on. train.jsonl and dev.jsonl have columns text and label:
+    `train_each` and `dev_each` passages of every library. A folder that is complete is left as it is. Raise UserError
+    where fewer than two libraries have enough documentation.
+    """
+    counts_file = folder / "counts.json"
+    if counts_file.exists():
+        return read_json_table(counts_file, f"remove {folder} and run again")
     train, test = split(harvest(most=most), held_out)
     rows, dev = balanced(train, train_each), balanced(test, dev_each)
     labels = {row.library for row in rows} & {row.library for row in dev}
@@ -212,7 +216,7 @@ def write(
         (folder / "corpus" / f"{module}.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     _write_rows(folder / "train.jsonl", (row for row in rows if row.library in labels))
     _write_rows(folder / "dev.jsonl", (row for row in dev if row.library in labels))
-    found = {
+    counts = {
         "libraries": len(labels),
         "modules": len(modules),
         "passages": len(train),
@@ -220,8 +224,8 @@ def write(
         "train": train_each * len(labels),
         "dev": dev_each * len(labels),
     }
-    counts.write_text(json.dumps(found) + "\n")
-    return found
+    counts_file.write_text(json.dumps(counts) + "\n")
+    return counts
 
 
 def _by_module(passages: Iterable[Passage]) -> dict[str, list[str]]:

@@ -5,31 +5,36 @@ from typing import Any
 
 from lad_dist.config.errors import UserError
 from lad_dist.utils.suggest import did_you_mean
+from lad_dist.utils.text import one_line
 
 
 def load(path: str, config: str | None, split: str, columns: Sequence[str], streaming: bool = False) -> Any:
-    """The split as `datasets` gives it: iterable over dicts that have `columns`. Raises UserError, of one line, when
-    the dataset, its configuration, the split or a column cannot be had."""
+    """Return the split as `datasets` gives it: iterable over dicts that have `columns`.
+
+    Raise UserError, of one line, when the dataset, the configuration, the split or a column cannot be had.
+    """
     import datasets  # noqa: PLC0415 (slow, and needed only here)
 
     try:
         data = datasets.load_dataset(path, config, split=split, streaming=streaming)
     except Exception as error:  # whatever network, cache and parsers raise: the user gets one line
-        raise UserError(f"{path}: cannot load {config or 'the dataset'}, split {split}: {_reason(error)}") from None
+        raise UserError(f"{path}: cannot load {config or 'the dataset'}, split {split}: {one_line(error)}") from None
     if data.column_names is not None:
         for column in columns:
             _require(path, column, data.column_names)
     return data
 
 
-def shards(data: Any) -> int:
-    """Into how many parts a streamed split can be divided; 1 where it cannot."""
+def num_shards(data: Any) -> int:
+    """Return into how many shards a streamed split can be divided; 1 where it cannot."""
     return int(getattr(data, "num_shards", 1))
 
 
 def values(data: Any, path: str, column: str, shard: int, shards: int) -> Iterator[Any]:
-    """The column's values in shard number `shard` of a streamed split. Raises UserError when reading fails on the
-    way."""
+    """Yield the column's values in shard number `shard` of a streamed split.
+
+    Raise UserError when reading fails on the way.
+    """
     rows = iter(data.shard(shards, shard) if shards > 1 else data)
     while True:
         try:
@@ -37,7 +42,7 @@ def values(data: Any, path: str, column: str, shard: int, shards: int) -> Iterat
         except StopIteration:
             return
         except Exception as error:  # whatever network and parsers raise: the user gets one line
-            raise UserError(f"{path}: reading stopped ({_reason(error)}); run again to go on") from None
+            raise UserError(f"{path}: reading stopped ({one_line(error)}); run again to go on") from None
         _require(path, column, row)
         yield row[column]
 
@@ -45,7 +50,3 @@ def values(data: Any, path: str, column: str, shard: int, shards: int) -> Iterat
 def _require(path: str, column: str, names: Sequence[str]) -> None:
     if column not in names:
         raise UserError(f'{path}: no column "{column}": {did_you_mean(column, names)}')
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

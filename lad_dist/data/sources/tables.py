@@ -1,7 +1,7 @@
 """The text column of Parquet and Arrow files, a few rows at a time.
 
-values(span, column, kind)          (row from 1, value) for the rows of a part of a file
-check_column(file, column, kind)    whether the column is there and holds text
+values(span, column, kind)          (row from 1, value) for the rows of a span of a file
+check_column(file, column, kind)    whether the table has the column, and it holds text
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,14 @@ Columns = Iterator[tuple[int, Any]]  # number of the first row, the rows' values
 
 
 def values(span: Span, column: str, kind: str) -> Iterator[tuple[int, Any]]:
-    """A value is a str, None, or bytes where the text is not UTF-8. Of a Parquet file, those of the row groups that
-    begin in the span; an Arrow file is read whole. Raises Damaged in the middle of a broken file, UserError when the
-    column is missing or holds no text."""
+    """Yield (row from 1, value): a str, None, or bytes where the text is not UTF-8.
+
+    A Parquet file gives the row groups that begin in the span; an Arrow file is read whole.
+
+    Raises:
+        DamagedFile: The rest of the file cannot be read.
+        UserError: The column is missing or holds no text.
+    """
     columns = _row_groups(span, column) if kind == "parquet" else _record_batches(span.file, column)
     try:
         for first, rows in columns:
@@ -36,14 +41,16 @@ def values(span: Span, column: str, kind: str) -> Iterator[tuple[int, Any]]:
 
 
 def check_column(file: Path, column: str, kind: str) -> None:
-    """Raises UserError, with the nearest name, when the table has no such column of text. A damaged file passes: that
-    shows when it is read."""
+    """Raise UserError, with the nearest name, when the table has no such column of text.
+
+    A damaged file passes: that shows when it is read.
+    """
     try:
         schema = pq.read_schema(file) if kind == "parquet" else _open_arrow(pa.OSFile(str(file))).schema
     except BROKEN as error:
-        problem = read_error(file, error)
-        if isinstance(problem, UserError):
-            raise problem from None
+        user_error = read_error(file, error)
+        if isinstance(user_error, UserError):
+            raise user_error from None
         return
     _require_text(file, column, schema)
 
@@ -53,7 +60,7 @@ def _row_groups(span: Span, column: str) -> Columns:
         table = pq.ParquetFile(span.file, buffer_size=BUFFER)
     except BROKEN as error:
         if span.begin > 0 and not isinstance(read_error(span.file, error), UserError):
-            return  # the file's first span complains
+            return  # the file's first span reports it
         raise
     with table:
         _require_text(span.file, column, table.schema_arrow)
@@ -66,7 +73,7 @@ def _row_groups(span: Span, column: str) -> Columns:
 
 
 def _begin(rows: Any, file: Path) -> int:
-    """Where a row group begins in its file."""
+    """Return where a row group begins in the file."""
     first = rows.column(0)
     begin = first.dictionary_page_offset or first.data_page_offset
     return min(int(begin), file.stat().st_size - 1)  # inside some span, whatever a damaged footer says

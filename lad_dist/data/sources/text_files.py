@@ -1,9 +1,8 @@
-"""Lines of a file with their numbers, so that every complaint about a file can say where.
+"""Lines of a file with their numbers, so that every message about a file can say where.
 
-numbered_lines(file)   the text of a UTF-8 file, line by line
-numbered_objects(file) the objects of a .jsonl file
-parse_json(text)       its value, or a ValueError of one line
-Lines(span, boundary)  the bytes of the lines of a part of a file, which may be compressed
+numbered_lines(file)       the text of a UTF-8 file, line by line
+numbered_objects(file)     the objects of a .jsonl file
+FileLines(span, boundary)  the bytes of the lines of a span of a file, which may be compressed
 """
 
 import bz2
@@ -22,9 +21,10 @@ import pyarrow as pa
 
 from lad_dist.config.errors import UserError
 from lad_dist.utils.strict_json import parse_json
+from lad_dist.utils.text import one_line
 
 BYTE_ORDER_MARK = "\ufeff"
-COUNTED_AT_ONCE = 1 << 22  # bytes
+COUNT_BYTES = 1 << 22  # bytes
 
 
 def _open_zstd(file: Path) -> Any:
@@ -44,8 +44,7 @@ class DamagedFile(Exception):
 
 
 class Span(NamedTuple):
-    """The part of a file in which documents begin at bytes begin … end - 1, or shard `begin` of `end` of a hub
-    dataset."""
+    """Bytes begin … end - 1 of a file, in which documents begin; or shard `begin` of `end` of a hub dataset."""
 
     file: Path
     begin: int
@@ -53,32 +52,41 @@ class Span(NamedTuple):
 
 
 def is_compressed(file: Path) -> bool:
+    """Return whether the file's ending is that of a compressed file."""
     return file.suffix in DECOMPRESS
 
 
 class FileLines:
-    """The lines of a span, widened and narrowed to whole documents: both ends move forward to where `boundary`, a
-    pattern that ends where a document may begin, next ends. So neighbouring spans have every line once. A compressed
-    file is read whole."""
+    """The lines of a span, moved to whole documents.
+
+    Both ends of the span move forward to the next end of a match of `boundary`, a pattern that ends where a document
+    may begin. So neighbouring spans have every line once. A compressed file is read whole.
+    """
 
     def __init__(self, span: Span, boundary: re.Pattern[bytes]) -> None:
         self._span, self._boundary = span, boundary
         self._skipped = 0  # bytes before the first line
-        self._before: int | None = None  # lines in them, counted when a complaint asks
+        self._before: int | None = None  # lines in them, counted when a message needs it
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """(number from 1 within the span, line with its end); only \\n ends one, and a byte order mark is dropped.
-        Raises Damaged in the middle of a broken file, UserError for one that the system does not hand out."""
+        """Yield (number from 1 within the span, line with its end).
+
+        Only a newline ends a line, and a byte order mark is dropped.
+
+        Raises:
+            DamagedFile: The rest of the file cannot be read.
+            UserError: The system does not open the file.
+        """
         try:
             yield from self._compressed() if is_compressed(self._span.file) else self._plain()
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise read_error(self._span.file, error) from None
 
     def where(self, number: int) -> str:
-        """FILE:LINE of a line of this span, counted in the whole file."""
+        """Return FILE:LINE of a line of this span, counted in the whole file."""
         if self._before is None:
             with open(self._span.file, "rb") as stream:
-                sizes = (min(COUNTED_AT_ONCE, self._skipped - at) for at in range(0, self._skipped, COUNTED_AT_ONCE))
+                sizes = (min(COUNT_BYTES, self._skipped - at) for at in range(0, self._skipped, COUNT_BYTES))
                 self._before = sum(stream.read(size).count(b"\n") for size in sizes)
         return f"{self._span.file}:{self._before + number}"
 
@@ -106,19 +114,21 @@ class FileLines:
             return self._boundary_at(content, self._span.begin), self._boundary_at(content, self._span.end)
 
     def _boundary_at(self, content: mmap.mmap, place: int) -> int:
-        """The first place at or after `place` where a document may begin."""
+        """Return the first place at or after `place` where a document may begin."""
         if place == 0:
             return 0
-        found = self._boundary.search(content, place - 1)
-        return found.end() if found else len(content)
+        match = self._boundary.search(content, place - 1)
+        return match.end() if match else len(content)
 
 
 def read_error(file: Path, error: Exception) -> DamagedFile | UserError:
-    """What to raise for an exception of a reader: the user's mistake when it is the system's, as for a file that may
-    not be read or a disk that fails."""
+    """Return what to raise for an exception of a reader.
+
+    It is a UserError when the system raised it, as for a file that may not be read or a disk that fails.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return UserError(f"{file}: cannot be read ({os.strerror(error.errno)})")
-    return DamagedFile(f"{file}: damaged, the rest cannot be read ({' '.join(str(error).split())[:200]})")
+    return DamagedFile(f"{file}: damaged, the rest cannot be read ({one_line(error)})")
 
 
 def _without_mark(line: bytes) -> bytes:
@@ -126,9 +136,11 @@ def _without_mark(line: bytes) -> bytes:
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end) for each line; only \\n and \\r\\n end one, and a byte order mark is
-    dropped. Raises UserError naming file and line where the bytes are no text in UTF-8, or when the file cannot be
-    read."""
+    """Yield (number from 1, line without its end) for each line of a UTF-8 file.
+
+    A newline, with or without a carriage return, ends a line; a byte order mark is dropped. Raise UserError, with file
+    and line, where the bytes are no text in UTF-8, or when the file cannot be read.
+    """
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -150,8 +162,10 @@ def _decode(file: Path, number: int, line: bytes) -> str:
 
 
 def numbered_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, object) for each line of a .jsonl file that is not blank. Raises UserError naming file and
-    line."""
+    """Yield (number from 1, object) for each line of a .jsonl file that is not blank.
+
+    Raise UserError, with file and line, for a line that is no object.
+    """
     for number, line in numbered_lines(file):
         if not line.strip():
             continue

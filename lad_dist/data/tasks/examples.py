@@ -1,4 +1,4 @@
-"""Tokenized examples of a task: what the head reads of them, what it should say there, and how good an answer is.
+"""Tokenized examples of a task: the tokens that the head reads, its targets there, and scores of its outputs.
 
     tokenize(task, raw, …)   Texts, Sentences or Questions -> their TaskExamples
     TaskExamples             numbered from 0, a sequence each; batches of them
@@ -10,7 +10,6 @@ R rows of all examples, V outputs of the head.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
@@ -36,19 +35,21 @@ from lad_dist.data.tokenization.encoding import (
     refuse_unknown,
 )
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast
-from lad_dist.data.tokenization.special_tokens import Frame, frame_of
-from lad_dist.distributed import processes
+from lad_dist.data.tokenization.special_tokens import SpecialTokenFrame, special_token_frame
+from lad_dist.distributed.logs import get_logger
 
-DEV_EXAMPLES = 64
-CHECKED_EXAMPLES = 500
-FIRST = np.zeros(1, dtype=np.int64)
+DEV_BATCH_SIZE = 64
+CHECKED_EXAMPLES = 500  # for unknown tokens
+FIRST_TOKEN = np.zeros(1, dtype=np.int64)  # the rows of a text
 
 Logits = NDArray[np.floating]
 Batches = list[Callable[[], Batch]]
 
+logger = get_logger(__name__)
+
 
 class TaskExamples:
-    """Sequences, in each of them rows that the head reads, and what it should say there."""
+    """Sequences, in each of them rows that the head reads, and the labels of these rows."""
 
     def __init__(
         self,
@@ -56,46 +57,59 @@ class TaskExamples:
         rows: Sequence[np.ndarray],
         labels: Sequence[np.ndarray],
         tokenizer: PreTrainedTokenizerFast,
-        what: str,
+        description: str,
         pad_to: int | None,
     ) -> None:
-        """rows: int64, places in the sequence; labels: one for each row; `what` names the examples in complaints.
-        Raises UserError when the tokenizer does not know the text."""
-        refuse_unknown(tokenizer, encoded.ids[:CHECKED_EXAMPLES], what)
+        """Take over encoded sequences.
+
+        Args:
+            encoded: The sequences.
+            rows: The places in each sequence that the head reads, int64.
+            labels: One label for each row.
+            tokenizer: The tokenizer of the sequences.
+            description: The name of the examples in messages.
+            pad_to: The tokens of every padded sequence; None for no padding.
+
+        Raises:
+            UserError: The tokenizer does not know the text.
+        """
+        refuse_unknown(tokenizer, encoded.ids[:CHECKED_EXAMPLES], description)
         self._encoded, self._rows, self._labels = encoded, rows, labels
-        self._pad, self._pad_to = frame_of(tokenizer).pad, pad_to
+        self._pad, self._pad_to = special_token_frame(tokenizer).pad, pad_to
 
     def score(self, logits: Logits) -> dict[str, float]:
-        """The task's metrics of logits [R, V]."""
+        """Return the task's metrics of logits [R, V]."""
         raise NotImplementedError
 
     def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
-        """How far a student decides as its teacher does, from logits [R, V] of both."""
+        """Return how far a student decides as its teacher does, from logits [R, V] of both."""
         raise NotImplementedError
 
     @property
     def count(self) -> int:
+        """Return the number of examples."""
         return len(self._rows)
 
     @property
     def tokens(self) -> int:
-        """Of all examples, padding that was asked for included."""
+        """Return the number of tokens of all examples, with padding where `pad_to` is set."""
         return self.count * self._pad_to if self._pad_to else sum(map(len, self._encoded.ids))
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Of all rows."""
+        """Return the labels of all rows."""
         return np.concatenate(self._labels)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all that a model sees of them."""
+        """Return a hash of all that a model reads of the examples."""
         total = hashlib.sha256(f"{self._pad_to} {self._pad}".encode())
         for ids, segments, rows in zip(self._encoded.ids, self._encoded.segments, self._rows, strict=True):
             total.update(len(ids).to_bytes(4, "little") + ids.tobytes() + segments.tobytes() + rows.tobytes())
         return total.hexdigest()
 
     def batch(self, numbers: np.ndarray) -> Batch:
+        """Return the examples of these numbers as one batch."""
         sequences = [self._encoded.ids[example] for example in numbers]
         segments = [self._encoded.segments[example] for example in numbers]
         starts = span_starts(sequences, self._pad_to)[:-1]
@@ -104,9 +118,9 @@ class TaskExamples:
         return collate(sequences, segments, rows, labels, self._pad_to, self._pad)
 
     def in_order(self) -> Batches:
-        """All of them, in batches."""
-        everything = np.arange(self.count)
-        return [partial(self.batch, everything[i : i + DEV_EXAMPLES]) for i in range(0, len(everything), DEV_EXAMPLES)]
+        """Return all examples, in batches."""
+        numbers = np.arange(self.count)
+        return [partial(self.batch, numbers[i : i + DEV_BATCH_SIZE]) for i in range(0, len(numbers), DEV_BATCH_SIZE)]
 
 
 def tokenize(
@@ -114,30 +128,37 @@ def tokenize(
     raw: RawExamples,
     tokenizer: PreTrainedTokenizerFast,
     data: TaskDataConfig,
-    what: str,
+    description: str,
     pad_to: int | None = None,
 ) -> TaskExamples:
-    """`what` names them in complaints. Raises UserError when the tokenizer does not know the text."""
+    """Return the tokenized examples; `description` names them in messages.
+
+    Raise UserError when the tokenizer does not know the text.
+    """
     kinds: dict[type[Any], Any] = {
         Texts: TextExamples,
         Sentences: TaggingExamples,
         Questions: QuestionExamples,
     }
-    return kinds[type(raw)](task, raw, tokenizer, data, what, pad_to)
+    return kinds[type(raw)](task, raw, tokenizer, data, description, pad_to)
 
 
 class TextExamples(TaskExamples):
+    """Texts, or pairs of texts; the head reads the first token."""
+
     def __init__(
         self,
         task: Task,
         raw: Texts,
         tokenizer: PreTrainedTokenizerFast,
         data: TaskDataConfig,
-        what: str,
+        description: str,
         pad_to: int | None,
     ) -> None:
         encoded = encode_framed(tokenizer, raw.texts, raw.pairs, data.max_length)
-        super().__init__(encoded, [FIRST] * len(encoded.ids), list(raw.labels[:, None]), tokenizer, what, pad_to)
+        super().__init__(
+            encoded, [FIRST_TOKEN] * len(encoded.ids), list(raw.labels[:, None]), tokenizer, description, pad_to
+        )
         self._metrics = task.metrics
 
     def score(self, logits: Logits) -> dict[str, float]:
@@ -156,10 +177,10 @@ class TaggingExamples(TaskExamples):
         raw: Sentences,
         tokenizer: PreTrainedTokenizerFast,
         data: TaskDataConfig,
-        what: str,
+        description: str,
         pad_to: int | None,
     ) -> None:
-        frame = frame_of(tokenizer)
+        frame = special_token_frame(tokenizer)
         ids: list[np.ndarray] = []
         rows: list[np.ndarray] = []
         labels: list[np.ndarray] = []
@@ -170,26 +191,29 @@ class TaggingExamples(TaskExamples):
                 rows.append(places)
                 labels.append(tags[first:end])
         segments = [np.zeros(len(sequence), dtype=np.uint8) for sequence in ids]
-        super().__init__(EncodedSequences(ids, segments), rows, labels, tokenizer, what, pad_to)
+        super().__init__(EncodedSequences(ids, segments), rows, labels, tokenizer, description, pad_to)
         self._metrics, self._names = task.metrics, task.label_names
         self._sentences = np.cumsum([len(words) for words in raw.words])
 
     def score(self, logits: Logits) -> dict[str, float]:
         gold, predicted = self._tags(self.labels), self._tags(logits.argmax(axis=1))
-        found = {**metrics.entities(gold, predicted), "accuracy": metrics.accuracy(self.labels, logits.argmax(axis=1))}
-        return {name: found[name] for name in self._metrics}
+        accuracy = metrics.accuracy(self.labels, logits.argmax(axis=1))
+        values = {**metrics.entity_metrics(gold, predicted), "accuracy": accuracy}
+        return {name: values[name] for name in self._metrics}
 
     def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
         return metrics.loyalty(student, teacher)
 
     def _tags(self, numbers: np.ndarray) -> list[list[str]]:
-        """Class ids [R] to tags, sentence by sentence."""
-        return [[self._names[n] for n in part] for part in np.split(numbers, self._sentences[:-1])]
+        """Return the tags of class ids [R], sentence by sentence."""
+        return [[self._names[n] for n in sentence] for sentence in np.split(numbers, self._sentences[:-1])]
 
 
 def split_sentence(words: EncodedWords, room: int) -> list[int]:
-    """Borders between words, from 0 to the last word's end, so that what stands between two of them takes at most
-    `room` tokens, a longer word alone excepted; pieces are about as long as each other."""
+    """Return borders between words, from 0 to the end of the last word.
+
+    Between two borders are at most `room` tokens, or one longer word. The stretches are about as long as each other.
+    """
     total = len(words.ids)
     aim = -(-total // -(-total // room))
     ends = [*words.firsts[1:].tolist(), total]
@@ -202,9 +226,9 @@ def split_sentence(words: EncodedWords, room: int) -> list[int]:
 
 
 def _sequence_of_words(
-    words: EncodedWords, first: int, end: int, frame: Frame, max_length: int
+    words: EncodedWords, first: int, end: int, frame: SpecialTokenFrame, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sequence and rows of words first … end - 1. Of a word that does not fit, its first tokens are there."""
+    """Return the sequence and rows of words first … end - 1. A word that does not fit gives its first tokens."""
     borders = [0, *words.firsts[1:].tolist(), len(words.ids)]
     begin = borders[first]
     content = words.ids[begin : borders[end]][: max_length - frame.size]
@@ -213,8 +237,10 @@ def _sequence_of_words(
 
 
 class QuestionExamples(TaskExamples):
-    """Labels are [R, 2]: 1 in the row where the answer begins, and in that where it ends; in the first token's where
-    the window lacks it."""
+    """Windows of contexts. Labels are [R, 2]: 1 in the row where the answer begins, and in the one where it ends.
+
+    Both are the row of the first token where the window lacks the answer.
+    """
 
     def __init__(
         self,
@@ -222,44 +248,46 @@ class QuestionExamples(TaskExamples):
         raw: Questions,
         tokenizer: PreTrainedTokenizerFast,
         data: TaskDataConfig,
-        what: str,
+        description: str,
         pad_to: int | None,
     ) -> None:
         windows = encode_windows(tokenizer, raw.questions, raw.contexts, data.max_length, data.overlap)
-        rows = [np.concatenate([FIRST, np.arange(part.start, part.stop)]) for part in windows.context]
+        rows = [np.concatenate([FIRST_TOKEN, np.arange(x.start, x.stop)]) for x in windows.context]
         labels = [
             _answer_labels(raw.answers[question], characters)
             for question, characters in zip(windows.question.tolist(), windows.characters, strict=True)
         ]
-        super().__init__(windows.encoded, rows, labels, tokenizer, what, pad_to)
-        _warn_of_lost(raw, windows.question, labels, what)
+        super().__init__(windows.encoded, rows, labels, tokenizer, description, pad_to)
+        _warn_of_cut_answers(raw, windows.question, labels, description)
         self._raw, self._data, self._metrics = raw, data, task.metrics
         nothing = np.zeros((1, 2), dtype=np.int64)
-        characters = np.concatenate([x for each in windows.characters for x in (nothing, each)])
+        characters = np.concatenate([x for window in windows.characters for x in (nothing, window)])
         self._places = AnswerWindows(windows.question, np.cumsum([0, *map(len, rows)]), characters)
 
     def answers(self, logits: Logits) -> list[str]:
-        """The answer to each question."""
+        """Return the answer to each question."""
         return find_answers(
             logits, self._places, self._raw, self._data.max_answer_length, self._data.null_score_diff_threshold
         )
 
     def score(self, logits: Logits) -> dict[str, float]:
         golds = [[answer.text for answer in answers] for answers in self._raw.answers]
-        found = metrics.answers(self.answers(logits), golds, self._raw.unanswerable)
-        return {name: found[name] for name in self._metrics}
+        values = metrics.answer_metrics(self.answers(logits), golds, self._raw.unanswerable)
+        return {name: values[name] for name in self._metrics}
 
     def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
-        equal = [mine == theirs for mine, theirs in zip(self.answers(student), self.answers(teacher), strict=True)]
+        equal = [one == other for one, other in zip(self.answers(student), self.answers(teacher), strict=True)]
         return {
             "label_loyalty": sum(equal) / len(equal),
-            "probability_loyalty": metrics.likeness(student, teacher, self._places.starts[:-1]),
+            "probability_loyalty": metrics.window_probability_loyalty(student, teacher, self._places.starts[:-1]),
         }
 
 
 def _answer_labels(answers: Sequence[Answer], characters: np.ndarray) -> np.ndarray:
-    """float32 [rows, 2] of a window whose tokens stand for these characters [tokens, 2]; of several answers the first
-    one counts."""
+    """Return float32 [rows, 2] of a window whose tokens stand for these characters [tokens, 2].
+
+    The first of several answers counts.
+    """
     labels = np.zeros((1 + len(characters), 2), dtype=np.float32)
     begin = end = 0
     if answers and len(characters) and _holds(characters, answers[0]):
@@ -273,13 +301,14 @@ def _holds(characters: np.ndarray, answer: Answer) -> bool:
     return bool(characters[0, 0] <= answer.begin and characters[-1, 1] >= answer.end)
 
 
-def _warn_of_lost(raw: Questions, question: np.ndarray, labels: Sequence[np.ndarray], what: str) -> None:
-    """Says how many answers are in no window as a whole, so that each says "no answer"."""
-    found = {number for number, each in zip(question.tolist(), labels, strict=True) if not each[0, 0]}
-    lost = sum(bool(answers) and number not in found for number, answers in enumerate(raw.answers))
-    if lost and processes.is_main():
-        print(
-            f"{what}: {lost} of {len(raw.answers)} answers are in no window as a whole; "
-            "raise data.doc_stride or data.max_length",
-            file=sys.stderr,
+def _warn_of_cut_answers(raw: Questions, question: np.ndarray, labels: Sequence[np.ndarray], description: str) -> None:
+    """Log how many answers are in no window as a whole: the labels of their windows are those of "no answer"."""
+    answered = {number for number, window in zip(question.tolist(), labels, strict=True) if not window[0, 0]}
+    cut = sum(bool(answers) and number not in answered for number, answers in enumerate(raw.answers))
+    if cut:
+        logger.warning(
+            "%s: %d of %d answers are in no window as a whole; raise data.doc_stride or data.max_length",
+            description,
+            cut,
+            len(raw.answers),
         )

@@ -19,6 +19,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.load import lookup
 from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
 from lad_dist.utils.suggest import did_you_mean
+from lad_dist.utils.text import one_line
 
 MAX_LABEL = float(np.finfo(np.float32).max)  # label of a regression
 
@@ -40,17 +41,19 @@ class ColumnNames(NamedTuple):
 
     @property
     def present(self) -> list[str]:
+        """Return the names of the columns that the task has."""
         return [name for name in self if name is not None]
 
 
 class FileRows(NamedTuple):
-    """A file's wanted columns, and the line that each row begins on (in a .parquet the row's number, from 1)."""
+    """Some columns of a file, and the line that each row begins on (in a .parquet the row's number, from 1)."""
 
     file: Path
     lines: list[int]
     columns: dict[str, list[Any]]
 
     def texts(self, column: str) -> list[str]:
+        """Return the texts of a column. Raise UserError, with file and line, for a value that is no text."""
         values = self.columns[column]
         for line, value in zip(self.lines, values, strict=True):
             if not isinstance(value, str):
@@ -58,7 +61,7 @@ class FileRows(NamedTuple):
         return values
 
     def labels(self, column: str, convert: Callable[[Any], Any], dtype: Any) -> np.ndarray:
-        """`convert` of each label; what its ValueError says is given with file and line."""
+        """Return `convert` of each label. Raise UserError, with file and line, where that raises ValueError."""
         result = []
         for line, value in zip(self.lines, self.columns[column], strict=True):
             try:
@@ -69,14 +72,16 @@ class FileRows(NamedTuple):
 
 
 def texts_of_rows(rows: FileRows, columns: ColumnNames, convert: Callable[[Any], Any], dtype: Any) -> Texts:
+    """Return the texts of rows, and `convert` of their labels."""
     pairs = None if columns.pair is None else rows.texts(columns.pair)
     return Texts(rows.texts(columns.text), pairs, rows.labels(columns.label, convert, dtype))
 
 
 def number_label(value: Any) -> float:
-    written = not isinstance(value, bool) and isinstance(value, str | int | float) and "_" not in str(value)
+    """Return the label of a regression. Raise ValueError for what is no number of 32 bits."""
+    is_number = not isinstance(value, bool) and isinstance(value, str | int | float) and "_" not in str(value)
     try:
-        number = float(value) if written else math.nan
+        number = float(value) if is_number else math.nan
     except (ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= MAX_LABEL:
@@ -85,6 +90,7 @@ def number_label(value: Any) -> float:
 
 
 def reader_of(file: Path) -> Callable[..., FileRows]:
+    """Return what reads files of this ending. Raise UserError when nothing does."""
     return lookup(
         f"{file}: file type", file.suffix, {".csv": _csv, ".tsv": read_tsv, ".jsonl": _jsonl, ".parquet": _parquet}
     )
@@ -92,18 +98,27 @@ def reader_of(file: Path) -> Callable[..., FileRows]:
 
 def read_tsv(
     file: Path,
-    wanted: Sequence[str],
+    required: Sequence[str],
     optional: str | None = None,
     header: Sequence[str] | None = None,
     skip_torn: bool = False,
 ) -> FileRows:
+    """Return the columns of a .tsv file.
+
+    Args:
+        file: The file.
+        required: The names of the columns to read.
+        optional: The name of a column that is read where the file has it.
+        header: The names of all columns; None where the first line has them.
+        skip_torn: Whether rows that lack columns are left out, and no mistake.
+    """
     fields = ((number, line.split("\t")) for number, line in numbered_lines(file) if line)
-    return _table(file, fields, wanted, optional, header, skip_torn)
+    return _table(file, fields, required, optional, header, skip_torn)
 
 
-def _csv(file: Path, wanted: Sequence[str], optional: str | None = None) -> FileRows:
+def _csv(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
     reader = csv.reader((line + "\n" for _, line in numbered_lines(file)), strict=True)
-    return _table(file, _csv_fields(file, reader), wanted, optional)
+    return _table(file, _csv_fields(file, reader), required, optional)
 
 
 def _csv_fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -120,15 +135,15 @@ def _csv_fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 def _table(
     file: Path,
     rows: Iterator[tuple[int, list[str]]],
-    wanted: Sequence[str],
+    required: Sequence[str],
     optional: str | None,
     header: Sequence[str] | None = None,
     skip_torn: bool = False,
 ) -> FileRows:
-    """Columns out of rows of fields, the first of which is the header when none is given."""
+    """Return columns out of rows of fields, the first of which is the header when there is no other."""
     if header is None:
         _, header = next(rows, (0, []))
-    columns = {name: header.index(name) for name in _present(file, header, wanted, optional)}
+    columns = {name: header.index(name) for name in _present(file, header, required, optional)}
     result = FileRows(file, [], {name: [] for name in columns})
     for line, fields in rows:
         if len(fields) != len(header):
@@ -141,12 +156,12 @@ def _table(
     return _not_empty(result)
 
 
-def _jsonl(file: Path, wanted: Sequence[str], optional: str | None = None) -> FileRows:
+def _jsonl(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
     rows = numbered_objects(file)
     first = next(rows, None)
     if first is None:
         raise UserError(f"{file}: empty")
-    names = _present(file, list(first[1]), wanted, optional)
+    names = _present(file, list(first[1]), required, optional)
     result = FileRows(file, [], {name: [] for name in names})
     for line, row in chain([first], rows):
         result.lines.append(line)
@@ -157,28 +172,28 @@ def _jsonl(file: Path, wanted: Sequence[str], optional: str | None = None) -> Fi
     return result
 
 
-def _parquet(file: Path, wanted: Sequence[str], optional: str | None = None) -> FileRows:
+def _parquet(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
     try:
         with pq.ParquetFile(file) as table:
-            names = _present(file, table.schema_arrow.names, wanted, optional)
+            names = _present(file, table.schema_arrow.names, required, optional)
             columns = table.read(names).to_pydict()
     except UserError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{file}: cannot be read as Parquet ({one_line(error)})") from None
     return _not_empty(FileRows(file, list(range(1, len(columns[names[0]]) + 1)), columns))
 
 
-def _present(file: Path, found: Sequence[str], wanted: Iterable[str], optional: str | None) -> list[str]:
-    """The columns to read. Raises UserError for one that is missing."""
-    if not found:
+def _present(file: Path, header: Sequence[str], required: Iterable[str], optional: str | None) -> list[str]:
+    """Return the columns to read. Raise UserError for one that is missing."""
+    if not header:
         raise UserError(f"{file}: empty")
-    for name in wanted:
-        if name not in found:
-            raise UserError(f'{file}: no column "{name}" among {", ".join(found)}: {did_you_mean(name, found)}')
-    names = list(wanted) if optional is None or optional not in found else [*wanted, optional]
+    for name in required:
+        if name not in header:
+            raise UserError(f'{file}: no column "{name}" among {", ".join(header)}: {did_you_mean(name, header)}')
+    names = list(required) if optional is None or optional not in header else [*required, optional]
     for name in names:
-        if found.count(name) > 1:
+        if header.count(name) > 1:
             raise UserError(f'{file}: two columns are called "{name}"; rename one')
     return names
 

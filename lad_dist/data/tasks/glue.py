@@ -14,6 +14,8 @@ HUB_NAME = "nyu-mll/glue"
 
 
 class GlueTask(NamedTuple):
+    """Where a task's texts and labels stand."""
+
     folder: str
     tsv: ColumnNames
     hub: ColumnNames
@@ -77,11 +79,12 @@ GLUE = {
 
 
 def glue_files(path: str, task: GlueTask) -> list[Path]:
-    """The training file, then those to evaluate on."""
+    """Return the training file, then those to evaluate on."""
     return [Path(path) / task.folder / name for name in ("train.tsv", *(file for _, file, _ in task.dev))]
 
 
 def texts_from_tsv(task: GlueTask, file: Path) -> Texts:
+    """Return the texts and labels of one of GLUE's own files."""
     rows = read_tsv(file, task.tsv.present, header=task.header, skip_torn=task.torn_rows)
     if not task.label_names:
         return texts_of_rows(rows, task.tsv, number_label, np.float32)
@@ -91,6 +94,7 @@ def texts_from_tsv(task: GlueTask, file: Path) -> Texts:
 
 
 def texts_from_hub(task: GlueTask, name: str, split: str) -> Texts:
+    """Return the texts and labels of a split on the hub."""
     rows = hub.load(HUB_NAME, name, split, task.hub.present)
     pairs = None if task.hub.pair is None else list(rows[task.hub.pair])
     dtype = np.int64 if task.label_names else np.float32

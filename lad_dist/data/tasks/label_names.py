@@ -14,14 +14,14 @@ from lad_dist.utils.suggest import did_you_mean
 
 
 def label_name(value: Any) -> str:
-    """A label as a string. Raises ValueError for what is no label."""
+    """Return a label as a string. Raise ValueError for what is no label."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, str | int | np.integer) or value == "":
         raise ValueError(f"label {value!r} is neither a word nor a whole number")
     return str(value)
 
 
 def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
-    """The distinct labels: as numbers when all are, 2 before 10."""
+    """Return the distinct labels, sorted: as numbers when all are, 2 before 10."""
     names = set(labels)
     if all(name.lstrip("-").isdecimal() for name in names):
         return tuple(sorted(names, key=int))
@@ -29,7 +29,7 @@ def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def class_id(ids: Mapping[str, int], label: Any) -> int:
-    """Raises ValueError for a label that is not among them."""
+    """Return the class id of a label. Raise ValueError for an unknown one."""
     name = label_name(label)
     if name not in ids:
         raise ValueError(f'label "{name}" is unknown: {did_you_mean(name, ids)}')

@@ -1,11 +1,11 @@
 """Metrics: plain functions on arrays and lists, and loyalty to a teacher.
 
-    score       classification and regression, by the names that `data/tasks.py` gives each task
-    accuracy    the share of equal class ids
-    entities    named entities, as conlleval counts them
-    answers     questions, as SQuAD's own scripts do
-    loyalty     of decisions and distributions
-    likeness    of distributions over the rows of each window
+    score                        classification and regression, by the names of a task's metrics
+    accuracy                     the share of equal class ids
+    entity_metrics               named entities, as conlleval counts them
+    answer_metrics               questions, as SQuAD's own scripts do
+    loyalty                      of decisions and distributions
+    window_probability_loyalty   of distributions over the rows of each window
 
 E examples or words, C classes, R rows of all windows.
 """
@@ -28,7 +28,7 @@ Array = NDArray[np.floating] | NDArray[np.integer]
 
 
 def score(names: Sequence[str], logits: NDArray[np.floating], labels: Array) -> dict[str, float]:
-    """The named metrics of logits [E, C] ([E, 1] for regression) against labels [E]."""
+    """Return the named metrics of logits [E, C] ([E, 1] for regression) against labels [E]."""
     predicted = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
     return {name: float(METRICS[name](labels, predicted)) for name in names}
 
@@ -46,6 +46,7 @@ def _spearman(labels: Array, predicted: Array) -> float:
 
 
 def accuracy(labels: Array, predicted: Array) -> float:
+    """Return the share of equal class ids."""
     return float(accuracy_score(labels, predicted))
 
 
@@ -59,9 +60,11 @@ METRICS = {
 
 
 def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dict[str, float]:
-    """How far a student decides as its teacher does, from logits [E, C] of both (Xu et al., 2021): `label_loyalty` is
-    the share of equal decisions, `probability_loyalty` 1 - the Jensen-Shannon distance (base 2) of their
-    distributions, mean over examples. For regression the correlation of their outputs, `teacher_pearson`."""
+    """Return how far a student decides as its teacher does, from logits [E, C] of both (Xu et al., 2021).
+
+    `label_loyalty` is the share of equal decisions. `probability_loyalty` is 1 - the Jensen-Shannon distance (base 2)
+    of the distributions, mean over examples. For a regression it is the correlation of the outputs, `teacher_pearson`.
+    """
     if student.shape[1] == 1:
         return {"teacher_pearson": float(_pearson(teacher[:, 0], student[:, 0]))}
     with np.errstate(invalid="ignore"):  # rounding takes equal ones below 0, and its root is NaN
@@ -72,9 +75,14 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
     }
 
 
-def likeness(student: NDArray[np.floating], teacher: NDArray[np.floating], starts: NDArray[np.integer]) -> float:
-    """1 - the Jensen-Shannon distance (base 2) of the distributions that logits [R, 2] of both are over each window's
-    rows, mean over windows and both columns; `starts` are the windows' first rows."""
+def window_probability_loyalty(
+    student: NDArray[np.floating], teacher: NDArray[np.floating], starts: NDArray[np.integer]
+) -> float:
+    """Return 1 - the Jensen-Shannon distance (base 2) of two distributions over each window's rows.
+
+    The distributions are the softmax of logits [R, 2] over the rows of a window. The result is the mean over windows
+    and both columns; `starts` are the windows' first rows.
+    """
     p, q = (_softmax_by_window(x, starts) for x in (student, teacher))
     divergence = (rel_entr(p, (p + q) / 2) + rel_entr(q, (p + q) / 2)) / (2 * np.log(2))
     return float(1 - np.sqrt(np.maximum(np.add.reduceat(divergence, starts), 0)).mean())
@@ -95,58 +103,63 @@ class Entity(NamedTuple):
     kind: str
 
 
-def entities(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 over the entities of all sentences: one counts as found where borders and kind are right
-    (conlleval, Tjong Kim Sang & De Meulder, 2003; seqeval's default mode). Tags are BIO (IOB1 or IOB2), IOBES or
-    BILOU."""
-    there, said = (set(found) for found in (_entities(gold), _entities(predicted)))
-    right = len(there & said)
+def entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return precision, recall and F1 over the entities of all sentences.
+
+    A predicted entity is correct where borders and kind are (conlleval, Tjong Kim Sang & De Meulder, 2003; seqeval's
+    default mode). Tags are BIO (IOB1 or IOB2), IOBES or BILOU.
+    """
+    gold_entities, predicted_entities = set(_entities(gold)), set(_entities(predicted))
+    correct = len(gold_entities & predicted_entities)
+    total = len(gold_entities) + len(predicted_entities)
     return {
-        "precision": right / len(said) if said else 0.0,
-        "recall": right / len(there) if there else 0.0,
-        "f1": 2 * right / (len(there) + len(said)) if there or said else 0.0,
+        "precision": correct / len(predicted_entities) if predicted_entities else 0.0,
+        "recall": correct / len(gold_entities) if gold_entities else 0.0,
+        "f1": 2 * correct / total if total else 0.0,
     }
 
 
 def _entities(sentences: Sequence[Sequence[str]]) -> list[Entity]:
-    found = []
-    for number, tags in enumerate(sentences):
-        parts = [tag.partition("-")[::2] for tag in tags]
-        begins = [n for n, part in enumerate(parts) if _begins(parts[n - 1] if n else ("O", ""), part)]
-        for begin, limit in pairwise([*begins, len(parts)]):
-            outside = (n for n in range(begin, limit) if parts[n][0] == "O")
-            found.append(Entity(number, begin, next(outside, limit), parts[begin][1]))
-    return found
+    entities = []
+    for number, sentence in enumerate(sentences):
+        tags = [tag.partition("-")[::2] for tag in sentence]  # (prefix, kind)
+        begins = [n for n, tag in enumerate(tags) if _begins_entity(tags[n - 1] if n else ("O", ""), tag)]
+        for begin, limit in pairwise([*begins, len(tags)]):
+            outside = (n for n in range(begin, limit) if tags[n][0] == "O")
+            entities.append(Entity(number, begin, next(outside, limit), tags[begin][1]))
+    return entities
 
 
-def _begins(before: tuple[str, str], part: tuple[str, str]) -> bool:
-    """Whether a word with this (prefix, kind) begins an entity after one with that."""
-    if part[0] == "O":
+def _begins_entity(before: tuple[str, str], tag: tuple[str, str]) -> bool:
+    """Return whether a word of this (prefix, kind) begins an entity after a word of (prefix, kind) `before`."""
+    if tag[0] == "O":
         return False
-    return part[0] in "BSU" or before[0] in "OELSU" or part[1] != before[1]
+    return tag[0] in "BSU" or before[0] in "OELSU" or tag[1] != before[1]
 
 
-def answers(predicted: Sequence[str], golds: Sequence[Sequence[str]], unanswerable: bool) -> dict[str, float]:
-    """Exact match and F1 over words, normalised, the best over each question's answers, mean over questions
-    (Rajpurkar et al., 2016). Where some are unanswerable, as in SQuAD 2.0, an empty answer is right for those alone;
-    F1 of both kinds of question is given beside."""
+def answer_metrics(predicted: Sequence[str], golds: Sequence[Sequence[str]], unanswerable: bool) -> dict[str, float]:
+    """Return exact match and F1 over normalised words, mean over questions (Rajpurkar et al., 2016).
+
+    The best of each question's answers counts. Where some questions are unanswerable, as in SQuAD 2.0, an empty answer
+    is right for those alone, and the F1 of both kinds of question is added.
+    """
     exact, f1 = [], []
     for answer, gold in zip(predicted, golds, strict=True):
         texts = [text for text in gold if not unanswerable or normalised(text)] or [""]
         exact.append(max(float(normalised(answer) == normalised(text)) for text in texts))
         f1.append(max(_words_f1(normalised(answer).split(), normalised(text).split(), unanswerable) for text in texts))
-    found = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
+    metrics = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
     if unanswerable:
         answerable = np.array([any(map(normalised, gold)) for gold in golds])
-        for name, mine in (("f1_answerable", answerable), ("f1_unanswerable", ~answerable)):
-            found[name] = float(np.array(f1)[mine].mean()) if mine.any() else 0.0
-    return found
+        for name, selected in (("f1_answerable", answerable), ("f1_unanswerable", ~answerable)):
+            metrics[name] = float(np.array(f1)[selected].mean()) if selected.any() else 0.0
+    return metrics
 
 
 def normalised(answer: str) -> str:
-    """In lower case, without ASCII punctuation, articles and blanks between words but one."""
-    kept = "".join(character for character in answer.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+    """Return the answer in lower case, without ASCII punctuation and articles, with one blank between words."""
+    text = "".join(character for character in answer.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def _words_f1(answer: list[str], gold: list[str], unanswerable: bool) -> float:

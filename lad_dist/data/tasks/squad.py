@@ -6,7 +6,7 @@
 A file is {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text", "answer_start"}]}]}]}]}. A
 question without answers, or with "is_impossible": true, has none in its context, as in version 2.0.
 
-R rows that the head reads: of each window its first token, which stands for "no answer", and the context's tokens.
+R rows that the head reads: the first token of each window, which stands for "no answer", and the context's tokens.
 """
 
 import json
@@ -23,11 +23,14 @@ from lad_dist.utils.strict_json import parse_json
 
 
 class Answer(NamedTuple):
+    """A stretch of a context."""
+
     text: str
-    begin: int  # its first character in the context
+    begin: int  # the first character in the context
 
     @property
     def end(self) -> int:
+        """Return the end of the answer in the context."""
         return self.begin + len(self.text)
 
 
@@ -43,25 +46,25 @@ class Questions(NamedTuple):
 class AnswerWindows(NamedTuple):
     """The rows of all windows, end to end."""
 
-    question: np.ndarray  # int64 [windows], which question each is of, ascending
-    starts: np.ndarray  # int64 [windows + 1], where each window's rows begin
-    characters: np.ndarray  # int64 [R, 2], which characters of the context each stands for
+    question: np.ndarray  # int64 [windows]: the question of each, ascending
+    starts: np.ndarray  # int64 [windows + 1]: where each window's rows begin
+    characters: np.ndarray  # int64 [R, 2]: the characters of the context that each stands for
 
 
 def reader(file: Path) -> Any:
-    """What reads files of that ending. Raises UserError when nothing does."""
+    """Return what reads files of this ending. Raise UserError when nothing does."""
     return lookup(f"{file}: file type", file.suffix, {".json": _read})
 
 
 def load_squad(train_file: Path, dev_file: Path) -> tuple[Questions, Questions]:
-    """Raises UserError naming the file and the place in it."""
+    """Return the questions of both files. Raise UserError, with file and place, for a mistake in one."""
     train, dev = (_read(file) for file in (train_file, dev_file))
     unanswerable = any(not answers for questions in (train, dev) for answers in questions.answers)
     return train._replace(unanswerable=unanswerable), dev._replace(unanswerable=unanswerable)
 
 
 def _read(file: Path) -> Questions:
-    found = Questions([], [], [], False)
+    questions = Questions([], [], [], False)
     for a, article in enumerate(_list(_parsed(file), "data", str(file))):
         in_article = f"{file}: data[{a}]"
         for p, paragraph in enumerate(_list(article, "paragraphs", in_article)):
@@ -69,12 +72,12 @@ def _read(file: Path) -> Questions:
             context = _text(paragraph, "context", in_paragraph)
             for q, entry in enumerate(_list(paragraph, "qas", in_paragraph)):
                 in_entry = f"{in_paragraph}.qas[{q}]"
-                found.questions.append(_text(entry, "question", in_entry).strip())
-                found.contexts.append(context)
-                found.answers.append(_answers(entry, context, in_entry))
-    if not found.questions:
+                questions.questions.append(_text(entry, "question", in_entry).strip())
+                questions.contexts.append(context)
+                questions.answers.append(_answers(entry, context, in_entry))
+    if not questions.questions:
         raise UserError(f"{file}: no questions")
-    return found
+    return questions
 
 
 def _parsed(file: Path) -> Any:
@@ -92,13 +95,13 @@ def _parsed(file: Path) -> Any:
 
 def _list(table: Any, key: str, where: str) -> list[Any]:
     if not isinstance(table, dict) or not isinstance(table.get(key), list):
-        raise UserError(f'{where}: no list "{key}" there; SQuAD\'s JSON has one')
+        raise UserError(f'{where}: no list "{key}"; SQuAD\'s JSON has one')
     return table[key]
 
 
 def _text(table: Any, key: str, where: str) -> str:
     if not isinstance(table, dict) or not isinstance(table.get(key), str) or not table[key].strip():
-        raise UserError(f'{where}: no text "{key}" there; SQuAD\'s JSON has one')
+        raise UserError(f'{where}: no text "{key}"; SQuAD\'s JSON has one')
     return table[key]
 
 
@@ -115,23 +118,26 @@ def _answer(answer: Any, context: str, where: str) -> Answer:
     if not isinstance(begin, int) or isinstance(begin, bool) or begin < 0:
         raise UserError(f"{where}: answer_start is {begin!r}, not a place in the context")
     if context[begin : begin + len(text)] != text:
-        there = context[begin : begin + len(text)]
-        raise UserError(f'{where}: at answer_start {begin} the context has "{there}", not "{text}"')
+        actual = context[begin : begin + len(text)]
+        raise UserError(f'{where}: at answer_start {begin} the context has "{actual}", not "{text}"')
     return Answer(text.strip(), begin + len(text) - len(text.lstrip()))
 
 
 def find_answers(
-    logits: NDArray[np.floating], rows: AnswerWindows, questions: Questions, longest: int, threshold: float
+    logits: NDArray[np.floating], rows: AnswerWindows, questions: Questions, max_length: int, threshold: float
 ) -> list[str]:
-    """The answer to each question, from logits [R, 2] of its begin and its end: the stretch of at most `longest` tokens
-    with the greatest sum of both in any window. Where questions may lack answers, none ("") when the least sum of any
-    window's first token exceeds that by more than `threshold` (Devlin et al., 2019, section 4.3)."""
+    """Return the answer to each question, from logits [R, 2] of begins and ends.
+
+    It is the stretch of at most `max_length` tokens with the greatest sum of both logits in any window. Where questions
+    may lack answers, it is "" when the least sum of any window's first token exceeds that sum by more than `threshold`
+    (Devlin et al., 2019, section 4.3).
+    """
     best = np.full(len(questions.questions), -np.inf)
     none = np.full(len(questions.questions), np.inf)
     answers = [""] * len(questions.questions)
     for question, (first, end) in zip(rows.question.tolist(), pairwise(rows.starts.tolist()), strict=True):
         none[question] = min(none[question], float(logits[first].sum()))
-        score, begin, last = _best_stretch(logits[first + 1 : end], longest)
+        score, begin, last = _best_stretch(logits[first + 1 : end], max_length)
         if score > best[question]:
             best[question] = score
             span = rows.characters[first + 1 + begin, 0], rows.characters[first + 1 + last, 1]
@@ -140,10 +146,10 @@ def find_answers(
     return ["" if lacks else answer for lacks, answer in zip(lacking.tolist(), answers, strict=True)]
 
 
-def _best_stretch(logits: NDArray[np.floating], longest: int) -> tuple[float, int, int]:
-    """(sum, first token, last token) of the best stretch of logits [T, 2]."""
+def _best_stretch(logits: NDArray[np.floating], max_length: int) -> tuple[float, int, int]:
+    """Return (sum, first token, last token) of the best stretch of logits [T, 2]."""
     best = (-np.inf, 0, 0)
-    for more in range(min(longest, len(logits))):
+    for more in range(min(max_length, len(logits))):
         sums = logits[: len(logits) - more, 0] + logits[more:, 1]
         begin = int(sums.argmax())
         if sums[begin] > best[0]:

@@ -35,13 +35,16 @@ class _Sentence(NamedTuple):
 
 
 def reader(file: Path) -> Any:
-    """What reads files of that ending. Raises UserError when nothing does."""
+    """Return what reads files of this ending. Raise UserError when nothing does."""
     conll = dict.fromkeys((".conll", ".bio", ".iob", ".txt", ".tsv"), _conll)
     return lookup(f"{file}: file type", file.suffix, {**conll, ".jsonl": _jsonl})
 
 
 def load_tagging(train_file: Path, dev_file: Path) -> tuple[Sentences, Sentences, tuple[str, ...]]:
-    """Names are those of the training file, in the order of the class ids. Raises UserError naming file and line."""
+    """Return the sentences of both files, and the names of the training file's tags in the order of the class ids.
+
+    Raise UserError, with file and line, for a mistake in one.
+    """
     train, dev = (list(reader(file)(file)) for file in (train_file, dev_file))
     for file, sentences in ((train_file, train), (dev_file, dev)):
         if not sentences:
@@ -60,7 +63,7 @@ def _numbered(file: Path, sentences: list[_Sentence], ids: dict[str, int]) -> Se
 
 
 def _each(file: Path, sentences: list[_Sentence], convert: Any) -> Iterator[Any]:
-    """`convert` of each tag; what its ValueError says is given with file and line."""
+    """Yield `convert` of each tag. Raise UserError, with file and line, where that raises ValueError."""
     for sentence in sentences:
         for line, tag in zip(sentence.lines, sentence.tags, strict=True):
             try:
@@ -94,7 +97,7 @@ def _check_fields(where: str, fields: list[str], columns: int) -> None:
     if len(fields) != columns:
         raise UserError(f"{where}: {len(fields)} columns, not {columns}")
     if columns < 2:
-        raise UserError(f"{where}: one column; a word and its tag are needed")
+        raise UserError(f"{where}: one column, not two: a word and a tag")
 
 
 def _jsonl(file: Path) -> Iterator[_Sentence]:

@@ -1,7 +1,7 @@
 """A task: examples to train and evaluate on, label names, metrics.
 
 load_task(data)    GLUE's tasks, or the user's own files -> Task
-check_task(data)   the mistakes that can be seen without reading the data
+check_task(data)   the mistakes that show without reading the data
 """
 
 import re
@@ -30,8 +30,11 @@ RawExamples = Texts | tagging.Sentences | squad.Questions
 
 
 class Task(NamedTuple):
-    """Label names are in the order of the class ids, none where outputs are numbers; the first metric is the one to
-    maximise."""
+    """Examples, label names and metrics.
+
+    Label names are in the order of the class ids, none where outputs are numbers. The first metric is the one to
+    maximise.
+    """
 
     name: str
     kind: Kind
@@ -42,12 +45,12 @@ class Task(NamedTuple):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of a head's outputs: the labels, a regression's one number, or where an answer begins and ends."""
+        """Return the names of a head's outputs: labels, a regression's number, or where an answer begins and ends."""
         return self.label_names or {"regression": ("score",), "question_answering": ("start", "end")}[self.kind]
 
 
 def check_task(data: TaskDataConfig) -> None:
-    """Raises UserError for an unknown task, a missing file, or a kind of file that cannot be read."""
+    """Raise UserError for an unknown task, a missing file, or a kind of file that cannot be read."""
     if data.task is None:
         for file in _own_files(data):
             OWN_KINDS[data.kind].reader(file)
@@ -59,7 +62,10 @@ def check_task(data: TaskDataConfig) -> None:
 
 
 def load_task(data: TaskDataConfig) -> Task:
-    """The task's data, from GLUE's files, the hub or the user's own files. Raises UserError naming file and line."""
+    """Return the task's data, from GLUE's files, the hub or the user's own files.
+
+    Raise UserError, with file and line, for a mistake in one.
+    """
     check_task(data)
     if data.task is None:
         return OWN_KINDS[data.kind].load(*_own_files(data))
@@ -119,7 +125,9 @@ def _own_questions(train_file: Path, dev_file: Path) -> Task:
 
 
 class OwnKind(NamedTuple):
-    reader: Callable[[Path], Any]  # of a file; raises UserError where none reads files of that ending
+    """How the user's own files of one kind of task are read."""
+
+    reader: Callable[[Path], Any]  # of a file; raises UserError where none reads files of this ending
     load: Callable[[Path, Path], Task]
 
 

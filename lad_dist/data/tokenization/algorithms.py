@@ -18,7 +18,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.data.tokenization.loading import save_tokenizer
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of the tokenizers trained here: ids 0 to 4
-ALPHABET = 1000  # WordPiece keeps so many characters, as BERT's trainers do
+ALPHABET = 1000  # WordPiece has so many characters, as BERT's trainers do
 MODEL_FILE = "spiece.model"
 SCORES_PER_UNIT = 256
 UNIGRAM_THREADS = 16  # whatever the machine: which floats are added up first depends on it
@@ -29,23 +29,23 @@ COMBINING = r"\p{M}\p{Cf}\u0e33\u0eb3\uff9e\uff9f"
 DELETED = r"\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f"
 
 
-def train_wordpiece(texts: Iterable[str], vocabulary: int, out: Path, lowercase: bool = True) -> None:
-    """Trains a WordPiece tokenizer of `vocabulary` tokens into the folder `out`, for AutoTokenizer. With `lowercase`
-    it reads text in lower case and without accents, as uncased BERT's does.
+def train_wordpiece(texts: Iterable[str], vocab_size: int, out: Path, lowercase: bool = True) -> None:
+    """Train a WordPiece tokenizer of `vocab_size` tokens into the folder `out`, for AutoTokenizer.
 
-    Of the characters the ALPHABET most frequent ones are in. Text that does not hold enough distinct pieces gives a
-    smaller vocabulary. The same texts give the same files. Raises UserError for a vocabulary that is too small for the
-    characters."""
+    With `lowercase` it reads text in lower case and without accents, as uncased BERT's does. The vocabulary holds the
+    ALPHABET most frequent characters. Text with too few distinct pieces gives a smaller vocabulary. The same texts give
+    the same files. Raise UserError for a `vocab_size` that is too small for the characters.
+    """
     texts = list(texts)
     alphabet = _alphabet(texts, lowercase)
     # The trainer numbers continuations as it meets them, in the order of a hash map that differs from process to
     # process, and breaks ties between pieces by number: naming them first gives the same tokenizer every time.
     known = [*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet if _continues(character, lowercase))]
-    if vocabulary < len(known) + len(alphabet):
-        raise UserError(_too_small(vocabulary, len(known) + len(alphabet)))
+    if vocab_size < len(known) + len(alphabet):
+        raise UserError(_too_small(vocab_size, len(known) + len(alphabet)))
     learner = _wordpiece({}, lowercase)
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         special_tokens=known,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
@@ -65,7 +65,7 @@ def _wordpiece(vocabulary: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def _alphabet(texts: Iterable[str], lowercase: bool) -> list[str]:
-    """The ALPHABET most frequent characters as BERT's normaliser leaves them, ties broken by code point."""
+    """Return the ALPHABET most frequent characters as BERT's normaliser leaves them, ties broken by code point."""
     raw: Counter[str] = Counter()
     for text in texts:
         raw.update(text)
@@ -77,44 +77,49 @@ def _alphabet(texts: Iterable[str], lowercase: bool) -> list[str]:
 
 
 def _continues(character: str, lowercase: bool) -> bool:
-    """Whether it can stand inside a word, where BERT splits text into words."""
+    """Return whether a character can stand inside a word, where BERT splits text into words."""
     word = normalizers.BertNormalizer(lowercase=lowercase).normalize_str(f"a{character}")
     return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(word)) == 1
 
 
-def _too_small(vocabulary: int, needed: int) -> str:
-    return f"vocabulary = {vocabulary} is too small: characters and special tokens alone are {needed}"
+def _too_small(vocab_size: int, needed: int) -> str:
+    return f"vocab_size = {vocab_size} is too small: characters and special tokens alone are {needed}"
 
 
-def train_unigram(texts: Iterable[str], vocabulary: int, out: Path, lowercase: bool = False) -> None:
-    """Trains a sentencepiece unigram model of `vocabulary` pieces into the folder `out`: MODEL_FILE for sentencepiece,
-    and the fast tokenizer made from it for AutoTokenizer. Special tokens have the ids of SPECIAL_TOKENS; [CLS], [SEP]
-    and [MASK] are control symbols, which no text yields. Text is normalised by NFKC; with `lowercase` also by case
-    folding.
+def train_unigram(texts: Iterable[str], vocab_size: int, out: Path, lowercase: bool = False) -> None:
+    """Train a sentencepiece unigram model of `vocab_size` pieces into the folder `out`.
 
-    Both give the same ids for text in NFC, Unicode's composed form, that has no accents on compatibility characters
-    (as in halfwidth katakana). Other text the fast tokenizer composes first, and sentencepiece takes as it is.
+    The folder holds MODEL_FILE for sentencepiece, and the fast tokenizer of that model for AutoTokenizer. Special
+    tokens have the ids of SPECIAL_TOKENS; [CLS], [SEP] and [MASK] are control symbols, which no text yields. Text is
+    normalised by NFKC; with `lowercase` also by case folding.
 
-    The characters that make up 99.95 % of the text are in; others are [UNK]. Text that does not hold enough distinct
-    pieces gives a smaller vocabulary. The same texts give the same files. Raises UserError for a vocabulary that is
-    too small for the characters, and where protobuf is not installed."""
-    model = _sentencepiece_model(texts, vocabulary, lowercase)
+    Both tokenizers give the same ids for text in NFC, Unicode's composed form, that has no accents on compatibility
+    characters (as in halfwidth katakana). The fast tokenizer composes other text first; sentencepiece reads it as it
+    is.
+
+    The vocabulary holds the characters that make up 99.95 % of the text; others are [UNK]. Text with too few distinct
+    pieces gives a smaller vocabulary. The same texts give the same files.
+
+    Raises:
+        UserError: `vocab_size` is too small for the characters, or protobuf is not installed.
+    """
+    model = _sentencepiece_model(texts, vocab_size, lowercase)
     # Multiples of 1/256 are added without rounding, in sentencepiece's 32 bits as in the fast tokenizer's 64: pieces
-    # of equal sums are then equal for both, and both take the same.
+    # of equal sums are then equal for both, and both choose the same.
     for piece in model.pieces:
         piece.score = round(piece.score * SCORES_PER_UNIT) / SCORES_PER_UNIT
     _save(_unigram(model), out)
     (out / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _sentencepiece_model(texts: Iterable[str], vocabulary: int, lowercase: bool) -> Any:
-    """What sentencepiece learns from the texts, as the message that its file holds."""
+def _sentencepiece_model(texts: Iterable[str], vocab_size: int, lowercase: bool) -> Any:
+    """Return what sentencepiece learns from the texts, as the message that a model file holds."""
     if not is_protobuf_available():
         raise UserError("a unigram tokenizer cannot be trained without protobuf; pip install protobuf")
     pad, unknown, *control = SPECIAL_TOKENS
     options: dict[str, Any] = {
         "model_type": "unigram",
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "hard_vocab_limit": False,
         "normalization_rule_name": "nmt_nfkc_cf" if lowercase else "nmt_nfkc",
         # A text that spells "[SEP]" must be made of other pieces.
@@ -135,20 +140,20 @@ def _sentencepiece_model(texts: Iterable[str], vocabulary: int, lowercase: bool)
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=composed, model_writer=written, **options)
     except RuntimeError as error:
-        raise UserError(_why_untrained(vocabulary, str(error))) from None
+        raise UserError(_why_untrained(vocab_size, str(error))) from None
     messages = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # needs protobuf
     return messages.ModelProto.FromString(written.getvalue())
 
 
-def _why_untrained(vocabulary: int, error: str) -> str:
+def _why_untrained(vocab_size: int, error: str) -> str:
     too_small = re.search(r"required_chars\. \d+ vs (\d+)", error)
     if too_small:
-        return _too_small(vocabulary, int(too_small[1]))
-    return f"sentencepiece cannot learn from this text ({error.rpartition(']')[2].strip() or 'there is none'})"
+        return _too_small(vocab_size, int(too_small[1]))
+    return f"sentencepiece cannot learn from this text ({error.rpartition(']')[2].strip() or 'no text'})"
 
 
 def _unigram(model: Any) -> Tokenizer:
-    """The fast tokenizer that gives the ids of a sentencepiece model."""
+    """Return the fast tokenizer that gives the ids of a sentencepiece model."""
     learnt = model.SentencePiece.NORMAL
     lowest = min(piece.score for piece in model.pieces if piece.type == learnt)
     # The fast tokenizer knows no control symbols: a score below that of any other way to spell one keeps it out.
@@ -157,8 +162,8 @@ def _unigram(model: Any) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence(
         [
-            # The fast tokenizer looks a character up together with its accents, and loses those that it does not find:
-            # composed first and then kept apart by a character that the map deletes, each is looked up by itself.
+            # The fast tokenizer looks a character up together with its accents, and loses those that the map lacks:
+            # composed first and then separated by a character that the map deletes, each is looked up by itself.
             normalizers.NFC(),
             normalizers.Replace(Regex(rf"(?=[{COMBINING}])"), "\x01"),
             normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap),
@@ -172,7 +177,7 @@ def _unigram(model: Any) -> Tokenizer:
 
 
 def _save(tokenizer: Tokenizer, out: Path) -> None:
-    """The folder for AutoTokenizer, with BERT's template and special tokens."""
+    """Write the folder for AutoTokenizer, with BERT's template and special tokens."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

@@ -4,7 +4,7 @@ encode_flat      text -> ids without special tokens (corpora)
 encode_framed    text -> ids with special tokens, truncated (tasks)
 encode_words     words of a sentence -> ids without special tokens, and where each word begins
 encode_windows   question and context -> windows of the context, with special tokens
-refuse_unknown   a tokenizer that does not know the text is the user's mistake, and would train in silence
+refuse_unknown   refuses a tokenizer that does not know the text: training would not show the mistake
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lad_dist.config.errors import UserError
-from lad_dist.data.tokenization.special_tokens import frame_of, framing_ids, rust_backend
+from lad_dist.data.tokenization.special_tokens import framing_ids, rust_backend, special_token_frame
 
 MAX_UNKNOWN_SHARE = 0.2
 UNKNOWN_SAMPLE = 5000  # tokens looked at
@@ -47,14 +47,16 @@ class ContextWindows(NamedTuple):
     """Sequences with their special tokens, each of a question and as much of its context as there is room for."""
 
     encoded: EncodedSequences
-    question: np.ndarray  # int64, which question each is of, ascending
-    context: list[slice]  # its tokens of the context
-    characters: list[np.ndarray]  # int64 [tokens of the context, 2], which characters of the context they stand for
+    question: np.ndarray  # int64: the question of each, ascending
+    context: list[slice]  # where each has tokens of the context
+    characters: list[np.ndarray]  # int64 [tokens of the context, 2]: their characters in the context
 
 
 def encode_flat(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> FlatIds:
-    """The ids of each whole text without special tokens: neither added, nor read out of a text that spells one. Only
-    the unknown token occurs. Runs on the library's threads; the result does not depend on them."""
+    """Return the ids of each whole text without special tokens: neither added, nor read out of a text that spells one.
+
+    Only the unknown token occurs. The library's threads do the work; the result does not depend on them.
+    """
     backend = rust_backend(tokenizer)
     backend.encode_special_tokens = True
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -73,8 +75,7 @@ def encode_flat(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Fla
 def encode_framed(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
 ) -> EncodedSequences:
-    """Each text, or pair of texts, with special tokens, cut to max_length tokens where longer: the longer text
-    first."""
+    """Return each text, or pair of texts, with special tokens, cut to max_length tokens: the longer text first."""
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
     for begin in range(0, len(texts), TEXTS_PER_CALL):
@@ -93,22 +94,25 @@ def encode_framed(
 
 
 def encode_words(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sequence[str]]) -> list[EncodedWords]:
-    """Each sentence as the text that its words and blanks between them make. A word that has no token of its own (a
-    control character, or one joined to the word before it) becomes the unknown token: every word has a first token."""
-    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else frame_of(tokenizer).pad
-    found = []
+    """Return each sentence, its words joined by blanks, as ids.
+
+    A word that has no token of its own (a control character, or one joined to the word before it) becomes the unknown
+    token: every word has a first token.
+    """
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else special_token_frame(tokenizer).pad
+    encoded = []
     for begin in range(0, len(sentences), TEXTS_PER_CALL):
         chunk = sentences[begin : begin + TEXTS_PER_CALL]
         encodings = rust_backend(tokenizer).encode_batch([" ".join(words) for words in chunk], add_special_tokens=False)
         for words, encoding in zip(chunk, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
             characters = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            found.append(_first_tokens(ids, characters, words, unknown))
-    return found
+            encoded.append(_first_tokens(ids, characters, words, unknown))
+    return encoded
 
 
 def _first_tokens(ids: np.ndarray, characters: np.ndarray, words: Sequence[str], unknown: int) -> EncodedWords:
-    """characters: int64 [tokens, 2], begin and end of each token in the text."""
+    """Return the sentence; characters: int64 [tokens, 2], begin and end of each token in the text."""
     lengths = np.array([len(word) for word in words], dtype=np.int64)
     ends = np.cumsum(lengths + 1) - 1
     begins = ends - lengths
@@ -128,11 +132,15 @@ def encode_windows(
     max_length: int,
     stride: int,
 ) -> ContextWindows:
-    """Each question with its context, in as many windows of max_length tokens as hold the whole of it; neighbours
-    share `stride` tokens, less than half of max_length. Of a question there is at most what fills half a window."""
+    """Return each question with its context, in as many windows of max_length tokens as hold the whole context.
+
+    Neighbours share `stride` tokens, less than half of max_length. A question is cut where it would fill more than half
+    a window.
+    """
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
-    found = ContextWindows(EncodedSequences(ids, segments), np.empty(0, dtype=np.int64), [], [])
+    contexts_of_windows: list[slice] = []
+    characters_of_windows: list[np.ndarray] = []
     numbers: list[int] = []
     special = tokenizer.num_special_tokens_to_add(pair=True)
     questions = _truncated(tokenizer, questions, max(0, max_length // 2 - special))
@@ -153,40 +161,43 @@ def encode_windows(
         segments += [np.array(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
         numbers += [begin + number for number in encoded["overflow_to_sample_mapping"]]
         for window, characters in enumerate(encoded["offset_mapping"]):
-            mine = np.flatnonzero([side == 1 for side in encoded.sequence_ids(window)])
-            context = slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
-            found.context.append(context)
-            found.characters.append(np.array(characters[context], dtype=np.int64).reshape(-1, 2))
-    return found._replace(question=np.array(numbers, dtype=np.int64))
+            places = np.flatnonzero([side == 1 for side in encoded.sequence_ids(window)])
+            context = slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+            contexts_of_windows.append(context)
+            characters_of_windows.append(np.array(characters[context], dtype=np.int64).reshape(-1, 2))
+    question = np.array(numbers, dtype=np.int64)
+    return ContextWindows(EncodedSequences(ids, segments), question, contexts_of_windows, characters_of_windows)
 
 
-def _truncated(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], most: int) -> list[str]:
-    """The texts, each to the end of its token number `most`, or of an earlier one where a beginning of the text is read
-    as more tokens than it was as a part of it."""
-    cut, long, aim = list(texts), list(range(len(texts))), most
+def _truncated(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_tokens: int) -> list[str]:
+    """Return the texts, each cut to at most so many tokens.
+
+    The beginning of a text may be read as more tokens than within the whole text; then it is cut at an earlier token.
+    """
+    cut, long, aim = list(texts), list(range(len(texts))), max_tokens
     while long:
         encodings = rust_backend(tokenizer).encode_batch([cut[n] for n in long], add_special_tokens=False)
-        ends = {n: encoding.offsets for n, encoding in zip(long, encodings, strict=True) if len(encoding) > most}
+        ends = {n: encoding.offsets for n, encoding in zip(long, encodings, strict=True) if len(encoding) > max_tokens}
         for n, offsets in ends.items():
             cut[n] = cut[n][: offsets[aim - 1][1]] if aim else ""
         long, aim = list(ends), aim - 1
     return cut
 
 
-def refuse_unknown(tokenizer: PreTrainedTokenizerFast, sequences: Iterable[np.ndarray], what: str) -> None:
-    """Raises UserError when more than a fifth of the first few thousand tokens of `what` are the unknown token."""
+def refuse_unknown(tokenizer: PreTrainedTokenizerFast, sequences: Iterable[np.ndarray], source: str) -> None:
+    """Raise UserError when more than a fifth of the first few thousand tokens are unknown; `source` names the text."""
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return
     framing = framing_ids(tokenizer)
-    seen = bad = 0
+    tokens = unknown_tokens = 0
     for sequence in sequences:
         content = sequence[~np.isin(sequence, framing)]
-        seen, bad = seen + len(content), bad + int((content == unknown).sum())
-        if seen >= UNKNOWN_SAMPLE:
+        tokens, unknown_tokens = tokens + len(content), unknown_tokens + int((content == unknown).sum())
+        if tokens >= UNKNOWN_SAMPLE:
             break
-    if bad > MAX_UNKNOWN_SHARE * seen:
+    if unknown_tokens > MAX_UNKNOWN_SHARE * tokens:
         raise UserError(
-            f"{what}: {bad} of the first {seen} tokens are {tokenizer.unk_token}; "
+            f"{source}: {unknown_tokens} of the first {tokens} tokens are {tokenizer.unk_token}; "
             "this tokenizer does not know the text: wrong tokenizer, or wrong language"
         )

@@ -2,7 +2,7 @@
 
 load_tokenizer(path)        folder or hub name -> fast tokenizer
 save_tokenizer(...)         a folder that load_tokenizer reads
-save_beside_model(...)      the same beside a model, whose inputs it gives
+save_beside_model(...)      the same beside a model, with the inputs that the model reads
 fingerprint(tokenizer)      equal for tokenizers that give the same ids
 tokenizer_of_teacher(...)   the student's tokenizer where both have one vocabulary, else the teacher's own
 """
@@ -15,13 +15,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import is_protobuf_available, logging
 
 from lad_dist.config.errors import UserError
+from lad_dist.utils.text import one_line
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder or of a hub name: WordPiece, BPE, or sentencepiece, also where only its model file is
-    there. Raises UserError when there is none, or none that is fast."""
+    """Return the fast tokenizer of a folder or hub name: WordPiece, BPE, or sentencepiece.
+
+    A sentencepiece model file is enough. Raise UserError when no tokenizer can be read, or only a slow one.
+    """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what goes wrong is said below, in one line
+    logging.set_verbosity_error()  # the exception below says in one line what is wrong
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises anything from OSError to KeyError here: the user gets one line
@@ -29,49 +32,60 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     finally:
         logging.set_verbosity(verbosity)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{path}: only a slow tokenizer there; save it with a tokenizer.json first")
+        raise UserError(f"{path}: only a slow tokenizer; save it with a tokenizer.json first")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one up from a config.json alone
         raise UserError(f"{path}: a tokenizer without a vocabulary; the folder lacks tokenizer.json or vocab.txt")
     return tokenizer
 
 
 def _why_unreadable(path: str | Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error, 200)
     # A sentencepiece model that transformers cannot read it takes for tiktoken's, and complains of that.
     if "tiktoken" not in reason and not any(Path(path).glob("*.model")):
-        return f"no tokenizer there, neither a folder nor a hub name ({reason})"
+        return f"no tokenizer, neither a folder of one nor a hub name ({reason})"
     if not is_protobuf_available():
-        return "its sentencepiece model cannot be read without protobuf; pip install protobuf"
-    return "its sentencepiece model cannot be read; the .model file is damaged, or of another kind"
+        return "the sentencepiece model cannot be read without protobuf; pip install protobuf"
+    return "the sentencepiece model cannot be read; the .model file is damaged, or of another kind"
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 of normaliser, vocabulary, merges and post-processor; not of the transient padding and truncation."""
+    """Return the sha256 of normaliser, vocabulary, merges and post-processor, but not of padding and truncation."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_of_teacher(
-    path: str, tokenizer: PreTrainedTokenizerFast, compared: str | None
+    path: str, tokenizer: PreTrainedTokenizerFast, token_level: str | None
 ) -> PreTrainedTokenizerFast:
-    """What the teacher at that path reads: the student's `tokenizer` where they have one vocabulary, or else its own.
-    Raises UserError where they do not and something, called `compared`, goes token by token through what they say."""
+    """Return the tokenizer for the teacher at that path.
+
+    It is the student's `tokenizer` where both have one vocabulary, else the teacher's own.
+
+    Args:
+        path: The teacher's folder or hub name.
+        tokenizer: The student's tokenizer.
+        token_level: The name of what compares teacher and student token by token, None where nothing does.
+
+    Raises:
+        UserError: The vocabularies differ, and `token_level` compares outputs token by token.
+    """
     teacher = load_tokenizer(path)
-    its, ours = teacher.get_vocab(), tokenizer.get_vocab()
-    if its == ours:
+    teacher_vocabulary, student_vocabulary = teacher.get_vocab(), tokenizer.get_vocab()
+    if teacher_vocabulary == student_vocabulary:
         return tokenizer
-    if compared is None:
+    if token_level is None:
         return teacher
-    differing = next(iter(sorted(set(its.items()) ^ set(ours.items()))))[0]
+    differing = min(set(teacher_vocabulary.items()) ^ set(student_vocabulary.items()))[0]
     raise UserError(
-        f"{path}: the teacher's vocabulary ({len(its)} tokens) is not the student's ({len(ours)}), they differ at "
-        f"{differing!r}, and {compared} compares them token by token; take a student with the teacher's tokenizer, "
+        f"{path}: the teacher's vocabulary ({len(teacher_vocabulary)} tokens) is not the student's "
+        f"({len(student_vocabulary)}), they differ at {differing!r}, and {token_level} compares "
+        "them token by token; take a student with the teacher's tokenizer, "
         "or kd on a classification or a regression"
     )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes the folder for AutoTokenizer. Raises OSError when it cannot, as on a full disk."""
+    """Write a folder for AutoTokenizer. Raise OSError when that fails, as on a full disk."""
     try:
         tokenizer.save_pretrained(out)
     except OSError:
@@ -81,8 +95,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def save_beside_model(tokenizer: PreTrainedTokenizerFast, folder: Path, segments: bool) -> None:
-    """Writes the folder for AutoTokenizer beside a model. Whoever calls it there gets token type ids if the model tells
-    `segments` apart, and none if it does not know them."""
+    """Write the tokenizer for AutoTokenizer into the folder of a model.
+
+    The tokenizer of that folder returns token type ids where the model tells `segments` apart, and none elsewhere.
+    """
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = [names[0], *(["token_type_ids"] if segments else []), *names[1:]]
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names

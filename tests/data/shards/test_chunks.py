@@ -1,4 +1,4 @@
-"""Work in pieces: files are cut between documents, a finished piece is whole, a stopped one is not there."""
+"""Chunks: files are cut between documents, a finished chunk is complete, a stopped one leaves nothing."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_text import apart, sentence
 
+from lad_dist.config.corpus_schema import SourceConfig
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import SourceConfig
 from lad_dist.data.shards import chunks
 from lad_dist.data.shards.chunks import Stopped, TextChunk, TokenizeJob, plan_chunks
 from lad_dist.data.sources import corpus
@@ -29,7 +29,7 @@ FORMS = {
 
 @st.composite
 def files(draw: st.DrawFn) -> tuple[SourceConfig, bytes]:
-    """Text of one kind, sound or not, with every sort of line end."""
+    """Draw text of one kind, intact or damaged, with every sort of line end."""
     kind = draw(st.sampled_from(sorted(FORMS)))
     lines = draw(st.lists(st.sampled_from(FORMS[kind]), min_size=1, max_size=30))
     ends = draw(st.lists(st.sampled_from(["\n", "\n", "\r\n"]), min_size=len(lines), max_size=len(lines)))
@@ -46,15 +46,15 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(files(), st.integers(1, 50))
 @settings(max_examples=500)
-def test_a_file_cut_anywhere_gives_the_documents_and_complaints_of_the_whole(
+def test_a_file_cut_anywhere_gives_the_documents_and_errors_of_the_whole(
     scratch: Path, form: tuple[SourceConfig, bytes], size: int
 ) -> None:
     source, content = form
     scratch.write_bytes(content)
     whole = Span(scratch, 0, len(content))
-    parts = list(chunks._cut(source, [whole], size))
-    assert len(parts) == -(-len(content) // size)
-    assert [d for part in parts for d in corpus.read(source, part)] == list(corpus.read(source, whole))
+    spans_of_file = list(chunks._cut(source, [whole], size))
+    assert len(spans_of_file) == -(-len(content) // size)
+    assert [d for span in spans_of_file for d in corpus.read(source, span)] == list(corpus.read(source, whole))
 
 
 @given(st.integers(1, 9), st.integers(50, 3000), st.integers(0, 40))
@@ -68,18 +68,18 @@ def test_a_parquet_file_cut_anywhere_gives_the_rows_of_the_whole(
     )
     source = SourceConfig(kind="parquet", path=str(scratch))
     whole = Span(scratch, 0, scratch.stat().st_size)
-    parts = chunks._cut(source, [whole], size)
-    assert [d for part in parts for d in corpus.read(source, part)] == list(corpus.read(source, whole))
+    spans_of_file = chunks._cut(source, [whole], size)
+    assert [d for span in spans_of_file for d in corpus.read(source, span)] == list(corpus.read(source, whole))
 
 
-def test_a_damaged_parquet_file_is_complained_of_once(scratch: Path) -> None:
+def test_a_damaged_parquet_file_is_reported_once(scratch: Path) -> None:
     scratch.write_bytes(b"PAR1" * 100)
     source = SourceConfig(kind="parquet", path=str(scratch))
-    parts = chunks._cut(source, [Span(scratch, 0, 400)], 100)
-    assert len([d for part in parts for d in corpus.read(source, part)]) == 1
+    spans_of_file = chunks._cut(source, [Span(scratch, 0, 400)], 100)
+    assert len([d for span in spans_of_file for d in corpus.read(source, span)]) == 1
 
 
-def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_share_a_chunk_and_large_ones_have_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "MIN_CHUNK_BYTES", 100)
     sizes = {"a": 30, "b": 30, "c": 30, "d": 450, "e": 30, "f": 0}
     for name, size in sizes.items():
@@ -90,8 +90,8 @@ def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, m
         SourceConfig(kind="text", path=str(tmp_path), name="books"),
     )
     planned = plan_chunks([rows, books])
-    assert [piece.number for piece in planned] == list(range(len(planned)))
-    spans = [[(span.file.stem, span.begin, span.end) for span in piece.spans] for piece in planned]
+    assert [chunk.number for chunk in planned] == list(range(len(planned)))
+    spans = [[(span.file.stem, span.begin, span.end) for span in chunk.spans] for chunk in planned]
     assert spans == [
         [("a", 0, 30), ("b", 0, 30), ("c", 0, 30), ("d", 0, 100)],
         [("d", 100, 200)],
@@ -101,35 +101,35 @@ def test_small_files_share_a_piece_and_large_ones_have_several(tmp_path: Path, m
         [("a", 0, 30), ("b", 0, 30), ("c", 0, 30), ("d", 0, 450)],
         [("e", 0, 30), ("f", 0, 0)],
     ]
-    assert [(piece.source, piece.first) for piece in planned] == [
+    assert [(chunk.source, chunk.first) for chunk in planned] == [
         (0, True), (0, False), (0, False), (0, False), (0, False), (1, True), (1, False)
     ]  # fmt: skip
 
 
-def test_pieces_have_a_five_hundredth_of_the_text_within_limits(tmp_path: Path) -> None:
+def test_chunks_have_a_five_hundredth_of_the_text_within_limits(tmp_path: Path) -> None:
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.truncate(4 << 30)  # no disk is used
     planned = plan_chunks([SourceConfig(kind="jsonl", path=str(tmp_path))])
-    assert {span.end - span.begin for piece in planned for span in piece.spans} == {8 << 20}
+    assert {span.end - span.begin for chunk in planned for span in chunk.spans} == {8 << 20}
     with open(tmp_path / "a.jsonl", "wb") as file:
         file.truncate(100 << 30)
     planned = plan_chunks([SourceConfig(kind="jsonl", path=str(tmp_path))])
-    assert {span.end - span.begin for piece in planned for span in piece.spans} == {64 << 20}
+    assert {span.end - span.begin for chunk in planned for span in chunk.spans} == {64 << 20}
 
 
-def test_a_hub_dataset_has_a_piece_for_each_shard_or_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_has_a_chunk_for_each_shard_or_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     data = datasets.Dataset.from_dict({"text": list("abcdef")}).to_iterable_dataset(num_shards=3)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
     planned = plan_chunks([SourceConfig(kind="hub", path="w/pedia")])
-    assert [piece.spans for piece in planned] == [(Span(Path("w/pedia"), n, 3),) for n in range(3)]
+    assert [chunk.spans for chunk in planned] == [(Span(Path("w/pedia"), n, 3),) for n in range(3)]
 
     class Unsharded:
         column_names = None
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Unsharded())
-    assert [piece.spans for piece in plan_chunks([SourceConfig(kind="hub", path="w/pedia")])] == [
+    assert [chunk.spans for chunk in plan_chunks([SourceConfig(kind="hub", path="w/pedia")])] == [
         (Span(Path("w/pedia"), 0, 1),)
     ]
 
@@ -165,28 +165,30 @@ def whole(job: TokenizeJob) -> TextChunk:
     return TextChunk(0, 0, True, (Span(file, 0, file.stat().st_size),))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 10**6])
-def test_a_piece_is_read_back_in_chunks(job: TokenizeJob, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+@pytest.mark.parametrize("block", [1, 7, 64, 10**6])
+def test_a_chunk_is_read_back_in_blocks(job: TokenizeJob, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(chunks, "BATCH_CHARACTERS", 300)
-    monkeypatch.setattr(chunks, "BLOCK_DOCUMENTS", chunk)
-    monkeypatch.setattr(chunks, "BLOCK_IDS", chunk)
+    monkeypatch.setattr(chunks, "BLOCK_DOCUMENTS", block)
+    monkeypatch.setattr(chunks, "BLOCK_IDS", block)
     chunks.write_chunk(whole(job), job)
     assert sorted(file.name for file in job.folder.iterdir()) == ["0.documents", "0.ids", "0.json"]
     texts = list(corpus.documents(job.sources[0]))
     expected = [[*ids, *job.separator] for ids in apart(job.tokenizer, texts)]
     read = list(chunks.token_blocks(job.folder, whole(job), job.dtype))
-    assert [list(part) for records, ids in read for part in np.split(ids, np.cumsum(records["ids"])[:-1])] == expected
-    assert all(len(ids) <= chunk or len(records) == 1 for records, ids in read)
+    assert [
+        list(document) for records, ids in read for document in np.split(ids, np.cumsum(records["ids"])[:-1])
+    ] == expected
+    assert all(len(ids) <= block or len(records) == 1 for records, ids in read)
     records = np.concatenate([records for records, _ in read])
     assert records["bytes"].tolist() == [len(text.encode()) for text in texts]
     digests = {text: (high, low) for text, high, low in zip(texts, records["high"], records["low"], strict=True)}
     assert len(set(digests.values())) == len(set(texts)) < len(texts)
-    said = chunks.read_chunk_info(job.folder, whole(job), job.dtype)
-    assert said == {"documents": 90, "ids": sum(map(len, expected)), "skipped": 0, "errors": []}
+    info = chunks.read_chunk_info(job.folder, whole(job), job.dtype)
+    assert info == {"documents": 90, "ids": sum(map(len, expected)), "skipped": 0, "errors": []}
 
 
 @pytest.mark.parametrize("kind", ["ids", "documents", "json"])
-def test_a_piece_that_lacks_something_is_not_there(job: TokenizeJob, kind: str) -> None:
+def test_a_chunk_that_lacks_something_is_not_finished(job: TokenizeJob, kind: str) -> None:
     chunks.write_chunk(whole(job), job)
     file = job.folder / f"0.{kind}"
     file.write_bytes(file.read_bytes()[:-1])
@@ -195,11 +197,11 @@ def test_a_piece_that_lacks_something_is_not_there(job: TokenizeJob, kind: str) 
     assert chunks.read_chunk_info(job.folder, whole(job), job.dtype) is None
 
 
-def test_a_piece_that_is_stopped_or_damaged_leaves_nothing(job: TokenizeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_that_is_stopped_or_damaged_leaves_nothing(job: TokenizeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "BATCH_CHARACTERS", 300)
-    answers = iter([False] * 50)
+    stop_flags = iter([False] * 50)
     with pytest.raises(Stopped):
-        chunks.write_chunk(whole(job), job._replace(stopping=lambda: next(answers, True)))
+        chunks.write_chunk(whole(job), job._replace(should_stop=lambda: next(stop_flags, True)))
     assert list(job.folder.iterdir()) == []
     with open(job.sources[0].path, "a") as file:
         file.write("{\n")
@@ -210,15 +212,15 @@ def test_a_piece_that_is_stopped_or_damaged_leaves_nothing(job: TokenizeJob, mon
     assert list(job.folder.iterdir()) == []
 
 
-def test_what_is_skipped_is_counted_and_the_first_of_it_listed(
+def test_skipped_documents_are_counted_and_the_first_of_them_listed(
     job: TokenizeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "LISTED", 3)
+    monkeypatch.setattr(chunks, "MAX_MESSAGES", 3)
     with open(job.sources[0].path, "a") as file:
         file.write("[]\n" * 5)
-    chunks.write_chunk(whole(job), job._replace(skip=True))
-    said = chunks.read_chunk_info(job.folder, whole(job), job.dtype)
-    assert said is not None
-    assert (said["documents"], said["skipped"]) == (90, 5)
+    chunks.write_chunk(whole(job), job._replace(skip_errors=True))
+    info = chunks.read_chunk_info(job.folder, whole(job), job.dtype)
+    assert info is not None
+    assert (info["documents"], info["skipped"]) == (90, 5)
     place = job.sources[0].path
-    assert said["errors"] == [f"{place}:{line}: not a JSON object" for line in (91, 92, 93)]
+    assert info["errors"] == [f"{place}:{line}: not a JSON object" for line in (91, 92, 93)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.config.schema import PrepareConfig
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.data.shards import chunks
 from lad_dist.data.shards import merge as merging
 from lad_dist.data.shards.chunks import RECORD, TextChunk
@@ -35,7 +35,7 @@ class Document(NamedTuple):
         return high, 9 if self.text % 5 == 1 else int.from_bytes(digest[8:], "big")
 
 
-Corpus = list[list[list[Document]]]  # of sources, of pieces
+Corpus = list[list[list[Document]]]  # of sources, of chunks
 documents = st.integers(0, 60).map(lambda text: Document(text, text % 7))
 corpora: st.SearchStrategy[Corpus] = st.lists(
     st.lists(st.lists(documents, max_size=12), min_size=1, max_size=4), min_size=1, max_size=3
@@ -43,59 +43,59 @@ corpora: st.SearchStrategy[Corpus] = st.lists(
 
 
 def job_of(folder: Path, corpus: Corpus, **settings: Any) -> MergeJob:
-    """Pieces on disk, written by hand."""
+    """Write chunks by hand, and return the job of merging them."""
     work, out = folder / "work", folder / "out"
     for place in (work, out):
         place.mkdir(parents=True)
-    planned, said = [], []
+    planned, infos = [], []
     for number, source in enumerate(corpus):
-        for nth, piece in enumerate(source):
-            ids = [i for document in piece for i in (*document.ids, *SEPARATOR)]
-            records = [(len(d.ids) + len(SEPARATOR), 5, *d.halves) for d in piece]
+        for nth, texts in enumerate(source):
+            ids = [i for document in texts for i in (*document.ids, *SEPARATOR)]
+            records = [(len(d.ids) + len(SEPARATOR), 5, *d.halves) for d in texts]
             np.array(ids, dtype=np.uint16).tofile(work / f"{len(planned)}.ids")
             np.array(records, dtype=RECORD).tofile(work / f"{len(planned)}.documents")
             skipped = len(planned) % 2
-            errors = [f"piece {len(planned)}"] * skipped
-            said.append({"documents": len(piece), "ids": len(ids), "skipped": skipped, "errors": errors})
+            errors = [f"chunk {len(planned)}"] * skipped
+            infos.append({"documents": len(texts), "ids": len(ids), "skipped": skipped, "errors": errors})
             planned.append(TextChunk(len(planned), number, nth == 0, ()))
     sources = [{"kind": "text", "path": f"s{number}"} for number in range(len(corpus))]
     config = PrepareConfig.model_validate({"out": str(out), "tokenizer": "t", "source": sources} | settings)
-    return MergeJob(config, planned, said, work, out, np.dtype(np.uint16), len(SEPARATOR), lambda: None)
+    return MergeJob(config, planned, infos, work, out, np.dtype(np.uint16), len(SEPARATOR), lambda: None)
 
 
 def expected(corpus: Corpus, config: PrepareConfig) -> list[dict[str, Any]]:
-    seen: set[int] = set()
-    found = []
+    texts_before: set[int] = set()
+    counts_of_sources = []
     for source in corpus:
         counts: dict[str, Any] = {"read": 0, "duplicate": 0, "short": 0, "train": [], "held_out": []}
-        for document in (document for piece in source for document in piece):
+        for document in (document for texts in source for document in texts):
             counts["read"] += 1
             if document.length < config.min_tokens:
                 counts["short"] += 1
-            elif config.deduplicate and document.text in seen:
+            elif config.deduplicate and document.text in texts_before:
                 counts["duplicate"] += 1
             else:
                 counts["held_out" if document.halves[0] / 2**64 < config.held_out else "train"].append(document.ids)
             if document.length >= config.min_tokens:
-                seen.add(document.text)
-        found.append(counts)
-    return found
+                texts_before.add(document.text)
+        counts_of_sources.append(counts)
+    return counts_of_sources
 
 
 def read_back(out: Path, shards: list[dict[str, Any]]) -> list[list[int]]:
-    found = []
+    documents = []
     for shard in shards:
         ids = np.fromfile(out / shard["file"], dtype=np.uint16)
         offsets = np.load(out / shard["offsets"])
         assert (len(ids), len(offsets) - 1) == (shard["length"], shard["documents"])
         assert (offsets[0], offsets[-1]) == (0, len(ids))
-        parts = np.split(ids, offsets[1:-1])
-        assert all(part[-2:].tolist() == SEPARATOR for part in parts)
-        found += [part[:-2].tolist() for part in parts]
+        rows = np.split(ids, offsets[1:-1])
+        assert all(row[-2:].tolist() == SEPARATOR for row in rows)
+        documents += [row[:-2].tolist() for row in rows]
         for file, digest in ((shard["file"], shard["sha256"]), (shard["offsets"], shard["offsets_sha256"])):
             assert hashlib.sha256((out / file).read_bytes()).hexdigest() == digest
         assert (out / shard["offsets"]).stat().st_size == shard["offsets_bytes"]
-    return found
+    return documents
 
 
 @given(
@@ -115,28 +115,28 @@ def test_every_document_is_in_one_split_or_dropped_for_one_reason(
     min_tokens: int,
     deduplicate: bool,
     tokens_per_shard: int,
-    chunk: int,
+    block: int,
     bucket: int,
 ) -> None:
     options = {"held_out": share, "min_tokens": min_tokens, "deduplicate": deduplicate}
     job = job_of(tmp_path_factory.mktemp("merge"), corpus, tokens_per_shard=tokens_per_shard, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "BLOCK_IDS", chunk)
-        patch.setattr(chunks, "BLOCK_DOCUMENTS", chunk)
+        patch.setattr(chunks, "BLOCK_IDS", block)
+        patch.setattr(chunks, "BLOCK_DOCUMENTS", block)
         patch.setattr(merging, "BUCKET_BYTES", bucket)
         merged = merge_chunks(job)
-    for source, wanted in zip(merged["sources"], expected(corpus, job.config), strict=True):
-        assert source["documents_read"] == wanted["read"]
-        assert source["bytes_read"] == 5 * wanted["read"]
-        assert source["dropped"] == {"duplicate": wanted["duplicate"], "short": wanted["short"]}
+    for source, counts_expected in zip(merged["sources"], expected(corpus, job.config), strict=True):
+        assert source["documents_read"] == counts_expected["read"]
+        assert source["bytes_read"] == 5 * counts_expected["read"]
+        assert source["dropped"] == {"duplicate": counts_expected["duplicate"], "short": counts_expected["short"]}
         for split in ("train", "held_out"):
             counts = source["splits"][split]
-            assert read_back(job.out, counts["shards"]) == wanted[split]
-            assert counts["documents"] == len(wanted[split])
-            assert counts["tokens"] == sum(map(len, wanted[split]))
-            assert counts["bytes"] == 5 * len(wanted[split])
+            assert read_back(job.out, counts["shards"]) == counts_expected[split]
+            assert counts["documents"] == len(counts_expected[split])
+            assert counts["tokens"] == sum(map(len, counts_expected[split]))
+            assert counts["bytes"] == 5 * len(counts_expected[split])
             assert all(shard["length"] <= tokens_per_shard or shard["documents"] == 1 for shard in counts["shards"])
-    assert merged["errors"] == [f"piece {n}" for n in range(1, len(job.pieces), 2)]
+    assert merged["errors"] == [f"chunk {n}" for n in range(1, len(job.chunks), 2)]
     assert sum(source["skipped"] for source in merged["sources"]) == len(merged["errors"])
 
 
@@ -146,12 +146,12 @@ def test_buckets_are_gone_after_the_merge(tmp_path: Path) -> None:
     assert sorted(file.name for file in job.work.iterdir()) == ["0.documents", "0.ids", "repeated"]
 
 
-def test_what_is_held_out_depends_on_the_hash_alone() -> None:
+def test_the_split_depends_on_the_hash_alone() -> None:
     texts = [str(number).encode() for number in range(4000)]
     high = np.array([int.from_bytes(hashlib.blake2b(text, digest_size=16).digest()[:8], "big") for text in texts])
-    held = held_out(high, 0.1)
-    assert 300 < held.sum() < 500
-    assert not (held & ~held_out(high, 0.2)).any()
+    selected = held_out(high, 0.1)
+    assert 300 < selected.sum() < 500
+    assert not (selected & ~held_out(high, 0.2)).any()
     assert not held_out(high, 0.0).any()
 
 

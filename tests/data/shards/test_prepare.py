@@ -15,29 +15,27 @@ from typing import Any
 import pytest
 from toy_text import sentence
 
+from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import apply_overrides
-from lad_dist.config.schema import PrepareConfig
 from lad_dist.data.shards import chunks, prepare
 from lad_dist.data.shards.reader import Shards, read_manifest, verify
 from lad_dist.data.sources import corpus
 from lad_dist.data.tokenization.algorithms import train_wordpiece
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerprint, load_tokenizer
-from lad_dist.utils import atomic_io
+from lad_dist.utils import progress
 
 pytest_plugins = ["data_fixtures"]
 
 KILLS = int(os.environ.get("LAD_DIST_KILLS", "6"))
 
 
-def quiet(_: str) -> None:
-    pass
-
-
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Toy text is several pieces, and a piece several batches. A process may be killed here, but not the machine: what
-    is written need not wait for the disk."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make several chunks of toy text, and several batches of a chunk.
+
+    Tests kill processes, but not the machine: writing need not wait for the disk.
+    """
     monkeypatch.setattr(chunks, "MIN_CHUNK_BYTES", 1000)
     monkeypatch.setattr(chunks, "BATCH_CHARACTERS", 300)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
@@ -73,24 +71,24 @@ def changed(config: PrepareConfig, **changes: object) -> PrepareConfig:
 
 
 def prepared(config: PrepareConfig) -> dict[str, Any]:
-    assert prepare.prepare(config, quiet)
+    assert prepare.prepare(config)
     return read_manifest(Path(config.out))
 
 
 def all_documents(folder: str | Path, split: str) -> list[list[int]]:
     shards = Shards(folder, split)
     separator = [3, 2]
-    found = [document.tolist() for stream in shards.streams for document in stream.documents()]
-    assert all(document[-2:] == separator for document in found)
-    return [document[:-2] for document in found]
+    documents = [document.tolist() for stream in shards.streams for document in stream.documents()]
+    assert all(document[-2:] == separator for document in documents)
+    return [document[:-2] for document in documents]
 
 
 def content(folder: str | Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
-def work(config: PrepareConfig) -> Path:
-    return Path(config.out).with_name(f".{Path(config.out).name}.pieces")
+def chunk_folder(config: PrepareConfig) -> Path:
+    return Path(config.out).with_name(f".{Path(config.out).name}.chunks")
 
 
 def test_every_document_is_in_one_split_as_the_tokenizer_reads_it(config: PrepareConfig, toy_tokenizer) -> None:
@@ -98,22 +96,27 @@ def test_every_document_is_in_one_split_as_the_tokenizer_reads_it(config: Prepar
     (source,) = manifest["sources"]
     texts = list(corpus.documents(config.source[0]))
     expected = [toy_tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    found = {split: all_documents(config.out, split) for split in ("train", "held_out")}
-    assert sorted(found["train"] + found["held_out"]) == sorted(expected)
-    for split, documents in found.items():
+    actual = {split: all_documents(config.out, split) for split in ("train", "held_out")}
+    assert sorted(actual["train"] + actual["held_out"]) == sorted(expected)
+    for split, documents in actual.items():
         assert documents == [ids for ids in expected if ids in documents]  # in order
         counts = source["splits"][split]
         assert counts["documents"] == len(documents) > 0
         assert counts["tokens"] == sum(map(len, documents))
     assert source["documents_read"] == len(texts)
     assert source["bytes_read"] == sum(map(len, texts))  # the toy text is ASCII
-    assert sum(source["splits"][split]["bytes"] for split in found) == source["bytes_read"]
+    assert sum(source["splits"][split]["bytes"] for split in actual) == source["bytes_read"]
     assert Shards(config.out).manifest == manifest
-    assert verify(config.out, quiet) > 0
+    assert verify(config.out) > 0
+    counts = {split: len(documents) for split, documents in actual.items()}
+    summary = prepare.corpus_summary(config.out)
+    assert summary.startswith(f"{config.out}: {counts['train']} documents, ")
+    assert f" to train on; {counts['held_out']} documents, " in summary
+    assert summary.endswith("; 0 duplicates and 0 short ones dropped, 0 damaged skipped")
 
 
 def test_manifest(mixed: PrepareConfig, toy_tokenizer) -> None:
-    manifest = prepared(changed(mixed, workers=2))
+    manifest = prepared(changed(mixed, num_workers=2))
     assert manifest["format"] == 2
     assert manifest["frame"] == {"before": [2], "after": [3]}
     assert manifest["dtype"] == "uint16"
@@ -122,8 +125,8 @@ def test_manifest(mixed: PrepareConfig, toy_tokenizer) -> None:
     assert (texts["name"], texts["kind"], texts["weight"], texts["document"]) == ("texts", "text", 1.0, "file")
     assert (rows["name"], rows["kind"], rows["column"], rows["skipped"]) == ("rows", "jsonl", "text", 6)
     for source in (texts, rows):
-        kept = sum(source["splits"][split]["documents"] for split in ("train", "held_out"))
-        assert kept + sum(source["dropped"].values()) == source["documents_read"]
+        written = sum(source["splits"][split]["documents"] for split in ("train", "held_out"))
+        assert written + sum(source["dropped"].values()) == source["documents_read"]
     assert texts["documents_read"] == 60
     assert rows["documents_read"] == 294
     assert rows["dropped"]["duplicate"] > 10
@@ -167,46 +170,46 @@ def test_order_of_the_sources_does_not_move_documents_between_splits(config: Pre
         assert sorted(all_documents(config.out, split)) == sorted(all_documents(config.out + "2", split))
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_the_number_of_processes_leaves_no_trace(mixed: PrepareConfig, workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_the_number_of_processes_changes_nothing(mixed: PrepareConfig, num_workers: int) -> None:
     prepared(mixed)
-    several = changed(mixed, out=mixed.out + "2", workers=workers)
+    several = changed(mixed, out=mixed.out + "2", num_workers=num_workers)
     prepared(several)
     assert content(several.out) == content(mixed.out)
     assert len(content(mixed.out)) > 10
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
-def test_parts_in_any_order_leave_no_trace(mixed: PrepareConfig, parts: int) -> None:
+def test_parts_in_any_order_change_nothing(mixed: PrepareConfig, parts: int) -> None:
     prepared(mixed)
     for number, order in enumerate(random.Random(parts).sample(list(permutations(range(parts))), k=min(2, parts))):
         shared = changed(mixed, out=f"{mixed.out}{number}")
         for part in order:
-            assert prepare.prepare(changed(shared, part=part, parts=parts), quiet)
+            assert prepare.prepare(changed(shared, part=part, parts=parts))
             assert not Path(shared.out).exists()
-        done = sorted(work(shared).glob("*.json"))
+        done = sorted(chunk_folder(shared).glob("*.json"))
         times = [file.stat().st_mtime_ns for file in done]
-        prepared(changed(shared, workers=2))
+        prepared(changed(shared, num_workers=2))
         assert len(times) > 10
         assert content(shared.out) == content(mixed.out)
-        assert not work(shared).exists()
+        assert not chunk_folder(shared).exists()
 
 
 def test_a_part_that_is_missing_is_done_by_the_merge_and_no_other_again(
     mixed: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = chunks.plan_chunks(mixed.source)
-    assert prepare.prepare(changed(mixed, part=1, parts=3), quiet)
+    assert prepare.prepare(changed(mixed, part=1, parts=3))
     done: list[int] = []
     write = chunks.write_chunk
-    monkeypatch.setattr(chunks, "write_chunk", lambda piece, job: (done.append(piece.number), write(piece, job)))
+    monkeypatch.setattr(chunks, "write_chunk", lambda chunk, job: (done.append(chunk.number), write(chunk, job)))
     prepared(mixed)
-    assert done == [piece.number for piece in planned if piece.number % 3 != 1]
+    assert done == [chunk.number for chunk in planned if chunk.number % 3 != 1]
 
 
 def forked(config: PrepareConfig) -> multiprocessing.Process:
-    """prepare(config) in a process of its own."""
-    process = multiprocessing.get_context("fork").Process(target=prepare.prepare, args=(config, quiet))
+    """Call prepare(config) in another process."""
+    process = multiprocessing.get_context("fork").Process(target=prepare.prepare, args=(config,))
     process.start()
     return process
 
@@ -216,7 +219,7 @@ def descendants(pid: int) -> list[int]:
         children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-    return children + [each for child in children for each in descendants(child)]
+    return children + [pid for child in children for pid in descendants(child)]
 
 
 def alive(pid: int) -> bool:
@@ -234,100 +237,110 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
-def test_killed_at_any_moment_and_run_again_it_ends_the_same(mixed: PrepareConfig) -> None:
+def test_killed_at_any_time_and_run_again_it_writes_the_same(mixed: PrepareConfig) -> None:
     begin = time.monotonic()
     forked(mixed).join()
-    whole = time.monotonic() - begin
+    duration = time.monotonic() - begin
     reference = content(mixed.out)
     assert reference
-    again = changed(mixed, out=mixed.out + "2", workers=2)
-    moment = random.Random(0)
-    kills = left_something = 0
+    again = changed(mixed, out=mixed.out + "2", num_workers=2)
+    delays = random.Random(0)
+    kills = kills_with_chunks = 0
     while kills < KILLS:
         process = forked(again)
-        process.join(moment.uniform(0, 1.5 * whole))
+        process.join(delays.uniform(0, 1.5 * duration))
         if process.is_alive():
             family = descendants(process.pid or 0)
             process.kill()
             process.join()
             wait_until(lambda: not any(map(alive, family)))  # noqa: B023
             kills += 1
-            left_something += any(work(again).glob("*.json"))
+            kills_with_chunks += any(chunk_folder(again).glob("*.json"))
         if Path(again.out).exists():  # nothing is left to be killed: check, and begin anew
             assert content(again.out) == reference
-            assert prepare.prepare(again, quiet)
-            assert not work(again).exists()
+            assert prepare.prepare(again)
+            assert not chunk_folder(again).exists()
             shutil.rmtree(again.out)
-    assert left_something
+    assert kills_with_chunks
     prepared(again)
     assert content(again.out) == reference
-    assert not work(again).exists()
+    assert not chunk_folder(again).exists()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_asked_to_stop_it_keeps_what_is_finished(
-    mixed: PrepareConfig, workers: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_run_leaves_finished_chunks(
+    mixed: PrepareConfig, num_workers: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = changed(mixed, workers=workers)
+    config = changed(mixed, num_workers=num_workers)
     write = chunks.write_chunk
 
-    def slow(piece: chunks.TextChunk, job: chunks.TokenizeJob) -> None:
-        write(piece, job)
+    def slow(chunk: chunks.TextChunk, job: chunks.TokenizeJob) -> None:
+        write(chunk, job)
         time.sleep(0.1)  # or the children are done with all of them before the parent hears of the fourth
 
     monkeypatch.setattr(chunks, "write_chunk", slow)
     handler = signal.getsignal(number)
-    rows: list[dict[str, Any]] = []
+    reports: list[tuple[float, float]] = []
 
-    def stop_later(row: Any) -> None:
-        rows.append(dict(row))
-        if row["step"] == 4:
+    def stop_later(task: str, done: float, total: float, detail: str) -> None:
+        assert task == config.out
+        assert detail.endswith("million tokens")
+        reports.append((done, total))
+        if done == 4:
             os.kill(os.getpid(), number)
 
-    assert not prepare.prepare(config, quiet, stop_later)
+    monkeypatch.setattr(progress, "_reporter", stop_later)
+    assert not prepare.prepare(config)
     assert signal.getsignal(number) == handler
     assert not Path(config.out).exists()
-    kept = [file for file in work(config).iterdir() if file.suffix == ".json"]
-    assert 4 <= len(kept) < rows[0]["steps"]
-    assert not list(work(config).glob("*.draft"))
+    finished = [file for file in chunk_folder(config).iterdir() if file.suffix == ".json"]
+    assert 4 <= len(finished) < reports[0][1]
+    assert not list(chunk_folder(config).glob("*.draft"))
     monkeypatch.setattr(chunks, "write_chunk", write)
-    rows.clear()
-    assert prepare.prepare(config, quiet, rows.append)
-    assert rows[0]["step"] == len(kept)
-    assert rows[-1]["step"] == rows[-1]["steps"]
+    reports.clear()
+    monkeypatch.setattr(progress, "_reporter", lambda task, done, total, detail: reports.append((done, total)))
+    assert prepare.prepare(config)
+    assert reports[0][0] == len(finished)
+    assert reports[-1][0] == reports[-1][1]
     prepared(changed(mixed, out=config.out + "2"))
     assert content(config.out) == content(config.out + "2")
 
 
-def test_asked_to_stop_while_it_merges(config: PrepareConfig) -> None:
-    assert not prepare.prepare(config, lambda line: os.kill(os.getpid(), signal.SIGTERM))
+def test_a_run_stops_while_it_merges(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_at_the_end(task: str, done: float, total: float, detail: str) -> None:
+        if done == total:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(progress, "_reporter", stop_at_the_end)
+    assert not prepare.prepare(config)
     assert not Path(config.out).exists()
+    monkeypatch.undo()
     prepared(config)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_the_first_damaged_document_stops_it_and_finished_pieces_stay(
-    config: PrepareConfig, toy_corpus: Path, workers: int
+    config: PrepareConfig, toy_corpus: Path, num_workers: int
 ) -> None:
     for name in ("030.txt", "059.txt"):
         (toy_corpus / name).write_bytes(b"one\n\xff")
-    several = changed(config, workers=workers)
+    several = changed(config, num_workers=num_workers)
     for _ in range(2):
         with pytest.raises(UserError, match=r'030\.txt:2: not UTF-8 .*; mend or remove it, or set on_error = "skip"'):
-            prepare.prepare(several, quiet)
+            prepare.prepare(several)
         assert not Path(config.out).exists()
-        left = {file.name.partition(".")[2] for file in work(config).iterdir()}
-        assert left == {"", "ids", "documents", "json"}  # lock and identity, and whole pieces
+        left = {file.name.partition(".")[2] for file in chunk_folder(config).iterdir()}
+        assert left == {"", "ids", "documents", "json"}  # lock and identity, and whole chunks
     manifest = prepared(changed(several, on_error="skip"))
     assert manifest["sources"][0]["skipped"] == 2
     assert [error.split(":")[-2:] for error in manifest["errors"]] == [["2", " not UTF-8 (byte 0xff)"]] * 2
 
 
 def test_what_one_run_skipped_stops_another(mixed: PrepareConfig) -> None:
-    assert prepare.prepare(changed(mixed, part=0, parts=1), quiet)
+    assert prepare.prepare(changed(mixed, part=0, parts=1))
     with pytest.raises(UserError, match=r"rows\.jsonl:1: not valid JSON"):
-        prepare.prepare(changed(mixed, on_error="stop"), quiet)
+        prepare.prepare(changed(mixed, on_error="stop"))
 
 
 def test_nothing_is_left_behind_when_nothing_was_finished(
@@ -336,33 +349,36 @@ def test_nothing_is_left_behind_when_nothing_was_finished(
     (toy_corpus / "000.txt").write_bytes(b"\xff")
     before = set(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"000\.txt:1: not UTF-8"):
-        prepare.prepare(config, quiet)
+        prepare.prepare(config)
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_finished_folder_is_left_alone_and_another_request_refused(config: PrepareConfig, toy_corpus: Path) -> None:
+def test_a_finished_folder_is_left_alone_and_another_request_refused(
+    config: PrepareConfig, toy_corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = prepared(config)
     before = {file: file.stat().st_mtime_ns for file in Path(config.out).rglob("*")}
     for file in toy_corpus.iterdir():
-        file.unlink()  # it does not even look
-    said: list[str] = []
-    assert prepare.prepare(changed(config, workers=3), said.append)
+        file.unlink()  # they are not read again
+    caplog.clear()
+    assert prepare.prepare(changed(config, num_workers=3))
     assert read_manifest(Path(config.out)) == first
-    assert len(said) == 1
-    assert "already prepared" in said[0]
-    with pytest.raises(UserError, match="shards: made with another held_out, min_tokens;"):
-        prepare.prepare(changed(config, held_out=0.3, min_tokens=9), quiet)
+    assert caplog.messages == [f"{config.out}: already prepared with this tokenizer and these sources; nothing to do"]
+    with pytest.raises(UserError, match="shards: written with another held_out, min_tokens;"):
+        prepare.prepare(changed(config, held_out=0.3, min_tokens=9))
     assert {file: file.stat().st_mtime_ns for file in Path(config.out).rglob("*")} == before
 
 
-def test_other_weights_are_written_into_a_finished_manifest(config: PrepareConfig) -> None:
+def test_other_weights_are_written_into_a_finished_manifest(
+    config: PrepareConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     first = prepared(config)
     heavier = PrepareConfig.model_validate(
         apply_overrides(config.model_dump(), [("source", [config.source[0].model_dump() | {"weight": 2.5}])])
     )
-    said: list[str] = []
-    assert prepare.prepare(heavier, said.append)
-    assert "weights" in said[0]
+    caplog.clear()
+    assert prepare.prepare(heavier)
+    assert caplog.messages == [f"{config.out}: already prepared; the sources now have the weights of the config"]
     again = read_manifest(Path(config.out))
     assert again["sources"][0]["weight"] == again["request"]["source"][0]["weight"] == 2.5
     again["sources"][0]["weight"] = again["request"]["source"][0]["weight"] = 1.0
@@ -372,28 +388,30 @@ def test_other_weights_are_written_into_a_finished_manifest(config: PrepareConfi
 
 
 def test_pieces_of_something_else_are_refused(config: PrepareConfig, toy_corpus: Path) -> None:
-    assert prepare.prepare(changed(config, part=0, parts=2), quiet)
+    assert prepare.prepare(changed(config, part=0, parts=2))
     (toy_corpus / "more.txt").write_text("the fox")
     with pytest.raises(
-        UserError, match=r"\.shards\.pieces: holds pieces of another corpus, differing in sources; remove"
+        UserError, match=r"\.shards\.chunks: holds chunks of another corpus, differing in sources; remove"
     ):
-        prepare.prepare(config, quiet)
+        prepare.prepare(config)
     (toy_corpus / "more.txt").unlink()
     prepared(changed(config, held_out=0.5, min_tokens=2, deduplicate=False, tokens_per_shard=10))
 
 
-def test_one_at_a_time_but_parts_together(config: PrepareConfig) -> None:
+def test_one_at_a_time_but_parts_together(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def beside(busy: PrepareConfig, other: PrepareConfig) -> list[int | None]:
-        """How `other` ends in another process while `busy` is at work."""
+        """Return the exit code of `other` in another process while `busy` is at work."""
         codes: list[int | None] = []
 
-        def start_other(row: Any) -> None:
-            if row["step"] == 2:
+        def start_other(task: str, done: float, total: float, detail: str) -> None:
+            if task == busy.out and done == 2 and not codes:
+                codes.append(None)
                 process = forked(other)
                 process.join(20)
-                codes.append(process.exitcode)
+                codes[0] = process.exitcode
 
-        prepare.prepare(busy, quiet, start_other)
+        monkeypatch.setattr(progress, "_reporter", start_other)
+        prepare.prepare(busy)
         return codes
 
     part, other_part = (changed(config, part=part, parts=2) for part in range(2))
@@ -408,14 +426,14 @@ def test_a_folder_of_something_else_is_refused(config: PrepareConfig) -> None:
     Path(config.out).mkdir()
     (Path(config.out) / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="exists and holds no token shards"):
-        prepare.prepare(config, quiet)
+        prepare.prepare(config)
 
 
 def test_a_tokenizer_that_does_not_know_the_text_is_refused(config: PrepareConfig, toy_corpus: Path) -> None:
     for file in toy_corpus.iterdir():
         file.write_text("ζωή και θάνατος the")
     with pytest.raises(UserError, match=r"texts: \d+ of the first \d+ tokens are \[UNK\]"):
-        prepare.prepare(config, quiet)
+        prepare.prepare(config)
 
 
 def test_a_tokenizer_without_a_frame_is_refused(
@@ -425,12 +443,12 @@ def test_a_tokenizer_without_a_frame_is_refused(
     file = tmp_path / "bare" / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
     with pytest.raises(UserError, match="bare: puts no special tokens around a text"):
-        prepare.prepare(changed(config, tokenizer=str(tmp_path / "bare")), quiet)
+        prepare.prepare(changed(config, tokenizer=str(tmp_path / "bare")))
 
 
 def test_nothing_to_train_on_is_refused_and_can_be_mended(config: PrepareConfig) -> None:
     with pytest.raises(UserError, match="texts: no document left to train on"):
-        prepare.prepare(changed(config, min_tokens=500), quiet)
+        prepare.prepare(changed(config, min_tokens=500))
     assert not Path(config.out).exists()
     prepared(config)
 
@@ -439,10 +457,12 @@ def test_a_full_disk_is_one_line(config: PrepareConfig, monkeypatch: pytest.Monk
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "0.ids")
 
-    monkeypatch.setattr(chunks, "sync", full)
-    for workers in (1, 2):
-        with pytest.raises(UserError, match=r"0\.ids: No space left on device; what is finished is kept, run again"):
-            prepare.prepare(changed(config, workers=workers), quiet)
+    monkeypatch.setattr(chunks, "fsync", full)
+    for num_workers in (1, 2):
+        with pytest.raises(
+            UserError, match=r"0\.ids: No space left on device; finished chunks stay on disk, run again"
+        ):
+            prepare.prepare(changed(config, num_workers=num_workers))
 
 
 def test_a_disk_that_is_full_only_for_the_tokenizer_is_one_line(
@@ -453,8 +473,10 @@ def test_a_disk_that_is_full_only_for_the_tokenizer_is_one_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
-        with pytest.raises(UserError, match=r"shards: No space left on device .*; what is finished is kept, run again"):
-            prepare.prepare(config, quiet)
+        with pytest.raises(
+            UserError, match=r"shards: No space left on device .*; finished chunks stay on disk, run again"
+        ):
+            prepare.prepare(config)
     assert not Path(config.out).exists()
     prepared(config)
 
@@ -468,10 +490,10 @@ def test_a_finished_manifest_that_cannot_be_written_is_one_line(
     def refuse(path: Path, text: str) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(atomic_io, "write_text", refuse)
+    monkeypatch.setattr(prepare, "write_text", refuse)
     heavier = [config.source[0].model_dump() | {"weight": 2.5}]
     with pytest.raises(UserError, match=r"manifest\.json: Read-only file system"):
-        prepare.prepare(changed(config, source=heavier), quiet)
+        prepare.prepare(changed(config, source=heavier))
     assert content(config.out) == before
 
 
@@ -480,7 +502,7 @@ def test_a_finished_manifest_that_cannot_be_written_is_one_line(
 )
 def test_a_name_that_no_folder_can_have_is_one_line(config: PrepareConfig, out: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        prepare.prepare(changed(config, out=out), quiet)
+        prepare.prepare(changed(config, out=out))
 
 
 def test_a_process_that_is_ended_from_outside_is_one_line(
@@ -490,8 +512,8 @@ def test_a_process_that_is_ended_from_outside_is_one_line(
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(chunks, "write_chunk", end)
-    with pytest.raises(UserError, match="run again, with fewer workers"):
-        prepare.prepare(changed(config, workers=2), quiet)
+    with pytest.raises(UserError, match="run again, with a lower num_workers"):
+        prepare.prepare(changed(config, num_workers=2))
 
 
 @pytest.mark.data

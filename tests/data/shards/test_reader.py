@@ -1,3 +1,5 @@
+"""Token shards are read as one stream a source, and verified against their manifest."""
+
 import json
 import os
 from pathlib import Path
@@ -9,13 +11,10 @@ from toy_shards import write_shards
 from lad_dist.config.errors import UserError
 from lad_dist.data.shards import reader as module
 from lad_dist.data.shards.reader import Shards, verify
+from lad_dist.utils import progress
 
 pytest_plugins = ["data_fixtures"]
 DOCUMENTS = {"a": [list(range(5, 5 + n)) for n in (4, 1, 7, 2, 3, 9, 1)], "b": [[30, 31], [32]]}
-
-
-def quiet(_: str) -> None:
-    pass
 
 
 @pytest.fixture
@@ -27,11 +26,11 @@ def test_a_source_is_one_stream_over_its_files(folder: Path) -> None:
     streams = Shards(folder).streams
     assert [(s.name, s.weight, s.tokens) for s in streams] == [("a", 1.0, 27), ("b", 2.5, 3)]
     for stream, documents in zip(streams, DOCUMENTS.values(), strict=True):
-        whole = [token for document in documents for token in (*document, 3, 2)]
-        assert stream.length == len(whole)
-        for begin in range(len(whole)):
-            for end in range(begin + 1, len(whole) + 1):
-                assert stream.read(begin, end).tolist() == whole[begin:end]
+        ids = [token for document in documents for token in (*document, 3, 2)]
+        assert stream.length == len(ids)
+        for begin in range(len(ids)):
+            for end in range(begin + 1, len(ids) + 1):
+                assert stream.read(begin, end).tolist() == ids[begin:end]
         assert [d.tolist()[:-2] for d in stream.documents()] == documents
 
 
@@ -51,36 +50,41 @@ def test_few_files_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPa
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_verify_finds_every_kind_of_damage(folder: Path) -> None:
-    said: list[str] = []
+def test_verify_reports_its_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[tuple[str, float, float]] = []
+    monkeypatch.setattr(progress, "_reporter", lambda task, done, total, detail: reports.append((task, done, total)))
+    verify(folder)
+    assert reports == [(f"verifying {folder}", done, 5) for done in range(1, 6)]
+
+
+def test_verify_reports_every_kind_of_damage(folder: Path) -> None:
     files = [*folder.glob("*/*.bin"), *folder.glob("*/*.npy")]
-    assert verify(folder, said.append) == sum(file.stat().st_size for file in files)
-    assert said == [f"{folder}: 5 shards are as their manifest says"]
+    assert verify(folder) == sum(file.stat().st_size for file in files)
     for file in files:
-        whole = file.read_bytes()
-        for place in (0, len(whole) // 2, len(whole) - 1):
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            with pytest.raises(UserError, match=rf"{file.name}: damaged, its sha256"):
-                verify(folder, quiet)
-        file.write_bytes(whole[:-1])
+        content = file.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(UserError, match=rf"{file.name}: damaged, not the sha256"):
+                verify(folder)
+        file.write_bytes(content[:-1])
         with pytest.raises(UserError, match=rf"{file.name}: \d+ bytes, not \d+"):
-            verify(folder, quiet)
+            verify(folder)
         file.unlink()
         with pytest.raises(UserError, match=rf"{file.name}: missing"):
             Shards(folder, file.name.split("-")[0])
-        file.write_bytes(whole)
-    verify(folder, quiet)
+        file.write_bytes(content)
+    verify(folder)
 
 
-def test_verify_reads_what_the_sums_cannot_tell(folder: Path, tmp_path: Path, toy_tokenizer) -> None:
+def test_verify_checks_ids_and_offsets_beyond_the_sums(folder: Path, tmp_path: Path, toy_tokenizer) -> None:
     other = write_shards(tmp_path / "other", toy_tokenizer, {"a": [[5, 60_000]]})
     with pytest.raises(UserError, match=r"train-00000\.bin: holds id 60000, the vocabulary has \d+"):
-        verify(other, quiet)
+        verify(other)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["sources"][0]["splits"]["train"]["shards"][1]["documents"] += 1
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"a/train-00001\.offsets\.npy: does not fit its \.bin"):
-        verify(folder, quiet)
+    with pytest.raises(UserError, match=r"a/train-00001\.offsets\.npy: does not fit the \.bin"):
+        verify(folder)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +93,11 @@ def test_verify_reads_what_the_sums_cannot_tell(folder: Path, tmp_path: Path, to
         ("{", r"manifest\.json: damaged"),
         ('{"format": 1}', r"not format 2"),
         ("[]", "not format 2"),
-        ('{"format": 2}', r"manifest\.json: damaged \(dtype: Field required\)"),
+        ('{"format": 2}', r"manifest\.json: damaged \(dtype: field required\)"),
         ('{"format": 2, "dtype": "uint17"}', r"manifest\.json: damaged"),
         (
             '{"format": 2, "dtype": "uint16", "vocabulary": 9, "tokenizer": {"fingerprint": ""}, "sources": [{}]}',
-            r"sources\.0\.name: Field required",
+            r"sources\.0\.name: field required",
         ),
     ],
 )
@@ -104,7 +108,7 @@ def test_manifests_that_cannot_be_read(folder: Path, content: str, message: str)
 
 
 def test_a_folder_without_shards(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere: no token shards there"):
+    with pytest.raises(UserError, match="nowhere: holds no token shards"):
         Shards(tmp_path / "nowhere")
 
 

@@ -15,8 +15,8 @@ import pytest
 from pydantic import ValidationError
 from toy_text import sentence
 
+from lad_dist.config.corpus_schema import SourceConfig
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import SourceConfig
 from lad_dist.data.sources import corpus
 from lad_dist.data.sources.corpus import UnreadableDocument
 from lad_dist.data.sources.text_files import Span

@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 
-from lad_dist.data.tasks.metrics import answers, entities, likeness, loyalty, score
+from lad_dist.data.tasks.metrics import answer_metrics, entity_metrics, loyalty, score, window_probability_loyalty
 
 
 def one_hot(classes: list[int], width: int = 2) -> np.ndarray:
@@ -89,17 +89,17 @@ def test_loyalty_of_a_regression_is_a_correlation() -> None:
 )
 def test_entities_by_hand(gold: str, predicted: str, right: int, there: int, said: int) -> None:
     """As conlleval counts; a sentence's end ends an entity."""
-    found = entities([gold.split(), ["O"]], [predicted.split(), ["O"]])
+    found = entity_metrics([gold.split(), ["O"]], [predicted.split(), ["O"]])
     assert found["precision"] == (right / said if said else 0)
     assert found["recall"] == (right / there if there else 0)
     assert found["f1"] == pytest.approx(2 * right / (there + said))
-    split = entities([["B-A"], ["I-A"]], [["B-A"], ["I-A"]])
+    split = entity_metrics([["B-A"], ["I-A"]], [["B-A"], ["I-A"]])
     assert split == {"precision": 1, "recall": 1, "f1": 1}
-    assert entities([["B-A"], ["I-A"]], [["B-A"], ["O"]])["recall"] == 0.5
+    assert entity_metrics([["B-A"], ["I-A"]], [["B-A"], ["O"]])["recall"] == 0.5
 
 
 def test_nothing_found_where_nothing_is() -> None:
-    assert entities([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0}
+    assert entity_metrics([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0}
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,20 @@ def test_nothing_found_where_nothing_is() -> None:
     ],
 )
 def test_answers_by_hand(predicted: str, gold: list[str], exact: float, f1: float) -> None:
-    assert answers([predicted], [gold], False) == {"exact_match": exact, "f1": pytest.approx(f1)}
+    assert answer_metrics([predicted], [gold], False) == {"exact_match": exact, "f1": pytest.approx(f1)}
 
 
 def test_answers_that_are_not_there_by_hand() -> None:
     """SQuAD 2.0: an empty answer is right where there is none, and there alone."""
     golds = [["Rome"], ["Rome"], [], [], ["the", "Ada Lovelace"]]
-    found = answers(["Rome", "", "", "Rome", "Ada"], golds, True)
+    found = answer_metrics(["Rome", "", "", "Rome", "Ada"], golds, True)
     assert found == {
         "exact_match": pytest.approx(2 / 5),
         "f1": pytest.approx((1 + 0 + 1 + 0 + 2 / 3) / 5),
         "f1_answerable": pytest.approx((1 + 0 + 2 / 3) / 3),
         "f1_unanswerable": pytest.approx(1 / 2),
     }
-    assert answers(["the"], [["the"]], False) == {"exact_match": 1, "f1": 0}  # version 1.1: no word in common
+    assert answer_metrics(["the"], [["the"]], False) == {"exact_match": 1, "f1": 0}  # version 1.1: no word in common
 
 
 def test_likeness_is_that_of_each_window() -> None:
@@ -138,5 +138,5 @@ def test_likeness_is_that_of_each_window() -> None:
         for column in (0, 1):
             p, q = (softmax(x[first:end, column]) for x in (student, teacher))
             distances.append(jensenshannon(p, q, base=2))
-    assert likeness(student, teacher, starts) == pytest.approx(1 - np.mean(distances))
-    assert likeness(student, student + 7, starts) == pytest.approx(1)
+    assert window_probability_loyalty(student, teacher, starts) == pytest.approx(1 - np.mean(distances))
+    assert window_probability_loyalty(student, student + 7, starts) == pytest.approx(1)

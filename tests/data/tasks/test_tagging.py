@@ -16,7 +16,7 @@ from lad_dist.data.tasks.examples import TaggingExamples, split_sentence, tokeni
 from lad_dist.data.tasks.task import Task, check_task, load_task
 from lad_dist.data.tokenization.encoding import EncodedWords, encode_words
 from lad_dist.data.tokenization.loading import load_tokenizer
-from lad_dist.data.tokenization.special_tokens import frame_of
+from lad_dist.data.tokenization.special_tokens import special_token_frame
 
 pytest_plugins = ["data_fixtures"]
 
@@ -68,7 +68,7 @@ def test_entities_are_counted_where_tags_mark_them(tags: str, metrics: tuple[str
     ("name", "text", "message"),
     [
         ("a.conll", "Ada B-PER\nwent\n", r"a\.conll:2: 1 columns, not 2"),
-        ("a.conll", "Ada\nwent\n", r"a\.conll:1: one column; a word and its tag are needed"),
+        ("a.conll", "Ada\nwent\n", r"a\.conll:1: one column, not two: a word and a tag"),
         ("a.conll", "Ada B-PER\nwent X O\n", r"a\.conll:2: 3 columns, not 2"),
         ("a.conll", "\n-DOCSTART- O\n\n", r"a\.conll: no sentences"),
         ("a.conll", "Ada O\nwent O\n", r"a\.conll: every tag is O; tagging needs at least two"),
@@ -103,7 +103,8 @@ def test_a_tag_that_training_does_not_have_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_word_has_a_first_token_of_its_own(family: str, tmp_path: Path) -> None:
     """Also words that a tokenizer leaves out, and long ones: decoded from its first token to the next word's, each
-    reads as it was written."""
+    reads as it was written.
+    """
     words = load_tokenizer(toy_families.tokenizer(family, tmp_path))
     sentences = [["ban", "dert"], ["\x01", "fisk", "\x01", "\x02"], ["gompban" * 4, "ne"], ["lud"] * 30, [" "]]
     for sentence, found in zip(sentences, encode_words(words, sentences), strict=True):
@@ -134,7 +135,7 @@ def test_long_sentences_are_cut_between_words_and_none_is_lost(toy_tokenizer, tm
     task = load_task(data)
     examples = tokenize(task, task.train, toy_tokenizer, data, "it")
     assert isinstance(examples, TaggingExamples)
-    special = frame_of(toy_tokenizer)
+    special = special_token_frame(toy_tokenizer)
     tags = [tag for _, tag in long] + ["O"]
     assert examples.labels.tolist() == [task.label_names.index(tag) for tag in tags]
     batch = examples.batch(np.arange(examples.count))

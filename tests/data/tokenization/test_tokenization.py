@@ -16,14 +16,20 @@ from tokenizers import decoders as backend_decoders
 from toy_text import WORDS, apart, sentence
 from transformers import PreTrainedTokenizerFast
 
+from lad_dist.config.corpus_schema import SourceConfig
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import SourceConfig
 from lad_dist.data.sources import corpus
 from lad_dist.data.tokenization import algorithms
 from lad_dist.data.tokenization.algorithms import MODEL_FILE, SPECIAL_TOKENS, train_unigram, train_wordpiece
 from lad_dist.data.tokenization.encoding import encode_flat
 from lad_dist.data.tokenization.loading import fingerprint, load_tokenizer
-from lad_dist.data.tokenization.special_tokens import frame_of, ordinary_ids, special_ids, vocabulary_size, word_starts
+from lad_dist.data.tokenization.special_tokens import (
+    ordinary_ids,
+    special_ids,
+    special_token_frame,
+    vocabulary_size,
+    word_starts,
+)
 
 pytest_plugins = ["data_fixtures"]
 
@@ -82,7 +88,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
 
 
 def test_a_missing_or_empty_tokenizer_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tokenizer there") as caught:
+    with pytest.raises(UserError, match="no tokenizer, neither a folder of one") as caught:
         load_tokenizer(tmp_path / "nowhere")
     assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "vocab_size": 200}')
@@ -136,7 +142,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_with_a_sentencepiece_model_alone_is_a_tokenizer(family: str, families: Path) -> None:
     file, _, before, after, special = FAMILIES[family]
     tokenizer = load_tokenizer(families / family)
-    frame = frame_of(tokenizer)
+    frame = special_token_frame(tokenizer)
     assert tokenizer.convert_ids_to_tokens(frame.before.tolist()) == [before]
     assert tokenizer.convert_ids_to_tokens(frame.after.tolist()) == [after]
     assert set(tokenizer.convert_ids_to_tokens(special_ids(tokenizer).tolist())) == special
@@ -206,7 +212,7 @@ def without_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_frame_and_plain_encoding_ignore_what_an_earlier_call_left_behind(toy_tokenizer) -> None:
     toy_tokenizer("the fox", truncation=True, max_length=4, padding="max_length")
-    frame = frame_of(toy_tokenizer)
+    frame = special_token_frame(toy_tokenizer)
     assert (frame.before.tolist(), frame.after.tolist(), frame.size) == ([2], [3], 2)
     (ids,) = apart(toy_tokenizer, ["the quick [SEP] fox jumps over"])
     assert not set(ids.tolist()) & {toy_tokenizer.sep_token_id, toy_tokenizer.cls_token_id, toy_tokenizer.pad_token_id}
@@ -310,7 +316,7 @@ def test_a_tokenizer_that_does_not_mark_words_is_refused() -> None:
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
-    with pytest.raises(UserError, match=r"whole words cannot be told from its tokens \(WordLevel\)"):
+    with pytest.raises(UserError, match=r"the tokens do not show where words begin \(WordLevel\)"):
         word_starts(tokenizer)
 
 
@@ -342,7 +348,7 @@ def test_the_most_frequent_characters_are_in(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("train", [train_wordpiece, train_unigram])
 def test_a_vocabulary_too_small_for_the_characters_is_refused(train: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"vocabulary = 20 is too small: .* alone are (\d+)") as caught:
+    with pytest.raises(UserError, match=r"vocab_size = 20 is too small: .* alone are (\d+)") as caught:
         train(TEXTS, 20, tmp_path / "out")
     enough = int(str(caught.value).rpartition(" ")[2])
     train(TEXTS, enough, tmp_path / "out")
@@ -374,7 +380,7 @@ def test_text_of_few_pieces_gives_a_smaller_unigram_vocabulary(tmp_path: Path) -
 
 
 def test_training_unigram_without_protobuf_or_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"sentencepiece cannot learn from this text \(there is none\)"):
+    with pytest.raises(UserError, match=r"sentencepiece cannot learn from this text \(no text\)"):
         train_unigram(["", " "], 100, tmp_path / "out")
     without_protobuf(monkeypatch)
     with pytest.raises(UserError, match="without protobuf; pip install protobuf"):

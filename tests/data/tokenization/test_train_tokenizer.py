@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from toy_text import sentence
 
+from lad_dist.config.corpus_schema import SourceConfig, TokenizerConfig
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import dump_config
-from lad_dist.config.schema import SourceConfig, TokenizerConfig
 from lad_dist.data.sources import corpus
 from lad_dist.data.tokenization.algorithms import MODEL_FILE
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer
@@ -45,7 +45,7 @@ def test_it_writes_a_tokenizer_and_nothing_else(kind: str, toy_corpus: Path, tmp
 
 TRAIN_IN_A_PROCESS = """
 import sys
-from lad_dist.config.schema import TokenizerConfig
+from lad_dist.config.corpus_schema import TokenizerConfig
 from lad_dist.config.load import load_config
 from lad_dist.data.tokenization.train import train_tokenizer
 for path in sys.argv[1:]:
