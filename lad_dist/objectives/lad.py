@@ -30,7 +30,7 @@ class GateConfig(NamedTuple):
 
 
 VARIANTS = {
-    "ours": GateConfig("learnt", None, "aggregate", "token", False),
+    "per_token": GateConfig("learnt", None, "aggregate", "token", False),
     "paper": GateConfig("learnt", None, "aggregate", "sequence", True),
 }
 
@@ -86,8 +86,8 @@ class LAD(KD):
     aggregate a pre-trained teacher.
 
     `variant = "paper"` is the authors' code. Its norms are over [S, D] jointly with S · D affine weights, which needs
-    `data.pad_to`; its gates start at random. `variant = "ours"` normalises over D alone. Each token's target then has
-    unit variance whatever the gates do, and no padding is needed. Each other option changes one property of the
+    `data.pad_to`; its gates start at random. `variant = "per_token"` normalises over D alone. Each token's target
+    then has unit variance whatever the gates do, and no padding is needed. Each other option changes one property of the
     variant; None keeps the variant's. They show what the gates are worth. Constant gates of value 1 leave LN(H_l)
     alone, without aggregation.
 
@@ -111,7 +111,7 @@ class LAD(KD):
         teacher: ModelDims,
         *,
         hidden: Weight = 1.0,
-        variant: Literal["ours", "paper"] = "ours",
+        variant: Literal["per_token", "paper"] = "per_token",
         gates: Annotated[
             Gates | None, Field(description="whether gates learn, stay as they start, or are one constant")
         ] = None,

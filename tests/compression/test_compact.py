@@ -71,7 +71,8 @@ def test_a_plain_student_has_no_smaller_form(world: World, tmp_path: Path) -> No
     assert not list(export.glob("compact*"))
     assert not list(export.glob("mask*"))
     assert torch.equal(
-        logits(compact.load_compact(export)), logits(loading.load_model(str(export), "classification", require_head=True))
+        logits(compact.load_compact(export)),
+        logits(loading.load_model(str(export), "classification", require_head=True)),
     )
 
 

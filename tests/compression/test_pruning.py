@@ -270,7 +270,7 @@ def test_a_weight_that_the_head_shares_is_refused() -> None:
     torch.manual_seed(0)
     model = loading.create_model({"model_type": "bert", **toy.SIZES}, "mlm", vocab_size=90)
     options = validate_arguments("prune", prune, {"sparsity": 0.5, "modules": "word_embeddings"})
-    with pytest.raises(UserError, match="word_embeddings shares its weight with another module; leave it out of"):
+    with pytest.raises(UserError, match="word_embeddings shares the weight of another module; leave it out of"):
         prune(model, **options)
 
 

@@ -324,8 +324,8 @@ def test_on_a_corpus(world: World, tmp_path: Path) -> None:
     result = train(toy.parsed(tables, {"run.steps": 2}))
     weights = loading.load_model(str(result.folder / "export"), "mlm").state_dict()
     before = loading.load_model(str(world.pretrained), "mlm").state_dict()
-    words = "bert.embeddings.word_embeddings.weight"
-    assert torch.equal(weights[words], before[words])
+    word_embeddings = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(weights[word_embeddings], before[word_embeddings])
     assert torch.equal(weights["cls.predictions.bias"], before["cls.predictions.bias"])
 
 

@@ -148,11 +148,11 @@ def test_a_run_reports_what_the_student_lost(corpus: bool, world: World, tmp_pat
     results = train(config, rows.append).results
     assert results is not None
     assert rows[0]["step"] == 0
-    lost = {name: value for name, value in rows[0].items() if name.startswith("initial_error/")}
-    assert set(lost) == {
+    logged = {name: value for name, value in rows[0].items() if name.startswith("initial_error/")}
+    assert set(logged) == {
         f"initial_error/{name}" for name in ("logits", *(f"{k}/{n}" for k in ("hidden", "lost") for n in (0, 1, 2)))
     }
-    assert lost.items() <= results["student"].items()
+    assert logged.items() <= results["student"].items()
     exported = load_hf_config(str(config.run.folder / "export"))
     assert (exported.hidden_size, exported.intermediate_size, exported.num_hidden_layers) == (16, 32, 2)
 

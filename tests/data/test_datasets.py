@@ -266,11 +266,11 @@ def test_micro_batch_tokens_that_are_no_multiple_of_a_window_are_refused() -> No
 BILLION = """
 import sys, time
 from lad_dist.config.schema import CorpusDataConfig
-from lad_dist.data.tokenization import encoding
 from lad_dist.data.datasets import CorpusDataset
+from lad_dist.data.tokenization.loading import load_tokenizer
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-tokenizer = encoding.load_tokenizer(sys.argv[2])
+tokenizer = load_tokenizer(sys.argv[2])
 data = CorpusDataConfig(shards=sys.argv[1], max_length=128, micro_batch_tokens=4096, micro_batches_per_step=64)
 before, begin = peak(), time.perf_counter()
 dataset = CorpusDataset(data, tokenizer, seed=1)

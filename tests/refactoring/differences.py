@@ -89,7 +89,7 @@ def _result(folder: Path, table: str) -> dict[str, float]:
 def _between_numbers(
     place: str, old: Mapping[str, Any], new: Mapping[str, Any], ignored: Iterable[str] = ()
 ) -> Iterator[Difference]:
-    """repr tells all floats apart, and takes NaN for NaN."""
+    """Compare by repr, which tells all floats apart, and takes NaN for NaN."""
     yield from _between_names("column", old, new, place)
     for name, value in old.items():
         if name in new and name not in ignored and repr(value) != repr(new[name]):

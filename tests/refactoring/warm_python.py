@@ -38,8 +38,10 @@ def serve() -> None:
 
 
 def become(script: str, words: list[str], tree: str, folder: str, log: str, bytecode: str, seconds: int) -> NoReturn:
-    """`python script words…` in the folder, with the tree's lad_dist, ended after so many seconds. It prints into the
-    file `log`; bytecode goes into a folder of its own, and nothing into the tree."""
+    """Become `python script words…` in the folder, with the tree's lad_dist, ended after so many seconds.
+
+    It prints into the file `log`; bytecode goes into a folder of its own, and nothing into the tree.
+    """
     signal.alarm(seconds)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)

@@ -34,7 +34,7 @@ def tagged(name: str, file: str, content: bytes | str, expected: str) -> Case:
     return own(name, file, content, expected, **{"data.kind": "tagging", "data.dev": "{here}/" + file})
 
 
-def asked(name: str, content: Any, expected: str) -> Case:
+def squad_case(name: str, content: Any, expected: str) -> Case:
     text = content if isinstance(content, str | bytes) else json.dumps(content)
     kind = {"data.kind": "question_answering", "data.dev": "{here}/train.json"}
     return own(name, "train.json", text, expected, **kind)
@@ -152,20 +152,20 @@ CASES = [
     tagged("tags-empty", "t.jsonl", jsonl({"tokens": [], "tags": []}), "t.jsonl:1: 0 tokens and 0 tags"),
     tagged("tags-nested", "t.jsonl", jsonl({"tokens": ["a"], "tags": [["O"]]}), "t.jsonl:1: label ['O'] is neither"),
     tagged("tokens-numbers", "t.jsonl", jsonl({"tokens": [1], "tags": ["O"]}), "t.jsonl:1: tokens are not all texts"),
-    asked("squad-empty", "", "train.json:1: not valid JSON"),
-    asked("squad-cut", json.dumps(squad())[:-5], "train.json:1: not valid JSON"),
-    asked("squad-deep", DEEP, "train.json: not valid JSON"),
-    asked("squad-list", [], 'train.json: no list "data" there'),
-    asked("squad-no-questions", {"data": []}, "train.json: no questions"),
-    asked("squad-no-paragraphs", {"data": [{}]}, 'train.json: data[0]: no list "paragraphs"'),
-    asked("squad-no-context", {"data": [{"paragraphs": [{"qas": []}]}]}, 'paragraphs[0]: no text "context"'),
-    asked("squad-number", squad(question=7), 'qas[0]: no text "question"'),
-    asked("squad-no-answers", squad(answers=None), 'qas[0]: no list "answers"'),
-    asked("squad-elsewhere", squad(answers=[{"text": "bart", "answer_start": 5}]), 'the context has "art '),
-    asked("squad-beyond", squad(answers=[{"text": "bart", "answer_start": 10**9}]), "at answer_start 1000000000"),
-    asked("squad-negative", squad(answers=[{"text": "bart", "answer_start": -4}]), "answer_start is -4"),
-    asked("squad-surrogate", SPLIT, "train.json: not valid JSON: half a surrogate"),
-    asked("squad-utf16", json.dumps(squad()).encode("utf-16"), "train.json: not UTF-8"),
+    squad_case("squad-empty", "", "train.json:1: not valid JSON"),
+    squad_case("squad-cut", json.dumps(squad())[:-5], "train.json:1: not valid JSON"),
+    squad_case("squad-deep", DEEP, "train.json: not valid JSON"),
+    squad_case("squad-list", [], 'train.json: no list "data"'),
+    squad_case("squad-no-questions", {"data": []}, "train.json: no questions"),
+    squad_case("squad-no-paragraphs", {"data": [{}]}, 'train.json: data[0]: no list "paragraphs"'),
+    squad_case("squad-no-context", {"data": [{"paragraphs": [{"qas": []}]}]}, 'paragraphs[0]: no text "context"'),
+    squad_case("squad-number", squad(question=7), 'qas[0]: no text "question"'),
+    squad_case("squad-no-answers", squad(answers=None), 'qas[0]: no list "answers"'),
+    squad_case("squad-elsewhere", squad(answers=[{"text": "bart", "answer_start": 5}]), 'the context has "art '),
+    squad_case("squad-beyond", squad(answers=[{"text": "bart", "answer_start": 10**9}]), "at answer_start 1000000000"),
+    squad_case("squad-negative", squad(answers=[{"text": "bart", "answer_start": -4}]), "answer_start is -4"),
+    squad_case("squad-surrogate", SPLIT, "train.json: not valid JSON: half a surrogate"),
+    squad_case("squad-utf16", json.dumps(squad()).encode("utf-16"), "train.json: not UTF-8"),
     glue("glue-label", TSV + "0\ta\tb\tentails\n", 'train.tsv:2: label "entails" is unknown'),
     glue("glue-header", "0\ta\tb\tentailment\n", 'train.tsv: no column "sentence1"'),
     glue("glue-ragged", TSV + "0\ta\tentailment\n", "train.tsv:2: 3 columns, not 4"),

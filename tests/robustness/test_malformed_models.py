@@ -222,7 +222,7 @@ MODELS = [
     broken("evaluated-no-weights", without("model.safetensors"), "no weights, neither", "evaluate", "model.path"),
     broken("evaluated-pickle", pickled(zipped_pickle), "cannot read weights", "evaluate", "model.path"),
     broken("evaluated-vocabulary", config(vocab_size=50), "tokenizer has", "evaluate", "model.path"),
-    broken("evaluated-labels", config(id2label={"0": "x", "1": "y"}), "the model's labels are x, y", "evaluate", "model.path"),
+    broken("evaluated-labels", config(id2label={"0": "x", "1": "y"}), "labels are x, y", "evaluate", "model.path"),
 ]  # fmt: skip
 # What only the weights themselves show.
 READ = [
@@ -276,4 +276,6 @@ def test_weights_of_another_model(case: Case, world: World, tmp_path: Path, monk
     case.make(tmp_path, world)
     labels = ("no", "yes")
     with pytest.raises(UserError, match=case.expected):
-        loading.load_model(str(tmp_path / "model"), "classification", labels=labels, require_head="teacher" in case.name)
+        loading.load_model(
+            str(tmp_path / "model"), "classification", labels=labels, require_head="teacher" in case.name
+        )

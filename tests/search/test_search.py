@@ -37,7 +37,7 @@ from lad_dist.training.trainer import RunResult
 TUNE = ROOT / "launch" / "tune.py"
 GOOD, HOPELESS = 6e-3, 1e-9
 DEEPER_THAN_THE_MODEL = 9
-SEED_SEARCHED = 13
+SEED_SEARCHED = 7
 GRID = {
     "method": {"pkd": {"objective.name": "pkd"}, "lad": {}},
     "seed": {"0": {"run.seed": 0}, "1": {"run.seed": 1}},
@@ -88,7 +88,10 @@ def denying(world: World, folder: Path) -> Path:
     [
         ({"space": {"optim.rl": {"uniform": [0.1, 0.2]}}}, "optim.rl: no such key; did you mean"),
         ({"space": {"objective.hiden": {"choice": [1.0]}}}, 'hiden: no such key; did you mean "hidden"'),
-        ({"override": {"data": {"slot": 2}}}, 'data.slot: no such key; did you mean "micro_batches_per_step"'),
+        (
+            {"override": {"data": {"micro_batch_per_step": 2}}},
+            'data.micro_batch_per_step: no such key; did you mean "micro_batches_per_step"',
+        ),
         ({"space": {"optim.lr": {"loguniforn": [0.1, 0.2]}}}, 'unknown: did you mean "loguniform"'),
         ({"space": {"optim.lr": {"loguniform": [0.0, 0.2]}}}, "the low end must be above 0"),
         ({"space": {"optim.lr": {"uniform": [0.2, 0.1]}}}, r"give \[low, high\] with low < high"),
@@ -103,7 +106,7 @@ def denying(world: World, folder: Path) -> Path:
             "space.data.dev: scores of different tasks cannot",
         ),
         ({"space": None}, r"give \[grid\], \[space\] or both"),
-        ({"space": None, "grid": GRID}, r"samples = 4: there is no \[space\] to draw them from"),
+        ({"space": None, "grid": GRID}, r"num_samples = 4: add a \[space\] to draw"),
         ({"grid": {"method": {}}}, "grid.method: give choices"),
         ({"grid": {"method": {"a/b": {}}}}, "grid.method: give choices whose names are letters"),
         ({"grid": {"method": {"kd": {"base": "nowhere.toml"}}}}, "nowhere.toml: cannot read the config"),

@@ -312,15 +312,15 @@ def test_a_run_stops_while_it_merges(config: PrepareConfig, monkeypatch: pytest.
         if done == total:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(progress, "_reporter", stop_at_the_end)
-    assert not prepare.prepare(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "_reporter", stop_at_the_end)
+        assert not prepare.prepare(config)
     assert not Path(config.out).exists()
-    monkeypatch.undo()
     prepared(config)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
-def test_the_first_damaged_document_stops_it_and_finished_pieces_stay(
+def test_the_first_damaged_document_stops_it_and_finished_chunks_stay(
     config: PrepareConfig, toy_corpus: Path, num_workers: int
 ) -> None:
     for name in ("030.txt", "059.txt"):
@@ -387,7 +387,7 @@ def test_other_weights_are_written_into_a_finished_manifest(
     assert content(config.out) == content(config.out + "2")
 
 
-def test_pieces_of_something_else_are_refused(config: PrepareConfig, toy_corpus: Path) -> None:
+def test_chunks_of_something_else_are_refused(config: PrepareConfig, toy_corpus: Path) -> None:
     assert prepare.prepare(changed(config, part=0, parts=2))
     (toy_corpus / "more.txt").write_text("the fox")
     with pytest.raises(
@@ -459,9 +459,7 @@ def test_a_full_disk_is_one_line(config: PrepareConfig, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(chunks, "fsync", full)
     for num_workers in (1, 2):
-        with pytest.raises(
-            UserError, match=r"0\.ids: No space left on device; finished chunks stay on disk, run again"
-        ):
+        with pytest.raises(UserError, match=r"0\.ids: No space left on device; finished chunks stay on disk"):
             prepare.prepare(changed(config, num_workers=num_workers))
 
 
@@ -473,9 +471,7 @@ def test_a_disk_that_is_full_only_for_the_tokenizer_is_one_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
-        with pytest.raises(
-            UserError, match=r"shards: No space left on device .*; finished chunks stay on disk, run again"
-        ):
+        with pytest.raises(UserError, match=r"shards: No space left on device .*; finished chunks stay on disk"):
             prepare.prepare(config)
     assert not Path(config.out).exists()
     prepared(config)

@@ -22,7 +22,7 @@ def folder(tmp_path: Path, toy_tokenizer) -> Path:
     return write_shards(tmp_path / "shards", toy_tokenizer, DOCUMENTS, [[7, 8]], {"b": 2.5})
 
 
-def test_a_source_is_one_stream_over_its_files(folder: Path) -> None:
+def test_a_source_is_one_stream_over_all_files(folder: Path) -> None:
     streams = Shards(folder).streams
     assert [(s.name, s.weight, s.tokens) for s in streams] == [("a", 1.0, 27), ("b", 2.5, 3)]
     for stream, documents in zip(streams, DOCUMENTS.values(), strict=True):
@@ -50,7 +50,7 @@ def test_few_files_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPa
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_verify_reports_its_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_reports_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reports: list[tuple[str, float, float]] = []
     monkeypatch.setattr(progress, "_reporter", lambda task, done, total, detail: reports.append((task, done, total)))
     verify(folder)

@@ -1,4 +1,4 @@
-"""Documents out of files and hub datasets, sound and damaged."""
+"""Documents out of files and hub datasets, intact and damaged."""
 
 import bz2
 import gzip
@@ -32,7 +32,7 @@ def everything(source: SourceConfig) -> list[str | UnreadableDocument]:
     return [document for span in corpus.spans(source) for document in corpus.read(source, span)]
 
 
-def complaints(source: SourceConfig) -> list[str]:
+def error_messages(source: SourceConfig) -> list[str]:
     return [document.message for document in everything(source) if isinstance(document, UnreadableDocument)]
 
 
@@ -75,7 +75,7 @@ def test_wikiextractor_folders_are_walked_in_sorted_order(tmp_path: Path) -> Non
     assert texts == ["First\none\ntwo", "Second", "Third\nx", "Last\nx"]
 
 
-def test_a_book_is_a_document_with_its_hard_wrapped_lines_joined(tmp_path: Path) -> None:
+def test_a_book_is_a_document_with_hard_wrapped_lines_joined(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes("\ufeffCHAPTER I\r\n\r\n\r\nIt was\r\na dark night.\r\n \r\nThe end\r\n".encode())
     (tmp_path / "a.txt").write_text("\n")
     assert list(corpus.documents(source("text", tmp_path))) == ["", "CHAPTER I\nIt was a dark night.\nThe end"]
@@ -99,21 +99,21 @@ def write_arrow(file: Path, table: pa.Table, stream: bool) -> None:
 
 
 def write_all(folder: Path, documents: list[str]) -> dict[str, SourceConfig]:
-    """The documents in every form."""
+    """Write the documents in every form."""
     names = {"wikiextractor": "wiki_00", "jsonl": "a.jsonl", "text": "a.txt"}
     content = {
         "wikiextractor": "\n".join(f'<doc id="1">\n{text}\n</doc>\n' for text in documents),
         "jsonl": "\n\n".join(json.dumps({"id": 1, "text": text}) for text in documents),
         "text": "\n\n".join(documents),
     }
-    found = {}
+    sources = {}
     for kind, name in names.items():
         for ending, compress in {"": bytes, **COMPRESS}.items():
             place = folder / f"{kind}{ending}"
             place.mkdir()
             (place / f"{name}{ending}").write_bytes(compress(content[kind].encode()))
             rest = {"document": "block"} if kind == "text" else {}
-            found[place.name] = source(kind, place, **rest)
+            sources[place.name] = source(kind, place, **rest)
     table = pa.table({"text": documents, "id": range(len(documents))})
     large = pa.table({"text": pa.array(documents, pa.large_string()).dictionary_encode()})
     for kind, name, write in (
@@ -124,8 +124,8 @@ def write_all(folder: Path, documents: list[str]) -> dict[str, SourceConfig]:
     ):
         (folder / name).mkdir()
         write(folder / name / f"a.{kind}")
-        found[name] = source(kind, folder / name)
-    return found
+        sources[name] = source(kind, folder / name)
+    return sources
 
 
 def test_all_kinds_and_compressions_give_the_same_documents(tmp_path: Path) -> None:
@@ -138,9 +138,7 @@ def test_all_kinds_and_compressions_give_the_same_documents(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
-def test_an_archive_of_several_frames_is_read_whole_and_a_truncated_one_complained_of(
-    tmp_path: Path, ending: str
-) -> None:
+def test_an_archive_of_several_frames_is_read_whole_and_a_truncated_one_reported(tmp_path: Path, ending: str) -> None:
     compress = COMPRESS[ending]
     lines = [json.dumps({"text": sentence(n, 30)}) for n in range(3000)]
     halves = [compress("".join(f"{line}\n" for line in part).encode()) for part in (lines[:100], lines[100:])]
@@ -160,32 +158,36 @@ def test_an_archive_of_several_frames_is_read_whole_and_a_truncated_one_complain
 def fake_hub(monkeypatch: pytest.MonkeyPatch, shards: int = 1, **columns: list[Any]) -> dict[str, Any]:
     import datasets
 
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = {}
 
     def load_dataset(path: str, config: str, **options: Any) -> Any:
-        asked.update(path=path, config=config, **options)
+        request.update(path=path, config=config, **options)
         return datasets.Dataset.from_dict(columns).to_iterable_dataset(num_shards=shards)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
+    return request
 
 
 def test_hub_rows_come_from_the_named_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = fake_hub(monkeypatch, id=[1, 2, 3], body=["a", None, "b"])
-    wanted = source("hub", "w/pedia", config="20231101.en", split="train", column="body")
-    assert everything(wanted) == ["a", UnreadableDocument("w/pedia, shard 1 of 1, row 2: body is null, not text"), "b"]
-    assert asked == {"path": "w/pedia", "config": "20231101.en", "split": "train", "streaming": True}
+    request = fake_hub(monkeypatch, id=[1, 2, 3], body=["a", None, "b"])
+    hub_source = source("hub", "w/pedia", config="20231101.en", split="train", column="body")
+    assert everything(hub_source) == [
+        "a",
+        UnreadableDocument("w/pedia, shard 1 of 1, row 2: body is null, not text"),
+        "b",
+    ]
+    assert request == {"path": "w/pedia", "config": "20231101.en", "split": "train", "streaming": True}
     with pytest.raises(UserError, match=r'w/pedia: no column "bodi": did you mean "body"\?'):
         everything(source("hub", "w/pedia", column="bodi"))
 
 
-def test_shards_of_a_hub_dataset_are_its_rows_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_a_hub_dataset_hold_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [str(n) for n in range(17)]
     fake_hub(monkeypatch, shards=3, text=rows)
-    wanted = source("hub", "w/pedia")
-    parts = [list(corpus.read(wanted, Span(Path("w/pedia"), shard, 3))) for shard in range(3)]
+    hub_source = source("hub", "w/pedia")
+    parts = [list(corpus.read(hub_source, Span(Path("w/pedia"), shard, 3))) for shard in range(3)]
     assert all(parts)
-    assert [row for part in parts for row in part] == rows == texts(wanted)
+    assert [row for part in parts for row in part] == rows == texts(hub_source)
 
 
 def test_a_hub_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,18 +277,18 @@ DAMAGED = [
 NAMES = {"wikiextractor": "wiki_00", "text": "a.txt", "jsonl": "a.jsonl", "parquet": "a.parquet", "arrow": "a.arrow"}
 
 
-@pytest.mark.parametrize(("kind", "content", "sound", "expected"), DAMAGED)
+@pytest.mark.parametrize(("kind", "content", "intact", "expected"), DAMAGED)
 def test_what_is_damaged_is_named_with_the_line_and_the_rest_is_read(
-    tmp_path: Path, kind: str, content: bytes, sound: list[str], expected: list[str]
+    tmp_path: Path, kind: str, content: bytes, intact: list[str], expected: list[str]
 ) -> None:
     file = tmp_path / NAMES[kind]
     file.write_bytes(content)
-    found = complaints(source(kind, tmp_path))
-    assert len(found) == len(expected)
-    for message, part in zip(found, expected, strict=True):
-        assert message.startswith(f"{file}{part}")
+    messages = error_messages(source(kind, tmp_path))
+    assert len(messages) == len(expected)
+    for message, ending in zip(messages, expected, strict=True):
+        assert message.startswith(f"{file}{ending}")
         assert "\n" not in message
-    assert texts(source(kind, tmp_path)) == sound
+    assert texts(source(kind, tmp_path)) == intact
     with pytest.raises(UserError, match="mend or remove it"):
         list(corpus.documents(source(kind, tmp_path)))
 
@@ -296,11 +298,11 @@ def test_what_is_damaged_is_named_with_the_line_and_the_rest_is_read(
 def test_a_compressed_file_of_nothing_is_empty(tmp_path: Path, kind: str, ending: str) -> None:
     file = tmp_path / (NAMES[kind] + ending)
     file.write_bytes(COMPRESS[ending](b""))
-    assert complaints(source(kind, tmp_path)) == [f"{file}: empty"]
+    assert error_messages(source(kind, tmp_path)) == [f"{file}: empty"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_truncated_arrow_file_is_complained_of(tmp_path: Path, stream: bool) -> None:
+def test_a_truncated_arrow_file_is_reported(tmp_path: Path, stream: bool) -> None:
     documents = [sentence(n, 20) for n in range(50)]
     write_arrow(tmp_path / "a.arrow", pa.table({"text": documents}), stream)
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-500])
@@ -339,9 +341,9 @@ def test_a_file_that_may_not_be_read_is_never_skipped(tmp_path: Path) -> None:
         ("data/20231101.en/", "20231101.en"),
     ],
 )
-def test_a_source_is_called_by_the_last_part_of_its_path(path: str, name: str) -> None:
+def test_the_last_part_of_the_path_names_a_source(path: str, name: str) -> None:
     assert source("text", path).folder == name
-    assert source("text", path, name="mine").folder == "mine"
+    assert source("text", path, name="own").folder == "own"
 
 
 @pytest.mark.parametrize(

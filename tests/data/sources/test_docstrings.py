@@ -87,9 +87,9 @@ def test_no_long_name_survives(around: str, name: str) -> None:
 
 
 def test_no_passage_names_a_library_or_comes_twice() -> None:
-    found = harvest(most=60)
-    letters = [re.sub("[^a-z]+", "", passage.text.lower()) for passage in found]
-    assert {passage.library for passage in found} == set(LIBRARIES)
+    passages = harvest(most=60)
+    letters = [re.sub("[^a-z]+", "", passage.text.lower()) for passage in passages]
+    assert {passage.library for passage in passages} == set(LIBRARIES)
     assert len(set(letters)) == len(letters)
     assert not [text for text in letters if "pytho" + "n" in text or "matplotlib" in text or "scipy" in text]
 
@@ -110,7 +110,7 @@ def test_every_library_is_in_the_task_as_often_and_short_ones_are_left_out() -> 
     assert Counter(passage.library for passage in balanced(passages, 5)) == {"python": 5, "ray": 5}
 
 
-def test_nothing_that_is_tested_on_was_read_before(written: Path) -> None:
+def test_the_corpus_holds_no_dev_passage(written: Path) -> None:
     corpus = "\n".join(file.read_text() for file in (written / "corpus").glob("*.txt"))
     train, dev = rows(written / "train.jsonl"), rows(written / "dev.jsonl")
     assert {row["label"] for row in train} == {row["label"] for row in dev} == set(LIBRARIES)
@@ -130,6 +130,6 @@ def test_what_is_complete_is_left_alone(written: Path) -> None:
     assert (written / "train.jsonl").stat().st_mtime_ns == before
 
 
-def test_too_little_documentation_is_said(tmp_path: Path) -> None:
+def test_too_little_documentation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="enough documentation"):
         write(tmp_path, most=5, train_each=1000, dev_each=1000)

@@ -17,26 +17,26 @@ def one_hot(classes: list[int], width: int = 2) -> np.ndarray:
 def test_classification_by_hand() -> None:
     # true positives 2, false positives 1, false negatives 2, true negatives 1
     labels = np.array([1, 1, 1, 1, 0, 0])
-    found = score(("accuracy", "f1", "matthews"), one_hot([1, 1, 0, 0, 1, 0]), labels)
-    assert found["accuracy"] == pytest.approx(3 / 6)
-    assert found["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
-    assert found["matthews"] == pytest.approx((2 * 1 - 1 * 2) / math.sqrt(3 * 4 * 2 * 3))
+    metrics = score(("accuracy", "f1", "matthews"), one_hot([1, 1, 0, 0, 1, 0]), labels)
+    assert metrics["accuracy"] == pytest.approx(3 / 6)
+    assert metrics["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
+    assert metrics["matthews"] == pytest.approx((2 * 1 - 1 * 2) / math.sqrt(3 * 4 * 2 * 3))
     turned = score(("matthews",), one_hot([0, 0, 1, 1, 0, 0]), labels)
     assert turned["matthews"] == pytest.approx((2 * 2 - 0 * 2) / math.sqrt(2 * 4 * 2 * 4))
 
 
 def test_f1_of_three_classes_is_the_mean_over_them() -> None:
     labels = np.array([0, 0, 1, 2])
-    found = score(("f1",), one_hot([0, 1, 1, 2], 3), labels)
-    assert found["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    metrics = score(("f1",), one_hot([0, 1, 1, 2], 3), labels)
+    assert metrics["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
 
 
 def test_regression_by_hand() -> None:
     labels, predicted = np.array([1.0, 2.0, 3.0, 4.0]), np.array([[1.0], [3.0], [2.0], [10.0]])
-    found = score(("pearson", "spearman"), predicted, labels)
+    metrics = score(("pearson", "spearman"), predicted, labels)
     # deviations -1.5, -0.5, 0.5, 1.5 and -3, -1, -2, 6
-    assert found["pearson"] == pytest.approx((4.5 + 0.5 - 1 + 9) / math.sqrt(5 * 50))
-    assert found["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))  # one neighbouring pair is the wrong way round
+    assert metrics["pearson"] == pytest.approx((4.5 + 0.5 - 1 + 9) / math.sqrt(5 * 50))
+    assert metrics["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))  # one neighbouring pair is the wrong way round
 
 
 def test_a_constant_prediction_correlates_with_nothing() -> None:
@@ -52,9 +52,9 @@ def test_loyalty_by_hand() -> None:
 
     middle = [0.65, 0.35]
     distance = math.sqrt(divergence([0.9, 0.1], middle) / 2 + divergence([0.4, 0.6], middle) / 2)
-    found = loyalty(student, teacher)
-    assert found["label_loyalty"] == 0.5
-    assert found["probability_loyalty"] == pytest.approx(1 - distance / 2, abs=1e-6)
+    metrics = loyalty(student, teacher)
+    assert metrics["label_loyalty"] == 0.5
+    assert metrics["probability_loyalty"] == pytest.approx(1 - distance / 2, abs=1e-6)
 
 
 def test_loyalty_has_ends() -> None:
@@ -66,13 +66,13 @@ def test_loyalty_has_ends() -> None:
 
 def test_loyalty_of_a_regression_is_a_correlation() -> None:
     outputs = np.array([[1.0], [2.0], [4.0]], dtype=np.float32)
-    found = loyalty(-outputs, outputs)
-    assert found == {"teacher_pearson": pytest.approx(-1)}
-    assert type(found["teacher_pearson"]) is float  # results.json holds it
+    metrics = loyalty(-outputs, outputs)
+    assert metrics == {"teacher_pearson": pytest.approx(-1)}
+    assert type(metrics["teacher_pearson"]) is float  # results.json holds it
 
 
 @pytest.mark.parametrize(
-    ("gold", "predicted", "right", "there", "said"),
+    ("gold", "predicted", "correct", "in_gold", "in_predicted"),
     [
         ("B-A I-A O B-B", "B-A I-A O B-B", 2, 2, 2),
         ("B-A I-A O B-B", "B-A O O B-A", 0, 2, 2),  # a wrong border, a wrong kind
@@ -87,18 +87,18 @@ def test_loyalty_of_a_regression_is_a_correlation() -> None:
         ("B I O", "B I O", 1, 1, 1),  # without kinds
     ],
 )
-def test_entities_by_hand(gold: str, predicted: str, right: int, there: int, said: int) -> None:
+def test_entities_by_hand(gold: str, predicted: str, correct: int, in_gold: int, in_predicted: int) -> None:
     """As conlleval counts; a sentence's end ends an entity."""
-    found = entity_metrics([gold.split(), ["O"]], [predicted.split(), ["O"]])
-    assert found["precision"] == (right / said if said else 0)
-    assert found["recall"] == (right / there if there else 0)
-    assert found["f1"] == pytest.approx(2 * right / (there + said))
+    metrics = entity_metrics([gold.split(), ["O"]], [predicted.split(), ["O"]])
+    assert metrics["precision"] == (correct / in_predicted if in_predicted else 0)
+    assert metrics["recall"] == (correct / in_gold if in_gold else 0)
+    assert metrics["f1"] == pytest.approx(2 * correct / (in_gold + in_predicted))
     split = entity_metrics([["B-A"], ["I-A"]], [["B-A"], ["I-A"]])
     assert split == {"precision": 1, "recall": 1, "f1": 1}
     assert entity_metrics([["B-A"], ["I-A"]], [["B-A"], ["O"]])["recall"] == 0.5
 
 
-def test_nothing_found_where_nothing_is() -> None:
+def test_entities_without_any_score_zero() -> None:
     assert entity_metrics([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0}
 
 
@@ -116,11 +116,11 @@ def test_answers_by_hand(predicted: str, gold: list[str], exact: float, f1: floa
     assert answer_metrics([predicted], [gold], False) == {"exact_match": exact, "f1": pytest.approx(f1)}
 
 
-def test_answers_that_are_not_there_by_hand() -> None:
-    """SQuAD 2.0: an empty answer is right where there is none, and there alone."""
+def test_unanswerable_questions_by_hand() -> None:
+    """SQuAD 2.0: an empty answer is right for unanswerable questions alone."""
     golds = [["Rome"], ["Rome"], [], [], ["the", "Ada Lovelace"]]
-    found = answer_metrics(["Rome", "", "", "Rome", "Ada"], golds, True)
-    assert found == {
+    metrics = answer_metrics(["Rome", "", "", "Rome", "Ada"], golds, True)
+    assert metrics == {
         "exact_match": pytest.approx(2 / 5),
         "f1": pytest.approx((1 + 0 + 1 + 0 + 2 / 3) / 5),
         "f1_answerable": pytest.approx((1 + 0 + 2 / 3) / 3),
@@ -129,7 +129,7 @@ def test_answers_that_are_not_there_by_hand() -> None:
     assert answer_metrics(["the"], [["the"]], False) == {"exact_match": 1, "f1": 0}  # version 1.1: no word in common
 
 
-def test_likeness_is_that_of_each_window() -> None:
+def test_window_probability_loyalty_is_that_of_each_window() -> None:
     """Against scipy, window by window and column by column."""
     random = np.random.default_rng(0)
     student, teacher = (random.normal(size=(9, 2)) * 3 for _ in range(2))

@@ -1,4 +1,4 @@
-"""Questions about texts: files read, answers found again through tokens and windows, predictions joined."""
+"""Questions about texts: files read, answers windows again through tokens and windows, predictions joined."""
 
 import json
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def article(context: str, *questions: dict[str, Any]) -> dict[str, Any]:
 
 
 def qa(*answers: tuple[str, int], **rest: Any) -> dict[str, Any]:
-    found = [{"text": text, "answer_start": start} for text, start in answers]
-    return {"id": "1", "question": " Who? ", "answers": found, **rest}
+    entries = [{"text": text, "answer_start": start} for text, start in answers]
+    return {"id": "1", "question": " Who? ", "answers": entries, **rest}
 
 
 GOOD = article("Ada went to Rome.", qa(("Ada", 0), ("Ada went", 0)), qa(("Rome", 12), is_impossible=False))
@@ -67,16 +67,16 @@ def test_both_versions_are_read(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ('{"data": [\n{"paragraphs": ]}', r"train\.json:2: not valid JSON"),
-        ([], r'train\.json: no list "data" there'),
+        ([], r'train\.json: no list "data"'),
         ({"data": []}, r"train\.json: no questions"),
-        ({"data": [{}]}, r'train\.json: data\[0\]: no list "paragraphs" there'),
-        ({"data": [{"paragraphs": [{"qas": []}]}]}, r'data\[0\]\.paragraphs\[0\]: no text "context" there'),
-        (article("text", {"id": "1"}), r'paragraphs\[0\]\.qas\[0\]: no text "question" there'),
-        (article("text", {"question": "Who?"}), r'qas\[0\]: no list "answers" there'),
+        ({"data": [{}]}, r'train\.json: data\[0\]: no list "paragraphs"'),
+        ({"data": [{"paragraphs": [{"qas": []}]}]}, r'data\[0\]\.paragraphs\[0\]: no text "context"'),
+        (article("text", {"id": "1"}), r'paragraphs\[0\]\.qas\[0\]: no text "question"'),
+        (article("text", {"question": "Who?"}), r'qas\[0\]: no list "answers"'),
         (article("text", qa(("next", 0))), r'qas\[0\]\.answers\[0\]: at answer_start 0 the context has "text", not'),
         (article("text", qa(("text", -4))), r"answer_start is -4, not a place"),
         (article("text", {"question": "Who?", "answers": [{"text": "text"}]}), r"answer_start is None, not a place"),
-        (article("text", {"question": "Who?", "answers": ["text"]}), r'answers\[0\]: no text "text" there'),
+        (article("text", {"question": "Who?", "answers": ["text"]}), r'answers\[0\]: no text "text"'),
     ],
 )
 def test_malformed_files_are_refused_with_their_place(content: Any, message: str, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ CONTEXT = "  " + "\n\n".join(toy.sentence(n, most=30) for n in range(8)) + " (Ba
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=25)
 @given(begin=st.integers(0, 60), count=st.integers(1, 2), stride=st.sampled_from([10, 14]), long=st.booleans())
-def test_every_answer_is_found_in_a_window_and_read_back(
+def test_every_answer_in_a_window_is_read_back(
     family: str, begin: int, count: int, stride: int, long: bool, words: Callable[[str], PreTrainedTokenizerFast]
 ) -> None:
     """From characters to tokens to the text again, whatever the tokenizer; an answer is as short as the stride."""
@@ -122,12 +122,12 @@ def test_every_answer_is_found_in_a_window_and_read_back(
 
 
 def _words_of(text: str) -> list[tuple[int, str]]:
-    found, at = [], 0
+    places, at = [], 0
     for word in text.split():
         at = text.index(word, at)
-        found.append((at, word))
+        places.append((at, word))
         at += len(word)
-    return found
+    return places
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,9 +135,11 @@ def test_windows_hold_the_whole_context_and_overlap(
     family: str, words: Callable[[str], PreTrainedTokenizerFast]
 ) -> None:
     tokenizer = words(family)
-    found = encode_windows(tokenizer, ["ban", "ban"], [CONTEXT, "dert"], 32, 10)
-    assert found.question.tolist() == [0] * (len(found.question) - 1) + [1]
-    first = [each for each, question in zip(found.characters, found.question, strict=True) if question == 0]
+    windows = encode_windows(tokenizer, ["ban", "ban"], [CONTEXT, "dert"], 32, 10)
+    assert windows.question.tolist() == [0] * (len(windows.question) - 1) + [1]
+    first = [
+        characters for characters, question in zip(windows.characters, windows.question, strict=True) if question == 0
+    ]
     whole = tokenizer(CONTEXT, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     assert [tuple(x) for x in first[0]] == [tuple(x) for x in whole[: len(first[0])]]
     assert tuple(first[-1][-1]) == tuple(whole[-1])
@@ -151,9 +153,14 @@ def test_a_question_of_any_length_leaves_room_for_any_stride(
 ) -> None:
     """The beginning of a question may be read as more tokens than it was as a part of it."""
     for length in (8, 9, 16, 17):
-        found = encode_windows(words(family), ["which of the many red dogs?"], [CONTEXT], length, length // 2 - 1)
-        assert max(map(len, found.encoded.ids)) <= length
-        read = {place for each in found.characters for begin, end in each.tolist() for place in range(begin, end)}
+        windows = encode_windows(words(family), ["which of the many red dogs?"], [CONTEXT], length, length // 2 - 1)
+        assert max(map(len, windows.encoded.ids)) <= length
+        read = {
+            place
+            for characters in windows.characters
+            for begin, end in characters.tolist()
+            for place in range(begin, end)
+        }
         assert read >= {place for place, character in enumerate(CONTEXT) if not character.isspace()}
 
 
@@ -172,7 +179,7 @@ def test_answers_that_no_window_holds_are_reported(
 
 @settings(max_examples=100)
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 5), st.booleans())
-def test_the_best_stretch_of_all_windows_wins(seed: int, sizes: list[int], longest: int, unanswerable: bool) -> None:
+def test_the_best_stretch_of_all_windows_wins(seed: int, sizes: list[int], max_length: int, unanswerable: bool) -> None:
     """Against every pair of rows, one by one."""
     random = np.random.default_rng(seed)
     context = "abcdefghijklmnopqrstuvwxyz"
@@ -184,19 +191,19 @@ def test_the_best_stretch_of_all_windows_wins(seed: int, sizes: list[int], longe
     for first, end in pairwise(starts):
         none = min(none, logits[first].sum())
         for i in range(first + 1, end):
-            for j in range(i, min(i + longest, end)):
+            for j in range(i, min(i + max_length, end)):
                 if logits[i, 0] + logits[j, 1] > best:
                     best, text = logits[i, 0] + logits[j, 1], context[begins[i] : begins[j] + 1]
     questions = Questions([""], [context], [[]], unanswerable)
     for threshold in (-1.0, 0.0, 1.0):
         expected = "" if unanswerable and none - best > threshold else text
-        assert find_answers(logits, rows, questions, longest, threshold) == [expected]
+        assert find_answers(logits, rows, questions, max_length, threshold) == [expected]
 
 
-def test_a_toy_file_survives_the_way_there_and_back(
+def test_a_toy_file_is_scored_perfectly_by_the_labels(
     tmp_path: Path, words: Callable[[str], PreTrainedTokenizerFast]
 ) -> None:
-    """Through labels alone, questions without answers among them."""
+    """Questions without answers are among them."""
     files = toy_heads.question_files(tmp_path, train=20, dev=20, length=60, unanswerable=True)
     data = TaskDataConfig.model_validate({**files, "max_length": 48, "doc_stride": 20})
     task = load_task(data)

@@ -33,7 +33,7 @@ def written(file: Path, text: str) -> Path:
     return file
 
 
-def test_conll_and_jsonl_say_the_same(tmp_path: Path) -> None:
+def test_conll_and_jsonl_give_the_same_sentences(tmp_path: Path) -> None:
     """Columns by blanks or tabs, empty lines that hold blanks, no empty line at the end, marks between documents."""
     conll = written(
         tmp_path / "a.conll",
@@ -43,9 +43,9 @@ def test_conll_and_jsonl_say_the_same(tmp_path: Path) -> None:
     lines = written(tmp_path / "b.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     task = own(conll, lines)
     assert task.label_names == ("B-LOC", "B-PER", "O")
-    for found in (task.train, task.dev["dev"]):
-        assert found.words == [["Ada", "went"], ["to", "New York"]]
-        assert [tags.tolist() for tags in found.tags] == [[1, 2], [2, 0]]
+    for sentences in (task.train, task.dev["dev"]):
+        assert sentences.words == [["Ada", "went"], ["to", "New York"]]
+        assert [tags.tolist() for tags in sentences.tags] == [[1, 2], [2, 0]]
 
 
 @pytest.mark.parametrize(
@@ -101,25 +101,26 @@ def test_a_tag_that_training_does_not_have_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_word_has_a_first_token_of_its_own(family: str, tmp_path: Path) -> None:
-    """Also words that a tokenizer leaves out, and long ones: decoded from its first token to the next word's, each
-    reads as it was written.
+def test_every_word_has_a_first_token(family: str, tmp_path: Path) -> None:
+    """Also words that a tokenizer leaves out, and long ones.
+
+    The tokens from one first token to the next decode to the word.
     """
     words = load_tokenizer(toy_families.tokenizer(family, tmp_path))
     sentences = [["ban", "dert"], ["\x01", "fisk", "\x01", "\x02"], ["gompban" * 4, "ne"], ["lud"] * 30, [" "]]
-    for sentence, found in zip(sentences, encode_words(words, sentences), strict=True):
-        assert len(found.firsts) == len(sentence)
-        assert (np.diff(found.firsts) > 0).all()
-        assert found.firsts[-1] < len(found.ids)
-        for word, (begin, end) in zip(sentence, pairwise([*found.firsts.tolist(), len(found.ids)]), strict=True):
-            text = words.decode(found.ids[begin:end]).replace(" ", "").replace("##", "")
-            assert text.strip() == word.strip() or found.ids[begin] == words.unk_token_id
+    for sentence, encoded in zip(sentences, encode_words(words, sentences), strict=True):
+        assert len(encoded.firsts) == len(sentence)
+        assert (np.diff(encoded.firsts) > 0).all()
+        assert encoded.firsts[-1] < len(encoded.ids)
+        for word, (begin, end) in zip(sentence, pairwise([*encoded.firsts.tolist(), len(encoded.ids)]), strict=True):
+            text = words.decode(encoded.ids[begin:end]).replace(" ", "").replace("##", "")
+            assert text.strip() == word.strip() or encoded.ids[begin] == words.unk_token_id
 
 
 @settings(max_examples=200)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 12))
-def test_pieces_cover_all_words_and_fit(sizes: list[int], room: int) -> None:
-    """A piece is longer than the room only where it is one word."""
+def test_parts_of_a_sentence_cover_all_words_and_fit(sizes: list[int], room: int) -> None:
+    """More tokens than fit are only in a stretch of one word."""
     firsts = np.cumsum([0, *sizes])
     borders = split_sentence(EncodedWords(np.zeros(firsts[-1], dtype=np.int32), firsts[:-1]), room)
     assert (borders[0], borders[-1]) == (0, len(sizes))

@@ -96,18 +96,18 @@ def test_torn_rows_of_qqp_are_left_out_and_of_others_refused(tmp_path: Path) -> 
         glue(tmp_path, "wnli")
 
 
-def test_the_hub_is_read_in_its_own_columns_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_has_columns_and_an_order_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked = []
+    requests = []
 
     def load_dataset(path: str, config: str, split: str, streaming: bool) -> datasets.Dataset:
-        asked.append((path, config, split))
+        requests.append((path, config, split))
         return datasets.Dataset.from_dict({"premise": ["p"], "hypothesis": ["h"], "label": [2], "idx": [0]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = load_task(TaskDataConfig(task="mnli"))
-    assert asked == [("nyu-mll/glue", "mnli", s) for s in ("train", "validation_matched", "validation_mismatched")]
+    assert requests == [("nyu-mll/glue", "mnli", s) for s in ("train", "validation_matched", "validation_mismatched")]
     assert (task.train.texts, task.train.pairs, task.train.labels.tolist()) == (["p"], ["h"], [2])
     assert list(task.dev) == ["dev", "dev_mismatched"]
 
@@ -128,7 +128,7 @@ ROWS = [('the "quick"\tfox, it', "a", 2), ("x\ny", "b", 10), ("NA", "null", 2)]
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_own_files_keep_their_texts(tmp_path: Path, kind: str) -> None:
     frame = pd.DataFrame(ROWS, columns=["text", "text_pair", "label"]).assign(more=1.5)
-    file = tmp_path / f"mine.{kind}"
+    file = tmp_path / f"own.{kind}"
     if kind == "csv":
         frame.to_csv(file, index=False)
     elif kind == "jsonl":
@@ -140,7 +140,7 @@ def test_own_files_keep_their_texts(tmp_path: Path, kind: str) -> None:
     assert task.train.pairs == [pair for _, pair, _ in ROWS]
     assert task.label_names == ("2", "10")
     assert task.train.labels.tolist() == [0, 1, 0]
-    assert (task.name, task.metrics, list(task.dev)) == ("mine", ("accuracy", "f1", "matthews"), ["dev"])
+    assert (task.name, task.metrics, list(task.dev)) == ("own", ("accuracy", "f1", "matthews"), ["dev"])
 
 
 def test_own_tsv_has_no_quoting_and_labels_may_be_words(tmp_path: Path) -> None:

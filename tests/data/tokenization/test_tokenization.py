@@ -358,7 +358,7 @@ def test_a_vocabulary_too_small_for_the_characters_is_refused(train: Any, tmp_pa
 # Training unigram
 
 
-def test_unigram_is_laid_out_like_our_wordpiece(unigram) -> None:
+def test_unigram_is_laid_out_like_wordpiece(unigram) -> None:
     assert unigram.convert_ids_to_tokens(range(5)) == list(SPECIAL_TOKENS)
     encoded = unigram("the fox", "dog", return_token_type_ids=True)
     tokens = unigram.convert_ids_to_tokens(encoded["input_ids"])
@@ -369,9 +369,9 @@ def test_unigram_is_laid_out_like_our_wordpiece(unigram) -> None:
 
 
 def test_case_folding_is_an_option(unigrams: dict[bool, Path]) -> None:
-    lowered, kept = (load_tokenizer(unigrams[lowercase]) for lowercase in (True, False))
-    assert tokens_of(lowered, "The Straße") == tokens_of(lowered, "the straße")
-    assert tokens_of(kept, "The Straße") != tokens_of(kept, "the straße")
+    uncased, cased = (load_tokenizer(unigrams[lowercase]) for lowercase in (True, False))
+    assert tokens_of(uncased, "The Straße") == tokens_of(uncased, "the straße")
+    assert tokens_of(cased, "The Straße") != tokens_of(cased, "the straße")
 
 
 def test_text_of_few_pieces_gives_a_smaller_unigram_vocabulary(tmp_path: Path) -> None:
@@ -430,5 +430,5 @@ def test_they_are_equal_on_every_real_line(lowercase: bool, real_data: Path, tmp
     assert len(lines) > 10_000
     train_unigram(lines[::10], 4000, tmp_path, lowercase)
     slow = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / MODEL_FILE))
-    ours = apart(load_tokenizer(tmp_path), lines)
-    assert [ids.tolist() for ids in ours] == slow.encode(lines)
+    fast = apart(load_tokenizer(tmp_path), lines)
+    assert [ids.tolist() for ids in fast] == slow.encode(lines)

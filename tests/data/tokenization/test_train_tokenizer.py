@@ -1,3 +1,5 @@
+"""Training a tokenizer: the same bytes every time, finished folders left alone, an even sample of the text."""
+
 import json
 import os
 import subprocess
@@ -32,14 +34,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
-def test_it_writes_a_tokenizer_and_nothing_else(kind: str, toy_corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "made" / "words"
-    said: list[str] = []
-    train_tokenizer(config(out, toy_corpus, kind=kind), said.append)
+def test_it_writes_a_tokenizer_and_nothing_else(
+    kind: str, toy_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "new" / "words"
+    size = train_tokenizer(config(out, toy_corpus, kind=kind))
     assert list(out.parent.iterdir()) == [out]
     tokenizer = load_tokenizer(out)
     assert tokenizer.decode(tokenizer.encode(sentence(3, 9)), skip_special_tokens=True) == sentence(3, 9)
-    assert said[-1].startswith(f"{out}: {vocabulary_size(tokenizer)} tokens, learnt from")
+    assert size == vocabulary_size(tokenizer)
+    reading, learning = caplog.messages
+    assert reading == f"{out}: reading 1 source"
+    assert learning.startswith(f"{out}: learning 120 tokens from ")
     assert (out / MODEL_FILE).exists() == (kind == "unigram")
 
 
@@ -60,31 +66,33 @@ def test_the_same_request_gives_the_same_bytes_in_another_process(tmp_path: Path
         (tmp_path / "texts" / f"{number}.txt").write_text(text)
     paths = []
     for kind in ("wordpiece", "unigram"):
-        request = config(tmp_path / kind, tmp_path / "texts", kind=kind, vocabulary=180)
-        train_tokenizer(request, lambda _: None)
+        request = config(tmp_path / kind, tmp_path / "texts", kind=kind, vocab_size=180)
+        train_tokenizer(request)
         paths.append(tmp_path / f"{kind}.toml")
         paths[-1].write_text(dump_config(request.model_copy(update={"out": str(tmp_path / f"{kind} again")})))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    words = [sys.executable, "-c", TRAIN_IN_A_PROCESS, *paths]
-    subprocess.run(words, env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-c", TRAIN_IN_A_PROCESS, *paths]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     for kind, files in (("wordpiece", 3), ("unigram", 4)):
         assert len(contents(tmp_path / kind)) == files
         assert contents(tmp_path / kind) == contents(tmp_path / f"{kind} again")
 
 
-def test_what_is_finished_is_left_alone_and_another_request_refused(toy_corpus: Path, tmp_path: Path) -> None:
+def test_a_finished_folder_is_left_alone_and_another_request_refused(
+    toy_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "words"
-    train_tokenizer(config(out, toy_corpus), lambda _: None)
+    train_tokenizer(config(out, toy_corpus))
     before = contents(out)
-    said: list[str] = []
+    caplog.clear()
     (toy_corpus / "000.txt").write_bytes(b"\xff")  # not read again
-    train_tokenizer(config(out, toy_corpus), said.append)
-    assert said == [f"{out}: already trained by this request; nothing to do"]
-    with pytest.raises(UserError, match="words: made with another lowercase, vocabulary; remove it"):
-        train_tokenizer(config(out, toy_corpus, vocabulary=90, lowercase=False), said.append)
+    train_tokenizer(config(out, toy_corpus))
+    assert caplog.messages == [f"{out}: already trained by this request; nothing to do"]
+    with pytest.raises(UserError, match="words: written with another lowercase, vocab_size; remove it"):
+        train_tokenizer(config(out, toy_corpus, vocab_size=90, lowercase=False))
     assert contents(out) == before
     with pytest.raises(UserError, match="exists and holds no tokenizer trained here"):
-        train_tokenizer(config(toy_corpus, toy_corpus), said.append)
+        train_tokenizer(config(toy_corpus, toy_corpus))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +115,7 @@ def test_a_mistake_leaves_nothing_behind(
     before = sorted(tmp_path.rglob("*"))
     changes = json.loads(json.dumps(changes).replace("BLANK", str(tmp_path / "blank")))
     with pytest.raises(UserError, match=message):
-        train_tokenizer(config(tmp_path / "words", toy_corpus, **changes), lambda _: None)
+        train_tokenizer(config(tmp_path / "words", toy_corpus, **changes))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -120,7 +128,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"words: cannot be written \(No space left"):
-        train_tokenizer(config(tmp_path / "words", toy_corpus), lambda _: None)
+        train_tokenizer(config(tmp_path / "words", toy_corpus))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -138,12 +146,12 @@ def numbered(folder: Path, documents: int, lines: int) -> SourceConfig:
 
 def test_lines_are_spread_evenly_over_a_source(tmp_path: Path) -> None:
     source = numbered(tmp_path / "a", documents=10, lines=100)
-    taken = [int(line) for line in sample([source], 7 * 50)]
-    assert len(taken) == 50
-    assert {after - before for before, after in pairwise(taken)} == {20}
+    numbers = [int(line) for line in sample([source], 7 * 50)]
+    assert len(numbers) == 50
+    assert {after - before for before, after in pairwise(numbers)} == {20}
 
 
-def test_a_small_source_is_taken_whole(tmp_path: Path) -> None:
+def test_a_small_source_is_read_whole(tmp_path: Path) -> None:
     source = numbered(tmp_path / "a", documents=3, lines=5)
     assert [int(line) for line in sample([source], 10**6)] == list(range(15))
 
@@ -156,11 +164,11 @@ def test_sources_share_by_weight_and_pass_on_what_they_lack(tmp_path: Path) -> N
 
 
 def lines_of_each(sources: list[SourceConfig], characters: int) -> list[int]:
-    """How many lines come from each: their numbers begin again where a source does."""
-    taken = [int(line) for line in sample(sources, characters)]
-    begins = [n for n in range(len(taken)) if n == 0 or taken[n] <= taken[n - 1]]
+    """Return how many lines come from each source: the numbers begin again where a source does."""
+    numbers = [int(line) for line in sample(sources, characters)]
+    begins = [n for n in range(len(numbers)) if n == 0 or numbers[n] <= numbers[n - 1]]
     assert len(begins) == len(sources)
-    return [end - begin for begin, end in pairwise([*begins, len(taken)])]
+    return [end - begin for begin, end in pairwise([*begins, len(numbers)])]
 
 
 def test_of_a_hub_dataset_only_the_beginning_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
