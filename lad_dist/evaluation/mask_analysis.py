@@ -301,7 +301,7 @@ def _component_table(analysis: MaskAnalysis) -> Table:
         ]
         for name, counts in counts_by_name.items()
     ]
-    return "share of pruned weights, by component", ["", ALL, *columns], rows
+    return "pruned weights, by component", ["", ALL, *columns], rows
 
 
 def _layer_table(analysis: MaskAnalysis) -> Table:
@@ -311,7 +311,7 @@ def _layer_table(analysis: MaskAnalysis) -> Table:
         [name, *(_pruned_share(n for (layer, _), n in counts.items() if layer == column) for column in layers)]
         for name, counts in counts_by_name.items()
     ]
-    return "share of pruned weights, by layer", ["", *map(str, layers)], rows if layers else []
+    return "pruned weights, by layer", ["", *map(str, layers)], rows if layers else []
 
 
 def _pruned_share(counts: Iterable[tuple[int, int]]) -> float | str:
@@ -393,7 +393,7 @@ def _sparsity_panel(axes: Any, masks: RunMasks) -> None:
     for (layer, component), (pruned, count) in counts.items():
         shares[layers.index(layer or 0), components.index(component)] = pruned / count
     rows = ["-" if layer == 0 else str(layer) for layer in layers]
-    _heatmap(axes, f"{masks.name}: share of pruned weights", shares, rows, components, 1.0)
+    _heatmap(axes, f"{masks.name}: pruned weights", shares, rows, components, 1.0)
 
 
 def _heatmap(

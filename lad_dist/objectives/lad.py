@@ -87,8 +87,8 @@ class LAD(KD):
 
     `variant = "paper"` is the authors' code. Its norms are over [S, D] jointly with S · D affine weights, which needs
     `data.pad_to`; its gates start at random. `variant = "per_token"` normalises over D alone. Each token's target
-    then has unit variance whatever the gates do, and no padding is needed. Each other option changes one property of the
-    variant; None keeps the variant's. They show what the gates are worth. Constant gates of value 1 leave LN(H_l)
+    then has unit variance whatever the gates do, and no padding is needed. Each other option changes one property of
+    the variant; None keeps the variant's. They show what the gates are worth. Constant gates of value 1 leave LN(H_l)
     alone, without aggregation.
 
     The hidden term pulls both ways. Gates that learn from it move towards what the student finds easy: the lowest

@@ -204,7 +204,7 @@ def test_hardly_pruned_matrices_count_too(tmp_path: Path) -> None:
     for name, zeros in ((QUERY, 2000), (KEY, 100)):
         weight = torch.ones(64, 64)
         weight.view(-1)[:zeros] = 0
-        values |= dict(compact._packed(name, weight))
+        values |= dict(compact._pack_weight(name, weight))
     assert KEY in values
     compact.CompactExport(values, {}, "", {QUERY: [64, 64]}, "float32").save(tmp_path, None, None)
     assert sparsity(load_run_masks(tmp_path).keep_masks) == {(1, "query"): (2000, 4096), (2, "key"): (100, 4096)}
@@ -255,7 +255,7 @@ def test_the_script(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
 
 def test_tables_of_one_mask(runs: dict[str, Path]) -> None:
     titles = [title for title, _, _ in report([runs["magnitude"]])]
-    assert titles == ["share of pruned weights, by component", "share of pruned weights, by layer"]
+    assert titles == ["pruned weights, by component", "pruned weights, by layer"]
 
 
 @pytest.mark.parametrize(

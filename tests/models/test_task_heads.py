@@ -227,10 +227,16 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
     [
         ({"data.doc_stride": 16}, "doc_stride = 16 must be less than half of max_length = 32"),
         ({"data.kind": "tagging", "data.doc_stride": 8}, 'stride goes with kind = "question_answering" alone'),
-        ({"data.kind": "classification", "data.null_score_diff_threshold": 1.0}, "null_threshold goes with kind"),
+        (
+            {"data.kind": "classification", "data.null_score_diff_threshold": 1.0},
+            "null_score_diff_threshold goes with kind",
+        ),
         ({"data.kind": "tagging"}, r'train\.json: file type "\.json" is unknown'),
         ({"data.kind": "question_answring"}, "data.kind: input should be 'classification', 'regression', 'tagging' or"),
-        ({"data.task": "rte", "data.train": None, "data.dev": None}, "is for train and dev files; a GLUE task has its"),
+        (
+            {"data.task": "rte", "data.train": None, "data.dev": None},
+            "is for train and dev files; a GLUE task names a kind already",
+        ),
         ({"teacher.path": "{teacher}"}, "has no head for question answering"),
     ],
 )

@@ -18,9 +18,11 @@ from lad_dist.data.tokenization.algorithms import train_unigram, train_wordpiece
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.data.tokenization.special_tokens import vocabulary_size
 from lad_dist.distributed.logs import get_logger
+from lad_dist.utils import progress
 from lad_dist.utils.atomic_io import commit
 
 REQUEST = "request.json"
+LINES_PER_REPORT = 10_000  # of progress
 TRAINERS = {"wordpiece": train_wordpiece, "unigram": train_unigram}
 
 logger = get_logger(__name__)
@@ -68,11 +70,16 @@ def _request(config: TokenizerConfig) -> dict[str, Any]:
 
 
 def _write(config: TokenizerConfig, request: dict[str, Any], folder: Path) -> None:
-    logger.info("%s: reading %d source%s", config.out, len(config.source), "s" * (len(config.source) > 1))
-    lines = list(sample(config.source, config.max_characters))
+    lines: list[str] = []
+    characters = 0
+    for line in sample(config.source, config.max_characters):
+        lines.append(line)
+        characters += len(line)
+        if len(lines) % LINES_PER_REPORT == 0:
+            progress.report(f"{config.out}: reading text", characters, config.max_characters, "characters")
     if not lines:
         raise UserError(f"{config.source[0].path}: no text in it to learn from")
-    characters = sum(map(len, lines))
+    progress.report(f"{config.out}: reading text", characters, characters, "characters")
     logger.info("%s: learning %d tokens from %s characters", config.out, config.vocab_size, f"{characters:,}")
     TRAINERS[config.kind](lines, config.vocab_size, folder, config.lowercase)
     (folder / REQUEST).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
