@@ -78,7 +78,7 @@ def test_a_tokenizer_is_trained_once(world: World, tmp_path: Path, capsys: pytes
         printed.append(capsys.readouterr())
     size = vocabulary_size(load_tokenizer(tmp_path / "words"))
     assert printed[0].out == printed[1].out == f"{tmp_path / 'words'}: {size} tokens\n"
-    assert "words: learning 100 tokens from" in printed[0].err
+    assert "words: trained on" in printed[0].err
     assert printed[1].err == f"{tmp_path / 'words'}: already trained by this request; nothing to do\n"
 
 

@@ -203,8 +203,14 @@ MODELS = [
     broken("weights-empty", put("model.safetensors", b""), "model.safetensors: cannot read weights"),
     broken("weights-cut", cut("model.safetensors", 20_000), "model.safetensors: cannot read weights"),
     broken("weights-header", put("model.safetensors", b"\xff" * 64), "model.safetensors: cannot read weights"),
-    broken("weights-long-header", put("model.safetensors", (10**9).to_bytes(8, "little") + b"{}"), "cannot read weights"),
-    broken("weights-text", put("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "cannot read weights"),
+    broken(
+        "weights-long-header", put("model.safetensors", (10**9).to_bytes(8, "little") + b"{}"), "cannot read weights"
+    ),
+    broken(
+        "weights-text",
+        put("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        "cannot read weights",
+    ),
     broken("pickle-zipped", pickled(zipped_pickle), "pytorch_model.bin: cannot read weights"),
     broken("pickle-bare", pickled(bare_pickle), "pytorch_model.bin: cannot read weights"),
     broken("pickle-way-out", pickled(zip_with_a_way_out), "pytorch_model.bin: cannot read weights"),

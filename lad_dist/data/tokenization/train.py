@@ -80,8 +80,11 @@ def _write(config: TokenizerConfig, request: dict[str, Any], folder: Path) -> No
     if not lines:
         raise UserError(f"{config.source[0].path}: no text in it to learn from")
     progress.report(f"{config.out}: reading text", characters, characters, "characters")
-    logger.info("%s: learning %d tokens from %s characters", config.out, config.vocab_size, f"{characters:,}")
+    learning = f"{config.out}: learning {config.vocab_size} tokens"
+    progress.report(learning, 0, 1)
     TRAINERS[config.kind](lines, config.vocab_size, folder, config.lowercase)
+    progress.report(learning, 1, 1)
+    logger.info("%s: trained on %s characters", config.out, f"{characters:,}")
     (folder / REQUEST).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ def test_it_writes_a_tokenizer_and_nothing_else(
     assert tokenizer.decode(tokenizer.encode(sentence(3, 9)), skip_special_tokens=True) == sentence(3, 9)
     assert size == vocabulary_size(tokenizer)
     (message,) = caplog.messages
-    assert message.startswith(f"{out}: learning 120 tokens from ")
+    assert message.startswith(f"{out}: trained on ")
     assert (out / MODEL_FILE).exists() == (kind == "unigram")
 
 
