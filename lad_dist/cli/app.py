@@ -118,13 +118,13 @@ def run_to_exit_code(function: Callable[[], int | None]) -> int:
         check_environment()
         return function() or EXIT_DONE
     except (UserError, Fault) as error:
-        _print_error(f"error: {one_line(str(error))}")
+        _print_error(f"error: {printable_line(str(error))}")
         return error.code
     except OSError as error:
         if error.errno not in FILE_SYSTEM_ERRORS:
             raise
         message = f"{error.filename}: {error.strerror}; check the path, who may write to it, and the space on the disk"
-        _print_error(f"error: {one_line(message)}")
+        _print_error(f"error: {printable_line(message)}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         _print_error("interrupted", patience=0)
@@ -155,7 +155,7 @@ def _await_message(patience: float) -> None:
         time.sleep(patience)
 
 
-def one_line(text: str) -> str:
+def printable_line(text: str) -> str:
     """Return the text as a terminal can show it, shortened in the middle where it is long."""
     text = "".join(c if c.isprintable() else "\\n" if c == "\n" else repr(c)[1:-1] for c in text)
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} … {text[3 - MAX_LINE // 2 :]}"

@@ -6,10 +6,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from launching import ROOT
 
 from lad_dist.config.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 SMALL = """
 text.most=300 text.train_each=8 text.dev_each=4 text.held_out=0.4
 pretrain.run.steps=2 pretrain.student.architecture.hidden_size=32 pretrain.student.architecture.num_attention_heads=2

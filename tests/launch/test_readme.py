@@ -1,15 +1,14 @@
 """The README is true: keys, files, scripts."""
 
 import re
-from pathlib import Path
 
 import pytest
 from config_schemas import SCHEMAS
+from launching import ROOT
 
 from lad_dist.config.describe import describe_keys
 from lad_dist.config.schema import ConfigTable
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

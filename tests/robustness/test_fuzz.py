@@ -9,7 +9,7 @@ from conftest import World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lad_dist.cli.app import MAX_LINE, one_line
+from lad_dist.cli.app import MAX_LINE, printable_line
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import load_config
 from lad_dist.config.schema import TaskConfig, TaskDataConfig
@@ -59,7 +59,7 @@ def test_it_is_read_or_refused(name: str, content: bytes, world: World, tmp_path
     try:
         READERS[name](tmp_path / name, world)
     except UserError as error:
-        message = one_line(str(error))
+        message = printable_line(str(error))
         assert message.isprintable()
         assert len(message) <= MAX_LINE
         assert name in message
