@@ -3,11 +3,13 @@
 import shlex
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
+from lad_dist.cli import console
 from lad_dist.cli.app import run_to_exit_code
-from lad_dist.cli.console import TerminalProgress, time
+from lad_dist.cli.console import Terminal, TerminalProgress, time
 from lad_dist.cli.logging_setup import configure_logging
 from lad_dist.distributed.logs import EVERY_RANK, get_logger
 
@@ -26,10 +28,14 @@ def test_without_a_terminal_a_line_now_and_then_has_the_time_left(
     ]
 
 
-def test_a_terminal_has_a_bar_until_the_task_ends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard error is a terminal, whatever the environment says (FORCE_COLOR, TTY_COMPATIBLE)."""
+    monkeypatch.setattr(console, "Terminal", partial(Terminal, force_terminal=True))
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_terminal_has_a_bar_until_the_task_ends(capsys: pytest.CaptureFixture[str]) -> None:
     report = TerminalProgress()
     for done in (1, 2, 2):
         report("corpus [1]", done, 2, "a.txt")
@@ -38,8 +44,8 @@ def test_a_terminal_has_a_bar_until_the_task_ends(
     assert all(text in shown for text in ("corpus [1]", "2/2", "a.txt"))
 
 
-def test_two_tasks_have_a_bar_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+@pytest.mark.usefixtures("terminal")
+def test_two_tasks_have_a_bar_each(capsys: pytest.CaptureFixture[str]) -> None:
     report = TerminalProgress()
     report("read", 1, 10)
     report("write", 1, 5)
