@@ -75,7 +75,7 @@ def show(config: TrainConfig, arguments: argparse.Namespace, world: int, trials:
     """Print the costs of one run, and of all trials of a search; raise UserError where a GPU cannot hold it."""
     from lad_dist.training import cost_model, run_spec
 
-    spec = run_spec.resolve_run(run_spec.resolve_options(config), world)
+    spec = run_spec.resolve_run(config, world)
     costs, gpu = cost_model.estimate(spec, world), cost_model.GPUS[arguments.gpu]
     memory = costs.memory
     rows = [

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from lad_dist.compression.base import NO_DATA, CompressionContext
+from lad_dist.compression.registry import create_compression
 from lad_dist.config.load import apply_overrides, parse_config
-from lad_dist.config.schema import TrainConfig, train_schema
+from lad_dist.config.schema import NamedOptions, TrainConfig, train_schema
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate, pack
 from lad_dist.data.tokenization.algorithms import train_wordpiece
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.models import loading
-from lad_dist.models.loading import save_model
+from lad_dist.models.loading import PreTrainedModel, save_model
 
 WORDS = [
     a + b for a in ("ba", "de", "fi", "go", "lu", "ma", "ne", "po") for b in ("n", "rt", "sk", "l", "mp", "st", "d")
@@ -133,3 +135,10 @@ def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> Tra
 def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
     present = {key: value for key, value in tables.items() if value is not None}
     return {key: _without_none(value) if isinstance(value, dict) else value for key, value in present.items()}
+
+
+def compress(
+    model: PreTrainedModel, name: str, context: CompressionContext = NO_DATA, **options: Any
+) -> PreTrainedModel:
+    """Return the model after the compression that a config would list so."""
+    return create_compression(NamedOptions.model_validate({"name": name, **options})).apply(model, context)

@@ -84,7 +84,8 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
     with tempfile.TemporaryDirectory() as folder:
         run = config.run.model_copy(update={"dir": folder, "steps": WARM_UP + steps, "epochs": None})
         config = config.model_copy(update={"run": run})
-        trainer = prepare(check(config), Run(config), clock=stopwatch)
+        spec = check(config)
+        trainer = prepare(spec, Run(spec.config), clock=stopwatch)
         seconds, communication = _time(trainer, stopwatch, steps)
     batches = [
         trainer.dataset.batch(step, index)

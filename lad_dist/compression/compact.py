@@ -2,11 +2,12 @@
 
     pack(student)                its small forms, before its compressed modules are merged
     CompactExport.save(folder)   the files: compact.safetensors, mask.safetensors
-    load_compact(folder)         an export's model in its compact form: a low-rank pair is a pair
+    load_compact(folder)         an export's model in its compact form: pairs are pairs, pruned heads are absent
     load_masked(folder, base)    an export's model as its masks over a base
     read_masks, replace_masks    the masks alone
 
-An ordinary folder has no place for pairs of factors, and writes each zero in four bytes. Here a weight with enough
+An ordinary folder has no place for pairs of factors or layers of different sizes, and writes each zero in four bytes.
+Here a weight with enough
 zeros is stored as two tensors. `NAME.bits` has one bit for each weight, row after row, in numpy's order; the shape is
 in the file's metadata. `NAME.values` has the values that are not 0. A student that only chose among weights that never
 changed is, but for its head, 1/32 of its base: many tasks cost one model and a mask each (Gao, Colombo and Wang, 2021).
@@ -43,6 +44,7 @@ class CompactExport:
     """The small forms of a student; empty where it has none."""
 
     compact: Mapping[str, Tensor]
+    resized: Mapping[str, Sequence[int]]  # by module: the shapes of weights that are smaller than in the ordinary form
     masks: Mapping[str, Tensor]
     digest: str  # of the weights under the masks and beside them that did not change
     shapes: Mapping[str, Sequence[int]]
@@ -51,7 +53,7 @@ class CompactExport:
     def save(self, folder: Path, base: str | None, layers: Sequence[int] | None) -> None:
         """Write the files into an export. `base`, `layers`: what the student started from."""
         if self.compact:
-            self._write(folder / COMPACT_FILE, self.compact)
+            self._write(folder / COMPACT_FILE, self.compact, resized=self.resized)
         if self.masks:
             self._write(folder / MASK_FILE, self.masks, base=base, layers=layers, digest=self.digest, dtype=self.dtype)
 
@@ -69,16 +71,22 @@ def pack(student: PreTrainedModel) -> CompactExport:
     """
     weights = dict(_plain_weights(student, COMPACT)) if compressed_modules(student) else {}
     compact = dict(pair for name, weight in weights.items() for pair in _pack_weight(name, weight))
-    if _num_bytes(compact) >= 4 * sum(weight.numel() for _, weight in iter_weights(student, MERGED)):
+    ordinary = {name: weight.shape for name, weight in iter_weights(student, MERGED)}
+    if _num_bytes(compact) >= 4 * sum(shape.numel() for shape in ordinary.values()):
         compact = {}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
+    resized = {
+        name.rpartition(".")[0]: list(weight.shape)
+        for name, weight in weights.items()
+        if weight.ndim == 2 and name in ordinary and weight.shape != ordinary[name]
+    }
     dtype = str(student.dtype).removeprefix("torch.")
     masked = _masks_over_frozen(student)
     if not masked:
-        return CompactExport(compact, {}, "", shapes, dtype)
+        return CompactExport(compact, resized, {}, "", shapes, dtype)
     masks = {f"{name}.weight{BITS}": _pack_bits(module.mask.keep) for name, module in masked.items()}
     frozen, trained = _frozen_and_trained(student, masked)
-    return CompactExport(compact, masks | trained, weights_digest(frozen), shapes, dtype)
+    return CompactExport(compact, resized, masks | trained, weights_digest(frozen), shapes, dtype)
 
 
 def _plain_weights(student: nn.Module, to_plain: ToPlain) -> Iterator[tuple[str, Tensor]]:
@@ -146,8 +154,13 @@ def load_compact(folder: str | Path) -> PreTrainedModel:
     weights = _unpack_weights(tensors, metadata["shapes"])
     if head == "none":
         weights = _encoder_weights(model, weights)
-    for name in [name.removesuffix(".1.weight") for name in weights if name.endswith(".1.weight")]:
-        _insert_pair(model, name, len(weights[f"{name}.1.weight"][0]))
+    for name, module in list(model.named_modules()):
+        pair = f"{name}.0.weight", f"{name}.1.weight"
+        if isinstance(module, nn.Linear | nn.Embedding) and weights.keys() >= set(pair):
+            _insert_pair(model, name, weights[pair[1]].shape[1])
+    for name, (rows, columns) in metadata.get("resized", {}).items():
+        bias = model.get_submodule(name).bias is not None
+        model.set_submodule(name, nn.Linear(columns, rows, bias=bias))
     return _load_weights(path, model, weights)
 
 

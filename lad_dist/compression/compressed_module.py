@@ -28,6 +28,12 @@ class CompressedModule(nn.Module):
         a resumption.
         """
 
+    def on_step_end(self) -> None:
+        """Take note of what the micro-batches of a step showed, once after the last of them.
+
+        All processes call it together, and must have the same state afterwards.
+        """
+
     def newly_pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Return the weights that the last `on_step_start` pruned, with masks that are True where they stay.
 

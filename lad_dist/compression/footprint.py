@@ -73,6 +73,13 @@ class _ComponentMap:
         """Yield all modules by name, as they are in the compact form."""
         return iter_modules(self.model, COMPACT)
 
+    @cached_property
+    def attention_widths(self) -> list[int]:
+        """For each layer of the compact form, how wide all its heads are together."""
+        path = family_of(self.model.config).modules.attention_output
+        outputs = [module for name, module in self.compact_modules() if f".{name}".endswith(f".{path}")]
+        return [next(m for m in module.modules() if isinstance(m, nn.Linear)).in_features for module in outputs]
+
 
 def flops(model: PreTrainedModel, *batches: Batch) -> dict[str, int]:
     """Return by component the multiply-adds times two of a forward of the compact form over each of the batches.
@@ -87,13 +94,15 @@ def flops(model: PreTrainedModel, *batches: Batch) -> dict[str, int]:
         for name, module in maps:
             rows = _rows(components, name, batch) if isinstance(module, nn.Linear) else batch.num_tokens
             counts[components.component(name)] += 2 * rows * module.weight.numel()
-        counts["attention"] += _attention_flops(model.config, batch)
+        counts["attention"] += _attention_flops(components, batch)
     return counts
 
 
-def _attention_flops(config: Any, batch: Batch) -> int:
+def _attention_flops(components: _ComponentMap, batch: Batch) -> int:
     """Return those of products without weights: of tokens with tokens, and DeBERTa's with relative positions."""
-    products = sum(4 * config.hidden_size * _pairs(batch, window) for window in _windows(config))
+    config = components.model.config
+    widths = components.attention_widths * (config.num_hidden_layers if family_of(config).shared_layers else 1)
+    products = sum(4 * width * _pairs(batch, window) for width, window in zip(widths, _windows(config), strict=True))
     family = family_of(config)
     maps = config.num_hidden_layers * len(family.relative_position_maps(config))
     return products + 2 * batch.num_tokens * maps * family.relative_positions(config) * config.hidden_size

@@ -4,7 +4,7 @@
     solve_factors(…)             the factor that is missing
     required_sparsity(…)         the share that has to be pruned, once the ranks are known
     summary(…)                   the requested and the achieved factors
-    ladabert(…)                  the compression
+    LadaBERT                     the compression
 
     weights / reduction = word embeddings / embedding + linear maps / (svd · weight) + rest
 
@@ -16,32 +16,20 @@ unless that is less than TOLERANCE of the budget.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 from torch import nn
 
-from lad_dist.compression.low_rank import insert_products, linear_maps, rank_of_share, word_embeddings_of
-from lad_dist.compression.options import (
-    LAYER_MODULES,
-    ActivationAware,
-    Begin,
-    CalibrationBatches,
-    End,
-    Modules,
-    ReportValues,
-    UpdateEvery,
-    no_calibration_batches,
-    silent,
-)
+from lad_dist.compression.base import NO_DATA, Compression, CompressionContext, RunSettings
+from lad_dist.compression.options import LAYER_MODULES, ActivationAware, Begin, End, Modules, UpdateEvery
+from lad_dist.compression.products import insert_products, linear_maps, rank_of_share, word_embeddings_of
 from lad_dist.compression.pruning.criteria import Magnitude
 from lad_dist.compression.pruning.module import insert_masks
-from lad_dist.compression.pruning.prune import check_pruning
-from lad_dist.compression.pruning.schedule import Pattern, Schedule
+from lad_dist.compression.pruning.schedule import Pattern, Schedule, check_span
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import TrainConfig
-from lad_dist.core.batch import Head
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.loading import PreTrainedModel
 
@@ -159,54 +147,55 @@ def summary(
 Factor = Annotated[float, Field(ge=1)] | None
 
 
-def ladabert(
-    model: PreTrainedModel,
-    calibration_batches: CalibrationBatches = no_calibration_batches,
-    report: ReportValues = silent,
-    *,
-    reduction: Annotated[
-        Factor, Field(description="times fewer weights of the whole model; with it one of the next three is not given")
-    ] = None,
-    embedding: Annotated[Factor, Field(description="times fewer weights of the word embeddings, by low rank")] = None,
-    svd: Annotated[Factor, Field(description="times fewer weights of the encoder's linear maps, by low rank")] = None,
-    weight: Annotated[Factor, Field(description="times fewer of what is left of them, by pruning")] = None,
-    activation_aware: ActivationAware = False,
-    modules: Modules = LAYER_MODULES,
-    begin: Begin = 0.0,
-    end: End = 0.5,
-    update_every: UpdateEvery = 20,
-) -> PreTrainedModel:
+@dataclass(frozen=True, kw_only=True)
+class LadaBERT(Compression):
     """Replace word embeddings and linear maps by products, whose factors lose weights while the student trains.
 
-    Pruning is by magnitude (LadaBERT, Mao et al., 2020). Raise UserError for factors that do not go together.
+    Pruning is by magnitude (LadaBERT, Mao et al., 2020).
     """
-    where = "compression ladabert"
-    maps = linear_maps(model, modules, where)
-    counts = count_weights(model, maps)
-    factors = solve_factors(counts, reduction, embedding, svd, weight)
-    ranks = {name: _rank_up(linear, factors.svd) for name, linear in maps.items() if factors.svd > 1}
-    if factors.embedding > 1:
-        name, word_embeddings = word_embeddings_of(model, where)
-        ranks[name] = _rank_up(word_embeddings, factors.embedding)
-    insert_products(model, ranks, calibration_batches if activation_aware else None, report)
-    product_factors = [f"{name}.{side}" for name in maps if name in ranks for side in ("inner", "outer")]
-    prunable = [*product_factors, *(name for name in maps if name not in ranks)]
-    after = count_weights(model, prunable)
-    sparsity = required_sparsity(after, reduction and counts.total / reduction, weight)
-    if sparsity:
-        schedule = Schedule(sparsity, begin=begin, end=end, update_every=update_every)
-        insert_masks(model, prunable, Magnitude, schedule, Pattern(), recover=True)
-    if model.device.type != "meta":
-        report(summary(counts, after, factors, reduction, sparsity))
-    return model
+
+    name = "ladabert"
+    inserts = frozenset({"products", "masks"})
+    supports_zero3 = False  # the ranking of weights needs all of them on each process
+
+    reduction: Annotated[
+        Factor, Field(description="times fewer weights of the whole model; with it one of the next three is not given")
+    ] = None
+    embedding: Annotated[Factor, Field(description="times fewer weights of the word embeddings, by low rank")] = None
+    svd: Annotated[Factor, Field(description="times fewer weights of the encoder's linear maps, by low rank")] = None
+    weight: Annotated[Factor, Field(description="times fewer of what is left of them, by pruning")] = None
+    activation_aware: ActivationAware = False
+    modules: Modules = LAYER_MODULES
+    begin: Begin = 0.0
+    end: End = 0.5
+    update_every: UpdateEvery = 20
+
+    def check(self, spec: RunSettings) -> None:
+        """Raise UserError where pruning ends before it begins."""
+        check_span(self.name, self.begin, self.end)
+
+    def apply(self, model: PreTrainedModel, context: CompressionContext = NO_DATA) -> PreTrainedModel:
+        """Insert products and masks; raise UserError for factors that do not go together."""
+        where = f"compression {self.name}"
+        maps = linear_maps(model, self.modules, where)
+        counts = count_weights(model, maps)
+        factors = solve_factors(counts, self.reduction, self.embedding, self.svd, self.weight)
+        ranks = {name: _rank_up(linear, factors.svd) for name, linear in maps.items() if factors.svd > 1}
+        if factors.embedding > 1:
+            name, word_embeddings = word_embeddings_of(model, where)
+            ranks[name] = _rank_up(word_embeddings, factors.embedding)
+        insert_products(model, ranks, context, self.activation_aware)
+        product_factors = [f"{name}.{side}" for name in maps if name in ranks for side in ("inner", "outer")]
+        prunable = [*product_factors, *(name for name in maps if name not in ranks)]
+        after = count_weights(model, prunable)
+        sparsity = required_sparsity(after, self.reduction and counts.total / self.reduction, self.weight)
+        if sparsity:
+            schedule = Schedule(sparsity, begin=self.begin, end=self.end, update_every=self.update_every)
+            insert_masks(model, prunable, Magnitude, schedule, Pattern(), recover=True)
+        if model.device.type != "meta":
+            context.report(summary(counts, after, factors, self.reduction, sparsity))
+        return model
 
 
 def _rank_up(module: nn.Linear | nn.Embedding, factor: float) -> int:
     return math.ceil(rank_of_share(module.weight, 1 / factor))
-
-
-def check_ladabert(
-    config: TrainConfig, head: Head, labels: Sequence[str], *, begin: float, end: float, **_: Any
-) -> None:
-    """Raise UserError where the compression does not go with the rest of the config."""
-    check_pruning("compression ladabert", config, begin, end)

@@ -1,9 +1,8 @@
 """Changes to whole layers and embeddings: a choice of layers, new embeddings, dropout, frozen encoders."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from torch import nn
 
 from lad_dist.config.errors import UserError
@@ -113,18 +112,3 @@ def freeze_encoder(model: PreTrainedModel) -> None:
     head = {id(p) for name, p in model.base_model.named_parameters() if name.startswith("pooler.")}
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(id(parameter) in head)
-
-
-def scale_position_embeddings(
-    model: PreTrainedModel, *, scale: Annotated[float, Field(gt=0, le=1, description="of their size that stays")]
-) -> PreTrainedModel:
-    """Scale position and segment embeddings.
-
-    A new model draws them as large as those of words, and the words drown. A model that is trained from scratch learns
-    much more in its first few hundred steps when they start small.
-    """
-    word_embeddings = set(model.get_input_embeddings().modules())
-    for module in model.base_model.get_submodule("embeddings").modules():
-        if isinstance(module, nn.Embedding) and module not in word_embeddings:
-            module.weight.data *= scale
-    return model

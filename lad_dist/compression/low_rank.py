@@ -1,315 +1,50 @@
-"""Low rank: linear maps and word embeddings as products of two smaller matrices.
+"""The compression `low_rank`: linear maps and word embeddings as products of two smaller matrices."""
 
-    LowRank                  the compressed module in a linear map's place
-    LowRankEmbedding         the compressed module in the word embeddings' place
-    factors(…)               the product that is nearest to a weight, and its error
-    second_moments(…)        of the inputs of weights on a sample of the data, to weigh errors by
-    replace_with_products    inserts the compressed modules
-    word_embeddings_of       the word embeddings, refused where an MLM head reads them too
-    rank_of_share            the rank for a share of a matrix's weights
+from dataclasses import dataclass
+from typing import Annotated
 
-Without a sample, the smallest singular values of the weight W are dropped: no product of this rank is nearer to W
-(Eckart and Young, 1936; LadaBERT, Mao et al., 2020, section 3.2). With a sample, those of W R are dropped, where
-R Rᵀ = S is the second moment of the inputs x: no product of this rank makes E|W x - B A x|² smaller (DRONE, Chen et
-al., 2021; the Cholesky factor as R: SVD-LLM, Wang et al., 2024). Embeddings are a linear map of words, each a
-coordinate, so that S is diagonal: how often a word occurs.
-
-DAMPING times the mean of the diagonal of S is added to it, so that directions which the sample does not show are
-weighed as without one. This costs nothing: the product is the best by both together, and the one without a sample the
-nearest to W, so on the sample itself it cannot be the worse of the two.
-
-O rows and I columns of a weight, V words, D width.
-"""
-
-import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
-
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from lad_dist.compression.compressed_module import CompressedModule, compressed_modules
-from lad_dist.compression.options import (
-    LAYER_MODULES,
-    ActivationAware,
-    CalibrationBatches,
-    Modules,
-    ReportValues,
-    no_calibration_batches,
-    silent,
-)
+from lad_dist.compression.base import NO_DATA, Compression, CompressionContext
+from lad_dist.compression.options import LAYER_MODULES, ActivationAware, Modules
+from lad_dist.compression.products import insert_products, linear_maps, rank_of_share, word_embeddings_of
 from lad_dist.config.errors import UserError
-from lad_dist.core.batch import Batch
-from lad_dist.models import activations
 from lad_dist.models.loading import PreTrainedModel
 
-DAMPING = 1e-3  # of the mean of the second moments' diagonal
 
-
-class LowRank(CompressedModule):
-    """x -> B (A x) + b with A [rank, I], B [O, rank].
-
-    The singular values are shared evenly between A and B, so that both learn at one pace.
-    """
-
-    def __init__(self, inner: nn.Linear, outer: nn.Linear):
-        super().__init__()
-        self.inner = inner
-        self.outer = outer
-
-    @classmethod
-    def from_module(cls, linear: nn.Linear, rank: int, second_moment: Tensor | None = None) -> tuple[Self, Tensor]:
-        """Return the nearest product and its relative error. `second_moment` [I, I] is that of the map's inputs."""
-        a, b, error = factors(linear.weight, rank, second_moment)
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls(_linear(a, None), _linear(b, bias)), error
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.inner(x))
-
-    def merge(self) -> nn.Module:
-        bias = None if self.outer.bias is None else self.outer.bias.detach()
-        return _linear(_product(self.outer, self.inner.weight), bias)
-
-    def to_compact(self) -> nn.Module:
-        """Return the pair, where it has fewer weights than its product."""
-        rows, columns, rank = self.outer.out_features, self.inner.in_features, self.inner.out_features
-        return nn.Sequential(self.inner, self.outer) if rank * (rows + columns) < rows * columns else self.merge()
-
-
-class LowRankEmbedding(CompressedModule):
-    """word v -> B A_v with A [V, rank], B [D, rank]."""
-
-    def __init__(self, inner: nn.Embedding, outer: nn.Linear):
-        super().__init__()
-        self.inner = inner
-        self.outer = outer
-
-    @classmethod
-    def from_module(
-        cls, embedding: nn.Embedding, rank: int, second_moment: Tensor | None = None
-    ) -> tuple[Self, Tensor]:
-        """Return the nearest product and its relative error. `second_moment` [V] is how often each word occurs."""
-        a, b, error = factors(embedding.weight.T, rank, second_moment)
-        return cls(_embedding(a.T, embedding.padding_idx), _linear(b, None)), error
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.outer(self.inner(input_ids))
-
-    def merge(self) -> nn.Module:
-        return _embedding(_product(self.outer, self.inner.weight.T).T, self.inner.padding_idx)
-
-    def to_compact(self) -> nn.Module:
-        """Return the pair, where it has fewer weights than its product."""
-        num_words, rank, width = *self.inner.weight.shape, self.outer.out_features
-        is_smaller = rank * (num_words + width) < num_words * width
-        return nn.Sequential(self.inner, self.outer) if is_smaller else self.merge()
-
-
-def _product(outer: nn.Linear, inner: Tensor) -> Tensor:
-    """Return B A in the factors' precision, multiplied in fp32."""
-    return (outer.weight.detach().float() @ inner.detach().float()).to(inner.dtype)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a linear map with copies of these."""
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
-    return linear
-
-
-def _embedding(weight: Tensor, padding: int | None) -> nn.Embedding:
-    """Return an embedding with a copy of the weight."""
-    num_words, width = weight.shape
-    embedding = nn.Embedding(num_words, width, padding_idx=padding, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        embedding.weight.copy_(weight)
-    return embedding
-
-
-def factors(weight: Tensor, rank: int, second_moment: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A [rank, I] and B [O, rank] of the product nearest to the weight [O, I], in its precision, and the error.
-
-    The error is the distance relative to the weight's norm. With `second_moment` [I, I], or [I] of its diagonal,
-    distance and norm are those of the weight's outputs.
-    """
-    exact, root = weight.detach().double(), None if second_moment is None else _damped_root(second_moment)
-    left, values, right = _svd(_weighted_by(exact, root))
-    error = values[rank:].norm() / values.norm().clamp(min=torch.finfo(values.dtype).tiny)
-    left, values, right = left[:, :rank], values[:rank], right[:rank]
-    if root is not None:  # B A = U Uᵀ W, whose singular values these are not yet
-        rotation, values, right = _svd(left.T @ exact)
-        left = left @ rotation
-    root_values = values.sqrt()
-    return (root_values[:, None] * right).to(weight.dtype), (left * root_values).to(weight.dtype), error
-
-
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, the singular values and Vᵀ."""
-    is_wide = matrix.shape[0] < matrix.shape[1]  # a tall matrix takes half the time of a wide one
-    left, values, right = torch.linalg.svd(matrix.T if is_wide else matrix, full_matrices=False)
-    return (right.T, values, left.T) if is_wide else (left, values, right)
-
-
-def _damped_root(second_moment: Tensor) -> Tensor:
-    """Return R with R Rᵀ = S, damped."""
-    second_moment = second_moment.double()
-    if second_moment.dim() == 1:
-        return (second_moment + DAMPING * second_moment.mean()).sqrt()
-    identity = torch.eye(len(second_moment)).to(second_moment)
-    return torch.linalg.cholesky(second_moment + DAMPING * second_moment.diagonal().mean() * identity)
-
-
-def _weighted_by(weight: Tensor, root: Tensor | None) -> Tensor:
-    if root is None:
-        return weight
-    return weight * root if root.dim() == 1 else weight @ root
-
-
-def second_moments(
-    model: PreTrainedModel, modules: Mapping[str, nn.Linear | nn.Embedding], batches: Sequence[Batch]
-) -> dict[str, Tensor]:
-    """Return the second moments of what each module reads on the sample, up to a factor.
-
-    For linear maps these are sums of x xᵀ [I, I]; for words [V] how often they occur and once more, as there are many
-    that a sample does not have.
-    """
-    maps = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    moments = {name: module.weight.new_zeros(module.in_features, module.in_features) for name, module in maps.items()}
-    names, training = list(maps), model.training
-    model.eval()
-    for batch in batches:
-        with activations.capture(
-            list(maps.values()),
-            # The hook runs in this iteration alone, while `batch` is this one.
-            lambda n, x, _: _add_products(moments[names[n]], activations.token_rows(x, batch)),  # noqa: B023
-        ):
-            activations.compute_logits(model, batch)
-    model.train(training)
-    counts = {
-        name: _word_counts(module, batches) for name, module in modules.items() if isinstance(module, nn.Embedding)
-    }
-    return moments | counts
-
-
-def _add_products(total: Tensor, x: Tensor) -> None:
-    x = x.to(total.dtype)
-    total += x.T @ x
-
-
-def _word_counts(embedding: nn.Embedding, batches: Sequence[Batch]) -> Tensor:
-    total = torch.ones(embedding.num_embeddings)
-    for batch in batches:
-        input_ids = activations.real_tokens(batch.input_ids, batch)
-        total += torch.bincount(input_ids, minlength=embedding.num_embeddings)
-    return total.to(embedding.weight.device)
-
-
-def replace_with_products(
-    model: PreTrainedModel, ranks: Mapping[str, int], batches: Sequence[Batch] = ()
-) -> dict[str, float]:
-    """Replace linear maps and embeddings, by name, with products of these ranks, in place. Return their errors.
-
-    An error is relative to the norm of the weight; with batches, the same on every process, to that of its outputs on
-    them. On the meta device there are no errors.
-    """
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in ranks}
-    moments = second_moments(model, modules, batches) if batches else {}
-    errors = {}
-    for name, module in modules.items():
-        kind = LowRankEmbedding if isinstance(module, nn.Embedding) else LowRank
-        product, error = kind.from_module(module, ranks[name], moments.pop(name, None))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, product)
-        if not error.is_meta:
-            errors[name] = error.item()
-    return errors
-
-
-def word_embeddings_of(model: PreTrainedModel, where: str) -> tuple[str, nn.Embedding]:
-    """Return the name of the word embeddings, and these.
-
-    Raise UserError where another module reads their weight, as MLM heads do, or they are a product already.
-    """
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding):
-        raise UserError(f"{where}: the word embeddings are of low rank already; list it once")
-    users = [module for module in model.modules() if getattr(module, "weight", None) is embedding.weight]
-    if len(users) > 1:
-        raise UserError(
-            f"{where}: the MLM head reads the word embeddings, which cannot be a product then; leave embeddings at 1, "
-            "or compress them on a task"
-        )
-    return next(name for name, module in model.named_modules() if module is embedding), embedding
-
-
-def rank_of_share(matrix: Tensor, share: float) -> float:
-    """Return the rank, not yet rounded, of the product that has this share of the matrix's weights."""
-    rows, columns = matrix.shape
-    return share * rows * columns / (rows + columns)
-
-
-def low_rank(
-    model: PreTrainedModel,
-    calibration_batches: CalibrationBatches = no_calibration_batches,
-    report: ReportValues = silent,
-    *,
-    keep: Annotated[
-        float, Field(gt=0, le=1, description="share of the linear maps' weights that stays; 1: they stay as they are")
-    ],
-    embeddings: Annotated[
-        float, Field(gt=0, le=1, description="share of the word embeddings' weights that stays; 1: they stay too")
-    ] = 1.0,
-    activation_aware: ActivationAware = False,
-    modules: Modules = LAYER_MODULES,
-) -> PreTrainedModel:
-    """Replace linear maps and word embeddings by products of two smaller matrices.
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Compression):
+    """Replace linear maps and word embeddings by products of two smaller matrices (LadaBERT, Mao et al., 2020).
 
     The rank of a map's product is keep · rows · columns / (rows + columns), that of the embeddings likewise.
-    Raise UserError where no name matches, or an MLM head reads the embeddings.
     """
-    where = "compression low_rank"
-    shares: dict[str, tuple[nn.Linear | nn.Embedding, float]] = {}
-    if keep < 1:
-        shares |= {name: (linear, keep) for name, linear in linear_maps(model, modules, where).items()}
-    if embeddings < 1:
-        name, embedding = word_embeddings_of(model, where)
-        shares[name] = embedding, embeddings
-    if not shares:
-        raise UserError(f"{where}: keep and embeddings are 1, which leaves all as it is; set one of them below 1")
-    ranks = {name: max(1, int(rank_of_share(module.weight, share))) for name, (module, share) in shares.items()}
-    insert_products(model, ranks, calibration_batches if activation_aware else None, report)
-    return model
 
+    name = "low_rank"
+    inserts = frozenset({"products"})
+    may_follow = frozenset({"products"})
 
-def linear_maps(model: PreTrainedModel, modules: str, where: str) -> dict[str, nn.Linear]:
-    """Return linear maps by name, without those of products. Raise UserError where no name matches."""
-    products = [module for module in compressed_modules(model) if isinstance(module, LowRank | LowRankEmbedding)]
-    inside_products = {module for product in products for module in product.modules()}
-    maps = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module not in inside_products and re.search(modules, name)
-    }
-    if not maps:
-        raise UserError(f"{where}: no linear map's name matches {modules!r}")
-    return maps
+    keep: Annotated[
+        float, Field(gt=0, le=1, description="share of the linear maps' weights that stays; 1: they stay as they are")
+    ]
+    embeddings: Annotated[
+        float, Field(gt=0, le=1, description="share of the word embeddings' weights that stays; 1: they stay too")
+    ] = 1.0
+    activation_aware: ActivationAware = False
+    modules: Modules = LAYER_MODULES
 
-
-def insert_products(
-    model: PreTrainedModel,
-    ranks: Mapping[str, int],
-    calibration_batches: CalibrationBatches | None,
-    report: ReportValues,
-) -> None:
-    """Replace modules with products of these ranks, in place, and report the errors."""
-    has_numbers = model.device.type != "meta"
-    batches = calibration_batches() if calibration_batches and has_numbers else ()
-    errors = replace_with_products(model, ranks, batches)
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    report({f"initial_error/low_rank/{name.removeprefix(prefix)}": error for name, error in errors.items()})
+    def apply(self, model: PreTrainedModel, context: CompressionContext = NO_DATA) -> PreTrainedModel:
+        """Insert the products; raise UserError where no name matches, or an MLM head reads the embeddings."""
+        where = f"compression {self.name}"
+        shares: dict[str, tuple[nn.Linear | nn.Embedding, float]] = {}
+        if self.keep < 1:
+            maps = linear_maps(model, self.modules, where)
+            shares |= {name: (linear, self.keep) for name, linear in maps.items()}
+        if self.embeddings < 1:
+            name, embedding = word_embeddings_of(model, where)
+            shares[name] = embedding, self.embeddings
+        if not shares:
+            raise UserError(f"{where}: keep and embeddings are 1, which leaves all as it is; set one of them below 1")
+        ranks = {name: max(1, int(rank_of_share(module.weight, share))) for name, (module, share) in shares.items()}
+        insert_products(model, ranks, context, self.activation_aware)
+        return model

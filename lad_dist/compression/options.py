@@ -1,27 +1,13 @@
 """Options that several compressions share."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from lad_dist.core.batch import Batch
 from lad_dist.models import families
 
 LAYER_MODULES = families.layer_list_pattern()
-
-CalibrationBatches = Callable[[], Sequence[Batch]]
-ReportValues = Callable[[Mapping[str, float]], None]
-
-
-def no_calibration_batches() -> Sequence[Batch]:
-    """Raise ValueError: the model is compressed without training data."""
-    raise ValueError("no calibration batches: the model is compressed without training data")
-
-
-def silent(values: Mapping[str, float]) -> None:
-    """Report nothing."""
 
 
 def regular_expression(text: str) -> str:

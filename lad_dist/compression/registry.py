@@ -1,51 +1,59 @@
-"""Compressions by name, and their application to a student before it trains.
+"""Registry of compressions: `compression.name` in a config -> class. A new one is one file and one line here."""
 
-`COMPRESSIONS` names those that a config may list under `[[compression]]`; their keyword-only arguments are the schema.
-"""
+from collections.abc import Callable, Iterable, Sequence
 
-import inspect
-from collections.abc import Callable, Iterable
-from functools import partial
-
-from lad_dist.compression.ladabert import check_ladabert, ladabert
-from lad_dist.compression.layers import scale_position_embeddings
-from lad_dist.compression.low_rank import low_rank
-from lad_dist.compression.options import CalibrationBatches, ReportValues, no_calibration_batches, silent
-from lad_dist.compression.pruning.prune import check_prune, prune
-from lad_dist.compression.theseus import check_theseus, theseus
+from lad_dist.compression.base import NO_DATA, Compression, CompressionContext, RunSettings
+from lad_dist.compression.heads import Heads
+from lad_dist.compression.ladabert import LadaBERT
+from lad_dist.compression.low_rank import LowRank
+from lad_dist.compression.prune import Prune
+from lad_dist.compression.scale_position_embeddings import ScalePositionEmbeddings
+from lad_dist.compression.theseus import Theseus
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import lookup, validate_arguments
+from lad_dist.config.schema import NamedOptions
 from lad_dist.models.loading import PreTrainedModel
+
+COMPRESSIONS: dict[str, type[Compression]] = {
+    kind.name: kind for kind in (Heads, LadaBERT, LowRank, Prune, ScalePositionEmbeddings, Theseus)
+}
+
+
+def create_compression(named: NamedOptions) -> Compression:
+    """Return the compression of a `[[compression]]` table.
+
+    Raises:
+        UserError: The name is unknown, or an argument does not fit.
+    """
+    kind: Callable[..., Compression] = lookup("compression.name", named.name, COMPRESSIONS)
+    return kind(**validate_arguments(f"compression {named.name}", kind, named.options))
+
+
+def check_compressions(compressions: Sequence[Compression], spec: RunSettings) -> None:
+    """Check compressions against the config, and their order.
+
+    Raises:
+        UserError: One of them does not go with the config, or with those before it.
+    """
+    for number, compression in enumerate(compressions):
+        where = f"compression {compression.name}"
+        if spec.config.zero_stage == 3 and not compression.supports_zero3:
+            raise UserError(
+                f"{where}: cannot run under ZeRO 3, where a process has a share of the weights; set a stage up to 2"
+            )
+        for earlier in compressions[:number]:
+            if not earlier.inserts <= compression.may_follow:
+                raise UserError(
+                    f"{where}: cannot follow {earlier.name}, whose modules it cannot change; list it before "
+                    f"{earlier.name}, and once"
+                )
+        compression.check(spec)
 
 
 def apply_compressions(
-    model: PreTrainedModel,
-    compressions: Iterable["partial[PreTrainedModel]"],
-    calibration_batches: CalibrationBatches = no_calibration_batches,
-    report: ReportValues = silent,
+    model: PreTrainedModel, compressions: Iterable[Compression], context: CompressionContext = NO_DATA
 ) -> PreTrainedModel:
-    """Return the model after these compressions, in order.
-
-    `calibration_batches()` returns the first batches of the training data, the same on all processes. `report(values)`
-    puts measured values, by name, into the first row and the results of the run. On the meta device a model has shapes
-    and no numbers: a compression raises UserError where it does not fit, reads no batches and reports nothing.
-    """
-    # A compression takes those of them that its signature names.
-    context = {"calibration_batches": calibration_batches, "report": report}
+    """Return the model after these compressions, in order."""
     for compression in compressions:
-        names = inspect.signature(compression.func).parameters.keys() & context.keys()
-        model = compression(model, **{name: context[name] for name in names})
+        model = compression.apply(model, context)
     return model
-
-
-COMPRESSIONS: dict[str, Callable[..., PreTrainedModel]] = {
-    "ladabert": ladabert,
-    "low_rank": low_rank,
-    "prune": prune,
-    "scale_position_embeddings": scale_position_embeddings,
-    "theseus": theseus,
-}
-# Checks against the rest of the config: each takes it, the student's head, its labels and the compression's arguments.
-COMPRESSION_CHECKS: dict[str, Callable[..., None]] = {
-    "ladabert": check_ladabert,
-    "prune": check_prune,
-    "theseus": check_theseus,
-}

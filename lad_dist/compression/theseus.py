@@ -1,9 +1,8 @@
 """BERT-of-Theseus (Xu et al., 2020): a student's layers replace a predecessor's blocks, more and more often.
 
-    Theseus                   the compressed module: a frozen block of the predecessor and the layer that succeeds it
+    TheseusBlock              the compressed module: a frozen block of the predecessor and the layer that succeeds it
     replacement_probability   the probability of the successors as a function of progress
-    theseus(…)                the compression: it wraps every layer of the student
-    check_theseus(…)          refuses configs that it does not go with
+    Theseus                   the compression: it wraps every layer of the student
 
 The M layers of the student succeed M consecutive blocks of the predecessor's L layers: layer m those from
 ⌊(m - 1) L / M⌋ + 1 to ⌊m L / M⌋. Each learns between neighbours that are now the predecessor's, now the student's.
@@ -16,6 +15,7 @@ authors' code it is on): the predecessor does not learn, so its noise could only
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -24,10 +24,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lad_dist.compression.base import NO_DATA, Compression, CompressionContext, RunSettings
 from lad_dist.compression.compressed_module import CompressedModule
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import TrainConfig
-from lad_dist.core.batch import Head
 from lad_dist.core.step_state import StepState
 from lad_dist.models import families, loading
 from lad_dist.models.dims import encoder_layers
@@ -52,7 +51,7 @@ def replacement_probability(progress: float, start: float, end: float, curriculu
     return start + (1 - start) * progress / end if curriculum == "linear" else start
 
 
-class Theseus(CompressedModule):
+class TheseusBlock(CompressedModule):
     """A block of a predecessor and the layer that succeeds it, one of which runs. Its interface is that of a layer.
 
     Where it is not training, and before the first `on_step_start`, the successor runs.
@@ -74,7 +73,7 @@ class Theseus(CompressedModule):
         self._number = number
         self.runs_successor = True
 
-    def train(self, mode: bool = True) -> "Theseus":
+    def train(self, mode: bool = True) -> "TheseusBlock":
         super().train(mode)
         self.predecessor.eval()
         return self
@@ -116,38 +115,63 @@ class _ZeroGradients(torch.autograd.Function):
         return gradient, *map(torch.zeros_like, ctx.saved_tensors)
 
 
-def theseus(
-    model: PreTrainedModel,
-    *,
+@dataclass(frozen=True, kw_only=True)
+class Theseus(Compression):
+    """Make the student's layers the successors of a predecessor's blocks, which they replace while they train.
+
+    Source: BERT-of-Theseus (Xu et al., 2020).
+    """
+
+    name = "theseus"
+    inserts = frozenset({"blocks"})
+    may_follow = frozenset({"products", "masks", "gates"})
+    supports_zero3 = False  # which needs the same layers to run in each step
+
     predecessor: Annotated[
         str | None,
         Field(description="model folder or hub name whose layers are replaced; default: what the student starts from"),
-    ] = None,
-    start: Annotated[float, Field(ge=0, le=1, description="probability of a successor at first")] = 0.5,
-    end: Annotated[float, Field(ge=0, le=1, description="share of the steps after which only successors run")] = 0.7,
+    ] = None
+    start: Annotated[float, Field(ge=0, le=1, description="probability of a successor at first")] = 0.5
+    end: Annotated[float, Field(ge=0, le=1, description="share of the steps after which only successors run")] = 0.7
     curriculum: Annotated[
         Curriculum, Field(description="whether that probability rises until then, or stays and jumps")
-    ] = "linear",
+    ] = "linear"
     frozen: Annotated[
         bool, Field(description="whether embeddings, pooler and head stay as they are, which is the predecessor's")
-    ] = True,
-) -> PreTrainedModel:
-    """Make the student's layers the successors of a predecessor's blocks, which they replace while they train.
+    ] = True
 
-    Raise UserError where layers of the one cannot replace layers of the other.
-    """
-    path = predecessor or str(model.name_or_path)
-    _check_layers(model, load_hf_config(path), path)
-    stack = encoder_layers(model)
-    predecessor_layers = _layers_of(path, model.device)
-    if frozen:
-        for weight in set(model.parameters()) - set(stack.parameters()):
-            weight.requires_grad_(False)
-    probability = partial(replacement_probability, start=start, end=end, curriculum=curriculum)
-    blocks = _blocks(predecessor_layers, len(stack))
-    for number, (block, layer) in enumerate(zip(blocks, list(stack), strict=True), start=1):
-        stack[number - 1] = Theseus(block, layer, probability, number)
-    return model
+    def check(self, spec: RunSettings) -> None:
+        """Raise UserError where what would stay frozen is not the predecessor's."""
+        student = spec.config.student
+        path = self.predecessor or student.path
+        if path is None:
+            raise UserError("compression theseus: a new student starts from no model; name a predecessor")
+        if self.frozen and (path != student.path or student.embeddings != "copy"):
+            raise UserError(
+                "compression theseus: frozen embeddings and head have to be the predecessor's; set student.path to it "
+                'and student.embeddings to "copy", or frozen to false'
+            )
+        if self.frozen and not keeps_head(load_hf_config(path), spec.head, spec.labels):
+            with_labels = f" with the labels {', '.join(spec.labels)}" if spec.labels else ""
+            raise UserError(
+                f"compression theseus: {path} has no {spec.head} head{with_labels}, and a new one would stay frozen; "
+                "fine-tune it first, or set frozen to false"
+            )
+
+    def apply(self, model: PreTrainedModel, context: CompressionContext = NO_DATA) -> PreTrainedModel:
+        """Wrap every layer; raise UserError where layers of the one cannot replace layers of the other."""
+        path = self.predecessor or str(model.name_or_path)
+        _check_layers(model, load_hf_config(path), path)
+        stack = encoder_layers(model)
+        predecessor_layers = _layers_of(path, model.device)
+        if self.frozen:
+            for weight in set(model.parameters()) - set(stack.parameters()):
+                weight.requires_grad_(False)
+        probability = partial(replacement_probability, start=self.start, end=self.end, curriculum=self.curriculum)
+        blocks = _blocks(predecessor_layers, len(stack))
+        for number, (block, layer) in enumerate(zip(blocks, list(stack), strict=True), start=1):
+            stack[number - 1] = TheseusBlock(block, layer, probability, number)
+        return model
 
 
 def _layers_of(path: str, device: torch.device) -> nn.ModuleList:
@@ -188,29 +212,4 @@ def _check_layers(model: PreTrainedModel, predecessor: Any, path: str) -> None:
         raise UserError(
             f"compression theseus: {student.num_hidden_layers} student layers, only {predecessor.num_hidden_layers} in "
             f"{path}; set student.num_hidden_layers to less"
-        )
-
-
-def check_theseus(
-    config: TrainConfig, head: Head, labels: Sequence[str], *, predecessor: str | None, frozen: bool, **_: Any
-) -> None:
-    """Raise UserError where the compression does not go with the rest of the config, whose student has that head."""
-    if [named.name for named in config.compression].index("theseus") != len(config.compression) - 1:
-        raise UserError("compression theseus: it wraps layers as they are; list it once, after all others")
-    if config.zero_stage == 3:
-        raise UserError("compression theseus: under ZeRO 3 the same layers must run in each step; set a stage up to 2")
-    student = config.student
-    path = predecessor or student.path
-    if path is None:
-        raise UserError("compression theseus: a new student starts from no model; name a predecessor")
-    if frozen and (path != student.path or student.embeddings != "copy"):
-        raise UserError(
-            "compression theseus: frozen embeddings and head have to be the predecessor's; set student.path to it and "
-            'student.embeddings to "copy", or frozen to false'
-        )
-    if frozen and not keeps_head(load_hf_config(path), head, labels):
-        with_labels = f" with the labels {', '.join(labels)}" if labels else ""
-        raise UserError(
-            f"compression theseus: {path} has no {head} head{with_labels}, and a new one would stay frozen; fine-tune "
-            "it first, or set frozen to false"
         )

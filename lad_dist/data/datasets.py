@@ -98,10 +98,15 @@ def open_shards(data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, spli
         UserError: The shards are damaged or of another tokenizer, or data.source_weights names an unknown source.
     """
     shards = Shards(data.shards, split)
+    check_shards(shards, data, tokenizer)
+    return shards
+
+
+def check_shards(shards: Shards, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise UserError where shards are of another tokenizer, or data.source_weights names an unknown source."""
     if shards.manifest["tokenizer"]["fingerprint"] != fingerprint(tokenizer):
         raise UserError(f"{data.shards}: prepared with another tokenizer; use the one in {shards.tokenizer_folder}")
     _weights(data, shards)
-    return shards
 
 
 class _CorpusWindows:

@@ -141,17 +141,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_task(config.data)
     task = load_task(config.data)
     paths = [folder.path for folder in (config.model, config.teacher) if folder is not None]
-    for path in paths:
-        label_order(path, task.kind, task.outputs)
+    hf_configs = [load_hf_config(path) for path in paths]
+    for path, hf_config in zip(paths, hf_configs, strict=True):
+        label_order(hf_config, path, task.kind, task.outputs)
         check_weight_files(path)
-        check_length(load_hf_config(path), path, config.data.max_length)
+        check_length(hf_config, path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)
     comparison = None if task.kind in ("classification", "regression") else f'data.kind = "{task.kind}"'
     teacher_tokenizer = (
         tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, comparison)
     )
-    for path, path_tokenizer in zip(paths, (tokenizer, teacher_tokenizer), strict=False):
-        check_vocabulary(load_hf_config(path), path, len(path_tokenizer))
+    for path, hf_config, path_tokenizer in zip(paths, hf_configs, (tokenizer, teacher_tokenizer), strict=False):
+        check_vocabulary(hf_config, path, len(path_tokenizer))
     device = processes.start()
     dev = TaskDataset(config.data, task, tokenizer, seed=0).dev
     teacher_dev = (

@@ -63,8 +63,8 @@ class FrozenModel:
         dtype: torch.dtype = torch.float32,
         labels: Sequence[str] = (),
     ):
-        self.label_order = label_order(path, head, labels) if labels else None
         model = loading.load_model(path, head, dtype=dtype, labels=labels, require_head=head != "none")
+        self.label_order = label_order(model.config, path, head, labels) if labels else None
         self.model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()

@@ -14,7 +14,6 @@ from transformers import (
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Head
 from lad_dist.models.families import family_of
-from lad_dist.models.hf_config import load_hf_config
 
 MODEL_CLASSES = {
     "none": AutoModel,
@@ -66,12 +65,11 @@ def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -
     return len(names) == len(labels) and (head == "question_answering" or names == tuple(labels))
 
 
-def label_order(path: str, head: Head, labels: Sequence[str]) -> list[int] | None:
+def label_order(config: PreTrainedConfig, path: str, head: Head, labels: Sequence[str]) -> list[int] | None:
     """Return the index of each of the task's labels among the outputs of the model at `path`, None for equal orders.
 
     Raise UserError where the model has no such head, or the labels do not fit it.
     """
-    config = load_hf_config(path)
     if not _has_head(config, head):
         architectures = ", ".join(config.architectures or ())
         raise UserError(f"{path}: the architecture is {architectures}, which has no head for {head.replace('_', ' ')}")

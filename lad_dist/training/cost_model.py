@@ -34,8 +34,7 @@ from lad_dist.core.batch import Batch
 from lad_dist.data.shards.reader import SPLITS, read_manifest
 from lad_dist.models import families
 from lad_dist.models.dims import count_parameters
-from lad_dist.models.hf_config import load_hf_config
-from lad_dist.models.loading import PreTrainedModel, new_model
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.training import optimization, run_spec
 from lad_dist.training.distiller import Distiller
 from lad_dist.training.teacher_cache import decide_cache
@@ -113,7 +112,7 @@ class CostEstimate:
 
 def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
     """Return what a run costs on `world_size` processes; read the first micro-batches of the data."""
-    distiller, teacher = meta_distiller(spec), _meta_teacher(spec)
+    distiller, teacher = meta_distiller(spec), spec.meta_teacher()
     dataset = spec.dataset()
     teacher_dataset = spec.teacher_dataset(dataset)
     indices = [divmod(number, dataset.micro_batches_per_step) for number in range(SAMPLE_MICRO_BATCHES)]
@@ -151,13 +150,6 @@ def meta_distiller(spec: run_spec.RunSpec) -> Distiller:
     """Return what the engine will hold, on the meta device."""
     with torch.device("meta"):
         return Distiller(spec.meta_student(), spec.objective())
-
-
-def _meta_teacher(spec: run_spec.RunSpec) -> PreTrainedModel | None:
-    if spec.config.teacher is None:
-        return None
-    with torch.device("meta"):
-        return new_model(load_hf_config(spec.config.teacher.path), spec.teacher_head, spec.labels)
 
 
 def checkpoint_bytes(spec: run_spec.RunSpec, distiller: Distiller) -> int:

@@ -32,6 +32,11 @@ class Distiller(nn.Module):
             module.on_step_start(state)
         self.objective.on_step_start(state.progress)
 
+    def on_step_end(self) -> None:
+        """Let compressed modules take note of a step, once after its micro-batches."""
+        for module in compressed_module.compressed_modules(self.student):
+            module.on_step_end()
+
     def newly_pruned(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the weights that the last `on_step_start` pruned, with masks that are True where they stay."""
         modules = compressed_module.compressed_modules(self.student)

@@ -1,25 +1,28 @@
 """Resolve a config: find its mistakes before any weight is read.
 
-resolve_run(config)   checks names, arguments, sizes, labels and vocabularies; raises UserError in one line
-RunSpec               the checked config and what was read to check it; builds the dataset, teacher and distiller
+resolve_run(config)       checks names, arguments, sizes, labels and vocabularies; raises UserError in one line
+resolve_options(config)   the first part of it, which reads no file: names and arguments of objective and compressions
+RunSpec                   the checked config and what was read to check it; builds the dataset, teacher and distiller
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from lad_dist.compression.base import Compression, CompressionContext
 from lad_dist.compression.layers import keep_layers, layer_numbers, random_embeddings, set_dropout
-from lad_dist.compression.registry import COMPRESSION_CHECKS, COMPRESSIONS, apply_compressions
+from lad_dist.compression.registry import apply_compressions, check_compressions, create_compression
 from lad_dist.compression.width_pruning.narrow import Widths, check_widths, narrow_model, resized_config
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import check_writable, lookup, validate_arguments
 from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
 from lad_dist.core.batch import Batch, Head
 from lad_dist.core.outputs import ModelDims, OutputSpec
-from lad_dist.data.datasets import CorpusDataset, TaskDataset, open_shards
+from lad_dist.data.datasets import CorpusDataset, TaskDataset, check_shards
 from lad_dist.data.shards.reader import Shards
 from lad_dist.data.tasks.task import Task, load_task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
@@ -40,22 +43,33 @@ PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 CALIBRATION_TOKENS, CALIBRATION_BATCHES = 16384, 256  # at most, of the data that compressions are fitted to
 
 
+class ResolvedOptions(NamedTuple):
+    """Objective and compressions of a config, and the config with every argument of theirs written out."""
+
+    config: TrainConfig
+    objective: type[Objective]
+    objective_options: dict[str, Any]
+    compressions: list[Compression]
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """A resolved and checked config, with what was read to check it."""
 
-    config: TrainConfig
+    config: TrainConfig  # every argument of objective and compressions is written out
     head: Head
     teacher_head: Head
     task: Task | None
     tokenizer: PreTrainedTokenizerFast
     teacher_tokenizer: PreTrainedTokenizerFast  # the student's where the vocabularies are equal
+    student_config: PreTrainedConfig  # of the model at student.path, or of a new one
+    teacher_config: PreTrainedConfig | None
     student_dims: ModelDims
     teacher_dims: ModelDims | None
     layers: list[int] | None  # of the initial model that the student keeps
     widths: Widths | None  # of a student narrower than the initial model
     objective: Callable[[], Objective]
-    compressions: Sequence["partial[PreTrainedModel]"]
+    compressions: list[Compression]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -112,8 +126,8 @@ class RunSpec:
         student = set_dropout(student, config.dropout, config.attention_dropout)
         if self.compressions:
             student.to(device=processes.device())  # type: ignore[call-arg]
-            batches = partial(calibration_batches, dataset)
-            student = apply_compressions(student, self.compressions, batches, initial_values.update)
+            context = CompressionContext(partial(calibration_batches, dataset), initial_values.update)
+            student = apply_compressions(student, self.compressions, context)
         return Distiller(student, self.objective(), initial_values)
 
     def meta_student(self) -> PreTrainedModel:
@@ -121,31 +135,32 @@ class RunSpec:
 
         Raises UserError where a compression does not fit the student.
         """
-        config = self.config.student
+        config = deepcopy(self.student_config)
         with torch.device("meta"):
-            if config.path is None:
-                assert config.architecture is not None
-                hf_config = architecture_config(config.architecture, len(self.tokenizer), role_ids(self.tokenizer))
-            else:
-                hf_config = load_hf_config(config.path)
             if self.widths is not None:
-                hf_config = resized_config(hf_config, self.widths)
-            student = new_model(hf_config, self.head, self.labels)
+                config = resized_config(config, self.widths)
+            student = new_model(config, self.head, self.labels)
             if self.layers is not None:
                 student = keep_layers(student, self.layers)
             return apply_compressions(student, self.compressions)
 
+    def meta_teacher(self) -> PreTrainedModel | None:
+        """Return the teacher on the meta device, None without one."""
+        if self.teacher_config is None:
+            return None
+        with torch.device("meta"):
+            return new_model(deepcopy(self.teacher_config), self.teacher_head, self.labels)
+
     def _initial_student(self) -> PreTrainedModel:
-        config = self.config.student
-        if config.path is None:
-            assert config.architecture is not None
+        student = self.config.student
+        if student.path is None:
+            assert student.architecture is not None
             special = role_ids(self.tokenizer)
             return loading.create_model(
-                config.architecture, self.head, vocab_size=len(self.tokenizer), special_ids=special, labels=self.labels
+                student.architecture, self.head, vocab_size=len(self.tokenizer), special_ids=special, labels=self.labels
             )
-        model = loading.load_model(config.path, self.head, labels=self.labels)
         assert self.layers is not None
-        return keep_layers(model, self.layers)
+        return keep_layers(loading.load_model(student.path, self.head, labels=self.labels), self.layers)
 
 
 def calibration_batches(dataset: CorpusDataset | TaskDataset) -> list[Batch]:
@@ -154,17 +169,6 @@ def calibration_batches(dataset: CorpusDataset | TaskDataset) -> list[Batch]:
     while sum(batch.num_tokens for batch in batches) < CALIBRATION_TOKENS and len(batches) < CALIBRATION_BATCHES:
         batches.append(dataset.batch(*divmod(len(batches), dataset.micro_batches_per_step)))
     return batches
-
-
-def resolve_options(config: TrainConfig) -> TrainConfig:
-    """Return the config with every argument of the objective and the compressions written out."""
-    _, options = _objective(config)
-    objective = NamedOptions.model_validate({"name": config.objective.name, **options})
-    compressions = [
-        NamedOptions.model_validate({"name": named.name, **_compression(named).keywords})
-        for named in config.compression
-    ]
-    return config.model_copy(update={"objective": objective, "compression": compressions})
 
 
 def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
@@ -177,23 +181,38 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     if config.teacher is not None and config.teacher.cache is not None:
         check_writable("teacher.cache", config.teacher.cache)
     _check_micro_batches(config, world_size or processes.world_size())
-    kind, options = _objective(config)
-    compressions = [_compression(named) for named in config.compression]
+    config, objective_class, objective_options, compressions = resolve_options(config)
     task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
     corpus = Shards(config.data.shards) if isinstance(config.data, CorpusDataConfig) else None
-    head: Head = task.kind if task is not None else "mlm" if kind.uses_mlm_head else "none"
-    tokenizer = load_tokenizer(_tokenizer_path(config, corpus))
+    head: Head = task.kind if task is not None else "mlm" if objective_class.uses_mlm_head else "none"
+    tokenizer_path = config.student.tokenizer or config.student.path or _corpus_tokenizer(corpus)
+    tokenizer = load_tokenizer(tokenizer_path)
     if isinstance(config.data, CorpusDataConfig):
-        open_shards(config.data, tokenizer)
-    student_dims, layers, widths = _student_dims(config, head, task, tokenizer)
-    teacher_head, teacher_dims = _teacher_dims(config, head, task)
-    build: Callable[[], Objective] = partial(kind, student_dims, teacher_dims, **options)  # type: ignore[call-arg]
-    objective = build()  # refuses dimensions that do not go together
+        assert corpus is not None
+        check_shards(corpus, config.data, tokenizer)
+    student_config, layers, widths = _check_student(config, tokenizer)
+    teacher_config, teacher_head = _check_teacher(config, head, task)
+    span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
+    dims = partial(model_dims, labels=len(task.outputs) if task else 0, span=span)
+    student_dims = dims(resized_config(student_config, widths) if widths else student_config, head)
+    if layers is not None:
+        student_dims = student_dims._replace(num_hidden_layers=len(layers))
+    teacher_dims = None if teacher_config is None else dims(teacher_config, teacher_head)
+    create_objective: Callable[[], Objective] = partial(
+        objective_class,
+        student_dims,
+        teacher_dims,
+        **objective_options,  # type: ignore[call-arg]
+    )
+    objective = create_objective()  # refuses dimensions that do not go together
     if objective.student_spec == OutputSpec():
         raise UserError("objective: all weights are 0, so the student learns nothing; set one of them")
-    teacher_tokenizer = _teacher_tokenizer(config, objective, head, tokenizer)
-    if config.teacher is not None:
-        check_vocabulary(load_hf_config(config.teacher.path), config.teacher.path, len(teacher_tokenizer))
+    teacher_tokenizer = tokenizer
+    if config.teacher is not None and teacher_config is not None:
+        if config.teacher.path != tokenizer_path:
+            token_level = _token_level(config, objective, head)
+            teacher_tokenizer = tokenizer_of_teacher(config.teacher.path, tokenizer, token_level)
+        check_vocabulary(teacher_config, config.teacher.path, len(teacher_tokenizer))
     spec = RunSpec(
         config=config,
         head=head,
@@ -201,31 +220,27 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
         task=task,
         tokenizer=tokenizer,
         teacher_tokenizer=teacher_tokenizer,
+        student_config=student_config,
+        teacher_config=teacher_config,
         student_dims=student_dims,
         teacher_dims=teacher_dims,
         layers=layers,
         widths=widths,
-        objective=build,
+        objective=create_objective,
         compressions=compressions,
     )
-    for named, compression in zip(config.compression, compressions, strict=True):
-        if named.name in COMPRESSION_CHECKS:
-            COMPRESSION_CHECKS[named.name](config, head, spec.labels, **compression.keywords)
+    check_compressions(compressions, spec)
     if compressions:
         spec.meta_student()  # refuses those that do not fit
     return spec
 
 
-def _check_micro_batches(config: TrainConfig, world_size: int) -> None:
-    count = config.data.micro_batches_per_step
-    if count % world_size:
-        nearest = max(world_size, round(count / world_size) * world_size)
-        raise UserError(
-            f"data.micro_batches_per_step = {count}: cannot be shared out over {world_size} processes; {nearest} can"
-        )
+def resolve_options(config: TrainConfig) -> ResolvedOptions:
+    """Return objective and compressions, with their arguments checked; no file is read.
 
-
-def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
+    Raises:
+        UserError: A name is unknown, an argument does not fit, or the objective does not go with data or teacher.
+    """
     name = config.objective.name
     kind: type[Objective] = lookup("objective.name", name, OBJECTIVES)
     options = validate_arguments("objective", kind, config.objective.options)
@@ -237,16 +252,24 @@ def _objective(config: TrainConfig) -> tuple[type[Objective], dict[str, Any]]:
         raise UserError(f'objective.name "{name}" needs a teacher: set teacher.path')
     if config.teacher is not None and not kind.requires_teacher:
         raise UserError(f'objective.name "{name}" learns from no teacher: remove [teacher], or choose kd or lad')
-    return kind, options
+    compressions = [create_compression(named) for named in config.compression]
+    changes = {
+        "objective": NamedOptions.model_validate({"name": name, **options}),
+        "compression": [
+            NamedOptions.model_validate({"name": named.name, **asdict(compression)})  # type: ignore[call-overload]
+            for named, compression in zip(config.compression, compressions, strict=True)
+        ],
+    }
+    return ResolvedOptions(config.model_copy(update=changes), kind, options, compressions)
 
 
-def _compression(named: NamedOptions) -> "partial[PreTrainedModel]":
-    function: Callable[..., PreTrainedModel] = lookup("compression.name", named.name, COMPRESSIONS)
-    return partial(function, **validate_arguments(f"compression {named.name}", function, named.options))
-
-
-def _tokenizer_path(config: TrainConfig, corpus: Shards | None) -> str:
-    return config.student.tokenizer or config.student.path or _corpus_tokenizer(corpus)
+def _check_micro_batches(config: TrainConfig, world_size: int) -> None:
+    count = config.data.micro_batches_per_step
+    if count % world_size:
+        nearest = max(world_size, round(count / world_size) * world_size)
+        raise UserError(
+            f"data.micro_batches_per_step = {count}: cannot be shared out over {world_size} processes; {nearest} can"
+        )
 
 
 def _corpus_tokenizer(corpus: Shards | None) -> str:
@@ -255,17 +278,16 @@ def _corpus_tokenizer(corpus: Shards | None) -> str:
     return str(corpus.tokenizer_folder)
 
 
-def _student_dims(
-    config: TrainConfig, head: Head, task: Task | None, tokenizer: PreTrainedTokenizerFast
-) -> tuple[ModelDims, list[int] | None, Widths | None]:
+def _check_student(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast
+) -> tuple[PreTrainedConfig, list[int] | None, Widths | None]:
+    """Return the config of the initial model, the layers that the student keeps of it, and its widths."""
     student = config.student
-    span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
-    dims_of = partial(model_dims, head=head, labels=len(task.outputs) if task else 0, span=span)
     if student.path is None:
         assert student.architecture is not None
         hf_config = architecture_config(student.architecture, len(tokenizer), role_ids(tokenizer))
         _check_length(config, hf_config, "student.architecture")
-        return dims_of(hf_config), None, None
+        return hf_config, None, None
     hf_config = load_hf_config(student.path)
     check_weight_files(student.path)
     _check_length(config, hf_config, student.path)
@@ -274,13 +296,12 @@ def _student_dims(
         raise UserError(
             f"student.tokenizer: has {len(tokenizer)} tokens, the model at {student.path} only {hf_config.vocab_size}"
         )
-    widths = None
-    if student.is_narrowed:
-        widths = check_widths(
-            hf_config, student.hidden_size, student.num_attention_heads, student.intermediate_size, student.path
-        )
-        hf_config = resized_config(hf_config, widths)
-    return dims_of(hf_config)._replace(num_hidden_layers=len(layers)), layers, widths
+    if not student.is_narrowed:
+        return hf_config, layers, None
+    widths = check_widths(
+        hf_config, student.hidden_size, student.num_attention_heads, student.intermediate_size, student.path
+    )
+    return hf_config, layers, widths
 
 
 def _check_length(config: TrainConfig, model: PreTrainedConfig, name: str) -> None:
@@ -288,33 +309,24 @@ def _check_length(config: TrainConfig, model: PreTrainedConfig, name: str) -> No
     check_length(model, name, max(config.data.max_length, pad_to or 0))
 
 
-def _teacher_tokenizer(
-    config: TrainConfig, objective: Objective, head: Head, tokenizer: PreTrainedTokenizerFast
-) -> PreTrainedTokenizerFast:
-    """Return the student's tokenizer, or the teacher's own where only the logits of each example are compared."""
+def _check_teacher(config: TrainConfig, head: Head, task: Task | None) -> tuple[PreTrainedConfig | None, Head]:
+    """Return the teacher's config, None without one, and its head."""
     if config.teacher is None:
-        return tokenizer
-    token_level: str | None = config.objective.name  # what compares the two models token by token
-    if head in ("tagging", "question_answering"):
-        token_level = f'data.kind = "{head}"'
-    elif head in ("classification", "regression") and objective.teacher_spec in (
-        OutputSpec(),
-        OutputSpec(logits=True),
-    ):
-        token_level = None
-    return tokenizer_of_teacher(config.teacher.path, tokenizer, token_level)
-
-
-def _teacher_dims(config: TrainConfig, head: Head, task: Task | None) -> tuple[Head, ModelDims | None]:
-    if config.teacher is None:
-        return "none", None
+        return None, "none"
     path = config.teacher.path
-    model = load_hf_config(path)
+    hf_config = load_hf_config(path)
     check_weight_files(path)
-    _check_length(config, model, path)
+    _check_length(config, hf_config, path)
     if task is not None:
-        label_order(path, task.kind, task.outputs)
-    elif head == "mlm" and not has_mlm_head(model):
+        label_order(hf_config, path, task.kind, task.outputs)
+    elif head == "mlm" and not has_mlm_head(hf_config):
         head = "none"
-    span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
-    return head, model_dims(model, head, labels=len(task.outputs) if task else 0, span=span)
+    return hf_config, head
+
+
+def _token_level(config: TrainConfig, objective: Objective, head: Head) -> str | None:
+    """Return what compares the two models token by token, None where only the logits of each example are compared."""
+    if head in ("tagging", "question_answering"):
+        return f'data.kind = "{head}"'
+    is_example_level = objective.teacher_spec in (OutputSpec(), OutputSpec(logits=True))
+    return None if head in ("classification", "regression") and is_example_level else config.objective.name

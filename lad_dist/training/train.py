@@ -40,11 +40,11 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
         UserError: The config, the data or the machines do not allow the run; where possible before anything is
             written.
     """
-    config = run_spec.resolve_options(config)
+    spec = check(config)
+    config = spec.config
     run = Run(config)
     if run.results is not None:
         return RunResult(run.folder, run.results)
-    spec = check(config)
     processes.start()
     processes.catch_signals()
     with run.session(), Watchdog(run.folder / "stacks", config.run.watchdog_timeout) as watchdog:

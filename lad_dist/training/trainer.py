@@ -196,6 +196,7 @@ class Trainer:
                 self.engine.step()
             averages.add(batch, {"loss": loss.detach(), **terms})
             self.tokens += batch.num_tokens
+        self.distiller.on_step_end()
 
     def _teacher_outputs(self, batch: Batch, step: int, micro_batch: int) -> ModelOutputs | None:
         """Return the teacher's outputs for a micro-batch, None without a teacher."""

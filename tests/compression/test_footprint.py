@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lad_dist.compression import compressed_module, footprint
-from lad_dist.compression.low_rank import LowRank, low_rank
+from lad_dist.compression.products import LowRankLinear
 from lad_dist.core.batch import Head
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.tokenization.loading import load_tokenizer
@@ -81,7 +81,7 @@ def test_a_pair_counts_as_a_pair_where_that_is_less(rank: int, less: int) -> Non
     model, batch = toy_model(), toy.batch([3, 5])
     plain = footprint.footprint(model, batch)
     for layer in encoder_layers(model):
-        layer.attention.self.query, _ = LowRank.from_module(layer.attention.self.query, rank)
+        layer.attention.self.query, _ = LowRankLinear.from_module(layer.attention.self.query, rank)
     product = footprint.footprint(model, batch)
     assert product["parameters"] == plain["parameters"]
     assert plain["stored"] - product["stored"] == plain["stored/attention"] - product["stored/attention"] == less
@@ -90,10 +90,13 @@ def test_a_pair_counts_as_a_pair_where_that_is_less(rank: int, less: int) -> Non
 
 
 def test_pairs_are_what_torch_counts() -> None:
-    model, batch = low_rank(toy_model(), keep=0.5).eval().requires_grad_(False), toy.batch([16, 16, 16, 16])
+    model, batch = (
+        toy.compress(toy_model(), "low_rank", keep=0.5).eval().requires_grad_(False),
+        toy.batch([16, 16, 16, 16]),
+    )
     counted = footprint.flops(model, batch)
     with torch.device("meta"):
-        meta_model = low_rank(toy_model(), keep=0.5)
+        meta_model = toy.compress(toy_model(), "low_rank", keep=0.5)
     assert footprint.flops(meta_model, batch) == counted
     compact = compressed_module.compact_all(model)
     assert footprint.flops(compact, batch) == counted

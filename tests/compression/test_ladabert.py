@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 from launching import ROOT
 
 from lad_dist.compression import compressed_module
+from lad_dist.compression.base import CompressionContext
 from lad_dist.compression.ladabert import (
     TOLERANCE,
     Factors,
     WeightCounts,
     count_weights,
-    ladabert,
     remaining_weights,
     required_sparsity,
     solve_factors,
 )
-from lad_dist.compression.low_rank import LowRank, LowRankEmbedding, linear_maps
 from lad_dist.compression.options import LAYER_MODULES
+from lad_dist.compression.products import LowRankEmbedding, LowRankLinear, linear_maps
 from lad_dist.compression.pruning.module import GlobalPruning
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import read_toml, validate_arguments
+from lad_dist.config.load import read_toml
 from lad_dist.core.step_state import StepState
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters
@@ -48,7 +48,7 @@ def cut(model: PreTrainedModel, **options: Any) -> dict[str, float]:
     """Return what the compression reports, whose pruned weights all go at once."""
     reported: dict[str, float] = {}
     options = {"begin": 0.0, "end": 0.0, **options}
-    ladabert(model, report=reported.update, **validate_arguments("compression ladabert", ladabert, options))
+    toy.compress(model, "ladabert", CompressionContext(report=reported.update), **options)
     for module in compressed_module.compressed_modules(model):
         module.on_step_start(StepState(0, 10, seed=0))
     return reported
@@ -116,7 +116,7 @@ def test_a_budget_is_met(
     before = count_parameters(model)
     options = dict(zip([name for name in NAMES if name != missing], factors, strict=True))
     try:
-        ladabert(model, **validate_arguments("", ladabert, {"reduction": reduction, **options}))
+        toy.compress(model, "ladabert", reduction=reduction, **options)
     except UserError:
         return
     modules = compressed_module.compressed_modules(model)
@@ -166,7 +166,7 @@ def test_each_factor_compresses_other_modules() -> None:
     model = toy_model(toy.SIZES)
     cut(model, embedding=2.0, svd=2.0, weight=4.0)
     modules = compressed_module.compressed_modules(model)
-    assert sum(isinstance(module, LowRank) for module in modules) == 4 * 6
+    assert sum(isinstance(module, LowRankLinear) for module in modules) == 4 * 6
     assert sum(isinstance(module, LowRankEmbedding) for module in modules) == 1
     pruning = pruning_of(model)
     assert len(pruning.masked) == 2 * 4 * 6
@@ -191,7 +191,7 @@ def test_pruning_alone_is_on_the_maps() -> None:
     model = toy_model(toy.SIZES)
     reported = cut(model, reduction=1.5, embedding=1.0, svd=1.0)
     modules = compressed_module.compressed_modules(model)
-    assert not [module for module in modules if isinstance(module, LowRank | LowRankEmbedding)]
+    assert not [module for module in modules if isinstance(module, LowRankLinear | LowRankEmbedding)]
     assert reported["budget/achieved/reduction"] == pytest.approx(1.5, rel=1e-3)
 
 
@@ -207,7 +207,7 @@ def test_the_papers_sizes(number: int, millions: int) -> None:
     factors = solve_factors(counts, **{"weight": None, **options})
     assert f"solved for: {factors.weight:.2f} where" in file.read_text()
     assert round(counts.total / options["reduction"] / 1e6) == millions
-    ladabert(model, **validate_arguments("", ladabert, options))
+    toy.compress(model, "ladabert", **options)
     pruning = pruning_of(model)
     remaining = count_parameters(model) - round(pruning.schedule.sparsity * _size(pruning))
     assert remaining * options["reduction"] == pytest.approx(counts.total, rel=1e-6)

@@ -11,7 +11,6 @@ from lad_dist.compression.layers import (
     keep_layers,
     layer_numbers,
     random_embeddings,
-    scale_position_embeddings,
     set_dropout,
 )
 from lad_dist.config.errors import UserError
@@ -109,7 +108,7 @@ def test_random_embeddings_are_new_and_the_rest_is_not(family: str) -> None:
 def test_scaled_positions_leave_words_and_layers_alone(family: str) -> None:
     model = toy_model(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    scale_position_embeddings(model, scale=0.1)
+    toy.compress(model, "scale_position_embeddings", scale=0.1)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert {name.split(".")[-2] for name in changed} <= {"position_embeddings", "token_type_embeddings"}
     assert any("position_embeddings" in name for name in changed)

@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lad_dist.compression import compressed_module, low_rank
-from lad_dist.compression.layers import scale_position_embeddings
-from lad_dist.compression.low_rank import LowRank, LowRankEmbedding
+from lad_dist.compression import compressed_module, products
+from lad_dist.compression.base import CompressionContext
+from lad_dist.compression.products import LowRankEmbedding, LowRankLinear
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import validate_arguments
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import activations, loading
@@ -55,7 +54,7 @@ def test_a_product_is_the_nearest_to_a_map(sizes: tuple[int, int, int], bias: bo
     rows, columns, rank = sizes
     torch.manual_seed(rows * columns)
     linear, x = nn.Linear(columns, rows, bias=bias), torch.randn(7, columns)
-    product, error = LowRank.from_module(linear, rank)
+    product, error = LowRankLinear.from_module(linear, rank)
     merged, small = product.merge(), product.to_compact()
     assert isinstance(merged, nn.Linear)
     values = torch.linalg.svdvals(linear.weight.detach())
@@ -132,8 +131,8 @@ def test_a_weighted_product_is_the_best_possible() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(5, 7).double(), torch.randn(30, 7).double() @ torch.randn(7, 7).double()
     second_moment = x.T @ x
-    damped = second_moment + low_rank.DAMPING * second_moment.diagonal().mean() * torch.eye(7)
-    a, b, relative = low_rank.factors(weight, 3, second_moment)
+    damped = second_moment + products.DAMPING * second_moment.diagonal().mean() * torch.eye(7)
+    a, b, relative = products.factors(weight, 3, second_moment)
     a.requires_grad_()
     b.requires_grad_()
 
@@ -152,20 +151,20 @@ def test_a_weighted_product_is_the_best_possible() -> None:
 
 
 def _product(weight: Tensor, rank: int, second_moment: Tensor | None) -> Tensor:
-    a, b, _ = low_rank.factors(weight, rank, second_moment)
+    a, b, _ = products.factors(weight, rank, second_moment)
     return b @ a
 
 
 @pytest.mark.parametrize("second_moment", [None, torch.rand(4)])
 def test_both_factors_have_the_same_singular_values(second_moment: Tensor | None) -> None:
-    a, b, _ = low_rank.factors(torch.randn(6, 4), 3, second_moment)
+    a, b, _ = products.factors(torch.randn(6, 4), 3, second_moment)
     torch.testing.assert_close(torch.linalg.svdvals(a), torch.linalg.svdvals(b))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_is_as_precise_as_what_it_replaces(dtype: torch.dtype) -> None:
     linear, embedding = nn.Linear(4, 6, dtype=dtype), nn.Embedding(9, 6, dtype=dtype)
-    for product in (LowRank.from_module(linear, 2)[0], LowRankEmbedding.from_module(embedding, 2)[0]):
+    for product in (LowRankLinear.from_module(linear, 2)[0], LowRankEmbedding.from_module(embedding, 2)[0]):
         for module in (product, product.merge(), product.to_compact()):
             assert {p.dtype for p in module.parameters()} == {dtype}
 
@@ -179,7 +178,7 @@ def test_second_moments_are_of_real_tokens(family: str) -> None:
     alone = [toy.batch([n], seed=n) for n in (9, 30, 5)]
     together = _joined(alone)
     padded = together._replace(computed_tokens=together.computed_tokens + 3)
-    expected, actual = (low_rank.second_moments(model, modules, batches) for batches in (alone, [padded]))
+    expected, actual = (products.second_moments(model, modules, batches) for batches in (alone, [padded]))
     assert expected.keys() == set(names)
     for name in names:
         if "pos_" not in name and not _reads_positions(model, name):
@@ -209,13 +208,13 @@ def test_rows_leave_padding_out() -> None:
 def test_words_count_once_more_than_they_occur() -> None:
     model = toy_model()
     modules = {"words": model.get_input_embeddings()}
-    counts = low_rank.second_moments(model, modules, [toy.batch([3, 2], pad_to=4), toy.batch([4])])["words"]
+    counts = products.second_moments(model, modules, [toy.batch([3, 2], pad_to=4), toy.batch([4])])["words"]
     input_ids = torch.cat([toy.batch([3, 2]).input_ids, toy.batch([4]).input_ids])
     assert counts.tolist() == [1.0 + (input_ids == word).sum().item() for word in range(90)]
 
 
 def lowered(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
-    return low_rank.low_rank(model, lambda: SAMPLE, **validate_arguments("low_rank", low_rank.low_rank, options))
+    return toy.compress(model, "low_rank", CompressionContext(lambda: SAMPLE), **options)
 
 
 def test_it_replaces_the_maps_that_match_and_keeps_the_share() -> None:
@@ -258,9 +257,9 @@ def test_full_rank_changes_nothing() -> None:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         ranks = {name: min(model.get_submodule(name).weight.shape) for name in names}
         before = logits(model)
-        errors = low_rank.replace_with_products(
-            model, ranks | {"bert.embeddings.word_embeddings": 32}, SAMPLE if weighted else ()
-        )
+        errors: dict[str, float] = {}
+        context = CompressionContext(lambda: SAMPLE, errors.update)
+        products.insert_products(model, ranks | {"bert.embeddings.word_embeddings": 32}, context, weighted)
         assert max(errors.values()) < 1e-9
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
@@ -286,7 +285,7 @@ def test_a_sample_makes_the_outputs_on_it_nearer() -> None:
 )
 def test_what_it_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        low_rank.low_rank(toy_model(), **validate_arguments("compression low_rank", low_rank.low_rank, options))
+        toy.compress(toy_model(), "low_rank", **options)
 
 
 def test_twice_is_refused() -> None:
@@ -319,7 +318,7 @@ def test_embeddings_that_a_head_reads_are_refused_before_weights_are_read(
 def test_scaled_positions_are_not_words_of_low_rank() -> None:
     model = lowered(toy_model(), keep=1.0, embeddings=0.5)
     word_embeddings = [weight.clone() for weight in model.get_input_embeddings().parameters()]
-    scale_position_embeddings(model, scale=0.1)
+    toy.compress(model, "scale_position_embeddings", scale=0.1)
     assert all(map(torch.equal, word_embeddings, model.get_input_embeddings().parameters()))
 
 

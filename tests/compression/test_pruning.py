@@ -1,7 +1,6 @@
 """Masks take away what their criterion says, exactly as many, along their schedule; merging keeps the function."""
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lad_dist.compression import compressed_module
-from lad_dist.compression.low_rank import low_rank
 from lad_dist.compression.pruning.criteria import CRITERIA, Adapting, AdaptingPaper, Iterative, Magnitude, Movement
-from lad_dist.compression.pruning.module import GlobalPruning, _largest
-from lad_dist.compression.pruning.prune import prune
+from lad_dist.compression.pruning.module import GlobalPruning, largest
 from lad_dist.compression.pruning.schedule import Pattern, Schedule
-from lad_dist.compression.registry import apply_compressions
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import validate_arguments
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.core.step_state import StepState
 from lad_dist.models import loading
@@ -41,7 +36,7 @@ def toy_model() -> PreTrainedModel:
 
 
 def pruned(**options: Any) -> tuple[PreTrainedModel, GlobalPruning]:
-    model = prune(toy_model(), **validate_arguments("prune", prune, options))
+    model = toy.compress(toy_model(), "prune", **options)
     return model, pruning_of(model)
 
 
@@ -91,7 +86,7 @@ def test_it_reaches_the_sparsity_and_merges_into_the_same_function(
 def test_exactly_so_many_go_and_the_least_important_first(values: list[int], sparsity: float) -> None:
     """With equals among them."""
     importance = torch.tensor(values, dtype=torch.float)
-    stay, threshold = _largest(importance, sparsity)
+    stay, threshold = largest(importance, sparsity)
     gone = round(sparsity * len(values))
     assert int((~stay).sum()) == gone
     if 0 < gone < len(values):
@@ -269,15 +264,14 @@ def test_steps_that_are_left_out_change_no_sparsity(criterion: str) -> None:
 def test_a_weight_that_the_head_shares_is_refused() -> None:
     torch.manual_seed(0)
     model = loading.create_model({"model_type": "bert", **toy.SIZES}, "mlm", vocab_size=90)
-    options = validate_arguments("prune", prune, {"sparsity": 0.5, "modules": "word_embeddings"})
     with pytest.raises(UserError, match="word_embeddings shares the weight of another module; leave it out of"):
-        prune(model, **options)
+        toy.compress(model, "prune", sparsity=0.5, modules="word_embeddings")
 
 
 def test_only_weights_that_train_are_pruned() -> None:
     model = toy_model()
     encoder_layers(model)[0].requires_grad_(False)
-    prune(model, **validate_arguments("prune", prune, {"sparsity": 0.5}))
+    toy.compress(model, "prune", sparsity=0.5)
     assert not any(".layer.0." in name for name in pruning_of(model).masked)
 
 
@@ -317,7 +311,7 @@ def test_mistakes_are_refused_before_any_weight_is_read(
     ("compressions", "stage", "message"),
     [
         ([{"name": "prune", "sparsity": 0.5}] * 2, 0, "is pruned already"),
-        ([{"name": "prune", "sparsity": 0.5}, {"name": "low_rank", "keep": 0.5}], 0, "list prune after it"),
+        ([{"name": "prune", "sparsity": 0.5}, {"name": "low_rank", "keep": 0.5}], 0, "list it before prune"),
         ([{"name": "prune", "sparsity": 0.5}], 3, "ZeRO"),
     ],
 )
@@ -366,9 +360,8 @@ def _moments_of(deepspeed_engine: Any, weight: nn.Parameter, keep: Tensor) -> li
 
 
 def test_masks_after_low_rank_are_on_the_factors() -> None:
-    compression = partial(low_rank, **validate_arguments("low_rank", low_rank, {"keep": 0.5}))
-    model = apply_compressions(toy_model(), [compression], list, dict[str, float]().update)
-    prune(model, **validate_arguments("prune", prune, {"sparsity": 0.5}))
+    model = toy.compress(toy_model(), "low_rank", keep=0.5)
+    toy.compress(model, "prune", sparsity=0.5)
     pruning = pruning_of(model)
     assert all(name.endswith((".inner", ".outer")) for name in pruning.masked)
     pruning.tighten(0.5)

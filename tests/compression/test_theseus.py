@@ -18,8 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lad_dist.compression import compressed_module
 from lad_dist.compression.layers import keep_layers, set_dropout
-from lad_dist.compression.low_rank import low_rank
-from lad_dist.compression.theseus import Theseus, replacement_probability, theseus
+from lad_dist.compression.theseus import TheseusBlock, replacement_probability
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
@@ -65,7 +64,7 @@ def forced(model: PreTrainedModel, coins: list[bool]) -> PreTrainedModel:
     """Return the model in training, with these blocks replaced."""
     model.train()
     for module, coin in zip(compressed_module.compressed_modules(model), coins, strict=True):
-        assert isinstance(module, Theseus)
+        assert isinstance(module, TheseusBlock)
         module.runs_successor = coin
     return model
 
@@ -75,7 +74,7 @@ def coins_at(model: PreTrainedModel, state: StepState) -> list[bool]:
     modules = compressed_module.compressed_modules(model)
     for module in modules:
         module.on_step_start(state)
-    return [module.runs_successor for module in modules if isinstance(module, Theseus)]
+    return [module.runs_successor for module in modules if isinstance(module, TheseusBlock)]
 
 
 def assert_equal(student: ModelOutputs, other: ModelOutputs, layers: tuple[int, ...]) -> None:
@@ -121,7 +120,7 @@ def test_it_never_falls_and_ends_at_one(start: float, end: float, curriculum: An
 
 
 def coins(probability: float, seed: int, number: int, steps: int = 500) -> np.ndarray:
-    module = Theseus([nn.Identity()], nn.Identity(), lambda _: probability, number)
+    module = TheseusBlock([nn.Identity()], nn.Identity(), lambda _: probability, number)
     tosses = []
     for step in range(steps):
         module.on_step_start(StepState(step, steps, seed))
@@ -165,9 +164,9 @@ def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lad_dist.compression.theseus._layers_of", lambda *_: encoder_layers(predecessor))
         patch.setattr("lad_dist.compression.theseus.load_hf_config", lambda _: predecessor.config)
-        theseus(model, predecessor="folder")
+        toy.compress(model, "theseus", predecessor="folder")
     modules = compressed_module.compressed_modules(model)
-    blocks = [list(module.predecessor) for module in modules if isinstance(module, Theseus)]
+    blocks = [list(module.predecessor) for module in modules if isinstance(module, TheseusBlock)]
     assert [layer for block in blocks for layer in block] == layers
     assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
     ends = [layers.index(block[-1]) + 1 for block in blocks]
@@ -181,7 +180,7 @@ def test_blocks_end_where_other_methods_match_layers(sizes: tuple[int, int]) -> 
 @pytest.mark.parametrize("family", REPLACEABLE)
 def test_with_no_block_replaced_it_is_the_predecessor(family: str, folders: dict[str, Path]) -> None:
     """Each layer of the student returns the hidden states after a block, and q, k and v of the block's last layer."""
-    model = theseus(loaded(folders[family], [1, 3]))
+    model = toy.compress(loaded(folders[family], [1, 3]), "theseus")
     assert_equal(
         outputs_of(forced(model, [False, False])), outputs_of(loaded(folders[family]).eval(), (0, 2, 4)), (0, 2, 4)
     )
@@ -190,7 +189,7 @@ def test_with_no_block_replaced_it_is_the_predecessor(family: str, folders: dict
 @pytest.mark.parametrize("family", REPLACEABLE)
 def test_with_all_blocks_replaced_it_is_the_plain_student(family: str, folders: dict[str, Path]) -> None:
     student = outputs_of(loaded(folders[family], [1, 3]).eval())
-    model = theseus(loaded(folders[family], [1, 3]))
+    model = toy.compress(loaded(folders[family], [1, 3]), "theseus")
     assert_equal(outputs_of(forced(model, [True, True])), student, (0, 1, 2))
     assert_equal(outputs_of(forced(model, [False, True]).eval()), student, (0, 1, 2))  # evaluation asks no coin
     assert_equal(outputs_of(compressed_module.merge_all(model).train()), student, (0, 1, 2))  # type: ignore[arg-type]
@@ -213,20 +212,20 @@ def test_with_one_block_replaced_it_runs_these_layers_in_a_row(coins: list[bool]
     del stack[:]
     stack.extend(layer for row in rows for layer in row)
     expected = outputs_of(plain.eval(), (0, len(rows[0]), 3))
-    assert_equal(outputs_of(forced(theseus(model), coins)), expected, (0, len(rows[0]), 3))
+    assert_equal(outputs_of(forced(toy.compress(model, "theseus"), coins)), expected, (0, len(rows[0]), 3))
 
 
 def test_a_constant_probability_of_zero_and_one(folders: dict[str, Path]) -> None:
     """Until the end of the replacing the predecessor runs, and from then on the student."""
-    model = theseus(loaded(folders["bert"], [1, 3]), start=0.0, end=0.5, curriculum="constant")
+    model = toy.compress(loaded(folders["bert"], [1, 3]), "theseus", start=0.0, end=0.5, curriculum="constant")
     assert coins_at(model, StepState(0, 10, 3)) == coins_at(model, StepState(4, 10, 3)) == [False, False]
     assert coins_at(model, StepState(5, 10, 3)) == [True, True]
-    always = theseus(loaded(folders["bert"], [1, 3]), start=1.0)
+    always = toy.compress(loaded(folders["bert"], [1, 3]), "theseus", start=1.0)
     assert all(coins_at(always, StepState(step, 10, 3)) == [True, True] for step in range(10))
 
 
 def test_coins_of_blocks_differ(folders: dict[str, Path]) -> None:
-    model = theseus(loaded(folders["bert"], [1, 3]), end=1.0, curriculum="constant")
+    model = toy.compress(loaded(folders["bert"], [1, 3]), "theseus", end=1.0, curriculum="constant")
     assert {tuple(coins_at(model, StepState(step, 64, 0))) for step in range(64)} == {
         (False, False), (False, True), (True, False), (True, True)
     }  # fmt: skip
@@ -239,12 +238,12 @@ def test_gradients(coins: list[bool], frozen: bool, folders: dict[str, Path]) ->
 
     Embeddings and head have gradients unless they are frozen.
     """
-    model = forced(theseus(loaded(folders["bert"], [1, 3]), frozen=frozen), coins)
+    model = forced(toy.compress(loaded(folders["bert"], [1, 3]), "theseus", frozen=frozen), coins)
     logits = outputs_of(model).logits
     assert logits is not None
     logits.square().sum().backward()
     for module, coin in zip(compressed_module.compressed_modules(model), coins, strict=True):
-        assert isinstance(module, Theseus)
+        assert isinstance(module, TheseusBlock)
         gradients = [weight.grad for weight in module.successor.parameters()]
         assert all(gradient is not None for gradient in gradients)
         assert any(gradient.any() for gradient in gradients if gradient is not None) == coin
@@ -255,7 +254,9 @@ def test_gradients(coins: list[bool], frozen: bool, folders: dict[str, Path]) ->
 
 @pytest.mark.parametrize("replaced", [True, False])
 def test_only_successors_drop(replaced: bool, folders: dict[str, Path]) -> None:
-    model = forced(theseus(set_dropout(loaded(folders["bert"], [1, 3]), 0.5, 0.5)), [replaced, replaced])
+    model = forced(
+        toy.compress(set_dropout(loaded(folders["bert"], [1, 3]), 0.5, 0.5), "theseus"), [replaced, replaced]
+    )
     model.get_submodule("bert.embeddings").eval()
     once, again = (outputs_of(model).hidden[2] for _ in range(2))
     assert torch.equal(once, again) != replaced
@@ -263,8 +264,8 @@ def test_only_successors_drop(replaced: bool, folders: dict[str, Path]) -> None:
 
 def test_compressed_modules_inside_the_successors(folders: dict[str, Path]) -> None:
     """Compressions before it change the layers, and nothing else."""
-    model = theseus(low_rank(loaded(folders["bert"], [1, 3]), keep=0.5))
-    plain = compressed_module.merge_all(low_rank(loaded(folders["bert"], [1, 3]), keep=0.5)).eval()
+    model = toy.compress(toy.compress(loaded(folders["bert"], [1, 3]), "low_rank", keep=0.5), "theseus")
+    plain = compressed_module.merge_all(toy.compress(loaded(folders["bert"], [1, 3]), "low_rank", keep=0.5)).eval()
     merged = compressed_module.merge_all(model).eval()
     assert merged.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(outputs_of(merged).logits, outputs_of(plain).logits)  # type: ignore[arg-type]
@@ -380,9 +381,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"student.path": None, "student.architecture": toy.SIZES},
         "a new student starts from no model; name a",
     ),
-    ({"deepspeed.zero_optimization.stage": 3}, "under ZeRO 3 the same layers must run in each step; set a stage up"),
-    ({"compression": ["theseus", "theseus"]}, "it wraps layers as they are; list it once, after all others"),
-    ({"compression": ["theseus", "low_rank"]}, "it wraps layers as they are; list it once, after all others"),
+    ({"deepspeed.zero_optimization.stage": 3}, "compression theseus: cannot run under ZeRO 3"),
+    ({"compression": ["theseus", "theseus"]}, "compression theseus: cannot follow theseus, whose modules"),
+    (
+        {"compression": ["theseus", "low_rank"]},
+        "low_rank: cannot follow theseus, whose modules it cannot change; list it",
+    ),
     ({"start": 1.5}, "compression theseus: start: input should be less than or equal to 1"),
     ({"curriculum": "linaer"}, "compression theseus: curriculum: input should be 'linear' or 'constant'"),
 ]

@@ -16,7 +16,6 @@ from launching import run_script
 from lad_dist.compression import compact, footprint
 from lad_dist.compression.compressed_module import merge_all
 from lad_dist.compression.layers import keep_layers
-from lad_dist.compression.low_rank import low_rank
 from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
 from lad_dist.evaluation import interleaved_timing, latency
 from lad_dist.evaluation.latency import LatencyRequest
@@ -110,7 +109,7 @@ def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch:
         return real(forms, *rest)
 
     monkeypatch.setattr(interleaved_timing, "time_interleaved", time_interleaved)
-    folder = complete(world, tmp_path, lambda student: low_rank(student, keep=0.3))
+    folder = complete(world, tmp_path, lambda student: toy.compress(student, "low_rank", keep=0.3))
     table = latency.measure(LatencyRequest(folder, rounds=1))
     assert table["student"]["stored"] == results_in(folder)["student"]["stored"] < table["student"]["parameters"]
     assert set(parameters) == {table["teacher"]["stored"], table["student"]["stored"]}

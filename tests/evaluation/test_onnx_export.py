@@ -9,7 +9,6 @@ import toy
 import toy_families
 
 from lad_dist.compression import compressed_module
-from lad_dist.compression.low_rank import low_rank
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.core.batch import Head
 from lad_dist.data.tokenization.loading import load_tokenizer
@@ -24,7 +23,7 @@ def low_rank_model(family: str, head: Head, folder: Path, **settings: Any) -> In
     tokenizer = load_tokenizer(toy_families.tokenizer(family, folder / family))
     labels = {"classification": toy.LABELS, "question_answering": ("start", "end")}.get(head, ())
     model = toy_families.new_model(family, head, tokenizer, labels, **settings)
-    return InferenceModel(compressed_module.compact_all(low_rank(model, keep=0.5)))  # type: ignore[arg-type]
+    return InferenceModel(compressed_module.compact_all(toy.compress(model, "low_rank", keep=0.5)))  # type: ignore[arg-type]
 
 
 # The other families export alike: to leave them out saves time.

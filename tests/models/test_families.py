@@ -22,8 +22,7 @@ from toy_families import LIKE, SIZES
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from lad_dist.compression import compressed_module, footprint
-from lad_dist.compression.layers import keep_layers, random_embeddings, scale_position_embeddings, set_dropout
-from lad_dist.compression.low_rank import low_rank
+from lad_dist.compression.layers import keep_layers, random_embeddings, set_dropout
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import EvaluateConfig
@@ -254,7 +253,7 @@ def test_random_embeddings_change_nothing_else(family: str, tokenizers: Any) -> 
     assert {f"{name}.weight" for name in embeddings if name.startswith("embeddings")} <= changed
     assert all(name.startswith("embeddings.") for name in changed)
     word_embeddings = model.get_input_embeddings().weight.clone()
-    scale_position_embeddings(model, scale=0.1)
+    toy.compress(model, "scale_position_embeddings", scale=0.1)
     assert torch.equal(model.get_input_embeddings().weight, word_embeddings)
 
 
@@ -263,7 +262,7 @@ def test_low_rank_layers_have_the_same_outputs_when_merged(family: str, tokenize
     """q, k and v are recorded through them too."""
     model = toy_families.new_model(family, "mlm", tokenizers(family))
     batch = batch_of(LENGTHS, "mlm", tokenizers(family))
-    low_rank(model, keep=0.5)
+    toy.compress(model, "low_rank", keep=0.5)
     assert (
         len(compressed_module.compressed_modules(encoder_layers(model)))
         == len(compressed_module.compressed_modules(model))

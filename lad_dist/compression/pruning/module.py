@@ -1,8 +1,9 @@
 """Modules with masks, and the ranking that tightens all masks of a student while it trains.
 
-    MaskedModule    the compressed module in the place of a linear map or embedding: it computes with weight · mask
-    GlobalPruning   a compressed module of the whole student: it moves all masks, by one ranking of all their weights
-    insert_masks    inserts both
+    MaskedModule       the compressed module in the place of a linear map or embedding: it computes with weight · mask
+    ScheduledPruning   a compressed module of the whole student: it moves masks along a schedule
+    GlobalPruning      the same, by one ranking of all weights under masks
+    insert_masks       inserts masks and their GlobalPruning
 
 The weight itself stays as it is, and whoever reads it reads weight · mask. Where the mask is 0 it does not learn, and
 the optimizer forgets its moments. Masks are a function of the weights, the scores and the step, so that all processes
@@ -60,29 +61,23 @@ class MaskedModule(CompressedModule):
         return merged
 
 
-class GlobalPruning(CompressedModule):
-    """The schedule of masks that are ranked together. `recover`: whether learnt scores may bring weights back."""
+class ScheduledPruning(CompressedModule):
+    """What moves all masks of a student along one schedule. It stands beside the student's modules."""
 
-    masked: Mapping[str, MaskedModule]
-
-    def __init__(self, masked: Mapping[str, MaskedModule], schedule: Schedule, pattern: Pattern, recover: bool):
+    def __init__(self, schedule: Schedule):
         super().__init__()
-        self.__dict__["masked"] = masked  # not as submodules: they are those of the student
-        self.schedule, self.pattern, self.recover = schedule, pattern, recover
-        self.changed_modules: list[MaskedModule] = []
+        self.schedule = schedule
         self.last_step = -1
         """The step of the last `on_step_start`."""
 
     def on_step_start(self, state: StepState) -> None:
-        self.changed_modules = []
         # Steps that were skipped after a bad update count all the same.
         first_step, self.last_step = self.last_step + 1, state.step
         due = [step for step in range(first_step, state.step + 1) if self._is_due(step, state.steps)]
         if due:
             self.tighten(self.schedule.sparsity_at(due[-1], state.steps))
         if self.schedule.span(state.steps)[1] in due:
-            for module in self.masked.values():
-                module.mask.finish()
+            self.finish()
 
     def _is_due(self, step: int, steps: int) -> bool:
         first, last = self.schedule.span(steps)
@@ -90,11 +85,46 @@ class GlobalPruning(CompressedModule):
             return False
         return step == last or (step - first) % self.schedule.update_every == 0
 
+    @property
+    def learns(self) -> bool:
+        """Whether importance goes on changing after the last weight was to go."""
+        return False
+
+    def tighten(self, sparsity: float) -> None:
+        """Prune the least important, up to this share of all."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Take note that the last have gone."""
+
     def get_extra_state(self) -> dict[str, int]:
         return {"last_step": self.last_step}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.last_step = state["last_step"]
+
+    def merge(self) -> None:
+        """Return None: the zeros are in the weights of the masked modules."""
+
+
+class GlobalPruning(ScheduledPruning):
+    """The schedule of masks that are ranked together. `recover`: whether learnt scores may bring weights back."""
+
+    masked: Mapping[str, MaskedModule]
+
+    def __init__(self, masked: Mapping[str, MaskedModule], schedule: Schedule, pattern: Pattern, recover: bool):
+        super().__init__(schedule)
+        self.__dict__["masked"] = masked  # not as submodules: they are those of the student
+        self.pattern, self.recover = pattern, recover
+        self.changed_modules: list[MaskedModule] = []
+
+    def on_step_start(self, state: StepState) -> None:
+        self.changed_modules = []
+        super().on_step_start(state)
+
+    def finish(self) -> None:
+        for module in self.masked.values():
+            module.mask.finish()
 
     @property
     def learns(self) -> bool:
@@ -112,7 +142,7 @@ class GlobalPruning(CompressedModule):
         """Prune the least important weights, up to this share of all."""
         modules = self.masked.values()
         unit_importance = [self.pattern.units(self._importance(module)) for module in modules]
-        stay, threshold = _largest(torch.cat([units.flatten() for units in unit_importance]), sparsity)
+        stay, threshold = largest(torch.cat([units.flatten() for units in unit_importance]), sparsity)
         stay_by_module = stay.split([units.numel() for units in unit_importance])
         for module, units, units_stay in zip(modules, unit_importance, stay_by_module, strict=True):
             mask = self.pattern.spread(units_stay.view_as(units))
@@ -131,11 +161,8 @@ class GlobalPruning(CompressedModule):
     def newly_pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         return ((module.origin, module.mask.keep) for module in self.changed_modules)
 
-    def merge(self) -> None:
-        """Return None: the zeros are in the weights of the masked modules."""
 
-
-def _largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor | None]:
+def largest(importance: Tensor, sparsity: float) -> tuple[Tensor, Tensor | None]:
     """Return which stay, all but exactly the share `sparsity` of them, and the importance of the last that goes.
 
     Of equals, the first ones go first. The importance is None where none goes.
@@ -179,5 +206,10 @@ def insert_masks(
             raise UserError(f"compression prune: {name} shares the weight of another module; leave it out of `modules`")
         masked[name] = MaskedModule(module, kind(module.weight))
         setattr(model.get_submodule(parent), child, masked[name])
-    number = sum(isinstance(child, GlobalPruning) for child in model.children())
-    model.add_module(f"pruning_{number}", GlobalPruning(masked, schedule, pattern, recover))
+    add_pruning(model, GlobalPruning(masked, schedule, pattern, recover))
+
+
+def add_pruning(model: nn.Module, pruning: ScheduledPruning) -> None:
+    """Register what moves masks of the model, beside its other modules."""
+    number = sum(isinstance(child, ScheduledPruning) for child in model.children())
+    model.add_module(f"pruning_{number}", pruning)

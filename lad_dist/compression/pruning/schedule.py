@@ -43,6 +43,12 @@ class Schedule:
         return min(round(self.begin * steps), last), last
 
 
+def check_span(name: str, begin: float, end: float) -> None:
+    """Raise UserError where the schedule of the compression of that name ends before it begins."""
+    if begin > end:
+        raise UserError(f"compression {name}: begin = {begin:g} is later than end = {end:g}")
+
+
 class Pattern(NamedTuple):
     """Weights that go together.
 
