@@ -78,7 +78,8 @@ def _size(student: Numbers) -> str:
     files = ", ".join(f"{form} {megabytes(size)}" for form, size in on_disk.items())
     return (
         f"\n## How small\n\n{markdown_table(('', *BY_COMPONENT.values()), lines)}\n\n"
-        "Counted as the model computes: low-rank maps as their pairs, weights that are zero like the others.\n"
+        "Counted in the compact form: low-rank maps as their pairs, layers without pruned heads and units. Weights that "
+        "are zero count like the others.\n"
         f"On disk: {files}.\n"
     )
 
@@ -150,7 +151,11 @@ def latency_remarks(student: Numbers, latency: Numbers | None = None) -> list[st
             "product takes as long."
         )
     if saved >= NOTABLE:
-        remarks.append(f"Low rank saves {saved:.0%} of the weights, and their products: smaller and faster.")
+        remarks.append(
+            f"The compact form (compact.safetensors) has {saved:.0%} fewer weights, and fewer products: smaller and "
+            "faster. The ordinary folder keeps the model's shape: low-rank maps multiplied out, and zero rows and "
+            "columns for pruned heads and units."
+        )
     if latency is not None:
         remarks += [*_speed_up(latency), *_quantized(latency), *_quality(latency)]
     return remarks

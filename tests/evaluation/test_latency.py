@@ -115,7 +115,7 @@ def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch:
     assert set(parameters) == {table["teacher"]["stored"], table["student"]["stored"]}
     text = (folder / "export" / "README.md").read_text()
     saved = 1 - table["student"]["stored"] / table["student"]["parameters"]
-    assert f"* Low rank saves {saved:.0%} of the weights, and their products: smaller and faster." in text
+    assert f"* The compact form (compact.safetensors) has {saved:.0%} fewer weights, and fewer products" in text
 
 
 @pytest.mark.usefixtures("quick")

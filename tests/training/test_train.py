@@ -129,6 +129,7 @@ ON_TASKS: list[dict[str, Any]] = [
         "compression": [{"name": "ladabert", "reduction": 2.0, "embedding": 3.0, "svd": 1.5}],
         "objective": {"name": "kd"},
     },
+    {"compression": [{"name": "heads", "heads": 0.5, "units": 0.5, "update_every": 1}]},
     {"student.embeddings": "random", "data.pad_to": 32, "objective.variant": "paper"},
     {"teacher.dtype": "bfloat16", **HALF},
 ]
@@ -342,6 +343,12 @@ def test_so_does_one_whose_objective_has_a_state(precision: dict[str, Any], worl
 def test_so_does_one_whose_layers_are_being_replaced(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
     replaced = {"student.path": str(world.teacher), "compression": [{"name": "theseus", "end": 1.0}]}
     assert_it_goes_on(lad, {**precision, **replaced}, world, tmp_path)
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, {"deepspeed.zero_optimization.stage": 3}])
+def test_so_does_one_whose_heads_are_being_pruned(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
+    pruned = {"compression": [{"name": "heads", "heads": 0.5, "units": 0.3, "end": 0.7, "update_every": 2}]}
+    assert_it_goes_on(lad, {**precision, **pruned}, world, tmp_path)
 
 
 def assert_it_goes_on(make: Callable[..., TrainConfig], changes: dict[str, Any], world: World, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ COMPRESSED: dict[str, list[dict[str, Any]]] = {
         {"name": "prune", "criterion": "movement", "sparsity": 0.5, "update_every": 1},
         {"name": "scale_position_embeddings", "scale": 0.5},
     ],
+    "heads": [{"name": "heads", "heads": 0.5, "units": 0.5, "update_every": 1}],
     "adapting": [{"name": "prune", "criterion": "adapting", "sparsity": 0.5, "update_every": 1}],
 }
 UNDER = ("supervised", "kd", "lad")
