@@ -78,7 +78,7 @@ def _size(student: Numbers) -> str:
     files = ", ".join(f"{form} {megabytes(size)}" for form, size in on_disk.items())
     return (
         f"\n## How small\n\n{markdown_table(('', *BY_COMPONENT.values()), lines)}\n\n"
-        "Counted in the compact form: low-rank maps as their pairs, layers without pruned heads and units. Weights that "
+        "Counted in the compact form: low-rank maps as pairs, layers without pruned heads and units. Weights that "
         "are zero count like the others.\n"
         f"On disk: {files}.\n"
     )
