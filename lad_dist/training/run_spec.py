@@ -5,7 +5,7 @@ resolve_options(config)   the first part of it, which reads no file: names and a
 RunSpec                   the checked config and what was read to check it; builds the dataset, teacher and distiller
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -190,8 +190,10 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     if isinstance(config.data, CorpusDataConfig):
         assert corpus is not None
         check_shards(corpus, config.data, tokenizer)
-    student_config, layers, widths = _check_student(config, tokenizer)
-    teacher_config, teacher_head = _check_teacher(config, head, task)
+    paths = dict.fromkeys((config.student.path, config.teacher and config.teacher.path))
+    hf_configs = {path: load_hf_config(path) for path in paths if path is not None}
+    student_config, layers, widths = _check_student(config, hf_configs, tokenizer)
+    teacher_config, teacher_head = _check_teacher(config, hf_configs, head, task)
     span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
     dims = partial(model_dims, labels=len(task.outputs) if task else 0, span=span)
     student_dims = dims(resized_config(student_config, widths) if widths else student_config, head)
@@ -279,7 +281,7 @@ def _corpus_tokenizer(corpus: Shards | None) -> str:
 
 
 def _check_student(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast
+    config: TrainConfig, hf_configs: Mapping[str, PreTrainedConfig], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[PreTrainedConfig, list[int] | None, Widths | None]:
     """Return the config of the initial model, the layers that the student keeps of it, and its widths."""
     student = config.student
@@ -288,7 +290,7 @@ def _check_student(
         hf_config = architecture_config(student.architecture, len(tokenizer), role_ids(tokenizer))
         _check_length(config, hf_config, "student.architecture")
         return hf_config, None, None
-    hf_config = load_hf_config(student.path)
+    hf_config = hf_configs[student.path]
     check_weight_files(student.path)
     _check_length(config, hf_config, student.path)
     layers = layer_numbers(student.layers, student.num_hidden_layers, hf_config.num_hidden_layers)
@@ -309,12 +311,14 @@ def _check_length(config: TrainConfig, model: PreTrainedConfig, name: str) -> No
     check_length(model, name, max(config.data.max_length, pad_to or 0))
 
 
-def _check_teacher(config: TrainConfig, head: Head, task: Task | None) -> tuple[PreTrainedConfig | None, Head]:
+def _check_teacher(
+    config: TrainConfig, hf_configs: Mapping[str, PreTrainedConfig], head: Head, task: Task | None
+) -> tuple[PreTrainedConfig | None, Head]:
     """Return the teacher's config, None without one, and its head."""
     if config.teacher is None:
         return None, "none"
     path = config.teacher.path
-    hf_config = load_hf_config(path)
+    hf_config = hf_configs[path]
     check_weight_files(path)
     _check_length(config, hf_config, path)
     if task is not None:
