@@ -190,8 +190,8 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     if isinstance(config.data, CorpusDataConfig):
         assert corpus is not None
         check_shards(corpus, config.data, tokenizer)
-    paths = dict.fromkeys((config.student.path, config.teacher and config.teacher.path))
-    hf_configs = {path: load_hf_config(path) for path in paths if path is not None}
+    paths = [config.student.path, config.teacher.path if config.teacher is not None else None]
+    hf_configs = {path: load_hf_config(path) for path in dict.fromkeys(paths) if path is not None}
     student_config, layers, widths = _check_student(config, hf_configs, tokenizer)
     teacher_config, teacher_head = _check_teacher(config, hf_configs, head, task)
     span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
