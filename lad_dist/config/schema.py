@@ -5,7 +5,7 @@ the schema (`load.validate_arguments`). `[deepspeed]` is DeepSpeed's own config.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -32,6 +32,12 @@ class RunConfig(ConfigTable):
 
     name: str = Field(description="name of the run's folder", min_length=1)
     dir: str = Field("runs", description="folder of the run folders")
+    label: str | None = Field(
+        None,
+        min_length=1,
+        description="the method's name in reports; default: the names of objective and compressions (kd + prune)",
+        json_schema_extra=CHANGEABLE,
+    )
     seed: int = Field(0, ge=0, description="the only source of randomness: order, masks, dropout, new weights")
     steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
     epochs: PositiveFloat | None = Field(None, description="passes over the training data; give this or steps")
@@ -295,6 +301,11 @@ class OptimConfig(ConfigTable):
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after the warm-up")
 
 
+def default_label(objective: str, compressions: Iterable[str]) -> str:
+    """Return the label of a run whose config has none, from the names of its objective and compressions."""
+    return " + ".join([objective, *compressions])
+
+
 class TrainConfig(ConfigTable):
     """A training: PretrainConfig or TaskConfig, by its data."""
 
@@ -308,6 +319,11 @@ class TrainConfig(ConfigTable):
     )
     optim: OptimConfig
     deepspeed: dict[str, Any] = Field({}, description="DeepSpeed's own config: zero_optimization, bf16, …")
+
+    @property
+    def label(self) -> str:
+        """`run.label`, or its default."""
+        return self.run.label or default_label(self.objective.name, [each.name for each in self.compression])
 
     @property
     def zero_stage(self) -> int:

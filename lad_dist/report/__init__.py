@@ -2,8 +2,8 @@
 
 build        the whole of it: what launch/report.py calls
 results      the complete task runs below the folders, and which folders were skipped
-grouping     which runs are one method, and the name of the method
-comparison   scores, order and tests of the methods
+settings     the settings in which runs differ
+comparison   scores, order and tests of the methods, which are the runs of one label
 markdown     a comparison to read
 csv_table    a comparison as rows, one per run
 plots        a comparison as a plot

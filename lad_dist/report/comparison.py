@@ -1,7 +1,7 @@
-"""Scores of methods on tasks, their order, and tests against a baseline."""
+"""Scores of methods on tasks, their order, and tests against a baseline. A method is the runs of one label."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +11,6 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from lad_dist.config.errors import UserError
-from lad_dist.report.grouping import Variant, distinct_suffixes, generic_settings, group_runs, name_words, variants
 from lad_dist.report.results import LoadedRuns, TaskRun
 from lad_dist.utils.suggest import did_you_mean
 
@@ -28,7 +27,7 @@ COST_TITLES = {
 
 
 class PairedTest(NamedTuple):
-    """A method against its baseline, over pairs of runs of one task and seed.
+    """A method against the baseline, over pairs of runs of one task and seed.
 
     Attributes:
         difference: mean over the pairs.
@@ -43,29 +42,25 @@ class PairedTest(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods on tasks, and the baseline of each method.
+    """Methods on tasks.
 
     Attributes:
-        methods: by name, best first.
+        methods: runs by label, best first.
         tasks: {name: main metric}, in the order of the names.
         runs: one row per run, by folder.
         scores: by method, task and seed.
         loyalties: of runs with a teacher, by method, task and seed.
         shared_tasks: the tasks that all methods have.
-        baselines: by method.
-        candidates: methods that may be a baseline.
-        baseline: the name by which the candidates were looked up.
+        baseline: the label of the method that the others are tested against; there may be no such method.
         skipped: folders by the reason for skipping them.
     """
 
-    methods: dict[str, Variant]
+    methods: dict[str, list[TaskRun]]
     tasks: dict[str, str]
     runs: pd.DataFrame
     scores: pd.Series
     loyalties: pd.Series
     shared_tasks: list[str]
-    baselines: dict[str, str]
-    candidates: list[str]
     baseline: str
     skipped: Mapping[str, Sequence[str]]
 
@@ -117,13 +112,13 @@ class Comparison:
     def differences(self, method: str, task: str) -> np.ndarray:
         """Return method minus baseline, by the seeds that both have."""
         task_scores = self.scores.xs(task, level="task")
-        method_scores, baseline_scores = (task_scores.get(name) for name in (method, self.baselines[method]))
+        method_scores, baseline_scores = (task_scores.get(name) for name in (method, self.baseline))
         if method_scores is None or baseline_scores is None:
             return np.array([])
         return (method_scores - baseline_scores).dropna().to_numpy()
 
     def test(self, method: str, task: str) -> PairedTest:
-        """Test a method against its baseline on one task."""
+        """Test a method against the baseline on one task."""
         return _paired_test(self.differences(method, task))
 
     def test_all(self, method: str) -> PairedTest:
@@ -150,21 +145,22 @@ def compare(loaded: LoadedRuns, baseline: str | None = None) -> Comparison:
     """Return the comparison of the loaded runs.
 
     Raises:
-        UserError: no method has the baseline's name, or runs measure one task differently.
+        UserError: no method is the given baseline, or runs measure one task differently.
     """
     names = distinct_suffixes({run.task for run in loaded.runs})
-    runs = generic_settings([replace(run, task=names[run.task]) for run in loaded.runs])
+    runs = sorted((replace(run, task=names[run.task]) for run in loaded.runs), key=lambda run: run.folder)
     tasks = _main_metrics(runs)
-    methods = variants(runs)
-    rows = [_row(name, run, tasks[run.task]) for name, variant in methods.items() for run in variant.runs]
-    frame = pd.DataFrame(rows).sort_values("folder", ignore_index=True)
+    methods: dict[str, list[TaskRun]] = {}
+    for run in runs:
+        methods.setdefault(run.label, []).append(run)
+    if baseline is not None and baseline not in methods:
+        raise UserError(f'--baseline "{baseline}" is none of the methods: {did_you_mean(baseline, methods)}')
+    frame = pd.DataFrame([_row(run) for run in runs])
     by_seed = frame.groupby(["method", "task", "seed"])
     scores = by_seed["score"].mean()
-    shared_tasks = [task for task in tasks if all(task in _tasks(variant) for variant in methods.values())]
+    shared_tasks = [task for task in tasks if all((label, task) in scores for label in methods)]
     means = scores.groupby(level=["method", "task"]).mean().unstack("task")[shared_tasks].mean(axis=1)
     ordered = sorted(methods, key=lambda name: (-means[name] if shared_tasks else 0, name))
-    baseline_name = baseline or DEFAULT_BASELINE
-    candidates = _candidates(methods, baseline_name, required=baseline is not None)
     return Comparison(
         methods={name: methods[name] for name in ordered},
         tasks=tasks,
@@ -172,42 +168,44 @@ def compare(loaded: LoadedRuns, baseline: str | None = None) -> Comparison:
         scores=scores,
         loyalties=by_seed["loyalty"].mean().dropna(),
         shared_tasks=shared_tasks,
-        baselines=_baselines(methods, candidates, baseline_name),
-        candidates=candidates,
-        baseline=baseline_name,
+        baseline=baseline or DEFAULT_BASELINE,
         skipped=loaded.skipped,
     )
 
 
-def _tasks(variant: Variant) -> set[str]:
-    return {run.task for run in variant.runs}
+def distinct_suffixes(paths: Iterable[str]) -> dict[str, str]:
+    """Return for each path its last parts, as many as distinguish all of them."""
+    components = {path: path.split("/") for path in paths}
+    for count in range(1, max(map(len, components.values()), default=0)):
+        suffixes = {path: "/".join(path_components[-count:]) for path, path_components in components.items()}
+        if len(set(suffixes.values())) == len(components):
+            return suffixes
+    return {path: path for path in components}
 
 
 def _main_metrics(runs: Sequence[TaskRun]) -> dict[str, str]:
-    by_task = group_runs(runs, lambda run: run.task)
-    for task_runs in by_task.values():
-        first = task_runs[0]
-        for run in task_runs:
-            if run.metric != first.metric:
-                raise UserError(
-                    f"{run.folder}: measures {run.task} by {run.metric}, {first.folder} by {first.metric}; "
-                    "report them apart"
-                )
-    return {task: by_task[task][0].metric for task in sorted(by_task)}
+    first_runs: dict[str, TaskRun] = {}
+    for run in runs:
+        first = first_runs.setdefault(run.task, run)
+        if run.metric != first.metric:
+            raise UserError(
+                f"{run.folder}: measures {run.task} by {run.metric}, {first.folder} by {first.metric}; "
+                "report them apart"
+            )
+    return {task: first_runs[task].metric for task in sorted(first_runs)}
 
 
-def _row(method: str, run: TaskRun, metric: str) -> dict[str, Any]:
+def _row(run: TaskRun) -> dict[str, Any]:
     results = run.results
     return {
-        "method": method,
-        "objective": run.objective,
+        "method": run.label,
         "task": run.task,
         "seed": run.seed,
-        "metric": metric,
+        "metric": run.metric,
         "score": run.score,
         "loyalty": run.loyalty,
         "teacher": run.teacher,
-        "teacher_score": results.teacher.get(metric, math.nan),
+        "teacher_score": results.teacher.get(run.metric, math.nan),
         "folder": run.folder,
         **{name: getattr(results.student, name) for name in SIZES},
         **{f"teacher_{name}": results.teacher.get(name, math.nan) for name in SIZES},
@@ -218,50 +216,3 @@ def _row(method: str, run: TaskRun, metric: str) -> dict[str, Any]:
         "conditions": results.latency.conditions if results.latency else None,
         **{key: getattr(results, key) for key in ("steps", "seconds", "tokens_per_second", "processes", "device")},
     }
-
-
-def _candidates(methods: Mapping[str, Variant], baseline: str, required: bool) -> list[str]:
-    """Return the method of this name, or those of this objective, or those with its words in the names of all runs."""
-    if baseline in methods:
-        return [baseline]
-    by_objective = [name for name, variant in methods.items() if variant.objective == baseline]
-    candidates = by_objective or [name for name in methods if _words(baseline) <= _common_words(methods[name])]
-    if required and not candidates:
-        known = {
-            *methods,
-            *(word for variant in methods.values() for word in (variant.objective, *_common_words(variant))),
-        }
-        raise UserError(f'--baseline "{baseline}" is none of the methods: {did_you_mean(baseline, known)}')
-    return candidates
-
-
-def _baselines(methods: Mapping[str, Variant], candidates: Sequence[str], baseline: str) -> dict[str, str]:
-    """Return the baseline of each other method.
-
-    It is the only candidate, or the only one with the same settings outside [objective], or the only one whose runs
-    have the same names but for the word `baseline`.
-    """
-    baselines = {}
-    for name in methods.keys() - candidates:
-        words = _common_words(methods[name]) | _words(baseline)
-        matching = [c for c in candidates if len(candidates) == 1 or _has_settings_of(methods[name], methods[c])]
-        if len(matching) != 1:
-            matching = [c for c in matching or candidates if _common_words(methods[c]) <= words]
-        if len(matching) == 1:
-            baselines[name] = matching[0]
-    return baselines
-
-
-def _common_words(variant: Variant) -> set[str]:
-    """Return the words that the names of all runs share."""
-    return set.intersection(*(set(name_words(run)) for run in variant.runs))
-
-
-def _words(name: str) -> set[str]:
-    return set(name.split("-"))
-
-
-def _has_settings_of(variant: Variant, baseline: Variant) -> bool:
-    """Tell whether all runs have what distinguishes the baseline's variant, but for the objective's own keys."""
-    outer = [(key, value) for key, value in baseline.distinction if not key.startswith("objective.")]
-    return all(run.settings.get(key) == value for run in variant.runs for key, value in outer)

@@ -3,8 +3,8 @@
 import pandas as pd
 
 from lad_dist.report.comparison import Comparison
-from lad_dist.report.grouping import differing_keys
 from lad_dist.report.results import TaskRun
+from lad_dist.report.settings import differing_keys
 
 
 def run_table(comparison: Comparison) -> pd.DataFrame:
@@ -13,7 +13,7 @@ def run_table(comparison: Comparison) -> pd.DataFrame:
     The columns are method, task, seed and score, sizes and pace, the settings in which runs differ, and every metric of
     student (`dev/…`) and teacher (`teacher/…`).
     """
-    runs = sorted((run for variant in comparison.methods.values() for run in variant.runs), key=lambda run: run.folder)
+    runs = sorted((run for runs in comparison.methods.values() for run in runs), key=lambda run: run.folder)
     keys = differing_keys(runs)
     extra = pd.DataFrame([{key: run.settings.get(key) for key in keys} | _metrics(run) for run in runs])
     metrics = sorted(name for name in extra.columns if name not in keys)

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from lad_dist.report.comparison import Comparison, PairedTest
-from lad_dist.report.grouping import Variant, differing_keys, format_setting, group_runs
+from lad_dist.report.results import TaskRun
+from lad_dist.report.settings import differences, differing_keys, format_setting
 from lad_dist.utils.text import markdown_table, si_number
 
 MACHINE = ("device", "processes")
@@ -76,33 +77,23 @@ def _with_error(value: float, error: float) -> str:
 
 def _tests(comparison: Comparison) -> str:
     title = f"## Against {comparison.baseline}"
-    if not comparison.baselines:
-        return f"{title}\n\nNothing to test: {_why_no_test(comparison)}."
-    has_several_baselines = len(set(comparison.baselines.values())) > 1
-    header = ["method", *(["baseline"] if has_several_baselines else []), *comparison.tasks, "all tasks, in sd"]
+    others = [label for label in comparison.methods if label != comparison.baseline]
+    if len(others) == len(comparison.methods):
+        return f"{title}\n\nNothing to test: no run has this label; give that of another method by --baseline."
+    if not others:
+        return f"{title}\n\nNothing to test: no other method has runs."
     rows = []
-    for name in filter(comparison.baselines.get, comparison.methods):
-        tests = [comparison.test(name, task) for task in comparison.tasks] + [comparison.test_all(name)]
-        baseline = [comparison.baselines[name]] if has_several_baselines else []
-        rows.append([name, *baseline, *map(_test_cell, tests)])
+    for label in others:
+        tests = [comparison.test(label, task) for task in comparison.tasks] + [comparison.test_all(label)]
+        rows.append([label, *map(_test_cell, tests)])
     text = (
         "Mean difference over pairs of runs of one task and seed, p of the two-sided paired t-test, and the number of "
         "pairs. All tasks: the same over the pairs of all tasks, each difference divided by the sd over seeds of the "
         "task (pooled over all methods), so that all tasks count alike. No p for fewer than two "
         "pairs, or where all differences are equal. p are not corrected for the number of tests."
     )
-    untested = [name for name in comparison.methods if name not in {*comparison.baselines, *comparison.candidates}]
-    rest = f"\n\nWithout a {comparison.baseline} of the same settings: {', '.join(untested)}." if untested else ""
-    return f"{title}\n\n{markdown_table(header, rows, align_right=True)}\n\n{text}{rest}"
-
-
-def _why_no_test(comparison: Comparison) -> str:
-    count = len(comparison.candidates)
-    if not count:
-        return "no such run; name another method by --baseline"
-    if count < len(comparison.methods):
-        return f"none of the {count} variants alone has another method's settings or name; name one by --baseline"
-    return "no other method has runs" if count == 1 else "all methods are variants of it; name one by --baseline"
+    header = ["method", *comparison.tasks, "all tasks, in sd"]
+    return f"{title}\n\n{markdown_table(header, rows, align_right=True)}\n\n{text}"
 
 
 def _test_cell(test: PairedTest) -> str:
@@ -132,28 +123,38 @@ def _loyalty(comparison: Comparison) -> str:
 
 def _settings(comparison: Comparison) -> str:
     """Return by method the settings in which it differs from another run on the same task."""
-    runs = [run for variant in comparison.methods.values() for run in variant.runs]
-    outer_keys = [key for key in differing_keys(runs) if not key.startswith("objective.")]
+    runs = [run for method_runs in comparison.methods.values() for run in method_runs]
+    outer_keys = [key for key in differing_keys(runs) if not key.startswith("objective.") or key == "objective.name"]
     lines = []
-    for name, variant in comparison.methods.items():
-        objective_runs = [run for run in runs if run.objective == variant.objective]
-        keys = sorted({*outer_keys, *differing_keys(objective_runs)})
-        settings = [f"{key} = {_setting_text(variant, key)}" for key in keys]
-        lines += [f"* {name}: {', '.join(settings)}"] if settings else []
+    for label, method_runs in comparison.methods.items():
+        objectives = {run.objective for run in method_runs}
+        keys = sorted({*outer_keys, *differing_keys(run for run in runs if run.objective in objectives)})
+        settings = [f"{key} = {_setting_text(method_runs, key)}" for key in keys]
+        lines += [f"* {label}: {', '.join(settings)}"] if settings else []
     return "## Settings in which they differ\n\n" + "\n".join(lines) if lines else ""
 
 
-def _setting_text(variant: Variant, key: str) -> str:
+def _setting_text(runs: Sequence[TaskRun], key: str) -> str:
     """Return the value, or the values by task where they differ."""
-    runs_by_task = group_runs(variant.runs, lambda run: run.task)
-    values = {task: runs[0].settings.get(key) for task, runs in sorted(runs_by_task.items())}
+    values: dict[str, str] = {}
+    for run in sorted(runs, key=lambda run: run.task):
+        values.setdefault(run.task, format_setting(run.settings.get(key)))
     if len(set(values.values())) == 1:
-        return format_setting(next(iter(values.values())))
-    return "; ".join(f"{format_setting(value)} on {task}" for task, value in values.items())
+        return next(iter(values.values()))
+    return "; ".join(f"{value} on {task}" for task, value in values.items())
 
 
 def _notes(comparison: Comparison) -> str:
     lines = [f"Left out, {reason}: {_folder_list(names)}." for reason, names in comparison.skipped.items()]
+    for label, runs in comparison.methods.items():
+        mixed = next((each for each in differences(runs) if not each[0].startswith("teacher.")), None)
+        if mixed is not None:
+            key, *pair = mixed
+            values = " and ".join(f"{format_setting(run.settings.get(key))} in {run.folder}" for run in pair)
+            lines.append(
+                f"Runs of {label} on {pair[0].task} differ: {key} is {values}. If these are two methods, give each a "
+                "run.label."
+            )
     for task in comparison.tasks:
         teachers = comparison.teachers(task)
         if len(teachers) > 1:

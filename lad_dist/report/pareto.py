@@ -25,8 +25,8 @@ def points(comparison: Comparison) -> pd.DataFrame:
     """
     rows = [
         {"method": method, "task": run.task, **form._asdict(), "teacher_latency": run.teacher_form.latency}
-        for name, variant in comparison.methods.items()
-        for run in variant.runs
+        for name, runs in comparison.methods.items()
+        for run in runs
         for method, form in [*((name, form) for form in run.forms), ("teacher", run.teacher_form)]
     ]
     frame = pd.DataFrame(rows).rename(columns={"name": "form"})

@@ -6,7 +6,7 @@ TaskRun            what a comparison reads of a run
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import first_mistake, is_of_earlier_version, with_defaults
-from lad_dist.config.schema import TaskConfig
+from lad_dist.config.schema import TEACHER_PATH, TaskConfig, default_label
 from lad_dist.runs.run_folder import CHANGEABLE_KEYS
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.tables import flatten
@@ -29,12 +29,9 @@ IDENTITY_KEYS = {
     "data.task",
     "data.dev",
     "data.kind",
-    "objective.name",
 } | CHANGEABLE_KEYS
 
 LOYALTY = ("label_loyalty", "teacher_pearson")  # of decisions, of numbers
-
-Settings = dict[str, Hashable]
 
 
 class _Lenient(BaseModel):
@@ -47,6 +44,7 @@ class _RunConfig(_Lenient):
     name: str
     dir: str
     seed: int
+    label: str | None = None
 
 
 class _DataConfig(_Lenient):
@@ -55,7 +53,7 @@ class _DataConfig(_Lenient):
     shards: str | None = None
 
 
-class _ObjectiveConfig(_Lenient):
+class _NamedConfig(_Lenient):
     name: str
 
 
@@ -66,7 +64,8 @@ class _TeacherConfig(_Lenient):
 class _Config(_Lenient):
     run: _RunConfig
     data: _DataConfig
-    objective: _ObjectiveConfig
+    objective: _NamedConfig
+    compression: list[_NamedConfig] = []
     teacher: _TeacherConfig | None = None
 
 
@@ -154,18 +153,19 @@ class TaskRun:
         folder: of the run.
         task: GLUE's name, or the path of the file with the dev set.
         results: of the run.
-        settings: all keys of the config that may distinguish variants.
+        settings: all keys of the config that may tell methods apart, by dotted key.
     """
 
     folder: str
     task: str
     results: _Results
-    settings: Settings
+    settings: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.results.config.run.name
+    def label(self) -> str:
+        """The method's name."""
+        config = self.results.config
+        return config.run.label or default_label(config.objective.name, [each.name for each in config.compression])
 
     @property
     def objective(self) -> str:
@@ -285,7 +285,9 @@ def _load_run(file: Path, loaded: LoadedRuns) -> None:
         loaded.skipped["on a corpus"].append(str(file.parent))
         return
     leaves = flatten(with_defaults(TaskConfig, tables["config"]), into_lists=True)
-    settings = {key: _hashable(value) for key, value in leaves.items() if key not in IDENTITY_KEYS and value != []}
+    settings = {key: value for key, value in leaves.items() if key not in IDENTITY_KEYS and value != []}
+    if results.config.teacher is not None and settings.get("student.path") == results.config.teacher.path:
+        settings["student.path"] = TEACHER_PATH
     loaded.runs.append(TaskRun(str(file.parent), task, results, settings))
 
 
@@ -297,10 +299,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(tables, dict):
         raise UserError(f"{file}: damaged (not a JSON object); remove it and run the run again")
     return tables
-
-
-def _hashable(value: Any) -> Hashable:
-    return tuple(map(str, value)) if isinstance(value, list) else value
 
 
 def _are_teachers(runs: Sequence[TaskRun]) -> list[bool]:

@@ -5,6 +5,9 @@
 
 An axis of the grid is a table of named choices. A choice is a table of overrides; the key `base` in it names another
 config to start from. What a trial samples is a function of (search.seed, sample, key): each combination gets the same.
+
+A trial's run.label, by which a report groups runs, is its choices but for tasks and seeds: lad-low of lad-rte-low-0.
+Where these are all its choices, it is the label of the config. A sample is a method of its own: lad-03.
 """
 
 import itertools
@@ -20,6 +23,8 @@ from lad_dist.config.load import apply_overrides, lookup, parse_config, read_tom
 from lad_dist.config.schema import SearchConfig, TaskConfig
 from lad_dist.training import run_spec
 from lad_dist.utils.tables import flatten
+
+DIMENSION_KEYS = ("data.task", "data.dev", "run.seed")  # of a report: its tasks and seeds
 
 Choices = tuple[tuple[str, str], ...]
 
@@ -37,15 +42,19 @@ def sample_trials(config: SearchConfig) -> list[Trial]:
     options = config.search
     space = {key: _distribution(key, name, values) for key, name, values in _distributions(config.space)}
     width = len(str(options.num_samples - 1))
+    method_axes = [axis for axis, choices in config.grid.items() if _names_method(choices)]
     trials = []
     for choices in _combinations(config.grid):
         tables, base = _tables(config, choices)
+        method = [choice for axis, choice in choices if axis in method_axes]
         for number in range(options.num_samples):
             sample = {key: draw(random.Random(f"{options.seed}/{number}/{key}")) for key, draw in space.items()}
             suffix = [f"{number:0{width}}"] if space else []
             name = "-".join([*([choice for _, choice in choices] or ["trial"]), *suffix])
-            run = _run(config, apply_overrides(tables, sample.items()), name, base)
-            trials.append(Trial({**dict(choices), **sample}, run))
+            task_config = _task_config(config, apply_overrides(tables, sample.items()), name, base)
+            label = "-".join([*(method or [task_config.label]), *suffix])
+            run = task_config.run.model_copy(update={"label": label})
+            trials.append(Trial({**dict(choices), **sample}, task_config.model_copy(update={"run": run})))
     return trials
 
 
@@ -53,6 +62,13 @@ def base_configs(config: SearchConfig) -> list[str]:
     """Return the configs that trials start from."""
     changes = [change for choices in config.grid.values() for change in choices.values()]
     return sorted({config.search.base, *(change["base"] for change in changes if "base" in change)})
+
+
+def _names_method(choices: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tell whether an axis has choices that are not just other tasks or seeds, which a report has beside the method."""
+    changes = [flatten(tables) for tables in choices.values()]
+    dimensions = {str([change.get(key) for key in DIMENSION_KEYS]) for change in changes}
+    return len(dimensions) < len(choices) or not any(change.keys() & DIMENSION_KEYS for change in changes)
 
 
 def _combinations(grid: Mapping[str, Mapping[str, Any]]) -> Iterator[Choices]:
@@ -110,7 +126,7 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random, list[Any]], Any]] = {
 }
 
 
-def _run(config: SearchConfig, tables: Mapping[str, Any], name: str, base: str) -> TaskConfig:
+def _task_config(config: SearchConfig, tables: Mapping[str, Any], name: str, base: str) -> TaskConfig:
     """Return the config of a run in the search's folder, with the arguments of objective and compressions checked.
 
     Trials share the cache of their teachers' outputs.

@@ -260,7 +260,7 @@ def _conclude(
 
 def _write_best(row: Mapping[str, Any], config: TaskConfig, count: int, folder: Path) -> None:
     teacher = config.teacher and config.teacher.model_copy(update={"cache": None})
-    run = config.run.model_copy(update={"name": "best"})
+    run = config.run.model_copy(update={"name": "best", "label": config.label.rpartition("-")[0]})  # no sample's number
     best = config.model_copy(update={"run": run, "teacher": teacher})
     command = f"# python launch/task_distill.py {folder / 'best.toml'}"
     origin = f"# {row['trial']}, the best of {count} trials by {row['metric']} on the dev set"

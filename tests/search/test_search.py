@@ -185,6 +185,39 @@ def test_a_grid_is_every_combination_each_with_the_same_samples(work: Path) -> N
     assert trials["pkd-0-own-0"].sample["optim.lr"] != trials["pkd-0-own-1"].sample["optim.lr"]
 
 
+def labels(work: Path, **changes: Any) -> set[str]:
+    """Return the labels of the trials."""
+    config = parse_config(SearchConfig, tables(work, **changes), "toy")
+    return {trial.config.label for trial in sample_trials(config)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        ({}, {"pkd", "lad"}),
+        ({"start": {"own": {}, "same": {"student": {"path": "teacher"}}}}, {"pkd-own", "lad-own", "pkd-same", "lad-same"}),
+        ({"task": {"a": {"data.dev": "a.csv", "optim.lr": 0.1}, "b": {"data": {"dev": "b.csv"}}}}, {"pkd", "lad"}),
+        ({"again": {"no": {}, "yes": {"run.seed": 1}}}, {"pkd", "lad"}),
+        ({"data": {"all": {}, "half": {"data.train": "half.csv"}}}, {"pkd-all", "lad-all", "pkd-half", "lad-half"}),
+        ({"method": {"kd_0": {"run.seed": 0}, "lad_0": {"run.seed": 0, "objective.soft": 1.0}}}, {"kd_0", "lad_0"}),
+    ],
+)  # fmt: skip
+def test_the_label_of_a_trial_is_its_choices_but_for_task_and_seed(
+    work: Path, axes: dict[str, Any], expected: set[str]
+) -> None:
+    single = {"search": {"num_samples": 1}, "space": None}
+    assert labels(work, **single, grid={**GRID, **axes}) == expected
+    assert labels(work, **single, grid={**GRID, **axes}, override={"run.label": "ours"}) == expected
+
+
+def test_a_label_without_choices_is_that_of_the_config_and_a_sample_has_its_number(work: Path) -> None:
+    seeds = {"seed": GRID["seed"]}
+    assert labels(work, search={"num_samples": 1}, space=None, grid=seeds) == {"lad"}
+    assert labels(work, search={"num_samples": 2}, grid=seeds) == {"lad-0", "lad-1"}
+    assert labels(work, search={"num_samples": 2}, grid=seeds, override={"run.label": "ours"}) == {"ours-0", "ours-1"}
+    assert labels(work, search={"num_samples": 2}, grid=GRID) == {"lad-0", "lad-1", "pkd-0", "pkd-1"}
+
+
 @pytest.mark.ray
 def test_a_grid_runs_every_trial_to_the_end_and_is_compared(work: Path) -> None:
     tested = tables(work, search={"num_samples": 1}, override={"run.eval_every": 0}, space=None, grid=GRID)
@@ -297,6 +330,7 @@ def test_the_best_config_runs_and_scores_as_the_trial_did(searched: Searched) ->
     best = searched.results["trials"][0]
     assert results["metrics"]["accuracy"] == best["score"]
     assert results["config"]["optim"]["lr"] == best["optim.lr"]
+    assert results["config"]["run"]["label"] == "lad"
 
 
 @pytest.mark.ray
