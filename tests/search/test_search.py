@@ -195,7 +195,7 @@ def labels(work: Path, **changes: Any) -> set[str]:
     ("axes", "expected"),
     [
         ({}, {"pkd", "lad"}),
-        ({"start": {"own": {}, "same": {"student": {"path": "teacher"}}}}, {"pkd-own", "lad-own", "pkd-same", "lad-same"}),
+        ({"start": {"own": {}, "to": {"student": {"path": "teacher"}}}}, {"pkd-own", "lad-own", "pkd-to", "lad-to"}),
         ({"task": {"a": {"data.dev": "a.csv", "optim.lr": 0.1}, "b": {"data": {"dev": "b.csv"}}}}, {"pkd", "lad"}),
         ({"again": {"no": {}, "yes": {"run.seed": 1}}}, {"pkd", "lad"}),
         ({"data": {"all": {}, "half": {"data.train": "half.csv"}}}, {"pkd-all", "lad-all", "pkd-half", "lad-half"}),
