@@ -8,14 +8,8 @@ example: python launch/evaluate.py configs/task/evaluate.toml data.task=rte mode
 """
 
 from lad_dist.cli.app import run_script
+from lad_dist.cli.commands import evaluate_command
 from lad_dist.config.schema import EvaluateConfig
 
-
-def main(config: EvaluateConfig) -> int:
-    from lad_dist.cli.commands import evaluate_command
-
-    return evaluate_command(config)
-
-
 if __name__ == "__main__":
-    run_script(__doc__, EvaluateConfig, main)
+    run_script(__doc__, EvaluateConfig, evaluate_command)

@@ -6,8 +6,9 @@ usage: python launch/finetune_teacher.py CONFIG.toml [dotted.key=value …]
 example: python launch/finetune_teacher.py configs/task/teacher.toml data.task=rte
 """
 
-from lad_dist.cli.app import train_script
+from lad_dist.cli.app import run_script
+from lad_dist.cli.commands import train_command
 from lad_dist.config.schema import TaskConfig
 
 if __name__ == "__main__":
-    train_script(__doc__, TaskConfig)
+    run_script(__doc__, TaskConfig, train_command)

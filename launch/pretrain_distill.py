@@ -6,8 +6,9 @@ usage: python launch/pretrain_distill.py CONFIG.toml [dotted.key=value …]
 example: deepspeed launch/pretrain_distill.py configs/pretrain/kd.toml data.shards=corpora/wikipedia-books
 """
 
-from lad_dist.cli.app import train_script
+from lad_dist.cli.app import run_script
+from lad_dist.cli.commands import train_command
 from lad_dist.config.schema import PretrainConfig
 
 if __name__ == "__main__":
-    train_script(__doc__, PretrainConfig)
+    run_script(__doc__, PretrainConfig, train_command)

@@ -11,6 +11,7 @@ configs are configs/quickstart/STAGE.toml. Everything goes to runs/quickstart; w
 example: python launch/quickstart.py lad.objective.hidden=10.0   (where lad has run before, remove runs/quickstart/lad)
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -136,13 +137,10 @@ def move_paths(folder: Path, value: Any) -> Any:
 
 def train_stage(config: TrainConfig) -> bool:
     """Train with progress on the terminal; return whether the run is complete."""
-    from lad_dist.training.train import train
+    from lad_dist.training.train import RunStatus, train
 
-    console = Console(config.run.name)
-    try:
-        return train(config, report=console).results is not None
-    finally:
-        console.close()
+    with contextlib.closing(Console(config.run.name)) as console:
+        return train(config, report=console).status is RunStatus.COMPLETED
 
 
 def compare(folder: Path, changes: Changes) -> Results:

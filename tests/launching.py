@@ -7,18 +7,22 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
 
+from lad_dist.cli.app import one_line_errors
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 # Processes from one that has imported what takes seconds. It is one for all tests, and so is what it imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lad_dist.cli.commands", "lad_dist.data.shards.prepare", "pytest", "hypothesis"])
+FORKS.set_forkserver_preload(
+    ["lad_dist.cli.commands", "lad_dist.training.train", "lad_dist.data.shards.prepare", "pytest", "hypothesis"]
+)
 
 
 def free_port() -> int:
@@ -72,10 +76,14 @@ def curves(
 
 def run_script(script: str, *words: str) -> int:
     """The script's exit code, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr("sys.argv", [script, *words])
-        try:
-            runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0
+        runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def exit_code(function: Callable[[], int | None]) -> int:
+    """What a script ends with that calls the function."""
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        sys.exit(function())
+    return int(ended.value.code or 0)

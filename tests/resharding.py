@@ -24,8 +24,7 @@ from lad_dist.config.schema import train_schema
 from lad_dist.distributed import processes
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import snapshot
-from lad_dist.training.metrics import MetricAccumulator
-from lad_dist.training.train import check, prepare
+from lad_dist.training.train import build_trainer, check
 from lad_dist.training.trainer import Trainer
 
 State = dict[str, Any]
@@ -99,18 +98,18 @@ def start(stretch: Stretch) -> Trainer:
     options = stretch.config["deepspeed"]
     zero = options.get("zero_optimization", {}) | {"stage": stretch.layout["zero"]}
     config = parse_config(train_schema(tables), tables | {"deepspeed": options | {"zero_optimization": zero}}, "toy")
-    return prepare(check(config), Run(config))
+    return build_trainer(check(config), Run(config))
 
 
 def train(trainer: Trainer, stretch: Stretch, samples: dict[tuple[int, int], str]) -> Iterator[int]:
     """Yield each step that is done; add the digests of this process's batches to `samples`."""
-    averages, batches = MetricAccumulator(), trainer.batches(stretch.first)
+    batches = trainer.micro_batches(stretch.first)
     for step in range(stretch.first, stretch.last):
         own_batches = next(batches)
         for index, batch in enumerate(own_batches):
             micro_batch = processes.rank() + index * processes.world_size()
-            samples[step, micro_batch] = hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()
-        trainer.train_step(step, own_batches, averages)
+            samples[step, micro_batch] = hashlib.sha256(batch.input_ids.cpu().numpy().tobytes()).hexdigest()
+        trainer.train_step(step, own_batches)
         yield step + 1
     batches.close()
 

@@ -21,8 +21,8 @@ from lad_dist.core.batch import Batch
 from lad_dist.distributed import processes
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import communication_seconds
-from lad_dist.training.metrics import MetricAccumulator
-from lad_dist.training.train import check, prepare
+from lad_dist.training.teacher import ComputedOutputs
+from lad_dist.training.train import build_trainer, check
 from lad_dist.training.trainer import Trainer
 
 WARM_UP = 3  # steps that are not counted
@@ -30,7 +30,7 @@ WARM_UP = 3  # steps that are not counted
 
 @dataclass
 class Stopwatch:
-    """A clock for `train`: seconds by phase.
+    """Observes the phases of a training's steps: seconds by phase.
 
     It waits for the device at both ends of a phase, which costs some overlap.
     """
@@ -38,12 +38,12 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, name: str, step: int, micro_batch: int) -> Iterator[None]:
         _wait()
         begin = time.perf_counter()
         yield
         _wait()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
 @dataclass
@@ -85,7 +85,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
         run = config.run.model_copy(update={"dir": folder, "steps": WARM_UP + steps, "epochs": None})
         config = config.model_copy(update={"run": run})
         spec = check(config)
-        trainer = prepare(spec, Run(spec.config), clock=stopwatch)
+        trainer = build_trainer(spec, Run(spec.config), stopwatch)
         seconds, communication = _time(trainer, stopwatch, steps)
     batches = [
         trainer.dataset.batch(step, index)
@@ -104,32 +104,31 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
 
 
 def _time(trainer: Trainer, stopwatch: Stopwatch, steps: int) -> tuple[float, float]:
-    metrics = MetricAccumulator()
-    with contextlib.closing(trainer.batches(0)) as batches:
+    with contextlib.closing(trainer.micro_batches(0)) as micro_batches:
         for number in range(WARM_UP):
-            trainer.train_step(number, next(batches), metrics)
+            trainer.train_step(number, next(micro_batches))
         stopwatch.seconds.clear()
         communication_seconds()
         processes.barrier()
         begin = time.perf_counter()
         for number in range(WARM_UP, WARM_UP + steps):
-            trainer.train_step(number, next(batches), metrics)
+            trainer.train_step(number, next(micro_batches))
         processes.barrier()
         return time.perf_counter() - begin, communication_seconds()
 
 
 def _flops(trainer: Trainer, batches: Sequence[Batch]) -> int:
-    student = 3 * sum(footprint.flops(trainer.distiller.student, *batches).values())
-    if trainer.teacher is None or trainer.teacher_cache is not None:
-        return student
-    return student + sum(footprint.flops(trainer.teacher.model, *batches).values())
+    flops = 3 * sum(footprint.flops(trainer.engine.module.student, *batches).values())
+    if isinstance(trainer.teacher_outputs, ComputedOutputs):
+        flops += sum(footprint.flops(trainer.teacher_outputs.teacher.model, *batches).values())
+    return flops
 
 
 def peak(trainer: Trainer) -> float:
     """Return FLOP/s of a large matrix product on this process's device, in the student's precision: best of six."""
     device = processes.device()
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=trainer.distiller.student.dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=trainer.engine.module.student.dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
         _wait()

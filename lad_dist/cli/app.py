@@ -1,8 +1,7 @@
 """The command line that all launch scripts share: `NAME.py CONFIG.toml [dotted.key=value …]`.
 
-    run_script(doc, schema, function)   parses the command line, calls function(config), ends with an exit code
-    train_script(doc, schema)           a whole script that trains
-    plain_script(doc, main)             a whole script that parses arguments of its own, mostly with ArgumentParser
+    run_script(doc, schema, command)   parses the command line, calls command(config), ends with its exit code
+    plain_script(doc, main)            the same for a script that parses arguments of its own, often by ArgumentParser
 
 Exit codes: 0 done, 1 a crash or a fault that is not the user's, 2 the user's mistake, 3 nothing valid to resume from,
 75 stopped early and has to run again, 93 died again and again at the same place, 130 interrupted by Ctrl-C.
@@ -17,7 +16,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -26,8 +25,8 @@ from lad_dist.cli.console import TERMINAL_PROGRESS
 from lad_dist.cli.logging_setup import configure_logging
 from lad_dist.config.describe import describe_keys, type_name
 from lad_dist.config.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, Fault, UserError
-from lad_dist.config.load import keyword_parameters, load_config
-from lad_dist.config.schema import ConfigTable
+from lad_dist.config.load import Schema, keyword_parameters, load_config
+from lad_dist.config.schema import ConfigTable, TrainConfig
 from lad_dist.distributed import processes
 from lad_dist.distributed.environment import check_environment
 from lad_dist.utils import progress
@@ -39,8 +38,6 @@ FILE_SYSTEM_ERRORS = frozenset(
 MAX_LINE = 280  # characters of an error message
 MESSAGE_SECONDS = 10  # seconds for another process of the host to print the message
 LAUNCHER_ARGUMENTS = re.compile(r"--local[_-]rank=\d+|--deepspeed")  # launchers add them; the environment says the same
-
-NamedChoices = Mapping[str, Mapping[str, Callable[..., Any]]]
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -54,35 +51,29 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see --help")
 
 
-def run_script(
-    doc: str, schema: type[ConfigTable], function: Callable[[Any], int | None], named: Callable[[], NamedChoices] = dict
-) -> None:
-    """Call function(config) with the config of the command line, and exit.
+def run_script(doc: str, schema: type[Schema], command: Callable[[Schema], int | None]) -> NoReturn:
+    """Call a command with the config of the command line, and exit.
 
     Args:
         doc: What --help prints first.
         schema: The schema of the config.
-        function: Returns an exit code, None for 0.
-        named: Returns, for --help, the choices behind each `name` key.
+        command: Returns an exit code, None for 0.
     """
     arguments = user_arguments()
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(help_text(doc, schema, named()))
+        print(help_text(doc, schema))
         sys.exit(EXIT_DONE if arguments else EXIT_USER_ERROR)
-    _run_and_exit(lambda: function(load_config(schema, arguments[0], arguments[1:])))
+    with one_line_errors():
+        sys.exit(command(load_config(schema, arguments[0], arguments[1:])))
 
 
-def train_script(doc: str, schema: type[ConfigTable]) -> None:
-    """Train by the config of the command line, and exit."""
-    run_script(doc, schema, _train, _choices)
-
-
-def plain_script(doc: str, main: Callable[[], int | None]) -> None:
+def plain_script(doc: str, main: Callable[[], int | None]) -> NoReturn:
     """Call a function that parses the command line itself, and exit."""
     if {"-h", "--help"} & set(sys.argv):
         print(doc)
         sys.exit(EXIT_DONE)
-    _run_and_exit(main)
+    with one_line_errors():
+        sys.exit(main())
 
 
 def user_arguments() -> list[str]:
@@ -90,45 +81,29 @@ def user_arguments() -> list[str]:
     return [argument for argument in sys.argv[1:] if not LAUNCHER_ARGUMENTS.fullmatch(argument)]
 
 
-def _run_and_exit(function: Callable[[], int | None]) -> NoReturn:
-    configure_logging()
-    progress.install(TERMINAL_PROGRESS)
-    sys.exit(run_to_exit_code(function))
-
-
-def _train(config: Any) -> int:
-    from lad_dist.cli.commands import train_command
-
-    return train_command(config)
-
-
-def _choices() -> NamedChoices:
-    from lad_dist.compression.registry import COMPRESSIONS
-    from lad_dist.objectives.registry import OBJECTIVES
-
-    return {"objective": OBJECTIVES, "compression": COMPRESSIONS}
-
-
-def run_to_exit_code(function: Callable[[], int | None]) -> int:
-    """Call the function and return its exit code.
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Log and show progress for a person, and exit after an error that one line explains.
 
     A UserError or Fault, an interruption and an error of the file system each become one line on standard error.
     """
+    configure_logging()
+    progress.install(TERMINAL_PROGRESS)
     try:
         check_environment()
-        return function() or EXIT_DONE
+        yield
     except (UserError, Fault) as error:
         _print_error(f"error: {printable_line(str(error))}")
-        return error.code
+        sys.exit(error.code)
     except OSError as error:
         if error.errno not in FILE_SYSTEM_ERRORS:
             raise
         message = f"{error.filename}: {error.strerror}; check the path, who may write to it, and the space on the disk"
         _print_error(f"error: {printable_line(message)}")
-        return EXIT_USER_ERROR
+        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         _print_error("interrupted", patience=0)
-        return EXIT_INTERRUPTED
+        sys.exit(EXIT_INTERRUPTED)
     finally:
         TERMINAL_PROGRESS.close()
 
@@ -161,13 +136,18 @@ def printable_line(text: str) -> str:
     return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} … {text[3 - MAX_LINE // 2 :]}"
 
 
-def help_text(doc: str, schema: type[ConfigTable], named: NamedChoices) -> str:
+def help_text(doc: str, schema: type[ConfigTable]) -> str:
     """Return the script's docstring, then every key with type, default and description."""
     lines = [inspect.cleandoc(doc), "", "Config keys (type, default):"]
     lines += [f"  {key} ({kind}, {default}): {text}" for key, kind, default, text in describe_keys(schema)]
-    for key, choices in named.items():
-        for name, function in choices.items():
-            lines += ["", f'With {key}.name = "{name}":', *(f"  {key}.{line}" for line in _keyword_lines(function))]
+    if issubclass(schema, TrainConfig):
+        from lad_dist.compression.registry import COMPRESSIONS
+        from lad_dist.objectives.registry import OBJECTIVES
+
+        registries: dict[str, Mapping[str, Callable[..., Any]]] = {"objective": OBJECTIVES, "compression": COMPRESSIONS}
+        for key, registry in registries.items():
+            for name, function in registry.items():
+                lines += ["", f'With {key}.name = "{name}":', *(f"  {key}.{line}" for line in _keyword_lines(function))]
     return "\n".join(lines)
 
 

@@ -93,7 +93,7 @@ class Console:
         line = line or "  ".join(f"{key} {value}" for key, value in values.items() if key.startswith("dev/"))
         if Terminal(stderr=True).is_terminal:
             progress.report(self.name, row["step"], row["steps"], line)
-        else:
+        elif line:
             print(f"{self.name} step {row['step']}/{row['steps']}  {line}", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Evaluation: a model over a task's dev set, or an objective over held-out text, shared out over the processes.
 
     predict(forward, batches)       logits [R, V] of all rows of all examples, in order, on every process
+    predict_all(forward, dev)       the same for each dev set of a task
     mean_terms(terms, batches)      loss terms averaged over held-out batches
     task_scores(dev, predictions)   the task's metrics by name
     compare(...)                    metrics of a model, and with a teacher also the teacher's metrics and the loyalty
@@ -49,6 +50,9 @@ class Predictions(NamedTuple):
     seconds: float  # of this process's forwards
 
 
+DevPredictions = Mapping[str, Predictions]
+
+
 def rank_batches(batches: Batches) -> Iterator[tuple[Batch, bool]]:
     """Yield this process's batches, and whether each counts.
 
@@ -77,6 +81,11 @@ def predict(forward: Forward, batches: Batches) -> Predictions:
     return Predictions(np.concatenate(logits_in_order), seconds)
 
 
+def predict_all(forward: Forward, dev: Dev) -> DevPredictions:
+    """Return the predictions on each dev set of a task, by name."""
+    return {name: predict(forward, examples.in_order()) for name, examples in dev.items()}
+
+
 @torch.no_grad()
 def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches) -> dict[str, float]:
     """Return the loss terms averaged over held-out batches."""
@@ -92,7 +101,7 @@ def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches)
     return {name: value / mean_count for name, value in means.items()}
 
 
-def task_scores(dev: Dev, predictions: Mapping[str, Predictions]) -> dict[str, float]:
+def task_scores(dev: Dev, predictions: DevPredictions) -> dict[str, float]:
     """Return the task's metrics; those of a second dev set (MNLI's mismatched) carry its name."""
     scores: dict[str, float] = {}
     for name, dev_predictions in predictions.items():
@@ -103,21 +112,18 @@ def task_scores(dev: Dev, predictions: Mapping[str, Predictions]) -> dict[str, f
 
 def compare(
     dev: Dev,
-    student: Forward,
-    teacher: Forward | None,
+    student: DevPredictions,
     teacher_dev: Dev,
+    teacher: DevPredictions | None,
 ) -> dict[str, dict[str, float]]:
-    """Return {"student": metrics and loyalty, "teacher": metrics}.
+    """Return {"student": metrics, "teacher": metrics}, the student's with its loyalty to the teacher.
 
     `teacher_dev` holds the same examples in the teacher's tokens.
     """
-    student_predictions = {name: predict(student, examples.in_order()) for name, examples in dev.items()}
-    scores = {"student": task_scores(dev, student_predictions)}
-    if teacher is None:
-        return scores
-    teacher_predictions = {name: predict(teacher, examples.in_order()) for name, examples in teacher_dev.items()}
-    scores["teacher"] = task_scores(teacher_dev, teacher_predictions)
-    scores["student"] |= dev["dev"].loyalty(student_predictions["dev"].logits, teacher_predictions["dev"].logits)
+    scores = {"student": task_scores(dev, student)}
+    if teacher is not None:
+        scores["teacher"] = task_scores(teacher_dev, teacher)
+        scores["student"] |= dev["dev"].loyalty(student["dev"].logits, teacher["dev"].logits)
     return scores
 
 
@@ -161,7 +167,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     models = [FrozenModel(path, task.kind, device=device, labels=task.outputs) for path in paths]
     forwards = [partial(logits_of, model) for model in models]
     student, teacher = forwards[0], forwards[1] if len(forwards) > 1 else None
-    scores = compare(dev, student, teacher, teacher_dev)
+    teacher_predictions = None if teacher is None else predict_all(teacher, teacher_dev)
+    scores = compare(dev, predict_all(student, dev), teacher_dev, teacher_predictions)
     if teacher is not None:
         speedup = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
         scores["student"]["speedup"] = speedup

@@ -199,7 +199,7 @@ def _run_trial(options: SearchOptions, config: TaskConfig, metric: str) -> None:
     """Train a trial, in the process that Tune started for it."""
     if not options.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that uses none
-    from lad_dist.training.train import train  # noqa: PLC0415 (deepspeed belongs to the process of the trial)
+    from lad_dist.training.train import RunStatus, train  # noqa: PLC0415 (deepspeed belongs to the process of the trial)
 
     threads = max(1, int(options.cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the driver's may be that of a whole node
@@ -212,12 +212,13 @@ def _run_trial(options: SearchOptions, config: TaskConfig, metric: str) -> None:
             tune.report({"score": row[f"dev/{metric}"], "step": row["step"]})
             reported = True
 
-    results = train(config, report=report_score).results
+    result = train(config, report=report_score)
     _free_memory()
-    if results is None:
+    if result.status is RunStatus.STOPPED:
         raise Fault(f"{config.run.name} was asked to stop: the last evaluation of a stopped trial is no result")
     if not reported:  # the run was complete already, which an interrupted search did not learn
-        tune.report({"score": results["metrics"][metric], "step": results["steps"]})
+        assert result.results is not None
+        tune.report({"score": result.results["metrics"][metric], "step": result.results["steps"]})
 
 
 def _free_memory() -> None:

@@ -1,4 +1,4 @@
-"""Metrics of a training: means over the micro-batches between two rows of the log."""
+"""Metrics of a training: means over the micro-batches between two rows of the log, and the throughput."""
 
 import time
 from collections.abc import Mapping
@@ -12,6 +12,24 @@ from lad_dist.distributed import processes
 
 
 @dataclass
+class Throughput:
+    """Real tokens of this process, since a point in time."""
+
+    tokens: int = 0
+    started_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """The seconds since then."""
+        return time.perf_counter() - self.started_at
+
+    def tokens_per_second(self) -> float:
+        """Return the tokens per second of all processes, which call it together."""
+        tokens = torch.tensor(float(self.tokens), device=processes.device())
+        return processes.means({"": tokens})[""] * processes.world_size() / self.seconds
+
+
+@dataclass
 class MetricAccumulator:
     """Sums, on the device, of the metrics of micro-batches since the last row.
 
@@ -20,23 +38,20 @@ class MetricAccumulator:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
-    tokens: int = 0
-    started_at: float = field(default_factory=time.perf_counter)
+    interval: Throughput = field(default_factory=Throughput)  # since the last row
+    session: Throughput = field(default_factory=Throughput)
 
     def add(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
         """Add the metrics of a micro-batch: scalars by name."""
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.to(torch.float32, copy=True)
         self.count += 1
-        self.tokens += batch.num_tokens
+        self.interval.tokens += batch.num_tokens
+        self.session.tokens += batch.num_tokens
 
     def row(self) -> dict[str, float]:
         """Return means over micro-batches and processes, and the tokens per second of all processes; start anew."""
-        values = {name: value / self.count for name, value in self.sums.items()}
-        device = next(iter(values.values())).device
-        means = processes.means(values | {"tokens": torch.tensor(float(self.tokens), device=device)})
-        means["tokens_per_second"] = (
-            means.pop("tokens") * processes.world_size() / (time.perf_counter() - self.started_at)
-        )
-        self.__init__()  # type: ignore[misc]
-        return means
+        means = processes.means({name: value / self.count for name, value in self.sums.items()})
+        row = means | {"tokens_per_second": self.interval.tokens_per_second()}
+        self.sums, self.count, self.interval = {}, 0, Throughput()
+        return row

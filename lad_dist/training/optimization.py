@@ -76,3 +76,10 @@ def set_learning_rate(param_groups: Iterable[dict[str, Any]], factor: float) -> 
     """Set the learning rate of each group to a fraction of its peak."""
     for group in param_groups:
         group["lr"] = factor * group["peak"]
+
+
+def optimizer_metrics(engine: Any) -> dict[str, float]:
+    """Return the learning rate of each group, and where the engine has it the norm of the gradients."""
+    rates = {f"lr/{group['name']}": group["lr"] for group in engine.optimizer.param_groups}
+    norm = engine.get_global_grad_norm()
+    return rates if norm is None else {**rates, "grad_norm": float(norm)}

@@ -131,6 +131,7 @@ class TeacherCache:
 
     def __init__(
         self,
+        *,
         folder: Path,
         teacher: Teacher,
         teacher_identity: Mapping[str, Any],

@@ -5,28 +5,30 @@ masks and the dropout are functions of (seed, step, micro-batch). So the number 
 micro-batch and nothing else, and resuming needs one integer.
 """
 
+import contextlib
 import gc
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from lad_dist.config.schema import TrainConfig
-from lad_dist.core.outputs import OutputSpec
-from lad_dist.data.datasets import CorpusDataset, TaskDataset
 from lad_dist.distributed import processes
 from lad_dist.distributed.logs import get_logger
 from lad_dist.distributed.watchdog import Watchdog
-from lad_dist.models.frozen import FrozenModel
 from lad_dist.runs.run_folder import Run
 from lad_dist.training import engine, preflight, run_spec
-from lad_dist.training.teacher_cache import TeacherCache, decide_cache
-from lad_dist.training.trainer import Clock, Report, RunResult, Trainer, silent, untimed
+from lad_dist.training.evaluation import build_evaluation
+from lad_dist.training.reporting import Report, Reporter, silent
+from lad_dist.training.results import RunResult, write_results
+from lad_dist.training.resumption import Resumption
+from lad_dist.training.teacher import build_teacher_outputs
+from lad_dist.training.trainer import Hook, Phase, RunStatus, Trainer, unobserved
 from lad_dist.training.update_guard import SkipPolicy, UpdateGuard
 
 logger = get_logger(__name__)
 
 
-def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) -> RunResult:
+def train(config: TrainConfig, report: Report = silent) -> RunResult:
     """Train, evaluate and export what the config describes.
 
     A partial run is resumed; the result of a complete run is returned as it is.
@@ -34,7 +36,9 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     Args:
         config: The config.
         report: Called with every row of metrics, on every process.
-        clock: `clock(phase)` is entered around the phases of a step.
+
+    Returns:
+        The run folder, whether the run is complete, and its results.
 
     Raises:
         UserError: The config, the data or the machines do not allow the run; where possible before anything is
@@ -44,17 +48,19 @@ def train(config: TrainConfig, report: Report = silent, clock: Clock = untimed) 
     config = spec.config
     run = Run(config)
     if run.results is not None:
-        return RunResult(run.folder, run.results)
+        return RunResult(run.folder, RunStatus.COMPLETED, run.results)
     processes.start()
     processes.catch_signals()
     with run.session(), Watchdog(run.folder / "stacks", config.run.watchdog_timeout) as watchdog:
         results = processes.on_main(lambda: run.results)  # of an earlier session that this one waited for
         if results is not None:
-            return RunResult(run.folder, results)
+            return RunResult(run.folder, RunStatus.COMPLETED, results)
         processes.on_main(run.checkpoints.cleanup)
         preflight.check(spec, run.folder)
-        while (result := _train_once(spec, run, report, clock, watchdog)) is None:
+        result = RunResult(run.folder, RunStatus.ROLLED_BACK)
+        while result.status is RunStatus.ROLLED_BACK:
             gc.collect()  # the memory of the last attempt makes room for the next
+            result = _train_from_checkpoint(spec, run, report, watchdog)
         return result
 
 
@@ -65,78 +71,76 @@ def check(config: TrainConfig) -> run_spec.RunSpec:
     return spec
 
 
-def _train_once(spec: run_spec.RunSpec, run: Run, report: Report, clock: Clock, watchdog: Watchdog) -> RunResult | None:
-    """Train to the end; return None where the run has to go back to an earlier checkpoint."""
+def _train_from_checkpoint(spec: run_spec.RunSpec, run: Run, report: Report, watchdog: Watchdog) -> RunResult:
+    """Train from the newest checkpoint to the end, to a stop, or until the run goes back to an earlier checkpoint."""
     with watchdog.paused():
-        trainer = prepare(spec, run, report, clock, watchdog)
-    result = trainer.fit()
+        trainer = build_trainer(spec, run, phase=partial(_mark, watchdog))
+        resumption = Resumption(run=run, trainer=trainer, keep_alive=partial(watchdog.mark, phase="saving"))
+        reporter = Reporter(run, report, trainer, watchdog)
+        first = resumption.resume()
+        run.begin(first)
+        if first == 0:
+            reporter.start()
+    hooks = (
+        Hook(resumption.check_update, every=1, at_end=True),
+        Hook(reporter.log, every=spec.config.run.log_every, at_end=True),
+        Hook(reporter.evaluate, every=spec.config.run.eval_every),
+        Hook(resumption.check_replicas, every=spec.config.run.replica_check_every),
+        Hook(resumption.save, every=1),
+    )
+    result = RunResult(run.folder, trainer.fit(first, hooks))
+    if result.status is RunStatus.COMPLETED:
+        resumption.checkpointer.wait(trainer.steps)
+        with watchdog.paused():
+            seconds, throughput = resumption.seconds, trainer.metrics.session.tokens_per_second()
+            scores = trainer.evaluation.compare()
+            reporter.record_scores(trainer.steps, scores["student"])
+            result.results = write_results(
+                trainer, spec, run, scores=scores, seconds=seconds, tokens_per_second=throughput
+            )
     engine.release(trainer.engine)
     return result
 
 
-def prepare(
-    spec: run_spec.RunSpec, run: Run, report: Report = silent, clock: Clock = untimed, watchdog: Watchdog | None = None
-) -> Trainer:
+def _mark(watchdog: Watchdog, name: str, step: int, micro_batch: int) -> contextlib.AbstractContextManager[None]:
+    watchdog.mark(step, name, micro_batch)
+    return contextlib.nullcontext()
+
+
+def build_trainer(spec: run_spec.RunSpec, run: Run, phase: Phase = unobserved) -> Trainer:
     """Build everything up to the first step: processes, data, teacher, student, engine."""
     config = spec.config
     device = processes.start()
-    _warn_of_slow_precision(spec, device)
-    dataset = spec.dataset()
-    teacher = spec.teacher(device)
-    distiller = spec.distiller(dataset).to(device)
-    steps = spec.num_steps(dataset)
-    teacher_dataset = spec.teacher_dataset(dataset)
-    cache = _teacher_cache(spec, run, teacher_dataset, teacher, distiller.objective.teacher_spec, steps)
-    deepspeed_engine = engine.build_engine(distiller, config)
-    policy = SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.skipped_steps())
-    return Trainer(
-        spec=spec,
-        run=run,
-        engine=deepspeed_engine,
-        guard=UpdateGuard(deepspeed_engine, policy),
-        distiller=distiller,
-        dataset=dataset,
-        teacher=teacher,
-        teacher_dataset=teacher_dataset,
-        teacher_cache=cache,
-        steps=steps,
-        report=report,
-        clock=clock,
-        watchdog=watchdog or Watchdog(run.folder / "stacks"),
-    )
-
-
-def _warn_of_slow_precision(spec: run_spec.RunSpec, device: torch.device) -> None:
-    """Warn where the CPU has no bf16 arithmetic: it multiplies number by number, some forty times slower than fp32."""
     if spec.precision == "bfloat16" and device.type == "cpu" and not _cpu_has_bf16():
+        # It multiplies number by number, some forty times slower than fp32.
         logger.warning("this CPU has no bf16 arithmetic and is far faster with deepspeed.bf16.enabled=false")
+    dataset, teacher = spec.dataset(), spec.teacher(device)
+    distiller = spec.distiller(dataset).to(device)
+    teacher_dataset = spec.teacher_dataset(dataset)
+    steps = spec.num_steps(dataset)
+    teacher_outputs = build_teacher_outputs(
+        spec,
+        run,
+        teacher,
+        dataset=dataset,
+        teacher_dataset=teacher_dataset,
+        output_spec=distiller.objective.teacher_spec,
+        steps=steps,
+    )
+    deepspeed_engine = engine.build_engine(distiller, config)
+    return Trainer(
+        config=config,
+        steps=steps,
+        engine=deepspeed_engine,
+        guard=UpdateGuard(
+            deepspeed_engine, SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.skipped_steps())
+        ),
+        dataset=dataset,
+        teacher_outputs=teacher_outputs,
+        evaluation=build_evaluation(spec, distiller, dataset=dataset, teacher=teacher, teacher_dataset=teacher_dataset),
+        phase=phase,
+    )
 
 
 def _cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _teacher_cache(
-    spec: run_spec.RunSpec,
-    run: Run,
-    dataset: CorpusDataset | TaskDataset,
-    teacher: FrozenModel | None,
-    output_spec: OutputSpec,
-    steps: int,
-) -> TeacherCache | None:
-    """Return the cache of the teacher's outputs, where the run uses one."""
-    cache = decide_cache(spec, output_spec, dataset, steps)
-    if not cache.use:
-        if cache.size:
-            logger.warning(
-                "%s: the teacher runs at each step, as a cache would take %.1f GB, more than teacher.cache_gb allows",
-                run.folder,
-                cache.size / 1e9,
-            )
-        return None
-    assert teacher is not None
-    assert spec.config.teacher is not None
-    assert isinstance(dataset, TaskDataset)
-    folder = run.teacher_cache if spec.config.teacher.cache is None else Path(spec.config.teacher.cache)
-    identity, device = teacher.identity, processes.device()
-    return TeacherCache(folder, teacher, identity, dataset.train, output_spec, device, cache.size)

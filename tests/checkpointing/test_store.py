@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from checkpoint_damage import random_damage
+from launching import exit_code
 
 from lad_dist.checkpointing.store import MANIFEST, CheckpointStore, NoValidCheckpoint, read_metadata
-from lad_dist.cli.app import run_to_exit_code
 from lad_dist.config.errors import UserError
 from lad_dist.utils.atomic_io import file_digest, list_files
 
@@ -189,7 +189,7 @@ def test_without_a_valid_checkpoint_nothing_starts_afresh(
         return 0
 
     for _ in range(2):
-        assert run_to_exit_code(work) == 3
+        assert exit_code(work) == 3
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.endswith("none of 2 checkpoints is valid; remove the run folder to start afresh")
     assert issubclass(NoValidCheckpoint, UserError)

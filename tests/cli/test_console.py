@@ -6,9 +6,9 @@ import sys
 from functools import partial
 
 import pytest
+from launching import exit_code
 
 from lad_dist.cli import console
-from lad_dist.cli.app import run_to_exit_code
 from lad_dist.cli.console import Terminal, TerminalProgress, time
 from lad_dist.cli.logging_setup import configure_logging
 from lad_dist.distributed.logs import EVERY_RANK, get_logger
@@ -91,5 +91,5 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    assert run_to_exit_code(interrupted) == 130
+    assert exit_code(interrupted) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -30,8 +30,8 @@ from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
 from lad_dist.objectives.registry import OBJECTIVES
 from lad_dist.training import run_spec
+from lad_dist.training.results import RunResult
 from lad_dist.training.train import train
-from lad_dist.training.trainer import RunResult
 
 HEADS = list(LABELS)
 AUTO = {"tagging": AutoModelForTokenClassification, "question_answering": AutoModelForQuestionAnswering}

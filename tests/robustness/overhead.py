@@ -37,6 +37,7 @@ def timed(out: Path) -> None:
 
     from lad_dist.checkpointing.async_save import AsyncCheckpointer
     from lad_dist.distributed.watchdog import Watchdog
+    from lad_dist.training.resumption import Resumption
     from lad_dist.training.trainer import Trainer
     from lad_dist.training.update_guard import UpdateGuard
 
@@ -47,12 +48,17 @@ def timed(out: Path) -> None:
         ("update check", UpdateGuard, "action"),
         ("marks", Watchdog, "mark"),
         ("watchdog thread", Watchdog, "_run"),
-        ("replica check", Trainer, "_check_replicas"),
+        ("replica check", Resumption, "check_replicas"),
         ("saving, main thread", AsyncCheckpointer, "on_step_end"),
         ("saving, its thread", AsyncCheckpointer, "_write"),
     ):
         setattr(owner, method, _added_up(getattr(owner, method), name, seconds))
-    step, finish, begun = Trainer.train_step, Trainer._finish, _now()
+    step, fit, enter, begun = Trainer.train_step, Trainer.fit, Watchdog.__enter__, _now()
+    watchdogs: list[Watchdog] = []
+
+    def watched(self: Watchdog) -> Watchdog:
+        watchdogs.append(self)
+        return enter(self)
 
     def first(self: Trainer, number: int, *words: Any) -> None:
         nonlocal begun
@@ -61,13 +67,15 @@ def timed(out: Path) -> None:
             begun = _now()
         step(self, number, *words)
 
-    def last(self: Trainer) -> Any:
+    def timed_fit(self: Trainer, *words: Any) -> Any:
+        status = fit(self, *words)
         seconds["all"] = [now - then for now, then in zip(_now(), begun, strict=True)]
-        self.watchdog.__exit__(None, None, None)  # its thread tells its seconds when it ends
+        watchdogs[0].__exit__(None, None, None)  # its thread adds its seconds when it ends
         out.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(seconds))
-        return finish(self)
+        return status
 
-    Trainer.train_step, Trainer._finish = first, last  # type: ignore[method-assign]
+    Trainer.train_step, Trainer.fit = first, timed_fit  # type: ignore[method-assign]
+    Watchdog.__enter__ = watched  # type: ignore[method-assign]
 
 
 def _now() -> Seconds:

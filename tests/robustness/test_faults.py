@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import toy
 from conftest import World
+from launching import exit_code
 from torch import Tensor
 
 from lad_dist.checkpointing import async_save
 from lad_dist.checkpointing.store import CheckpointStore
-from lad_dist.cli.app import run_to_exit_code
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.step_state import StepState
@@ -116,7 +116,7 @@ def test_a_run_that_only_skips_ends_with_what_is_wrong(
         train(config)
         return 0
 
-    assert run_to_exit_code(work) == 1
+    assert exit_code(work) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert "update after update was skipped" in last
@@ -181,8 +181,8 @@ def test_other_data_are_refused_when_a_run_is_taken_up(change: str, world: World
 def test_weights_that_differ_end_the_run_before_they_are_saved(
     make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lad_dist.training.trainer.divergent_ranks", lambda _: [1])
-    monkeypatch.setattr("lad_dist.training.trainer._has_replicas", lambda _: True)
+    monkeypatch.setattr("lad_dist.training.resumption.divergent_ranks", lambda _: [1])
+    monkeypatch.setattr("lad_dist.training.resumption._has_replicas", lambda _: True)
     config = make({"run.save_every": 3})
     with pytest.raises(Fault, match="after step 2 the weights of rank 1 are not those of the others"):
         train(config)

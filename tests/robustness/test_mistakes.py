@@ -9,9 +9,8 @@ import pytest
 import tomli_w
 import toy
 from conftest import World
-from launching import ROOT, launch
+from launching import ROOT, exit_code, launch
 
-from lad_dist.cli.app import run_to_exit_code
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.load import load_config
 from lad_dist.config.schema import EvaluateConfig, PretrainConfig, TaskConfig
@@ -258,7 +257,7 @@ def test_a_mistake_ends_in_one_line(
     filled = {key: fill(value, places) for key, value in changes.items()}
     path = written(tmp_path, tables_of(kind, places, work), filled)
     schema = TaskConfig if kind == TASK else PretrainConfig
-    code = run_to_exit_code(lambda: train_command(load_config(schema, path)))
+    code = exit_code(lambda: train_command(load_config(schema, path)))
     seen = capfd.readouterr()
     assert code == 2
     assert seen.out == ""
@@ -276,7 +275,7 @@ def test_micro_batches_are_shared_out_evenly(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "29500")
     path = written(tmp_path, tables_of(TASK, places, tmp_path / "runs"), {})
-    assert run_to_exit_code(lambda: train_command(load_config(TaskConfig, path))) == 2
+    assert exit_code(lambda: train_command(load_config(TaskConfig, path))) == 2
     assert_one_line(
         capfd.readouterr().err, "data.micro_batches_per_step = 4: cannot be shared out over 3 processes; 3 can"
     )
@@ -304,7 +303,7 @@ def test_mistakes_of_an_evaluation(
     model = {"path": str(places.world.teacher)}
     tables = {"model": model, "teacher": dict(model), "data": data, "out": str(tmp_path / "result.json")}
     path = written(tmp_path, tables, {key: fill(value, places) for key, value in changes.items()})
-    assert run_to_exit_code(lambda: evaluate_command(load_config(EvaluateConfig, path))) == 2
+    assert exit_code(lambda: evaluate_command(load_config(EvaluateConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, expected)
     assert not (tmp_path / "result.json").exists()
 
@@ -343,7 +342,7 @@ def test_mistakes_of_a_preparation(
     tables = {"out": str(tmp_path / "out"), "tokenizer": str(places.world.tokenizer), "source": filled([ROWS])}
     path = written(tmp_path, tables, {key: filled(value) for key, value in changes.items()})
     before = set(tmp_path.iterdir())
-    assert run_to_exit_code(lambda: not prepare(load_config(PrepareConfig, path))) == 2
+    assert exit_code(lambda: not prepare(load_config(PrepareConfig, path))) == 2
     assert_one_line(capfd.readouterr().err, expected)
     assert set(tmp_path.iterdir()) == before
 

@@ -32,7 +32,8 @@ from lad_dist.models.loading import save_model
 from lad_dist.search.grid import sample_trials
 from lad_dist.search.tune import _run_trial, search
 from lad_dist.training import train
-from lad_dist.training.trainer import RunResult
+from lad_dist.training.results import RunResult
+from lad_dist.training.trainer import RunStatus
 
 TUNE = ROOT / "launch" / "tune.py"
 GOOD, HOPELESS = 6e-3, 1e-9
@@ -383,7 +384,7 @@ def test_a_trial_that_was_asked_to_stop_is_no_result(work: Path, monkeypatch: py
     config = parse_config(SearchConfig, tables(work), "toy")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(train, "train", lambda config, report: RunResult(work, None))
+    monkeypatch.setattr(train, "train", lambda config, report: RunResult(work, RunStatus.STOPPED))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(Fault, match="trial-0 was asked to stop"):
         _run_trial(config.search, sample_trials(config)[0].config, "accuracy")

@@ -43,9 +43,21 @@ def frozen(world: World) -> FrozenModel:
 
 
 def cached(
-    folder: Path, teacher: teacher_cache.Teacher, data: TaskDataset, output_spec: OutputSpec = OUTPUT_SPEC
+    folder: Path,
+    teacher: teacher_cache.Teacher,
+    data: TaskDataset,
+    output_spec: OutputSpec = OUTPUT_SPEC,
+    identity: str = "toy",
 ) -> TeacherCache:
-    return TeacherCache(folder, teacher, {"weights": "toy"}, data.train, output_spec, CPU, size=0)
+    return TeacherCache(
+        folder=folder,
+        teacher=teacher,
+        teacher_identity={"weights": identity},
+        examples=data.train,
+        output_spec=output_spec,
+        device=CPU,
+        size=0,
+    )
 
 
 def no_teacher(batch: Batch, output_spec: OutputSpec) -> ModelOutputs:
@@ -96,7 +108,7 @@ def test_a_teacher_runs_once_and_only_for_what_is_missing(world: World, tmp_path
 def test_other_data_or_another_teacher_have_another_cache(world: World, tmp_path: Path) -> None:
     teacher = frozen(world)
     folders = {cached(tmp_path, teacher, toy_dataset(world, **options)).folder for options in ({}, {"pad_to": 40})}
-    other = TeacherCache(tmp_path, teacher, {"weights": "other"}, toy_dataset(world).train, OUTPUT_SPEC, CPU, size=0)
+    other = cached(tmp_path, teacher, toy_dataset(world), identity="other")
     assert len(folders | {other.folder}) == 3
 
 
@@ -149,11 +161,11 @@ def test_a_cache_is_used_where_it_pays(
 ) -> None:
     shared, caches = tmp_path / "shared", list[TeacherCache]()
 
-    def build(*arguments: Any) -> TeacherCache:
-        caches.append(TeacherCache(*arguments))
+    def build(**arguments: Any) -> TeacherCache:
+        caches.append(TeacherCache(**arguments))
         return caches[-1]
 
-    monkeypatch.setattr("lad_dist.training.train.TeacherCache", build)
+    monkeypatch.setattr("lad_dist.training.teacher.TeacherCache", build)
     changes = {key: str(shared) if value == "shared" else value for key, value in changes.items()}
     train(lad(world, tmp_path, changes))
     assert [cache.folder.parent for cache in caches] == [shared] * used

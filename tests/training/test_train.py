@@ -34,8 +34,8 @@ from lad_dist.models.loading import PreTrainedModel
 from lad_dist.training import engine
 from lad_dist.training.distiller import Distiller
 from lad_dist.training.metrics import MetricAccumulator
+from lad_dist.training.results import RunResult
 from lad_dist.training.train import train
-from lad_dist.training.trainer import RunResult
 from lad_dist.utils import atomic_io
 
 DROPOUT = {"student.dropout": 0.1, "student.attention_dropout": 0.1}

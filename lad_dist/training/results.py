@@ -1,0 +1,90 @@
+"""The result of a run: the model that it exports, and the tables of results.json."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lad_dist.compression import compact, footprint
+from lad_dist.data.tokenization.loading import save_beside_model
+from lad_dist.distributed import processes
+from lad_dist.models.dims import uses_segments
+from lad_dist.models.loading import save_model
+from lad_dist.runs.run_folder import Run
+from lad_dist.training.engine import VERSION as DEEPSPEED_VERSION
+from lad_dist.training.engine import gathered_parameters
+from lad_dist.training.run_spec import RunSpec
+from lad_dist.training.trainer import RunStatus, Trainer
+
+
+@dataclass
+class RunResult:
+    """The result of a run.
+
+    Attributes:
+        folder: The run folder.
+        status: COMPLETED or STOPPED.
+        results: The content of results.json, of a completed run.
+    """
+
+    folder: Path
+    status: RunStatus
+    results: dict[str, Any] | None = None
+
+    @property
+    def export_dir(self) -> Path:
+        """The folder of the exported model."""
+        return self.folder / "export"
+
+
+def write_results(
+    trainer: Trainer,
+    spec: RunSpec,
+    run: Run,
+    *,
+    scores: Mapping[str, dict[str, float]],
+    seconds: float,
+    tokens_per_second: float,
+) -> dict[str, Any]:
+    """Export the student and write results.json, which makes the run complete; return its content.
+
+    Args:
+        trainer: The training, at its last step. The export takes its student over.
+        spec: The resolved run.
+        run: The run folder.
+        scores: The scores of "student" and "teacher".
+        seconds: The seconds of all sessions.
+        tokens_per_second: Of all processes, in this session.
+    """
+    distiller, teacher, batch = trainer.engine.module, trainer.evaluation.teacher, trainer.dataset.batch(0, 0)
+    with gathered_parameters(distiller, trainer.config.zero_stage):
+        size = footprint.footprint(distiller.student, batch)  # before compressed modules are merged
+        packed = compact.pack(distiller.student) if processes.is_main() else None
+        student = distiller.export()
+        if packed is not None:
+            save_model(student, run.export)
+            packed.save(run.export, trainer.config.student.path, spec.layers)
+            save_beside_model(spec.tokenizer, run.export, uses_segments(student.config))
+    sizes_on_disk = processes.on_main(lambda: footprint.bytes_table(run.export))
+    results = {
+        "command": shlex.join(["python", *sys.argv]),
+        "config": trainer.config.model_dump(mode="json", exclude_none=True),
+        "metrics": scores["student"],
+        "student": {**size, **distiller.initial_values, **sizes_on_disk},
+        "teacher": {
+            **(footprint.footprint(teacher.model, batch) if teacher else {}),
+            **scores.get("teacher", {}),
+        },
+        "steps": trainer.steps,
+        "seconds": seconds,
+        "tokens_per_second": tokens_per_second,
+        "processes": processes.world_size(),
+        "device": processes.device_name(),
+        "versions": {"torch": torch.__version__, "deepspeed": DEEPSPEED_VERSION},
+    }
+    run.finish(results)
+    return results
