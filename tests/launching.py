@@ -20,9 +20,7 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 # Processes from one that has imported what takes seconds. It is one for all tests, and so is what it imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["lad_dist.cli.commands", "lad_dist.training.train", "lad_dist.data.shards.prepare", "pytest", "hypothesis"]
-)
+FORKS.set_forkserver_preload(["lad_dist.training.train", "lad_dist.data.shards.prepare", "pytest", "hypothesis"])
 
 
 def free_port() -> int:
@@ -76,14 +74,15 @@ def curves(
 
 def run_script(script: str, *words: str) -> int:
     """The script's exit code, in this process."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [script, *words])
-        runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
     return int(ended.value.code or 0)
 
 
 def exit_code(function: Callable[[], int | None]) -> int:
-    """What a script ends with that calls the function."""
+    """The exit code of a script that calls the function."""
     with pytest.raises(SystemExit) as ended, one_line_errors():
         sys.exit(function())
     return int(ended.value.code or 0)
