@@ -16,7 +16,7 @@ import torch
 from case_runs import rows
 from safetensors.torch import load_file
 from torch import Tensor
-from vocabulary import newest_file, newest_name
+from vocabulary import is_added, newest_file, newest_name
 
 SPEED = ("tokens_per_second",)  # columns
 RESULTS = ("metrics", "student", "teacher")  # tables of results.json: scores and loyalty, sizes, the teacher's
@@ -64,7 +64,9 @@ def compare_runs(old: Path, new: Path) -> Comparison:
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:
-    return [{newest_name(name): value for name, value in row.items()} for row in rows(folder)]
+    """What a run logged, without the columns that newer commits log besides, and without rows of nothing else."""
+    shared = [{newest_name(name): x for name, x in row.items() if not is_added(name)} for row in rows(folder)]
+    return [row for row in shared if row.keys() != {"step"}]
 
 
 def _between_rows(old: Sequence[Mapping[str, float]], new: Sequence[Mapping[str, float]]) -> Iterator[Difference]:

@@ -46,6 +46,7 @@ VALUES = {
     ("compression.name", "scale_position_embeddings"): "quiet_positions",
 }
 LOGGED = {"teacher_layer_weight/": "reads/", "budget/requested/": "budget/asked/"}  # beginnings, after `dev/` too
+ADDED = ("teacher/",)  # beginnings of columns that older commits do not log: the teacher's scores before the first step
 FILES = {"teacher_layers.png": "reads.png", "skipped_steps.json": "skipped.json", "crashes.json": "deaths.json"}
 
 
@@ -84,6 +85,11 @@ def newest_name(logged: str) -> str:
     for newest, older in LOGGED.items():
         logged = re.sub(f"^(dev/)?{re.escape(older)}", rf"\g<1>{newest}", logged)
     return logged
+
+
+def is_added(logged: str) -> bool:
+    """Of a column."""
+    return logged.startswith(ADDED)
 
 
 def newest_file(path: str) -> str:

@@ -29,9 +29,11 @@ from lad_dist.checkpointing.store import CheckpointStore, read_metadata
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
+from lad_dist.evaluation import evaluate
 from lad_dist.models.forward import compute_outputs
+from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.training import engine
+from lad_dist.training import engine, run_spec
 from lad_dist.training.distiller import Distiller
 from lad_dist.training.metrics import MetricAccumulator
 from lad_dist.training.results import RunResult
@@ -59,7 +61,9 @@ def stopped_at(config: TrainConfig, step: int, rows: list[dict[str, Any]] | None
 
 
 def metrics_file(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The rows of the steps, without the one of step 0."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["step"] > 0]
 
 
 def test_lad_learns(world: World, tmp_path: Path) -> None:
@@ -388,7 +392,7 @@ def test_dropout_is_on_in_that_comparison(world: World, tmp_path: Path) -> None:
     rows: dict[str, list[dict[str, Any]]] = {"with": [], "without": []}
     train(lad(world, tmp_path / "a", {"run.steps": 1, **DROPOUT}), rows["with"].append)
     train(lad(world, tmp_path / "b", {"run.steps": 1}), rows["without"].append)
-    assert rows["with"][0]["loss"] != rows["without"][0]["loss"]
+    assert rows["with"][1]["loss"] != rows["without"][1]["loss"]
 
 
 def test_rows_of_a_repeated_stretch_are_written_once(world: World, tmp_path: Path) -> None:
@@ -450,6 +454,36 @@ def test_sigterm_saves_and_the_same_command_goes_on(world: World, tmp_path: Path
     assert second.stderr.startswith(f"toy step {steps + 1}/80")
     straight = train(lad(world, tmp_path / "b", changes))
     assert digest(tmp_path / "a" / "toy" / "export") == digest(straight.folder / "export")
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+def test_the_teacher_is_scored_once_before_the_first_step(
+    corpus: bool, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, rows = (on_corpus if corpus else lad)(world, tmp_path, {"run.steps": 2}), list[dict[str, Any]]()
+    stopped_at(config, 1, rows)
+    scores = {name.removeprefix("teacher/"): x for name, x in rows[0].items() if name.startswith("teacher/")}
+    assert rows[0] == {"step": 0, "steps": 2, **{f"teacher/{name}": value for name, value in scores.items()}}
+    printed = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("toy step 0/2  teacher ") for line in printed) == 1
+    results = train(config, rows.append).results
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert "teacher" not in capsys.readouterr().err
+    assert results is not None
+    if corpus:
+        assert set(scores) == {"mlm_loss"}
+        assert 0 < scores["mlm_loss"] < 100
+    else:
+        assert scores.items() <= results["teacher"].items()
+
+
+def test_the_teacher_predicts_the_dev_set_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards: list[FrozenModel] = []
+    logits_of = evaluate.logits_of
+    monkeypatch.setattr(evaluate, "logits_of", lambda model, batch: forwards.append(model) or logits_of(model, batch))
+    config = lad(world, tmp_path, {"run.steps": 2, "run.eval_every": 1})
+    train(config)
+    assert len(forwards) == len(run_spec.resolve_run(config).dataset().dev["dev"].in_order())
 
 
 class Bomb:

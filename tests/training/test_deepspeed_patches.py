@@ -1,0 +1,76 @@
+"""The patches of DeepSpeed: each of these tests fails where DeepSpeed is as it comes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from conftest import World
+from launching import ROOT
+from toy_runs import lad
+
+from lad_dist.config.errors import UserError
+from lad_dist.runs.run_folder import Run
+from lad_dist.training import deepspeed_patches
+from lad_dist.training.engine import snapshot
+from lad_dist.training.train import build_trainer, check
+
+
+@pytest.fixture(scope="module")
+def engine(world: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    config = lad(world, tmp_path_factory.mktemp("patched"), {"deepspeed.zero_optimization.stage": 1})
+    return build_trainer(check(config), Run(config)).engine
+
+
+def test_shares_end_where_a_cpu_rounds_alike(engine: Any) -> None:
+    assert any(
+        sum(parameter.numel() for parameter in group) % deepspeed_patches.ALIGNMENT
+        for group in engine.optimizer.bit16_groups
+    )
+    for share in engine.optimizer.single_partition_of_fp32_groups:
+        assert share.numel() % deepspeed_patches.ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("cuts", [[1], [50_001], [16, 70_000, 140_000]])
+def test_the_norm_does_not_depend_on_where_gradients_are_cut(engine: Any, cuts: list[int]) -> None:
+    gradients = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 200_000)
+    pieces = list(gradients.tensor_split(cuts))
+    norm = engine.optimizer.get_grad_norm_direct(pieces, pieces)
+    assert norm.item() == gradients.double().norm().float().item()
+
+
+def test_padding_counts_for_nothing(engine: Any) -> None:
+    padding = torch.ones(3)
+    padding._zero_padding = True  # type: ignore[attr-defined]
+    assert engine.optimizer.get_grad_norm_direct([torch.ones(4), padding], []).item() == 2.0
+
+
+@pytest.mark.usefixtures("engine")
+def test_no_operation_is_compiled() -> None:
+    assert deepspeed.ops.__compatible_ops__ == {}
+
+
+def test_a_save_goes_to_host_memory(engine: Any, tmp_path: Path) -> None:
+    files = snapshot(engine, tmp_path)
+    assert len(files) == 2  # the module's and the optimizer's
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_save_copies_no_script(engine: Any, tmp_path: Path) -> None:
+    snapshot(engine, tmp_path)
+    assert not list(tmp_path.rglob("*.py"))
+
+
+def test_another_version_is_refused_in_one_line() -> None:
+    deepspeed_patches.check_version()
+    deepspeed_patches.check_version("0.19.0+abc")
+    for version in ("0.18.9", "0.20.0", "0.190.1", "1.0"):
+        with pytest.raises(UserError, match=f"deepspeed {re.escape(version)}: lad_dist works with 0.19; pip install"):
+            deepspeed_patches.check_version(version)
+
+
+def test_the_installation_has_the_same_range() -> None:
+    (pin,) = re.findall(r'"deepspeed(.*)"', (ROOT / "pyproject.toml").read_text().split("dependencies")[1])
+    assert pin == f">={deepspeed_patches.CHECKED_SERIES},<0.20"
