@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
+from lad_dist.core.step_state import StepState
 
 
 class Objective(nn.Module):
@@ -39,12 +40,8 @@ class Objective(nn.Module):
         super().__init__()
         self.metrics: dict[str, Tensor] = {}
 
-    def on_step_start(self, progress: float) -> None:
-        """Prepare for a step; called once before its micro-batches.
-
-        Args:
-            progress: Share of all training steps that are done, in [0, 1].
-        """
+    def on_step_start(self, state: StepState) -> None:
+        """Prepare for a step; called once before its micro-batches."""
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
         """Compute the loss of a micro-batch, term by term.

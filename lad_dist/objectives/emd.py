@@ -11,6 +11,7 @@ from torch import Tensor
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
+from lad_dist.core.step_state import StepState
 from lad_dist.distributed import processes
 from lad_dist.objectives import losses, optimal_transport
 from lad_dist.objectives.base import check_same_heads, projection, teacher_layer_weights
@@ -96,7 +97,7 @@ class EMD(KD):
         self.costs = torch.zeros(len(self.weights), student.num_hidden_layers, teacher.num_hidden_layers)
         self.count = 0
 
-    def on_step_start(self, progress: float) -> None:
+    def on_step_start(self, state: StepState) -> None:
         """Renew plans and masses from the costs of the step before."""
         if self.count:
             self.renew_plans((self.costs / self.count).double().cpu().numpy())

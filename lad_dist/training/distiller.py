@@ -30,7 +30,7 @@ class Distiller(nn.Module):
         """Advance all schedules, once before the micro-batches of each step."""
         for module in compressed_module.compressed_modules(self.student):
             module.on_step_start(state)
-        self.objective.on_step_start(state.progress)
+        self.objective.on_step_start(state)
 
     def on_step_end(self) -> None:
         """Let compressed modules take note of a step, once after its micro-batches."""

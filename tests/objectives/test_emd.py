@@ -12,6 +12,7 @@ from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, random_outputs
 
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims
+from lad_dist.core.step_state import StepState
 from lad_dist.objectives import optimal_transport
 from lad_dist.objectives.emd import EMD
 
@@ -93,12 +94,12 @@ def test_emd_equals_the_equations(batch: Batch, seed: int, dims: ModelDims) -> N
     student, teacher = random_outputs(batch, seed, dims)
     later = random_outputs(batch, seed + 1, dims)
     objective = EMD(dims, TEACHER, hidden=2.0, attention=3.0, embedding=5.0)
-    objective.on_step_start(0.0)
+    objective.on_step_start(StepState(0, 2, seed=0))
     first = objective(student, teacher, batch)
     costs = naive_costs(objective, student, teacher, batch)
     assert first["hidden"].item() == pytest.approx(2 * costs[0].mean(), rel=1e-4)
     assert first["attention"].item() == pytest.approx(3 * costs[1].mean(), rel=1e-4)
-    objective.on_step_start(0.5)
+    objective.on_step_start(StepState(1, 2, seed=0))
     second = objective(*later, batch)
     then = naive_costs(objective, *later, batch)
     masses = np.full(2, 1 / 2), np.full(4, 1 / 4)
@@ -115,7 +116,7 @@ def test_a_student_equal_to_the_teacher_learns_nothing() -> None:
     _, teacher = random_outputs(batch)
     objective = EMD(TEACHER, TEACHER)
     for step in range(3):
-        objective.on_step_start(step / 3)
+        objective.on_step_start(StepState(step, 3, seed=0))
         terms = objective(teacher, teacher, batch)
     for name in ("hidden", "attention", "embedding"):
         assert terms[name].item() == pytest.approx(0.0, abs=1e-9)
@@ -128,9 +129,9 @@ def test_only_layers_that_the_plan_uses_are_differentiated() -> None:
     batch = toy.batch(LENGTHS)
     student, teacher = random_outputs(batch)
     objective = EMD(STUDENT, TEACHER, soft=0.0)
-    objective.on_step_start(0.0)
+    objective.on_step_start(StepState(0, 2, seed=0))
     objective(student, teacher, batch)
-    objective.on_step_start(0.5)
+    objective.on_step_start(StepState(1, 2, seed=0))
     plan = objective.plans["hidden"]
     assert 0 < np.count_nonzero(plan) < plan.size
     loss = objective(student, teacher, batch)["hidden"]
@@ -144,7 +145,7 @@ def test_only_layers_that_the_plan_uses_are_differentiated() -> None:
 def test_plans_change_with_steps_and_only_while_training() -> None:
     batch = toy.batch(LENGTHS)
     objective = EMD(STUDENT, TEACHER)
-    objective.on_step_start(0.0)
+    objective.on_step_start(StepState(0, 2, seed=0))
     objective(*random_outputs(batch, 0), batch)
     objective(*random_outputs(batch, 1), batch)
     before = objective.plans["hidden"]
@@ -153,7 +154,7 @@ def test_plans_change_with_steps_and_only_while_training() -> None:
     assert objective.plans["hidden"] is before
     assert objective.count == 2
     objective.train()
-    objective.on_step_start(0.1)
+    objective.on_step_start(StepState(1, 10, seed=0))
     assert objective.plans["hidden"] is not before
     assert objective.count == 0
 
@@ -162,12 +163,12 @@ def test_state_dict_holds_plans_unrounded() -> None:
     batch = toy.batch(LENGTHS)
     one, other = EMD(NARROW, TEACHER), EMD(NARROW, TEACHER).bfloat16()
     for step in range(2):
-        one.on_step_start(step / 4)
+        one.on_step_start(StepState(step, 4, seed=0))
         one(*random_outputs(batch, step, NARROW), batch)
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.costs, other.costs)
     for objective in (one, other):
-        objective.on_step_start(0.75)
+        objective.on_step_start(StepState(3, 4, seed=0))
     for kind in one.plans:
         np.testing.assert_array_equal(one.plans[kind], other.plans[kind])
     for a, b in zip(one.masses, other.masses, strict=True):
@@ -181,8 +182,8 @@ def test_a_step_that_overflowed_leaves_the_plan_as_it_was() -> None:
     broken = teacher._replace(hidden={layer: x / 0 for layer, x in teacher.hidden.items()})
     for step, outputs in enumerate((teacher, broken, teacher)):
         before = objective.plans
-        objective.on_step_start(step / 4)
+        objective.on_step_start(StepState(step, 4, seed=0))
         objective(student, outputs, batch)
     assert objective.plans is before
-    objective.on_step_start(0.75)
+    objective.on_step_start(StepState(3, 4, seed=0))
     assert objective.plans is not before
