@@ -4,15 +4,19 @@ load_config(schema, path, overrides)   TOML file + ["optim.lr=1e-4", ...] -> a f
 apply_overrides(tables, overrides)     the same changes on plain tables: command line, search and tests share it
 parse_config(schema, tables, where)    plain tables -> a frozen config
 dump_config(config)                    TOML text with every default written out
+find_class(...)                        a registered class, or the user's own "my_package.module:Class"
 validate_arguments(...)                keyword arguments checked against a signature
 """
 
+import importlib
 import inspect
 import os
+import sys
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import tomli_w
@@ -22,13 +26,15 @@ from pydantic_core import PydanticUndefined
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import ConfigTable, train_schema
 from lad_dist.utils.suggest import did_you_mean, nearest
-from lad_dist.utils.text import is_encodable
+from lad_dist.utils.text import is_encodable, one_line
 
 MAX_DEPTH = 16  # tables in tables
 MAX_SHOWN = 60  # characters of a wrong value
+OWN_CLASS = "my_package.module:Class"
 
 
 Schema = TypeVar("Schema", bound=ConfigTable)
+Base = TypeVar("Base")
 
 
 def load_config(schema: type[Schema], path: str | Path, overrides: Iterable[str] = ()) -> Schema:
@@ -177,6 +183,56 @@ def lookup(what: str, name: str, choices: Mapping[str, Any]) -> Any:
     return choices[name]
 
 
+def find_class(what: str, name: str, choices: Mapping[str, type[Base]], base: type[Base]) -> type[Base]:
+    """Return choices[name], or import the class that a name "my_package.module:Class" means.
+
+    The module is an installed one, or stands in the working directory, to which relative paths of a config belong too.
+    The working directory becomes the last entry of `sys.path`, so a file in it hides no installed module. Processes of
+    launchers and trials of a search run in the working directory of the command, so they find the same module.
+
+    Args:
+        what: The key that has the name, for messages.
+        name: A registered name, or a module and a class.
+        choices: Registered classes by name.
+        base: The class that the user's own class has to extend.
+
+    Raises:
+        UserError: The name is not registered, the import fails, or the module has no such subclass of `base`.
+    """
+    if name in choices:
+        return choices[name]
+    if ":" not in name:
+        hint = f'{did_you_mean(name, choices)} (a class of your own: "{OWN_CLASS}")'
+        raise UserError(f'{what} "{name}" is unknown: {hint}')
+    module_name, _, class_name = name.partition(":")
+    where = f'{what} "{name}"'
+    if not all(map(str.isidentifier, [*module_name.split("."), class_name])):
+        raise UserError(f'{where}: write a class of your own as "{OWN_CLASS}"')
+    module = _import_module(where, module_name)
+    kind = getattr(module, class_name, None)
+    if kind is None:
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)]
+        place = getattr(module, "__file__", None) or module_name
+        raise UserError(f"{where}: {place} has no {class_name}; {did_you_mean(class_name, classes)}")
+    if not (inspect.isclass(kind) and issubclass(kind, base)):
+        raise UserError(f"{where}: {class_name} is no subclass of {base.__module__}.{base.__qualname__}")
+    return kind
+
+
+def _import_module(where: str, name: str) -> ModuleType:
+    """Import an installed module or one of the working directory; raise UserError where that fails."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # the user's code may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise UserError(f"{where}: no module {error.name}, neither installed nor in {os.getcwd()}") from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        command = f'python -c "import {name}" shows where'
+        raise UserError(f"{where}: the import of {name} fails ({reason}); {command}") from error
+
+
 def validate_arguments(where: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword-only arguments of a function: the options, and its defaults for the others.
 
@@ -195,8 +251,9 @@ def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parame
 
 
 def _field_of(parameter: inspect.Parameter) -> tuple[Any, Any]:
-    """Return a parameter as pydantic's create_model takes it."""
-    return parameter.annotation, ... if parameter.default is parameter.empty else parameter.default
+    """Return a parameter as pydantic's create_model takes it; without an annotation it may be anything."""
+    annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+    return annotation, ... if parameter.default is parameter.empty else parameter.default
 
 
 def first_mistake(error: ValidationError, schema: type[ConfigTable] | None = None) -> str:

@@ -277,7 +277,7 @@ class NamedOptions(ConfigTable):
     """A name and the keyword arguments that go with it."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-    name: str = Field(description="name; the other keys are the keyword arguments that go with it")
+    name: str = Field(description='name, or your own "my_package.module:Class"; the other keys are arguments of it')
 
     @property
     def options(self) -> dict[str, Any]:
