@@ -18,6 +18,7 @@ from lad_dist.core.batch import Batch, Head, one_span_per_sequence, pad, unpad
 Pair = tuple[Tensor, Tensor]
 
 CHUNK_ELEMENTS = 1 << 24  # what a loss over the vocabulary may hold at a time beside the logits themselves
+MIN_SQUARED_DISTANCE = 1e-6  # below it two points have no direction
 
 
 def hard_label_loss(logits: Tensor, batch: Batch, head: Head) -> Tensor:
@@ -95,6 +96,16 @@ def mean_over_sequences(values: Tensor, batch: Batch) -> Tensor:
     return values.masked_fill(~nonempty, 0.0).sum() / nonempty.sum()
 
 
+def sequence_means(x: Tensor, batch: Batch, limit: int) -> Tensor:
+    """Return the means of the first `limit` sequences, fp32 [B, D] of [N, D]; zeros for an empty one."""
+    lengths = batch.lengths[:limit]
+    sequence = unpad(batch.sequence_ids, batch).long()
+    # Tokens of other sequences go to a row of their own, which is cut off below.
+    sequence = sequence.masked_fill((sequence < 0) | (sequence >= len(lengths)), len(lengths))
+    sums = x.new_zeros(len(lengths) + 1, x.shape[1], dtype=torch.float32).index_add(0, sequence, x.float())
+    return sums[:-1] / lengths.clamp(min=1)[:, None]
+
+
 def relation_loss(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Tensor:
     """Return the KL of the student's relations from the teacher's, mean over heads and tokens, a scalar.
 
@@ -148,11 +159,69 @@ def attention_score_loss(student: AttentionScores, teacher: AttentionScores, bat
     return (student.squared_norm - 2 * product + teacher.squared_norm) / (student.keys.shape[1] * pairs)
 
 
+def products(x: Tensor, heads: int) -> Tensor:
+    """Return x_i · x_j / √d of each head [U, H, S, S], from [U, S, D]."""
+    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return (x / x.shape[-1] ** 0.5) @ x.transpose(-1, -2)
+
+
+class Triplets(NamedTuple):
+    """Angles to compare: at each vertex, between any two of its neighbours."""
+
+    vertices: Tensor  # [U, K], places
+    neighbours: Tensor  # [U, K, J], places
+    valid: Tensor  # bool [U, K, J], the neighbours that count
+
+    @property
+    def num_angles(self) -> Tensor:
+        """The number of angles; each counts in both directions."""
+        neighbours = self.valid.sum(dim=-1)
+        return (neighbours * (neighbours - 1)).sum()
+
+
+def all_triplets(pairs: Tensor) -> Triplets:
+    """Return the angles at every place of one span between any two others; `pairs` bool [S, S], those that count."""
+    everyone = torch.arange(len(pairs), device=pairs.device)
+    valid = pairs & (everyone[:, None] != everyone)
+    return Triplets(everyone[None], everyone.expand(1, len(pairs), -1), valid[None])
+
+
+def angle_error(student: Tensor, teacher: Tensor, triplets: Triplets) -> Tensor:
+    """Return the Huber loss between cosines of angles, from `products` [U, H, S, S]: a sum over heads and triplets."""
+    different = ~torch.eye(triplets.neighbours.shape[-1], dtype=torch.bool, device=student.device)
+    valid = (triplets.valid[..., :, None] & triplets.valid[..., None, :] & different)[:, None]
+    student_angles, teacher_angles = (_angles(x, triplets) for x in (student, teacher))
+    errors = F.smooth_l1_loss(student_angles, teacher_angles, reduction="none")
+    return errors.masked_fill(~valid, 0.0).sum()
+
+
 def recompute_in_backward(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
     """Return function(*xs) with activation checkpointing: tensors as large as [U, H, S, S] are not stored."""
     result = checkpoint(function, *xs, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(result, Tensor)
     return result
+
+
+def _angles(products: Tensor, triplets: Triplets) -> Tensor:
+    """Return cosines [U, H, K, J, J] at the vertices between any two of their neighbours.
+
+    They follow from the products alone: (x_i - x_j) · (x_k - x_j) = p_ik - p_ij - p_kj + p_jj.
+    """
+    vertices, neighbours, _ = triplets
+    _, heads, _, places = products.shape
+    flat = products.flatten(2)
+
+    def at(i: Tensor, j: Tensor) -> Tensor:
+        index = i * places + j
+        return flat.gather(2, index.flatten(1)[:, None].expand(-1, heads, -1)).unflatten(2, index.shape[1:])
+
+    vertex = vertices[..., None]
+    centre = at(vertex, vertex)
+    towards = at(neighbours, vertex) - centre
+    inner = at(neighbours[..., :, None], neighbours[..., None, :])
+    dots = inner - towards[..., :, None] - towards[..., None, :] - centre[..., None]
+    inverse_lengths = (at(neighbours, neighbours) - 2 * towards - centre).clamp(min=MIN_SQUARED_DISTANCE).rsqrt()
+    return dots * inverse_lengths[..., :, None] * inverse_lengths[..., None, :]
 
 
 def _inner_product(queries_a: Tensor, keys_a: Tensor, queries_b: Tensor, keys_b: Tensor) -> Tensor:

@@ -3,12 +3,11 @@
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
-from lad_dist.core.batch import Batch, pad, unpad
+from lad_dist.core.batch import Batch, pad
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.objectives import losses
 from lad_dist.objectives.base import uniform_layer_map
@@ -18,7 +17,6 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastTwo = Annotated[int, Field(ge=2)]
 
 MAX_SAMPLES = 64
-MIN_SQUARED_DISTANCE = 1e-6  # below it there is no direction
 
 
 class MGSKD(KD):
@@ -118,7 +116,8 @@ class MGSKD(KD):
                 states = student.hidden[m], teacher.hidden[layer]
                 errors.setdefault(name, []).append(self._token_error(*states, batch, attention, pool))
         for m, layer in self.upper:
-            samples = _sample_means(student.hidden[m], batch), _sample_means(teacher.hidden[layer], batch)
+            states = student.hidden[m], teacher.hidden[layer]
+            samples = (losses.sequence_means(x, batch, limit=MAX_SAMPLES) for x in states)
             errors.setdefault("sample", []).append(self._sample_error(*samples, batch))
         return terms | {name: self.weights[name] * torch.stack(values).sum() for name, values in errors.items()}
 
@@ -137,12 +136,12 @@ class MGSKD(KD):
             x, y = (pad(z.float(), batch) for z in (s, t))
             if pool is not None:
                 x, y = pool @ x, pool @ y
-            return _structure_error(_products(x, self.heads), _products(y, self.heads), pairs, *triplets)
+            return _structure_error(losses.products(x, self.heads), losses.products(y, self.heads), pairs, triplets)
 
         return losses.recompute_in_backward(error, student, teacher)
 
-    def _triplets(self, attention: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return places of vertices [U, K] and of their neighbours [U, K, J], and which are valid [U, K, J]."""
+    def _triplets(self, attention: Tensor, pairs: Tensor) -> losses.Triplets:
+        """Return the vertices that the teacher attends to most, each with the neighbours that it attends to most."""
         places = attention.shape[-1]
         attention = attention.masked_fill(~pairs, 0.0)
         valid = pairs.diagonal(dim1=1, dim2=2)
@@ -152,63 +151,28 @@ class MGSKD(KD):
         others = pairs & ~torch.eye(places, dtype=torch.bool, device=pairs.device)
         towards = attention.masked_fill(~others, -1.0).gather(1, rows)
         neighbours = towards.topk(min(self.neighbours, places), dim=2)
-        return vertices.indices, neighbours.indices, (neighbours.values >= 0) & (vertices.values >= 0)[..., None]
+        usable = (neighbours.values >= 0) & (vertices.values >= 0)[..., None]
+        return losses.Triplets(vertices.indices, neighbours.indices, usable)
 
     def _sample_error(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """Return R of samples [B, D] among each other."""
-        count = len(student)
-        nonempty = batch.lengths[:count] > 0
+        nonempty = batch.lengths[: len(student)] > 0
         pairs = (nonempty[:, None] & nonempty)[None]
-        everyone = torch.arange(count, device=nonempty.device)
-        neighbours = everyone.expand(1, count, count)
-        valid = pairs & (everyone[:, None] != everyone)
+        triplets = losses.all_triplets(pairs[0])
 
         def error(s: Tensor, t: Tensor) -> Tensor:
-            x, y = (_products(z.float()[None], self.heads) for z in (s, t))
-            return _structure_error(x, y, pairs, everyone[None], neighbours, valid)
+            x, y = (losses.products(z.float()[None], self.heads) for z in (s, t))
+            return _structure_error(x, y, pairs, triplets)
 
         return losses.recompute_in_backward(error, student, teacher)
 
 
-def _products(x: Tensor, heads: int) -> Tensor:
-    """Return x_i · x_j / √d of each head [U, H, S, S], from [U, S, D]."""
-    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return (x / x.shape[-1] ** 0.5) @ x.transpose(-1, -2)
-
-
-def _structure_error(
-    student: Tensor, teacher: Tensor, pairs: Tensor, vertices: Tensor, neighbours: Tensor, valid: Tensor
-) -> Tensor:
+def _structure_error(student: Tensor, teacher: Tensor, pairs: Tensor, triplets: losses.Triplets) -> Tensor:
     """Return R from the products [U, H, S, S]."""
     heads = student.shape[1]
     pair_error = (student - teacher).masked_fill(~pairs[:, None], 0.0).square().sum() / (heads * pairs.sum())
-    different = ~torch.eye(neighbours.shape[-1], dtype=torch.bool, device=valid.device)
-    triplets = (valid[..., :, None] & valid[..., None, :] & different)[:, None]
-    student_angles, teacher_angles = (_angles(x, vertices, neighbours) for x in (student, teacher))
-    angle_errors = F.smooth_l1_loss(student_angles, teacher_angles, reduction="none")
-    angle_error = angle_errors.masked_fill(~triplets, 0.0).sum() / (heads * triplets.sum()).clamp(min=1)
+    angle_error = losses.angle_error(student, teacher, triplets) / (heads * triplets.num_angles).clamp(min=1)
     return pair_error + angle_error
-
-
-def _angles(products: Tensor, vertices: Tensor, neighbours: Tensor) -> Tensor:
-    """Return cosines [U, H, K, J, J] at the vertices between any two of their neighbours.
-
-    They follow from the products alone: (x_i - x_j) · (x_k - x_j) = p_ik - p_ij - p_kj + p_jj.
-    """
-    _, heads, _, places = products.shape
-    flat = products.flatten(2)
-
-    def at(i: Tensor, j: Tensor) -> Tensor:
-        index = i * places + j
-        return flat.gather(2, index.flatten(1)[:, None].expand(-1, heads, -1)).unflatten(2, index.shape[1:])
-
-    vertex = vertices[..., None]
-    centre = at(vertex, vertex)
-    towards = at(neighbours, vertex) - centre
-    inner = at(neighbours[..., :, None], neighbours[..., None, :])
-    dots = inner - towards[..., :, None] - towards[..., None, :] - centre[..., None]
-    inverse_lengths = (at(neighbours, neighbours) - 2 * towards - centre).clamp(min=MIN_SQUARED_DISTANCE).rsqrt()
-    return dots * inverse_lengths[..., :, None] * inverse_lengths[..., None, :]
 
 
 @torch.no_grad()
@@ -228,13 +192,3 @@ def _span_pool(batch: Batch, tokens: int) -> Tensor:
     inside = (distance >= 0) & (distance < tokens) & first[..., None]
     same = (batch.sequence_ids[:, :, None] == batch.sequence_ids[:, None, :]) & inside
     return same / same.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _sample_means(x: Tensor, batch: Batch) -> Tensor:
-    """Return the means of the first sequences [B, D], from [N, D]; zeros for an empty one."""
-    lengths = batch.lengths[:MAX_SAMPLES]
-    sequence = unpad(batch.sequence_ids, batch).long()
-    # Tokens of other sequences go to a row of their own, which is cut off below.
-    sequence = sequence.masked_fill((sequence < 0) | (sequence >= len(lengths)), len(lengths))
-    sums = x.new_zeros(len(lengths) + 1, x.shape[1], dtype=torch.float32).index_add(0, sequence, x.float())
-    return sums[:-1] / lengths.clamp(min=1)[:, None]
