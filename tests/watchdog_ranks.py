@@ -8,6 +8,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -18,7 +19,7 @@ from launching import FORKS, free_port
 
 from lad_dist.config.errors import UserError
 from lad_dist.distributed import processes
-from lad_dist.distributed.connections import Connection
+from lad_dist.distributed.connections import wrap
 from lad_dist.distributed.watchdog import Watchdog
 
 TIMEOUT = 2.0  # seconds without progress that are a hang
@@ -36,6 +37,11 @@ def wait_with_the_lock(watchdog: Watchdog) -> None:
 
 def raise_error(watchdog: Watchdog) -> None:
     raise RuntimeError("a device fell off")
+
+
+def raise_error_later(watchdog: Watchdog) -> None:
+    time.sleep(0.5)
+    raise RuntimeError("connection closed by peer")
 
 
 def make_a_mistake(watchdog: Watchdog) -> None:
@@ -132,14 +138,17 @@ def _lose_the_network(out: Path, sends: bool) -> None:
         return
     _set_loopback(up=True)
     server = socket.create_server(("127.0.0.1", 0))
-    near = Connection(socket.create_connection(server.getsockname()))
-    far = Connection(server.accept()[0])
+    near = wrap(socket.create_connection(server.getsockname()))
+    far = wrap(server.accept()[0])
     _set_loopback(up=False)
     begin = time.monotonic()
-    while near.receive()[1] and far.receive()[1] and time.monotonic() < begin + 20:
+    while not (near.poll(0.1) or far.poll(0.1)) and time.monotonic() < begin + 20:
         if sends:
-            near.send(mark=1)
-        time.sleep(0.1)
+            with suppress(OSError):
+                near.send("heartbeat")
+    with suppress(OSError):
+        near.recv()
+        raise AssertionError("a message from a dead host")
     out.write_text(str(time.monotonic() - begin))
 
 

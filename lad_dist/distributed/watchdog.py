@@ -4,16 +4,18 @@
     watchdog.mark(step, phase, micro_batch) progress of the main thread, by the same marks on every rank; an assignment
     watchdog.paused()                       around what takes long without a mark
 
-A thread on each rank sends a line a second over TCP connections with rank 0 in the middle. It diagnoses:
+A thread on each rank exchanges a heartbeat a second with rank 0, which decides; the others watch rank 0 alone:
 
-    a rank died       Its connection ends without a goodbye, or its host does not acknowledge. The others name it and
-                      end with 1. (A process that is merely stopped still acknowledges: its kernel does.)
+    a rank died       Its connection ends, or its host does not acknowledge. The others name it and end with 1. (A
+                      process that is merely stopped still acknowledges: its kernel does.)
     a rank failed     It sends its exception when that leaves the `with`. The others end with the exception's `code`, or
                       1, unless their own loops end in the meantime: all ranks meet a user's mistake alike.
     a rank hangs      Nobody made progress for max(timeout, 10 x the median step). Silent ranks are to blame, else those
                       with the least progress: the others wait for them. All write their stacks and end with 75.
 
-They end by os._exit, because a main thread that waits in a collective cannot react.
+They end by os._exit, because a main thread that waits in a collective cannot react. Launchers do not replace this: they
+see deaths alone, and torchrun waits half a minute for a stopped process to end. Nor does a TCPStore: its server does
+not tell who died, and its clients wait for a stopped server beyond every timeout.
 """
 
 import contextlib
@@ -21,7 +23,6 @@ import faulthandler
 import itertools
 import math
 import os
-import selectors
 import signal
 import socket
 import statistics
@@ -29,26 +30,22 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 from lad_dist.config.errors import EXIT_FAULT, Fault, UserError
 from lad_dist.distributed import processes
-from lad_dist.distributed.cluster_state import (
-    GRACE,
-    NO_PROGRESS_YET,
-    ClusterState,
-    Diagnosis,
-    Failure,
-    Peer,
-    ProgressMark,
-)
-from lad_dist.distributed.connections import FLUSH_SECONDS, connect_all
+from lad_dist.distributed.cluster_state import ClusterState, Diagnosis, Heartbeat
+from lad_dist.distributed.connections import connect_all
 
-HEARTBEAT_SECONDS = 1.0  # seconds between the lines of a rank
-SILENT_BEATS = 5  # beats without a line after which a rank counts as silent, once nobody makes progress
+HEARTBEAT_SECONDS = 1.0
+SILENT_BEATS = 5  # beats without a heartbeat after which a rank counts as silent, once nobody makes progress
+GRACE = 2.0  # seconds in which others may fail alike, or a failure may turn out to be another's death
+FLUSH_SECONDS = 0.2  # for the others to read the diagnosis
+STACKS_SECONDS = 1.0  # for the others to write their stacks, before this rank or a launcher kills them
 START_SECONDS = 600.0  # compilation, the first collectives
 MIN_STEPS = 3  # after which there is a median
 MEDIAN_WINDOW = 64  # steps
@@ -73,19 +70,19 @@ class Watchdog:
         self._start_timeout = max(start_timeout, self._timeout)
         self._beat_seconds = min(HEARTBEAT_SECONDS, self._timeout / 10)
         self._stacks_path = stacks / f"rank-{self.rank:05}.txt"
-        self._mark = NO_PROGRESS_YET
+        self._heartbeat = Heartbeat()
         self._pauses = 0
+        self._step = -1
         self._step_starts: deque[float] = deque(maxlen=MEDIAN_WINDOW + 1)  # times of the last steps
-        self._stacks_file: TextIO | None = None
-        self._farewell: dict[str, Any] | None = None  # the last message
+        self._failures: dict[int, tuple[float, Diagnosis]] = {}  # when the others end by them; the first one counts
         self._thread: threading.Thread | None = None
 
     def mark(self, step: int, phase: str, micro_batch: int = 0) -> None:
         """Record that the main thread begins this phase of this micro-batch."""
-        previous = self._mark
-        if step != previous.step or not self._step_starts:
+        if step != self._step:
+            self._step = step
             self._step_starts.append(time.monotonic())
-        self._mark = ProgressMark(previous.number + 1, step, phase, micro_batch)
+        self._heartbeat = Heartbeat(self._heartbeat.marks + 1, f"in step {step}, {phase}, micro-batch {micro_batch}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -101,10 +98,15 @@ class Watchdog:
             return self
         if not faulthandler.is_enabled():
             faulthandler.enable(sys.__stderr__ or 2)
-        peers = processes.all_gather(Peer(socket.gethostname(), os.getpid(), _pid_namespace()))
-        self._connections = connect_all(len({peer.pid_namespace for peer in peers}) == 1)
-        self._cluster = ClusterState(peers, time.monotonic())
-        self._wake_receiver, self._wake_sender = socket.socketpair()
+        # Process ids mean the same in one name space of a running kernel.
+        namespace = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        peers = processes.all_gather((socket.gethostname(), os.getpid(), namespace))
+        self._local_pids = {rank: pid for rank, (_, pid, other) in enumerate(peers) if other == namespace}
+        self._connections = connect_all()
+        names = [f"rank {rank} on {host} (pid {pid})" for rank, (host, pid, _) in enumerate(peers)]
+        self._state = ClusterState(names, [self.rank, *self._connections], time.monotonic())
+        self._inbox, self._outbox = Pipe(duplex=False)
+        self._stacks = self._open_stacks()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -116,82 +118,78 @@ class Watchdog:
             return
         if error is None:
             processes.barrier()  # until all are here, a death is noticed
-        self._farewell = {"bye": True} if error is None else {"failed": _failure(error)}
-        # Another rank's death or failure may have caused this error: then this rank ends by that diagnosis.
-        self._awaits_blame = isinstance(error, Exception) and not isinstance(error, UserError | Fault)
-        self._wake_sender.send(b".")
+        else:
+            code = getattr(error, "code", EXIT_FAULT)
+            line = " ".join(f"{self._state.names[self.rank]} failed: {type(error).__name__}: {error}".split())[:400]
+            self._outbox.send(Diagnosis(code if isinstance(code, int) else EXIT_FAULT, line, [self.rank], grace=GRACE))
+            if self._connections and isinstance(error, Exception) and not isinstance(error, UserError | Fault):
+                time.sleep(
+                    GRACE + self._beat_seconds
+                )  # another's death or failure may be the cause, and ends this rank
+        self._outbox.send(None)
         self._thread.join()
         self._thread = None
-        sockets = (connection.socket for connection in self._connections.values())
-        for end in (self._wake_receiver, self._wake_sender, *sockets):
-            end.close()
+        if error is None:
+            processes.barrier()  # no thread is left that takes the end of a connection for a death
+        for connection in (self._inbox, self._outbox, *self._connections.values()):
+            connection.close()
         self._close_stacks()
 
     def _run(self) -> None:
-        selector = selectors.DefaultSelector()
-        selector.register(self._wake_receiver, selectors.EVENT_READ, None)
-        for rank, connection in self._connections.items():
-            selector.register(connection.socket, selectors.EVENT_READ, rank)
-        due = self._last_beat = time.monotonic()
-        end = math.inf
-        while (now := time.monotonic()) < end:
-            for key, _ in selector.select(max(0.0, min(due, end) - now)):
-                if key.data is None:
-                    selector.unregister(self._wake_receiver)
-                    end = self._send_farewell()
-                elif not self._receive(key.data):
-                    selector.unregister(key.fileobj)
-            if time.monotonic() >= due:
-                self._beat()
+        """Take messages, those of the main thread too, until that sends None."""
+        ranks = {connection: rank for rank, connection in self._connections.items()} | {self._inbox: self.rank}
+        due = time.monotonic()
+        while True:
+            for connection in ranks.keys() & set(wait(list(ranks), max(0.0, due - time.monotonic()))):
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    rank = ranks.pop(connection)
+                    if rank not in self._failures:
+                        self._end_all(self._state.diagnose_death(rank))
+                    continue
+                if message is None:
+                    return
+                self._on_message(ranks[connection], message)
+            if (now := time.monotonic()) >= due:
+                self._beat(now, now - due)
                 due = time.monotonic() + self._beat_seconds
 
-    def _send_farewell(self) -> float:
-        """Send why this rank leaves; return until when it listens to the others before it does."""
-        assert self._farewell is not None
-        for connection in self._connections.values():
-            connection.send(**self._farewell)
-        if not self._awaits_blame or not self._connections:
-            return 0.0
+    def _on_message(self, rank: int, message: Heartbeat | Diagnosis) -> None:
         now = time.monotonic()
-        self._cluster.on_failure(self.rank, Failure(*self._farewell["failed"]), now)
-        return now + GRACE + self._beat_seconds
-
-    def _receive(self, rank: int) -> bool:
-        """Take another rank's messages; return whether its connection stands."""
-        peer = self._cluster.peers[rank]
-        messages, stands = self._connections[rank].receive()
-        for message in messages:
-            self._on_message(rank, message)
-        if not stands and not peer.left and peer.failure is None:
-            self._end_all(self._cluster.diagnose_death(rank))
-        return stands
-
-    def _on_message(self, rank: int, message: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if "mark" in message:
-            self._cluster.on_heartbeat(rank, ProgressMark(*message["mark"]), message["paused"], now)
-        elif "failed" in message:
-            self._cluster.on_failure(rank, Failure(*message["failed"]), now)
-        elif "end" in message:
-            self._exit(Diagnosis(**message["end"]))
+        if isinstance(message, Heartbeat):
+            self._state.on_heartbeat(rank, message, now)
+        elif message.grace:
+            self._failures[rank] = (now + message.grace, message._replace(grace=0.0))
+            if rank == self.rank:
+                self._send(message)
         else:
-            self._cluster.peers[rank].left = True
+            self._end_all(message)
 
-    def _beat(self) -> None:
+    def _send(self, message: Heartbeat | Diagnosis, silent: Sequence[int] = ()) -> None:
+        """Send a message, but none to silent ranks: they take none, and this thread must not wait for them."""
+        for rank in self._connections.keys() - set(silent):
+            with contextlib.suppress(OSError):  # a broken connection shows when it is read
+                self._connections[rank].send(message)
+
+    def _beat(self, now: float, late: float) -> None:
         """Send this rank's position, and diagnose the state of all."""
-        now, timeout = time.monotonic(), self._current_timeout()
-        if now - self._last_beat > timeout / 2:  # this process itself was stopped
-            self._cluster.reset_timers(now)
-        self._last_beat = now
-        paused = self._pauses > 0
-        self._cluster.on_heartbeat(self.rank, self._mark, paused, now)
-        for connection in self._connections.values():
-            if not connection.clogged:
-                connection.send(mark=self._mark, paused=paused)
-        self._schedule_stacks(math.inf if paused or not self._mark.number else timeout)
-        diagnosis = self._cluster.diagnose_failure(now) or self._diagnose_hang(now, timeout)
-        if diagnosis is not None:
-            self._end_all(diagnosis)
+        state, timeout, silence = self._state, self._current_timeout(), SILENT_BEATS * self._beat_seconds
+        if late > timeout / 2:
+            state.reset_timers(now)
+        heartbeat = self._heartbeat._replace(paused=self._pauses > 0)
+        state.on_heartbeat(self.rank, heartbeat, now)
+        self._send(heartbeat, state.silent_ranks(now, silence))
+        end, failure = next(iter(self._failures.values()), (math.inf, None))
+        hang = state.diagnose_hang(now, timeout, silence)
+        if failure is not None and now >= end:
+            self._end_all(failure)
+        elif hang is not None and (self.rank == 0 or 0 in hang.lost):
+            self._end_all(hang)
+        faulthandler.cancel_dump_traceback_later()
+        if not heartbeat.paused and math.isfinite(timeout):
+            # One thread may hold Python's lock and stop this one, until the others name this rank.
+            faulthandler.dump_traceback_later(max(silence, state.last_progress + timeout - now), file=self._stacks)
 
     def _current_timeout(self) -> float:
         """Return the seconds without progress that are a hang."""
@@ -201,115 +199,41 @@ class Watchdog:
         median = statistics.median(b - a for a, b in itertools.pairwise(starts))
         return max(self._timeout, 10 * median)
 
-    def _schedule_stacks(self, timeout: float) -> None:
-        """Let faulthandler write the stacks if no beat follows: one thread may hold Python's lock and stop all."""
-        if math.isfinite(timeout):
-            faulthandler.dump_traceback_later(timeout, file=self._open_stacks())
-        else:
-            faulthandler.cancel_dump_traceback_later()
-
-    def _diagnose_hang(self, now: float, timeout: float) -> Diagnosis | None:
-        """Diagnose a hang: rank 0 hears all and decides; the others hear it alone and judge it alone."""
-        silence = SILENT_BEATS * self._beat_seconds
-        if self.rank == 0:
-            return self._cluster.diagnose_hang(now, timeout, silence, range(len(self._cluster.peers)))
-        diagnosis = self._cluster.diagnose_hang(now, timeout, silence, (0, self.rank))
-        return diagnosis if diagnosis is not None and 0 in diagnosis.silent else None
-
     def _end_all(self, diagnosis: Diagnosis) -> None:
         """End all ranks, this one too unless it failed by itself: then its main thread is about to end it."""
-        if self.rank in diagnosis.ranks and not diagnosis.stacks:
-            return
-        for connection in self._connections.values():
-            connection.send(end=diagnosis._asdict())
-        if self.rank == self._reporting_rank(diagnosis):
-            # Not by a logger: the main thread may hold its lock, and never release it.
-            os.write(2, f"{diagnosis.line}: all processes end\n".encode())
-        self._exit(diagnosis)
-
-    def _reporting_rank(self, diagnosis: Diagnosis) -> int:
-        """Return rank 0, or where it is to blame the first other rank of each host: all ranks have the diagnosis."""
-        namespace = self._cluster.peers[self.rank].pid_namespace
-        neighbors = (rank for rank, peer in enumerate(self._cluster.peers) if rank and peer.pid_namespace == namespace)
-        return next(neighbors, 0) if 0 in diagnosis.ranks else 0
-
-    def _exit(self, diagnosis: Diagnosis) -> None:
-        if self.rank in diagnosis.ranks and not diagnosis.stacks:
+        self._send(diagnosis)
+        if self.rank in diagnosis.lost and not diagnosis.hang:
             return
         try:
-            if diagnosis.stacks:
-                self._write_stacks(diagnosis.line)
-            self._await_others()
-            for rank in diagnosis.silent:
-                self._kill(self._cluster.peers[rank])
+            faulthandler.cancel_dump_traceback_later()
+            line = f"{diagnosis.line}: all processes end\n".encode()
+            if self.rank == min(set(range(processes.world_size())) - set(diagnosis.lost), default=0):
+                os.write(2, line)  # not by a logger: the main thread may hold its lock, and never release it
+            if diagnosis.hang:
+                with contextlib.suppress(OSError):
+                    os.write(self._stacks.fileno(), line)
+                faulthandler.dump_traceback(self._stacks)
+            time.sleep(STACKS_SECONDS if diagnosis.hang else FLUSH_SECONDS)
+            stopped = set(diagnosis.lost) - {self.rank} if diagnosis.hang else set()  # they keep memory and device
+            for rank in stopped & self._local_pids.keys():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(self._local_pids[rank], signal.SIGKILL)
             self._close_stacks()
-            _flush_output()
         finally:  # whatever else is broken
             os._exit(diagnosis.code)
 
-    def _write_stacks(self, line: str) -> None:
-        file = self._open_stacks()
-        with contextlib.suppress(OSError):
-            file.write(f"{line}\n")
-            file.flush()
-        faulthandler.dump_traceback(file)
-
-    def _await_others(self) -> None:
-        """Wait until the others have read the last messages, or for FLUSH_SECONDS."""
-        deadline = time.monotonic() + FLUSH_SECONDS
-        while time.monotonic() < deadline and any(peer.receive()[1] for peer in self._connections.values()):
-            time.sleep(0.02)
-
     def _open_stacks(self) -> TextIO:
-        """Open the file for the stacks while nothing hangs yet, but not before a run has begun that may hang.
-
-        So a user's mistake leaves no file behind. Where the disk takes no file, standard error has to do.
-        """
-        if self._stacks_file is None:
-            try:
-                self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
-                self._stacks_file = self._stacks_path.open("a")
-            except OSError:
-                self._stacks_file = open(os.dup(2), "w")  # noqa: SIM115 (for as long as the watchdog runs)
-        return self._stacks_file
+        """Open the file for the stacks while nothing hangs yet. Where the disk takes none, standard error has to do."""
+        with contextlib.suppress(OSError):
+            self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
+            return self._stacks_path.open("a")
+        return open(os.dup(2), "w")
 
     def _close_stacks(self) -> None:
+        """Close the file, and remove it where it is empty."""
         faulthandler.cancel_dump_traceback_later()
-        if self._stacks_file is None:
-            return
         with contextlib.suppress(OSError):  # the file is gone, or other ranks have files beside it
-            self._stacks_file.close()
+            self._stacks.close()
             if self._stacks_path.stat().st_size == 0:
                 self._stacks_path.unlink()
                 self._stacks_path.parent.rmdir()
-
-    def _kill(self, peer: Peer) -> None:
-        """Kill a stopped process, which would keep its memory and its device; elsewhere its id is another process's."""
-        if peer.pid_namespace == _pid_namespace() and peer.pid != os.getpid():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(peer.pid, signal.SIGKILL)
-
-
-def _failure(error: BaseException) -> Failure:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    code = getattr(error, "code", EXIT_FAULT)
-    return Failure(text[:300], code if isinstance(code, int) else EXIT_FAULT)
-
-
-def _pid_namespace() -> str:
-    """Return what processes share in which an id means the same process: a running kernel and a name space in it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _flush_output() -> None:
-    """Flush what was printed, unless its reader does not read."""
-
-    def flush() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-    thread = threading.Thread(target=flush, daemon=True)
-    thread.start()
-    thread.join(FLUSH_SECONDS)

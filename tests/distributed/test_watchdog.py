@@ -1,10 +1,12 @@
 """A rank that dies or hangs is diagnosed and named, and nobody waits for it."""
 
 import os
+import secrets
 import signal
 import socket
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from watchdog_ranks import TIMEOUT, Rank
 
 from lad_dist.config.errors import EXIT_FAULT, EXIT_RUN_AGAIN, UserError
 from lad_dist.distributed import processes, watchdog
-from lad_dist.distributed.cluster_state import GRACE, ClusterState, Failure, Peer, ProgressMark
-from lad_dist.distributed.connections import _accept
+from lad_dist.distributed.cluster_state import MAX_NAMED, ClusterState, Heartbeat
+from lad_dist.distributed.connections import RANK_BYTES, TOKEN_BYTES, accept_all
 from lad_dist.distributed.watchdog import Watchdog
 
 HOST = socket.gethostname()
@@ -173,20 +175,19 @@ def test_a_host_that_is_gone_without_a_word_is_missed(sends: bool, tmp_path: Pat
 
 def test_a_stranger_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    token, (rank, unknown_rank) = secrets.token_bytes(TOKEN_BYTES), (n.to_bytes(RANK_BYTES, "big") for n in (1, 7))
     server = socket.create_server(("127.0.0.1", 0))
-    strangers = [socket.create_connection(server.getsockname()) for _ in range(3)]
-    for stranger, text in zip(strangers, (b"wrong 00000001", b"right 00000007", b"right 0000000x"), strict=True):
+    strangers = [socket.create_connection(server.getsockname()) for _ in range(4)]
+    for stranger, text in zip(strangers, (bytes(TOKEN_BYTES) + rank, token + unknown_rank, b"GET /", b""), strict=True):
         stranger.sendall(text)
     friend = socket.create_connection(server.getsockname())
-    friend.sendall(b"right 00000001")
+    friend.sendall(token + rank)
     with server:
-        connections = _accept(server, "right")
-    friend.sendall(b'{"bye": true}\n')
-    deadline = time.monotonic() + 5
-    messages: list[dict[str, bool]] = []
-    while not messages and time.monotonic() < deadline:
-        messages, stands = connections[1].receive()
-    assert (list(connections), messages, stands) == ([1], [{"bye": True}], True)
+        connections = accept_all(server, token)
+    Connection(friend.detach()).send(Heartbeat())
+    assert connections.keys() == {1}
+    assert connections[1].poll(5)
+    assert connections[1].recv() == Heartbeat()
     assert all(stranger.recv(1) == b"" for stranger in strangers)
 
 
@@ -204,66 +205,54 @@ def test_a_trial_of_a_search_is_not_watched(tmp_path: Path) -> None:
 
 
 def cluster(world_size: int) -> ClusterState:
-    return ClusterState([Peer(f"node{rank}", 100 + rank, "") for rank in range(world_size)], now=0.0)
-
-
-def mark(number: int) -> ProgressMark:
-    return ProgressMark(number, 7, "forward", 0)
+    return ClusterState([f"node{rank}" for rank in range(world_size)], range(world_size), now=0.0)
 
 
 MARKS = st.lists(st.integers(0, 5), min_size=2, max_size=5)
 
 
 @given(MARKS, st.data())
-def test_silent_ranks_are_blamed_else_those_with_least_progress(numbers: list[int], data: st.DataObject) -> None:
-    world_size = len(numbers)
+def test_silent_ranks_are_blamed_else_those_with_least_progress(marks: list[int], data: st.DataObject) -> None:
+    world_size = len(marks)
     silent = data.draw(st.sets(st.integers(0, world_size - 1), max_size=world_size - 1))
     state = cluster(world_size)
-    for rank, number in enumerate(numbers):
-        state.on_heartbeat(rank, mark(number), paused=False, now=1.0)
+    for rank, number in enumerate(marks):
+        state.on_heartbeat(rank, Heartbeat(number), now=1.0)
     for rank in set(range(world_size)) - silent:
-        state.on_heartbeat(rank, mark(numbers[rank]), paused=False, now=11.0)
-    assert state.diagnose_hang(10.9, timeout=10.0, silence=5.0, ranks=range(world_size)) is None
-    diagnosis = state.diagnose_hang(11.1, timeout=10.0, silence=5.0, ranks=range(world_size))
+        state.on_heartbeat(rank, Heartbeat(marks[rank]), now=11.0)
+    assert state.diagnose_hang(state.last_progress + 9.9, timeout=10.0, silence=5.0) is None
+    diagnosis = state.diagnose_hang(11.1, timeout=10.0, silence=5.0)
     assert diagnosis is not None
-    assert diagnosis.ranks == (sorted(silent) or [rank for rank in range(world_size) if numbers[rank] == min(numbers)])
-    assert diagnosis.silent == sorted(silent)
+    assert diagnosis.lost == sorted(silent)
+    blamed = sorted(silent) or [rank for rank in range(world_size) if marks[rank] == min(marks)]
+    assert [rank for rank in range(world_size) if f"node{rank} " in diagnosis.line] == blamed[:MAX_NAMED]
+    assert ("and 1 more" in diagnosis.line) == (len(blamed) == MAX_NAMED + 1)
 
 
-def test_any_progress_puts_it_off() -> None:
-    state = cluster(2)
-    for second in range(20):
-        state.on_heartbeat(0, mark(0), paused=False, now=second)
-        state.on_heartbeat(1, mark(second), paused=False, now=second)
-        assert state.diagnose_hang(second + 0.5, timeout=1.0, silence=5.0, ranks=(0, 1)) is None
-
-
-def test_who_left_is_not_blamed() -> None:
+def test_any_progress_or_pause_puts_it_off() -> None:
     state = cluster(3)
-    state.peers[1].left = True
-    for rank in (0, 2):
-        state.on_heartbeat(rank, mark(4), paused=False, now=10.0)
-    diagnosis = state.diagnose_hang(20.0, timeout=5.0, silence=20.0, ranks=range(3))
-    assert diagnosis is not None
-    assert diagnosis.ranks == [0, 2]
+    for second in range(40):
+        state.on_heartbeat(0, Heartbeat(0), now=second)
+        state.on_heartbeat(1, Heartbeat(min(second, 20)), now=second)
+        state.on_heartbeat(2, Heartbeat(0, paused=second > 20), now=second)
+        assert state.diagnose_hang(second + 0.5, timeout=1.0, silence=5.0) is None
 
 
 def test_a_process_that_was_itself_stopped_blames_nobody() -> None:
     state = cluster(2)
     state.reset_timers(100.0)
-    assert state.diagnose_hang(104.0, timeout=5.0, silence=1.0, ranks=(0, 1)) is None
+    assert state.diagnose_hang(104.0, timeout=5.0, silence=1.0) is None
 
 
-def test_the_first_that_failed_is_named_after_the_grace() -> None:
-    state = cluster(3)
-    state.on_failure(2, Failure("RuntimeError: it", 1), now=10.0)
-    state.on_failure(1, Failure("RuntimeError: connection closed by peer", 1), now=10.1)
-    assert state.diagnose_failure(10.0 + GRACE - 0.1) is None
-    diagnosis = state.diagnose_failure(10.0 + GRACE)
-    assert diagnosis is not None
-    assert (diagnosis.ranks, diagnosis.code) == ([2], 1)
-    assert "node2" in diagnosis.line
-    assert "RuntimeError: it" in diagnosis.line
+@pytest.mark.processes
+def test_the_first_that_failed_is_named_after_the_grace(tmp_path: Path) -> None:
+    """Rank 1 fails by its neighbor's failure; rank 0, which does not wait for them, hears of both."""
+    faults = {0: watchdog_ranks.sleep_forever, 1: watchdog_ranks.raise_error_later, 2: watchdog_ranks.raise_error}
+    ranks = watchdog_ranks.begin(tmp_path, faults, 3, timeout=60.0)
+    ranks[2].await_fault()
+    assert await_end(ranks, seconds=60) == [EXIT_FAULT] * 3
+    assert f"{full_name(ranks[2])} failed: RuntimeError: a device fell off: all processes end" in ranks[0].stderr
+    assert ranks[1].stderr == ""
 
 
 @pytest.mark.parametrize(
