@@ -8,6 +8,7 @@ from torch import nn
 from lad_dist.config.errors import UserError
 from lad_dist.models import families
 from lad_dist.models.dims import encoder_layers
+from lad_dist.models.library_versions import check_layer_types
 from lad_dist.models.loading import PreTrainedModel
 
 
@@ -49,6 +50,7 @@ def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMod
                 module.layer_idx = index  # type: ignore[assignment]
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[n - 1] for n in numbers]
+        check_layer_types(model.config)
     if families.family_of(model.config).embeddings_norm is not None:
         _move_norms_before_attention(model, layers)
     return model
