@@ -101,9 +101,8 @@ def test_pairs_are_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     compact = compressed_module.compact_all(model)
     assert footprint.flops(compact, batch) == counted
     assert sum(footprint.stored_weights(compact).weights.values()) == count_parameters(compact)
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", _explicit_attention
-    )  # before 2.15, torch counts no fused one
+    # Before 2.15, torch counts no fused attention of a CPU.
+    monkeypatch.setattr(F, "scaled_dot_product_attention", _explicit_attention)
     with FlopCounterMode(display=False) as counter:
         compute_outputs(compact, batch, OutputSpec(logits=True))
     assert sum(counted.values()) == counter.get_total_flops()
