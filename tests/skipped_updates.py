@@ -123,10 +123,10 @@ def action_table(cases: list[tuple[int, str, str]]) -> dict[str, Any]:
 
 def divergence() -> list[list[int]]:
     tiny = engine(1, "bf16")
-    before = divergent_ranks(tiny.module.parameters())
+    before = divergent_ranks(tiny.module.named_parameters())
     if processes.rank() == processes.world_size() - 1:
         tiny.module.layers[0].bias.data.view(torch.int16)[5] ^= 1
-    return [before, divergent_ranks(tiny.module.parameters())]
+    return [before, divergent_ranks(tiny.module.named_parameters())]
 
 
 if __name__ == "__main__":

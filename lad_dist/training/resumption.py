@@ -83,7 +83,7 @@ class Resumption:
         """Raise Fault where processes hold other weights than most."""
         if not _has_replicas(self._layout):
             return
-        divergent = divergent_ranks(self.trainer.engine.module.parameters())
+        divergent = divergent_ranks(self.trainer.engine.module.named_parameters())
         if divergent:
             ranks = ", ".join(map(str, divergent))
             raise Fault(
