@@ -1,6 +1,7 @@
 """Registry of compressions: `compression.name` in a config -> class. A new one is one file and one line here."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 
 from lad_dist.compression.base import NO_DATA, Compression, CompressionContext, RunSettings
 from lad_dist.compression.heads import Heads
@@ -10,7 +11,7 @@ from lad_dist.compression.prune import Prune
 from lad_dist.compression.scale_position_embeddings import ScalePositionEmbeddings
 from lad_dist.compression.theseus import Theseus
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import lookup, validate_arguments
+from lad_dist.config.load import find_class, validate_arguments
 from lad_dist.config.schema import NamedOptions
 from lad_dist.models.loading import PreTrainedModel
 
@@ -20,12 +21,14 @@ COMPRESSIONS: dict[str, type[Compression]] = {
 
 
 def create_compression(named: NamedOptions) -> Compression:
-    """Return the compression of a `[[compression]]` table.
+    """Return the compression of a `[[compression]]` table: a registered one, or "my_package.module:Class".
 
     Raises:
-        UserError: The name is unknown, or an argument does not fit.
+        UserError: The name is unknown, the class is no dataclass, or an argument does not fit.
     """
-    kind: Callable[..., Compression] = lookup("compression.name", named.name, COMPRESSIONS)
+    kind: Callable[..., Compression] = find_class("compression.name", named.name, COMPRESSIONS, Compression)
+    if not is_dataclass(kind):
+        raise UserError(f"compression {named.name}: no dataclass; write @dataclass(frozen=True, kw_only=True) above it")
     return kind(**validate_arguments(f"compression {named.name}", kind, named.options))
 
 

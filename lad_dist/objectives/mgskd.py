@@ -117,8 +117,8 @@ class MGSKD(KD):
                 errors.setdefault(name, []).append(self._token_error(*states, batch, attention, pool))
         for m, layer in self.upper:
             states = student.hidden[m], teacher.hidden[layer]
-            samples = (losses.sequence_means(x, batch, limit=MAX_SAMPLES) for x in states)
-            errors.setdefault("sample", []).append(self._sample_error(*samples, batch))
+            student_means, teacher_means = (losses.sequence_means(x, batch, limit=MAX_SAMPLES) for x in states)
+            errors.setdefault("sample", []).append(self._sample_error(student_means, teacher_means, batch))
         return terms | {name: self.weights[name] * torch.stack(values).sum() for name, values in errors.items()}
 
     def _token_error(

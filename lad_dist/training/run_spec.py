@@ -18,7 +18,7 @@ from lad_dist.compression.layers import keep_layers, layer_numbers, random_embed
 from lad_dist.compression.registry import apply_compressions, check_compressions, create_compression
 from lad_dist.compression.width_pruning.narrow import Widths, check_widths, narrow_model, resized_config
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import check_writable, find_class, lookup, validate_arguments
+from lad_dist.config.load import check_writable, find_class, validate_arguments
 from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
 from lad_dist.core.batch import Batch, Head
 from lad_dist.core.outputs import ModelDims, OutputSpec
