@@ -142,7 +142,7 @@ def dump_config(config: ConfigTable) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
-def with_defaults(schema: type[ConfigTable], tables: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(schema: type[BaseModel], tables: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tables of a stored config, with keys that are new since at their defaults."""
     result = dict(tables)
     for name, field in schema.model_fields.items():
@@ -256,7 +256,7 @@ def _field_of(parameter: inspect.Parameter) -> tuple[Any, Any]:
     return annotation, ... if parameter.default is parameter.empty else parameter.default
 
 
-def first_mistake(error: ValidationError, schema: type[ConfigTable] | None = None) -> str:
+def first_mistake(error: ValidationError, schema: type[BaseModel] | None = None) -> str:
     """Return the first mistake of a validation in one line: the dotted key, what is wrong, and the value.
 
     Args:
@@ -290,11 +290,11 @@ def _key_names(schema: Any, path: list[str]) -> list[str]:
     for key in path:
         if not key.isdigit():
             schema = tables_in(schema.model_fields[key].annotation)[0]
-    return list(schema.model_fields)
+    return [name for key, field in schema.model_fields.items() for name in (key, field.alias) if name]
 
 
-def tables_in(annotation: Any) -> list[type[ConfigTable]]:
+def tables_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the tables that an annotation names: X, X | None, list[X]."""
-    if inspect.isclass(annotation) and issubclass(annotation, ConfigTable):
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     return [table for inner in typing.get_args(annotation) for table in tables_in(inner)]

@@ -1,6 +1,5 @@
-"""The DeepSpeed engine: build it, check its config, copy its state.
+"""The DeepSpeed engine: build it, copy its state.
 
-check_deepspeed_config(config)          the values of [deepspeed], by DeepSpeed's own checks
 build_engine(distiller, config)         the engine that trains a distiller
 snapshot(engine, folder)                the files of a checkpoint in that folder, in memory
 reset_optimizer_state(engine, pruned)   zeroes the moments of pruned weights
@@ -9,44 +8,24 @@ release(engine)                         frees what the engine holds
 """
 
 import contextlib
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import Files
-from lad_dist.config.errors import UserError
-from lad_dist.config.load import first_mistake
 from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import processes
 from lad_dist.training import deepspeed_patches, optimization
 from lad_dist.training.distiller import Distiller
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-DEEPSPEED_SCHEMAS = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
 VERSION: str = deepspeed.__version__
-
-
-def check_deepspeed_config(config: Mapping[str, Any]) -> None:
-    """Raise UserError where DeepSpeed's own checks refuse a value; resolve_run() has checked the keys."""
-    deepspeed_patches.check_version()
-    for name, schema in DEEPSPEED_SCHEMAS.items():
-        try:
-            schema(**config.get(name, {}))
-        except ValidationError as error:
-            raise UserError(f"deepspeed.{name}.{first_mistake(error)}") from None
 
 
 def build_engine(distiller: Distiller, config: TrainConfig) -> Any:

@@ -17,6 +17,7 @@ from lad_dist.distributed.logs import get_logger
 from lad_dist.distributed.watchdog import Watchdog
 from lad_dist.runs.run_folder import Run
 from lad_dist.training import engine, preflight, run_spec
+from lad_dist.training.deepspeed_patches import check_version
 from lad_dist.training.evaluation import build_evaluation
 from lad_dist.training.reporting import Report, Reporter, silent
 from lad_dist.training.results import RunResult, write_results
@@ -66,9 +67,8 @@ def train(config: TrainConfig, report: Report = silent) -> RunResult:
 
 def check(config: TrainConfig) -> run_spec.RunSpec:
     """Raise UserError for every mistake that can be known before anything is written; return the resolved run."""
-    spec = run_spec.resolve_run(config)
-    engine.check_deepspeed_config(config.deepspeed)
-    return spec
+    check_version()
+    return run_spec.resolve_run(config)
 
 
 def _train_from_checkpoint(spec: run_spec.RunSpec, run: Run, report: Report, watchdog: Watchdog) -> RunResult:

@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, launch
 
-from lad_dist.config.errors import UserError
 from lad_dist.distributed import processes
-from lad_dist.training import deepspeed_schema
 from lad_dist.training.update_guard import MAX_FUTILE_ROLL_BACKS, MIN_LOSSES, WINDOW, SkipPolicy, UpdateAction
 
 ACTIONS = ["skipped" if step == skipped_updates.SPOILT else "proceed" for step in range(skipped_updates.STEPS)]
@@ -142,11 +140,3 @@ def record(policy: SkipPolicy, losses: list[float | None], first: int) -> None:
             policy.on_skip(step)
         else:
             policy.on_update(loss)
-
-
-@pytest.mark.parametrize("key", ["bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"])
-def test_the_detection_cannot_be_turned_off(key: str) -> None:
-    table, name = key.split(".")
-    deepspeed_schema.check_keys({table: {name: True}})
-    with pytest.raises(UserError, match=f"deepspeed.{key}: remove the key"):
-        deepspeed_schema.check_keys({table: {name: False}})

@@ -1,0 +1,103 @@
+"""[deepspeed] is read by DeepSpeed's own models: a wrong key or value ends in one line."""
+
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from launching import ROOT
+
+from lad_dist.config.errors import UserError
+from lad_dist.config.load import read_toml
+from lad_dist.training.deepspeed_schema import check_deepspeed_config, deepspeed_schema
+
+ZERO = "deepspeed.zero_optimization"
+
+
+class RecordingDict(dict[str, Any]):
+    """A dict that knows which of its keys were asked for."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(values)
+        self.asked: set[object] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self  # DeepSpeed looks for a key in keys()
+
+
+def test_deepspeed_reads_these_keys() -> None:
+    table = RecordingDict(train_micro_batch_size_per_gpu=1)
+    DeepSpeedConfig(table)
+    assert deepspeed_schema().model_fields.keys() <= table.asked
+
+
+def test_shipped_configs_are_accepted() -> None:
+    tables = [read_toml(file).get("deepspeed", {}) for file in (ROOT / "configs").rglob("*.toml")]
+    assert any(tables)
+    for table in tables:
+        check_deepspeed_config(table)
+
+
+def test_every_table_is_accepted() -> None:
+    check_deepspeed_config(
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_prefetch_bucket_size": 10,
+                "offload_param": {"device": "cpu"},
+                "leaf_module": {"classes": ["torch.nn.Linear"]},
+            },
+            "bf16": {"enabled": True, "check_grad_overflow": True},
+            "csv_monitor": {"enabled": True},
+            "aio": {"block_size": 1},
+            "timers": {"throughput": {"enabled": False}},
+            "gradient_clipping": 1,
+            "steps_per_print": 10,
+            "communication_data_type": "fp32",
+            "prescale_gradients": True,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimiser": {}}, 'deepspeed.optimiser: no such table; did you mean "optimizer"?'),
+        ({"bfloat16": {"enabled": True}}, 'deepspeed.bfloat16: no such table; did you mean "bf16"?'),
+        ({"gradient_cliping": 1.0}, 'deepspeed.gradient_cliping: no such key; did you mean "gradient_clipping"?'),
+        ({"gradient_clipping": True}, "deepspeed.gradient_clipping: input should be a valid number, not True"),
+        ({"prescale_gradients": "no"}, "deepspeed.prescale_gradients: input should be a valid boolean, not 'no'"),
+        ({"wandb": {"enable": True}}, 'deepspeed.wandb.enable: no such key; did you mean "enabled"?'),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            f'{ZERO}.offload_optimizer.devise: no such key; did you mean "device"?',
+        ),
+        (
+            {"zero_optimization": {"stage3_prefetch_buckets_size": 1}},
+            f'{ZERO}.stage3_prefetch_buckets_size: no such key; did you mean "stage3_prefetch_bucket_size"?',
+        ),
+        ({"zero_optimization": True}, f"{ZERO}: input should be a valid dictionary"),
+        ({"zero_optimization": {"stage": "auto"}}, f"{ZERO}.stage: must be 0, 1, 2 or 3, not 'auto'"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, f"{ZERO}.reduce_bucket_size: input should be greater"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, f"{ZERO}.compute_grad_norm: remove the key"),
+        ({"bf16": {"check_grad_overflow": False}}, "deepspeed.bf16.check_grad_overflow: remove the key"),
+        (
+            {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "fp16": {"enabled": True}},
+            "deepspeed: bfloat16 and fp16 modes cannot be simultaneously enabled",
+        ),
+        ({"communication_data_type": "fp23"}, "deepspeed: Invalid communication_data_type"),
+        ({"timers": {"throughput": {"enable": True}}}, "deepspeed: 1 validation error for DeepSpeedThroughputTimer"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_deepspeed_config(config)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
