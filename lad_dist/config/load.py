@@ -142,7 +142,7 @@ def dump_config(config: ConfigTable) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
-def with_defaults(schema: type[BaseModel], tables: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(schema: type[ConfigTable], tables: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tables of a stored config, with keys that are new since at their defaults."""
     result = dict(tables)
     for name, field in schema.model_fields.items():
@@ -293,7 +293,7 @@ def _key_names(schema: Any, path: list[str]) -> list[str]:
     return [name for key, field in schema.model_fields.items() for name in (key, field.alias) if name]
 
 
-def tables_in(annotation: Any) -> list[type[BaseModel]]:
+def tables_in(annotation: Any) -> list[type[Any]]:
     """Return the tables that an annotation names: X, X | None, list[X]."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return [annotation]

@@ -48,7 +48,7 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
         raise UserError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {zero['stage']!r}")
     schema = deepspeed_schema()
     try:
-        parsed: Any = schema(**config)
+        parsed: Any = schema(**config | {"strict": True})  # else the top level ignores a value of "auto"
     except ValidationError as error:
         raise UserError(f"deepspeed.{first_mistake(error, schema)}") from None
     if parsed.bf16.enabled and parsed.zero_optimization.stage == 0:

@@ -72,6 +72,7 @@ def test_every_table_is_accepted() -> None:
         ({"optimiser": {}}, 'deepspeed.optimiser: no such table; did you mean "optimizer"?'),
         ({"bfloat16": {"enabled": True}}, 'deepspeed.bfloat16: no such table; did you mean "bf16"?'),
         ({"gradient_cliping": 1.0}, 'deepspeed.gradient_cliping: no such key; did you mean "gradient_clipping"?'),
+        ({"gradient_clipping": "auto"}, "deepspeed.gradient_clipping: input should be a valid number, not 'auto'"),
         ({"gradient_clipping": True}, "deepspeed.gradient_clipping: input should be a valid number, not True"),
         ({"prescale_gradients": "no"}, "deepspeed.prescale_gradients: input should be a valid boolean, not 'no'"),
         ({"wandb": {"enable": True}}, 'deepspeed.wandb.enable: no such key; did you mean "enabled"?'),
