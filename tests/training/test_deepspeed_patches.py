@@ -33,12 +33,13 @@ def test_shares_end_where_a_cpu_rounds_alike(engine: Any) -> None:
         assert share.numel() % deepspeed_patches.ALIGNMENT == 0
 
 
-@pytest.mark.parametrize("cuts", [[1], [50_001], [16, 70_000, 140_000]])
-def test_the_norm_does_not_depend_on_where_gradients_are_cut(engine: Any, cuts: list[int]) -> None:
-    gradients = torch.randn(200_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 200_000)
-    pieces = list(gradients.tensor_split(cuts))
-    norm = engine.optimizer.get_grad_norm_direct(pieces, pieces)
-    assert norm.item() == gradients.double().norm().float().item()
+def test_the_norm_is_rounded_once_wherever_gradients_are_cut(engine: Any) -> None:
+    """DeepSpeed rounds the sum of each share; a fourth of these norms would differ."""
+    for seed in range(64):
+        gradients = torch.randn(deepspeed_patches.CACHED_NUMBERS + 100, generator=torch.Generator().manual_seed(seed))
+        pieces = list(gradients.tensor_split([1 + 1000 * seed]))
+        norm = engine.optimizer.get_grad_norm_direct(pieces, pieces)
+        assert norm.item() == gradients.double().norm().float().item()
 
 
 def test_padding_counts_for_nothing(engine: Any) -> None:
