@@ -1,6 +1,6 @@
 """What differs between the versions of torch and transformers that pyproject.toml admits; all other code is the same.
 
-Torch 2.11 to 2.15: nothing. `varlen_attn` takes the same arguments, and from 2.15 on cuDNN computes it on some GPUs.
+Torch 2.11 to 2.15: nothing. `varlen_attn` takes the same arguments, and from 2.14 on cuDNN computes it on some GPUs.
 `hash_tensor` returns the same numbers.
 Transformers 5.10 to 5.24: below 5.17, it cannot load a ModernBERT whose layers are of one kind.
 """
