@@ -3,14 +3,14 @@
 import typing
 from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lad_dist.config.load import tables_in
-from lad_dist.config.schema import ConfigTable
 
 
-def describe_keys(schema: type[ConfigTable], prefix: str = "") -> list[tuple[str, str, str, str]]:
+def describe_keys(schema: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:
     """Return (key, type, default, description) for every key of a schema."""
     rows = []
     for name, field in schema.model_fields.items():
@@ -23,7 +23,7 @@ def describe_keys(schema: type[ConfigTable], prefix: str = "") -> list[tuple[str
     return rows
 
 
-def changeable_keys(schema: type[ConfigTable], prefix: str = "") -> set[str]:
+def changeable_keys(schema: type[BaseModel], prefix: str = "") -> set[str]:
     """Return the keys of a schema that may differ when a run resumes: they change nothing of what is learnt."""
     keys = set()
     for name, field in schema.model_fields.items():
