@@ -1,8 +1,10 @@
 """Random model outputs, and naive versions of what objectives compute: one sequence at a time, in fp64."""
 
+from itertools import permutations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import toy
 from hypothesis import strategies as st
 from torch import Tensor
@@ -93,3 +95,24 @@ def naive_score_error(
         for pair in (student, teacher)
     )
     return (s - t).square().mean().item()
+
+
+def naive_angle(i: Tensor, j: Tensor, k: Tensor) -> float:
+    """Return the cosine of the angle at j."""
+    return F.cosine_similarity(i - j, k - j, dim=0).item()
+
+
+def huber(error: float) -> float:
+    return error**2 / 2 if abs(error) < 1 else abs(error) - 0.5
+
+
+def naive_relational_errors(student: Tensor, teacher: Tensor) -> tuple[float, float]:
+    """Return RKD's mean errors over pairs and over triplets of points [B, D], one at a time; 0 where none exists."""
+    pairs, triplets = ([*permutations(range(len(student)), count)] for count in (2, 3))
+    s, t = ([(x[i] - x[j]).norm().item() for i, j in pairs] for x in (student, teacher))
+    distances = [huber(a * len(pairs) / sum(s) - b * len(pairs) / sum(t)) for a, b in zip(s, t, strict=True)]
+    angles = [
+        huber(naive_angle(*(student[n] for n in places)) - naive_angle(*(teacher[n] for n in places)))
+        for places in triplets
+    ]
+    return sum(distances) / max(1, len(pairs)), sum(angles) / max(1, len(triplets))

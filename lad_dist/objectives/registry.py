@@ -10,6 +10,7 @@ from lad_dist.objectives.mgskd import MGSKD
 from lad_dist.objectives.minilm import MiniLM
 from lad_dist.objectives.minilm2 import MiniLM2
 from lad_dist.objectives.pkd import PKD
+from lad_dist.objectives.rkd import RKD
 from lad_dist.objectives.supervised import MLM, Supervised
 from lad_dist.objectives.tinybert import TinyBERT
 
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "emd": EMD,
     "tinybert": TinyBERT,
     "mgskd": MGSKD,
+    "rkd": RKD,
     "minilm": MiniLM,
     "minilm2": MiniLM2,
     "lad": LAD,

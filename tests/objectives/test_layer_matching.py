@@ -7,12 +7,12 @@ import torch.nn.functional as F
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, random_outputs
+from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, huber, naive_angle, random_outputs
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
-from lad_dist.core.outputs import ModelDims
+from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives.alp import ALP
 from lad_dist.objectives.distilbert import DistilBERT
 from lad_dist.objectives.kd import KD
@@ -20,6 +20,7 @@ from lad_dist.objectives.mgskd import MGSKD
 from lad_dist.objectives.minilm import MiniLM
 from lad_dist.objectives.minilm2 import MiniLM2
 from lad_dist.objectives.pkd import PKD
+from lad_dist.objectives.rkd import RKD
 from lad_dist.objectives.tinybert import TinyBERT
 
 SEEDS = st.integers(0, 1000)
@@ -210,10 +211,6 @@ def test_alp_of_equal_teacher_layers_that_the_student_has_is_zero() -> None:
     assert ALP(STUDENT, TEACHER)(same, same, batch)["hidden"].item() == pytest.approx(0.0, abs=1e-9)
 
 
-def naive_angle(i: Tensor, j: Tensor, k: Tensor) -> float:
-    return F.cosine_similarity(i - j, k - j, dim=0).item()
-
-
 def naive_structure(groups: list[tuple[Tensor, Tensor, list[tuple[int, list[int]]]]], heads: int) -> float:
     """Return R over groups of student rows, teacher rows, and the neighbours of each vertex."""
     pairs, angles = [], []
@@ -227,8 +224,7 @@ def naive_structure(groups: list[tuple[Tensor, Tensor, list[tuple[int, list[int]
                 for i in neighbours:
                     for k in neighbours:
                         if i != k:
-                            error = abs(naive_angle(s[i], s[j], s[k]) - naive_angle(t[i], t[j], t[k]))
-                            angles.append(error**2 / 2 if error < 1 else error - 0.5)
+                            angles.append(huber(naive_angle(s[i], s[j], s[k]) - naive_angle(t[i], t[j], t[k])))
     return (sum(pairs) / len(pairs)).item() + sum(angles) / max(1, len(angles))
 
 
@@ -282,3 +278,84 @@ def test_mgskd_does_not_see_where_representations_are() -> None:
     assert {k: x.item() for k, x in objective(turned, teacher, batch).items()} == pytest.approx(
         dict.fromkeys(("token", "span", "sample"), 0.0), abs=1e-6
     )
+
+
+@few
+@given(
+    batch=naive_twins.batches(),
+    seed=SEEDS,
+    dims=st.sampled_from([STUDENT, NARROW]),
+    pooled=st.sampled_from(["mean", "first"]),
+    limit=st.integers(2, 5),
+)
+def test_rkd_equals_the_equations(batch: Batch, seed: int, dims: ModelDims, pooled: str, limit: int) -> None:
+    student, teacher = random_outputs(batch, seed, dims)
+    objective = RKD(dims, TEACHER, distance=3.0, angle=5.0, pooled=pooled, max_sequences=limit)  # type: ignore[arg-type]
+    terms = objective(student, teacher, batch)
+    points = [
+        torch.stack([x.mean(dim=0) if pooled == "mean" else x[0] for x in naive_twins.sequences(hidden, batch)[:limit]])
+        for hidden in (student.hidden[2], teacher.hidden[4])
+    ]
+    distance, angle = naive_twins.naive_relational_errors(*points)
+    assert terms["distance"].item() == pytest.approx(3 * distance, rel=1e-4, abs=1e-6)
+    assert terms["angle"].item() == pytest.approx(5 * angle, rel=1e-4, abs=1e-6)
+
+
+def relational_terms(student: list[list[float]], teacher: list[list[float]]) -> tuple[dict[str, float], Tensor]:
+    """Return RKD's terms of points, each a sequence of one token, and the gradient of the student's points."""
+    batch = toy.batch([1] * len(student))
+    points = torch.tensor(student, requires_grad=True)
+    dims = STUDENT._replace(hidden_size=points.shape[1]), TEACHER._replace(hidden_size=len(teacher[0]))
+    outputs = ModelOutputs(hidden={2: points}), ModelOutputs(hidden={4: torch.tensor(teacher)})
+    terms = RKD(*dims, soft=0.0, hard=0.0)(*outputs, batch)
+    sum(terms.values(), torch.tensor(0.0)).backward()
+    assert points.grad is not None
+    return {name: x.item() for name, x in terms.items()}, points.grad
+
+
+def test_rkd_of_three_points() -> None:
+    """Sides of 1, 2 and 3 on a line against 3, 4 and 5: means of 2 and 4, cosines of ±1 against 0, 0.6 and 0.8."""
+    terms, _ = relational_terms([[0.0], [1.0], [3.0]], [[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    distances = [(0.5 - 0.75) ** 2 / 2, (1.5 - 1.0) ** 2 / 2, (1.0 - 1.25) ** 2 / 2]
+    angles = [(1 - 0.0) ** 2 / 2, (1 + 0.6) - 0.5, (1 - 0.8) ** 2 / 2]
+    assert terms == {"distance": close(sum(distances) / 3), "angle": close(2 * sum(angles) / 3)}
+
+
+def test_rkd_sees_neither_place_nor_turn_nor_scale() -> None:
+    torch.manual_seed(0)
+    points = torch.randn(6, 4)
+    turned = 3 * points @ torch.linalg.qr(torch.randn(4, 4)).Q + 1000  # far away, where fp32 has few digits left
+    assert relational_terms(turned.tolist(), points.tolist())[0] == {
+        "distance": pytest.approx(0.0, abs=1e-6),
+        "angle": pytest.approx(0.0, abs=1e-6),
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rkd_without_relations_learns_nothing(count: int) -> None:
+    terms, gradient = relational_terms([[1.0, 2.0], [3.0, 5.0]][:count], [[1.0], [4.0]][:count])
+    assert terms == {"distance": close(0.0), "angle": close(0.0)}
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("equal", [2, 4])
+def test_rkd_of_equal_points_has_a_finite_gradient(equal: int) -> None:
+    """Such points have a distance of 0 and are part of no angle."""
+    points = [[1.0, 2.0]] * equal + [[0.0, 1.0], [3.0, 0.0], [5.0, 5.0], [1.0, 1.0]][: 4 - equal]
+    others = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    for student, teacher in ((points, others), (others, points)):
+        terms, gradient = relational_terms(student, teacher)
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() < 10
+        assert terms["distance"] > 0
+        assert (terms["angle"] == 0) == (equal == 4)
+
+
+def test_rkd_in_chunks_equals_the_angles_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    points = torch.randn(7, 3).tolist(), torch.randn(7, 5).tolist()
+    whole = relational_terms(*points)
+    monkeypatch.setattr("lad_dist.objectives.rkd.CHUNK_ANGLES", 100)  # two vertices at a time
+    parts = relational_terms(*points)
+    assert parts[0] == pytest.approx(whole[0])
+    torch.testing.assert_close(parts[1], whole[1])
