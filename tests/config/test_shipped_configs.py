@@ -66,8 +66,8 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
         changes["student.architecture"] = {**tables["student"]["architecture"], **toy.SIZES}
     if any(named["name"] == "theseus" for named in tables.get("compression", ())):
         changes["student.path"] = str(world.teacher)
-    if tables["student"].get("num_hidden_layers"):
-        changes["student.num_hidden_layers"] = 2
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4}
+    changes |= {f"student.{key}": size for key, size in sizes.items() if tables["student"].get(key)}
     if isinstance(tables["student"].get("layers"), list):
         changes["student.layers"] = [1, 3]
     if pretraining:
