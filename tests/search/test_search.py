@@ -203,15 +203,13 @@ def labels(work: Path, **changes: Any) -> set[str]:
         ({"method": {"kd_0": {"run.seed": 0}, "lad_0": {"run.seed": 0, "objective.soft": 1.0}}}, {"kd_0", "lad_0"}),
     ],
 )  # fmt: skip
-def test_the_label_of_a_trial_is_its_choices_but_for_task_and_seed(
-    work: Path, axes: dict[str, Any], expected: set[str]
-) -> None:
+def test_a_label_has_the_choices_but_for_task_and_seed(work: Path, axes: dict[str, Any], expected: set[str]) -> None:
     single = {"search": {"num_samples": 1}, "space": None}
     assert labels(work, **single, grid={**GRID, **axes}) == expected
     assert labels(work, **single, grid={**GRID, **axes}, override={"run.label": "ours"}) == expected
 
 
-def test_a_label_without_choices_is_that_of_the_config_and_a_sample_has_its_number(work: Path) -> None:
+def test_a_label_without_choices_is_that_of_the_config_and_the_number_of_the_sample(work: Path) -> None:
     seeds = {"seed": GRID["seed"]}
     assert labels(work, search={"num_samples": 1}, space=None, grid=seeds) == {"lad"}
     assert labels(work, search={"num_samples": 2}, grid=seeds) == {"lad-0", "lad-1"}
