@@ -91,17 +91,6 @@ class CorpusDataset:
         return [partial(held_out.batch, order.micro_batch(number, 0), 0) for number in range(count)]
 
 
-def open_shards(data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, split: str = "train") -> Shards:
-    """Return one split of the shards.
-
-    Raises:
-        UserError: The shards are damaged or of another tokenizer, or data.source_weights names an unknown source.
-    """
-    shards = Shards(data.shards, split)
-    check_shards(shards, data, tokenizer)
-    return shards
-
-
 def check_shards(shards: Shards, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise UserError where shards are of another tokenizer, or data.source_weights names an unknown source."""
     if shards.manifest["tokenizer"]["fingerprint"] != fingerprint(tokenizer):
@@ -113,7 +102,8 @@ class _CorpusWindows:
     """One split of the shards, cut into windows. U windows, L = max_length places."""
 
     def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, split: str) -> None:
-        shards = open_shards(data, tokenizer, split)
+        shards = Shards(data.shards, split)
+        check_shards(shards, data, tokenizer)
         self.fingerprint = shards.fingerprint
         self._frame = special_token_frame(tokenizer)
         self._room = data.max_length - self._frame.size
@@ -125,12 +115,9 @@ class _CorpusWindows:
         self._vocabulary = _vocabulary(tokenizer, data.whole_word_mask)
         self._is_content = np.ones(vocabulary_size(tokenizer), dtype=bool)  # by token id
         self._is_content[[*self._frame.before, *self._frame.after]] = False
-        self._masked_per_window = max(1, round(data.mlm_probability * self._tokens_per_window()))
-
-    def _tokens_per_window(self) -> float:
-        """Return the average, separators not counted."""
         tokens = sum(stream.tokens * weight for stream, weight in zip(self._streams, self.weights, strict=True))
-        return tokens / (sum(c * weight for c, weight in zip(self.counts, self.weights, strict=True)) or 1)
+        windows = sum(count * weight for count, weight in zip(self.counts, self.weights, strict=True)) or 1
+        self._masked_per_window = max(1, round(data.mlm_probability * (tokens / windows)))
 
     def batch(self, reading: WindowRead, seed: int) -> Batch:
         ids = np.stack([self._row(*place) for place in zip(reading.source, reading.window, strict=True)])

@@ -48,8 +48,8 @@ def load_batches(
         batch_size=None,
         sampler=steps,
         num_workers=num_workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_start_worker if num_workers else None,
+        collate_fn=lambda batches: batches,
+        worker_init_fn=(lambda worker: worker_process.die_with_parent()) if num_workers else None,
         prefetch_factor=PREFETCHED_STEPS if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,
         generator=torch.Generator(),  # the loader draws a seed that nobody needs, and not from the global generator
@@ -58,14 +58,6 @@ def load_batches(
         if isinstance(batches, UserError):
             raise batches
         yield [_to_tensors(batch) for batch in batches]
-
-
-def _unchanged(batches: Any) -> Any:
-    return batches
-
-
-def _start_worker(worker: int) -> None:
-    worker_process.die_with_parent()
 
 
 def _to_numpy(batch: Batch) -> NumpyBatch:

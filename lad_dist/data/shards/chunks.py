@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,8 @@ BLOCK_DOCUMENTS, BLOCK_IDS = 1 << 16, 1 << 22  # read at once
 
 # ids with the separator, bytes of the text in UTF-8, and 128 bits of its BLAKE2b
 RECORD = np.dtype([("ids", "<i8"), ("bytes", "<i8"), ("high", "<u8"), ("low", "<u8")])
+
+Item = TypeVar("Item")
 
 
 class Stopped(Exception):
@@ -89,9 +91,11 @@ def plan_chunks(sources: Sequence[SourceConfig]) -> list[TextChunk]:
     size = min(max(total // MIN_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
     chunks: list[TextChunk] = []
     for number, (source, spans) in enumerate(zip(sources, source_spans, strict=True)):
-        groups = [(span,) for span in spans] if source.kind == "hub" else _grouped(_cut(source, spans, size), size)
+        groups: Iterable[list[Span]] = [[span] for span in spans]
+        if source.kind != "hub":
+            groups = _grouped(_cut(source, spans, size), lambda span: span.end - span.begin, size)
         for nth, group in enumerate(groups):
-            chunks.append(TextChunk(len(chunks), number, nth == 0, group))
+            chunks.append(TextChunk(len(chunks), number, nth == 0, tuple(group)))
     return chunks
 
 
@@ -109,17 +113,18 @@ def _cut(source: SourceConfig, spans: Iterable[Span], size: int) -> Iterator[Spa
             yield span
 
 
-def _grouped(spans: Iterable[Span], size: int) -> Iterator[tuple[Span, ...]]:
-    group: list[Span] = []
+def _grouped(items: Iterable[Item], size_of: Callable[[Item], int], size: int) -> Iterator[list[Item]]:
+    """Yield neighbours together, of at least this size in all, but for the last."""
+    group: list[Item] = []
     group_size = 0
-    for span in spans:
-        group.append(span)
-        group_size += span.end - span.begin
+    for item in items:
+        group.append(item)
+        group_size += size_of(item)
         if group_size >= size:
-            yield tuple(group)
+            yield group
             group, group_size = [], 0
     if group:
-        yield tuple(group)
+        yield group
 
 
 def identity(
@@ -156,7 +161,7 @@ def write_chunk(chunk: TextChunk, job: TokenizeJob) -> None:
     errors = ErrorLog()
     documents = ids = 0
     with _committed(job.folder, chunk.number) as (id_file, document_file):
-        for texts in _batches(_texts(chunk, job, errors)):
+        for texts in _grouped(_texts(chunk, job, errors), len, BATCH_CHARACTERS):
             encoded = encode_flat(job.tokenizer, texts)
             if chunk.first and documents == 0:
                 refuse_unknown(job.tokenizer, [encoded.ids], job.sources[chunk.source].path)
@@ -184,20 +189,6 @@ def _texts(chunk: TextChunk, job: TokenizeJob, errors: ErrorLog) -> Iterator[str
 def unreadable_document_error(message: str) -> UserError:
     """Return what to raise for an unreadable document that is not to be skipped."""
     return UserError(f'{message}; mend or remove it, or set on_error = "skip"')
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield lists of texts of at least BATCH_CHARACTERS, but for the last."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _records(texts: Sequence[str], lengths: np.ndarray) -> np.ndarray:

@@ -217,7 +217,10 @@ def _tokenize(task: str, job: TokenizeJob, share: Sequence[TextChunk], num_worke
 
     Raise the UserError of the first chunk that has one. Progress is reported under the name `task`.
     """
-    infos = {chunk.number: _accepted(chunks.read_chunk_info(job.folder, chunk, job.dtype), job) for chunk in share}
+    infos = {chunk.number: chunks.read_chunk_info(job.folder, chunk, job.dtype) for chunk in share}
+    for info in infos.values():
+        if info is not None and info["skipped"] and not job.skip_errors:  # an earlier run skipped what this may not
+            raise chunks.unreadable_document_error(info["errors"][0])
     missing = [chunk for chunk in share if infos[chunk.number] is None]
     ids, done = sum(info["ids"] for info in infos.values() if info), len(share) - len(missing)
     progress.report(task, done, len(share), f"{plain_number(ids / 1e6)} million tokens")
@@ -228,13 +231,6 @@ def _tokenize(task: str, job: TokenizeJob, share: Sequence[TextChunk], num_worke
             ids, done = ids + info["ids"], done + 1
             progress.report(task, done, len(share), f"{plain_number(ids / 1e6)} million tokens")
     return [info for info in infos.values() if info is not None]
-
-
-def _accepted(info: ChunkInfo | None, job: TokenizeJob) -> ChunkInfo | None:
-    """Return the info. Raise UserError for a chunk in which an earlier run skipped what this one may not."""
-    if info is not None and info["skipped"] and not job.skip_errors:
-        raise chunks.unreadable_document_error(info["errors"][0])
-    return info
 
 
 @contextlib.contextmanager

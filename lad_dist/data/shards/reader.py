@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -213,7 +213,11 @@ def verify(folder: str | Path) -> int:
     for shard in shards:
         _require_size(folder / shard["file"], shard["length"] * dtype.itemsize)
         _require_size(folder / shard["offsets"], shard["offsets_bytes"])
-    _refuse_others(folder, {shard[key] for shard in shards for key in ("file", "offsets")}, sources)
+    listed = {shard[key] for shard in shards for key in ("file", "offsets")}
+    for source in sources:
+        for file in sorted((folder / source["name"]).glob("*")):
+            if str(file.relative_to(folder)) not in listed:  # the folder was put together out of several
+                raise UserError(f"{file}: the manifest does not name it; remove it, or prepare the corpus again")
     bytes_read = 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         sizes = pool.map(lambda shard: _verify(folder, shard, dtype, manifest["vocabulary"]), shards)
@@ -221,14 +225,6 @@ def verify(folder: str | Path) -> int:
             bytes_read += size
             progress.report(f"verifying {folder}", done, len(shards), gigabytes(bytes_read))
     return bytes_read
-
-
-def _refuse_others(folder: Path, listed: set[str], sources: Sequence[dict[str, Any]]) -> None:
-    """Raise UserError for a file that the manifest does not list: the folder was put together out of several."""
-    for source in sources:
-        for file in sorted((folder / source["name"]).glob("*")):
-            if str(file.relative_to(folder)) not in listed:
-                raise UserError(f"{file}: the manifest does not name it; remove it, or prepare the corpus again")
 
 
 def _verify(folder: Path, shard: dict[str, Any], dtype: np.dtype, vocabulary: int) -> int:

@@ -12,6 +12,7 @@ lines, of the others a row.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,7 +130,8 @@ def _lines(source: SourceConfig, span: Span) -> Documents:
     if source.kind == "wikiextractor":
         return _articles(FileLines(span, ARTICLE_END))
     if source.kind == "jsonl":
-        return _objects(FileLines(span, LINE), source.column)
+        lines = FileLines(span, LINE)
+        return (_object(lines, number, line, source.column) for number, line in lines if line.strip())
     return _blocks(FileLines(span, BLANK_LINE)) if source.document == "block" else _whole_file(FileLines(span, LINE))
 
 
@@ -162,12 +164,6 @@ def _unclosed(lines: FileLines, opened: int) -> Iterator[UnreadableDocument]:
         yield UnreadableDocument(f"{lines.where(opened)}: this <doc …> is not closed")
 
 
-def _objects(lines: FileLines, column: str) -> Documents:
-    for number, line in lines:
-        if line.strip():
-            yield _object(lines, number, line, column)
-
-
 def _object(lines: FileLines, number: int, line: bytes, column: str) -> str | UnreadableDocument:
     try:
         row = parse_json(line.decode("utf-8"))
@@ -180,14 +176,12 @@ def _object(lines: FileLines, number: int, line: bytes, column: str) -> str | Un
     if column not in row:
         return UnreadableDocument(f'{lines.where(number)}: no "{column}": {did_you_mean(column, row)}')
     text = _value(row[column], column)
-    return (
-        UnreadableDocument(f"{lines.where(number)}: {text.message}") if isinstance(text, UnreadableDocument) else text
-    )
+    return text if isinstance(text, str) else UnreadableDocument(f"{lines.where(number)}: {text.message}")
 
 
 def _placed(value: Any, column: str, place: str) -> str | UnreadableDocument:
     text = _value(value, column)
-    return UnreadableDocument(f"{place}: {text.message}") if isinstance(text, UnreadableDocument) else text
+    return text if isinstance(text, str) else UnreadableDocument(f"{place}: {text.message}")
 
 
 def _value(value: Any, column: str) -> str | UnreadableDocument:
@@ -203,25 +197,20 @@ def _value(value: Any, column: str) -> str | UnreadableDocument:
 
 
 def _whole_file(lines: FileLines) -> Documents:
-    yield _decoded(lines, 1, [line for _, line in lines], _paragraphs)
+    yield _decoded(lines, 1, (line for _, line in lines), _paragraphs)
 
 
 def _blocks(lines: FileLines) -> Documents:
     """Yield one text for each block of lines between blank ones, its lines joined into one paragraph."""
-    first = 0
-    block: list[bytes] = []
-    for number, line in lines:
-        if line.strip():
-            first = number if not block else first
-            block.append(line)
-        elif block:
-            yield _decoded(lines, first, block, _paragraphs)
-            block = []
-    if block:
-        yield _decoded(lines, first, block, _paragraphs)
+    for filled, group in groupby(lines, lambda numbered: bool(numbered[1].strip())):
+        if filled:
+            block = list(group)
+            yield _decoded(lines, block[0][0], (line for _, line in block), _paragraphs)
 
 
-def _decoded(lines: FileLines, first: int, text: list[bytes], clean: Callable[[str], str]) -> str | UnreadableDocument:
+def _decoded(
+    lines: FileLines, first: int, text: Iterable[bytes], clean: Callable[[str], str]
+) -> str | UnreadableDocument:
     """Return lines of text, the first of which has number `first`, as clean text."""
     data = b"".join(text)
     try:
@@ -237,16 +226,5 @@ def _without_empty_lines(text: str) -> str:
 
 def _paragraphs(text: str) -> str:
     """Return hard-wrapped lines joined into paragraphs, which blank lines separate."""
-    return "\n".join(_joined(text.split("\n")))
-
-
-def _joined(lines: Iterable[str]) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in lines:
-        if line.strip():
-            paragraph.append(line.strip())
-        elif paragraph:
-            yield " ".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield " ".join(paragraph)
+    lines = map(str.strip, text.split("\n"))
+    return "\n".join(" ".join(group) for filled, group in groupby(lines, bool) if filled)

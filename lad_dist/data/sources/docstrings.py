@@ -113,8 +113,11 @@ def _sources(library: str) -> dict[str, Path | str]:
     root = _root(library)
     if root is None:
         return {}
-    files = (file for file in root.rglob("*.py") if not _is_test(file.relative_to(root)))
-    sources: dict[str, Path | str] = {f"{library}.{_module(root, file)}": file for file in files}
+    sources: dict[str, Path | str] = {
+        f"{library}.{_module(root, file)}": file
+        for file in root.rglob("*.py")
+        if TESTS.isdisjoint(file.relative_to(root).parts) and not file.name.startswith("test_")
+    }
     if library == "python":
         sources |= {f"pydoc_data.topics.{topic}": text for topic, text in topics.items()}
     return sources
@@ -125,10 +128,6 @@ def _root(library: str) -> Path | None:
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(library)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
-
-
-def _is_test(path: Path) -> bool:
-    return not TESTS.isdisjoint(path.parts) or path.name.startswith("test_")
 
 
 def _module(root: Path, file: Path) -> str:
@@ -210,7 +209,9 @@ def write(
         raise UserError(
             f"{folder}: only {len(labels)} of {', '.join(LIBRARIES)} with enough documentation are installed"
         )
-    modules = _by_module(train)
+    modules: dict[str, list[str]] = {}
+    for passage in train:
+        modules.setdefault(passage.module, []).append(passage.text)
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     for module, texts in modules.items():
         (folder / "corpus" / f"{module}.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
@@ -226,13 +227,6 @@ def write(
     }
     counts_file.write_text(json.dumps(counts) + "\n")
     return counts
-
-
-def _by_module(passages: Iterable[Passage]) -> dict[str, list[str]]:
-    modules: dict[str, list[str]] = {}
-    for passage in passages:
-        modules.setdefault(passage.module, []).append(passage.text)
-    return modules
 
 
 def _write_rows(file: Path, passages: Iterable[Passage]) -> None:

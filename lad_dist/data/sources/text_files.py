@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -27,15 +27,11 @@ BYTE_ORDER_MARK = "\ufeff"
 COUNT_BYTES = 1 << 22  # bytes
 
 
-def _open_zstd(file: Path) -> Any:
-    return pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")
-
-
 DECOMPRESS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _open_zstd,
+    ".zst": lambda file: pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"),
 }
 
 
@@ -100,7 +96,8 @@ class FileLines:
 
     def _plain(self) -> Iterator[tuple[int, bytes]]:
         with open(self._span.file, "rb") as stream:
-            at, end = self._ends(stream)
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                at, end = (self._boundary_at(content, place) for place in (self._span.begin, self._span.end))
             self._skipped = at
             stream.seek(at)
             for number, line in enumerate(stream, 1):
@@ -108,10 +105,6 @@ class FileLines:
                     return
                 yield number, _without_mark(line) if at == 0 else line
                 at += len(line)
-
-    def _ends(self, stream: IO[bytes]) -> tuple[int, int]:
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return self._boundary_at(content, self._span.begin), self._boundary_at(content, self._span.end)
 
     def _boundary_at(self, content: mmap.mmap, place: int) -> int:
         """Return the first place at or after `place` where a document may begin."""

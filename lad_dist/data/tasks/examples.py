@@ -83,7 +83,7 @@ class TaskExamples:
 
     def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
         """Return how far a student decides as its teacher does, from logits [R, V] of both."""
-        raise NotImplementedError
+        return metrics.loyalty(student, teacher)
 
     @property
     def count(self) -> int:
@@ -135,11 +135,7 @@ def tokenize(
 
     Raise UserError when the tokenizer does not know the text.
     """
-    kinds: dict[type[Any], Any] = {
-        Texts: TextExamples,
-        Sentences: TaggingExamples,
-        Questions: QuestionExamples,
-    }
+    kinds: dict[type[Any], Any] = {Texts: TextExamples, Sentences: TaggingExamples, Questions: QuestionExamples}
     return kinds[type(raw)](task, raw, tokenizer, data, description, pad_to)
 
 
@@ -163,9 +159,6 @@ class TextExamples(TaskExamples):
 
     def score(self, logits: Logits) -> dict[str, float]:
         return metrics.score(self._metrics, logits, self.labels)
-
-    def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
-        return metrics.loyalty(student, teacher)
 
 
 class TaggingExamples(TaskExamples):
@@ -200,9 +193,6 @@ class TaggingExamples(TaskExamples):
         accuracy = metrics.accuracy(self.labels, logits.argmax(axis=1))
         values = {**metrics.entity_metrics(gold, predicted), "accuracy": accuracy}
         return {name: values[name] for name in self._metrics}
-
-    def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
-        return metrics.loyalty(student, teacher)
 
     def _tags(self, numbers: np.ndarray) -> list[list[str]]:
         """Return the tags of class ids [R], sentence by sentence."""
@@ -290,15 +280,11 @@ def _answer_labels(answers: Sequence[Answer], characters: np.ndarray) -> np.ndar
     """
     labels = np.zeros((1 + len(characters), 2), dtype=np.float32)
     begin = end = 0
-    if answers and len(characters) and _holds(characters, answers[0]):
+    if answers and len(characters) and characters[0, 0] <= answers[0].begin and characters[-1, 1] >= answers[0].end:
         begin = int(np.searchsorted(characters[:, 0], answers[0].begin, side="right"))
         end = 1 + int(np.searchsorted(characters[:, 1], answers[0].end))
     labels[begin, 0] = labels[end, 1] = 1
     return labels
-
-
-def _holds(characters: np.ndarray, answer: Answer) -> bool:
-    return bool(characters[0, 0] <= answer.begin and characters[-1, 1] >= answer.end)
 
 
 def _warn_of_cut_answers(raw: Questions, question: np.ndarray, labels: Sequence[np.ndarray], description: str) -> None:

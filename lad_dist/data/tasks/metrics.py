@@ -13,9 +13,10 @@ E examples or words, C classes, R rows of all windows.
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +38,8 @@ def _f1(labels: Array, predicted: Array) -> float:
     return f1_score(labels, predicted, average="binary" if max(labels.max(), predicted.max()) <= 1 else "macro")
 
 
-def _pearson(labels: Array, predicted: Array) -> float:
-    return pearsonr(labels, predicted).statistic if np.ptp(predicted) else 0.0
-
-
-def _spearman(labels: Array, predicted: Array) -> float:
-    return spearmanr(labels, predicted).statistic if np.ptp(predicted) else 0.0
+def _correlation(test: Callable[[Array, Array], Any], labels: Array, predicted: Array) -> float:
+    return test(labels, predicted).statistic if np.ptp(predicted) else 0.0
 
 
 def accuracy(labels: Array, predicted: Array) -> float:
@@ -54,8 +51,8 @@ METRICS = {
     "accuracy": accuracy,
     "f1": _f1,
     "matthews": matthews_corrcoef,
-    "pearson": _pearson,
-    "spearman": _spearman,
+    "pearson": partial(_correlation, pearsonr),
+    "spearman": partial(_correlation, spearmanr),
 }
 
 
@@ -66,7 +63,7 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
     of the distributions, mean over examples. For a regression it is the correlation of the outputs, `teacher_pearson`.
     """
     if student.shape[1] == 1:
-        return {"teacher_pearson": float(_pearson(teacher[:, 0], student[:, 0]))}
+        return {"teacher_pearson": float(_correlation(pearsonr, teacher[:, 0], student[:, 0]))}
     with np.errstate(invalid="ignore"):  # rounding takes equal ones below 0, and its root is NaN
         distance = jensenshannon(softmax(student, axis=1), softmax(teacher, axis=1), base=2, axis=1)
     return {

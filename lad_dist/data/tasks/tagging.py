@@ -85,19 +85,15 @@ def _conll(file: Path) -> Iterator[_Sentence]:
             continue
         fields = line.rstrip().split("\t") if "\t" in line else line.split()
         columns = columns or len(fields)
-        _check_fields(f"{file}:{number}", fields, columns)
+        if len(fields) != columns:
+            raise UserError(f"{file}:{number}: {len(fields)} columns, not {columns}")
+        if columns < 2:
+            raise UserError(f"{file}:{number}: one column, not two: a word and a tag")
         sentence.lines.append(number)
         sentence.words.append(fields[0])
         sentence.tags.append(fields[-1])
     if sentence.words:
         yield sentence
-
-
-def _check_fields(where: str, fields: list[str], columns: int) -> None:
-    if len(fields) != columns:
-        raise UserError(f"{where}: {len(fields)} columns, not {columns}")
-    if columns < 2:
-        raise UserError(f"{where}: one column, not two: a word and a tag")
 
 
 def _jsonl(file: Path) -> Iterator[_Sentence]:
