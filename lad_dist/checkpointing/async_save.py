@@ -135,20 +135,16 @@ def write(files: Files, root: Path) -> dict[str, Digest]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             digesting = _DigestingFile(file)
-            _save(content, digesting)
+            try:
+                torch.save(content, digesting)  # type: ignore[arg-type]
+            except RuntimeError as error:  # torch turns a failed write into one
+                raise OSError(first_line(error)) from error
             file.flush()
             os.fsync(file.fileno())
         digests[str(path.relative_to(root))] = digesting.digest
     for folder in {path.parent for path, _ in files}:
         fsync(folder)
     return digests
-
-
-def _save(content: Any, file: _DigestingFile) -> None:
-    try:
-        torch.save(content, file)  # type: ignore[arg-type]
-    except RuntimeError as error:  # torch turns a failed write into one
-        raise OSError(first_line(error)) from error
 
 
 @dataclass
@@ -193,17 +189,13 @@ class AsyncCheckpointer:
     def gave_up(self) -> bool:
         return self.failures >= MAX_FAILURES
 
-    def is_due(self, step: int) -> bool:
-        """Whether a save may begin after this step."""
-        return self.every > 0 and step - self.last_started >= self.every - self.lag
-
     def on_step_end(self, step: int, busy: bool) -> None:
         """Commit a finished save and begin one that is due. `busy`: whether any process is still writing."""
         if self.pending is not None and not busy:
             self._finish_save(step)
         if not self.every:
             return
-        if self.pending is None and self.is_due(step):
+        if self.pending is None and step - self.last_started >= self.every - self.lag:
             self._begin(step)
         if step - self.last_committed >= self.every and not self.gave_up:
             self.wait(step)
@@ -266,7 +258,11 @@ class AsyncCheckpointer:
         results = processes.all_gather((save.digests, save.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error]
         if not errors:
-            errors = self._commit(save, {name: digest for digests, _ in results for name, digest in digests.items()})
+            digests = {name: digest for digests, _ in results for name, digest in digests.items()}
+            try:
+                processes.on_main(partial(self.checkpoints.commit, save.draft, save.metadata, digests))
+            except OSError as error:
+                errors = [f"rank 0: {type(error).__name__}: {error}"]
         if errors:
             self._fail(errors)
             if processes.is_main():
@@ -274,13 +270,6 @@ class AsyncCheckpointer:
             return
         self.failures = 0
         self.last_committed, self.lag = save.step, max(1, step - save.step)
-
-    def _commit(self, save: PendingSave, digests: Mapping[str, Digest]) -> list[str]:
-        try:
-            processes.on_main(partial(self.checkpoints.commit, save.draft, save.metadata, digests))
-        except OSError as error:
-            return [f"rank 0: {type(error).__name__}: {error}"]
-        return []
 
     def _fail(self, errors: list[str]) -> None:
         self.failures += 1

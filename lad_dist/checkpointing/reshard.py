@@ -140,7 +140,8 @@ def _read_unpartitioned(engine: Any, file: dict[str, Any]) -> _SavedState:
     optimizer = file["optimizer"]
     inner = optimizer.get("optimizer_state_dict", optimizer)
     saved = _SavedState(loss_scale=optimizer)
-    for number, (names, group) in enumerate(zip(_names(engine), inner["param_groups"], strict=True)):
+    for number, (parameters, group) in enumerate(zip(groups(engine), inner["param_groups"], strict=True)):
+        names = [engine.param_names[parameter] for parameter in parameters]
         weights = optimizer["fp32_groups"][number] if "fp32_groups" in optimizer else [file["module"][n] for n in names]
         saved.counts.append({})
         for name, index, weight in zip(names, group["params"], weights, strict=True):
@@ -163,10 +164,6 @@ def groups(engine: Any) -> list[list[Any]]:
         if hasattr(engine.optimizer, name):
             return getattr(engine.optimizer, name)
     return [group["params"] for group in engine.optimizer.param_groups]
-
-
-def _names(engine: Any) -> list[list[str]]:
-    return [[engine.param_names[parameter] for parameter in group] for group in groups(engine)]
 
 
 def _mismatch(engine: Any, saved: _SavedState) -> str | None:
@@ -192,20 +189,18 @@ def _fill(engine: Any, saved: _SavedState) -> None:
         (flat,) = optimizer.optimizer.param_groups[number]["params"]
         share = {key: torch.zeros_like(flat) for key in saved.keys}
         for parameter in group:
-            if parameter._hp_mapping is not None:  # other processes hold all of it
-                _fill_parameter(share, parameter._hp_mapping, saved.values(engine.param_names[parameter]))
+            mapping = parameter._hp_mapping
+            if mapping is None:  # other processes hold all of it
+                continue
+            source, target = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            for key, value in saved.values(engine.param_names[parameter]):
+                share[key].narrow(0, target.start, target.numel).copy_(value.narrow(0, source.start, source.numel))
         flat.data.copy_(share.pop(WEIGHTS))  # the state's weights are views of it
         if counts:
             inner[number] = share | _copied(counts)
     if hasattr(optimizer, "loss_scaler"):
         _fill_loss_scale(vars(optimizer.loss_scaler), saved)
     optimizer.load_state_dict([state] * processes.world_size(), load_from_fp32_weights=True)
-
-
-def _fill_parameter(share: dict[str, Tensor], mapping: Any, values: Iterator[tuple[str, Tensor]]) -> None:
-    source, target = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-    for key, value in values:
-        share[key].narrow(0, target.start, target.numel).copy_(value.narrow(0, source.start, source.numel))
 
 
 def _fill_whole(engine: Any, saved: _SavedState) -> None:
