@@ -111,12 +111,9 @@ def task_scores(dev: Dev, predictions: DevPredictions) -> dict[str, float]:
 
 
 def compare(
-    dev: Dev,
-    student: DevPredictions,
-    teacher_dev: Dev,
-    teacher: DevPredictions | None,
+    dev: Dev, student: DevPredictions, teacher_dev: Dev, teacher: DevPredictions | None
 ) -> dict[str, dict[str, float]]:
-    """Return {"student": metrics, "teacher": metrics}, the student's with its loyalty to the teacher.
+    """Return {"student": metrics and loyalty, "teacher": metrics}.
 
     `teacher_dev` holds the same examples in the teacher's tokens.
     """
@@ -170,8 +167,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     teacher_predictions = None if teacher is None else predict_all(teacher, teacher_dev)
     scores = compare(dev, predict_all(student, dev), teacher_dev, teacher_predictions)
     if teacher is not None:
-        speedup = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
-        scores["student"]["speedup"] = speedup
+        scores["student"]["speedup"] = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     result = {
         name: {"path": path, "parameters": count_parameters(model.model), **scores[role]}
         for name, role, path, model in zip(("model", "teacher"), scores, paths, models, strict=False)

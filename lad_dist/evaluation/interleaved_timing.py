@@ -35,11 +35,6 @@ class Timing:
     spread: float
     rounds: int
 
-    @property
-    def throughput(self) -> float:
-        """Sequences per second."""
-        return self.batch / self.seconds
-
 
 def batch_shapes(max_positions: int) -> list[tuple[int, int]]:
     """Return the shapes (B, S) with sequences of at most `max_positions` tokens."""
@@ -55,17 +50,14 @@ def time_interleaved(
     for _ in range(WARM_UP):
         for call in forms.values():
             _time_call(call, device)
+    fewest, most = (MIN_ROUNDS, MAX_ROUNDS) if rounds is None else (rounds, rounds)
     start = time.perf_counter()
-    while _continues(min(map(len, seconds.values())), time.perf_counter() - start, rounds):
+    for completed in range(most):
+        if completed >= fewest and time.perf_counter() - start >= MAX_SECONDS:
+            break
         for name, call in forms.items():
             seconds[name].append(_time_call(call, device))
     return [_timing(name, device, shape, form_seconds) for name, form_seconds in seconds.items()]
-
-
-def _continues(completed: int, elapsed: float, rounds: int | None) -> bool:
-    if rounds is not None:
-        return completed < rounds
-    return completed < MIN_ROUNDS or (completed < MAX_ROUNDS and elapsed < MAX_SECONDS)
 
 
 def _time_call(call: Callable[[], object], device: torch.device) -> float:

@@ -172,17 +172,15 @@ def _timings(
         for model in forms.values():
             model.to(device)
         for batch, length in shapes:
-            calls = {form: _call(model, batch, length, device) for form, model in forms.items()}
+            calls: dict[str, Callable[[], object]] = {}
+            for form, model in forms.items():
+                inputs = onnx_export.example_inputs(model, [length] * batch)
+                calls[form] = partial(model, **{name: x.to(device) for name, x in inputs.items()})
             if device == CPU:
                 inputs = onnx_export.example_inputs(forms[STUDENT], [length] * batch)
                 calls |= {form: partial(session, inputs) for form, session in sessions.items()}
             timings += interleaved_timing.time_interleaved(calls, device, (batch, length), rounds)
     return timings
-
-
-def _call(model: InferenceModel, batch: int, length: int, device: torch.device) -> Callable[[], object]:
-    inputs = {name: x.to(device) for name, x in onnx_export.example_inputs(model, [length] * batch).items()}
-    return partial(model, **inputs)
 
 
 def _gpu() -> dict[str, str]:

@@ -41,7 +41,6 @@ def test_forms_take_turns_and_the_warm_up_does_not_count(clock: list[float]) -> 
         interleaved_timing.Timing("a", "cpu", 32, 128, seconds=1.5, spread=1.75, rounds=4),
         interleaved_timing.Timing("b", "cpu", 32, 128, seconds=4.0, spread=0.0, rounds=4),
     ]
-    assert timings[1].throughput == 8
 
 
 @pytest.mark.parametrize(
