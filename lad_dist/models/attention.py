@@ -228,9 +228,6 @@ def _explicit_attention(
     return (weights @ v).view(*heads, length, size)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Make no mask: flat attention keeps sequences apart by itself."""
-
-
 AttentionInterface.register(ATTENTION_NAME, _attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+# No mask: flat attention keeps sequences apart by itself.
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)

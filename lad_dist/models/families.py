@@ -22,26 +22,6 @@ from lad_dist.config.errors import UserError
 from lad_dist.utils.suggest import did_you_mean
 
 
-def _from_zero(config: Any) -> int:
-    return 0
-
-
-def _after_padding(config: Any) -> int:
-    return config.pad_token_id + 1
-
-
-def _never(config: Any) -> bool:
-    return False
-
-
-def _no_maps(config: Any) -> tuple[str, ...]:
-    return ()
-
-
-def _no_positions(config: Any) -> int:
-    return 0
-
-
 @dataclass(frozen=True)
 class LayerModules:
     """Paths of the modules within a layer, None where the family has no such module. The defaults are BERT's."""
@@ -69,10 +49,12 @@ class Family:
 
     # How it runs.
     flat: bool = True  # whether transformers lets attention be replaced
-    first_position: Callable[[Any], int] = _from_zero  # the number of a sequence's first position
-    mean_pooling: Callable[[Any], bool] = _never  # whether a classifier reads the mean over tokens
+    first_position: Callable[[Any], int] = lambda _: 0  # the number of a sequence's first position
+    mean_pooling: Callable[[Any], bool] = lambda _: False  # whether a classifier reads the mean over tokens
     shared_layers: bool = False  # whether one layer runs many times
-    uneven_layers: Callable[[Any], bool] = _never  # whether layers differ in kind, so that none can replace another
+    uneven_layers: Callable[[Any], bool] = lambda _: (
+        False
+    )  # whether layers differ in kind, so that none can replace another
     narrowable: bool = False  # whether norms follow the additions, and scores are products of q and k alone
 
     # Where its modules stand: in the encoder,
@@ -85,8 +67,8 @@ class Family:
     modules: LayerModules = field(default_factory=LayerModules)
     attention_dropout: str = "attention.self.dropout"  # a module, or a number
     optional_dropout: str | None = None  # name of a dropout of hidden states that is left out at probability 0
-    relative_position_maps: Callable[[Any], tuple[str, ...]] = _no_maps  # maps that read relative positions
-    relative_positions: Callable[[Any], int] = _no_positions  # how many embeddings of relative positions they read
+    relative_position_maps: Callable[[Any], tuple[str, ...]] = lambda _: ()  # maps that read relative positions
+    relative_positions: Callable[[Any], int] = lambda _: 0  # how many embeddings of relative positions they read
 
     # What its configs say.
     intermediate_size_key: str = "intermediate_size"
@@ -110,7 +92,7 @@ def _deberta_relative_positions(config: Any) -> int:
 
 
 BERT = Family(narrowable=True)
-ROBERTA = replace(BERT, first_position=_after_padding)
+ROBERTA = replace(BERT, first_position=lambda config: config.pad_token_id + 1)
 FAMILIES = {
     "bert": BERT,
     "roberta": ROBERTA,
