@@ -39,10 +39,6 @@ def _no_batches() -> Sequence[Batch]:
     raise ValueError("no calibration batches: the model is compressed without training data")
 
 
-def _silent(values: Mapping[str, float]) -> None:
-    """Report nothing."""
-
-
 @dataclass(frozen=True)
 class CompressionContext:
     """What `Compression.apply` may use beside the student.
@@ -54,7 +50,7 @@ class CompressionContext:
     """
 
     calibration_batches: Callable[[], Sequence[Batch]] = _no_batches
-    report: Callable[[Mapping[str, float]], None] = _silent
+    report: Callable[[Mapping[str, float]], None] = lambda _: None
 
 
 NO_DATA = CompressionContext()

@@ -14,7 +14,7 @@ changed is, but for its head, 1/32 of its base: many tasks cost one model and a 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lad_dist.compression.compressed_module import COMPACT, MERGED, ToPlain, compressed_modules, iter_weights
+from lad_dist.compression.compressed_module import COMPACT, MERGED, compressed_modules, iter_weights
 from lad_dist.compression.layers import keep_layers
 from lad_dist.compression.pruning.module import GlobalPruning, MaskedModule
 from lad_dist.config.errors import UserError
@@ -69,10 +69,12 @@ def pack(student: PreTrainedModel) -> CompactExport:
     The compact form is there where it takes fewer bytes than the ordinary form, the masks where the weights under them
     did not train.
     """
-    weights = dict(_plain_weights(student, COMPACT)) if compressed_modules(student) else {}
+    weights = {}
+    if compressed_modules(student):
+        weights = {name: weight.detach().float().cpu() for name, weight in iter_weights(student, COMPACT)}
     compact = dict(pair for name, weight in weights.items() for pair in _pack_weight(name, weight))
     ordinary = {name: weight.shape for name, weight in iter_weights(student, MERGED)}
-    if _num_bytes(compact) >= 4 * sum(shape.numel() for shape in ordinary.values()):
+    if sum(tensor.nbytes for tensor in compact.values()) >= 4 * sum(shape.numel() for shape in ordinary.values()):
         compact = {}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
     resized = {
@@ -89,10 +91,6 @@ def pack(student: PreTrainedModel) -> CompactExport:
     return CompactExport(compact, resized, masks | trained, weights_digest(frozen), shapes, dtype)
 
 
-def _plain_weights(student: nn.Module, to_plain: ToPlain) -> Iterator[tuple[str, Tensor]]:
-    return ((name, weight.detach().float().cpu()) for name, weight in iter_weights(student, to_plain))
-
-
 def _pack_weight(name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
     bits, values = _pack_bits(weight != 0), weight[weight != 0]
     if bits.nbytes + values.nbytes < weight.nbytes:
@@ -102,8 +100,7 @@ def _pack_weight(name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
 
 def _unpack_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in tensors.items() if not name.endswith((BITS, VALUES))}
-    for name in {name.removesuffix(BITS) for name in tensors if name.endswith(BITS)}:
-        mask = _unpack_bits(tensors[name + BITS], shapes[name])
+    for name, mask in _unpack_masks(tensors, shapes).items():
         weights[name] = torch.zeros(mask.shape).masked_scatter(mask, tensors[name + VALUES])
     return weights
 
@@ -115,10 +112,6 @@ def _pack_bits(mask: Tensor) -> Tensor:
 def _unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
     return torch.from_numpy(flat.astype(bool)).view(*shape)
-
-
-def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _masks_over_frozen(student: nn.Module) -> dict[str, MaskedModule]:
@@ -174,7 +167,6 @@ def _encoder_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> d
 
 def _insert_pair(model: nn.Module, name: str, rank: int) -> None:
     """Replace a module by a pair of that rank."""
-    parent, _, child = name.rpartition(".")
     plain = model.get_submodule(name)
     if isinstance(plain, nn.Embedding):
         rows, width = plain.weight.shape
@@ -184,7 +176,7 @@ def _insert_pair(model: nn.Module, name: str, rank: int) -> None:
         assert isinstance(plain, nn.Linear)
         inner = nn.Linear(plain.in_features, rank, bias=False)
         outer = nn.Linear(rank, plain.out_features, bias=plain.bias is not None)
-    setattr(model.get_submodule(parent), child, nn.Sequential(inner, outer))
+    model.set_submodule(name, nn.Sequential(inner, outer))
 
 
 def load_masked(folder: str | Path, base: str | None = None) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
     CompressedModule             the base class
     compressed_modules           those of a model
-    merge_all, compact_all       replace them by plain modules
+    merge_all, replace_all       replace them by plain modules
     iter_modules, iter_weights   the modules and weights that a model would have without them
 
 A compressed module trains with the student. Two plain modules have its function. One is of the kind that it replaced:
@@ -61,12 +61,18 @@ def compressed_modules(model: nn.Module) -> list[CompressedModule]:
 
 def merge_all(model: nn.Module) -> nn.Module:
     """Replace each compressed module of the model by the module that it merges into, in place."""
-    return _replace_all(model, MERGED)
+    return replace_all(model, MERGED)
 
 
-def compact_all(model: nn.Module) -> nn.Module:
-    """Replace each compressed module of the model by the module that computes least, in place."""
-    return _replace_all(model, COMPACT)
+def replace_all(model: nn.Module, to_plain: ToPlain) -> nn.Module:
+    """Replace each compressed module of the model by its plain module, in place."""
+    for name, child in list(model.named_children()):
+        plain = to_plain(child) if isinstance(child, CompressedModule) else child
+        if plain is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, replace_all(plain, to_plain))
+    return model
 
 
 def iter_modules(module: nn.Module, to_plain: ToPlain, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -91,13 +97,3 @@ def iter_weights(model: nn.Module, to_plain: ToPlain) -> Iterator[tuple[str, nn.
             if id(weight) not in visited:
                 visited.add(id(weight))
                 yield f"{module_name}.{weight_name}" if module_name else weight_name, weight
-
-
-def _replace_all(model: nn.Module, to_plain: ToPlain) -> nn.Module:
-    for name, child in list(model.named_children()):
-        plain = to_plain(child) if isinstance(child, CompressedModule) else child
-        if plain is None:
-            delattr(model, name)
-        else:
-            setattr(model, name, _replace_all(plain, to_plain))
-    return model

@@ -4,7 +4,7 @@
     stored_weights(model)      weights of the compact form, by component: all of them, and those that are not zero
     exported_weights(model)    number of weights of the ordinary folder
     footprint(model, batch)    these as one flat table: what results.json and the model card hold
-    bytes_on_disk(export)      bytes of each form of a model in its folder
+    bytes_table(export)        bytes of each form of a model in its folder
 
 A low-rank pair counts as the pair where that is cheaper, a replaced layer as its successor. Weights that are zero take
 part in every product all the same. The model stays as it is: each compressed module returns its plain module.
@@ -184,11 +184,8 @@ def footprint(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
 
 
 def bytes_table(export: Path) -> dict[str, float]:
-    """Return `bytes_on_disk` as a flat table, as `footprint` does."""
-    return {f"bytes/{form}": size for form, size in bytes_on_disk(export).items()}
-
-
-def bytes_on_disk(export: Path) -> dict[str, int]:
-    """Return the bytes of the weights by form, for the forms that the export has."""
+    """Return the bytes of the weights by form, for the forms that the export has, as a flat table."""
     files_of_form = {form: list(export.glob(pattern)) for form, pattern in FORMS.items()}
-    return {form: sum(file.stat().st_size for file in files) for form, files in files_of_form.items() if files}
+    return {
+        f"bytes/{form}": sum(file.stat().st_size for file in files) for form, files in files_of_form.items() if files
+    }

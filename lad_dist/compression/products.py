@@ -255,7 +255,6 @@ def insert_products(
     for name, module in modules.items():
         kind = LowRankEmbedding if isinstance(module, nn.Embedding) else LowRankLinear
         product, error = kind.from_module(module, ranks[name], moments.pop(name, None))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, product)
+        model.set_submodule(name, product)
         if has_numbers:
             context.report({f"initial_error/low_rank/{name.removeprefix(prefix)}": error.item()})

@@ -98,7 +98,7 @@ def test_pairs_are_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         meta_model = toy.compress(toy_model(), "low_rank", keep=0.5)
     assert footprint.flops(meta_model, batch) == counted
-    compact = compressed_module.compact_all(model)
+    compact = compressed_module.replace_all(model, compressed_module.COMPACT)
     assert footprint.flops(compact, batch) == counted
     assert sum(footprint.stored_weights(compact).weights.values()) == count_parameters(compact)
     # Before 2.15, torch counts no fused attention of a CPU.
@@ -168,7 +168,7 @@ def test_narrower_and_shallower_students_count_less(world: World, tmp_path: Path
 
 def test_bytes_are_those_of_the_weights(world: World, tmp_path: Path) -> None:
     size = (world.teacher / "model.safetensors").stat().st_size
-    assert footprint.bytes_on_disk(world.teacher) == {"safetensors": size}
+    assert footprint.bytes_table(world.teacher) == {"bytes/safetensors": size}
     (tmp_path / "onnx").mkdir()
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"123")
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"4567")

@@ -246,7 +246,7 @@ def test_products_merged_and_compact_forms_have_one_function(family: str, activa
     assert not compressed_module.compressed_modules(merged)
     assert {name: x.shape for name, x in merged.state_dict().items()} == {name: x.shape for name, x in plain.items()}
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
-    small = compressed_module.compact_all(model())
+    small = compressed_module.replace_all(model(), compressed_module.COMPACT)
     assert count_parameters(small) < 0.6 * count_parameters(merged)
     torch.testing.assert_close(logits(small), expected, rtol=1e-4, atol=1e-4)
 

@@ -366,6 +366,6 @@ def test_masks_after_low_rank_are_on_the_factors() -> None:
     assert all(name.endswith((".inner", ".outer")) for name in pruning.masked)
     pruning.tighten(0.5)
     expected = logits(model)
-    compact = compressed_module.compact_all(copy.deepcopy(model))
+    compact = compressed_module.replace_all(copy.deepcopy(model), compressed_module.COMPACT)
     torch.testing.assert_close(logits(compact), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(compressed_module.merge_all(model)), expected, rtol=1e-5, atol=1e-5)

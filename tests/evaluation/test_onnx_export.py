@@ -23,7 +23,9 @@ def low_rank_model(family: str, head: Head, folder: Path, **settings: Any) -> In
     tokenizer = load_tokenizer(toy_families.tokenizer(family, folder / family))
     labels = {"classification": toy.LABELS, "question_answering": ("start", "end")}.get(head, ())
     model = toy_families.new_model(family, head, tokenizer, labels, **settings)
-    return InferenceModel(compressed_module.compact_all(toy.compress(model, "low_rank", keep=0.5)))  # type: ignore[arg-type]
+    return InferenceModel(
+        compressed_module.replace_all(toy.compress(model, "low_rank", keep=0.5), compressed_module.COMPACT)
+    )  # type: ignore[arg-type]
 
 
 # The other families export alike: to leave them out saves time.
