@@ -147,14 +147,10 @@ def _measured(sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...])
     sender.send(Measurement(seconds, kilobytes / 1024, value))
 
 
-def _texts(file: Path) -> list[str]:
-    with open(file, encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
-
-
 def _tokenize(clock: Any, config: PrepareConfig, file: Path, processes: int) -> None:
     """Run the tokenizer on texts in memory: on threads of the tokenizer, or in several processes on one thread each."""
-    texts = _texts(file)
+    with open(file, encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
     tokenizer = load_tokenizer(config.tokenizer).backend_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if processes == 1 else "false"
     shares = [partial(_encode, tokenizer, texts[number::processes]) for number in range(processes)]

@@ -109,12 +109,12 @@ def parse_config(schema: type[Schema], tables: Mapping[str, Any], where: str) ->
 
 
 def _check_values(tables: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for valid TOML that no config can hold: very deep tables, and texts that no file can hold."""
+    """Raise UserError for valid TOML that no config can hold: deep tables, and texts that no file or path can hold."""
     level: list[tuple[str, Any]] = [("", tables)]
     for _ in range(MAX_DEPTH):
         level = [inner for place, value in level for inner in _items(place, value)]
         for place, value in level:
-            if isinstance(value, str) and not _is_usable(value):
+            if isinstance(value, str) and ("\0" in value or not is_encodable(value)):
                 raise UserError(f"{where}: {place}: {_shown(value)} holds a character that no text can; retype it")
     if level:
         raise UserError(f"{where}: {level[0][0][:40]}…: more than {MAX_DEPTH} tables deep; no key is so deep")
@@ -125,11 +125,6 @@ def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping | list):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         yield from ((f"{place}.{key}" if place else str(key), inner) for key, inner in items)
-
-
-def _is_usable(text: str) -> bool:
-    """Return whether the text can be written down, and handed to the system as a path."""
-    return "\0" not in text and is_encodable(text)
 
 
 def _shown(value: Any) -> str:

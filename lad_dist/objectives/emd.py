@@ -143,7 +143,9 @@ class EMD(KD):
         distances = {"hidden": hidden, "attention": attention}
         transports = {kind: _transport(plan, distances[kind]) for kind, plan in self.plans.items()}
         if self.training:
-            self._add_costs(torch.stack([costs for _, costs in transports.values()]))
+            costs = torch.stack([costs for _, costs in transports.values()])
+            self.costs = self.costs.to(costs.device) + processes.average(costs)
+            self.count += 1
         self._log_layer_weights(batch.input_ids.device)
         terms = super().forward(student, teacher, batch)
         terms |= {kind: self.weights[kind] * loss for kind, (loss, _) in transports.items()}
@@ -152,10 +154,6 @@ class EMD(KD):
             error = losses.mean_over_tokens(losses.squared_error(mapped, teacher.hidden[0]), batch)
             terms["embedding"] = self.embedding * error
         return terms
-
-    def _add_costs(self, costs: Tensor) -> None:
-        self.costs = self.costs.to(costs.device) + processes.average(costs)
-        self.count += 1
 
     def _log_layer_weights(self, device: torch.device) -> None:
         plan = next(iter(self.plans.values()))

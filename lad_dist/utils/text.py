@@ -20,10 +20,10 @@ def one_line(error: Exception, limit: int = MAX_REASON) -> str:
     return (text if len(text) <= limit else f"{text[:limit]}…").rstrip(".") or type(error).__name__
 
 
-def first_line(error: Exception, limit: int = MAX_REASON) -> str:
-    """Return the first line of an error's text, at most `limit` characters; without a text, the error's type."""
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, at most MAX_REASON characters; without a text, the error's type."""
     lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+    return lines[0][:MAX_REASON] if lines else type(error).__name__
 
 
 def is_encodable(text: str) -> bool:
