@@ -36,6 +36,7 @@ from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.heads import label_order
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import check_weight_files
+from lad_dist.utils import progress
 
 Batches = Sequence[Callable[[], Batch]]
 Dev = Mapping[str, TaskExamples]
@@ -62,6 +63,7 @@ def rank_batches(batches: Batches) -> Iterator[tuple[Batch, bool]]:
     for first in range(0, len(batches), world_size):
         index = first + rank
         yield batches[min(index, len(batches) - 1)](), index < len(batches)
+        progress.report("evaluation", min(first + world_size, len(batches)), len(batches))
 
 
 @torch.no_grad()
