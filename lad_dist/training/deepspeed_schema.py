@@ -46,6 +46,10 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
     zero = config.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {zero['stage']!r}")
+    for name in ("bf16", "fp16"):
+        enabled = config[name].get("enabled", False) if isinstance(config.get(name), dict) else False
+        if not isinstance(enabled, bool):  # DeepSpeed reads texts too
+            raise UserError(f"deepspeed.{name}.enabled: must be true or false, not {enabled!r}")
     schema = deepspeed_schema()
     try:
         parsed: Any = schema(**config | {"strict": True})  # else the top level ignores a value of "auto"
