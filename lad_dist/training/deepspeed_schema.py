@@ -55,6 +55,17 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
         parsed: Any = schema(**config | {"strict": True})  # else the top level ignores a value of "auto"
     except ValidationError as error:
         raise UserError(f"deepspeed.{first_mistake(error, schema)}") from None
+    _check_support(parsed)
+    from deepspeed.runtime.config import DeepSpeedConfig  # noqa: PLC0415
+
+    try:
+        DeepSpeedConfig({**config, "train_micro_batch_size_per_gpu": 1})
+    except Exception as error:  # it raises each kind
+        raise UserError(f"deepspeed: {one_line(error)}") from None
+
+
+def _check_support(parsed: Any) -> None:
+    """Raise UserError for what DeepSpeed allows and lad_dist cannot train with."""
     if parsed.bf16.enabled and parsed.zero_optimization.stage == 0:
         raise UserError(
             "deepspeed.bf16: needs deepspeed.zero_optimization.stage = 1 or more, whose weights keep an fp32 copy"
@@ -69,12 +80,6 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
             raise UserError(
                 f"deepspeed.{name}.{key}: remove the key: without it, gradients that are not finite are used"
             )
-    from deepspeed.runtime.config import DeepSpeedConfig  # noqa: PLC0415
-
-    try:
-        DeepSpeedConfig({**config, "train_micro_batch_size_per_gpu": 1})
-    except Exception as error:  # it raises each kind
-        raise UserError(f"deepspeed: {one_line(error)}") from None
 
 
 @cache

@@ -57,7 +57,7 @@ def test_the_first_line_is_the_command_that_runs_the_file(file: Path) -> None:
 def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, Any]:
     """What a toy machine has to change in a training config: places and sizes."""
     pretraining = "shards" in tables["data"]
-    changes: dict[str, Any] = {"run.dir": str(work), "run.steps": 1, "run.epochs": None, "run.eval_every": 0}
+    changes: dict[str, Any] = {"run.dir": str(work), "run.steps": 2, "run.epochs": None, "run.eval_every": 0}
     if "teacher" in tables:
         changes["teacher.path"] = str(world.pretrained if pretraining else world.teacher)
     if "path" in tables["student"]:
@@ -94,13 +94,13 @@ def _toy_budgets(tables: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", TRAINING, ids=ids(TRAINING))
-def test_a_training_config_takes_a_step(file: Path, world: World, tmp_path: Path) -> None:
+def test_a_training_config_takes_two_steps(file: Path, world: World, tmp_path: Path) -> None:
     tables = read_toml(file)
     rows: list[dict[str, Any]] = []
     result = train(toy.parsed(tables, toy_places(tables, world, tmp_path)), rows.append)
     assert result.results is not None
-    assert result.results["steps"] == 1
-    assert [row["step"] for row in rows if "loss" in row] == [1]
+    assert result.results["steps"] == 2
+    assert [row["step"] for row in rows if "loss" in row] == [2]
 
 
 @pytest.mark.parametrize("file", SEARCHES, ids=ids(SEARCHES))
