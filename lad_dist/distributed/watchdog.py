@@ -75,6 +75,7 @@ class Watchdog:
         self._step = -1
         self._step_starts: deque[float] = deque(maxlen=MEDIAN_WINDOW + 1)  # times of the last steps
         self._failures: dict[int, tuple[float, Diagnosis]] = {}  # when the others end by them; the first one counts
+        self._is_blamed = False  # for a failure: the main thread is about to end this process
         self._thread: threading.Thread | None = None
 
     def mark(self, step: int, phase: str, micro_batch: int = 0) -> None:
@@ -123,9 +124,8 @@ class Watchdog:
             line = " ".join(f"{self._state.names[self.rank]} failed: {type(error).__name__}: {error}".split())[:400]
             self._outbox.send(Diagnosis(code if isinstance(code, int) else EXIT_FAULT, line, [self.rank], grace=GRACE))
             if self._connections and isinstance(error, Exception) and not isinstance(error, UserError | Fault):
-                time.sleep(
-                    GRACE + self._beat_seconds
-                )  # another's death or failure may be the cause, and ends this rank
+                # Another rank's death or failure may be the cause: then that ends this rank.
+                self._thread.join(2 * GRACE)
         self._outbox.send(None)
         self._thread.join()
         self._thread = None
@@ -136,10 +136,10 @@ class Watchdog:
         self._close_stacks()
 
     def _run(self) -> None:
-        """Take messages, those of the main thread too, until that sends None."""
+        """Take messages, those of the main thread too, until that sends None or this rank is to blame for the end."""
         ranks = {connection: rank for rank, connection in self._connections.items()} | {self._inbox: self.rank}
         due = time.monotonic()
-        while True:
+        while not self._is_blamed:
             for connection in ranks.keys() & set(wait(list(ranks), max(0.0, due - time.monotonic()))):
                 try:
                     message = connection.recv()
@@ -202,7 +202,8 @@ class Watchdog:
     def _end_all(self, diagnosis: Diagnosis) -> None:
         """End all ranks, this one too unless it failed by itself: then its main thread is about to end it."""
         self._send(diagnosis)
-        if self.rank in diagnosis.lost and not diagnosis.hang:
+        self._is_blamed = self.rank in diagnosis.lost and not diagnosis.hang
+        if self._is_blamed:
             return
         try:
             faulthandler.cancel_dump_traceback_later()

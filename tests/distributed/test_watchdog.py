@@ -252,7 +252,6 @@ def test_the_first_that_failed_is_named_after_the_grace(tmp_path: Path) -> None:
     ranks[2].await_fault()
     assert await_end(ranks, seconds=60) == [EXIT_FAULT] * 3
     assert f"{full_name(ranks[2])} failed: RuntimeError: a device fell off: all processes end" in ranks[0].stderr
-    assert ranks[1].stderr == ""
 
 
 @pytest.mark.parametrize(
