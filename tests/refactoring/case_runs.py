@@ -15,12 +15,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cases import Case, Preparation
-from vocabulary import known_words, overrides_for
 
 LONGEST = 600  # seconds of a run
 TAIL = 12  # lines of a run that failed
@@ -40,13 +39,6 @@ class Tree:
     folder: Path
     work: Path
     python: "subprocess.Popen[str]"
-    known: dict[str, set[str]] = field(default_factory=dict)  # words of config keys, by script
-
-    def words_of(self, script: str) -> set[str]:
-        if script not in self.known:
-            printed = _run("help", script, ["--help"], self)
-            self.known[script] = known_words(printed.read_text(encoding="utf-8"))
-        return self.known[script]
 
 
 @contextlib.contextmanager
@@ -77,13 +69,13 @@ def environment() -> dict[str, str]:
 
 def prepare(preparation: Preparation, tree: Tree) -> Path:
     """The folder that it wrote."""
-    _run(preparation.name, preparation.script, _words(preparation, tree), tree)
+    _run(preparation, tree)
     return tree.work / preparation.folder
 
 
 def run(case: Case, tree: Tree) -> Path:
     """The run's folder, complete."""
-    _run(case.name, case.script, _words(case, tree), tree, case.processes)
+    _run(case, tree, case.processes)
     return tree.work / "runs" / case.name
 
 
@@ -96,11 +88,6 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _words(case: Case | Preparation, tree: Tree) -> list[str]:
-    overrides = overrides_for(tree.words_of(case.script), case.overrides)
-    return [str(tree.folder / case.config), *(f"{key}={in_toml(value)}" for key, value in overrides.items())]
-
-
 def in_toml(value: Any) -> str:
     """A value as a command line has it: TOML in a line."""
     if isinstance(value, Mapping):
@@ -110,19 +97,21 @@ def in_toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def _run(name: str, script: str, words: list[str], tree: Tree, processes: int = 1) -> Path:
-    """The file that holds what it printed."""
-    log = tree.work / "logs" / f"{name}.txt"
+def _run(case: Case | Preparation, tree: Tree, processes: int = 1) -> None:
+    log = tree.work / "logs" / f"{case.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    launch = _launch_one if processes == 1 else _launch_several
-    code = launch(str(tree.folder / script), words, tree, log, processes)
+    script, overrides = str(tree.folder / case.script), (f"{key}={in_toml(x)}" for key, x in case.overrides.items())
+    words = [str(tree.folder / case.config), *overrides]
+    if processes == 1:
+        code = _launch_one(script, words, tree, log)
+    else:
+        code = _launch_several(script, words, tree, log, processes)
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-        raise RunFailed("\n".join([f"{name} at {tree.name}: exit code {code}", *(f"    {line}" for line in last)]))
-    return log
+        raise RunFailed("\n".join([f"{case.name} at {tree.name}: exit code {code}", *(f"    {line}" for line in last)]))
 
 
-def _launch_one(script: str, words: list[str], tree: Tree, log: Path, processes: int) -> int:
+def _launch_one(script: str, words: list[str], tree: Tree, log: Path) -> int:
     folders = {"tree": tree.folder, "folder": tree.work, "log": log, "bytecode": tree.work / "bytecode"}
     job = {"script": script, "words": words, "seconds": LONGEST, **{name: str(path) for name, path in folders.items()}}
     assert tree.python.stdin is not None

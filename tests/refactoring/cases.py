@@ -14,7 +14,7 @@ class Case(NamedTuple):
 
     name: str
     config: str
-    overrides: Mapping[str, Any]  # in the newest words
+    overrides: Mapping[str, Any]
     processes: int = 1
 
     @property

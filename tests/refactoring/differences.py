@@ -3,7 +3,7 @@
     compare_runs(old, new)    every row of metrics.jsonl, every exported tensor, scores and sizes, the names of files
     compare_files(old, new)   files byte by byte
 
-Nothing is compared that tells how fast a run was or where it lay. Names are compared in the newest words.
+Nothing is compared that tells how fast a run was or where it lay.
 """
 
 import json
@@ -16,9 +16,9 @@ import torch
 from case_runs import rows
 from safetensors.torch import load_file
 from torch import Tensor
-from vocabulary import is_added, newest_file, newest_name
 
 SPEED = ("tokens_per_second",)  # columns
+ADDED = ("teacher/",)  # beginnings of columns that older commits do not log: the teacher's scores before the first step
 RESULTS = ("metrics", "student", "teacher")  # tables of results.json: scores and loyalty, sizes, the teacher's
 SIZE_ON_DISK = "bytes/"  # of a table of results.json
 WITH_A_TIME = "tensorboard/"  # where files have one in their names
@@ -65,7 +65,7 @@ def compare_runs(old: Path, new: Path) -> Comparison:
 
 def _rows(folder: Path) -> list[dict[str, float]]:
     """What a run logged, without the columns that newer commits log besides, and without rows of nothing else."""
-    shared = [{newest_name(name): x for name, x in row.items() if not is_added(name)} for row in rows(folder)]
+    shared = [{name: x for name, x in row.items() if not name.startswith(ADDED)} for row in rows(folder)]
     return [row for row in shared if row.keys() != {"step"}]
 
 
@@ -85,7 +85,7 @@ def _between_results(old: Path, new: Path) -> Iterator[Difference]:
 
 def _result(folder: Path, table: str) -> dict[str, float]:
     values = json.loads((folder / "results.json").read_text(encoding="utf-8"))[table]
-    return {newest_name(name): value for name, value in values.items() if not name.startswith(SIZE_ON_DISK)}
+    return {name: value for name, value in values.items() if not name.startswith(SIZE_ON_DISK)}
 
 
 def _between_numbers(
@@ -143,7 +143,7 @@ def _between_two_tensors(name: str, old: Tensor, new: Tensor) -> Difference:
 
 def _files(folder: Path) -> set[str]:
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {newest_file(name) for name in names if not name.startswith(WITH_A_TIME)}
+    return {name for name in names if not name.startswith(WITH_A_TIME)}
 
 
 def compare_files(old: Path, new: Path, patterns: Sequence[str]) -> Comparison:
