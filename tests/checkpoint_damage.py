@@ -1,9 +1,21 @@
-"""Random damage to a checkpoint."""
+"""Random damage to a checkpoint, and content that executes something."""
 
+import os
 import random
 from pathlib import Path
+from typing import Any
 
 from lad_dist.utils.atomic_io import list_files
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
 
 
 def random_damage(checkpoint: Path, draw: random.Random) -> str:

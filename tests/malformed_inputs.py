@@ -122,7 +122,7 @@ def _config(case: Case, here: Path, world: World, places: Mapping[str, Path]) ->
         file.write_bytes(case.config)
         return file
     changes = {key: _filled(value, places) for key, value in case.changes.items()}
-    file.write_text(tomli_w.dumps(_without_none(apply_overrides(tables(case.script, here, world), changes.items()))))
+    file.write_text(tomli_w.dumps(toy.without_none(apply_overrides(tables(case.script, here, world), changes.items()))))
     return file
 
 
@@ -132,11 +132,6 @@ def _filled(value: Any, places: Mapping[str, Path]) -> Any:
     if isinstance(value, dict):
         return {key: _filled(inner, places) for key, inner in value.items()}
     return [_filled(inner, places) for inner in value] if isinstance(value, list) else value
-
-
-def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
-    present = {key: value for key, value in tables.items() if value is not None}
-    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in present.items()}
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -128,13 +128,13 @@ def corpus_config(work: Path, shards: Path, teacher: Path, student: Path, **tabl
 
 def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> TrainConfig:
     """The config of plain tables after changes {"a.b": value}, None taking a key away; the data say of which kind."""
-    changed = _without_none(apply_overrides(tables, (changes or {}).items()))
+    changed = without_none(apply_overrides(tables, (changes or {}).items()))
     return parse_config(train_schema(changed), changed, where="toy")
 
 
-def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
+def without_none(tables: dict[str, Any]) -> dict[str, Any]:
     present = {key: value for key, value in tables.items() if value is not None}
-    return {key: _without_none(value) if isinstance(value, dict) else value for key, value in present.items()}
+    return {key: without_none(value) if isinstance(value, dict) else value for key, value in present.items()}
 
 
 def compress(

@@ -5,12 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 import torch
 import toy
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from lad_dist.core.batch import Batch, Head, unpad
+from lad_dist.core.collate import collate, span_starts
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.data.tokenization.special_tokens import role_ids
 from lad_dist.models import loading
@@ -54,6 +58,7 @@ PIECES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"},
     ),
 }
+OF_TOKENS = ("mlm", "tagging", "question_answering")  # heads
 TEXTS = [toy.sentence(n) for n in range(300)]
 
 
@@ -97,6 +102,24 @@ def new_model(
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
     return model.eval()
+
+
+def batch_of_pairs(
+    lengths: list[int], head: Head, vocabulary: int, pad_to: int | None = None, pad_token_id: int = 0
+) -> Batch:
+    """Pairs of random tokens: the second segment begins in the middle. Heads of tokens read two of each sequence."""
+    random = np.random.default_rng(3)
+    sequences = [random.integers(5, vocabulary, n) for n in lengths]
+    segments = [(np.arange(n) >= n // 2).astype(np.uint8) for n in lengths]
+    rows = starts = span_starts(sequences, pad_to)[:-1]
+    if head in OF_TOKENS:
+        rows = np.unique(np.concatenate([starts, starts + np.array(lengths) - 1]))
+    return collate(sequences, segments, rows, np.zeros(len(rows), dtype=np.int64), pad_to, pad_token_id)
+
+
+def real(x: Tensor, batch: Batch) -> Tensor:
+    """[N, ...] without the tokens that pad_to added."""
+    return x[unpad(batch.is_token, batch)]
 
 
 def _sentencepiece(family: str, folder: Path) -> None:

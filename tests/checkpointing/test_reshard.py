@@ -1,7 +1,6 @@
 """A run continues under another number of processes or another ZeRO stage as if nothing had changed."""
 
 import itertools
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import deepspeed
 import pytest
 import torch
 import toy
+from checkpoint_damage import Bomb
 from conftest import World
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
@@ -234,16 +234,6 @@ def test_fp16_keeps_the_loss_scale_and_frozen_parameters(tmp_path: Path, monkeyp
         reshard.load_checkpoint(other, tmp_path / str(number), *before)
         assert difference(state(engine), state(other)) == 0
         assert state(other)["scale"][0] > 16
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.processes

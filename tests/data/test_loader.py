@@ -87,14 +87,9 @@ time.sleep(60)
 """
 
 
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_loaders_ignore_the_trainers_signals_and_die_with_it() -> None:
+    from launching import alive, wait_until  # the trainer imports this file, and nothing beside it
+
     command = [sys.executable, "-c", TRAINER, str(Path(__file__).parent)]
     pipe = subprocess.PIPE
     trainer = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
@@ -111,7 +106,4 @@ def test_loaders_ignore_the_trainers_signals_and_die_with_it() -> None:
     assert trainer.stdout.readline() == "went on\n"
     trainer.kill()
     trainer.wait()
-    until = time.monotonic() + 5
-    while any(map(alive, loaders)) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not any(map(alive, loaders))
+    wait_until(lambda: not any(map(alive, loaders)), 5)

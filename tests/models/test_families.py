@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ import toy
 import toy_families
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from toy_families import LIKE, SIZES
+from toy_families import LIKE, OF_TOKENS, SIZES, real
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from lad_dist.compression import compressed_module, footprint
@@ -27,7 +26,6 @@ from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import EvaluateConfig
 from lad_dist.core.batch import Batch, Head, pad, unpad
-from lad_dist.core.collate import collate, span_starts
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.data.tokenization.loading import load_tokenizer
@@ -46,7 +44,6 @@ from lad_dist.training.train import train
 TABLE = (Path(__file__).parents[2] / "README.md").read_text().split("\n## Which encoders\n")[1].split("\n## ")[0]
 LENGTHS = [7, 3, 12, 1, 12]
 LABELS = ("a", "b", "c")
-OF_TOKENS = ("mlm", "tagging", "question_answering")
 EVERYTHING = OutputSpec(True, (0, 1, 2, 3, 4), (1, 4))
 ALL = [*SIZES, *LIKE]
 
@@ -63,15 +60,7 @@ def tokenizers(tokenizer_folders: Callable[[str], Path]) -> Callable[[str], PreT
 
 
 def batch_of(lengths: list[int], head: Head, tokenizer: PreTrainedTokenizerFast, pad_to: int | None = None) -> Batch:
-    """Pairs of random tokens: the second segment begins in the middle. Heads of tokens read two of each sequence."""
-    random = np.random.default_rng(3)
-    sequences = [random.integers(5, len(tokenizer), n) for n in lengths]
-    segments = [(np.arange(n) >= n // 2).astype(np.uint8) for n in lengths]
-    starts = span_starts(sequences, pad_to)[:-1]
-    rows = starts
-    if head in OF_TOKENS:
-        rows = np.unique(np.concatenate([starts, starts + np.array(lengths) - 1]))
-    return collate(sequences, segments, rows, np.zeros(len(rows), dtype=np.int64), pad_to, tokenizer.pad_token_id)
+    return toy_families.batch_of_pairs(lengths, head, len(tokenizer), pad_to, tokenizer.pad_token_id)
 
 
 def labels_of(head: Head) -> tuple[str, ...]:
@@ -93,11 +82,6 @@ def flat_logits(output: Any, batch: Batch, head: Head) -> Tensor:
     if head == "question_answering":
         output = SimpleNamespace(logits=torch.stack([output.start_logits, output.end_logits], dim=-1))
     return unpad(output.logits, batch)[batch.head_positions] if head in OF_TOKENS else output.logits
-
-
-def real(x: Tensor, batch: Batch) -> Tensor:
-    """[N, ...] without the tokens that pad_to added."""
-    return x[unpad(batch.is_token, batch)]
 
 
 @pytest.mark.parametrize("head", ["classification", "mlm"])

@@ -4,7 +4,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +12,10 @@ import toy_families
 from conftest import World
 from torch import Tensor
 from torch.nn.attention import varlen
+from toy_families import real
 
 from lad_dist.config.errors import UserError
-from lad_dist.core.batch import Batch, Head, unpad
-from lad_dist.core.collate import collate, span_starts
+from lad_dist.core.batch import Batch, Head
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import attention, loading
 from lad_dist.models.attention import _kernel_attention
@@ -44,20 +43,7 @@ def save_toy_model(folder: Path, head: Head, architecture: dict[str, Any] = toy.
 
 
 def batch_of(lengths: list[int], head: Head, *, pad_to: int | None = None) -> Batch:
-    """Pairs of random tokens: the second segment begins in the middle. MLM reads two places of each sequence."""
-    random = np.random.default_rng(3)
-    sequences = [random.integers(5, VOCABULARY, n) for n in lengths]
-    segments = [(np.arange(n) >= n // 2).astype(np.uint8) for n in lengths]
-    starts = span_starts(sequences, pad_to)[:-1]
-    rows = starts
-    if head == "mlm":
-        rows = np.unique(np.concatenate([starts, starts + np.array(lengths) - 1]))
-    return collate(sequences, segments, rows, np.zeros(len(rows), dtype=np.int64), pad_to)
-
-
-def real(x: Tensor, batch: Batch) -> Tensor:
-    """[N, ...] without the tokens that pad_to added."""
-    return x[unpad(batch.is_token, batch)]
+    return toy_families.batch_of_pairs(lengths, head, VOCABULARY, pad_to)
 
 
 def test_sequences_do_not_see_each_other(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_damage import Bomb
 from conftest import World
 from malformed_inputs import Case, assert_one_line, complaint
 from safetensors.torch import load_file, save_file
@@ -19,16 +20,6 @@ from safetensors.torch import load_file, save_file
 from lad_dist.models import loading
 
 Edit = Callable[[Path], None]
-
-
-class Hostile:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.canary}",)
 
 
 def broken(name: str, edit: Edit, expected: str, script: str = "task_distill", key: str = "teacher.path") -> Case:
@@ -112,17 +103,17 @@ def pickled(make: Callable[[Path, Path], None]) -> Edit:
 
 
 def zipped_pickle(file: Path, canary: Path) -> None:
-    torch.save({"a": Hostile(canary)}, file)
+    torch.save({"a": Bomb(canary)}, file)
 
 
 def bare_pickle(file: Path, canary: Path) -> None:
-    file.write_bytes(pickle.dumps(Hostile(canary)))
+    file.write_bytes(pickle.dumps(Bomb(canary)))
 
 
 def zip_with_a_way_out(file: Path, canary: Path) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("../canary", "out")
-        archive.writestr("archive/data.pkl", pickle.dumps(Hostile(canary)))
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb(canary)))
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Edit:
@@ -148,7 +139,7 @@ def object_offsets(folder: Path) -> None:
     """Offsets as a pickle of objects, their sum in the manifest."""
     file = next(folder.rglob("train-*.offsets.npy"))
     array = np.empty(1, dtype=object)
-    array[0] = Hostile(folder.parent / "canary")
+    array[0] = Bomb(folder.parent / "canary")
     np.save(file, array, allow_pickle=True)
     _vouch(folder, "offsets", file)
 

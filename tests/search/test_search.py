@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import toy
 from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import ROOT, environment, launch
+from launching import ROOT, environment, launch, wait_until
 
 from lad_dist.config.errors import Fault, UserError
 from lad_dist.config.load import load_config, parse_config
@@ -369,13 +367,6 @@ def started(command: list[Path], mark: Path) -> subprocess.Popen[str]:
     variables = environment() | {"MARK": str(mark)}
     pipe = subprocess.PIPE
     return subprocess.Popen(arguments, cwd=ROOT, env=variables, text=True, stdout=pipe, stderr=pipe)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def test_a_trial_that_was_asked_to_stop_is_no_result(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from conftest import World
 from launching import ROOT, launch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from toy_runs import lad
 
 from lad_dist.compression import footprint
-from lad_dist.config.schema import TrainConfig
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters
@@ -24,10 +24,6 @@ from lad_dist.training import cost_model, run_spec
 from lad_dist.training.train import train
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}  # so that numbers outweigh their file
-
-
-def config_of(world: World, work: Path, changes: dict[str, Any]) -> TrainConfig:
-    return toy.parsed(toy.task_config(work, world.files, world.teacher, world.pretrained), changes)
 
 
 def wide(world: World, deepspeed: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +37,7 @@ STAGES = [(stage, half) for stage in range(4) for half in (False, True) if stage
 @pytest.mark.parametrize(("stage", "half"), STAGES)
 def test_a_checkpoint_is_as_large_as_foreseen(world: World, tmp_path: Path, stage: int, half: bool) -> None:
     table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000}, "bf16": {"enabled": half}}
-    config = config_of(world, tmp_path, {**wide(world, table), "run.steps": 2, "run.save_every": 1})
+    config = lad(world, tmp_path, {**wide(world, table), "run.steps": 2, "run.save_every": 1})
     foreseen = cost_model.estimate(run_spec.resolve_run(config), 1)
     result = train(config)
     (checkpoint, *_) = sorted((result.folder / "checkpoints").glob("step-*"))
@@ -54,7 +50,7 @@ def test_a_checkpoint_is_as_large_as_foreseen(world: World, tmp_path: Path, stag
 @pytest.mark.parametrize("name", sorted(name for name, kind in OBJECTIVES.items() if "task" in kind.supported_data))
 def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str) -> None:
     changes = {} if OBJECTIVES[name].requires_teacher else {"teacher": None}
-    spec = run_spec.resolve_run(config_of(world, tmp_path, {"objective": {"name": name}, **changes}))
+    spec = run_spec.resolve_run(lad(world, tmp_path, {"objective": {"name": name}, **changes}))
     real = spec.distiller(spec.dataset())
     costs = cost_model.estimate(spec, 1)
     assert costs.student == count_parameters(real.student)
@@ -72,7 +68,7 @@ def test_parameters_are_those_of_the_run(world: World, tmp_path: Path, name: str
     ],
 )
 def test_parameters_are_those_of_the_export(world: World, tmp_path: Path, changes: dict[str, Any]) -> None:
-    spec = run_spec.resolve_run(config_of(world, tmp_path, changes))
+    spec = run_spec.resolve_run(lad(world, tmp_path, changes))
     assert cost_model.estimate(spec, 1).student == count_parameters(spec.distiller(spec.dataset()).export())
 
 
@@ -95,7 +91,7 @@ def test_zero_shares_the_optimizer_out(world: World, tmp_path: Path) -> None:
     def memory(stage: int, half: bool, processes: int) -> cost_model.Memory:
         table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100}, "bf16": {"enabled": half}}
         return cost_model.estimate(
-            run_spec.resolve_run(config_of(world, tmp_path, wide(world, table)), processes), processes
+            run_spec.resolve_run(lad(world, tmp_path, wide(world, table)), processes), processes
         ).memory
 
     count = memory(0, False, 1).weights // 4
@@ -118,7 +114,7 @@ def test_hours_by_hand() -> None:
 
 def test_a_cache_saves_all_epochs_but_one(world: World, tmp_path: Path) -> None:
     def share(changes: dict[str, Any]) -> float:
-        return cost_model.estimate(run_spec.resolve_run(config_of(world, tmp_path, changes)), 1).teacher_share
+        return cost_model.estimate(run_spec.resolve_run(lad(world, tmp_path, changes)), 1).teacher_share
 
     assert share({"run.steps": 40}) == pytest.approx(0.1)  # an epoch is 4 steps
     assert share({"run.steps": 40, "teacher.cache_gb": 0.0}) == 1

@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 import tomli_w
 import torch
 import toy
+from checkpoint_damage import Bomb
 from conftest import World
 from launching import ROOT, environment
 from safetensors.torch import load_file
@@ -470,16 +470,6 @@ def test_the_teacher_predicts_the_dev_set_once(world: World, tmp_path: Path, mon
     config = lad(world, tmp_path, {"run.steps": 2, "run.eval_every": 1})
     train(config)
     assert len(forwards) == len(run_spec.resolve_run(config).dataset().dev["dev"].in_order())
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> None:

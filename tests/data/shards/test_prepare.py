@@ -7,12 +7,12 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import alive, wait_until
 from toy_text import sentence
 
 from lad_dist.config.corpus_schema import PrepareConfig
@@ -222,20 +222,6 @@ def descendants(pid: int) -> list[int]:
     return children + [pid for child in children for pid in descendants(child)]
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 def test_killed_at_any_time_and_run_again_it_writes_the_same(mixed: PrepareConfig) -> None:
     begin = time.monotonic()
@@ -253,7 +239,7 @@ def test_killed_at_any_time_and_run_again_it_writes_the_same(mixed: PrepareConfi
             family = descendants(process.pid or 0)
             process.kill()
             process.join()
-            wait_until(lambda: not any(map(alive, family)))  # noqa: B023
+            wait_until(lambda: not any(map(alive, family)), 10)  # noqa: B023
             kills += 1
             kills_with_chunks += any(chunk_folder(again).glob("*.json"))
         if Path(again.out).exists():  # nothing is left to be killed: check, and begin anew
