@@ -154,15 +154,11 @@ def test_both_exports_have_the_trained_function(family: str, tmp_path: Path) -> 
         ({"units": 0.99}, "units = 0.99, but each of the 2 layers keeps one; set at most 0.984"),
         ({"heads": 0.5, "end": 0.0}, "before the first step no importance is measured; set end above 0"),
         ({"heads": 0.5, "begin": 0.6}, "begin = 0.6 is later than end = 0.5"),
-        ({"units": 0.5, "after": "prune"}, "cannot follow prune, whose modules it cannot change"),
-        ({"units": 0.5, "after": "low_rank"}, "cannot follow low_rank, whose modules it cannot change"),
     ],
 )
 def test_what_it_refuses(options: dict[str, Any], message: str, world: World, tmp_path: Path, no_weights: None) -> None:
-    earlier = {"prune": {"name": "prune", "sparsity": 0.5}, "low_rank": {"name": "low_rank", "keep": 0.5}}
-    listed = [earlier[options.pop("after")]] if "after" in options else []
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher)
-    compressions = [*listed, {"name": "heads", **options}]
+    compressions = [{"name": "heads", **options}]
     with pytest.raises(UserError, match=f"compression heads: {message}"):
         run_spec.resolve_run(toy.parsed(tables, {"objective": {"name": "kd"}, "compression": compressions}))
 

@@ -307,21 +307,9 @@ def test_mistakes_are_refused_before_any_weight_is_read(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("compressions", "stage", "message"),
-    [
-        ([{"name": "prune", "sparsity": 0.5}] * 2, 0, "is pruned already"),
-        ([{"name": "prune", "sparsity": 0.5}, {"name": "low_rank", "keep": 0.5}], 0, "list it before prune"),
-        ([{"name": "prune", "sparsity": 0.5}], 3, "ZeRO"),
-    ],
-)
-def test_compressions_that_do_not_go_together(
-    compressions: list[dict[str, Any]], stage: int, message: str, world: World, tmp_path: Path
-) -> None:
-    tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
-    tables |= {"compression": compressions, "deepspeed": {"zero_optimization": {"stage": stage}}}
-    with pytest.raises(UserError, match=message):
-        check(toy.parsed(tables))
+def test_what_is_pruned_is_not_pruned_again() -> None:
+    with pytest.raises(UserError, match="is pruned already"):
+        toy.compress(pruned(sparsity=0.5)[0], "prune", sparsity=0.5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -114,19 +114,11 @@ def test_every_misspelt_argument_is_named_with_the_right_one(where: str, functio
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"run.steps": "8"}, "run.steps: input should be a valid integer, not '8'"),
-        ({"run.steps": 1.5}, "run.steps: input should be a valid integer, not 1.5"),
-        ({"run.steps": True}, "run.steps: input should be a valid integer, not True"),
         ({"run.steps": 0}, "run.steps: input should be greater than or equal to 1, not 0"),
-        ({"run.epochs": 1.0}, "run: give exactly one of steps and epochs"),
-        ({"run": {"name": "x"}}, "run: give exactly one of steps and epochs"),
         ({"run": {"steps": 1}}, "run.name: missing, and it has no default"),
-        ({"run.name": ""}, "run.name: string should have at least 1 character, not ''"),
         ({"run": 1}, "run: input should be a valid dictionary or instance of RunConfig, not 1"),
         ({"optim.lr": "fast"}, "optim.lr: input should be a valid number, not 'fast'"),
         ({"optim.lr": 0.0}, "optim.lr: input should be greater than 0, not 0.0"),
-        ({"optim.lr": float("nan")}, "optim.lr: input should be"),
-        ({"optim.lr": float("inf")}, "optim.lr: input should be a finite number, not inf"),
         ({"optim.betas": [0.9]}, "optim.betas: "),
         ({"optim.betas": [0.9, 1.5]}, "optim.betas.1: "),
         ({"optim.schedule": "cosinus"}, "optim.schedule: input should be 'linear', 'cosine' or 'constant'"),
@@ -228,11 +220,6 @@ def test_an_override_sets_one_key_and_nothing_else(tables: dict[str, Any], path:
     assert {k: v for k, v in changed.items() if k != path[0]} == {k: v for k, v in tables.items() if k != path[0]}
 
 
-def test_an_override_inside_a_value() -> None:
-    with pytest.raises(UserError, match=r"run\.name\.x: name is not a table"):
-        apply_overrides(TASK, [("run.name.x", 1)])
-
-
 def test_an_override_inside_a_list() -> None:
     tables = {"compression": [{"name": "a", "keep": 0.5}, {"name": "b"}]}
     changed = apply_overrides(tables, [("compression.0.keep", 0.25), ("compression.1.share", 1)])
@@ -248,17 +235,6 @@ def test_load_reads_a_file_and_applies_overrides(tmp_path: Path) -> None:
     file.write_text(tomli_w.dumps(TASK))
     config = load_config(TaskConfig, file, ["run.steps=3", "data.task=cola", "deepspeed.bf16.enabled=true"])
     assert (config.run.steps, config.data.task, config.deepspeed) == (3, "cola", {"bf16": {"enabled": True}})
-
-
-@pytest.mark.parametrize("content", [b"[run\n", b"a = \xff", None, b"a = 1\na = 2"])
-def test_a_file_that_is_no_config(content: bytes | None, tmp_path: Path) -> None:
-    file = tmp_path / "x.toml"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_config(TaskConfig, file)
-    assert str(caught.value).startswith(f"{file}: ")
-    assert "\n" not in str(caught.value)
 
 
 def test_describe_says_type_default_and_meaning_of_every_key() -> None:

@@ -64,33 +64,6 @@ def test_entities_are_counted_where_tags_mark_them(tags: str, metrics: tuple[str
     assert own(file, file).metrics == metrics
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.conll", "Ada B-PER\nwent\n", r"a\.conll:2: 1 columns, not 2"),
-        ("a.conll", "Ada\nwent\n", r"a\.conll:1: one column, not two: a word and a tag"),
-        ("a.conll", "Ada B-PER\nwent X O\n", r"a\.conll:2: 3 columns, not 2"),
-        ("a.conll", "\n-DOCSTART- O\n\n", r"a\.conll: no sentences"),
-        ("a.conll", "Ada O\nwent O\n", r"a\.conll: every tag is O; tagging needs at least two"),
-        ("a.tsv", "Ada\t\n", r"a\.tsv:1: one column|a\.tsv:1: label '' is neither"),
-        ("a.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n{"tokens": ["a", "b"], "tags": ["O"]}\n', "a.jsonl:2: 2 tokens"),
-        ("a.jsonl", '{"tokens": [], "tags": []}\n', r"a\.jsonl:1: 0 tokens and 0 tags"),
-        ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}\n', r"a\.jsonl:1: tokens is 'a b', not a list"),
-        ("a.jsonl", '{"tokens": ["a"], "labels": ["O"]}\n', r"a\.jsonl:1: tags is None, not a list"),
-        ("a.jsonl", '{"tokens": [1], "tags": ["O"]}\n', r"a\.jsonl:1: tokens are not all texts"),
-        ("a.jsonl", '{"tokens": ["a"], "tags": [0.5]}\n', r"a\.jsonl:1: label 0\.5 is neither"),
-        ("a.jsonl", '\n{"tokens": ["a"\n', r"a\.jsonl:2: not valid JSON"),
-        ("a.jsonl", "[]\n", r"a\.jsonl:1: not a JSON object"),
-        ("a.csv", GOOD, r'a\.csv: file type "\.csv" is unknown'),
-    ],
-)
-def test_malformed_files_are_refused_with_their_line(name: str, text: str, message: str, tmp_path: Path) -> None:
-    dev = written(tmp_path / "dev.bio", GOOD)
-    with pytest.raises(UserError, match=message) as caught:
-        own(written(tmp_path / name, text), dev)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_tag_that_training_does_not_have_is_refused(tmp_path: Path) -> None:
     train = written(tmp_path / "train.bio", GOOD)
     dev = written(tmp_path / "dev.bio", "Ada B-PERS\n")

@@ -162,56 +162,6 @@ def test_own_regression(tmp_path: Path) -> None:
         own(tmp_path / "b.csv", tmp_path / "a.csv", kind="regression")
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.csv", "", r"a\.csv: empty"),
-        ("a.csv", "text,label\n", r"a\.csv: no rows"),
-        ("a.jsonl", "", r"a\.jsonl: empty"),
-        ("a.csv", "txt,label\nx,1\n", r'a\.csv: no column "text" among txt, label: did you mean "txt"\?'),
-        ("a.csv", "text,label\nx,1\ny,2,3\n", r"a\.csv:3: 3 columns, not 2"),
-        ("a.tsv", "text\tlabel\nx\t1\n\ny\n", r"a\.tsv:4: 1 columns, not 2"),
-        ("a.csv", 'text,label\nx,1\n"y,2\n', r"a\.csv:3: not valid CSV"),
-        ("a.csv", "text,label\nx,1\ny,\n", r"a\.csv:3: label '' is neither"),
-        ("a.csv", "text,label\nx,1\ny,1\n", r"a\.csv: every label is 1"),
-        ("a.csv", "text,label\nx,na\xefve\n", r"a\.csv:2: not UTF-8 \(byte 0xef\)"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": 5, "label": 2}\n', r"a\.jsonl:2: text is 5, not a text"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x"}\n', r"a\.jsonl:2: no label"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text"', r"a\.jsonl:2: not valid JSON"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n[]\n', r"a\.jsonl:2: not a JSON object"),
-        ("a.jsonl", '{"text": "x", "label": 1.5}\n', r"a\.jsonl:1: label 1\.5 is neither"),
-        ("a.parquet", "nonsense", r"a\.parquet: cannot be read as Parquet"),
-        ("a.json", "{}", r'a\.json: file type "\.json" is unknown: did you mean "\.jsonl"\?'),
-    ],
-)
-def test_mistakes_in_own_files_are_one_line_saying_where(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=message) as caught:
-        own(tmp_path / name, tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_dev_label_that_train_does_not_have(tmp_path: Path) -> None:
-    write_tsv(tmp_path / "train.csv", "text,label", "x,good", "y,bad")
-    write_tsv(tmp_path / "dev.csv", "text,label", "x,good", "y,goood")
-    with pytest.raises(UserError, match=r'dev\.csv:3: label "goood" is unknown: did you mean "good"\?'):
-        own(tmp_path / "train.csv", tmp_path / "dev.csv")
-
-
-def test_pairs_in_one_file_only(tmp_path: Path) -> None:
-    write_tsv(tmp_path / "train.csv", "text,text_pair,label", "x,z,1", "y,z,2")
-    write_tsv(tmp_path / "dev.csv", "text,label", "x,1")
-    with pytest.raises(UserError, match=r"dev\.csv: no column text_pair"):
-        own(tmp_path / "train.csv", tmp_path / "dev.csv")
-
-
-def test_an_unknown_label_in_glues_files(tmp_path: Path) -> None:
-    for name in ("train.tsv", "dev.tsv"):
-        write_tsv(tmp_path / "RTE" / name, "index\tsentence1\tsentence2\tlabel", "0\ta\tb\tentailed")
-    with pytest.raises(UserError, match=r'RTE/train\.tsv:2: label "entailed" is unknown: did you mean "entailment"\?'):
-        glue(tmp_path, "rte")
-
-
 def test_checks_come_before_reading(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'task "sst-2" is unknown: did you mean "sst2"\?'):
         check_task(TaskDataConfig(task="sst-2"))
