@@ -83,9 +83,14 @@ LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT
 WITHOUT_CONFIG = ("report", "quickstart")
 
 
-def complaint(case: Case, here: Path, world: World, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> str:
-    """What the script says on standard error. Asserts the code, and that nothing is written or changed."""
-    places = {"here": here, "root": ROOT, **vars(world)}
+def complaint(
+    case: Case, here: Path, world: World, monkeypatch: pytest.MonkeyPatch, capfd: Any, more: Mapping[str, Path] = {}
+) -> str:
+    """What the script says on standard error. Asserts the code, and that nothing is written or changed.
+
+    `more`: paths that texts name besides.
+    """
+    places = {"here": here, "root": ROOT, **vars(world), **more}
     for name, content in case.files.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_bytes(content.encode() if isinstance(content, str) else content)

@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lad_dist.compression.base import NO_DATA, CompressionContext
 from lad_dist.compression.registry import create_compression
 from lad_dist.config.load import apply_overrides, parse_config
 from lad_dist.config.schema import NamedOptions, TrainConfig, train_schema
-from lad_dist.core.batch import Batch
+from lad_dist.core.batch import Batch, Head
 from lad_dist.core.collate import collate, pack
+from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.tokenization.algorithms import train_wordpiece
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.models import loading
+from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel, save_model
 
 WORDS = [
@@ -54,6 +57,13 @@ def model(folder: Path, tokenizer_folder: Path, head: str, labels: tuple[str, ..
     return folder
 
 
+def new_model(head: Head = "classification", *, vocab_size: int = 90, **settings: Any) -> PreTrainedModel:
+    """A model in evaluation with new weights."""
+    torch.manual_seed(0)
+    labels = LABELS if head == "classification" else ()
+    return loading.create_model({**SIZES, **settings}, head, vocab_size=vocab_size, labels=labels).eval()
+
+
 def task_files(folder: Path, train: int = 64, dev: int = 24) -> dict[str, str]:
     """A learnable task as .csv and .jsonl: does the text hold a word of the first syllable?"""
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +89,16 @@ def batch(
     rows = np.cumsum([0, *spans[:-1]])
     chosen = np.arange(len(lengths)) % 2 if labels is None else np.asarray(labels)
     return collate(sequences, [np.zeros(n, dtype=np.uint8) for n in lengths], rows, chosen, pad_to=pad_to)
+
+
+BATCH = batch([5, 3, 9])
+
+
+def logits(model: PreTrainedModel, batch: Batch = BATCH) -> Tensor:
+    """Return what the head says in evaluation."""
+    outputs = compute_outputs(model.eval(), batch, OutputSpec(logits=True))
+    assert outputs.logits is not None
+    return outputs.logits
 
 
 def packed(batch: Batch, span: int) -> Batch:

@@ -10,25 +10,17 @@ from conftest import World
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
-from lad_dist.models.loading import PreTrainedModel
 from lad_dist.training.train import train
 
 PRUNE: dict[str, Any] = {"name": "prune", "sparsity": 0.75, "end": 0.0}
 LOW_RANK: dict[str, Any] = {"name": "low_rank", "keep": 0.5}
 ADAPT = PRUNE | {"criterion": "adapting", "modules": r"(embeddings|layer)\."}
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    outputs = compute_outputs(model.eval(), toy.batch([5, 3, 9]), OutputSpec(logits=True))
-    assert outputs.logits is not None
-    return outputs.logits.detach()
 
 
 def run(world: World, work: Path, compressions: list[dict[str, Any]], **changes: Any) -> Path:
@@ -48,7 +40,7 @@ def test_the_compact_form_is_the_export(compressions: list[dict[str, Any]], worl
     export = run(world, tmp_path, compressions)
     small = compact.load_compact(export)
     whole = loading.load_model(str(export), "classification", require_head=True)
-    torch.testing.assert_close(logits(small), logits(whole), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(toy.logits(small), toy.logits(whole), rtol=1e-5, atol=1e-5)
     assert size(export / compact.COMPACT_FILE) < size(export / "model.safetensors")
     has_pairs = LOW_RANK in compressions
     assert any(isinstance(module, torch.nn.Sequential) for module in small.modules()) is has_pairs
@@ -71,8 +63,8 @@ def test_a_plain_student_has_no_smaller_form(world: World, tmp_path: Path) -> No
     assert not list(export.glob("compact*"))
     assert not list(export.glob("mask*"))
     assert torch.equal(
-        logits(compact.load_compact(export)),
-        logits(loading.load_model(str(export), "classification", require_head=True)),
+        toy.logits(compact.load_compact(export)),
+        toy.logits(loading.load_model(str(export), "classification", require_head=True)),
     )
 
 
@@ -82,17 +74,17 @@ def test_masks_over_a_base_are_the_export(half: bool, world: World, tmp_path: Pa
     precision = {"deepspeed.bf16.enabled": True, "deepspeed.zero_optimization.stage": 1} if half else {}
     export = run(world, tmp_path, [ADAPT], **{"student.layers": [2, 1]}, **precision)
     whole = loading.load_model(str(export), "classification", require_head=True)
-    expected = logits(whole)
+    expected = toy.logits(whole)
     (export / "model.safetensors").unlink()
     (export / compact.COMPACT_FILE).unlink()
     masked = compact.load_masked(export)
-    assert torch.equal(logits(masked), expected)
+    assert torch.equal(toy.logits(masked), expected)
     moved = tmp_path / "moved"
     Path(world.pretrained).rename(moved)
     try:
         with pytest.raises(UserError):
             compact.load_masked(export)
-        assert torch.equal(logits(compact.load_masked(export, str(moved))), expected)
+        assert torch.equal(toy.logits(compact.load_masked(export, str(moved))), expected)
     finally:
         moved.rename(world.pretrained)
     values = load_file(export / compact.MASK_FILE)

@@ -1,5 +1,6 @@
 """Counts of weights and arithmetic, against counts by hand. PyTorch's counter on all families: test_families.py."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lad_dist.compression import compressed_module, footprint
 from lad_dist.compression.products import LowRankLinear
-from lad_dist.core.batch import Head
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.tokenization.loading import load_tokenizer
-from lad_dist.models import loading
 from lad_dist.models.attention import _explicit_attention
 from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.forward import compute_outputs
-from lad_dist.models.loading import PreTrainedModel
 
 VOCABULARY = 50
 # Weights of toy.SIZES, by hand: words, positions, segments, norm; four maps and a norm; two maps and a norm.
@@ -29,12 +27,7 @@ EMBEDDINGS = (VOCABULARY + 64 + 2 + 2) * 32
 ATTENTION = 4 * (32 * 32 + 32) + 2 * 32
 FEED_FORWARD = 2 * 32 * 64 + 64 + 32 + 2 * 32
 POOLER, CLASSIFIER = 32 * 32 + 32, 32 * 2 + 2
-
-
-def toy_model(head: Head = "classification", **settings: Any) -> PreTrainedModel:
-    torch.manual_seed(0)
-    labels = toy.LABELS if head == "classification" else ()
-    return loading.create_model({**toy.SIZES, **settings}, head, vocab_size=VOCABULARY, labels=labels)
+new_model = partial(toy.new_model, vocab_size=VOCABULARY)
 
 
 def by_component(embeddings: int, attention: int, feed_forward: int, head: int) -> dict[str, int]:
@@ -42,10 +35,10 @@ def by_component(embeddings: int, attention: int, feed_forward: int, head: int) 
 
 
 def test_weights_by_hand() -> None:
-    stored = footprint.stored_weights(toy_model())
+    stored = footprint.stored_weights(new_model())
     expected = by_component(EMBEDDINGS, 4 * ATTENTION, 4 * FEED_FORWARD, POOLER + CLASSIFIER)
     assert stored.weights == expected
-    tied = footprint.stored_weights(toy_model("mlm"))
+    tied = footprint.stored_weights(new_model("mlm"))
     transform = 32 * 32 + 32 + 2 * 32
     assert tied.weights == {**expected, "head": transform + VOCABULARY}  # its map is the words' embeddings
 
@@ -55,19 +48,19 @@ def test_arithmetic_by_hand() -> None:
     attention = 2 * 8 * 4 * 32 * 32 + 2 * 2 * 32 * (3 * 3 + 5 * 5)
     feed_forward = 2 * 8 * 2 * 32 * 64
     expected = by_component(0, 4 * attention, 4 * feed_forward, 2 * 2 * 32 * (32 + 2))
-    assert footprint.flops(toy_model(), batch) == expected
-    assert footprint.flops(toy_model(), batch, batch) == {name: 2 * count for name, count in expected.items()}
-    assert footprint.flops(toy_model("mlm"), batch) == {**expected, "head": 2 * 2 * 32 * (32 + VOCABULARY)}
+    assert footprint.flops(new_model(), batch) == expected
+    assert footprint.flops(new_model(), batch, batch) == {name: 2 * count for name, count in expected.items()}
+    assert footprint.flops(new_model("mlm"), batch) == {**expected, "head": 2 * 2 * 32 * (32 + VOCABULARY)}
     # An encoder's pooler is read by nobody.
-    assert footprint.flops(toy_model("none"), batch) == {**expected, "head": 0}
+    assert footprint.flops(new_model("none"), batch) == {**expected, "head": 0}
 
 
 def test_padding_is_no_arithmetic() -> None:
-    assert footprint.flops(toy_model(), toy.batch([5, 3], pad_to=9)) == footprint.flops(toy_model(), toy.batch([5, 3]))
+    assert footprint.flops(new_model(), toy.batch([5, 3], pad_to=9)) == footprint.flops(new_model(), toy.batch([5, 3]))
 
 
 def test_zeros_are_stored_and_computed() -> None:
-    model, batch = toy_model(), toy.batch([3, 5])
+    model, batch = new_model(), toy.batch([3, 5])
     before = footprint.footprint(model, batch)
     with torch.no_grad():
         model.bert.encoder.layer[1].intermediate.dense.weight[:32] = 0
@@ -80,7 +73,7 @@ def test_zeros_are_stored_and_computed() -> None:
 @pytest.mark.parametrize(("rank", "less"), [(8, 4 * (32 * 32 - 8 * 64)), (16, 0)])
 def test_a_pair_counts_as_a_pair_where_that_is_less(rank: int, less: int) -> None:
     """Of [32, 32] in each of four layers: rank 16 takes no less than the product."""
-    model, batch = toy_model(), toy.batch([3, 5])
+    model, batch = new_model(), toy.batch([3, 5])
     plain = footprint.footprint(model, batch)
     for layer in encoder_layers(model):
         layer.attention.self.query, _ = LowRankLinear.from_module(layer.attention.self.query, rank)
@@ -92,11 +85,11 @@ def test_a_pair_counts_as_a_pair_where_that_is_less(rank: int, less: int) -> Non
 
 
 def test_pairs_are_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = toy.compress(toy_model(), "low_rank", keep=0.5).eval().requires_grad_(False)
+    model = toy.compress(new_model(), "low_rank", keep=0.5).eval().requires_grad_(False)
     batch = toy.batch([16, 16, 16, 16])
     counted = footprint.flops(model, batch)
     with torch.device("meta"):
-        meta_model = toy.compress(toy_model(), "low_rank", keep=0.5)
+        meta_model = toy.compress(new_model(), "low_rank", keep=0.5)
     assert footprint.flops(meta_model, batch) == counted
     compact = compressed_module.replace_all(model, compressed_module.COMPACT)
     assert footprint.flops(compact, batch) == counted
@@ -120,7 +113,7 @@ class Scores(compressed_module.CompressedModule):
 
 
 def test_what_only_trains_is_not_counted() -> None:
-    model, batch = toy_model(), toy.batch([3])
+    model, batch = new_model(), toy.batch([3])
     before = footprint.footprint(model, batch)
     model.bert.scores = Scores()
     assert footprint.footprint(model, batch) == before

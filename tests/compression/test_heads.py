@@ -26,20 +26,7 @@ from lad_dist.models.loading import PreTrainedModel
 from lad_dist.training import run_spec
 from lad_dist.training.train import train
 
-BATCH = toy.batch([5, 3, 9])
 HALF = {"name": "heads", "heads": 0.5, "units": 0.5, "update_every": 1}
-
-
-def toy_model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    architecture = {"model_type": "bert", **toy.SIZES}
-    return loading.create_model(architecture, "classification", vocab_size=90, labels=toy.LABELS).eval()
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    values = compute_outputs(model, BATCH, OutputSpec(logits=True)).logits
-    assert values is not None
-    return values
 
 
 def prunings(model: nn.Module) -> list[ImportancePruning]:
@@ -60,7 +47,7 @@ def thinned(model: PreTrainedModel, share: float, **options: Any) -> PreTrainedM
 
 def test_importance_is_the_gradient_of_a_gate_token_by_token() -> None:
     """The naive twin has a gate for each token and head, or unit, and differentiates by it."""
-    model = toy_model()
+    model = toy.new_model()
     gates: list[Tensor] = []
 
     def gate(count: int) -> Any:
@@ -74,11 +61,11 @@ def test_importance_is_the_gradient_of_a_gate_token_by_token() -> None:
     for layer in encoder_layers(twin):
         layer.get_submodule("attention.output.dense").register_forward_pre_hook(gate(4))
         layer.get_submodule("output.dense").register_forward_pre_hook(gate(64))
-    logits(twin).square().sum().backward()
+    toy.logits(twin).square().sum().backward()
     expected = [x.grad.abs().sum(dim=(0, 1)) for x in gates if x.grad is not None]
 
     toy.compress(model, "heads", heads=0.5, units=0.5)
-    logits(model).square().sum().backward()
+    toy.logits(model).square().sum().backward()
     heads, units = prunings(model)
     measured = [mask.measured for pair in zip(heads.masks, units.masks, strict=True) for mask in pair]
     assert len(measured) == len(expected) == 8
@@ -87,7 +74,7 @@ def test_importance_is_the_gradient_of_a_gate_token_by_token() -> None:
 
 
 def test_a_step_adds_to_a_moving_sum() -> None:
-    model = toy.compress(toy_model(), "heads", heads=0.5, update_every=4)
+    model = toy.compress(toy.new_model(), "heads", heads=0.5, update_every=4)
     (pruning,) = prunings(model)
     for value in (1.0, 3.0):
         for mask in pruning.masks:
@@ -99,7 +86,7 @@ def test_a_step_adds_to_a_moving_sum() -> None:
 
 def test_the_least_important_of_all_layers_go_relative_to_their_layer() -> None:
     """Each layer keeps its most important one, and what went stays away."""
-    model = toy.compress(toy_model(), "heads", heads=0.5)
+    model = toy.compress(toy.new_model(), "heads", heads=0.5)
     (pruning,) = prunings(model)
     values = [[1, 2, 3, 4], [100, 200, 300, 400], [0.0, 0.0, 0.0, 1e-9], [5, 5, 5, 5]]
     for mask, importance in zip(pruning.masks, values, strict=True):
@@ -130,19 +117,19 @@ def test_both_exports_have_the_trained_function(family: str, tmp_path: Path) -> 
     options = {"heads": 0.5, "units": 0.5} if family_of(model.config).flat else {"units": 0.5}
     everything = OutputSpec(logits=True, hidden=(0, 1, 2, 3, 4), qkv=(1, 4))
     with torch.no_grad():
-        trained = compute_outputs(thinned(model, 0.5, **options), BATCH, everything)
+        trained = compute_outputs(thinned(model, 0.5, **options), toy.BATCH, everything)
         packed = compact.pack(model)
-        counted = footprint.footprint(model, BATCH)
+        counted = footprint.footprint(model, toy.BATCH)
         plain = compressed_module.merge_all(copy.deepcopy(model))
         assert isinstance(plain, PreTrainedModel)
         assert counted["parameters"] == sum(weight.numel() for weight in plain.parameters())
-        torch.testing.assert_close(compute_outputs(plain, BATCH, everything), trained, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compute_outputs(plain, toy.BATCH, everything), trained, rtol=1e-4, atol=1e-4)
         plain.save_pretrained(tmp_path)
         packed.save(tmp_path, None, None)
         thin = compact.load_compact(tmp_path)
         assert counted["stored"] == sum(weight.numel() for weight in thin.parameters())
         assert counted["stored"] < counted["parameters"]
-        torch.testing.assert_close(logits(thin), trained.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(toy.logits(thin), trained.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +169,7 @@ def test_a_run_ends_with_the_share_of_heads_and_units(objective: str, world: Wor
     export = result.folder / "export"
     plain = loading.load_model(str(export), "classification", require_head=True)
     thin = compact.load_compact(export)
-    torch.testing.assert_close(logits(thin), logits(plain), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(toy.logits(thin), toy.logits(plain), rtol=1e-5, atol=1e-5)
     outputs = [layer.get_submodule("attention.output.dense") for layer in encoder_layers(thin)]
     widths = [module.in_features for module in outputs if isinstance(module, nn.Linear)]
     assert sum(widths) == 2 * 32 // 2
@@ -192,8 +179,8 @@ def test_a_run_ends_with_the_share_of_heads_and_units(objective: str, world: Wor
 
 
 def test_a_resumed_student_measures_on() -> None:
-    model, again = (toy.compress(toy_model(), "heads", heads=0.5, update_every=2) for _ in range(2))
-    logits(model).square().sum().backward()
+    model, again = (toy.compress(toy.new_model(), "heads", heads=0.5, update_every=2) for _ in range(2))
+    toy.logits(model).square().sum().backward()
     (pruning,), (resumed,) = prunings(model), prunings(again)
     pruning.on_step_end()
     pruning.last_step = 0

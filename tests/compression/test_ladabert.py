@@ -39,11 +39,6 @@ COUNTS = WeightCounts(word_embeddings=600, linear_maps=2400, rest=100)
 FACTOR = st.floats(1.0, 6.0)
 
 
-def toy_model(architecture: dict[str, Any], vocabulary: int = 300) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return loading.create_model(architecture, "classification", vocab_size=vocabulary, labels=toy.LABELS)
-
-
 def cut(model: PreTrainedModel, **options: Any) -> dict[str, float]:
     """Return what the compression reports, whose pruned weights all go at once."""
     reported: dict[str, float] = {}
@@ -112,7 +107,7 @@ def test_a_budget_is_met(
     """Within 0.5 %, at sizes where a rank is many per cent, or refused."""
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
     with torch.device("meta"):
-        model = toy_model({**toy.SIZES, **sizes}, vocabulary)
+        model = toy.new_model(vocab_size=vocabulary, **sizes)
     before = count_parameters(model)
     options = dict(zip([name for name in NAMES if name != missing], factors, strict=True))
     try:
@@ -137,7 +132,7 @@ def pruning_of(model: PreTrainedModel) -> GlobalPruning:
 
 @pytest.mark.parametrize("missing", [*NAMES, None])
 def test_the_report_is_what_remains(missing: str | None) -> None:
-    model = toy_model(toy.SIZES)
+    model = toy.new_model(vocab_size=300)
     for weight in model.parameters():
         torch.nn.init.normal_(weight)  # no zeros but those of pruning
     before = count_parameters(model)
@@ -155,7 +150,7 @@ def test_the_report_is_what_remains(missing: str | None) -> None:
 
 
 def test_ones_leave_a_model_as_it_is() -> None:
-    model = toy_model(toy.SIZES)
+    model = toy.new_model(vocab_size=300)
     reported = cut(model, embedding=1.0, svd=1.0, weight=1.0)
     assert not compressed_module.compressed_modules(model)
     assert set(reported.values()) == {1.0}
@@ -163,7 +158,7 @@ def test_ones_leave_a_model_as_it_is() -> None:
 
 def test_each_factor_compresses_other_modules() -> None:
     """Pruning lies on both factors of each map of low rank, ranked together, and on no embeddings or head."""
-    model = toy_model(toy.SIZES)
+    model = toy.new_model(vocab_size=300)
     cut(model, embedding=2.0, svd=2.0, weight=4.0)
     modules = compressed_module.compressed_modules(model)
     assert sum(isinstance(module, LowRankLinear) for module in modules) == 4 * 6
@@ -177,7 +172,7 @@ def test_each_factor_compresses_other_modules() -> None:
 @pytest.mark.parametrize("modules", ["query$", r"\.dense$", "embeddings|layer"])
 def test_it_holds_for_any_choice_of_maps(modules: str) -> None:
     """Products lie deeper than the maps that they stand for; what is pruned stays these maps."""
-    model = toy_model(toy.SIZES)
+    model = toy.new_model(vocab_size=300)
     for weight in model.parameters():
         torch.nn.init.normal_(weight)
     before = count_parameters(model)
@@ -188,7 +183,7 @@ def test_it_holds_for_any_choice_of_maps(modules: str) -> None:
 
 
 def test_pruning_alone_is_on_the_maps() -> None:
-    model = toy_model(toy.SIZES)
+    model = toy.new_model(vocab_size=300)
     reported = cut(model, reduction=1.5, embedding=1.0, svd=1.0)
     modules = compressed_module.compressed_modules(model)
     assert not [module for module in modules if isinstance(module, LowRankLinear | LowRankEmbedding)]
@@ -202,7 +197,7 @@ def test_the_papers_sizes(number: int, millions: int) -> None:
     (options,) = read_toml(file)["compression"]
     options.pop("name")
     with torch.device("meta"):
-        model = toy_model({"model_type": "bert"}, 30522)
+        model = loading.create_model({"model_type": "bert"}, "classification", vocab_size=30522, labels=toy.LABELS)
     counts = count_weights(model, linear_maps(model, LAYER_MODULES, ""))
     factors = solve_factors(counts, **{"weight": None, **options})
     assert f"solved for: {factors.weight:.2f} where" in file.read_text()
@@ -249,7 +244,6 @@ def test_a_run_trains_under_a_budget_and_reports_both(world: World, tmp_path: Pa
     config = toy.parsed(tables, {"student.num_hidden_layers": 4, "objective": objective, "compression": [listed]})
     rows: list[dict[str, Any]] = []
     results = train(config, rows.append).results
-    assert results is not None
     logged = {name: value for name, value in rows[0].items() if name.startswith(("budget/", "initial_error/"))}
     assert logged.items() <= results["student"].items()
     assert logged["budget/achieved/reduction"] == pytest.approx(2.0, rel=0.005)

@@ -1,5 +1,6 @@
 """Low rank: the nearest product, in the weights or on a sample; merged and compact forms have the same function."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,14 @@ from lad_dist.compression.base import CompressionContext
 from lad_dist.compression.products import LowRankEmbedding, LowRankLinear
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
-from lad_dist.core.outputs import OutputSpec
 from lad_dist.models import activations, loading
 from lad_dist.models.dims import count_parameters, encoder_layers
-from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
 from lad_dist.training import run_spec
 from lad_dist.training.train import train
 
 SAMPLE = [toy.batch([9, 30, 5, 17], seed=seed, labels=[0, 1, 1, 0]) for seed in range(3)]
+logits = partial(toy.logits, batch=SAMPLE[0])
 SIZES = st.tuples(st.integers(2, 12), st.integers(2, 12)).flatmap(
     lambda sizes: st.tuples(st.just(sizes[0]), st.just(sizes[1]), st.integers(1, min(sizes)))
 )
@@ -38,13 +38,6 @@ def toy_model(family: str = "bert") -> PreTrainedModel:
     return loading.create_model(
         architecture, "classification", vocab_size=90, special_ids=special, labels=toy.LABELS
     ).eval()
-
-
-def logits(model: PreTrainedModel, batch: Batch = SAMPLE[0]) -> Tensor:
-    with torch.no_grad():
-        outputs = compute_outputs(model, batch, OutputSpec(logits=True))
-    assert outputs.logits is not None
-    return outputs.logits
 
 
 @settings(max_examples=25)
@@ -331,7 +324,6 @@ def test_a_run_reports_what_was_lost(world: World, tmp_path: Path) -> None:
         config = toy.parsed(tables, {"run.steps": 1, "objective": {"name": "kd"}, "compression": compressions})
         rows: list[dict[str, Any]] = []
         results = train(config, rows.append).results
-        assert results is not None
         assert rows[0].pop("step") == 0
         rows[0].pop("steps")
         initial_values = {name: value for name, value in rows[0].items() if not name.startswith("teacher/")}

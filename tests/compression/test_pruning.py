@@ -17,26 +17,15 @@ from lad_dist.compression.pruning.criteria import CRITERIA, Adapting, AdaptingPa
 from lad_dist.compression.pruning.module import GlobalPruning, largest
 from lad_dist.compression.pruning.schedule import Pattern, Schedule
 from lad_dist.config.errors import UserError
-from lad_dist.core.outputs import OutputSpec
 from lad_dist.core.step_state import StepState
 from lad_dist.models import loading
 from lad_dist.models.dims import encoder_layers
-from lad_dist.models.forward import compute_outputs
 from lad_dist.models.loading import PreTrainedModel
 from lad_dist.training.train import check, train
 
-LENGTHS = [5, 3, 9]
-LOGITS = OutputSpec(logits=True)
-
-
-def toy_model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    architecture = {"model_type": "bert", **toy.SIZES}
-    return loading.create_model(architecture, "classification", vocab_size=90, labels=toy.LABELS).eval()
-
 
 def pruned(**options: Any) -> tuple[PreTrainedModel, GlobalPruning]:
-    model = toy.compress(toy_model(), "prune", **options)
+    model = toy.compress(toy.new_model(), "prune", **options)
     return model, pruning_of(model)
 
 
@@ -45,19 +34,13 @@ def pruning_of(model: PreTrainedModel) -> GlobalPruning:
     return pruning
 
 
-def logits(model: nn.Module) -> Tensor:
-    outputs = compute_outputs(model, toy.batch(LENGTHS), LOGITS)  # type: ignore[arg-type]
-    assert outputs.logits is not None
-    return outputs.logits
-
-
 def run_steps(model: PreTrainedModel, pruning: GlobalPruning, steps: int) -> None:
     """Train so many steps towards nothing in particular."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):
         pruning.on_step_start(StepState(step, steps, 0))
         optimizer.zero_grad()
-        logits(model).square().sum().backward()
+        toy.logits(model).square().sum().backward()
         optimizer.step()
 
 
@@ -67,15 +50,15 @@ def test_it_reaches_the_sparsity_and_merges_into_the_same_function(
     criterion: str, pattern: str, sparsity: float
 ) -> None:
     model, pruning = pruned(sparsity=sparsity, criterion=criterion, pattern=pattern, update_every=3)
-    assert torch.equal(logits(model), logits(toy_model()))  # nothing has gone yet
+    assert torch.equal(toy.logits(model), toy.logits(toy.new_model()))  # nothing has gone yet
     run_steps(model, pruning, 20)
     assert pruning.sparsity == pytest.approx(sparsity, abs=0.005)
-    expected = logits(model)
+    expected = toy.logits(model)
     zeros = sum(int((module.origin[~module.mask.keep] != 0).sum()) for module in pruning.masked.values())
     assert zeros > 0  # a mask hides weights, it does not change them
     merged = compressed_module.merge_all(model)
-    assert torch.equal(logits(merged), expected)
-    assert set(merged.state_dict()) == set(toy_model().state_dict())
+    assert torch.equal(toy.logits(merged), expected)
+    assert set(merged.state_dict()) == set(toy.new_model().state_dict())
     assert not compressed_module.compressed_modules(merged)
     layers = [m.weight for m in encoder_layers(model).modules() if isinstance(m, nn.Linear)]
     assert 1 - sum(int(w.count_nonzero()) for w in layers) / sum(w.numel() for w in layers) >= pruning.sparsity
@@ -206,7 +189,7 @@ def test_the_base_stays_as_it_was(criterion: str) -> None:
     """Bit for bit, also where a copy of it was trained; the head has learnt."""
     model, pruning = pruned(sparsity=0.5, criterion=criterion, modules=r"(embeddings|layer)\.")
     run_steps(model, pruning, 10)
-    original = dict(toy_model().named_parameters())
+    original = dict(toy.new_model().named_parameters())
     merged = dict(compressed_module.merge_all(model).named_parameters())
     moved = {
         name
@@ -225,7 +208,7 @@ def test_iterative_trains_a_copy_until_the_last_weights_have_gone() -> None:
     assert isinstance(mask, Iterative)
     starts = mask.trained.detach().clone()
     pruning.on_step_start(StepState(0, 10, 0))
-    logits(model).sum().backward()
+    toy.logits(model).sum().backward()
     assert mask.trained.grad is not None
     assert mask.trained.grad.abs().sum() > 0
     with torch.no_grad():
@@ -239,7 +222,7 @@ def test_scores_learn_before_the_first_weights_go() -> None:
     model, pruning = pruned(sparsity=0.5, criterion="adapting", update_every=20)
     pruning.on_step_start(StepState(0, 1000, 0))
     assert pruning.sparsity == 0
-    logits(model).square().sum().backward()
+    toy.logits(model).square().sum().backward()
     for module in pruning.masked.values():
         (scores,) = module.mask.parameters()
         assert scores.grad is not None
@@ -269,7 +252,7 @@ def test_a_weight_that_the_head_shares_is_refused() -> None:
 
 
 def test_only_weights_that_train_are_pruned() -> None:
-    model = toy_model()
+    model = toy.new_model()
     encoder_layers(model)[0].requires_grad_(False)
     toy.compress(model, "prune", sparsity=0.5)
     assert not any(".layer.0." in name for name in pruning_of(model).masked)
@@ -348,12 +331,12 @@ def _moments_of(deepspeed_engine: Any, weight: nn.Parameter, keep: Tensor) -> li
 
 
 def test_masks_after_low_rank_are_on_the_factors() -> None:
-    model = toy.compress(toy_model(), "low_rank", keep=0.5)
+    model = toy.compress(toy.new_model(), "low_rank", keep=0.5)
     toy.compress(model, "prune", sparsity=0.5)
     pruning = pruning_of(model)
     assert all(name.endswith((".inner", ".outer")) for name in pruning.masked)
     pruning.tighten(0.5)
-    expected = logits(model)
+    expected = toy.logits(model)
     compact = compressed_module.replace_all(copy.deepcopy(model), compressed_module.COMPACT)
-    torch.testing.assert_close(logits(compact), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(compressed_module.merge_all(model)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(toy.logits(compact), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(toy.logits(compressed_module.merge_all(model)), expected, rtol=1e-5, atol=1e-5)

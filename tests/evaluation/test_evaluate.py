@@ -96,7 +96,6 @@ def evaluate_config(world: World, model: Path, **options: Any) -> EvaluateConfig
 def test_an_export_scores_what_the_run_reported(world: World, tmp_path: Path) -> None:
     config = toy.parsed(toy.task_config(tmp_path, world.files, world.teacher, world.pretrained), {"run.steps": 3})
     run = train(config)
-    assert run.results is not None
     out = tmp_path / "deep" / "result.json"
     options = {"teacher": {"path": str(world.teacher)}, "out": str(out)}
     scores = evaluate.evaluate(evaluate_config(world, run.folder / "export", **options))

@@ -94,7 +94,6 @@ def test_flat_is_padded(family: str, head: Head, tokenizers: Any, tmp_path: Path
         with torch.no_grad():
             outputs = compute_outputs(model, batch, EVERYTHING)
         expected = transformers_output(tmp_path, head, batch)
-        assert outputs.logits is not None
         assert outputs.logits.std() > 0.1
         torch.testing.assert_close(outputs.logits, flat_logits(expected, batch, head), rtol=1e-5, atol=1e-5)
         assert list(outputs.hidden) == [0, 1, 2, 3, 4]
@@ -228,7 +227,7 @@ def test_set_dropout_sets_either_probability(family: str, tokenizers: Any) -> No
     model = toy_families.new_model(family, "none", tokenizers(family), **dropouts).train()
     batch = batch_of(LENGTHS, "none", tokenizers(family))
 
-    def varies(hidden: float, attention: float) -> list[bool]:
+    def varies(hidden: float | None, attention: float) -> list[bool]:
         """Which layers' outputs differ from one forward to another."""
         set_dropout(model, hidden, attention)
         first, second = (compute_outputs(model, batch, OutputSpec(hidden=(0, 4))).hidden for _ in range(2))
@@ -238,6 +237,8 @@ def test_set_dropout_sets_either_probability(family: str, tokenizers: Any) -> No
         assert varies(0.0, 0.0) == [False, False]
         assert varies(0.0, 0.5) == [False, True]
         assert varies(0.5, 0.0) == [True, True]
+        set_dropout(model, 0.0, 0.5)
+        assert varies(None, 0.0) == [False, False]
 
 
 @pytest.mark.parametrize("family", SIZES)
@@ -249,9 +250,18 @@ def test_random_embeddings_change_nothing_else(family: str, tokenizers: Any) -> 
     embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     assert {f"{name}.weight" for name in embeddings if name.startswith("embeddings")} <= changed
     assert all(name.startswith("embeddings.") for name in changed)
-    word_embeddings = model.get_input_embeddings().weight.clone()
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.2)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_scaled_positions_leave_words_and_layers_alone(family: str, tokenizers: Any) -> None:
+    model = toy_families.new_model(family, "none", tokenizers(family))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     toy.compress(model, "scale_position_embeddings", scale=0.1)
-    assert torch.equal(model.get_input_embeddings().weight, word_embeddings)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[-2] for name in changed} <= {"position_embeddings", "token_type_embeddings"}
+    assert any("position_embeddings" in name for name in changed) == any("position_embeddings" in x for x in before)
+    assert all(torch.equal(model.state_dict()[name], 0.1 * before[name]) for name in changed)
 
 
 @pytest.mark.parametrize("family", SIZES)
@@ -458,7 +468,6 @@ def test_a_family_is_distilled_on_a_corpus(family: str, tokenizers: Any, corpora
     )
     tables = toy.corpus_config(tmp_path, corpora(family), teacher, teacher, objective={"name": "minilm2"})
     result = train(toy.parsed(tables, {"run.steps": 2, "data.num_workers": 0}))
-    assert result.results is not None
     assert 0 < result.results["metrics"]["loss"] < 10
     assert loading.load_model(str(tmp_path / "toy" / "export"), "none").config.num_hidden_layers == 2
 
@@ -491,7 +500,6 @@ def test_kd_takes_a_teacher_with_another_tokenizer(tokenizers: Any, tmp_path: Pa
         train(toy.parsed(tables, {"run.steps": 3, "run.name": name, "teacher.cache_gb": size})).results
         for name, size in (("cached", 1.0), ("computed", 0.0))
     )
-    assert cached is not None
     assert computed is not None
     assert cached["metrics"]["accuracy"] == computed["metrics"]["accuracy"]
     curves = [[row["soft"] for row in losses(tmp_path / name)] for name in ("cached", "computed")]

@@ -74,7 +74,6 @@ def export(result: RunResult) -> Path:
 @pytest.mark.parametrize("head", HEADS)
 def test_a_toy_task_is_learnt(head: str, teachers: dict[str, RunResult]) -> None:
     results = teachers[head].results
-    assert results is not None
     assert results["metrics"]["f1"] > 0.95
     assert results["metrics"]["accuracy" if head == "tagging" else "exact_match"] > 0.9
 
@@ -91,7 +90,6 @@ def test_every_objective_distils_it(
     rows: list[dict[str, Any]] = []
     changes = {"run.steps": 2, "student.num_hidden_layers": 2, "objective": {"name": name}, "run.name": "student"}
     result = train(run(head, world, files, tmp_path, export(teachers[head]), changes), rows.append)
-    assert result.results is not None
     assert all(np.isfinite(value) for row in rows for value in row.values())
     names = {"tagging": {"f1", "precision", "recall", "accuracy"}}
     names["question_answering"] = {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
@@ -114,7 +112,6 @@ def test_distilling_the_teachers_logits_makes_a_loyal_student(
         "run.log_every": 60,
     }
     results = train(run(head, world, files, tmp_path, export(teachers[head]), changes)).results
-    assert results is not None
     assert results["metrics"]["label_loyalty"] > 0.7
     assert results["metrics"]["probability_loyalty"] > 0.5
 
@@ -143,7 +140,6 @@ def test_an_export_scores_as_the_run_did(head: str, files: Files, teachers: dict
     tables = {"model": {"path": folder}, "teacher": {"path": folder}, "data": data}
     scores = evaluate(parse_config(EvaluateConfig, tables, "toy"))
     results = teachers[head].results
-    assert results is not None
     for name, value in results["metrics"].items():
         assert scores["model"][name] == pytest.approx(value, abs=1e-6)
     assert scores["model"]["label_loyalty"] == 1
@@ -173,7 +169,6 @@ def test_transformers_tags_as_the_run_did(files: Files, teachers: dict[str, RunR
         right += sum(tags[start] == tag for start, tag in zip(starts, row["tags"], strict=True))
         count += len(starts)
     results = teachers["tagging"].results
-    assert results is not None
     assert right / count == pytest.approx(results["metrics"]["accuracy"])
 
 

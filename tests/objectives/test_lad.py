@@ -165,7 +165,6 @@ def test_gate_supervision_trains_the_gates_to_predict_the_teacher() -> None:
     objective = LAD(STUDENT, TEACHER, gate_supervision=3.0, temperature=2.0, detach_gates=True)
     terms = objective(student, teacher, batch)
     aggregates = objective.aggregate(teacher.hidden)
-    assert teacher.logits is not None
     expected = 0.0
     for probe, layer in zip(objective.probes, (2, 4), strict=True):
         predicted = torch.log_softmax(probe(aggregates[layer][batch.head_positions]).double() / 2, dim=-1)

@@ -156,6 +156,7 @@ CASES = [
     variable("world-word", "WORLD_SIZE = 'two' is not a whole number", **{**LAUNCHED, "WORLD_SIZE": "two"}),
     variable("rank-word", "RANK = 'first' is not a whole number", **{**LAUNCHED, "RANK": "first"}),
     variable("rank-negative", "RANK = '-1' is not a whole number", **{**LAUNCHED, "RANK": "-1"}),
+    variable("three", "data.micro_batches_per_step = 4: cannot be shared out", **{**LAUNCHED, "WORLD_SIZE": "3"}),
     variable("world-zero", "numbered from 0", **{**LAUNCHED, "WORLD_SIZE": "0"}),
     variable("local-rank", "LOCAL_RANK = 'x' is not a whole number", **{**LAUNCHED, "LOCAL_RANK": "x"}),
     variable("no-port", "MASTER_PORT is not set, and 2 processes need it", **{**LAUNCHED, "MASTER_PORT": ""}),

@@ -1,65 +1,37 @@
 """A user's mistake: one line on stderr, exit code 2, no traceback, nothing left behind, before a weight is read."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 import toy
 from conftest import World
-from launching import ROOT, exit_code, launch
+from launching import ROOT, launch
+from malformed_inputs import Case, assert_one_line, complaint, jsonl
 
-from lad_dist.config.corpus_schema import PrepareConfig
-from lad_dist.config.load import load_config
-from lad_dist.config.schema import EvaluateConfig, PretrainConfig, TaskConfig
-from lad_dist.data.shards.prepare import prepare
 from lad_dist.data.tokenization.algorithms import train_wordpiece
 
-TASK, CORPUS = "task", "corpus"
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the things are that mistakes point to."""
-
-    world: World
-    other_words: Path  # a teacher with another vocabulary
-    three: Path  # a teacher with three labels
-    renamed: Path  # a teacher with two other labels
-    bad_dev: Path  # its fourth line has a label that training does not have
-    short_roberta: Path  # 34 positions, of which its family leaves 32
+TASK, CORPUS, EVALUATE, PREPARE = "task_distill", "pretrain_distill", "evaluate", "prepare_corpus"
+# In the folder of a case.
+FILES = {"rows.jsonl": '{"text": "a"}\n{"texts": "a"}\n', "empty/note": ""}
+ROWS = {"kind": "jsonl", "path": "{here}/rows.jsonl"}
 
 
 @pytest.fixture(scope="module")
-def places(world: World, tmp_path_factory: pytest.TempPathFactory) -> Places:
+def places(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where the things are that mistakes point to."""
     folder = tmp_path_factory.mktemp("mistakes")
     train_wordpiece((f"xx{n} yy{n}" for n in range(200)), 150, folder / "words")
     rows = [{"text": toy.sentence(n), "label": label} for n, label in enumerate(["no", "yes", "no", "yess"])]
-    (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "bad.jsonl").write_text(jsonl(*rows))
     roberta = {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": 34}
-    return Places(
-        world,
-        toy.model(folder / "other", folder / "words", "classification", toy.LABELS),
-        toy.model(folder / "three", world.tokenizer, "classification", ("a", "b", "c")),
-        toy.model(folder / "renamed", world.tokenizer, "classification", ("left", "right")),
-        folder / "bad.jsonl",
-        toy.model(folder / "roberta", world.tokenizer, "mlm", **roberta),
-    )
-
-
-def tables_of(kind: str, places: Places, work: Path) -> dict[str, Any]:
-    world = places.world
-    if kind == TASK:
-        return toy.task_config(work, world.files, world.teacher, world.pretrained)
-    return toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained)
-
-
-def fill(value: Any, places: Places) -> Any:
-    """`{three}` in a value stands for that place."""
-    names = {"headless": places.world.headless, "teacher": places.world.teacher, **vars(places)}
-    return value.format_map(names) if isinstance(value, str) else value
+    return {
+        "other_words": toy.model(folder / "other", folder / "words", "classification", toy.LABELS),
+        "three": toy.model(folder / "three", world.tokenizer, "classification", ("a", "b", "c")),
+        "renamed": toy.model(folder / "renamed", world.tokenizer, "classification", ("left", "right")),
+        "bad_dev": folder / "bad.jsonl",  # its fourth line has a label that training does not have
+        "short_roberta": toy.model(folder / "roberta", world.tokenizer, "mlm", **roberta),  # of 34 positions it uses 32
+    }
 
 
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
@@ -223,128 +195,37 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         )
         for name in ("emd", "minilm", "tinybert")
     ],
+    # evaluations
+    (EVALUATE, {"model.path": "/nowhere"}, "/nowhere: cannot read a model"),
+    (EVALUATE, {"model.path": "{three}"}, "the head has 3 outputs"),
+    (EVALUATE, {"teacher.path": "{renamed}"}, "the model's labels are left, right"),
+    (EVALUATE, {"data.dev": "nowhere.csv"}, "nowhere.csv: no such file"),
+    (EVALUATE, {"data.max_length": 65}, "data.max_length: 65 tokens, but"),
+    (EVALUATE, {"teacher.path": "{other_words}"}, "this tokenizer does not know the text"),
+    (EVALUATE, {"models": {"path": "x"}}, 'models: no such table; did you mean "model"?'),
+    # preparations
+    (PREPARE, {"source": [ROWS]}, 'rows.jsonl:2: no "text": did you mean "texts"?; mend or remove it, or set on_error'),
+    (PREPARE, {"source": [{**ROWS, "path": "{here}/empty"}]}, "empty: no .jsonl files in it"),
+    (PREPARE, {"source": [{**ROWS, "path": "/nowhere"}]}, "/nowhere: no such file or folder"),
+    (PREPARE, {"source": [{**ROWS, "kind": "parquett"}]}, "source.0.kind: input should be "),
+    (PREPARE, {"source": [{**ROWS, "splitt": "train"}]}, 'source.0.splitt: no such key; did you mean "split"?'),
+    (PREPARE, {"source": [{**ROWS, "split": "test"}]}, 'split does not go with kind = "jsonl", only with hub'),
+    (PREPARE, {"source": [ROWS, ROWS]}, 'two sources are called "rows"; give one of them another name'),
+    (PREPARE, {"part": 0}, "give both of part and parts, or none"),
+    (PREPARE, {"part": 2, "parts": 2}, "part = 2, but parts = 2 are numbered from 0"),
+    (PREPARE, {"tokenizer": "/nowhere"}, "/nowhere: no tokenizer, neither a folder of one nor a hub name"),
+    (PREPARE, {"out": "{here}/rows.jsonl"}, "exists and holds no token shards; give another folder for out"),
 ]
 
 
-def written(folder: Path, tables: dict[str, Any], changes: dict[str, Any]) -> Path:
-    """A config file: the tables after changes {"a.b": value}, None taking a key away."""
-    for dotted, value in changes.items():
-        table: Any = tables
-        *outer, key = dotted.split(".")
-        for name in outer:
-            table = table.setdefault(name, {})
-        table[key] = value
-        if value is None:
-            del table[key]
-    (folder / "mistake.toml").write_text(tomli_w.dumps(tables))
-    return folder / "mistake.toml"
-
-
-def assert_one_line(error: str, expected: str) -> None:
-    assert error.count("\n") == 1, error
-    assert error.startswith("error: ")
-    assert expected in error
-
-
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize(("kind", "changes", "expected"), MISTAKES)
+@pytest.mark.parametrize(("script", "changes", "expected"), MISTAKES)
 def test_a_mistake_ends_in_one_line(
-    kind: str, changes: dict[str, Any], expected: str, places: Places, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from lad_dist.cli.commands import train_command
-
-    work = tmp_path / "runs"
-    filled = {key: fill(value, places) for key, value in changes.items()}
-    path = written(tmp_path, tables_of(kind, places, work), filled)
-    schema = TaskConfig if kind == TASK else PretrainConfig
-    code = exit_code(lambda: train_command(load_config(schema, path)))
-    seen = capfd.readouterr()
-    assert code == 2
-    assert seen.out == ""
-    assert_one_line(seen.err, expected)
-    assert not work.exists()
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_micro_batches_are_shared_out_evenly(
-    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from lad_dist.cli.commands import train_command
-
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "::1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    path = written(tmp_path, tables_of(TASK, places, tmp_path / "runs"), {})
-    assert exit_code(lambda: train_command(load_config(TaskConfig, path))) == 2
-    assert_one_line(
-        capfd.readouterr().err, "data.micro_batches_per_step = 4: cannot be shared out over 3 processes; 3 can"
-    )
-
-
-@pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"model.path": "/nowhere"}, "/nowhere: cannot read a model"),
-        ({"model.path": "{three}"}, "the head has 3 outputs"),
-        ({"teacher.path": "{renamed}"}, "the model's labels are left, right"),
-        ({"data.dev": "nowhere.csv"}, "nowhere.csv: no such file"),
-        ({"data.max_length": 65}, "data.max_length: 65 tokens, but"),
-        ({"teacher.path": "{other_words}"}, "this tokenizer does not know the text"),
-        ({"models": {"path": "x"}}, 'models: no such table; did you mean "model"?'),
-    ],
-)
-def test_mistakes_of_an_evaluation(
-    changes: dict[str, Any], expected: str, places: Places, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from lad_dist.cli.commands import evaluate_command
-
-    data = {**places.world.files, "max_length": 32}
-    model = {"path": str(places.world.teacher)}
-    tables = {"model": model, "teacher": dict(model), "data": data, "out": str(tmp_path / "result.json")}
-    path = written(tmp_path, tables, {key: fill(value, places) for key, value in changes.items()})
-    assert exit_code(lambda: evaluate_command(load_config(EvaluateConfig, path))) == 2
-    assert_one_line(capfd.readouterr().err, expected)
-    assert not (tmp_path / "result.json").exists()
-
-
-ROWS = {"kind": "jsonl", "path": "{rows}"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"source": [ROWS]}, 'rows.jsonl:2: no "text": did you mean "texts"?; mend or remove it, or set on_error'),
-        ({"source": [{**ROWS, "path": "{empty}"}]}, "empty: no .jsonl files in it"),
-        ({"source": [{**ROWS, "path": "/nowhere"}]}, "/nowhere: no such file or folder"),
-        ({"source": [{**ROWS, "kind": "parquett"}]}, "source.0.kind: input should be "),
-        ({"source": [{**ROWS, "splitt": "train"}]}, 'source.0.splitt: no such key; did you mean "split"?'),
-        ({"source": [{**ROWS, "split": "test"}]}, 'split does not go with kind = "jsonl", only with hub'),
-        ({"source": [ROWS, ROWS]}, 'two sources are called "rows"; give one of them another name'),
-        ({"part": 0}, "give both of part and parts, or none"),
-        ({"part": 2, "parts": 2}, "part = 2, but parts = 2 are numbered from 0"),
-        ({"tokenizer": "/nowhere"}, "/nowhere: no tokenizer, neither a folder of one nor a hub name"),
-        ({"out": "{empty}/../rows.jsonl"}, "exists and holds no token shards; give another folder for out"),
-    ],
-)
-def test_mistakes_of_a_preparation(
-    changes: dict[str, Any], expected: str, places: Places, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"texts": "a"}\n')
-    (tmp_path / "empty").mkdir()
-    paths = {"rows": tmp_path / "rows.jsonl", "empty": tmp_path / "empty"}
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, list):
-            return [{key: filled(inner) for key, inner in source.items()} for source in value]
-        return value.format_map(paths) if isinstance(value, str) else value
-
-    tables = {"out": str(tmp_path / "out"), "tokenizer": str(places.world.tokenizer), "source": filled([ROWS])}
-    path = written(tmp_path, tables, {key: filled(value) for key, value in changes.items()})
-    before = set(tmp_path.iterdir())
-    assert exit_code(lambda: not prepare(load_config(PrepareConfig, path))) == 2
-    assert_one_line(capfd.readouterr().err, expected)
-    assert set(tmp_path.iterdir()) == before
+    script: str, changes: dict[str, Any], expected: str, world: World, places: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    case = Case(expected, script, expected, FILES, changes)
+    assert_one_line(complaint(case, tmp_path, world, monkeypatch, capfd, places), expected)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,6 @@ def test_regression(world: World, tmp_path: Path) -> None:
     alone = {"run.name": "teacher", "run.steps": 2, "teacher": None, "objective": {"name": "supervised"}}
     teacher = train(toy.parsed(tables, alone))
     result = train(toy.parsed(tables, {"run.steps": 2, "teacher.path": str(teacher.folder / "export")}))
-    assert result.results is not None
     assert set(result.results["metrics"]) == {"pearson", "spearman", "teacher_pearson"}
     model = AutoModelForSequenceClassification.from_pretrained(result.folder / "export")
     assert model.config.problem_type == "regression"
@@ -455,7 +454,6 @@ def test_the_teacher_is_scored_once_before_the_first_step(
     results = train(config, rows.append).results
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     assert "teacher" not in capsys.readouterr().err
-    assert results is not None
     if corpus:
         assert set(scores) == {"mlm_loss"}
         assert 0 < scores["mlm_loss"] < 100
