@@ -122,15 +122,18 @@ def real(x: Tensor, batch: Batch) -> Tensor:
     return x[unpad(batch.is_token, batch)]
 
 
+def write_sentencepiece(folder: Path, family: str, file: str, texts: list[str], **layout: Any) -> None:
+    """A folder with nothing but a sentencepiece model and a config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written, options = io.BytesIO(), {"hard_vocab_limit": False, "minloglevel": 2, **layout}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=written, **options)
+    (folder / file).write_bytes(written.getvalue())
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+
+
 def _sentencepiece(family: str, folder: Path) -> None:
     file, layout = PIECES[family]
-    model_file = io.BytesIO()
-    options = {"vocab_size": 120, "hard_vocab_limit": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model_file, **options, **layout
-    )
-    (folder / file).write_bytes(model_file.getvalue())
-    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    write_sentencepiece(folder, family, file, TEXTS, vocab_size=120, **layout)
     fast_tokenizer = load_tokenizer(folder)
     (folder / "config.json").unlink()
     fast_tokenizer.save_pretrained(folder)

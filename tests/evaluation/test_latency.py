@@ -163,55 +163,39 @@ def test_the_promise_of_the_flops_is_compared_with_the_latency() -> None:
     ]
 
 
-def no_results(folder: Path) -> None:
-    (folder / "results.json").unlink()
-
-
-def of_a_search(folder: Path) -> None:
-    (folder / "results.json").write_text('{"trials": []}')
-
-
-def cut_results(folder: Path) -> None:
-    os.truncate(folder / "results.json", 40)
-
-
-def no_export(folder: Path) -> None:
-    shutil.rmtree(folder / "export")
-
-
-def cut_weights(folder: Path) -> None:
-    os.truncate(folder / "export" / "model.safetensors", 1000)
-
-
-def another_family(folder: Path) -> None:
-    (folder / "export" / "config.json").write_text('{"model_type": "t5"}')
-
-
 def data_gone(folder: Path) -> None:
     results = results_in(folder)
     results["config"]["data"]["dev"] = str(folder / "gone.csv")
     (folder / "results.json").write_text(json.dumps(results))
 
 
-def nothing(folder: Path) -> None:
-    pass
-
-
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("damage", "arguments", "message"),
     [
-        (no_results, (), "holds no complete run: it lacks results.json"),
-        (of_a_search, (), "results.json: of no run, or damaged (no config in it); name the folder of one run"),
-        (cut_results, (), "results.json: damaged ("),
-        (no_export, (), "export: no such folder; a complete run exports the student to it"),
-        (cut_weights, (), "model.safetensors: cannot read weights"),
-        (another_family, (), "export: the family t5 is not supported"),
+        (lambda run: (run / "results.json").unlink(), (), "holds no complete run: it lacks results.json"),
+        (
+            lambda run: (run / "results.json").write_text('{"trials": []}'),
+            (),
+            "results.json: of no run, or damaged (no config in it); name the folder of one run",
+        ),
+        (lambda run: os.truncate(run / "results.json", 40), (), "results.json: damaged ("),
+        (
+            lambda run: shutil.rmtree(run / "export"),
+            (),
+            "export: no such folder; a complete run exports the student to it",
+        ),
+        (lambda run: os.truncate(run / "export/model.safetensors", 1000), (), "model.safetensors: cannot read weights"),
+        (
+            lambda run: (run / "export/config.json").write_text('{"model_type": "t5"}'),
+            (),
+            "export: the family t5 is not supported",
+        ),
         (data_gone, ("--onnx",), "gone.csv"),
-        (nothing, ("--teacher", "gone"), "gone: "),
-        (nothing, ("--rounds", "0"), "measure_latency: --rounds 0: at least 1"),
-        (nothing, ("--rounds", "x"), "measure_latency: argument --rounds: invalid int value"),
-        (nothing, ("--int4",), "measure_latency: unrecognized arguments: --int4; see --help"),
+        (lambda _: None, ("--teacher", "gone"), "gone: "),
+        (lambda _: None, ("--rounds", "0"), "measure_latency: --rounds 0: at least 1"),
+        (lambda _: None, ("--rounds", "x"), "measure_latency: argument --rounds: invalid int value"),
+        (lambda _: None, ("--int4",), "measure_latency: unrecognized arguments: --int4; see --help"),
     ],
 )
 def test_mistakes(

@@ -14,6 +14,7 @@ import pytest
 import tomli_w
 import toy
 from conftest import World
+from launching import ROOT
 from slurm_cluster import SlurmCluster
 
 from lad_dist.config.corpus_schema import PrepareConfig
@@ -26,7 +27,6 @@ from lad_dist.training.train import train
 
 pytestmark = pytest.mark.slurm
 
-REPOSITORY = Path(__file__).parents[2]
 TRAINING = ("pretrain", "finetune", "task")
 SCRIPTS = {
     "prepare": "prepare_corpus",
@@ -77,8 +77,7 @@ def cluster() -> Iterator[SlurmCluster]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A repository's root as the scripts see it, where every launch script ends well."""
-    shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm")
-
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     (tmp_path / "launch").mkdir()
     (tmp_path / "run.toml").touch()
     for name in SCRIPTS.values():
@@ -88,6 +87,14 @@ def folder(tmp_path: Path) -> Path:
 
 def launch(folder: Path, name: str, script: str) -> None:
     (folder / "launch" / f"{name}.py").write_text(script)
+
+
+def training(cluster: SlurmCluster, folder: Path, *words: str) -> str:
+    """Submit a job to two nodes; return it when both ranks train."""
+    job = cluster.submit(["--nodes=2", *words], folder)
+    for rank in (0, 1):
+        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    return job
 
 
 def seen(folder: Path, rank: int) -> dict[str, str]:
@@ -135,9 +142,7 @@ def test_processes_know_where_to_meet_and_how_many_threads_to_take(
 
 def test_a_stopped_job_is_requeued_and_resumes(cluster: SlurmCluster, folder: Path) -> None:
     launch(folder, "task_distill", STOPPABLE)
-    job = cluster.submit(["--nodes=2", "slurm/task.sbatch", "run.toml"], folder)
-    for rank in (0, 1):
-        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    job = training(cluster, folder, "slurm/task.sbatch", "run.toml")
     cluster.run(["scancel", "--batch", "--signal=USR1", job])
     ended = cluster.wait(job, 60)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
@@ -148,9 +153,7 @@ def test_a_stopped_job_is_requeued_and_resumes(cluster: SlurmCluster, folder: Pa
 
 def test_ranks_that_stop_by_themselves_are_requeued_too(cluster: SlurmCluster, folder: Path) -> None:
     launch(folder, "pretrain_distill", STOPPABLE)
-    job = cluster.submit(["--nodes=2", "slurm/pretrain.sbatch", "run.toml"], folder)
-    for rank in (0, 1):
-        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    job = training(cluster, folder, "slurm/pretrain.sbatch", "run.toml")
     cluster.run(["scancel", "--signal=USR1", job])
     ended = cluster.wait(job, 60)
     assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
@@ -158,9 +161,7 @@ def test_ranks_that_stop_by_themselves_are_requeued_too(cluster: SlurmCluster, f
 
 def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, folder: Path) -> None:
     launch(folder, "task_distill", STOPPABLE)
-    job = cluster.submit(["--nodes=2", "slurm/task.sbatch", "run.toml"], folder)
-    for rank in (0, 1):
-        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    job = training(cluster, folder, "slurm/task.sbatch", "run.toml")
     cluster.cancel(job)
     ended = cluster.wait(job, 60)
     cluster.wait_for_quiet(30)
@@ -175,9 +176,7 @@ URGENT = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4", "--output=/de
 )
 def test_a_preempted_job_saves_and_resumes(cluster: SlurmCluster, folder: Path, partition: str, reason: str) -> None:
     launch(folder, "task_distill", STOPPABLE)
-    job = cluster.submit([f"--partition={partition}", "--nodes=2", "slurm/task.sbatch", "run.toml"], folder)
-    for rank in (0, 1):
-        cluster.wait_for_output(job, f"rank {rank} trains", 30)
+    job = training(cluster, folder, f"--partition={partition}", "slurm/task.sbatch", "run.toml")
     urgent = cluster.submit(URGENT, folder)
     assert cluster.wait(urgent, 60).state == "COMPLETED"
     for rank in (0, 1):
@@ -286,28 +285,15 @@ def pipeline(
 
 
 WHOLE_CHAIN = [
-    "prepare",
-    "run.toml",
-    "pretrain",
-    "run.toml",
-    "a.b=x y",
-    "finetune",
-    "run.toml",
-    "task",
-    "run.toml",
-    "c=1",
-    "evaluate",
-    "run.toml",
-]
+    "prepare", "run.toml", "pretrain", "run.toml", "a.b=x y", "finetune", "run.toml", "task", "run.toml", "c=1",
+    "evaluate", "run.toml",
+]  # fmt: skip
 
 
 def test_a_chain_runs_in_order_with_the_overrides_of_each_stage(cluster: SlurmCluster, folder: Path) -> None:
     for name in SCRIPTS.values():
-        launch(
-            folder,
-            name,
-            f"import sys, time; time.sleep(.3); open('order', 'a').write('{name}' + repr(sys.argv[1:]) + '\\n')",
-        )
+        words = f"'{name}' + repr(sys.argv[1:]) + '\\n'"
+        launch(folder, name, f"import sys, time; time.sleep(.3); open('order', 'a').write({words})")
     jobs = pipeline(cluster, folder, "--cpus-per-task=1", *WHOLE_CHAIN)
     assert list(jobs) == ["prepare", "pretrain", "finetune", "task", "evaluate"]
     for job in jobs.values():
@@ -424,7 +410,7 @@ def running_with(text: str) -> list[str]:
     return [line for line in lines if text in line]
 
 
-NO_WAITING = {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"}  # the nodes share this host's cores
+NO_WAITING = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}  # the nodes share this host's cores
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
 
@@ -432,15 +418,15 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 def trained(cluster: SlurmCluster, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository as the scripts see it, with a run of two processes on two nodes in runs/two."""
     folder = tmp_path_factory.mktemp("repository")
-    shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
-    (folder / "launch").symlink_to(REPOSITORY / "launch")
-    (folder / "toy.toml").write_text(tomli_w.dumps(training(world)))
+    shutil.copytree(ROOT / "slurm", folder / "slurm")
+    (folder / "launch").symlink_to(ROOT / "launch")
+    (folder / "toy.toml").write_text(tomli_w.dumps(toy_tables(world)))
     ended = cluster.run_job([*TWO_NODES, "slurm/task.sbatch", "toy.toml", "run.name=two"], 200, folder, NO_WAITING)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
     return folder
 
 
-def training(world: World) -> dict[str, Any]:
+def toy_tables(world: World) -> dict[str, Any]:
     tables = toy.task_config(Path("runs"), world.files, world.teacher, world.pretrained)
     return apply_overrides(tables, {"run.steps": 40}.items())
 
@@ -460,7 +446,7 @@ def exported(run: Path) -> str:
 
 
 def test_two_nodes_train_as_one_process_does(trained: Path, world: World) -> None:
-    alone = apply_overrides(training(world), {"run.dir": str(trained / "runs"), "run.name": "one"}.items())
+    alone = apply_overrides(toy_tables(world), {"run.dir": str(trained / "runs"), "run.name": "one"}.items())
     train(parse_config(TaskConfig, alone, "toy"))
     two = trained / "runs" / "two"
     assert results(two)["processes"] == 2

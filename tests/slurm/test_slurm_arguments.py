@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launching import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ("pretrain", "finetune", "task", "evaluate", "prepare")
-TRAINING = ("pretrain", "finetune", "task")
 FAKES = {
     "python": 'printf "%s\\0" "$@" >seen; exit "${FAKE_CODE:-0}"',
     "srun": 'while [[ "$1" == -* ]]; do shift; done; exec "$@"',
@@ -42,7 +41,7 @@ HOSTILE = st.one_of(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository's root as the scripts see it, and the programs that they call."""
     root = tmp_path_factory.mktemp("words") / "repository"
-    shutil.copytree(REPOSITORY / "slurm", root / "slurm")
+    shutil.copytree(ROOT / "slurm", root / "slurm")
     (root / "bin").mkdir()
     for name, script in FAKES.items():
         (root / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -188,5 +187,5 @@ def test_what_dies_at_once_three_times_in_a_row_stays_dead(folder: Path) -> None
 
 
 def test_no_user_text_is_in_the_path_of_a_log() -> None:
-    for script in (REPOSITORY / "slurm").glob("*.sbatch"):
+    for script in (ROOT / "slurm").glob("*.sbatch"):
         assert f"#SBATCH --output=slurm/logs/{script.stem}-%j.out\n" in script.read_text()

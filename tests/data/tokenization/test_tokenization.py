@@ -1,5 +1,3 @@
-import io
-import json
 import unicodedata
 from collections.abc import Iterator
 from itertools import pairwise
@@ -9,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+import toy_families
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
@@ -123,18 +122,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each family a folder with nothing but a sentencepiece model and a config."""
     root = tmp_path_factory.mktemp("families")
     for family, (file, layout, *_) in FAMILIES.items():
-        written = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(PLAIN),
-            model_writer=written,
-            vocab_size=70,
-            minloglevel=2,
-            hard_vocab_limit=False,
-            **layout,
-        )
-        (root / family).mkdir()
-        (root / family / file).write_bytes(written.getvalue())
-        (root / family / "config.json").write_text(json.dumps({"model_type": family}))
+        toy_families.write_sentencepiece(root / family, family, file, PLAIN, vocab_size=70, **layout)
     return root
 
 
@@ -297,11 +285,8 @@ def test_sentencepiece_families_have_words(family: str, families: Path) -> None:
 
 def test_words_of_a_sentencepiece_bpe_without_a_pre_tokenizer(families: Path, tmp_path: Path) -> None:
     """As Llama's: the normaliser writes the mark."""
-    written = io.BytesIO()
-    options = {"model_type": "bpe", "vocab_size": 70, "byte_fallback": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(PLAIN), model_writer=written, **options)
-    (tmp_path / "tokenizer.model").write_bytes(written.getvalue())
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    layout = {"model_type": "bpe", "vocab_size": 70, "byte_fallback": False, "hard_vocab_limit": True}
+    toy_families.write_sentencepiece(tmp_path, "llama", "tokenizer.model", PLAIN, **layout)
     tokenizer = load_tokenizer(tmp_path)
     text = PLAIN[3]
     assert words_by(word_starts(tokenizer), tokenizer, text) == text.split()
