@@ -5,10 +5,7 @@ import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lad_dist.compression.layers import (
-    keep_layers,
-    layer_numbers,
-)
+from lad_dist.compression.layers import keep_layers, layer_numbers
 from lad_dist.config.errors import UserError
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.frozen import model_digest

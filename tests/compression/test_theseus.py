@@ -375,10 +375,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"student.path": "{mpnet}", "frozen": False, "predecessor": "{other-mpnet}"},
         "layers of mpnet need the positions of their own model; leave predecessor away",
     ),
-    (
-        {"student.path": None, "student.architecture": toy.SIZES},
-        "a new student starts from no model; name a",
-    ),
+    ({"student.path": None, "student.architecture": toy.SIZES}, "a new student starts from no model; name a"),
     ({"start": 1.5}, "compression theseus: start: input should be less than or equal to 1"),
     ({"curriculum": "linaer"}, "compression theseus: curriculum: input should be 'linear' or 'constant'"),
 ]
@@ -398,12 +395,7 @@ def places(world: World, folders: dict[str, Path], tmp_path_factory: pytest.Temp
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)
 def test_a_mistake_is_one_line_before_any_weight_is_read(
-    changes: dict[str, Any],
-    message: str,
-    world: World,
-    places: dict[str, str],
-    tmp_path: Path,
-    no_weights: None,
+    changes: dict[str, Any], message: str, world: World, places: dict[str, str], tmp_path: Path, no_weights: None
 ) -> None:
     filled = {key: x.format_map(places) if isinstance(x, str) else x for key, x in changes.items()}
     config = tables(world, tmp_path, **{key: filled.pop(key) for key in list(filled) if "." not in key})

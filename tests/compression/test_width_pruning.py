@@ -105,10 +105,7 @@ def test_heads_are_cut_to_the_largest_singular_values(size: int, seed: int) -> N
         return scores - scores.mean(dim=1, keepdim=True)
 
     q, k = cut_scores(query, key, covariance, mean, size)
-    exact, narrow = (
-        centred(outputs(query) @ outputs(key).T / 6**0.5),
-        centred(outputs(q) @ outputs(k).T / size**0.5),
-    )
+    exact, narrow = (centred(outputs(query) @ outputs(key).T / 6**0.5), centred(outputs(q) @ outputs(k).T / size**0.5))
     dropped = torch.linalg.svdvals(exact)[size:]
     assert (exact - narrow).norm().item() == pytest.approx(dropped.norm().item(), rel=1e-6)
     out = torch.randn(7, 6, dtype=torch.float64)

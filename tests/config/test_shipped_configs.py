@@ -13,12 +13,7 @@ from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.load import parse_config, read_toml
-from lad_dist.config.schema import (
-    EvaluateConfig,
-    PretrainConfig,
-    SearchConfig,
-    TaskConfig,
-)
+from lad_dist.config.schema import EvaluateConfig, PretrainConfig, SearchConfig, TaskConfig
 from lad_dist.search.grid import sample_trials
 from lad_dist.training import run_spec
 from lad_dist.training.train import train

@@ -14,14 +14,7 @@ from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.describe import describe_keys
 from lad_dist.config.load import keyword_parameters
-from lad_dist.config.schema import (
-    ConfigTable,
-    EvaluateConfig,
-    PretrainConfig,
-    SearchConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from lad_dist.config.schema import ConfigTable, EvaluateConfig, PretrainConfig, SearchConfig, TaskConfig, TrainConfig
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.data.tokenization.special_tokens import vocabulary_size
 from lad_dist.objectives.registry import OBJECTIVES

@@ -25,11 +25,7 @@ def problem(seed: int, sizes: tuple[int, int], scale: float) -> tuple[np.ndarray
 
 
 @settings(max_examples=40)
-@given(
-    seed=SEEDS,
-    sizes=st.tuples(st.integers(1, 12), st.integers(1, 24)),
-    scale=st.sampled_from([1e-9, 1.0, 1e6]),
-)
+@given(seed=SEEDS, sizes=st.tuples(st.integers(1, 12), st.integers(1, 24)), scale=st.sampled_from([1e-9, 1.0, 1e6]))
 def test_plans_are_those_of_an_exact_solver(seed: int, sizes: tuple[int, int], scale: float) -> None:
     costs, student, teacher = problem(seed, sizes, scale)
     plan, exact = optimal_transport.transport_plan(costs, student, teacher), ot.emd(student, teacher, costs)

@@ -72,12 +72,7 @@ def normalised(rows: list[list[float]], norm: torch.nn.LayerNorm, span: int | No
 
 
 @settings(max_examples=10)
-@given(
-    seed=st.integers(0, 10_000),
-    affine=st.booleans(),
-    whole=st.booleans(),
-    options=st.sampled_from(GATE_OPTIONS),
-)
+@given(seed=st.integers(0, 10_000), affine=st.booleans(), whole=st.booleans(), options=st.sampled_from(GATE_OPTIONS))
 def test_lad_equals_the_equations(seed: int, affine: bool, whole: bool, options: dict[str, Any]) -> None:
     span = 8 if whole else None
     batch = toy.batch(LENGTHS, pad_to=span)

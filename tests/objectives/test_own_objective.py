@@ -77,10 +77,7 @@ def test_a_class_of_the_working_directory_trains(folder: Path, world: World) -> 
         ("own_package/losses.py:Halves", 'write a class of your own as "my_package.module:Class"'),
         ("own_pakage.losses:Halves", "no module own_pakage, neither installed nor in {folder}"),
         ("own_package.lossess:Halves", "no module own_package.lossess, neither installed nor in {folder}"),
-        (
-            "incomplete:Loss",
-            r"import of incomplete fails \(ModuleNotFoundError: No module named 'nowhere'\); python",
-        ),
+        ("incomplete:Loss", r"import of incomplete fails \(ModuleNotFoundError: No module named 'nowhere'\); python"),
         ("misspelt:Loss", r"import of misspelt fails \(SyntaxError: .* \(misspelt\.py, line 1\)\)"),
         ("own_package.losses:Halfs", 'own_package/losses.py has no Halfs; did you mean "Halves"'),
         ("own_package.losses:CONSTANT", r"CONSTANT is no subclass of lad_dist\.objectives\.base\.Objective"),

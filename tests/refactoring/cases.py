@@ -129,11 +129,7 @@ CASES = (
     # The student is 2 x 24 and the teacher 4 x 32: hidden states go through a learnt map.
     _on_task("tinybert", "rte", _taught("rte", "../inputs/narrow")),
     # Weights of 1, so that the plans of transport, renewed each step, show in the loss.
-    _on_task(
-        "emd",
-        "stsb",
-        {**_taught("stsb"), **HALF_AS_DEEP, "objective.hidden": 1.0, "objective.attention": 1.0},
-    ),
+    _on_task("emd", "stsb", {**_taught("stsb"), **HALF_AS_DEEP, "objective.hidden": 1.0, "objective.attention": 1.0}),
     # The coins of two blocks over eight steps; gates over all layers.
     _on_task("theseus_lad", "rte", {**_taught("rte", "teacher"), **HALF_AS_DEEP, **GATES_MOVE}),
     # In a toy there is more that nothing makes smaller. Factors are pruned at each of the first steps.

@@ -32,11 +32,7 @@ Figures = list[tuple[str, str]]
 
 @pytest.mark.parametrize("by", ["torchrun", "deepspeed"])
 def test_kills_of_a_real_launcher_and_of_what_it_has_launched(
-    by: str,
-    world: World,
-    straight: Victim,
-    tmp_path: Path,
-    figures: Figures,
+    by: str, world: World, straight: Victim, tmp_path: Path, figures: Figures
 ) -> None:
     """A killed launcher leaves ranks that live on: the same command waits for their end."""
     victim, dice = chaos.victim(tmp_path, world), random.Random(0)
@@ -110,12 +106,7 @@ def enter_network() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_node_that_falls_silent_ends_the_run_which_then_goes_on(
-    lost: int,
-    world: World,
-    straight: Victim,
-    networks: Any,
-    tmp_path: Path,
-    figures: Figures,
+    lost: int, world: World, straight: Victim, networks: Any, tmp_path: Path, figures: Figures
 ) -> None:
     """Its processes die with it and nothing says so: the cable is cut first."""
     victim = chaos.victim(tmp_path, world)
@@ -187,10 +178,7 @@ def until_it_trains(cluster: SlurmCluster, job: str, victim: Victim) -> None:
 
 @pytest.mark.slurm
 def test_signals_at_random_moments_cost_no_step(
-    cluster: SlurmCluster,
-    folder: Path,
-    undisturbed: Victim,
-    figures: Figures,
+    cluster: SlurmCluster, folder: Path, undisturbed: Victim, figures: Figures
 ) -> None:
     job, victim = submitted(cluster, folder, "disturbed")
     dice, lost = random.Random(0), []
@@ -214,10 +202,7 @@ def test_signals_at_random_moments_cost_no_step(
 
 @pytest.mark.slurm
 def test_a_node_of_slurm_that_is_killed_ends_the_rest_and_the_job_runs_again(
-    cluster: SlurmCluster,
-    folder: Path,
-    undisturbed: Victim,
-    figures: Figures,
+    cluster: SlurmCluster, folder: Path, undisturbed: Victim, figures: Figures
 ) -> None:
     job, victim = submitted(cluster, folder, "node")
     until_it_trains(cluster, job, victim)

@@ -70,18 +70,10 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
         'offload_optimizer.device: no checkpoint holds what is on "nvme"; use "cpu"',
     ),
     (TASK, {"deepspeed.bf16": True}, "deepspeed.bf16: "),
-    (
-        TASK,
-        {"deepspeed.bf16.enable": True},
-        'deepspeed.bf16.enable: no such key; did you mean "enabled"?',
-    ),
+    (TASK, {"deepspeed.bf16.enable": True}, 'deepspeed.bf16.enable: no such key; did you mean "enabled"?'),
     (TASK, {"deepspeed.bf16.enabled": True}, "needs deepspeed.zero_optimization.stage = 1 or more"),
     (TASK, {"deepspeed.gradient_clipping": "one"}, "deepspeed.gradient_clipping: "),
-    (
-        TASK,
-        {"deepspeed.train_batch_size": 8},
-        "deepspeed.train_batch_size: data.micro_batches_per_step",
-    ),
+    (TASK, {"deepspeed.train_batch_size": 8}, "deepspeed.train_batch_size: data.micro_batches_per_step"),
     (TASK, {"deepspeed.optimizer": {"type": "Adam"}}, "deepspeed.optimizer: [optim] sets this"),
     # what is not there
     (TASK, {"data.train": "nowhere.csv"}, "nowhere.csv: no such file"),

@@ -212,10 +212,7 @@ def test_a_folder_belongs_to_one_session_at_a_time(
         assert other.stdout.readline() == "held\n"
         begin = time.monotonic()
         if seconds == 100:
-            with (
-                pytest.raises(UserError, match="another process trains in this folder; wait until"),
-                run.session(),
-            ):
+            with pytest.raises(UserError, match="another process trains in this folder; wait until"), run.session():
                 raise AssertionError("was begun")
             other.kill()
             other.wait()

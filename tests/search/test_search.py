@@ -37,10 +37,7 @@ TUNE = ROOT / "launch" / "tune.py"
 GOOD, HOPELESS = 6e-3, 1e-9
 DEEPER_THAN_THE_MODEL = 9
 SEED_SEARCHED = 7
-GRID = {
-    "method": {"pkd": {"objective.name": "pkd"}, "lad": {}},
-    "seed": {"0": {"run.seed": 0}, "1": {"run.seed": 1}},
-}
+GRID = {"method": {"pkd": {"objective.name": "pkd"}, "lad": {}}, "seed": {"0": {"run.seed": 0}, "1": {"run.seed": 1}}}
 
 
 def tables(work: Path, **changes: Any) -> dict[str, Any]:
@@ -100,10 +97,7 @@ def denying(world: World, folder: Path) -> Path:
         ({"search": {"metric": "pearson"}}, 'no "pearson", it has accuracy, f1, matthews'),
         ({"search": {"base": "nowhere.toml"}}, "nowhere.toml: cannot read the config"),
         ({"override": {"run.eval_every": 0}}, "set override.run.eval_every"),
-        (
-            {"space": {"data.dev": {"choice": ["dev.csv"]}}},
-            "space.data.dev: scores of different tasks cannot",
-        ),
+        ({"space": {"data.dev": {"choice": ["dev.csv"]}}}, "space.data.dev: scores of different tasks cannot"),
         ({"space": None}, r"give \[grid\], \[space\] or both"),
         ({"space": None, "grid": GRID}, r"num_samples = 4: add a \[space\] to draw"),
         ({"grid": {"method": {}}}, "grid.method: give choices"),

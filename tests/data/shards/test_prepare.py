@@ -514,10 +514,7 @@ def test_real_corpus_end_to_end(real_data: Path, tmp_path: Path) -> None:
             "out": str(tmp_path / "shards"),
             "tokenizer": str(tmp_path / "tokenizer"),
             "held_out": 0.1,
-            "source": [
-                {"kind": "wikiextractor", "path": str(wikipedia.parent)},
-                {"kind": "text", "path": str(books)},
-            ],
+            "source": [{"kind": "wikiextractor", "path": str(wikipedia.parent)}, {"kind": "text", "path": str(books)}],
         }
     )
     texts = [text for source in config.source for text in corpus.documents(source)]
