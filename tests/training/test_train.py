@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import toy
 from checkpoint_damage import Bomb
 from conftest import World
-from launching import ROOT, environment
+from launching import ROOT, environment, wait_until
 from safetensors.torch import load_file
 from toy_runs import curve, digest, lad
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -422,10 +421,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(world: World, tmp_path: Path
         command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     metrics = tmp_path / "a" / "toy" / "metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and metrics.read_text().count("\n") > 3:
-            break
-        time.sleep(0.1)
+    # Before it trains, SIGTERM just ends it; a loaded machine takes minutes to get there.
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, seconds=600)
     first.send_signal(signal.SIGTERM)
     out, error = first.communicate(timeout=120)
     assert first.returncode == 75, error
