@@ -225,7 +225,7 @@ class Heads(Compression):
         if self.heads:
             if not family.flat:
                 raise UserError(
-                    f"compression heads: the attention of {model.config.model_type} needs all its heads; set heads = 0"
+                    f"compression heads: the attention of {model.config.model_type} needs all heads; set heads = 0"
                 )
             outputs = [paths[role] for role in HEAD_ROLES if role in paths]
             self._insert(model, "heads", outputs, paths["attention_output"], num_heads)

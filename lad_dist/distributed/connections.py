@@ -40,7 +40,10 @@ def accept_all(server: socket.socket, token: bytes) -> dict[int, Connection]:
     connections: dict[int, Connection] = {}
     server.settimeout(CONNECT_SECONDS)
     while missing := set(range(1, processes.world_size())) - connections.keys():
-        end, _ = server.accept()
+        try:
+            end, _ = server.accept()
+        except TimeoutError:
+            raise TimeoutError(f"ranks {sorted(missing)} did not connect in {CONNECT_SECONDS:g} seconds") from None
         end.settimeout(INTRODUCTION_SECONDS)
         with contextlib.suppress(OSError):
             text = end.recv(TOKEN_BYTES + RANK_BYTES)

@@ -150,9 +150,9 @@ def test_what_it_refuses(options: dict[str, Any], message: str, world: World, tm
         run_spec.resolve_run(toy.parsed(tables, {"objective": {"name": "kd"}, "compression": compressions}))
 
 
-def test_heads_of_an_attention_of_its_own_stay(tmp_path: Path) -> None:
+def test_heads_stay_where_layers_share_position_biases(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(toy_families.tokenizer("mpnet", tmp_path))
-    with pytest.raises(UserError, match="the attention of mpnet needs all its heads; set heads = 0"):
+    with pytest.raises(UserError, match="the attention of mpnet needs all heads; set heads = 0"):
         toy.compress(toy_families.new_model("mpnet", "none", tokenizer), "heads", heads=0.5)
 
 
