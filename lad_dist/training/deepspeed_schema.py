@@ -44,8 +44,9 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
     for key in config.keys() & MANAGED_KEYS.keys():
         raise UserError(f"deepspeed.{key}: {MANAGED_KEYS[key]} sets this; remove the key")
     zero = config.get("zero_optimization")
-    if isinstance(zero, dict) and zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {zero['stage']!r}")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3, not {stage!r}")
     for name in ("bf16", "fp16"):
         enabled = config[name].get("enabled", False) if isinstance(config.get(name), dict) else False
         if not isinstance(enabled, bool):  # DeepSpeed reads texts too
