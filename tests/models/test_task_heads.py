@@ -127,7 +127,7 @@ def test_cached_teacher_outputs_belong_to_their_rows(
         changes = {"run.steps": 3, "teacher.cache_gb": gigabytes, "run.name": f"{gigabytes}"}
         changes["teacher.cache"] = str(tmp_path / "cache")
         train(run(head, world, files, tmp_path, export(teachers[head]), changes), rows.append)
-        losses.append([{key: row[key] for key in ("loss", "soft", "hard", "hidden")} for row in rows[:3]])
+        losses.append([{key: row[key] for key in ("loss", "soft", "hard", "hidden")} for row in rows if "loss" in row])
     assert (tmp_path / "cache").is_dir()
     for cached, computed in zip(*losses, strict=True):
         assert cached == pytest.approx(computed, rel=1e-4)

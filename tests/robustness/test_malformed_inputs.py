@@ -85,7 +85,7 @@ CONFIGS = [
     changed("null-list", "compression.0: ", compression=[1]),
     changed("list-of-lists", "compression: ", compression=7),
     changed("bool-stage", "zero_optimization.stage: must be 0, 1, 2 or 3", deepspeed__zero_optimization__stage=True),
-    changed("deep-deepspeed", "offload_param.devic: no such key; did you mean "device"", **{f"{ZERO}.offload_param.devic": "cpu"}),
+    changed("deep-deepspeed", 'offload_param.devic: no such key; did you mean "device"', **{f"{ZERO}.offload_param.devic": "cpu"}),
     changed("long-path", "teacher.cache = ", teacher__cache="/tmp/" + "a" * 300),
     Case("no-config", "report", "unrecognized arguments", words=("a", "--oout", "b")),
     Case("override-open", "task_distill", "not a TOML value", words=("student.layers=[1,",)),
