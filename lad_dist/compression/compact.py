@@ -7,13 +7,14 @@
     read_masks, replace_masks    the masks alone
 
 An ordinary folder has no place for pairs of factors or layers of different sizes, and writes each zero in four bytes.
-Here a weight with enough
-zeros is stored as two tensors. `NAME.bits` has one bit for each weight, row after row, in numpy's order; the shape is
-in the file's metadata. `NAME.values` has the values that are not 0. A student that only chose among weights that never
-changed is, but for its head, 1/32 of its base: many tasks cost one model and a mask each (Gao, Colombo and Wang, 2021).
+Here a weight with enough zeros is stored as two tensors. `NAME.bits` has one bit for each weight, row after row, in
+numpy's order; the shape is in the file's metadata. `NAME.values` has the values that are not 0. A student that only
+chose among weights that never changed is, but for its head, 1/32 of its base: many tasks cost one model and a mask each
+(Gao, Colombo and Wang, 2021).
 """
 
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from lad_dist.compression.compressed_module import COMPACT, MERGED, compressed_m
 from lad_dist.compression.layers import keep_layers
 from lad_dist.compression.pruning.module import GlobalPruning, MaskedModule
 from lad_dist.config.errors import UserError
-from lad_dist.models import loading
+from lad_dist.models import families, loading
 from lad_dist.models.frozen import weights_digest
 from lad_dist.models.heads import head_of_architectures, label_names
 from lad_dist.models.hf_config import load_hf_config
@@ -44,7 +45,6 @@ class CompactExport:
     """The small forms of a student; empty where it has none."""
 
     compact: Mapping[str, Tensor]
-    resized: Mapping[str, Sequence[int]]  # by module: the shapes of weights that are smaller than in the ordinary form
     masks: Mapping[str, Tensor]
     digest: str  # of the weights under the masks and beside them that did not change
     shapes: Mapping[str, Sequence[int]]
@@ -53,7 +53,7 @@ class CompactExport:
     def save(self, folder: Path, base: str | None, layers: Sequence[int] | None) -> None:
         """Write the files into an export. `base`, `layers`: what the student started from."""
         if self.compact:
-            self._write(folder / COMPACT_FILE, self.compact, resized=self.resized)
+            self._write(folder / COMPACT_FILE, self.compact)
         if self.masks:
             self._write(folder / MASK_FILE, self.masks, base=base, layers=layers, digest=self.digest, dtype=self.dtype)
 
@@ -69,26 +69,28 @@ def pack(student: PreTrainedModel) -> CompactExport:
     The compact form is there where it takes fewer bytes than the ordinary form, the masks where the weights under them
     did not train.
     """
-    weights = {}
-    if compressed_modules(student):
-        weights = {name: weight.detach().float().cpu() for name, weight in iter_weights(student, COMPACT)}
+    weights = _compact_weights(student) if compressed_modules(student) else {}
     compact = dict(pair for name, weight in weights.items() for pair in _pack_weight(name, weight))
-    ordinary = {name: weight.shape for name, weight in iter_weights(student, MERGED)}
-    if sum(tensor.nbytes for tensor in compact.values()) >= 4 * sum(shape.numel() for shape in ordinary.values()):
+    if sum(tensor.nbytes for tensor in compact.values()) >= 4 * sum(
+        weight.numel() for _, weight in iter_weights(student, MERGED)
+    ):
         compact = {}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    resized = {
-        name.rpartition(".")[0]: list(weight.shape)
-        for name, weight in weights.items()
-        if weight.ndim == 2 and name in ordinary and weight.shape != ordinary[name]
-    }
     dtype = str(student.dtype).removeprefix("torch.")
     masked = _masks_over_frozen(student)
     if not masked:
-        return CompactExport(compact, resized, {}, "", shapes, dtype)
+        return CompactExport(compact, {}, "", shapes, dtype)
     masks = {f"{name}.weight{BITS}": _pack_bits(module.mask.keep) for name, module in masked.items()}
     frozen, trained = _frozen_and_trained(student, masked)
-    return CompactExport(compact, resized, masks | trained, weights_digest(frozen), shapes, dtype)
+    return CompactExport(compact, masks | trained, weights_digest(frozen), shapes, dtype)
+
+
+def _compact_weights(student: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights of the compact form by name; one that a head shares has the encoder's name for it."""
+    weights, encoder = list(iter_weights(student, COMPACT)), list(iter_weights(student.base_model, COMPACT))
+    prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
+    names = {id(weight): prefix + name for name, weight in encoder}
+    return {names.get(id(weight), name): weight.detach().float().cpu() for name, weight in weights}
 
 
 def _pack_weight(name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
@@ -148,13 +150,21 @@ def load_compact(folder: str | Path) -> PreTrainedModel:
     if head == "none":
         weights = _encoder_weights(model, weights)
     for name, module in list(model.named_modules()):
-        pair = f"{name}.0.weight", f"{name}.1.weight"
+        weight, pair = weights.get(f"{name}.weight"), (f"{name}.0.weight", f"{name}.1.weight")
         if isinstance(module, nn.Linear | nn.Embedding) and weights.keys() >= set(pair):
             _insert_pair(model, name, weights[pair[1]].shape[1])
-    for name, (rows, columns) in metadata.get("resized", {}).items():
-        bias = model.get_submodule(name).bias is not None
-        model.set_submodule(name, nn.Linear(columns, rows, bias=bias))
+        elif weight is not None and _is_thin(config, name, module, weight):
+            rows, columns = weight.shape
+            model.set_submodule(name, nn.Linear(columns, rows, bias=module.bias is not None))
     return _load_weights(path, model, weights)
+
+
+def _is_thin(config: Any, name: str, module: nn.Module, weight: Tensor) -> bool:
+    """Return whether a module of a layer has lost the rows or columns of pruned heads or units."""
+    paths = families.family_of(config).modules.by_role().values()
+    if not isinstance(module, nn.Linear) or not any(f".{name}".endswith(f".{path}") for path in paths):
+        return False
+    return weight.shape != module.weight.shape and all(map(operator.le, weight.shape, module.weight.shape))
 
 
 def _encoder_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@
     iter_modules, iter_weights   the modules and weights that a model would have without them
 
 A compressed module trains with the student. Two plain modules have its function. One is of the kind that it replaced:
-the exported folder has that one. The other computes least. Low rank, pruning and Theseus have their own kinds.
+the exported folder has that one. The other computes least. Low rank, pruning of weights and of
+heads, and Theseus have their own kinds.
 """
 
 from collections.abc import Callable, Iterator

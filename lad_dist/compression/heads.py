@@ -31,11 +31,13 @@ from lad_dist.compression.options import Begin, End, UpdateEvery
 from lad_dist.compression.pruning.module import ScheduledPruning, add_pruning, largest
 from lad_dist.compression.pruning.schedule import Schedule, check_span
 from lad_dist.config.errors import UserError
+from lad_dist.core.step_state import StepState
 from lad_dist.distributed import processes
 from lad_dist.models import families
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.loading import PreTrainedModel
 
+PATIENCE = 20  # steps that pruning waits for a layer that the loss does not reach
 HEAD_ROLES = ("query", "key", "value", "qkv")
 
 
@@ -66,8 +68,7 @@ class UnitMask(nn.Module):
         """Add |∂L/∂ξ| of each token, from the gated numbers [..., G · d] and the gradient of the loss."""
         products = (x.float() * gradient.float()).unflatten(-1, (len(self.keep), self.size))
         self.measured = self.measured.to(x.device)
-        # A loss that is not finite says nothing; its update is skipped.
-        self.measured += products.sum(dim=-1).abs().flatten(0, -2).sum(dim=0).nan_to_num(0.0, 0.0, 0.0)
+        self.measured += products.sum(dim=-1).abs().flatten(0, -2).sum(dim=0)
 
 
 class _MeasuredGate(torch.autograd.Function):
@@ -157,34 +158,47 @@ class ImportancePruning(ScheduledPruning):
     def __init__(self, masks: Sequence[UnitMask], schedule: Schedule):
         super().__init__(schedule)
         self.__dict__["masks"] = masks  # not as submodules: they are those of the layers
+        self.postponed = 0
+        """For how many steps pruning waits, as the importance of some layer is not measured yet."""
+
+    def on_step_start(self, state: StepState) -> None:
+        super().on_step_start(state)
+        if self.postponed:
+            self.tighten(self.schedule.sparsity_at(state.step, state.steps))
+        if self.postponed > PATIENCE or (self.postponed and state.step == state.steps - 1):
+            layer = next(number for number, mask in enumerate(self.masks, start=1) if not mask.importance.any())
+            raise UserError(
+                f"compression heads: after {state.step} steps the loss has told nothing of layer {layer}; raise "
+                "run.steps, or take an objective that reads the output of the last layer"
+            )
 
     def on_step_end(self) -> None:
         measured = processes.average(torch.cat([mask.measured for mask in self.masks]))
-        decay = 1 - 1 / self.schedule.update_every
+        decay, is_finite = 1 - 1 / self.schedule.update_every, measured.isfinite().all()
         for mask, values in zip(self.masks, measured.split([len(mask.keep) for mask in self.masks]), strict=True):
-            mask.importance = decay * mask.importance.to(values.device) + values
+            importance = mask.importance.to(values.device)
+            # A loss that is not finite says nothing, nor does a step without this layer, as Theseus has them.
+            mask.importance = torch.where(is_finite & values.any(), decay * importance + values, importance)
             mask.measured = torch.zeros_like(mask.measured)
 
     @torch.no_grad()
     def tighten(self, sparsity: float) -> None:
-        """Let the least important heads or units go, up to this share of all.
-
-        Raises:
-            UserError: No step has measured anything yet.
-        """
-        if sparsity and not any(mask.importance.any() for mask in self.masks):
-            raise UserError(
-                "compression heads: it begins before a step has measured importance; raise end or run.steps"
-            )
+        """Let the least important heads or units go, up to this share of all, once all layers are measured."""
+        is_measured = all(mask.importance.any() for mask in self.masks)
+        self.postponed = 0 if is_measured or not sparsity else self.postponed + 1
+        if not is_measured:
+            return
         stay, _ = largest(torch.cat([_relative_importance(mask) for mask in self.masks]), sparsity)
         for mask, keep in zip(self.masks, stay.split([len(mask.keep) for mask in self.masks]), strict=True):
             mask.keep.copy_(keep)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {**super().get_extra_state(), "importance": [mask.importance.cpu() for mask in self.masks]}
+        importance = [mask.importance.cpu() for mask in self.masks]
+        return {**super().get_extra_state(), "importance": importance, "postponed": self.postponed}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         super().set_extra_state(state)
+        self.postponed = state["postponed"]
         for mask, importance in zip(self.masks, state["importance"], strict=True):
             mask.importance = importance.to(mask.keep.device)
 

@@ -1,7 +1,8 @@
 """Registry of compressions: `compression.name` in a config -> class. A new one is one file and one line here."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from lad_dist.compression.base import NO_DATA, Compression, CompressionContext, RunSettings
 from lad_dist.compression.heads import Heads
@@ -11,7 +12,7 @@ from lad_dist.compression.prune import Prune
 from lad_dist.compression.scale_position_embeddings import ScalePositionEmbeddings
 from lad_dist.compression.theseus import Theseus
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import find_class, validate_arguments
+from lad_dist.config.load import find_class, own_code, validate_arguments
 from lad_dist.config.schema import NamedOptions
 from lad_dist.models.loading import PreTrainedModel
 
@@ -27,9 +28,17 @@ def create_compression(named: NamedOptions) -> Compression:
         UserError: The name is unknown, the class is no dataclass, or an argument does not fit.
     """
     kind: Callable[..., Compression] = find_class("compression.name", named.name, COMPRESSIONS, Compression)
-    if not is_dataclass(kind):
-        raise UserError(f"compression {named.name}: no dataclass; write @dataclass(frozen=True, kw_only=True) above it")
-    return kind(**validate_arguments(f"compression {named.name}", kind, named.options))
+    where = f"compression {named.name}"
+    if not _is_keyword_dataclass(kind):
+        raise UserError(f"{where}: no keyword-only dataclass; write @dataclass(frozen=True, kw_only=True) above it")
+    if getattr(kind, "apply", None) is Compression.apply:
+        raise UserError(f"{where}: has no method apply; write it as lad_dist.compression.base.Compression says")
+    with own_code(where, named.name):
+        return kind(**validate_arguments(where, kind, named.options))
+
+
+def _is_keyword_dataclass(kind: Any) -> bool:
+    return is_dataclass(kind) and all(field.kw_only for field in fields(kind) if field.init)
 
 
 def check_compressions(compressions: Sequence[Compression], spec: RunSettings) -> None:
@@ -46,10 +55,9 @@ def check_compressions(compressions: Sequence[Compression], spec: RunSettings) -
             )
         for earlier in compressions[:number]:
             if not earlier.inserts <= compression.may_follow:
-                raise UserError(
-                    f"{where}: cannot follow {earlier.name}, whose modules it cannot change; list it before "
-                    f"{earlier.name}, and once"
-                )
+                in_turn = compression.inserts <= earlier.may_follow and compression.name != earlier.name
+                advice = f"list it before {earlier.name}" if in_turn else "list one of them alone"
+                raise UserError(f"{where}: cannot follow {earlier.name}, whose modules it cannot change; {advice}")
         compression.check(spec)
 
 

@@ -8,6 +8,7 @@ find_class(...)                        a registered class, or the user's own "my
 validate_arguments(...)                keyword arguments checked against a signature
 """
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -214,13 +215,24 @@ def find_class(what: str, name: str, choices: Mapping[str, type[Base]], base: ty
     return kind
 
 
+@contextlib.contextmanager
+def own_code(where: str, name: str) -> Iterator[None]:
+    """Turn what a class of the user raises in this context into UserError; `name`: the class, as a config names it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or ":" not in name:
+            raise
+        raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}; mend the class") from error
+
+
 def _import_module(where: str, name: str) -> ModuleType:
     """Import an installed module or one of the working directory; raise UserError where that fails."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(name)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise UserError(f"{where}: no module {error.name}, neither installed nor in {os.getcwd()}") from None
         reason = f"{type(error).__name__}: {one_line(error)}"

@@ -1,6 +1,6 @@
 """The tables of a config: every key with its type, default and description.
 
-`[objective]` and `[[compression]]` hold a name and the keyword arguments of that class or function, whose signature is
+`[objective]` and `[[compression]]` hold a name and the keyword arguments of that class, whose signature is
 the schema (`load.validate_arguments`). `[deepspeed]` is DeepSpeed's own config.
 """
 
@@ -34,7 +34,7 @@ class RunConfig(ConfigTable):
     dir: str = Field("runs", description="folder of the run folders")
     label: str | None = Field(
         None,
-        min_length=1,
+        pattern=r"^\P{Cc}+$",
         description="the method's name in reports; default: the names of objective and compressions (kd + prune)",
         json_schema_extra=CHANGEABLE,
     )

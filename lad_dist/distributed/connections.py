@@ -46,7 +46,9 @@ def accept_all(server: socket.socket, token: bytes) -> dict[int, Connection]:
             raise TimeoutError(f"ranks {sorted(missing)} did not connect in {CONNECT_SECONDS:g} seconds") from None
         end.settimeout(INTRODUCTION_SECONDS)
         with contextlib.suppress(OSError):
-            text = end.recv(TOKEN_BYTES + RANK_BYTES)
+            text = b""
+            while piece := end.recv(TOKEN_BYTES + RANK_BYTES - len(text)):
+                text += piece
             rank = int.from_bytes(text[TOKEN_BYTES:], "big")
             if secrets.compare_digest(text[:TOKEN_BYTES], token) and rank in missing:
                 connections[rank] = wrap(end)

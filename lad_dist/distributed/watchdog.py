@@ -167,7 +167,7 @@ class Watchdog:
             self._end_all(message)
 
     def _send(self, message: Heartbeat | Diagnosis, silent: Sequence[int] = ()) -> None:
-        """Send a message, but none to silent ranks: they take none, and this thread must not wait for them."""
+        """Send a message, but not to the `silent` ranks: they take none, and this thread must not wait for them."""
         for rank in self._connections.keys() - set(silent):
             with contextlib.suppress(OSError):  # a broken connection shows when it is read
                 self._connections[rank].send(message)

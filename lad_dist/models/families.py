@@ -52,9 +52,8 @@ class Family:
     first_position: Callable[[Any], int] = lambda _: 0  # the number of a sequence's first position
     mean_pooling: Callable[[Any], bool] = lambda _: False  # whether a classifier reads the mean over tokens
     shared_layers: bool = False  # whether one layer runs many times
-    uneven_layers: Callable[[Any], bool] = lambda _: (
-        False
-    )  # whether layers differ in kind, so that none can replace another
+    # Whether layers differ in kind, so that none can replace another.
+    uneven_layers: Callable[[Any], bool] = lambda _: False
     narrowable: bool = False  # whether norms follow the additions, and scores are products of q and k alone
 
     # Where its modules stand: in the encoder,

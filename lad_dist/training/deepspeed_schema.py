@@ -3,7 +3,7 @@
 check_deepspeed_config(config)   raises UserError for a key that DeepSpeed lacks or lad_dist sets, or for a wrong value
 
 DeepSpeed silently ignores a misspelt key of its top level, for which it has no model. Other mistakes it reports only
-after the weights have been read.
+after the weights have been read. Keys inside tables for which it has no model either (PLAIN_KEYS) are not checked.
 """
 
 from functools import cache
@@ -13,6 +13,8 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import first_mistake
+from lad_dist.utils.suggest import did_you_mean
+from lad_dist.utils.tables import flatten
 from lad_dist.utils.text import one_line
 
 MANAGED_KEYS = {  # keys that other keys of the config set
@@ -22,6 +24,7 @@ MANAGED_KEYS = {  # keys that other keys of the config set
     "optimizer": "[optim]",
     "scheduler": "optim.schedule",
     "torch_autocast": "deepspeed.bf16 or fp16",
+    "log_level": "lad_dist",
 }
 PLAIN_KEYS = {  # keys for which DeepSpeed has no model; a test compares them with what DeepSpeed reads
     bool: "disable_allgather dump_state memory_breakdown prescale_gradients wall_clock_breakdown "
@@ -29,7 +32,7 @@ PLAIN_KEYS = {  # keys for which DeepSpeed has no model; a test compares them wi
     dict: "activation_checkpointing aio checkpoint data_types flops_profiler timers",
     float: "gradient_clipping gradient_predivide_factor",
     int: "steps_per_print",
-    str: "communication_data_type gradient_allreduce_op log_level",
+    str: "communication_data_type gradient_allreduce_op",
 }
 
 
@@ -51,7 +54,11 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
         enabled = config[name].get("enabled", False) if isinstance(config.get(name), dict) else False
         if not isinstance(enabled, bool):  # DeepSpeed reads texts too
             raise UserError(f"deepspeed.{name}.enabled: must be true or false, not {enabled!r}")
+    if auto := [key for key, value in flatten(config).items() if value == "auto"]:
+        raise UserError(f'deepspeed.{auto[0]}: "auto" is for what fills it in, and nothing does here; give the value')
     schema = deepspeed_schema()
+    if "strict" in config:  # an argument of DeepSpeed's models, which would take it
+        raise UserError(f"deepspeed.strict: no such key; {did_you_mean('strict', schema.model_fields)}")
     try:
         parsed: Any = schema(**config | {"strict": True})  # else the top level ignores a value of "auto"
     except ValidationError as error:
@@ -76,6 +83,9 @@ def _check_support(parsed: Any) -> None:
         raise UserError(
             'deepspeed.zero_optimization.offload_optimizer.device: no checkpoint holds what is on "nvme"; use "cpu"'
         )
+    dtype = parsed.data_types.get("grad_accum_dtype")
+    if dtype not in (None, "fp32", "fp16", "bf16"):
+        raise UserError(f'deepspeed.data_types.grad_accum_dtype: must be "fp32", "fp16" or "bf16", not {dtype!r}')
     for name, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if not getattr(getattr(parsed, name), key):
             raise UserError(

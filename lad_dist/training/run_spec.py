@@ -18,7 +18,7 @@ from lad_dist.compression.layers import keep_layers, layer_numbers, random_embed
 from lad_dist.compression.registry import apply_compressions, check_compressions, create_compression
 from lad_dist.compression.width_pruning.narrow import Widths, check_widths, narrow_model, resized_config
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import check_writable, find_class, validate_arguments
+from lad_dist.config.load import check_writable, find_class, own_code, validate_arguments
 from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
 from lad_dist.core.batch import Batch, Head
 from lad_dist.core.outputs import ModelDims, OutputSpec
@@ -206,8 +206,10 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
         teacher_dims,
         **objective_options,  # type: ignore[call-arg]
     )
-    objective = create_objective()  # refuses dimensions that do not go together
-    if objective.student_spec == OutputSpec():
+    with own_code("objective", config.objective.name):
+        objective = create_objective()  # refuses dimensions that do not go together
+        student_spec = objective.student_spec
+    if student_spec == OutputSpec():
         raise UserError("objective: all weights are 0, so the student learns nothing; set one of them")
     teacher_tokenizer = tokenizer
     if config.teacher is not None and teacher_config is not None:
@@ -245,7 +247,8 @@ def resolve_options(config: TrainConfig) -> ResolvedOptions:
     """
     name = config.objective.name
     kind: type[Objective] = find_class("objective.name", name, OBJECTIVES, Objective)
-    options = validate_arguments("objective", kind, config.objective.options)
+    with own_code("objective", name):
+        options = validate_arguments("objective", kind, config.objective.options)
     data = "task" if isinstance(config, TaskConfig) else "corpus"
     if data not in kind.supported_data:
         fitting = [other for other, k in OBJECTIVES.items() if data in k.supported_data]

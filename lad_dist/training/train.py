@@ -19,6 +19,7 @@ from lad_dist.runs.run_folder import Run
 from lad_dist.training import engine, preflight, run_spec
 from lad_dist.training.deepspeed_patches import check_version
 from lad_dist.training.evaluation import build_evaluation
+from lad_dist.training.metrics import MetricAccumulator
 from lad_dist.training.reporting import Report, Reporter, silent
 from lad_dist.training.results import RunResult, write_results
 from lad_dist.training.resumption import Resumption
@@ -88,6 +89,7 @@ def _train_from_checkpoint(spec: run_spec.RunSpec, run: Run, report: Report, wat
         Hook(resumption.check_replicas, every=spec.config.run.replica_check_every),
         Hook(resumption.save, every=1),
     )
+    trainer.metrics = MetricAccumulator()  # its clocks start with the steps, after the teacher's scores
     result = RunResult(run.folder, trainer.fit(first, hooks))
     if result.status is RunStatus.COMPLETED:
         resumption.checkpointer.wait(trainer.steps)

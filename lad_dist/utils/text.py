@@ -14,7 +14,7 @@ from collections.abc import Sequence
 MAX_REASON = 120  # characters of a library's complaint
 
 
-def one_line(error: Exception, limit: int = MAX_REASON) -> str:
+def one_line(error: BaseException, limit: int = MAX_REASON) -> str:
     """Return the whole text of an error in one line of at most `limit` characters; without a text, the error's type."""
     text = " ".join(str(error).split())
     return (text if len(text) <= limit else f"{text[:limit]}…").rstrip(".") or type(error).__name__

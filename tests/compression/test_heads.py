@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lad_dist.compression import compact, compressed_module, footprint
 from lad_dist.compression.heads import ImportancePruning, UnitMask
+from lad_dist.compression.pruning.schedule import Schedule
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.core.step_state import StepState
@@ -104,15 +105,20 @@ def test_the_least_important_of_all_layers_go_relative_to_their_layer() -> None:
 
 def test_a_loss_that_is_not_finite_says_nothing() -> None:
     mask = UnitMask(2, 3, torch.device("cpu"))
-    mask.measure(torch.ones(4, 6), torch.full((4, 6), torch.nan))
-    assert mask.measured.tolist() == [0.0, 0.0]
+    pruning = ImportancePruning([mask], Schedule(0.5, update_every=2))
+    for gradient in (1.0, torch.nan, torch.inf):
+        mask.measure(torch.ones(4, 6), torch.full((4, 6), gradient))
+        pruning.on_step_end()
+    assert mask.importance.tolist() == [12.0, 12.0]
 
 
+@pytest.mark.parametrize("head", ["classification", "mlm"])
 @pytest.mark.parametrize("family", toy_families.SIZES)
-def test_both_exports_have_the_trained_function(family: str, tmp_path: Path) -> None:
+def test_both_exports_have_the_trained_function(family: str, head: str, tmp_path: Path) -> None:
     """The ordinary form has zeros in its old shape, the compact form has no rows for them; q, k and v too."""
     tokenizer = load_tokenizer(toy_families.tokenizer(family, tmp_path / "tokenizer"))
-    model = toy_families.new_model(family, "classification", tokenizer, labels=toy.LABELS)
+    labels = toy.LABELS if head == "classification" else ()
+    model = toy_families.new_model(family, head, tokenizer, labels=labels)
     model.name_or_path = str(tmp_path)
     options = {"heads": 0.5, "units": 0.5} if family_of(model.config).flat else {"units": 0.5}
     everything = OutputSpec(logits=True, hidden=(0, 1, 2, 3, 4), qkv=(1, 4))
@@ -127,9 +133,13 @@ def test_both_exports_have_the_trained_function(family: str, tmp_path: Path) -> 
         plain.save_pretrained(tmp_path)
         packed.save(tmp_path, None, None)
         thin = compact.load_compact(tmp_path)
-        assert counted["stored"] == sum(weight.numel() for weight in thin.parameters())
         assert counted["stored"] < counted["parameters"]
-        torch.testing.assert_close(toy.logits(thin), trained.logits, rtol=1e-4, atol=1e-4)
+        if head == "mlm":  # the compact form of a pre-trained student is the encoder alone
+            states = compute_outputs(thin, toy.BATCH, everything._replace(logits=False))
+            torch.testing.assert_close(states.hidden, trained.hidden, rtol=1e-4, atol=1e-4)
+        else:
+            assert counted["stored"] == sum(weight.numel() for weight in thin.parameters())
+            torch.testing.assert_close(toy.logits(thin), trained.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +168,27 @@ def test_heads_stay_where_layers_share_position_biases(tmp_path: Path) -> None:
 
 def test_a_run_of_one_step_has_measured_nothing(world: World, tmp_path: Path) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, compression=[HALF])
-    with pytest.raises(UserError, match="before a step has measured importance; raise end"):
+    with pytest.raises(UserError, match="after 0 steps the loss has told nothing of layer 1; raise"):
         train(toy.parsed(tables, {"run.steps": 1, "objective": {"name": "kd"}}))
+
+
+def test_a_layer_that_the_loss_does_not_reach_is_named(world: World, tmp_path: Path) -> None:
+    """MiniLMv2 reads q, k and v of the last layer, and nothing after them."""
+    tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, compression=[HALF])
+    with pytest.raises(UserError, match="the loss has told nothing of layer 2; raise"):
+        train(toy.parsed(tables, {"run.steps": 4, "objective": {"name": "minilm2", "heads": 4}}))
+
+
+def test_pruning_waits_for_the_first_measurement() -> None:
+    """After a first update that was skipped, and of layers that did not run in a step."""
+    model = toy.compress(toy.new_model(), "heads", heads=0.5, end=0.4, update_every=1)
+    (pruning,) = prunings(model)
+    for step in range(8):
+        pruning.on_step_start(StepState(step, 10, 0))
+        assert (sum(int(mask.keep.sum()) for mask in pruning.masks) == 8) == (step == 7)
+        for number, mask in enumerate(pruning.masks):
+            mask.measured += torch.nan if step < 5 else float(number < 2 or step == 6) * torch.rand(4)
+        pruning.on_step_end()
 
 
 @pytest.mark.parametrize("objective", ["kd", "lad"])

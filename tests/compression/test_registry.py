@@ -37,6 +37,24 @@ class ScaledHead(Compression):
 
 class NoDataclass(Compression):
     pass
+
+
+@dataclass
+class Positional(Compression):
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoApply(Compression):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(ScaledHead):
+    scale: float = 1.0
+
+    def __post_init__(self):
+        raise KeyError("x")
 """
 LISTED: dict[str, dict[str, Any]] = {
     "heads": {"units": 0.5},
@@ -79,7 +97,9 @@ def test_each_says_what_it_may_follow(name: str, earlier: str, world: World, tmp
         except UserError as error:  # the second one finds nothing left to change
             assert "cannot follow" not in str(error)  # noqa: PT017
     else:
-        with pytest.raises(UserError, match=f"compression {name}: cannot follow {earlier}, whose modules .*; list it"):
+        with pytest.raises(
+            UserError, match=f"compression {name}: cannot follow {earlier}, whose modules .*; list (it|one)"
+        ):
             run_spec.resolve_run(config)
 
 
@@ -107,7 +127,10 @@ def test_one_of_the_user_compresses(package: None, world: World, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own_compressions:NoDataclass", "no dataclass; write @dataclass"),
+        ("own_compressions:NoDataclass", "no keyword-only dataclass; write @dataclass"),
+        ("own_compressions:Positional", "no keyword-only dataclass; write @dataclass"),
+        ("own_compressions:NoApply", "has no method apply"),
+        ("own_compressions:Broken", "own_compressions:Broken: KeyError: 'x'; mend the class"),
         ("own_compressions:ScaledHeads", 'has no ScaledHeads; did you mean "ScaledHead"'),
         ("own_compressions:dataclass", "dataclass is no subclass of lad_dist.compression.base.Compression"),
         ("own_compression:ScaledHead", "no module own_compression, neither installed nor in"),
@@ -119,6 +142,14 @@ def test_mistakes_in_a_name(name: str, message: str, package: None, world: World
         run_spec.resolve_run(config_of(world, tmp_path, {"name": name}))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_advice_is_an_order_that_goes(world: World, tmp_path: Path, no_weights: None) -> None:
+    listed = {name: {"name": name, **LISTED[name]} for name in ("prune", "low_rank", "heads")}
+    with pytest.raises(UserError, match=r"low_rank: cannot follow prune, .*; list it before prune"):
+        run_spec.resolve_run(config_of(world, tmp_path, listed["prune"], listed["low_rank"]))
+    with pytest.raises(UserError, match=r"heads: cannot follow prune, .*; list one of them alone"):
+        run_spec.resolve_run(config_of(world, tmp_path, listed["prune"], listed["heads"]))
 
 
 def test_a_class_without_a_name_is_called_as_it_is() -> None:

@@ -206,7 +206,7 @@ def test_hardly_pruned_matrices_count_too(tmp_path: Path) -> None:
         weight.view(-1)[:zeros] = 0
         values |= dict(compact._pack_weight(name, weight))
     assert KEY in values
-    compact.CompactExport(values, {}, {}, "", {QUERY: [64, 64]}, "float32").save(tmp_path, None, None)
+    compact.CompactExport(values, {}, "", {QUERY: [64, 64]}, "float32").save(tmp_path, None, None)
     assert sparsity(load_run_masks(tmp_path).keep_masks) == {(1, "query"): (2000, 4096), (2, "key"): (100, 4096)}
 
 
