@@ -84,7 +84,7 @@ def test_all_three_read_the_whole_sample(books: PrepareConfig, tmp_path: Path, m
     encoded: list[str] = []
     monkeypatch.setattr(data, "_encode", lambda tokenizer, texts: encoded.extend(texts))
     data._tokenize(no_clock, books, file, 1)
-    assert encoded == data._texts(file)
+    assert encoded == [json.loads(line)["text"] for line in file.read_text().splitlines()]
     data._prepare(no_clock, books, file, 2, tmp_path / "shards")
     (source,) = read_manifest(tmp_path / "shards")["sources"]
     assert source["documents_read"] == len(encoded) == 40
