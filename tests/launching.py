@@ -68,7 +68,7 @@ def environment() -> dict[str, str]:
 
 
 def launch(
-    command: Sequence[str | Path], *, by: str = "python", processes: int = 1, timeout: float = 300, cwd: Path = ROOT
+    command: Sequence[str | Path], *, by: str = "python", processes: int = 1, timeout: float = 1200, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     words = [*launcher(by, processes), *map(str, command)]
     return subprocess.run(words, cwd=cwd, env=environment(), timeout=timeout, text=True, capture_output=True)

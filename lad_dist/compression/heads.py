@@ -168,7 +168,7 @@ class ImportancePruning(ScheduledPruning):
         if self.postponed > PATIENCE or (self.postponed and state.step == state.steps - 1):
             layer = next(number for number, mask in enumerate(self.masks, start=1) if not mask.importance.any())
             raise UserError(
-                f"compression heads: after {state.step} steps the loss has told nothing of layer {layer}; raise "
+                f"compression heads: after {state.step} steps the loss says nothing of layer {layer}; raise "
                 "run.steps, or take an objective that reads the output of the last layer"
             )
 

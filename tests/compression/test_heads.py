@@ -168,14 +168,14 @@ def test_heads_stay_where_layers_share_position_biases(tmp_path: Path) -> None:
 
 def test_a_run_of_one_step_has_measured_nothing(world: World, tmp_path: Path) -> None:
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, compression=[HALF])
-    with pytest.raises(UserError, match="after 0 steps the loss has told nothing of layer 1; raise"):
+    with pytest.raises(UserError, match="after 0 steps the loss says nothing of layer 1; raise"):
         train(toy.parsed(tables, {"run.steps": 1, "objective": {"name": "kd"}}))
 
 
 def test_a_layer_that_the_loss_does_not_reach_is_named(world: World, tmp_path: Path) -> None:
     """MiniLMv2 reads q, k and v of the last layer, and nothing after them."""
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.teacher, compression=[HALF])
-    with pytest.raises(UserError, match="the loss has told nothing of layer 2; raise"):
+    with pytest.raises(UserError, match="the loss says nothing of layer 2; raise"):
         train(toy.parsed(tables, {"run.steps": 4, "objective": {"name": "minilm2", "heads": 4}}))
 
 
