@@ -13,7 +13,8 @@ from toy_heads import LABELS, MAKE_FILES
 from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.objectives.registry import OBJECTIVES
 
-pytestmark = pytest.mark.processes
+# One fixture trains two hundred runs: the limit catches hangs.
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
 STAGES = (0, 1, 2, 3)
 HEADS_STAGES = (0, 3)
 
