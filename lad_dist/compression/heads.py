@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lad_dist.compression.base import NO_DATA, Compression, CompressionContext, RunSettings
 from lad_dist.compression.compressed_module import CompressedModule
 from lad_dist.compression.options import Begin, End, UpdateEvery
+from lad_dist.compression.products import copy_linear
 from lad_dist.compression.pruning.module import ScheduledPruning, add_pruning, largest
 from lad_dist.compression.pruning.schedule import Schedule, check_span
 from lad_dist.config.errors import UserError
@@ -114,7 +115,7 @@ class PrunedOutputs(CompressedModule):
         if self.inner.weight.is_meta:
             return self.merge()
         rows = self.mask.columns(self.repeats)
-        return _linear(self.inner.weight[rows], None if self.inner.bias is None else self.inner.bias[rows])
+        return copy_linear(self.inner.weight[rows], None if self.inner.bias is None else self.inner.bias[rows])
 
 
 class PrunedInputs(CompressedModule):
@@ -137,17 +138,7 @@ class PrunedInputs(CompressedModule):
         """Return the map without the columns of what went."""
         if self.inner.weight.is_meta:
             return self.merge()
-        return _linear(self.inner.weight[:, self.mask.columns()], self.inner.bias)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a linear map with copies of these."""
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear
+        return copy_linear(self.inner.weight[:, self.mask.columns()], self.inner.bias)
 
 
 class ImportancePruning(ScheduledPruning):

@@ -7,6 +7,7 @@
     insert_products          inserts the compressed modules
     linear_maps              the linear maps that a regular expression names
     word_embeddings_of       the word embeddings, refused where an MLM head reads them too
+    copy_linear              a linear map with copies of a weight and a bias
     rank_of_share            the rank for a share of a matrix's weights
 
 Without a sample, the smallest singular values of the weight W are dropped: no product of this rank is nearer to W
@@ -55,14 +56,14 @@ class LowRankLinear(CompressedModule):
         """Return the nearest product and its relative error. `second_moment` [I, I] is that of the map's inputs."""
         a, b, error = factors(linear.weight, rank, second_moment)
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls(_linear(a, None), _linear(b, bias)), error
+        return cls(copy_linear(a, None), copy_linear(b, bias)), error
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x))
 
     def merge(self) -> nn.Module:
         bias = None if self.outer.bias is None else self.outer.bias.detach()
-        return _linear(_product(self.outer, self.inner.weight), bias)
+        return copy_linear(_product(self.outer, self.inner.weight), bias)
 
     def to_compact(self) -> nn.Module:
         """Return the pair, where it has fewer weights than its product."""
@@ -84,7 +85,7 @@ class LowRankEmbedding(CompressedModule):
     ) -> tuple[Self, Tensor]:
         """Return the nearest product and its relative error. `second_moment` [V] is how often each word occurs."""
         a, b, error = factors(embedding.weight.T, rank, second_moment)
-        return cls(_embedding(a.T, embedding.padding_idx), _linear(b, None)), error
+        return cls(_embedding(a.T, embedding.padding_idx), copy_linear(b, None)), error
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.outer(self.inner(input_ids))
@@ -104,7 +105,7 @@ def _product(outer: nn.Linear, inner: Tensor) -> Tensor:
     return (outer.weight.detach().float() @ inner.detach().float()).to(inner.dtype)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def copy_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return a linear map with copies of these."""
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype)
