@@ -101,19 +101,20 @@ def _run(case: Case | Preparation, tree: Tree, processes: int = 1) -> None:
     log = tree.work / "logs" / f"{case.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     script, overrides = str(tree.folder / case.script), (f"{key}={in_toml(x)}" for key, x in case.overrides.items())
-    words = [str(tree.folder / case.config), *overrides]
+    arguments = [str(tree.folder / case.config), *overrides]
     if processes == 1:
-        code = _launch_one(script, words, tree, log)
+        code = _launch_one(script, arguments, tree, log)
     else:
-        code = _launch_several(script, words, tree, log, processes)
+        code = _launch_several(script, arguments, tree, log, processes)
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
         raise RunFailed("\n".join([f"{case.name} at {tree.name}: exit code {code}", *(f"    {line}" for line in last)]))
 
 
-def _launch_one(script: str, words: list[str], tree: Tree, log: Path) -> int:
+def _launch_one(script: str, arguments: list[str], tree: Tree, log: Path) -> int:
     folders = {"tree": tree.folder, "folder": tree.work, "log": log, "bytecode": tree.work / "bytecode"}
-    job = {"script": script, "words": words, "seconds": LONGEST, **{name: str(path) for name, path in folders.items()}}
+    paths = {name: str(path) for name, path in folders.items()}
+    job = {"script": script, "arguments": arguments, "seconds": LONGEST, **paths}
     assert tree.python.stdin is not None
     assert tree.python.stdout is not None
     answer = ""
@@ -126,9 +127,9 @@ def _launch_one(script: str, words: list[str], tree: Tree, log: Path) -> int:
     return int(answer)
 
 
-def _launch_several(script: str, words: list[str], tree: Tree, log: Path, processes: int) -> int:
+def _launch_several(script: str, arguments: list[str], tree: Tree, log: Path, processes: int) -> int:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *launcher, script, *words]
+    command = [sys.executable, *launcher, script, *arguments]
     changed = environment() | {"PYTHONPATH": str(tree.folder)}
     with (
         log.open("w") as printed,

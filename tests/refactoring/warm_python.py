@@ -37,8 +37,10 @@ def serve() -> None:
     os._exit(0)  # taking all modules apart costs seconds
 
 
-def become(script: str, words: list[str], tree: str, folder: str, log: str, bytecode: str, seconds: int) -> NoReturn:
-    """Become `python script words…` in the folder, with the tree's lad_dist, ended after so many seconds.
+def become(
+    script: str, arguments: list[str], tree: str, folder: str, log: str, bytecode: str, seconds: int
+) -> NoReturn:
+    """Become `python script arguments…` in the folder, with the tree's lad_dist, ended after so many seconds.
 
     It prints into the file `log`; bytecode goes into a folder of its own, and nothing into the tree.
     """
@@ -48,7 +50,7 @@ def become(script: str, words: list[str], tree: str, folder: str, log: str, byte
     os.dup2(1, 2)
     os.chdir(folder)
     os.environ["PYTHONPATH"] = tree
-    sys.argv = [script, *words]
+    sys.argv = [script, *arguments]
     sys.path[:1] = [str(Path(script).parent), tree]
     sys.pycache_prefix, sys.dont_write_bytecode = bytecode, False
     package = importlib.util.find_spec("lad_dist")

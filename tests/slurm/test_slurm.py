@@ -292,8 +292,8 @@ WHOLE_CHAIN = [
 
 def test_a_chain_runs_in_order_with_the_overrides_of_each_stage(cluster: SlurmCluster, folder: Path) -> None:
     for name in SCRIPTS.values():
-        words = f"'{name}' + repr(sys.argv[1:]) + '\\n'"
-        launch(folder, name, f"import sys, time; time.sleep(.3); open('order', 'a').write({words})")
+        line = f"'{name}' + repr(sys.argv[1:]) + '\\n'"
+        launch(folder, name, f"import sys, time; time.sleep(.3); open('order', 'a').write({line})")
     jobs = pipeline(cluster, folder, "--cpus-per-task=1", *WHOLE_CHAIN)
     assert list(jobs) == ["prepare", "pretrain", "finetune", "task", "evaluate"]
     for job in jobs.values():
