@@ -21,7 +21,7 @@ from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import write
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import train_schema
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import snapshot
 from lad_dist.training.train import build_trainer, check
@@ -87,7 +87,7 @@ def work(stretch: Stretch) -> None:
     states["samples"] = {
         key: digest for samples in processes.all_gather(states["samples"]) for key, digest in samples.items()
     }
-    if processes.is_main():
+    if ranks.is_main():
         Path(stretch.folder).mkdir(parents=True, exist_ok=True)
         torch.save(states, Path(stretch.folder) / "states.pt")
     processes.barrier()
@@ -107,7 +107,7 @@ def train(trainer: Trainer, stretch: Stretch, samples: dict[tuple[int, int], str
     for step in range(stretch.first, stretch.last):
         own_batches = next(batches)
         for index, batch in enumerate(own_batches):
-            micro_batch = processes.rank() + index * processes.world_size()
+            micro_batch = ranks.rank() + index * ranks.world_size()
             samples[step, micro_batch] = hashlib.sha256(batch.input_ids.cpu().numpy().tobytes()).hexdigest()
         trainer.train_step(step, own_batches)
         yield step + 1

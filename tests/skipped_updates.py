@@ -24,7 +24,7 @@ import deepspeed
 from deepspeed.utils import logger
 
 from lad_dist.config.schema import OptimConfig
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.replica_check import divergent_ranks
 from lad_dist.training import optimization
 from lad_dist.training.update_guard import SkipPolicy, UpdateGuard
@@ -72,7 +72,7 @@ def engine(stage: int, precision: str) -> Any:
         config={
             "train_batch_size": MICRO_BATCHES,
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": MICRO_BATCHES // processes.world_size(),
+            "gradient_accumulation_steps": MICRO_BATCHES // ranks.world_size(),
             "gradient_clipping": 1.0,
             "steps_per_print": sys.maxsize,
             "zero_optimization": zero,
@@ -92,7 +92,7 @@ def train(
     for step in range(STEPS):
         if step == skipped_step:
             continue
-        for micro_batch in range(processes.rank(), MICRO_BATCHES, processes.world_size()):
+        for micro_batch in range(ranks.rank(), MICRO_BATCHES, ranks.world_size()):
             batch = torch.randn(5, 8, generator=torch.Generator().manual_seed(100 * step + micro_batch))
             spoilt = fault if (step, micro_batch) == (SPOILT, MICRO_BATCHES - 1) else ""
             guard.backward(tiny(batch.to(processes.device()), spoilt))
@@ -124,7 +124,7 @@ def action_table(cases: list[tuple[int, str, str]]) -> dict[str, Any]:
 def divergence() -> list[list[int]]:
     tiny = engine(1, "bf16")
     before = divergent_ranks(tiny.module.named_parameters())
-    if processes.rank() == processes.world_size() - 1:
+    if ranks.rank() == ranks.world_size() - 1:
         tiny.module.layers[0].bias.data.view(torch.int16)[5] ^= 1
     return [before, divergent_ranks(tiny.module.named_parameters())]
 
@@ -132,5 +132,5 @@ def divergence() -> list[list[int]]:
 if __name__ == "__main__":
     processes.start()
     result = {"cases": processes.all_gather(action_table(CASES)), "divergence": processes.all_gather(divergence())}
-    if processes.is_main():
+    if ranks.is_main():
         Path(sys.argv[1]).write_text(json.dumps(result))

@@ -10,7 +10,7 @@ from typing import Any
 
 from lad_dist.config.load import parse_config, read_toml
 from lad_dist.config.schema import train_schema
-from lad_dist.distributed import processes
+from lad_dist.distributed import ranks
 from lad_dist.training.train import train
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     for path in paths:
         tables = read_toml(path)
         train(parse_config(train_schema(tables), tables, path), rows.setdefault(Path(path).stem, []).append)
-    if processes.is_main():
+    if ranks.is_main():
         Path(out).write_text(json.dumps(rows))
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launching import FORKS, free_port
 
 from lad_dist.config.errors import UserError
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.connections import wrap
 from lad_dist.distributed.watchdog import Watchdog
 
@@ -106,18 +106,18 @@ def begin(folder: Path, faults: Mapping[int, Fault], world_size: int, timeout: f
 
 def _run(folder: Path, environment: dict[str, str], fault: Fault, timeout: float) -> None:
     os.environ.update(environment)
-    with (folder / f"stderr-{processes.rank()}").open("w") as file:
+    with (folder / f"stderr-{ranks.rank()}").open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     processes.start()
     with Watchdog(folder / "stacks", timeout, start_timeout=0.0) as watchdog:
         for step in range(FAULTY_STEP + 1):
             watchdog.mark(step, "forward")
             if step == FAULTY_STEP:
-                (folder / f"faulty-{processes.rank()}").touch()
+                (folder / f"faulty-{ranks.rank()}").touch()
                 fault(watchdog)
             time.sleep(0.02)
             watchdog.mark(step, "backward")
-            if processes.world_size() > 1:
+            if ranks.world_size() > 1:
                 dist.all_reduce(torch.ones(1))
 
 

@@ -18,7 +18,7 @@ import torch
 from lad_dist.compression import footprint
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import communication_seconds
 from lad_dist.training.teacher import ComputedOutputs
@@ -97,7 +97,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
         seconds / steps,
         sum(batch.num_tokens for batch in batches) / steps,
         flops / steps,
-        peak(trainer) * processes.world_size(),
+        peak(trainer) * ranks.world_size(),
         {phase: total / steps for phase, total in stopwatch.seconds.items()},
         communication / steps,
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.utils.atomic_io import Digest, fsync
 from lad_dist.utils.text import first_line
@@ -219,7 +219,7 @@ class AsyncCheckpointer:
             self.wait(step)
             return
         self._await_files(step)
-        if processes.is_main():
+        if ranks.is_main():
             self.checkpoints.abort(self.pending.draft)
         self.pending = None
 
@@ -265,7 +265,7 @@ class AsyncCheckpointer:
                 errors = [f"rank 0: {type(error).__name__}: {error}"]
         if errors:
             self._fail(errors)
-            if processes.is_main():
+            if ranks.is_main():
                 self.checkpoints.abort(save.draft)
             return
         self.failures = 0

@@ -27,7 +27,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 
 Layout = Mapping[str, int]  # number of "processes", and the ZeRO stage as "zero"
 
@@ -172,7 +172,7 @@ def _mismatch(engine: Any, saved: _SavedState) -> str | None:
     Each process checks a share of the parameters.
     """
     parameters = [parameter for group in groups(engine) for parameter in group]
-    for parameter in parameters[processes.rank() :: processes.world_size()]:
+    for parameter in parameters[ranks.rank() :: ranks.world_size()]:
         name = engine.param_names[parameter]
         copy = torch.cat(saved.pieces.get(name, {}).get(WEIGHTS, [torch.empty(0)]))
         if not torch.equal(copy.to(parameter.dtype), parameter.detach().flatten().cpu()):
@@ -200,7 +200,7 @@ def _fill(engine: Any, saved: _SavedState) -> None:
             inner[number] = share | _copied(counts)
     if hasattr(optimizer, "loss_scaler"):
         _fill_loss_scale(vars(optimizer.loss_scaler), saved)
-    optimizer.load_state_dict([state] * processes.world_size(), load_from_fp32_weights=True)
+    optimizer.load_state_dict([state] * ranks.world_size(), load_from_fp32_weights=True)
 
 
 def _fill_whole(engine: Any, saved: _SavedState) -> None:

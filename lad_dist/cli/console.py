@@ -11,7 +11,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from lad_dist.distributed import processes
+from lad_dist.distributed import ranks
 from lad_dist.utils import progress
 from lad_dist.utils.text import plain_number
 
@@ -31,7 +31,7 @@ class TerminalProgress:
 
     def __call__(self, task: str, done: float, total: float, detail: str = "") -> None:
         """Show that `done` of `total` units of a task are complete."""
-        if not processes.is_main():
+        if not ranks.is_main():
             return
         terminal = Terminal(stderr=True)
         if terminal.is_terminal:
@@ -86,7 +86,7 @@ class Console:
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Show a row; silent on processes other than the main one."""
-        if not processes.is_main():
+        if not ranks.is_main():
             return
         values = {key: plain_number(value) for key, value in row.items() if key not in ("step", "steps")}
         line = "  ".join(f"{key} {value}" for key, value in values.items() if "/" not in key)
@@ -106,7 +106,7 @@ def say(text: str) -> None:
 
     What reads the output may end before: `| head` is no mistake.
     """
-    if not processes.is_main():
+    if not ranks.is_main():
         return
     TERMINAL_PROGRESS.close()
     try:
@@ -117,7 +117,7 @@ def say(text: str) -> None:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table on standard output, from the main process."""
-    if not processes.is_main():
+    if not ranks.is_main():
         return
     table = RichTable(title=title)
     for name in header:

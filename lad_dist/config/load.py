@@ -26,9 +26,11 @@ from pydantic_core import PydanticUndefined
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import ConfigTable, train_schema
+from lad_dist.config.shipped import config_file
 from lad_dist.utils.suggest import did_you_mean, nearest
 from lad_dist.utils.text import is_encodable, one_line
 
+UNSET = "none"  # the value of an override that unsets its key
 MAX_DEPTH = 16  # tables in tables
 MAX_SHOWN = 60  # characters of a wrong value
 OWN_CLASS = "my_package.module:Class"
@@ -44,13 +46,29 @@ def load_config(schema: type[Schema], path: str | Path, overrides: Iterable[str]
     Raises:
         UserError: The file or a key is wrong; the message names the nearest right key.
     """
-    return parse_config(schema, apply_overrides(read_toml(path), map(parse_override, overrides)), where=str(path))
+    tables = read_toml(path)
+    changes = [parse_override(text) for text in overrides]
+    for key in [key for key, value in changes if value is None]:
+        _check_set(tables, key, str(path))
+    return parse_config(schema, apply_overrides(tables, changes), where=str(path))
+
+
+def _check_set(tables: Any, key: str, where: str) -> None:
+    """Raise UserError where the tables hold no such key: to unset a misspelt one would do nothing in silence."""
+    for name in key.split("."):
+        if isinstance(tables, list):
+            tables = {str(number): table for number, table in enumerate(tables)}
+        if not isinstance(tables, dict) or name not in tables:
+            hint = did_you_mean(name, tables) if isinstance(tables, dict) else ""
+            raise UserError(f"{key}={UNSET}: {where} does not set this key; {hint}".rstrip("; "))
+        tables = tables[name]
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Return the plain tables of a TOML file; raise UserError where it cannot be read."""
+    """Return the plain tables of a TOML file, or of a shipped config; raise UserError where it cannot be read."""
+    file = config_file(path)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -60,10 +78,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Return `"a.b=value"` as `("a.b", value)`; the value is TOML, or a bare word for a string."""
+    """Return `"a.b=value"` as `("a.b", value)`.
+
+    The value is TOML, a bare word for a string, or `none`, which is None: the key is to be unset.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{text!r}: an override is written key.subkey=value")
+    if value == UNSET:
+        return key.strip(), None
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError) as error:
@@ -73,7 +96,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def apply_overrides(tables: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a copy of the tables with each `("a.b", value)` set.
+    """Return a copy of the tables with each `("a.b", value)` set; None unsets the key.
 
     `("a.0.b", value)` sets the key in the first table of a list.
     """
@@ -93,7 +116,8 @@ def _with_value(tables: Any, path: list[str], value: Any, key: str) -> Any:
             raise UserError(f"{key}: no number {head} in a list of {len(tables)}, counted from 0; {hint}")
         return list(_with_value(numbered, path, value, key).values())
     if not rest:
-        return {**tables, head: value}
+        others = {name: other for name, other in tables.items() if name != head}
+        return others if value is None else {**tables, head: value}
     inner = tables.get(head, {})
     if not isinstance(inner, dict | list):
         raise UserError(f"{key}: {head} is not a table, nothing can be set inside it")

@@ -6,7 +6,7 @@ import secrets
 import socket
 from multiprocessing.connection import Connection
 
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 
 CONNECT_SECONDS = 60.0  # at most, until the next rank connects
 INTRODUCTION_SECONDS = 2.0  # at most, until it sends the token and its rank
@@ -19,19 +19,19 @@ def connect_all() -> dict[int, Connection]:
     Raises:
         TimeoutError: A rank did not connect in CONNECT_SECONDS.
     """
-    if processes.world_size() == 1:
+    if ranks.world_size() == 1:
         return {}
-    if processes.is_main():
+    if ranks.is_main():
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
-        backlog = processes.world_size()
+        backlog = ranks.world_size()
         with socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual) as server:
             token = secrets.token_bytes(TOKEN_BYTES)
             processes.from_main((server.getsockname()[1], token))
             return accept_all(server, token)
     port, token = processes.from_main((0, b""))
     end = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=CONNECT_SECONDS)
-    end.sendall(token + processes.rank().to_bytes(RANK_BYTES, "big"))
+    end.sendall(token + ranks.rank().to_bytes(RANK_BYTES, "big"))
     return {0: wrap(end)}
 
 
@@ -39,7 +39,7 @@ def accept_all(server: socket.socket, token: bytes) -> dict[int, Connection]:
     """Return a connection with every other rank; turn away whoever does not know the token."""
     connections: dict[int, Connection] = {}
     server.settimeout(CONNECT_SECONDS)
-    while missing := set(range(1, processes.world_size())) - connections.keys():
+    while missing := set(range(1, ranks.world_size())) - connections.keys():
         try:
             end, _ = server.accept()
         except TimeoutError:

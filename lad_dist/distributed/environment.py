@@ -4,7 +4,7 @@ import os
 import re
 
 from lad_dist.config.errors import UserError
-from lad_dist.distributed.processes import rank, world_size
+from lad_dist.distributed.ranks import rank, world_size
 
 DEVICE_NAME = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")  # an index, or NVIDIA's name of a device or of a slice of one
 NO_DEVICES = ("", "-1", "none", "nodevfiles", "void")  # values that hide all devices

@@ -9,7 +9,7 @@ Usage, from the main process and from each process:
 
 import logging
 
-from lad_dist.distributed import processes
+from lad_dist.distributed import ranks
 
 EVERY_RANK = {"every_rank": True}  # `extra` of a record that each process emits
 
@@ -19,7 +19,7 @@ class RankFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether this process emits the record."""
-        return getattr(record, "every_rank", False) or processes.is_main()
+        return getattr(record, "every_rank", False) or ranks.is_main()
 
 
 def get_logger(name: str) -> logging.Logger:

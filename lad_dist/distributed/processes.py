@@ -5,8 +5,7 @@ Everything comes from the environment: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
 launcher the world is this one process.
 
     start()                      joins the group, once; returns the device
-    rank, local_rank, world_size, is_main, device, device_name
-                                 which process this is, and where it computes
+    device, device_name          where this process computes; ranks.py says which one it is
     barrier, any_of, any_of_each, average, means, all_gather, from_main, on_main
                                  collectives
     stop_requested()             whether this process was asked to stop (SIGTERM, SIGUSR1)
@@ -30,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from lad_dist.config.errors import Fault, UserError
+from lad_dist.distributed.ranks import is_main, local_rank, world_size
 from lad_dist.distributed.slurm import launcher_variables, slurm_variable
 from lad_dist.utils.text import first_line
 
@@ -40,28 +40,6 @@ _control_group: Any = None  # a gloo group: agreeing on a flag must not wait for
 # Seconds at the end for gloo's threads to release the tensors that they worked on: they do so just after they report
 # completion. An interpreter that exits before them aborts (github.com/pytorch/pytorch/pull/179291).
 GLOO_RELEASE_SECONDS = 0.25
-
-
-def world_size() -> int:
-    """Return the number of processes, also before `start`."""
-    return int(os.environ.get("WORLD_SIZE") or slurm_variable("STEP_NUM_TASKS") or 1)
-
-
-def rank() -> int:
-    """Return the number of this process among all."""
-    return int(os.environ.get("RANK") or (slurm_variable("PROCID") if slurm_variable("STEP_NUM_TASKS") else None) or 0)
-
-
-def local_rank() -> int:
-    """Return the number of this process among those of this host."""
-    return int(
-        os.environ.get("LOCAL_RANK") or (slurm_variable("LOCALID") if slurm_variable("STEP_NUM_TASKS") else None) or 0
-    )
-
-
-def is_main() -> bool:
-    """Return whether this process is the one that writes and prints."""
-    return rank() == 0
 
 
 def device() -> torch.device:

@@ -37,7 +37,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from lad_dist.config.errors import EXIT_FAULT, Fault, UserError
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.cluster_state import ClusterState, Diagnosis, Heartbeat
 from lad_dist.distributed.connections import connect_all
 
@@ -65,7 +65,7 @@ class Watchdog:
             timeout: Seconds without progress that are a hang; 0 finds deaths alone.
             start_timeout: Replaces `timeout` before there is a median step, where it is larger.
         """
-        self.rank = processes.rank()
+        self.rank = ranks.rank()
         self._timeout = timeout or math.inf
         self._start_timeout = max(start_timeout, self._timeout)
         self._beat_seconds = min(HEARTBEAT_SECONDS, self._timeout / 10)
@@ -208,7 +208,7 @@ class Watchdog:
         try:
             faulthandler.cancel_dump_traceback_later()
             line = f"{diagnosis.line}: all processes end\n".encode()
-            if self.rank == min(set(range(processes.world_size())) - set(diagnosis.lost), default=0):
+            if self.rank == min(set(range(ranks.world_size())) - set(diagnosis.lost), default=0):
                 os.write(2, line)  # not by a logger: the main thread may hold its lock, and never release it
             if diagnosis.hang:
                 with contextlib.suppress(OSError):

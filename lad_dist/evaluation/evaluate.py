@@ -30,7 +30,7 @@ from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.tasks.examples import TaskExamples
 from lad_dist.data.tasks.task import check_task, load_task
 from lad_dist.data.tokenization.loading import load_tokenizer, tokenizer_of_teacher
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.models.dims import check_length, check_vocabulary, count_parameters
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.heads import label_order
@@ -59,7 +59,7 @@ def rank_batches(batches: Batches) -> Iterator[tuple[Batch, bool]]:
 
     The last round is filled up with the last batch, so that all processes have equally many batches.
     """
-    world_size, rank = processes.world_size(), processes.rank()
+    world_size, rank = ranks.world_size(), ranks.rank()
     for first in range(0, len(batches), world_size):
         index = first + rank
         yield batches[min(index, len(batches) - 1)](), index < len(batches)
@@ -128,7 +128,7 @@ def compare(
 
 def _speedup(student: Forward, teacher: Forward, batches: Batches, teacher_batches: Batches) -> float:
     """Return teacher seconds / student seconds over the first batches, the two measured in turn."""
-    count = 8 * processes.world_size()
+    count = 8 * ranks.world_size()
     ratios = [
         predict(teacher, teacher_batches[:count]).seconds / predict(student, batches[:count]).seconds for _ in range(3)
     ]
@@ -174,7 +174,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         name: {"path": path, "parameters": count_parameters(model.model), **scores[role]}
         for name, role, path, model in zip(("model", "teacher"), scores, paths, models, strict=False)
     }
-    if config.out is not None and processes.is_main():
+    if config.out is not None and ranks.is_main():
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
     return result

@@ -175,7 +175,7 @@ def _attention(
     q, k, v = (x[0].transpose(0, 1)[:tokens] for x in (query, key, value))
     flat_forward.record(q, k, v)
     # The kernel knows neither fp32 nor dropout, nor keys inside a span that do not count; these go the padded way.
-    use_kernel = _has_kernel(q.device, q.dtype) and not dropout and flat_forward.batch.num_tokens == tokens
+    use_kernel = has_kernel(q.device, q.dtype) and not dropout and flat_forward.batch.num_tokens == tokens
     attend = _kernel_attention if use_kernel else _padded_attention
     window = None if sliding_window is None else sliding_window - 1
     out = attend(q, k, v, flat_forward, scaling, dropout, window)
@@ -183,7 +183,7 @@ def _attention(
 
 
 @cache
-def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     half = dtype in (torch.bfloat16, torch.float16)
     return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= KERNEL_COMPUTE_CAPABILITY
 

@@ -32,7 +32,7 @@ from lad_dist.config.describe import changeable_keys
 from lad_dist.config.errors import EXIT_NO_PROGRESS, EXIT_RUN_AGAIN, UserError
 from lad_dist.config.load import dump_config, is_of_earlier_version, with_defaults
 from lad_dist.config.schema import PretrainConfig, TaskConfig, TrainConfig
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.runs.model_card import model_card
 from lad_dist.utils.atomic_io import append_text, file_lock, write_text
@@ -114,7 +114,7 @@ class Run:
 
         Drops the rows of later steps, which a crash has undone; from step 0 on, all rows.
         """
-        if not processes.is_main():
+        if not ranks.is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._config, self._text)
@@ -125,7 +125,7 @@ class Run:
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Add a row to metrics.jsonl and to TensorBoard; a full disk costs rows, not the run."""
-        if not processes.is_main():
+        if not ranks.is_main():
             return
         try:
             append_text(self._metrics, json.dumps(row) + "\n")
@@ -145,7 +145,7 @@ class Run:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Mark the run complete."""
-        if processes.is_main():
+        if ranks.is_main():
             self._plot_teacher_layers()
             _write_results(self.folder, results)
             shutil.rmtree(self.teacher_cache, ignore_errors=True)
@@ -223,7 +223,7 @@ class Run:
             return checkpoint, 0
 
     def _write_crashes(self, record: Mapping[str, Any] | None) -> None:
-        if not processes.is_main():
+        if not ranks.is_main():
             return
         if record is None:
             self._crashes.unlink(missing_ok=True)
@@ -241,7 +241,7 @@ class Run:
 
     def record_skip(self, row: Mapping[str, Any], skipped_steps: Sequence[int]) -> None:
         """Record an update that was skipped, and the steps that the run skips from now on."""
-        if not processes.is_main():
+        if not ranks.is_main():
             return
         logger.warning("%s: the update of step %s was skipped: %s", self.folder, row["step"], row["why"])
         rows = [*self._read_skipped_steps()["skipped"], row]
@@ -254,14 +254,14 @@ class Run:
 
     def stop_requested(self) -> bool:
         """Return whether the file STOP exists; the main process looks for it, and not at every step."""
-        if not processes.is_main() or time.monotonic() - self._last_stop_check < STOP_CHECK_SECONDS:
+        if not ranks.is_main() or time.monotonic() - self._last_stop_check < STOP_CHECK_SECONDS:
             return False
         self._last_stop_check = time.monotonic()
         return self._stop.exists()
 
     def clear_stop_request(self) -> None:
         """Remove the file STOP: the run stops."""
-        if processes.is_main():
+        if ranks.is_main():
             self._stop.unlink(missing_ok=True)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import Files
 from lad_dist.config.schema import TrainConfig
-from lad_dist.distributed import processes
+from lad_dist.distributed import ranks
 from lad_dist.training import deepspeed_patches, optimization
 from lad_dist.training.distiller import Distiller
 
@@ -38,7 +38,7 @@ def build_engine(distiller: Distiller, config: TrainConfig) -> Any:
     options = {
         "train_batch_size": config.data.micro_batches_per_step,
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.data.micro_batches_per_step // processes.world_size(),
+        "gradient_accumulation_steps": config.data.micro_batches_per_step // ranks.world_size(),
         "gradient_clipping": 1.0,
         "steps_per_print": sys.maxsize,
         "zero_force_ds_cpu_optimizer": False,  # [optim] decides, with weights offloaded too

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lad_dist.core.batch import Batch
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Throughput:
     def tokens_per_second(self) -> float:
         """Return the tokens per second of all processes, which call it together."""
         tokens = torch.tensor(float(self.tokens), device=processes.device())
-        return processes.means({"": tokens})[""] * processes.world_size() / self.seconds
+        return processes.means({"": tokens})[""] * ranks.world_size() / self.seconds
 
 
 @dataclass

@@ -25,7 +25,7 @@ from lad_dist.compression import footprint
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault, UserError
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.data.shards.reader import SPLITS, Shards
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.training import cost_model, run_spec
 from lad_dist.utils.text import first_line
 
@@ -103,11 +103,11 @@ def check_devices(devices: list[Device]) -> None:
 
 def _check_all_reduce() -> None:
     """Raise DeviceFault where an all-reduce of integers fails, or does not give the exact sum."""
-    world_size = processes.world_size()
+    world_size = ranks.world_size()
     if world_size == 1:
         return
     integers = torch.arange(ALL_REDUCE_SIZE, device=processes.device())
-    total = integers + processes.rank()
+    total = integers + ranks.rank()
     try:
         dist.all_reduce(total, async_op=True).wait(ALL_REDUCE_TIMEOUT)
     except RuntimeError as error:

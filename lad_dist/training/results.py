@@ -11,7 +11,7 @@ import torch
 
 from lad_dist.compression import compact, footprint
 from lad_dist.data.tokenization.loading import save_beside_model
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.models.dims import uses_segments
 from lad_dist.models.loading import save_model
 from lad_dist.runs.run_folder import Run
@@ -63,7 +63,7 @@ def write_results(
     distiller, teacher, batch = trainer.engine.module, trainer.evaluation.teacher, trainer.dataset.batch(0, 0)
     with gathered_parameters(distiller, trainer.config.zero_stage):
         size = footprint.footprint(distiller.student, batch)  # before compressed modules are merged
-        packed = compact.pack(distiller.student) if processes.is_main() else None
+        packed = compact.pack(distiller.student) if ranks.is_main() else None
         student = distiller.export()
         if packed is not None:
             save_model(student, run.export)
@@ -82,7 +82,7 @@ def write_results(
         "steps": trainer.steps,
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,
-        "processes": processes.world_size(),
+        "processes": ranks.world_size(),
         "device": processes.device_name(),
         "versions": {"torch": torch.__version__, "deepspeed": DEEPSPEED_VERSION},
     }

@@ -14,7 +14,7 @@ from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import AsyncCheckpointer, Files, SaveFailed
 from lad_dist.checkpointing.store import read_metadata
 from lad_dist.config.errors import Fault, UserError
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.replica_check import divergent_ranks
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import snapshot
@@ -143,7 +143,7 @@ class Resumption:
 
     @property
     def _layout(self) -> dict[str, int]:
-        return {"processes": processes.world_size(), "zero": self.trainer.config.zero_stage}
+        return {"processes": ranks.world_size(), "zero": self.trainer.config.zero_stage}
 
 
 def _has_replicas(layout: reshard.Layout) -> bool:

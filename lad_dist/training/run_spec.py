@@ -27,7 +27,7 @@ from lad_dist.data.shards.reader import Shards
 from lad_dist.data.tasks.task import Task, load_task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
 from lad_dist.data.tokenization.special_tokens import role_ids
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.models import loading
 from lad_dist.models.dims import check_length, check_vocabulary, model_dims
 from lad_dist.models.frozen import FrozenModel
@@ -180,7 +180,7 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     check_writable("run.dir", config.run.folder)
     if config.teacher is not None and config.teacher.cache is not None:
         check_writable("teacher.cache", config.teacher.cache)
-    _check_micro_batches(config, world_size or processes.world_size())
+    _check_micro_batches(config, world_size or ranks.world_size())
     config, objective_class, objective_options, compressions = resolve_options(config)
     task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
     corpus = Shards(config.data.shards) if isinstance(config.data, CorpusDataConfig) else None

@@ -37,7 +37,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import QKV, ModelDims, ModelOutputs, OutputSpec
 from lad_dist.data.datasets import CorpusDataset, TaskDataset
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import EVERY_RANK, get_logger
 from lad_dist.training.run_spec import RunSpec
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
@@ -202,7 +202,7 @@ class TeacherCache:
 
         Runs that fill one folder at the same time begin at different blocks.
         """
-        world, rank = processes.world_size(), processes.rank()
+        world, rank = ranks.world_size(), ranks.rank()
         first = processes.from_main(os.getpid())
         order = [(first + block) % self._blocks for block in range(self._blocks)]
         missing = processes.from_main([block for block in order if self._missing(block)])

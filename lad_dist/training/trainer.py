@@ -16,7 +16,7 @@ from lad_dist.core.step_state import StepState
 from lad_dist.data.datasets import CorpusDataset, TaskDataset
 from lad_dist.data.loader import load_batches
 from lad_dist.data.sampling import rank_share
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.training import optimization
 from lad_dist.training.engine import reset_optimizer_state
 from lad_dist.training.evaluation import Evaluation
@@ -94,7 +94,7 @@ class Trainer:
         """Make one optimizer step over this process's micro-batches."""
         self._start_step(step)
         for index, batch in enumerate(batches):
-            micro_batch = processes.rank() + index * processes.world_size()
+            micro_batch = ranks.rank() + index * ranks.world_size()
             processes.seed_everything(self.config.run.seed, step, micro_batch)
             with self.phase("teacher", step, index):
                 target = self.teacher_outputs(batch, step, micro_batch)
@@ -113,7 +113,7 @@ class Trainer:
 
     def micro_batches(self, first: int) -> Generator[list[Batch]]:
         """Yield this process's micro-batches of each step from `first` on, on the device, prepared ahead of it."""
-        share = rank_share(self.dataset.micro_batches_per_step, processes.rank(), processes.world_size())
+        share = rank_share(self.dataset.micro_batches_per_step, ranks.rank(), ranks.world_size())
         steps = self._steps(first)
         loaded = load_batches(self.dataset, steps, share, self.config.data.num_workers)
         for step in steps:

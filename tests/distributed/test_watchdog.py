@@ -271,4 +271,4 @@ def test_a_hang_is_ten_median_steps(steps: list[float], timeout: float, monkeypa
 
 def test_deaths_are_seen_where_hangs_are_not_looked_for() -> None:
     assert Watchdog(Path("stacks"), timeout=0.0)._current_timeout() == float("inf")
-    assert processes.world_size() == 1
+    assert ranks.world_size() == 1

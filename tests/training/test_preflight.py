@@ -46,12 +46,12 @@ WORKER = """
 import json, sys, torch
 import torch.distributed as dist
 from lad_dist.training import preflight
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.config.errors import Fault
 from lad_dist.config.errors import UserError
 
 processes.start()
-rank = processes.rank()
+rank = ranks.rank()
 case = sys.argv[2]
 
 def work():
@@ -72,7 +72,7 @@ try:
 except (UserError, Fault) as error:
     result = [str(error), error.code]
 results = processes.all_gather(result)
-if processes.is_main():
+if ranks.is_main():
     json.dump(results, open(sys.argv[1], "w"))
 """
 

@@ -1,24 +1,11 @@
-"""Distils a teacher on text of the installation itself: no hub, no GPU, a few minutes on two cores.
-
-usage: bash launch/quickstart.sh [stage.key=value …]      (makes an environment first)
-       python launch/quickstart.py [stage.key=value …]    (in one that has lad_dist)
-
-The documentation of Python and of installed libraries becomes a corpus and a labelled task: which library does a
-passage document? A small BERT is pre-trained on the corpus (stage pretrain), fine-tuned for the task (teacher) and
-distilled by LAD into a student of half the depth (lad); the same student is trained without a teacher (alone). The
-configs are configs/quickstart/STAGE.toml. Everything goes to runs/quickstart; what is complete there is not run again.
-
-example: python launch/quickstart.py lad.objective.hidden=10.0   (where lad has run before, remove runs/quickstart/lad)
-"""
+"""The command quickstart."""
 
 import contextlib
 import json
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lad_dist.cli.app import plain_script
 from lad_dist.cli.console import Console, print_table, say
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
@@ -38,7 +25,6 @@ from lad_dist.config.schema import (
     TrainConfig,
 )
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "quickstart"
 FOLDER = Path("runs/quickstart")
 VOCABULARY = 4000
 
@@ -61,6 +47,29 @@ STAGES = ("text", "corpus", *RUNS)
 
 Changes = Mapping[str, list[tuple[str, Any]]]
 Results = dict[str, Any]
+
+
+def quickstart(arguments: Sequence[str]) -> int:
+    """Distil a teacher on text of this installation: no hub, no GPU, a few minutes on two cores.
+
+    The documentation of Python and of installed libraries becomes a corpus and a labelled task: which library does a
+    passage document? A small BERT is pre-trained on the corpus (stage pretrain), fine-tuned for the task (teacher) and
+    distilled by LAD into a student of half the depth (lad); the same student is trained without a teacher (alone). The
+    configs are configs:quickstart/STAGE.toml. Everything goes to runs/quickstart; what is complete there is not run
+    again.
+
+    usage: lad-dist quickstart [stage.key=value …]
+
+    example: lad-dist quickstart lad.objective.hidden=10.0   (where lad has run before, remove runs/quickstart/lad)
+    """
+    changes = changes_by_stage(arguments)
+    check(FOLDER, changes)
+    results = run_all(FOLDER, changes)
+    if results is None:
+        say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
+        return EXIT_RUN_AGAIN
+    show(FOLDER, results)
+    return EXIT_DONE
 
 
 def run_all(folder: Path, changes: Changes) -> Results | None:
@@ -120,9 +129,9 @@ def say_text(counts: Mapping[str, int]) -> None:
 
 def stage_config(schema: type[Schema], stage: str, folder: Path, changes: Changes) -> Schema:
     """Return the config of a stage with its paths moved to `folder`, then changed."""
-    file = CONFIGS / f"{stage}.toml"
+    file = f"configs:quickstart/{stage}.toml"
     tables = apply_overrides(move_paths(folder, read_toml(file)), changes.get(stage, []))
-    return parse_config(schema, tables, where=str(file))
+    return parse_config(schema, tables, where=file)
 
 
 def move_paths(folder: Path, value: Any) -> Any:
@@ -171,8 +180,8 @@ def show(folder: Path, results: Results) -> None:
         f"plots            {' '.join(map(str, plots))}\n"
         f"curves           tensorboard --logdir {folder}\n"
         f"\nNext, real BERT on a GLUE task, from the hub:\n"
-        f"  deepspeed launch/finetune_teacher.py configs/task/teacher.toml data.task=rte run.name=teacher-rte\n"
-        f"  deepspeed launch/task_distill.py configs/task/lad.toml data.task=rte "
+        f"  lad-dist finetune configs:task/teacher.toml data.task=rte run.name=teacher-rte\n"
+        f"  lad-dist distill configs:task/lad.toml data.task=rte "
         f"teacher.path=runs/teacher-rte/export run.name=lad-rte"
     )
 
@@ -196,18 +205,3 @@ def changes_by_stage(overrides: Iterable[str]) -> Changes:
         lookup("stage", stage, dict.fromkeys(STAGES))
         changes.setdefault(stage, []).append((rest, value))
     return changes
-
-
-def main() -> int:
-    changes = changes_by_stage(sys.argv[1:])
-    check(FOLDER, changes)
-    results = run_all(FOLDER, changes)
-    if results is None:
-        say(f"{FOLDER}: stopped early and saved; run the same command again to go on")
-        return EXIT_RUN_AGAIN
-    show(FOLDER, results)
-    return EXIT_DONE
-
-
-if __name__ == "__main__":
-    plain_script(__doc__, main)
