@@ -16,8 +16,21 @@ elif ! dpkg --status "${packages[@]}" &>/dev/null; then
     DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "${packages[@]}"
 fi
 
-source launch/environment.sh
-install_lad_dist "[dev]"
+if [[ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]]; then
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "error: python3 is older than 3.11; activate an environment with a newer one" >&2
+        exit 2
+    fi
+    [[ -f .venv/bin/activate ]] || python3 -m venv .venv
+    source .venv/bin/activate
+fi
+# First on PATH, also if something came before it since: the launchers start the python that they find there.
+export PATH="${VIRTUAL_ENV:-$CONDA_PREFIX}/bin:$PATH"
+# Without GPUs a plain "torch" would bring gigabytes of CUDA; of this version the machine may have a file for CPUs.
+if ! command -v nvidia-smi >/dev/null && ! python -c "import torch" 2>/dev/null; then
+    pip install --quiet "torch==2.13.0"
+fi
+pip install --quiet --editable ".[dev]"
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
