@@ -24,8 +24,9 @@ import tomli_w
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
+from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import ConfigTable, train_schema
+from lad_dist.config.schema import ConfigTable, EvaluateConfig, SearchConfig, train_schema
 from lad_dist.config.shipped import config_file
 from lad_dist.utils.suggest import did_you_mean, nearest
 from lad_dist.utils.text import is_encodable, one_line
@@ -75,6 +76,17 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 (at byte {error.start}); a config is TOML, a text in UTF-8") from None
     except (ValueError, RecursionError) as error:  # tomllib's own, and int's for thousands of digits
         raise UserError(f"{path}: not valid TOML: {error}; fix the file") from None
+
+
+def schema_of(tables: Mapping[str, Any]) -> type[ConfigTable]:
+    """Return the schema that a config is written for, by its tables."""
+    schemas: dict[str, type[ConfigTable]] = {
+        "search": SearchConfig,
+        "model": EvaluateConfig,
+        "vocab_size": TokenizerConfig,
+        "source": PrepareConfig,
+    }
+    return next((schema for key, schema in schemas.items() if key in tables), train_schema(tables))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

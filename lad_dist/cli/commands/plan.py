@@ -8,8 +8,8 @@ from typing import Any
 from lad_dist.cli.command import ArgumentParser
 from lad_dist.cli.console import print_table
 from lad_dist.config.errors import EXIT_DONE, UserError
-from lad_dist.config.load import load_config, lookup, read_toml
-from lad_dist.config.schema import ConfigTable, SearchConfig, TrainConfig, train_schema
+from lad_dist.config.load import load_config, lookup, read_toml, schema_of
+from lad_dist.config.schema import SearchConfig, TrainConfig
 from lad_dist.utils.text import duration, gigabytes, si_number
 
 ASSUMED_MFU = 0.3
@@ -31,7 +31,7 @@ def plan(arguments: Sequence[str]) -> int:
     example: lad-dist plan configs:pretrain/minilm2.toml --gpus 16 --nodes 2 --gpu h200
     """
     options = parse_options(arguments)
-    config = load_config(schema_of(options.config), options.config, options.overrides)
+    config = load_config(schema_of(read_toml(options.config)), options.config, options.overrides)
     from lad_dist.search.grid import sample_trials
     from lad_dist.training.cost_model import GPUS
 
@@ -41,8 +41,9 @@ def plan(arguments: Sequence[str]) -> int:
         gpus = config.search.gpus or 1
         at_once = min(len(trials), max(1, math.floor(options.gpus / gpus)), config.search.max_concurrent or len(trials))
         show(trials[0].config, options, world=1, trials=len(trials), at_once=at_once)
+    elif not isinstance(config, TrainConfig):
+        raise UserError(f"{options.config}: plan estimates a training or a search, and this config is of neither")
     else:
-        assert isinstance(config, TrainConfig)
         show(config, options, world=options.gpus, trials=1, at_once=1)
     return EXIT_DONE
 
@@ -65,12 +66,6 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     if options.mfu is not None and not 0 < options.mfu <= 1:
         raise UserError(f"--mfu {options.mfu:g}: a share of the peak, above 0 and at most 1")
     return options
-
-
-def schema_of(path: str) -> type[ConfigTable]:
-    """Return the schema of a config, by its tables."""
-    tables = read_toml(path)
-    return SearchConfig if "search" in tables else train_schema(tables)
 
 
 def show(config: TrainConfig, options: argparse.Namespace, world: int, trials: int, at_once: int) -> None:

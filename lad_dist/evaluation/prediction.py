@@ -1,0 +1,85 @@
+"""What an exported model says of texts: `predict(folder, texts)`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lad_dist.config.errors import UserError
+from lad_dist.core.batch import Head
+from lad_dist.core.collate import collate
+from lad_dist.data.tokenization.encoding import encode_framed
+from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.data.tokenization.special_tokens import special_token_frame
+from lad_dist.distributed import processes
+from lad_dist.evaluation.evaluate import logits_of
+from lad_dist.models.dims import max_positions
+from lad_dist.models.frozen import FrozenModel
+from lad_dist.models.heads import head_of_architectures, label_names
+from lad_dist.models.hf_config import load_hf_config
+from lad_dist.models.loading import check_weight_files
+from lad_dist.utils import progress
+
+BATCH_SIZE = 64
+MAX_LENGTH = 512  # tokens, where the model has positions for as many
+
+
+class Prediction(NamedTuple):
+    """What a model says of one text."""
+
+    label: str | None  # the most probable label; None of a regression
+    score: float  # the probability of the label, or the number of a regression
+    probabilities: dict[str, float]  # of each label; empty for a regression
+
+
+def predict(
+    path: str | Path, texts: Sequence[str | tuple[str, str]], *, max_length: int | None = None
+) -> list[Prediction]:
+    """Predict the labels of texts, or the numbers of a regression.
+
+    Args:
+        path: A model folder, such as a run's export, or a hub name.
+        texts: Texts, or pairs of texts.
+        max_length: Tokens of the longest sequence; longer texts are cut. Default: 512, or what the model has
+            positions for.
+
+    Returns:
+        A prediction for each text, in order.
+
+    Raises:
+        UserError: The folder holds no classifier and no regression of texts.
+    """
+    path = str(path)
+    config = load_hf_config(path)
+    names = label_names(config)
+    if head_of_architectures(config.architectures or ()) not in ("classification", "regression"):
+        raise UserError(f"{path}: {', '.join(config.architectures or ['no head'])} does not classify texts")
+    if config.problem_type == "multi_label_classification":
+        raise UserError(f"{path}: the head gives several labels to a text; predict knows one label or one number")
+    check_weight_files(path)
+    kind: Head = "regression" if len(names) == 1 else "classification"
+    tokenizer = load_tokenizer(path)
+    model = FrozenModel(path, kind, device=processes.device())
+    first = [text if isinstance(text, str) else text[0] for text in texts]
+    second = [text[1] for text in texts if not isinstance(text, str)]
+    if second and len(second) != len(first):
+        raise UserError("texts: some are pairs and some are not; give the one or the other")
+    encoded = encode_framed(tokenizer, first, second or None, max_length or min(MAX_LENGTH, max_positions(config)))
+    predictions: list[Prediction] = []
+    pad = special_token_frame(tokenizer).pad
+    for begin in range(0, len(first), BATCH_SIZE):
+        ids, segments = (part[begin : begin + BATCH_SIZE] for part in (encoded.ids, encoded.segments))
+        starts = np.cumsum([0, *map(len, ids)])[:-1]
+        batch = collate(ids, segments, starts, np.zeros(len(ids), dtype=np.int64), None, pad)
+        predictions += _predictions(logits_of(model, batch.to(processes.device())), names, kind)
+        progress.report("predicting", len(predictions), len(first))
+    return predictions
+
+
+def _predictions(logits: torch.Tensor, names: Sequence[str], kind: Head) -> list[Prediction]:
+    if kind == "regression":
+        return [Prediction(None, value, {}) for value in logits[:, 0].tolist()]
+    rows = [dict(zip(names, row, strict=True)) for row in logits.float().softmax(dim=1).tolist()]
+    return [Prediction(label, row[label], row) for row in rows for label in [max(row, key=row.__getitem__)]]
