@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from lad_dist.cli.app import one_line_errors
+from lad_dist.cli.errors import one_line_errors
+from lad_dist.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -88,12 +88,12 @@ def curves(
     return json.loads((folder / "rows.json").read_text())
 
 
-def run_script(script: str, *words: str) -> int:
-    """The script's exit code, in this process."""
+def run_command(*arguments: str) -> int:
+    """The exit code of `lad-dist COMMAND …`, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [script, *words])
+        patch.setattr("sys.argv", ["lad-dist", *arguments])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "launch" / script), run_name="__main__")
+            main()
     return int(ended.value.code or 0)
 
 

@@ -8,7 +8,16 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console as Terminal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from rich.table import Table as RichTable
 
 from lad_dist.distributed import ranks
@@ -16,6 +25,24 @@ from lad_dist.utils import progress
 from lad_dist.utils.text import plain_number
 
 LINE_SECONDS = 10.0  # at least, between two lines about a task where there is no terminal
+BAR_WIDTH = 12  # characters of a bar
+NUMBERS_WIDTH = 30  # of "12345/12345  100%  12:34" and the spaces between columns
+MIN_TEXT = 24  # of the name of a task and the text beside its bar
+
+
+class TimeLeft:
+    """Estimates how long each task still takes, from its reports."""
+
+    def __init__(self) -> None:
+        self._begin: dict[str, tuple[float, float]] = {}  # of a task: when it was first reported, and how far it was
+
+    def estimate(self, task: str, done: float, total: float, now: float) -> timedelta | None:
+        """Return the time that is left; None at the first report, and where the task begins again or ends."""
+        begin, first = self._begin.setdefault(task, (now, done))
+        if done >= total or done < first:
+            self._begin.pop(task)
+            return None
+        return timedelta(seconds=round((now - begin) / (done - first) * (total - done))) if done > first else None
 
 
 class TerminalProgress:
@@ -26,7 +53,7 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         self._bars: Progress | None = None
-        self._begin: dict[str, tuple[float, float]] = {}  # of a task: when it was first reported, and how far it was
+        self._time_left = TimeLeft()
         self._last_line: dict[str, float] = {}
 
     def __call__(self, task: str, done: float, total: float, detail: str = "") -> None:
@@ -43,10 +70,8 @@ class TerminalProgress:
         if self._bars is None:
             if done >= total:
                 return  # a task of one report, or one whose bar has come to its end
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            name, text = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[detail]"))
             # Standard output is perhaps a file: it must not go to the terminal with the bar.
-            self._bars = Progress(name, *columns, text, console=terminal, redirect_stdout=False)
+            self._bars = Progress(*_columns(terminal.width), console=terminal, redirect_stdout=False)
             self._bars.start()
         numbers = {bar.description: bar.id for bar in self._bars.tasks}
         if task not in numbers:
@@ -57,22 +82,34 @@ class TerminalProgress:
 
     def _print_line(self, task: str, done: float, total: float, detail: str) -> None:
         now = time.monotonic()
-        begin, first = self._begin.setdefault(task, (now, done))
-        if done >= total or done < first:  # it has come to its end, or begins again
-            self._begin.pop(task)
-            self._last_line.pop(task, None)
-            return
-        if done == first or now - max(begin, self._last_line.get(task, begin)) < LINE_SECONDS:
-            return
-        self._last_line[task] = now
-        left = timedelta(seconds=round((now - begin) / (done - first) * (total - done)))
-        print(f"{task} {done / total:.1%} done, {left} left  {detail}".rstrip(), file=sys.stderr, flush=True)
+        left = self._time_left.estimate(task, done, total, now)
+        if left is None:
+            self._last_line[task] = now
+        elif now - self._last_line[task] >= LINE_SECONDS:
+            self._last_line[task] = now
+            print(f"{task} {done / total:.1%} done, {left} left  {detail}".rstrip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bars as they are; the next report begins new ones."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """Return the columns of a bar that is whole on a terminal of this width: the name and the text give way."""
+    text_width = max(MIN_TEXT, width - BAR_WIDTH - NUMBERS_WIDTH)
+    name_width = text_width // 3
+    name = Column(max_width=name_width, no_wrap=True, overflow="ellipsis")
+    detail = Column(max_width=text_width - name_width, no_wrap=True, overflow="ellipsis")
+    return [
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(BAR_WIDTH),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[detail]}", markup=False, table_column=detail),
+    ]
 
 
 TERMINAL_PROGRESS = TerminalProgress()
@@ -83,22 +120,36 @@ class Console:
 
     def __init__(self, name: str):
         self.name = name
+        self._time_left = TimeLeft()
+        self._shown: dict[str, float] = {}  # the last loss and the last score on the dev set
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Show a row; silent on processes other than the main one."""
         if not ranks.is_main():
             return
-        values = {key: plain_number(value) for key, value in row.items() if key not in ("step", "steps")}
-        line = "  ".join(f"{key} {value}" for key, value in values.items() if "/" not in key)
-        line = line or "  ".join(f"{key} {value}" for key, value in values.items() if key.startswith("dev/"))
+        step, steps = row["step"], row["steps"]
+        values = {key: value for key, value in row.items() if key not in ("step", "steps")}
+        scores = {key: value for key, value in values.items() if key.startswith("dev/")}
+        terms = {key: value for key, value in values.items() if "/" not in key}
+        if "loss" in terms:
+            self._shown["loss"] = terms["loss"]
+        for key in list(scores)[:1]:
+            self._shown["dev loss" if key == "dev/loss" else key.removeprefix("dev/")] = scores[key]
+        left = self._time_left.estimate(self.name, step, steps, time.monotonic())
         if Terminal(stderr=True).is_terminal:
-            progress.report(self.name, row["step"], row["steps"], line)
-        elif line:
-            print(f"{self.name} step {row['step']}/{row['steps']}  {line}", file=sys.stderr, flush=True)
+            progress.report(self.name, step, steps, _in_words(self._shown, digits=3))
+        elif terms or scores:
+            remaining = f" {step / steps:.0%}, {left} left" if left else ""
+            line = f"{self.name} step {step}/{steps}{remaining}  {_in_words(terms or scores)}"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""
         TERMINAL_PROGRESS.close()
+
+
+def _in_words(values: Mapping[str, float], digits: int = 4) -> str:
+    return "  ".join(f"{key} {plain_number(value, digits)}" for key, value in values.items())
 
 
 def say(text: str) -> None:

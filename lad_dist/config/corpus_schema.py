@@ -59,7 +59,7 @@ class SourceConfig(ConfigTable):
 
 
 class PrepareConfig(ConfigTable):
-    """The config of prepare_corpus."""
+    """The config of prepare."""
 
     out: str = Field(description="folder for the token shards")
     tokenizer: str = Field(description="tokenizer folder or hub name")
@@ -93,7 +93,7 @@ class PrepareConfig(ConfigTable):
 
 
 class TokenizerConfig(ConfigTable):
-    """The config of train_tokenizer."""
+    """The config of train-tokenizer."""
 
     out: str = Field(description="folder for the tokenizer")
     kind: Literal["wordpiece", "unigram"] = Field(description="BERT's WordPiece, or sentencepiece's unigram model")

@@ -195,7 +195,7 @@ class DataConfig(ConfigTable):
 class CorpusDataConfig(DataConfig):
     """`[data]` of a pre-training."""
 
-    shards: str = Field(description="folder of token shards, written by prepare_corpus")
+    shards: str = Field(description="folder of token shards, written by lad-dist prepare")
     micro_batch_tokens: PositiveInt = Field(4096, description="tokens of one micro-batch, a multiple of max_length")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of the tokens that MLM masks")
     whole_word_mask: bool = Field(False, description="mask whole words, not single tokens")

@@ -5,7 +5,7 @@
     mean_terms(terms, batches)      loss terms averaged over held-out batches
     task_scores(dev, predictions)   the task's metrics by name
     compare(...)                    metrics of a model, and with a teacher also the teacher's metrics and the loyalty
-    evaluate(config)                the same for model folders, and the speed-up: what launch/evaluate.py calls
+    evaluate(config)                the same for model folders, and the speed-up: what `lad-dist evaluate` calls
 
 Every process makes the same number of forwards, because under ZeRO-3 a forward is a collective.
 """

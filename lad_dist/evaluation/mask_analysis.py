@@ -8,7 +8,7 @@
     analyze(paths, …)          all of it
     report(paths, …)           the same as tables, and with `out` mask_analysis.json and mask_analysis.png
 
-Gao, Colombo and Wang (2021), "Adapting by Pruning", section 4. launch/analyze_masks.py calls `report`.
+Gao, Colombo and Wang (2021), "Adapting by Pruning", section 4. `lad-dist masks` calls `report`.
 
 Where weights did not change, the export holds their masks as bits. For other weights the zeros of the compact form are
 read; where a matrix is a product of two, these are the zeros of the factors.

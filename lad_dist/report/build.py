@@ -21,7 +21,7 @@ def build_report(folders: Sequence[str | Path], baseline: str | None = None, out
     Args:
         folders: with runs below them.
         baseline: the label of the method that the others are tested against; default: kd, if there is one.
-        out: a folder for report.md, report.csv, report.png and, of runs that launch/measure_latency.py measured,
+        out: a folder for report.md, report.csv, report.png and, of runs that `lad-dist latency` measured,
             pareto.png.
 
     Raises:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lad_dist.report.comparison import Comparison
 
 COSTS = {"latency": "ms per sequence, at the teacher's mean speed", "bytes": "bytes"}
-UNMEASURED = "not measured: launch/measure_latency.py RUN"
+UNMEASURED = "not measured: lad-dist latency RUN"
 MARKERS = {"student": "o", "onnx": "s", "onnx int8": "v", "teacher": "*"}
 
 

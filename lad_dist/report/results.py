@@ -199,7 +199,7 @@ class TaskRun:
 
     @property
     def forms(self) -> list[Form]:
-        """The student as it was trained, and as launch/measure_latency.py exported it."""
+        """The student as it was trained, and as `lad-dist latency` exported it."""
         student, latency = self.results.student, self.results.latency
         if latency is None:
             return [Form("student", self.score, math.nan, student.bytes)]

@@ -11,7 +11,7 @@ compared with each other: all of them run to their end.
                                 results.json and no export
                  teacher_cache/ outputs of the trials' teachers, while the search lasts
                  ray/           Tune's own state, and the traceback of a failed trial in trial-00/error.txt
-                 best.toml      the best trial's config, ready for launch/task_distill.py; not of a grid
+                 best.toml      the best trial's config, for `lad-dist distill`; not of a grid
                  results.json   all trials, best first; written last: its presence says that the search is complete
 
 A complete search is not run twice; one is complete when every trial has ended, failed ones too. A partial one, or one
@@ -263,6 +263,6 @@ def _write_best(row: Mapping[str, Any], config: TaskConfig, count: int, folder: 
     teacher = config.teacher and config.teacher.model_copy(update={"cache": None})
     run = config.run.model_copy(update={"name": "best", "label": config.label.rpartition("-")[0]})  # no sample's number
     best = config.model_copy(update={"run": run, "teacher": teacher})
-    command = f"# python launch/task_distill.py {folder / 'best.toml'}"
+    command = f"# lad-dist distill {folder / 'best.toml'}"
     origin = f"# {row['trial']}, the best of {count} trials by {row['metric']} on the dev set"
     write_text(folder / "best.toml", f"{command}\n{origin}\n{dump_config(best)}")

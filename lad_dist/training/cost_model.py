@@ -64,7 +64,7 @@ GPUS = {
     "a100-40": GpuSpec(312e12, 19.5e12, 40e9),  # the same
     "l40s": GpuSpec(362e12, 91.6e12, 48e9),  # NVIDIA L40S data sheet
     "v100": GpuSpec(125e12, 15.7e12, 32e9),  # NVIDIA V100 data sheet, SXM2; it has no bf16, only fp16
-    "cpu": GpuSpec(1e12, 0.1e12, 16e9),  # no data sheet: a core or two; launch/benchmark.py step measures it
+    "cpu": GpuSpec(1e12, 0.1e12, 16e9),  # no data sheet: a core or two; `lad-dist benchmark step` measures it
 }
 
 

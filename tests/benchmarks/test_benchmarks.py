@@ -40,17 +40,17 @@ def test_the_script_prints_a_table(world: World, tmp_path: Path) -> None:
     ]
     config = tmp_path / "config.toml"
     config.write_text((ROOT / "configs/task/lad.toml").read_text().replace('task = "rte"\n', ""))
-    done = launch([ROOT / "launch/benchmark.py", "step", config, *files, *overrides])
+    done = launch(["-m", "lad_dist.cli", "benchmark", "step", config, *files, *overrides])
     assert done.returncode == 0, done.stderr
     assert "share of peak" in done.stdout
-    wrong = launch([ROOT / "launch/benchmark.py", "stp", config])
+    wrong = launch(["-m", "lad_dist.cli", "benchmark", "stp", config])
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help(word: str) -> None:
-    done = launch([ROOT / "launch/benchmark.py", word])
+    done = launch(["-m", "lad_dist.cli", "benchmark", word])
     assert done.returncode == 0
     assert "usage" in done.stdout
 

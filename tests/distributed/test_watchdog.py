@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from watchdog_ranks import TIMEOUT, Rank
 
 from lad_dist.config.errors import EXIT_FAULT, EXIT_RUN_AGAIN, UserError
-from lad_dist.distributed import processes, watchdog
+from lad_dist.distributed import watchdog
 from lad_dist.distributed.cluster_state import MAX_NAMED, ClusterState, Heartbeat
 from lad_dist.distributed.connections import RANK_BYTES, TOKEN_BYTES, accept_all
+from lad_dist.distributed.ranks import world_size
 from lad_dist.distributed.watchdog import Watchdog
 
 HOST = socket.gethostname()
@@ -271,4 +272,4 @@ def test_a_hang_is_ten_median_steps(steps: list[float], timeout: float, monkeypa
 
 def test_deaths_are_seen_where_hangs_are_not_looked_for() -> None:
     assert Watchdog(Path("stacks"), timeout=0.0)._current_timeout() == float("inf")
-    assert ranks.world_size() == 1
+    assert world_size() == 1

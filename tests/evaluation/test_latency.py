@@ -1,4 +1,4 @@
-"""What launch/measure_latency.py measures of a run, and where it writes the results."""
+"""What `lad-dist latency` measures of a run, and where it writes the results."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy
 from conftest import World
-from launching import run_script
+from launching import run_command
 
 from lad_dist.compression import compact, footprint
 from lad_dist.compression.compressed_module import merge_all
@@ -64,7 +64,7 @@ def results_in(folder: Path) -> dict[str, Any]:
 def test_all_forms_of_a_run_and_the_teacher(world: World, tmp_path: Path, capsys: Any) -> None:
     folder = complete(world, tmp_path)
     before = results_in(folder)
-    assert run_script("measure_latency.py", str(folder), "--int8", "--rounds", "2") == 0
+    assert run_command("latency", str(folder), "--int8", "--rounds", "2") == 0
     after = results_in(folder)
     table = after.pop("latency")
     assert after == {**before, "student": after["student"]}
@@ -209,7 +209,7 @@ def test_mistakes(
     folder = shutil.copytree(finished, tmp_path / "run")
     damage(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert run_script("measure_latency.py", str(folder), *arguments) == 2
+    assert run_command("latency", str(folder), *arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1

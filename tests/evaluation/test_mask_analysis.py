@@ -15,7 +15,7 @@ import toy_families
 from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import run_script
+from launching import run_command
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -237,7 +237,7 @@ def test_shuffled_masks_are_what_is_evaluated(runs: dict[str, Path], monkeypatch
 
 def test_the_script(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(runs["adapting"]), str(runs["magnitude"]), "--out", str(tmp_path / "out"), "--shuffles", "1"]
-    assert run_script("analyze_masks.py", *arguments) == 0
+    assert run_command("masks", *arguments) == 0
     printed = capsys.readouterr().out
     for title in ("by component", "by layer", "stay in both", "shuffled within"):
         assert title in printed

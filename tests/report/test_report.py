@@ -250,7 +250,7 @@ def test_the_order_of_folders_changes_nothing(
 
 
 def latency_table(seconds: float, **options: Any) -> dict[str, Any]:
-    """Return what launch/measure_latency.py adds to results.json, as far as a report reads it."""
+    """Return what `lad-dist latency` adds to results.json, as far as a report reads it."""
     paces = {("teacher", "cpu"): 2.0, ("student", "cpu"): 1.0, ("onnx int8", "cpu"): 0.5, ("student", "cuda"): 0.1}
     timings = [
         {"form": form, "device": device, "batch": b, "length": s, "seconds": seconds * pace * b * s / 128}

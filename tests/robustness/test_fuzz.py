@@ -9,7 +9,7 @@ from conftest import World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lad_dist.cli.app import MAX_LINE, printable_line
+from lad_dist.cli.errors import MAX_LINE, printable_line
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import load_config
 from lad_dist.config.schema import TaskConfig, TaskDataConfig

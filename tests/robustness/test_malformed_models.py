@@ -230,7 +230,7 @@ READ = [
     broken("teacher-other-shape", weights(one_narrower), "model: "),
 ]
 SHARDS = [
-    shards("no-manifest", without("manifest.json"), "holds no token shards; write them with launch/prepare_corpus.py"),
+    shards("no-manifest", without("manifest.json"), "holds no token shards; write them with lad-dist prepare"),
     shards("manifest-empty", put("manifest.json", ""), "manifest.json: damaged"),
     shards("manifest-cut", cut("manifest.json", 300), "manifest.json: damaged"),
     shards("manifest-binary", put("manifest.json", b"\xff\x00"), "manifest.json: damaged"),

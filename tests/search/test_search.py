@@ -221,8 +221,8 @@ def test_a_grid_runs_every_trial_to_the_end_and_is_compared(work: Path) -> None:
     ]
     assert not (work / "s" / "best.toml").exists()
     assert not (work / "s" / "teacher_cache").exists()
-    assert f"python launch/report.py {work}/s --out {work}/s/report" in done.stdout
-    compared = launch([ROOT / "launch" / "report.py", work / "s"])
+    assert f"lad-dist report {work}/s --out {work}/s/report" in done.stdout
+    compared = launch(["-m", "lad_dist.cli", "report", work / "s"])
     assert compared.returncode == 0, compared.stderr
     assert re.search(r"\| pkd .*\n\| lad |\| lad .*\n\| pkd ", compared.stdout), compared.stdout
 

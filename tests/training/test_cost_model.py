@@ -1,7 +1,5 @@
-"""The costs of a run, compared with real checkpoints and tensors and PyTorch's counter, and by hand; launch/plan.py."""
+"""The costs of a run, compared with real checkpoints, tensors and PyTorch's counter, and by hand; `lad-dist plan`."""
 
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 import toy
 from conftest import World
-from launching import ROOT, launch
+from launching import ROOT, run_command
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toy_runs import lad
@@ -121,19 +119,14 @@ def test_a_cache_saves_all_epochs_but_one(world: World, tmp_path: Path) -> None:
     assert share({"run.steps": 3}) == 1
 
 
-PLAN = ROOT / "launch" / "plan.py"
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the script in this process: its exit code, standard output and standard error."""
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process: its exit code, standard output and standard error."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(PLAN), *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(PLAN), run_name="__main__")
+        code = run_command("plan", *map(str, arguments))
         output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
+        return code, output.out, output.err
 
     return run
 
@@ -155,13 +148,14 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_script_prints_what_a_run_costs(world: World, config: Path) -> None:
-    done = launch([PLAN, config, "--gpus", "4", "--nodes", "2", "--gpu", "h200", "--mfu", "0.2", *overrides(world)])
-    assert done.returncode == 0, done.stderr
-    assert "4 micro-batches = 2 nodes x 2 GPUs x 1" in done.stdout
-    assert "MFU of 0.2 in bfloat16, as set" in done.stdout
+def test_the_command_prints_what_a_run_costs(world: World, config: Path, run: Script) -> None:
+    machines = ["--gpus", "4", "--nodes", "2", "--gpu", "h200", "--mfu", "0.2"]
+    code, output, _ = run(config, *machines, *overrides(world))
+    assert code == 0
+    assert "4 micro-batches = 2 nodes x 2 GPUs x 1" in output
+    assert "MFU of 0.2 in bfloat16, as set" in output
     for row in ("parameters", "FLOPs per token", "memory per GPU", "disk", "time"):
-        assert row in done.stdout
+        assert row in output
     assert not (config.parent / "runs").exists()
 
 

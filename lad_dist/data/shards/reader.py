@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = parse_json(file.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{folder}: holds no token shards; write them with launch/prepare_corpus.py") from None
+        raise UserError(f"{folder}: holds no token shards; write them with lad-dist prepare") from None
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); prepare the corpus again") from None
     stored = manifest.get("format") if isinstance(manifest, dict) else None

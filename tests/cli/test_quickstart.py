@@ -1,13 +1,11 @@
 """All stages of the quickstart, at a size that takes seconds; the models learn nothing at it."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from launching import ROOT
 
+from lad_dist.cli.commands import quickstart
 from lad_dist.config.errors import UserError
 
 SMALL = """
@@ -18,19 +16,7 @@ teacher.run.epochs=1.0 lad.run.epochs=1.0 alone.run.epochs=1.0 lad.run.log_every
 """.split()
 
 
-@pytest.fixture(scope="module")
-def quickstart() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_all_stages_run_and_a_second_call_trains_nothing(
-    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_stages_run_and_a_second_call_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = quickstart.changes_by_stage(SMALL)
     results = quickstart.run_all(tmp_path, changes)
     quickstart.show(tmp_path, results)
@@ -51,12 +37,12 @@ def test_all_stages_run_and_a_second_call_trains_nothing(
     assert {file: file.stat().st_mtime_ns for file in trained} == trained
 
 
-def test_an_unknown_stage_is_refused_with_the_nearest(quickstart: ModuleType) -> None:
+def test_an_unknown_stage_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match='did you mean "teacher"'):
         quickstart.changes_by_stage(["techer.run.epochs=1.0"])
 
 
-def test_a_misspelt_key_of_a_stage_is_named(quickstart: ModuleType, tmp_path: Path) -> None:
+def test_a_misspelt_key_of_a_stage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lad\.toml: optim\.l_r: no such key"):
         quickstart.stage_config(
             quickstart.TaskConfig, "lad", tmp_path, quickstart.changes_by_stage(["lad.optim.l_r=1.0"])
