@@ -190,7 +190,10 @@ def test_a_report_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "## Against lad" in printed
     assert printed == (tmp_path / "out" / "report.md").read_text()
     assert run_command("report") == 2
-    assert capsys.readouterr().err == "error: report: the following arguments are required: FOLDER; see lad-dist report --help\n"
+    assert (
+        capsys.readouterr().err
+        == "error: report: the following arguments are required: FOLDER; see lad-dist report --help\n"
+    )
 
 
 @pytest.mark.processes
