@@ -24,7 +24,8 @@ from lad_dist.config.schema import train_schema
 from lad_dist.distributed import processes, ranks
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import snapshot
-from lad_dist.training.train import build_trainer, check
+from lad_dist.training.run_spec import resolve_run
+from lad_dist.training.train import build_trainer
 from lad_dist.training.trainer import Trainer
 
 State = dict[str, Any]
@@ -98,7 +99,7 @@ def start(stretch: Stretch) -> Trainer:
     options = stretch.config["deepspeed"]
     zero = options.get("zero_optimization", {}) | {"stage": stretch.layout["zero"]}
     config = parse_config(train_schema(tables), tables | {"deepspeed": options | {"zero_optimization": zero}}, "toy")
-    return build_trainer(check(config), Run(config))
+    return build_trainer(resolve_run(config), Run(config))
 
 
 def train(trainer: Trainer, stretch: Stretch, samples: dict[tuple[int, int], str]) -> Iterator[int]:

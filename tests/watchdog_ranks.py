@@ -19,6 +19,7 @@ from launching import FORKS, free_port
 
 from lad_dist.config.errors import UserError
 from lad_dist.distributed import processes, ranks
+from lad_dist.distributed import watchdog as watchdog_module
 from lad_dist.distributed.connections import wrap
 from lad_dist.distributed.watchdog import Watchdog
 
@@ -109,7 +110,8 @@ def _run(folder: Path, environment: dict[str, str], fault: Fault, timeout: float
     with (folder / f"stderr-{ranks.rank()}").open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     processes.start()
-    with Watchdog(folder / "stacks", timeout, start_timeout=0.0) as watchdog:
+    watchdog_module.START_SECONDS = 0.0
+    with Watchdog(folder / "stacks", timeout) as watchdog:
         for step in range(FAULTY_STEP + 1):
             watchdog.mark(step, "forward")
             if step == FAULTY_STEP:

@@ -21,8 +21,9 @@ from lad_dist.core.batch import Batch
 from lad_dist.distributed import processes, ranks
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import communication_seconds
+from lad_dist.training.run_spec import resolve_run
 from lad_dist.training.teacher import ComputedOutputs
-from lad_dist.training.train import build_trainer, check
+from lad_dist.training.train import build_trainer
 from lad_dist.training.trainer import Trainer
 
 WARM_UP = 3  # steps that are not counted
@@ -84,7 +85,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
     with tempfile.TemporaryDirectory() as folder:
         run = config.run.model_copy(update={"dir": folder, "steps": WARM_UP + steps, "epochs": None})
         config = config.model_copy(update={"run": run})
-        spec = check(config)
+        spec = resolve_run(config)
         trainer = build_trainer(spec, Run(spec.config), stopwatch)
         seconds, communication = _time(trainer, stopwatch, steps)
     batches = [

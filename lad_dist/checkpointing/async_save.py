@@ -1,15 +1,10 @@
 """Checkpoints that are written while training continues.
 
-    AsyncCheckpointer     when a save is due, and its phases: copy, write in a thread, commit, or count a failure
-    HostSnapshotEngine    what an engine would write to files, copied to host memory instead
-    write                 these copies to files, durable, with their digests
-
 A save holds training up for a copy of the state in host memory. A thread on each process writes its files. At the end
 of a step the processes learn together that all files have been written; then the main process commits them.
 A save that fails is dropped: the previous checkpoint stays, training continues, and a later save tries anew.
 """
 
-import hashlib
 import os
 import threading
 import time
@@ -19,16 +14,18 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch import Tensor
 
+from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
-from lad_dist.utils.atomic_io import Digest, fsync
+from lad_dist.utils.atomic_io import Digest, file_digest, fsync
 from lad_dist.utils.text import first_line
 
 MAX_FAILURES = 3  # in a row, after which the run stops
@@ -44,13 +41,11 @@ class SaveFailed(Fault):
     code = EXIT_RUN_AGAIN
 
 
-class HostSnapshotEngine:
+class HostSnapshotEngine(CheckpointEngine):
     """Replaces DeepSpeed's checkpoint engine: copies what a save would write to host memory, and writes nothing."""
 
-    name = "host_snapshot"
-
-    def __init__(self, load: Callable[[Path], Any]) -> None:
-        self.load_file = load
+    def __init__(self) -> None:
+        super().__init__()
         self._files: Files = []
 
     def pop_files(self) -> Files:
@@ -62,7 +57,7 @@ class HostSnapshotEngine:
         self._files.append((Path(path), to_host(state_dict)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return self.load_file(Path(path))
+        return reshard.read(Path(path))
 
     def create(self, info: Any) -> None: ...
 
@@ -70,17 +65,6 @@ class HostSnapshotEngine:
 
     def commit(self, info: Any) -> bool:
         return True
-
-    def is_data_parallel_writer(self, rank: int) -> bool:
-        return rank == 0
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def preserves_storage_sharing(self) -> bool:
-        return True
-
-    def cleanup(self) -> None: ...
 
 
 def to_host(state: Any) -> Any:
@@ -108,40 +92,19 @@ def to_host(state: Any) -> Any:
     return copy(state)
 
 
-class _DigestingFile:
-    """A file whose digest is computed while it is written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._sha256, self._bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self._file.write(data)
-        self._sha256.update(data)
-        self._bytes += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    @property
-    def digest(self) -> Digest:
-        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
-
-
 def write(files: Files, root: Path) -> dict[str, Digest]:
     """Write each content with torch.save; return the digests by the path relative to `root`. Raise OSError."""
     digests = {}
     for path, content in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            digesting = _DigestingFile(file)
             try:
-                torch.save(content, digesting)  # type: ignore[arg-type]
+                torch.save(content, file)
             except RuntimeError as error:  # torch turns a failed write into one
                 raise OSError(first_line(error)) from error
             file.flush()
             os.fsync(file.fileno())
-        digests[str(path.relative_to(root))] = digesting.digest
+        digests[str(path.relative_to(root))] = file_digest(path)
     for folder in {path.parent for path, _ in files}:
         fsync(folder)
     return digests

@@ -1,8 +1,5 @@
 """Load an engine's state from a checkpoint of any number of processes and of any ZeRO stage up to 2.
 
-    load_checkpoint(engine, checkpoint, saved, current)   the only place where an engine's state is read
-    read(path)                                            the tensors of a file; nothing in it is executed
-
 Under ZeRO-1 and 2 a process saves its share of each parameter group: flat slices of the fp32 weights and of the
 moments, and a table of which parameter lies where in them (`param_slice_mappings`, from which DeepSpeed makes its
 universal checkpoint). Another layout cuts the same numbers elsewhere. So nothing is converted on disk: each process
@@ -27,7 +24,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
-from lad_dist.distributed import processes, ranks
+from lad_dist.distributed import ranks
 
 Layout = Mapping[str, int]  # number of "processes", and the ZeRO stage as "zero"
 
@@ -53,17 +50,11 @@ def load_checkpoint(engine: Any, checkpoint: Path, saved: Layout, current: Layou
         return
     if 3 in (saved["zero"], current["zero"]):
         raise UserError(
-            f"{checkpoint}: {_layout_change(saved, current)}; resume ZeRO 3 with the layout that it was saved with"
+            f"{checkpoint}: saved by {saved['processes']} processes under ZeRO {saved['zero']}, the run now has "
+            f"{current['processes']} under ZeRO {current['zero']}; resume ZeRO 3 with the layout that it was saved with"
         )
     engine.load_checkpoint(str(checkpoint), tag=TAG, load_optimizer_states=False)
-    state = _read_state(engine, checkpoint, saved)
-    mismatches = [name for name in processes.all_gather(_mismatch(engine, state)) if name]
-    if mismatches:
-        raise UserError(
-            f"{checkpoint}: {_layout_change(saved, current)}, and the optimizer's copy of {mismatches[0]} is not where "
-            "DeepSpeed expects it; resume with the layout that it was saved with"
-        )
-    (_fill if current["zero"] else _fill_whole)(engine, state)
+    (_fill if current["zero"] else _fill_whole)(engine, _read_state(engine, checkpoint, saved))
 
 
 def read(path: Path, *, mapped: bool = False) -> Any:
@@ -79,13 +70,6 @@ def read(path: Path, *, mapped: bool = False) -> Any:
         raise UserError(
             f"{path}: holds more than tensors, and none of it was executed; remove the checkpoint"
         ) from None
-
-
-def _layout_change(saved: Layout, current: Layout) -> str:
-    return (
-        f"saved by {saved['processes']} processes under ZeRO {saved['zero']}, the run now has {current['processes']} "
-        f"under ZeRO {current['zero']}"
-    )
 
 
 @dataclass
@@ -164,20 +148,6 @@ def groups(engine: Any) -> list[list[Any]]:
         if hasattr(engine.optimizer, name):
             return getattr(engine.optimizer, name)
     return [group["params"] for group in engine.optimizer.param_groups]
-
-
-def _mismatch(engine: Any, saved: _SavedState) -> str | None:
-    """Return the name of a parameter whose fp32 copy is not the weight that the model has loaded.
-
-    Each process checks a share of the parameters.
-    """
-    parameters = [parameter for group in groups(engine) for parameter in group]
-    for parameter in parameters[ranks.rank() :: ranks.world_size()]:
-        name = engine.param_names[parameter]
-        copy = torch.cat(saved.pieces.get(name, {}).get(WEIGHTS, [torch.empty(0)]))
-        if not torch.equal(copy.to(parameter.dtype), parameter.detach().flatten().cpu()):
-            return name
-    return None
 
 
 def _fill(engine: Any, saved: _SavedState) -> None:

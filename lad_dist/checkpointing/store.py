@@ -7,9 +7,6 @@
              step-….damaged                  did not hold what its manifest lists when a run wanted to resume
              step-….removed                  being removed
 
-    CheckpointStore(folder, keep, keep_every)    begin, commit, abort, newest, go_back, cleanup: for the main process
-    read_metadata(checkpoint)                    what was recorded with a checkpoint
-
 Files become durable before the manifest that lists them, the manifest before the folder's new name, and all of it
 before an older checkpoint is removed. So whenever the machine stops, the newest name without a suffix is complete.
 """
@@ -40,7 +37,7 @@ class NoValidCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of a run in one folder.
+    """The checkpoints of a run in one folder; the main process alone calls the methods.
 
     `keep` of the newest stay; every `keep_every`-th stays for good, none of them for 0.
     """

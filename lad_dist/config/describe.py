@@ -23,17 +23,6 @@ def describe_keys(schema: type[BaseModel], prefix: str = "") -> list[tuple[str, 
     return rows
 
 
-def changeable_keys(schema: type[BaseModel], prefix: str = "") -> set[str]:
-    """Return the keys of a schema that may differ when a run resumes: they change nothing of what is learnt."""
-    keys = set()
-    for name, field in schema.model_fields.items():
-        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("resume") == "changeable":
-            keys.add(prefix + name)
-        for table in tables_in(field.annotation):
-            keys |= changeable_keys(table, f"{prefix}{name}.")
-    return keys
-
-
 def type_name(annotation: Any) -> str:
     """Return an annotation as a user reads it."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)

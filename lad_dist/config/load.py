@@ -1,12 +1,4 @@
-"""Reading configs: TOML files, dotted overrides, checks. Every mistake is a UserError of one line.
-
-load_config(schema, path, overrides)   TOML file + ["optim.lr=1e-4", ...] -> a frozen config
-apply_overrides(tables, overrides)     the same changes on plain tables: command line, search and tests share it
-parse_config(schema, tables, where)    plain tables -> a frozen config
-dump_config(config)                    TOML text with every default written out
-find_class(...)                        a registered class, or the user's own "my_package.module:Class"
-validate_arguments(...)                keyword arguments checked against a signature
-"""
+"""Reading configs: TOML files, dotted overrides, checks. Every mistake is a UserError of one line."""
 
 import contextlib
 import importlib
@@ -32,10 +24,8 @@ from lad_dist.utils.suggest import did_you_mean, nearest
 from lad_dist.utils.text import is_encodable, one_line
 
 UNSET = "none"  # the value of an override that unsets its key
-MAX_DEPTH = 16  # tables in tables
 MAX_SHOWN = 60  # characters of a wrong value
 OWN_CLASS = "my_package.module:Class"
-
 
 Schema = TypeVar("Schema", bound=ConfigTable)
 Base = TypeVar("Base")
@@ -138,30 +128,23 @@ def _with_value(tables: Any, path: list[str], value: Any, key: str) -> Any:
 
 def parse_config(schema: type[Schema], tables: Mapping[str, Any], where: str) -> Schema:
     """Return plain tables as a config; raise UserError for the first mistake, with `where` in front."""
-    _check_values(tables, where)
     try:
+        for key, value in tables.items():
+            _check_texts(value, f"{where}: {key}")
         return schema.model_validate(dict(tables))
     except ValidationError as error:
         raise UserError(f"{where}: {first_mistake(error, schema)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: tables too deep; no key is so deep") from None
 
 
-def _check_values(tables: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for valid TOML that no config can hold: deep tables, and texts that no file or path can hold."""
-    level: list[tuple[str, Any]] = [("", tables)]
-    for _ in range(MAX_DEPTH):
-        level = [inner for place, value in level for inner in _items(place, value)]
-        for place, value in level:
-            if isinstance(value, str) and ("\0" in value or not is_encodable(value)):
-                raise UserError(f"{where}: {place}: {_shown(value)} holds a character that no text can; retype it")
-    if level:
-        raise UserError(f"{where}: {level[0][0][:40]}…: more than {MAX_DEPTH} tables deep; no key is so deep")
-
-
-def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted key and the value of each item of a table or list."""
+def _check_texts(value: Any, place: str) -> None:
+    """Raise UserError for a text in nested tables and lists that no file or path can hold."""
+    if isinstance(value, str) and ("\0" in value or not is_encodable(value)):
+        raise UserError(f"{place}: {_shown(value)} holds a character that no text can; retype it")
     if isinstance(value, Mapping | list):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        yield from ((f"{place}.{key}" if place else str(key), inner) for key, inner in items)
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_texts(inner, f"{place}.{key}")
 
 
 def _shown(value: Any) -> str:
@@ -222,14 +205,9 @@ def find_class(what: str, name: str, choices: Mapping[str, type[Base]], base: ty
     The working directory becomes the last entry of `sys.path`, so a file in it hides no installed module. Processes of
     launchers and trials of a search run in the working directory of the command, so they find the same module.
 
-    Args:
-        what: The key that has the name, for messages.
-        name: A registered name, or a module and a class.
-        choices: Registered classes by name.
-        base: The class that the user's own class has to extend.
-
     Raises:
-        UserError: The name is not registered, the import fails, or the module has no such subclass of `base`.
+        UserError: The name is not registered, the import fails, or the module has no such subclass of `base`; the
+            message begins with `what`, the key that has the name.
     """
     if name in choices:
         return choices[name]
@@ -302,9 +280,7 @@ def _field_of(parameter: inspect.Parameter) -> tuple[Any, Any]:
 def first_mistake(error: ValidationError, schema: type[BaseModel] | None = None) -> str:
     """Return the first mistake of a validation in one line: the dotted key, what is wrong, and the value.
 
-    Args:
-        error: What pydantic raised.
-        schema: The config that was validated: with it, a misspelt key is answered with the nearest right one.
+    With the schema of the config, a misspelt key is answered with the nearest right one.
     """
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a misspelt key explains a missing one
     path = [str(key) for key in first["loc"] if not _is_union_tag(key)]

@@ -18,10 +18,14 @@ class ConfigTable(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-CHANGEABLE: dict[str, Any] = {"resume": "changeable"}  # metadata of keys that may differ when a run resumes
-
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+# These keys change nothing of what is learnt: they may differ when a run resumes.
+CHANGEABLE_KEYS = {
+    "run.label", "run.log_every", "run.eval_every", "run.replica_check_every", "run.max_skips", "run.watchdog_timeout",
+    "run.save_every", "run.keep", "run.keep_every", "teacher.cache", "data.num_workers",
+    "deepspeed.zero_optimization.stage",  # checkpointing/reshard.py refuses what it cannot convert
+}  # fmt: skip
 
 
 TEACHER_PATH = "teacher"  # the value of student.path that stands for teacher.path
@@ -36,26 +40,19 @@ class RunConfig(ConfigTable):
         None,
         pattern=r"^\P{Cc}+$",
         description="the method's name in reports; default: the names of objective and compressions (kd + prune)",
-        json_schema_extra=CHANGEABLE,
     )
     seed: int = Field(0, ge=0, description="the only source of randomness: order, masks, dropout, new weights")
     steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
     epochs: PositiveFloat | None = Field(None, description="passes over the training data; give this or steps")
-    log_every: PositiveInt = Field(10, description="steps between reports", json_schema_extra=CHANGEABLE)
-    eval_every: int = Field(
-        0, ge=0, description="steps between evaluations; 0: at the end only", json_schema_extra=CHANGEABLE
-    )
+    log_every: PositiveInt = Field(10, description="steps between reports")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
     replica_check_every: int = Field(
-        100,
-        ge=0,
-        description="steps between comparisons of the weights that all processes hold copies of; 0: never",
-        json_schema_extra=CHANGEABLE,
+        100, ge=0, description="steps between comparisons of the weights that all processes hold copies of; 0: never"
     )
     max_skips: PositiveInt = Field(
         5,
         description="updates in a row that are skipped as loss or gradient is not finite; then the run goes back to "
         "the last checkpoint and skips these steps",
-        json_schema_extra=CHANGEABLE,
     )
     spike_sigma: float = Field(
         0.0,
@@ -67,23 +64,14 @@ class RunConfig(ConfigTable):
         ge=0,
         description="seconds without progress on any process after which the run ends with exit code 75, or 10 median "
         "steps where that is more; 0: never",
-        json_schema_extra=CHANGEABLE,
     )
     save_every: int = Field(
-        0,
-        ge=0,
-        description="steps between checkpoints; 0: a checkpoint only when the run is stopped early",
-        json_schema_extra=CHANGEABLE,
+        0, ge=0, description="steps between checkpoints; 0: a checkpoint only when the run is stopped early"
     )
     keep: int = Field(
-        2,
-        ge=2,
-        description="newest checkpoints to keep: where one is damaged, the run resumes from the one before it",
-        json_schema_extra=CHANGEABLE,
+        2, ge=2, description="newest checkpoints to keep: where one is damaged, the run resumes from the one before it"
     )
-    keep_every: int = Field(
-        0, ge=0, description="keep every n-th checkpoint for good; 0: none", json_schema_extra=CHANGEABLE
-    )
+    keep_every: int = Field(0, ge=0, description="keep every n-th checkpoint for good; 0: none")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -108,7 +96,6 @@ class TeacherConfig(ConfigTable):
         None,
         description="folder that stores the outputs on a task's training examples, shared by runs; default: in the run "
         "folder, removed when the run is complete",
-        json_schema_extra=CHANGEABLE,
     )
     cache_gb: float = Field(
         20.0, ge=0, description="GB; a larger cache is not stored, and the teacher runs at each step"
@@ -185,10 +172,7 @@ class DataConfig(ConfigTable):
         1, description="micro-batches of one step, shared out over the processes"
     )
     num_workers: int = Field(
-        1,
-        ge=0,
-        description="processes that load data ahead for each training process; 0: that process loads the data",
-        json_schema_extra=CHANGEABLE,
+        1, ge=0, description="processes that load data ahead for each training process; 0: that process loads the data"
     )
 
 

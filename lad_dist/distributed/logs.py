@@ -1,11 +1,4 @@
-"""Loggers of a run of many processes: the main process alone emits records, unless one is for every rank.
-
-Usage, from the main process and from each process:
-
-    logger = get_logger(__name__)
-    logger.warning("%s: the row of step %d is lost", file, step)
-    logger.warning("rank %d: no free port", rank, extra=EVERY_RANK)
-"""
+"""Loggers of a run of many processes: the main process alone emits records, unless one is for every rank."""
 
 import logging
 
@@ -14,17 +7,13 @@ from lad_dist.distributed import ranks
 EVERY_RANK = {"every_rank": True}  # `extra` of a record that each process emits
 
 
-class RankFilter(logging.Filter):
-    """Passes the records of the main process, and those that are for every rank."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether this process emits the record."""
-        return getattr(record, "every_rank", False) or ranks.is_main()
+def is_emitted(record: logging.LogRecord) -> bool:
+    """Return whether this process emits the record: it is the main process, or the record is for every rank."""
+    return getattr(record, "every_rank", False) or ranks.is_main()
 
 
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of a module, silent on all processes but the main one."""
     logger = logging.getLogger(name)
-    if not any(isinstance(existing, RankFilter) for existing in logger.filters):
-        logger.addFilter(RankFilter())
+    logger.addFilter(is_emitted)  # once: Python adds no filter twice
     return logger

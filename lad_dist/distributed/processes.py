@@ -3,13 +3,6 @@
 Everything comes from the environment: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which `deepspeed`,
 `torchrun` and Ray set alike. Under a bare `srun` they are derived from SLURM's own variables (slurm.py). Without any
 launcher the world is this one process.
-
-    start()                      joins the group, once; returns the device
-    device, device_name          where this process computes; ranks.py says which one it is
-    barrier, any_of, any_of_each, average, means, all_gather, from_main, on_main
-                                 collectives
-    stop_requested()             whether this process was asked to stop (SIGTERM, SIGUSR1)
-    seed_everything(*key)        randomness as a function of (seed, step, micro-batch)
 """
 
 import atexit

@@ -1,8 +1,5 @@
 """Comparison of replicas: processes that should hold the same weights do, or it is known whose differ.
 
-    parameter_hash(named_tensors)    a text that depends on each bit of each tensor, its name and its shape
-    divergent_ranks(named_tensors)   the ranks whose tensors differ
-
 A flipped bit in a device's memory, or a missed collective, leaves one process with other weights. Its gradients then
 spoil the weights of all. A single flipped bit always changes the hash, any other change with all but certainty.
 """

@@ -13,15 +13,12 @@ def slurm_variable(name: str) -> str | None:
 
 def launcher_variables() -> dict[str, str]:
     """Return RANK, WORLD_SIZE and the like for a process that no launcher but srun started."""
-    if not slurm_variable("STEP_NUM_TASKS") or slurm_variable("STEP_NUM_TASKS") == "1":
-        return {
-            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-        }  # fmt: skip
-    required = ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID")
-    missing = [name for name in required if not slurm_variable(name)]
-    if missing:
-        raise UserError(f"SLURM_STEP_NUM_TASKS is set and SLURM_{missing[0]} is not; start the processes with srun")
+    if slurm_variable("STEP_NUM_TASKS") in (None, "", "1"):
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name in ("PROCID", "LOCALID", "STEP_NODELIST", "JOB_ID"):
+        if not slurm_variable(name):
+            raise UserError(f"SLURM_STEP_NUM_TASKS is set and SLURM_{name} is not; start the processes with srun")
     return {
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],

@@ -46,7 +46,7 @@ SILENT_BEATS = 5  # beats without a heartbeat after which a rank counts as silen
 GRACE = 2.0  # seconds in which others may fail alike, or a failure may turn out to be another's death
 FLUSH_SECONDS = 0.2  # for the others to read the diagnosis
 STACKS_SECONDS = 1.0  # for the others to write their stacks, before this rank or a launcher kills them
-START_SECONDS = 600.0  # compilation, the first collectives
+START_SECONDS = 600.0  # of a hang before there is a median step: compilation, the first collectives
 MIN_STEPS = 3  # after which there is a median
 MEDIAN_WINDOW = 64  # steps
 
@@ -57,17 +57,15 @@ class Watchdog:
     In a thread that is not the main one, as in a search's trial, it does nothing: it must not end that process.
     """
 
-    def __init__(self, stacks: Path, timeout: float = 60.0, start_timeout: float = START_SECONDS) -> None:
+    def __init__(self, stacks: Path, timeout: float) -> None:
         """Prepare the watchdog.
 
         Args:
             stacks: The folder of the stacks that hung ranks write.
             timeout: Seconds without progress that are a hang; 0 finds deaths alone.
-            start_timeout: Replaces `timeout` before there is a median step, where it is larger.
         """
         self.rank = ranks.rank()
         self._timeout = timeout or math.inf
-        self._start_timeout = max(start_timeout, self._timeout)
         self._beat_seconds = min(HEARTBEAT_SECONDS, self._timeout / 10)
         self._stacks_path = stacks / f"rank-{self.rank:05}.txt"
         self._heartbeat = Heartbeat()
@@ -195,7 +193,7 @@ class Watchdog:
         """Return the seconds without progress that are a hang."""
         starts = list(self._step_starts)
         if len(starts) <= MIN_STEPS:
-            return self._start_timeout
+            return max(START_SECONDS, self._timeout)
         median = statistics.median(b - a for a, b in itertools.pairwise(starts))
         return max(self._timeout, 10 * median)
 

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import first_mistake, is_of_earlier_version, with_defaults
-from lad_dist.config.schema import TEACHER_PATH, TaskConfig, default_label
-from lad_dist.runs.run_folder import CHANGEABLE_KEYS
+from lad_dist.config.schema import CHANGEABLE_KEYS, TEACHER_PATH, TaskConfig, default_label
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.tables import flatten
 from lad_dist.utils.text import first_line

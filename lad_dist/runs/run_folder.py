@@ -28,10 +28,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from lad_dist.checkpointing.store import CheckpointStore
-from lad_dist.config.describe import changeable_keys
 from lad_dist.config.errors import EXIT_NO_PROGRESS, EXIT_RUN_AGAIN, UserError
 from lad_dist.config.load import dump_config, is_of_earlier_version, with_defaults
-from lad_dist.config.schema import PretrainConfig, TaskConfig, TrainConfig
+from lad_dist.config.schema import CHANGEABLE_KEYS, TrainConfig
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.runs.model_card import model_card
@@ -42,12 +41,6 @@ RESULTS = "results.json"
 MAX_CRASHES = 3  # in a row without a new checkpoint, after which a run does not begin again
 STOP_CHECK_SECONDS = 1.0  # between looks for STOP: a network file system takes long to answer
 LOCK_SECONDS = 120.0  # for which a session before this one may hold the lock; a network file system frees it late
-# These keys change nothing of what is learnt: they may differ when a run resumes.
-CHANGEABLE_KEYS = {
-    *changeable_keys(TaskConfig),
-    *changeable_keys(PretrainConfig),
-    "deepspeed.zero_optimization.stage",  # checkpointing/reshard.py refuses what it cannot convert
-}
 
 logger = get_logger(__name__)
 

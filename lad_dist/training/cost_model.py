@@ -1,11 +1,5 @@
 """Estimate what a run takes in memory, arithmetic and disk, from the RunSpec, without reading a weight.
 
-    estimate(spec, world_size)         all costs, on `world_size` processes -> CostEstimate
-    meta_distiller(spec)               what trains, on the meta device: shapes without numbers
-    checkpoint_bytes(spec, distiller)  the size of one checkpoint, all processes' files together
-    GPUS                               speed and memory of GPUs by name, from the makers' data sheets
-    GpuSpec.hours                      the time of the arithmetic, at a fraction of the peak (MFU)
-
 P weights that train, W processes, b bytes of a weight (4 in fp32, 2 in bf16 and fp16), ZeRO stage z; weights that do
 not train are b bytes each, on each process and in a checkpoint:
 
@@ -24,20 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from lad_dist.compression import footprint
 from lad_dist.config.schema import CorpusDataConfig
 from lad_dist.core.batch import Batch
-from lad_dist.data.shards.reader import SPLITS, read_manifest
 from lad_dist.models import families
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.loading import PreTrainedModel
 from lad_dist.training import optimization, run_spec
 from lad_dist.training.distiller import Distiller
-from lad_dist.training.teacher_cache import decide_cache
+from lad_dist.training.teacher_cache import count_values, decide_cache
+from lad_dist.utils.atomic_io import list_files
 
 SAMPLE_MICRO_BATCHES = 8  # micro-batches that represent all
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -57,7 +50,7 @@ class GpuSpec:
         return flops / (count * peak * mfu) / 3600
 
 
-GPUS = {
+GPUS = {  # by name, from the makers' data sheets
     "h200": GpuSpec(989e12, 67e12, 141e9),  # NVIDIA H200 data sheet, SXM
     "h100": GpuSpec(989e12, 67e12, 80e9),  # NVIDIA H100 data sheet, SXM
     "a100-80": GpuSpec(312e12, 19.5e12, 80e9),  # NVIDIA A100 data sheet
@@ -119,8 +112,7 @@ def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
     batches = [dataset.batch(*index) for index in indices]
     steps = spec.num_steps(dataset)
     tokens = sum(batch.num_tokens for batch in batches)
-    cache = decide_cache(spec, distiller.objective.teacher_spec, teacher_dataset, steps)
-    cached_bytes = cache.size if cache.use else 0
+    use_cache, cache_size = decide_cache(spec, distiller.objective.teacher_spec, teacher_dataset)
     teacher_flops = 0 if teacher is None else _flops(teacher, [teacher_dataset.batch(*index) for index in indices])
     largest = max(batches, key=lambda batch: batch.computed_tokens)
     student = footprint.exported_weights(distiller.student)
@@ -134,11 +126,11 @@ def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
         tokens=tokens / len(batches) * dataset.micro_batches_per_step,
         student_flops=3 * _flops(distiller.student, batches) / tokens,
         teacher_flops=teacher_flops / tokens,
-        teacher_share=min(1.0, dataset.steps_per_epoch / steps) if cached_bytes else 1.0,
+        teacher_share=min(1.0, dataset.steps_per_epoch / steps) if use_cache else 1.0,
         checkpoint=checkpoint_bytes(spec, distiller),
         export=4 * student,
         data=_corpus_bytes(spec),
-        teacher_cache=cached_bytes,
+        teacher_cache=cache_size if use_cache else 0,
     )
 
 
@@ -211,20 +203,12 @@ def _teacher_bytes(spec: run_spec.RunSpec, distiller: Distiller, teacher: nn.Mod
     assert spec.teacher_dims is not None
     assert spec.config.teacher is not None
     size = BYTES_PER_WEIGHT[spec.config.teacher.dtype or spec.precision]
-    output_spec = distiller.objective.teacher_spec
-    states = (
-        batch.computed_tokens * spec.teacher_dims.hidden_size * (len(output_spec.hidden) + 3 * len(output_spec.qkv))
-    )
-    logits = len(batch.head_positions) * spec.teacher_dims.num_outputs * output_spec.logits
-    return size * (count_parameters(teacher) + states + logits)
+    output_spec, head_rows = distiller.objective.teacher_spec, len(batch.head_positions)
+    outputs = count_values(output_spec, spec.teacher_dims, batch.computed_tokens, head_rows)
+    return size * (count_parameters(teacher) + outputs)
 
 
 def _corpus_bytes(spec: run_spec.RunSpec) -> int:
     if not isinstance(spec.config.data, CorpusDataConfig):
         return 0
-    manifest = read_manifest(Path(spec.config.data.shards))
-    size = np.dtype(manifest["dtype"]).itemsize
-    shards = [
-        shard for source in manifest["sources"] for split in SPLITS for shard in source["splits"][split]["shards"]
-    ]
-    return sum(shard["length"] * size + shard["offsets_bytes"] for shard in shards)
+    return sum(file.stat().st_size for file in list_files(Path(spec.config.data.shards)))

@@ -1,9 +1,4 @@
-"""What this package replaces in DeepSpeed: a function for each patch, with its reason.
-
-check_version()       refuses a DeepSpeed that the patches were not checked with
-patch_library()       before an engine is built: what engines share
-patch_engine(engine)  after it is built: how the engine saves
-"""
+"""What this package replaces in DeepSpeed: a function for each patch, with its reason."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,24 +10,11 @@ from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import HostSnapshotEngine
-from lad_dist.config.errors import UserError
 
-CHECKED_SERIES = "0.19"
 # As many weights as a CPU computes at once, or a multiple.
 ALIGNMENT = 16
 CACHED_NUMBERS = 2**16  # numbers that a CPU core's cache holds in fp64
-
-
-def check_version(version: str = deepspeed.__version__) -> None:
-    """Raise UserError for a version whose patches were not checked.
-
-    The patches replace private names. Where another version does not read them, results would silently depend on the
-    number of processes: so this is no warning.
-    """
-    if not version.startswith(f"{CHECKED_SERIES}."):
-        raise UserError(f'deepspeed {version}: lad_dist works with {CHECKED_SERIES}; pip install "deepspeed~=0.19.0"')
 
 
 def patch_library() -> None:
@@ -94,7 +76,7 @@ def save_to_host_memory(engine: Any) -> None:
 
     Loading is replaced too: it never unpickles.
     """
-    engine.checkpoint_engine = HostSnapshotEngine(reshard.read)
+    engine.checkpoint_engine = HostSnapshotEngine()
 
 
 def leave_out_recovery_scripts(engine: Any) -> None:

@@ -1,22 +1,21 @@
 """Check a config's [deepspeed] with DeepSpeed's own models.
 
-check_deepspeed_config(config)   raises UserError for a key that DeepSpeed lacks or lad_dist sets, or for a wrong value
-
 DeepSpeed silently ignores a misspelt key of its top level, for which it has no model. Other mistakes it reports only
 after the weights have been read. Keys inside tables for which it has no model either (PLAIN_KEYS) are not checked.
 """
 
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import first_mistake
-from lad_dist.utils.suggest import did_you_mean
 from lad_dist.utils.tables import flatten
 from lad_dist.utils.text import one_line
 
+CHECKED_SERIES = "0.19"
 MANAGED_KEYS = {  # keys that other keys of the config set
     "train_batch_size": "data.micro_batches_per_step and data.micro_batch_tokens or micro_batch_size",
     "train_micro_batch_size_per_gpu": "data.micro_batch_tokens or micro_batch_size",
@@ -34,6 +33,16 @@ PLAIN_KEYS = {  # keys for which DeepSpeed has no model; a test compares them wi
     int: "steps_per_print",
     str: "communication_data_type gradient_allreduce_op",
 }
+
+
+def check_version(version: str = metadata.version("deepspeed")) -> None:
+    """Raise UserError for a version of DeepSpeed with which the patches were not checked.
+
+    The patches (deepspeed_patches.py) replace private names. Where another version does not read them, results would
+    silently depend on the number of processes: so this is no warning.
+    """
+    if not version.startswith(f"{CHECKED_SERIES}."):
+        raise UserError(f'deepspeed {version}: lad_dist works with {CHECKED_SERIES}; pip install "deepspeed~=0.19.0"')
 
 
 def check_deepspeed_config(config: dict[str, Any]) -> None:
@@ -57,8 +66,6 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
     if auto := [key for key, value in flatten(config).items() if value == "auto"]:
         raise UserError(f'deepspeed.{auto[0]}: "auto" is for what fills it in, and nothing does here; give the value')
     schema = deepspeed_schema()
-    if "strict" in config:  # an argument of DeepSpeed's models, which would take it
-        raise UserError(f"deepspeed.strict: no such key; {did_you_mean('strict', schema.model_fields)}")
     try:
         parsed: Any = schema(**config | {"strict": True})  # else the top level ignores a value of "auto"
     except ValidationError as error:

@@ -1,11 +1,4 @@
-"""The DeepSpeed engine: build it, copy its state.
-
-build_engine(distiller, config)         the engine that trains a distiller
-snapshot(engine, folder)                the files of a checkpoint in that folder, in memory
-reset_optimizer_state(engine, pruned)   zeroes the moments of pruned weights
-gathered_parameters(distiller, stage)   a context in which every process has all weights
-release(engine)                         frees what the engine holds
-"""
+"""The DeepSpeed engine: build it, copy its state, reset moments, free it."""
 
 import contextlib
 import sys
@@ -24,8 +17,6 @@ from lad_dist.config.schema import TrainConfig
 from lad_dist.distributed import ranks
 from lad_dist.training import deepspeed_patches, optimization
 from lad_dist.training.distiller import Distiller
-
-VERSION: str = deepspeed.__version__
 
 
 def build_engine(distiller: Distiller, config: TrainConfig) -> Any:

@@ -1,43 +1,32 @@
-"""Scores of student and teacher on what a run does not train on: a task's dev set, or the held-out text of a corpus."""
+"""Scores of student and teacher on what a run does not train on: a task's dev set, or the held-out text of a corpus.
+
+All processes call the methods together. The teacher's scores are empty where it predicts nothing that can be scored.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
 
 from torch import Tensor
 
 from lad_dist.core.batch import Batch
-from lad_dist.data.datasets import CorpusDataset, TaskDataset
+from lad_dist.data.datasets import CorpusDataset
 from lad_dist.evaluation import evaluate
 from lad_dist.evaluation.evaluate import Dev, DevPredictions
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.objectives.losses import hard_label_loss
 from lad_dist.training.distiller import Distiller
-from lad_dist.training.run_spec import RunSpec
 
 Scores = dict[str, float]
 
 
-class Evaluation(Protocol):
-    """Scores by name. All processes call the methods together."""
-
-    teacher: FrozenModel | None
-
-    def student_scores(self) -> Scores: ...
-
-    def teacher_scores(self) -> Scores: ...  # empty where the teacher predicts nothing that can be scored
-
-    def compare(self) -> dict[str, Scores]: ...  # of "student" and "teacher", in the end
-
-
-@dataclass(kw_only=True)
+@dataclass
 class TaskEvaluation:
     """The metrics of a task. The teacher predicts once."""
 
     distiller: Distiller
-    dev: Dev
     teacher: FrozenModel | None
+    dev: Dev
     teacher_dev: Dev  # the same examples in the teacher's tokens
 
     def student_scores(self) -> Scores:
@@ -48,6 +37,7 @@ class TaskEvaluation:
         return {} if predictions is None else evaluate.task_scores(self.teacher_dev, predictions)
 
     def compare(self) -> dict[str, Scores]:
+        """Return the scores of "student" and "teacher"."""
         return evaluate.compare(self.dev, self._student_predictions(), self.teacher_dev, self._teacher_predictions)
 
     def _student_predictions(self) -> DevPredictions:
@@ -66,13 +56,13 @@ class TaskEvaluation:
         return evaluate.predict_all(partial(evaluate.logits_of, self.teacher), self.teacher_dev)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class CorpusEvaluation:
     """The student's loss terms, and the MLM loss of a teacher that has the head for it."""
 
     distiller: Distiller
-    dataset: CorpusDataset
     teacher: FrozenModel | None
+    dataset: CorpusDataset
     teacher_has_head: bool
 
     def student_scores(self) -> Scores:
@@ -95,18 +85,4 @@ class CorpusEvaluation:
         return {"mlm_loss": hard_label_loss(evaluate.logits_of(self.teacher, batch), batch, "mlm")}
 
 
-def build_evaluation(
-    spec: RunSpec,
-    distiller: Distiller,
-    *,
-    dataset: CorpusDataset | TaskDataset,
-    teacher: FrozenModel | None,
-    teacher_dataset: CorpusDataset | TaskDataset,
-) -> Evaluation:
-    """Return the evaluation that fits the data. `teacher_dataset`: the same in the teacher's tokens."""
-    if isinstance(dataset, TaskDataset):
-        assert isinstance(teacher_dataset, TaskDataset)
-        return TaskEvaluation(distiller=distiller, dev=dataset.dev, teacher=teacher, teacher_dev=teacher_dataset.dev)
-    return CorpusEvaluation(
-        distiller=distiller, dataset=dataset, teacher=teacher, teacher_has_head=spec.teacher_head == "mlm"
-    )
+Evaluation = TaskEvaluation | CorpusEvaluation

@@ -1,10 +1,5 @@
 """Check that these machines can do the run, on all processes in about a second, before a model is built.
 
-    check(spec, folder)      devices, an all-reduce, the data, room on the disk
-    run_on_all(work)         work() on every process; what fails on one of them ends all, in one line
-    check_devices(devices)   devices that are alike, no more processes than GPUs
-    DeviceFault              other machines may do better: the job goes back to the queue
-
 What any machines would meet ends with 2: more processes than GPUs, data that nobody sees, a disk without room. What is
 wrong with one machine ends with 75: no GPU or another one than the others', data that it does not see, a collective
 that fails, sums wrongly or takes too long. All processes leave with the same code, and the line names process and host.
@@ -16,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,11 +27,9 @@ from lad_dist.utils.text import first_line
 ALL_REDUCE_SIZE = 1 << 17  # integers: 1 MiB
 ALL_REDUCE_TIMEOUT = timedelta(seconds=120)  # the first one also connects all processes with each other
 
-Result = TypeVar("Result")
-
 
 class DeviceFault(Fault):
-    """Something is wrong with one of these machines."""
+    """Something is wrong with one of these machines: the job goes back to the queue, as others may do better."""
 
     code = EXIT_RUN_AGAIN
 
@@ -57,8 +50,8 @@ def check(spec: run_spec.RunSpec, folder: Path) -> None:
     processes.on_main(lambda: _check_disk(spec, folder))
 
 
-def run_on_all(work: Callable[[], Result]) -> Result:
-    """Call `work` on every process, and return the result of this one.
+def run_on_all(work: Callable[[], None]) -> None:
+    """Call `work` on every process.
 
     Raises:
         UserError: `work` raised UserError on all processes.
@@ -66,13 +59,13 @@ def run_on_all(work: Callable[[], Result]) -> Result:
     """
     error: UserError | None = None
     try:
-        result = work()
+        work()
     except UserError as caught:
         error = caught
     faults = processes.all_gather(error and f"on {socket.gethostname()}: {error}")
     failed = [rank for rank, fault in enumerate(faults) if fault]
     if not failed:
-        return result
+        return
     if error is not None and len(failed) == len(faults):
         raise error
     others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
 from lad_dist.compression import compact, footprint
@@ -15,7 +16,6 @@ from lad_dist.distributed import processes, ranks
 from lad_dist.models.dims import uses_segments
 from lad_dist.models.loading import save_model
 from lad_dist.runs.run_folder import Run
-from lad_dist.training.engine import VERSION as DEEPSPEED_VERSION
 from lad_dist.training.engine import gathered_parameters
 from lad_dist.training.run_spec import RunSpec
 from lad_dist.training.trainer import RunStatus, Trainer
@@ -23,16 +23,10 @@ from lad_dist.training.trainer import RunStatus, Trainer
 
 @dataclass
 class RunResult:
-    """The result of a run.
-
-    Attributes:
-        folder: The run folder.
-        status: COMPLETED or STOPPED.
-        results: The content of results.json, of a completed run.
-    """
+    """The result of a run: its folder, how it ended, and the content of results.json of a completed run."""
 
     folder: Path
-    status: RunStatus
+    status: RunStatus  # COMPLETED or STOPPED
     results: dict[str, Any] | None = None
 
     @property
@@ -52,13 +46,8 @@ def write_results(
 ) -> dict[str, Any]:
     """Export the student and write results.json, which makes the run complete; return its content.
 
-    Args:
-        trainer: The training, at its last step. The export takes its student over.
-        spec: The resolved run.
-        run: The run folder.
-        scores: The scores of "student" and "teacher".
-        seconds: The seconds of all sessions.
-        tokens_per_second: Of all processes, in this session.
+    The export takes over the student of the trainer. `seconds` are those of all sessions, `tokens_per_second` is of
+    this one.
     """
     distiller, teacher, batch = trainer.engine.module, trainer.evaluation.teacher, trainer.dataset.batch(0, 0)
     with gathered_parameters(distiller, trainer.config.zero_stage):
@@ -75,16 +64,13 @@ def write_results(
         "config": trainer.config.model_dump(mode="json", exclude_none=True),
         "metrics": scores["student"],
         "student": {**size, **distiller.initial_values, **sizes_on_disk},
-        "teacher": {
-            **(footprint.footprint(teacher.model, batch) if teacher else {}),
-            **scores.get("teacher", {}),
-        },
+        "teacher": (footprint.footprint(teacher.model, batch) if teacher else {}) | scores.get("teacher", {}),
         "steps": trainer.steps,
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,
         "processes": ranks.world_size(),
         "device": processes.device_name(),
-        "versions": {"torch": torch.__version__, "deepspeed": DEEPSPEED_VERSION},
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
     run.finish(results)
     return results

@@ -24,19 +24,13 @@ from lad_dist.training.update_guard import UpdateAction
 
 @dataclass(kw_only=True)
 class Resumption:
-    """Loads and saves the state of a training. The methods that take the number of steps done are hooks.
-
-    Attributes:
-        run: The run folder.
-        trainer: The training.
-        keep_alive: Called with the number of steps before a save, and now and then while training waits for the disk.
-        earlier_seconds: The seconds of earlier sessions.
-    """
+    """Loads and saves the state of a training. The methods that take the number of steps done are hooks."""
 
     run: Run
     trainer: Trainer
+    # Called with the number of steps before a save, and now and then while training waits for the disk.
     keep_alive: Callable[[int], None]
-    earlier_seconds: float = 0.0
+    earlier_seconds: float = 0.0  # of earlier sessions
 
     def resume(self) -> int:
         """Load the newest valid checkpoint, if any; return the step to begin with.
@@ -83,8 +77,7 @@ class Resumption:
         """Raise Fault where processes hold other weights than most."""
         if not _has_replicas(self._layout):
             return
-        divergent = divergent_ranks(self.trainer.engine.module.named_parameters())
-        if divergent:
+        if divergent := divergent_ranks(self.trainer.engine.module.named_parameters()):
             ranks = ", ".join(map(str, divergent))
             raise Fault(
                 f"{self.run.folder}: after step {step} the weights of rank {ranks} are not those of the others: a "
@@ -112,10 +105,9 @@ class Resumption:
 
     @cached_property
     def checkpointer(self) -> AsyncCheckpointer:
-        every = self.trainer.config.run.save_every
         return AsyncCheckpointer(
             checkpoints=self.run.checkpoints,
-            every=every,
+            every=self.trainer.config.run.save_every,
             snapshot=self._snapshot,
             metadata=self._metadata,
             keep_alive=self.keep_alive,

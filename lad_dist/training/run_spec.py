@@ -1,15 +1,9 @@
-"""Resolve a config: find its mistakes before any weight is read.
-
-resolve_run(config)       checks names, arguments, sizes, labels and vocabularies; raises UserError in one line
-resolve_options(config)   the first part of it, which reads no file: names and arguments of objective and compressions
-RunSpec                   the checked config and what was read to check it; builds the dataset, teacher and distiller
-"""
+"""Resolve a config: find its mistakes before any weight is read."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 
@@ -36,20 +30,11 @@ from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, loa
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.objectives.base import Objective
 from lad_dist.objectives.registry import OBJECTIVES
-from lad_dist.training.deepspeed_schema import check_deepspeed_config
+from lad_dist.training.deepspeed_schema import check_deepspeed_config, check_version
 from lad_dist.training.distiller import Distiller
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 CALIBRATION_TOKENS, CALIBRATION_BATCHES = 16384, 256  # at most, of the data that compressions are fitted to
-
-
-class ResolvedOptions(NamedTuple):
-    """Objective and compressions of a config, and the config with every argument of theirs written out."""
-
-    config: TrainConfig
-    objective: type[Objective]
-    objective_options: dict[str, Any]
-    compressions: list[Compression]
 
 
 @dataclass(frozen=True)
@@ -88,9 +73,14 @@ class RunSpec:
             return CorpusDataset(self.config.data, self.tokenizer, self.config.run.seed)
         return self._task_dataset(self.tokenizer)
 
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether the teacher reads the student's tokens."""
+        return self.teacher_tokenizer is self.tokenizer
+
     def teacher_dataset(self, dataset: CorpusDataset | TaskDataset) -> CorpusDataset | TaskDataset:
         """Return what the teacher reads: `dataset`, or the same examples in the teacher's tokens."""
-        return dataset if self.teacher_tokenizer is self.tokenizer else self._task_dataset(self.teacher_tokenizer)
+        return dataset if self.shares_tokens else self._task_dataset(self.teacher_tokenizer)
 
     def _task_dataset(self, tokenizer: PreTrainedTokenizerFast) -> TaskDataset:
         assert isinstance(self.config.data, TaskDataConfig)
@@ -176,20 +166,16 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
 
     Raises UserError that names the place and what to do.
     """
+    check_version()
     check_deepspeed_config(config.deepspeed)
     check_writable("run.dir", config.run.folder)
     if config.teacher is not None and config.teacher.cache is not None:
         check_writable("teacher.cache", config.teacher.cache)
     _check_micro_batches(config, world_size or ranks.world_size())
-    config, objective_class, objective_options, compressions = resolve_options(config)
+    config, objective_class, compressions = resolve_options(config)
     task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
-    corpus = Shards(config.data.shards) if isinstance(config.data, CorpusDataConfig) else None
     head: Head = task.kind if task is not None else "mlm" if objective_class.uses_mlm_head else "none"
-    tokenizer_path = config.student.tokenizer or config.student.path or _corpus_tokenizer(corpus)
-    tokenizer = load_tokenizer(tokenizer_path)
-    if isinstance(config.data, CorpusDataConfig):
-        assert corpus is not None
-        check_shards(corpus, config.data, tokenizer)
+    tokenizer_path, tokenizer = _load_tokenizer(config)
     paths = [config.student.path, config.teacher.path if config.teacher is not None else None]
     hf_configs = {path: load_hf_config(path) for path in dict.fromkeys(paths) if path is not None}
     student_config, layers, widths = _check_student(config, hf_configs, tokenizer)
@@ -200,16 +186,12 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     if layers is not None:
         student_dims = student_dims._replace(num_hidden_layers=len(layers))
     teacher_dims = None if teacher_config is None else dims(teacher_config, teacher_head)
-    create_objective: Callable[[], Objective] = partial(
-        objective_class,
-        student_dims,
-        teacher_dims,
-        **objective_options,  # type: ignore[call-arg]
-    )
+    objective_options = config.objective.options
+    create_objective = partial(objective_class, student_dims, teacher_dims, **objective_options)  # type: ignore[call-arg]
     with own_code("objective", config.objective.name):
         objective = create_objective()  # refuses dimensions that do not go together
-        student_spec = objective.student_spec
-    if student_spec == OutputSpec():
+        learns_nothing = objective.student_spec == OutputSpec()
+    if learns_nothing:
         raise UserError("objective: all weights are 0, so the student learns nothing; set one of them")
     teacher_tokenizer = tokenizer
     if config.teacher is not None and teacher_config is not None:
@@ -239,8 +221,8 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     return spec
 
 
-def resolve_options(config: TrainConfig) -> ResolvedOptions:
-    """Return objective and compressions, with their arguments checked; no file is read.
+def resolve_options(config: TrainConfig) -> tuple[TrainConfig, type[Objective], list[Compression]]:
+    """Return the config with every argument of objective and compressions written out, and these; no file is read.
 
     Raises:
         UserError: A name is unknown, an argument does not fit, or the objective does not go with data or teacher.
@@ -265,7 +247,7 @@ def resolve_options(config: TrainConfig) -> ResolvedOptions:
             for named, compression in zip(config.compression, compressions, strict=True)
         ],
     }
-    return ResolvedOptions(config.model_copy(update=changes), kind, options, compressions)
+    return config.model_copy(update=changes), kind, compressions
 
 
 def _check_micro_batches(config: TrainConfig, world_size: int) -> None:
@@ -277,10 +259,18 @@ def _check_micro_batches(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def _corpus_tokenizer(corpus: Shards | None) -> str:
-    if corpus is None:
+def _load_tokenizer(config: TrainConfig) -> tuple[str, PreTrainedTokenizerFast]:
+    """Return the student's tokenizer and where it is from; on a corpus, check the shards against it."""
+    path = config.student.tokenizer or config.student.path
+    if isinstance(config.data, CorpusDataConfig):
+        shards = Shards(config.data.shards)
+        path = path or str(shards.tokenizer_folder)
+        tokenizer = load_tokenizer(path)
+        check_shards(shards, config.data, tokenizer)
+        return path, tokenizer
+    if path is None:
         raise UserError("student.tokenizer: a new model for a task needs a tokenizer; set it")
-    return str(corpus.tokenizer_folder)
+    return path, load_tokenizer(path)
 
 
 def _check_student(

@@ -1,11 +1,8 @@
-"""What a student learns from: `teacher_outputs(batch, step, micro_batch)`, from a cache, a frozen teacher, or nothing.
+"""What a student learns from: outputs of a teacher by (batch, step, micro-batch), from a cache or a frozen model."""
 
-build_teacher_outputs(...)   chooses one of them
-"""
-
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelOutputs, OutputSpec
@@ -19,11 +16,7 @@ from lad_dist.training.teacher_cache import TeacherCache, decide_cache
 
 logger = get_logger(__name__)
 
-
-class TeacherOutputs(Protocol):
-    """The teacher's outputs for the batch of a micro-batch; None without a teacher."""
-
-    def __call__(self, batch: Batch, step: int, micro_batch: int) -> ModelOutputs | None: ...
+TeacherOutputs = Callable[[Batch, int, int], ModelOutputs | None]
 
 
 def no_teacher(batch: Batch, step: int, micro_batch: int) -> None:
@@ -47,7 +40,7 @@ class ComputedOutputs:
 
     teacher: FrozenModel
     output_spec: OutputSpec
-    own_dataset: Any = None  # where the teacher's tokens are not the student's
+    own_dataset: CorpusDataset | TaskDataset | None = None  # where the teacher's tokens are not the student's
 
     def __call__(self, batch: Batch, step: int, micro_batch: int) -> ModelOutputs:
         if self.own_dataset is not None:
@@ -58,43 +51,32 @@ class ComputedOutputs:
 def build_teacher_outputs(
     spec: RunSpec,
     run: Run,
-    teacher: FrozenModel | None,
     *,
-    dataset: CorpusDataset | TaskDataset,
+    teacher: FrozenModel | None,
     teacher_dataset: CorpusDataset | TaskDataset,
     output_spec: OutputSpec,
-    steps: int,
 ) -> TeacherOutputs:
-    """Return what gives the teacher's outputs, after computing those that a cache lacks.
+    """Return what gives the tensors that the objective reads of the teacher, after computing those that a cache lacks.
 
-    Args:
-        spec: The resolved run.
-        run: The run folder, which holds the cache where teacher.cache names no folder.
-        teacher: The teacher.
-        dataset: What the student reads.
-        teacher_dataset: The same in the teacher's tokens.
-        output_spec: The tensors that the objective reads.
-        steps: The number of steps.
+    The run folder holds the cache where teacher.cache names no folder.
     """
     if teacher is None or spec.config.teacher is None:
         return no_teacher
-    decision = decide_cache(spec, output_spec, teacher_dataset, steps)
-    if decision.use:
+    use_cache, size = decide_cache(spec, output_spec, teacher_dataset)
+    if use_cache:
         assert isinstance(teacher_dataset, TaskDataset)
         cache = TeacherCache(
             folder=Path(spec.config.teacher.cache or run.teacher_cache),
             teacher=teacher,
-            teacher_identity=teacher.identity,
             examples=teacher_dataset.train,
             output_spec=output_spec,
-            device=processes.device(),
-            size=decision.size,
+            size=size,
         )
         return CachedOutputs(cache, teacher_dataset)
-    if decision.size:
+    if size:
         logger.warning(
             "%s: the teacher runs at each step, as a cache would take %.1f GB, more than teacher.cache_gb allows",
             run.folder,
-            decision.size / 1e9,
+            size / 1e9,
         )
-    return ComputedOutputs(teacher, output_spec, None if teacher_dataset is dataset else teacher_dataset)
+    return ComputedOutputs(teacher, output_spec, None if spec.shares_tokens else teacher_dataset)

@@ -1,10 +1,5 @@
 """Teacher cache: the outputs of a frozen teacher for each training example of a task, computed once, stored on disk.
 
-    field_names(output_spec)   names of the stored fields of ModelOutputs
-    cache_bytes(...)           their size on disk
-    decide_cache(...)          whether a run uses a cache
-    TeacherCache               computes what is missing; then maps numbers of examples to ModelOutputs
-
 An output is a function of the teacher and the example, not of the run: the teacher runs block by block, in batches of
 its own. So a run that reads all outputs and one that has to compute them learn from the same numbers, to the bit,
 whatever the seed, the batches and the number of processes.
@@ -22,10 +17,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,8 +31,10 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import QKV, ModelDims, ModelOutputs, OutputSpec
 from lad_dist.data.datasets import CorpusDataset, TaskDataset
+from lad_dist.data.tasks.examples import TaskExamples
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import EVERY_RANK, get_logger
+from lad_dist.models.frozen import FrozenModel
 from lad_dist.training.run_spec import RunSpec
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
 
@@ -46,34 +42,7 @@ FORMAT = 2
 BLOCK_SIZE = 256  # examples of a file
 BATCH_SIZE = 32  # examples of a forward of the teacher
 
-Teacher = Callable[[Batch, OutputSpec], ModelOutputs]
-
 logger = get_logger(__name__)
-
-
-class Examples(Protocol):
-    """Tokenized examples, numbered from 0. `fingerprint` identifies the set."""
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def labels(self) -> np.ndarray: ...  # of all rows that the head reads
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def batch(self, numbers: np.ndarray) -> Batch: ...
-
-
-class _CachedColumn(NamedTuple):
-    """A field of a block. `starts` are Python integers, because they are read one by one."""
-
-    values: Tensor
-    starts: list[int]
 
 
 def field_names(output_spec: OutputSpec) -> list[str]:
@@ -95,74 +64,60 @@ def _from_fields(fields: Mapping[str, Tensor], output_spec: OutputSpec) -> Model
     return ModelOutputs(fields.get("logits"), hidden, qkv)  # type: ignore[arg-type]
 
 
-def cache_bytes(output_spec: OutputSpec, teacher: ModelDims, examples: Examples, dtype: torch.dtype) -> int:
-    """Return the size of the teacher's outputs on disk."""
-    states = examples.tokens * teacher.hidden_size * (len(output_spec.hidden) + 3 * len(output_spec.qkv))
-    return (states + len(examples.labels) * teacher.num_outputs * output_spec.logits) * dtype.itemsize
-
-
-class CacheDecision(NamedTuple):
-    """Whether a run uses a cache, and the bytes of all outputs: 0 where a cache saves nothing."""
-
-    use: bool
-    size: int
+def count_values(output_spec: OutputSpec, teacher: ModelDims, tokens: int, head_rows: int) -> int:
+    """Return how many numbers the teacher's outputs are, for so many tokens and rows that the head reads."""
+    states = tokens * teacher.hidden_size * (len(output_spec.hidden) + 3 * len(output_spec.qkv))
+    return states + head_rows * teacher.num_outputs * output_spec.logits
 
 
 def decide_cache(
-    spec: RunSpec, output_spec: OutputSpec, teacher_dataset: CorpusDataset | TaskDataset, steps: int
-) -> CacheDecision:
-    """Decide for a cache where it is read more than once and not larger than teacher.cache_gb.
+    spec: RunSpec, output_spec: OutputSpec, teacher_dataset: CorpusDataset | TaskDataset
+) -> tuple[bool, int]:
+    """Return whether the run uses a cache, and the bytes of all outputs: 0 where a cache saves nothing.
 
-    It is read again where the run has more than one epoch, or where other runs read the same folder.
+    It is used where it is read more than once and not larger than teacher.cache_gb. It is read again where the run has
+    more than one epoch, or where other runs read the same folder.
     """
     config = spec.config.teacher
     if config is None or not isinstance(teacher_dataset, TaskDataset):
-        return CacheDecision(False, 0)
-    if config.cache is None and steps <= teacher_dataset.steps_per_epoch:
-        return CacheDecision(False, 0)
+        return False, 0
+    if config.cache is None and spec.num_steps(teacher_dataset) <= teacher_dataset.steps_per_epoch:
+        return False, 0
     assert spec.teacher_dims is not None
-    dtype = getattr(torch, config.dtype or spec.precision)
-    size = cache_bytes(output_spec, spec.teacher_dims, teacher_dataset.train, dtype)
-    return CacheDecision(size <= config.cache_gb * 1e9, size)
+    examples, dtype = teacher_dataset.train, getattr(torch, config.dtype or spec.precision)
+    values = count_values(output_spec, spec.teacher_dims, examples.tokens, len(examples.labels))
+    return values * dtype.itemsize <= config.cache_gb * 1e9, values * dtype.itemsize
 
 
 class TeacherCache:
     """Maps numbers of examples, int [B], to the teacher's outputs for them, end to end, on the device."""
 
     def __init__(
-        self,
-        *,
-        folder: Path,
-        teacher: Teacher,
-        teacher_identity: Mapping[str, Any],
-        examples: Examples,
-        output_spec: OutputSpec,
-        device: torch.device,
-        size: int,
+        self, *, folder: Path, teacher: FrozenModel, examples: TaskExamples, output_spec: OutputSpec, size: int
     ) -> None:
         """Compute what is missing, shared out over all processes, and map all files into memory.
 
         Args:
             folder: The folder of all caches.
             teacher: Computes the outputs for a batch.
-            teacher_identity: What the digest holds about the teacher.
             examples: The examples.
             output_spec: Which outputs are stored.
-            device: The device of the outputs.
             size: The bytes of all outputs.
 
         Raises:
             UserError: The folder cannot hold the outputs, or not all processes see it.
         """
-        self._teacher, self._examples, self._output_spec, self._device = teacher, examples, output_spec, device
+        self._teacher, self._examples, self._output_spec = teacher, examples, output_spec
+        self._device = processes.device()
         self._fields = field_names(output_spec)
-        self._columns: dict[tuple[str, int], _CachedColumn] = {}
+        # By field and block: values and starts; these are Python integers, because they are read one by one.
+        self._columns: dict[tuple[str, int], tuple[Tensor, list[int]]] = {}
         about = {
             "format": FORMAT,
-            **teacher_identity,
+            **teacher.identity,
             "examples": examples.fingerprint,
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "device": processes.device_name(),
         }
         text = json.dumps(about, indent=2, sort_keys=True) + "\n"
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -184,8 +139,8 @@ class TeacherCache:
         return _from_fields({name: self._device_copy(x) for name, x in fields.items()}, self._output_spec)
 
     def _rows(self, name: str, block: int, index: int) -> Tensor:
-        column = self._columns[name, block]
-        return column.values[column.starts[index] : column.starts[index + 1]]
+        values, starts = self._columns[name, block]
+        return values[starts[index] : starts[index + 1]]
 
     def _device_copy(self, x: Tensor) -> Tensor:
         return x.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else x
@@ -242,12 +197,12 @@ class TeacherCache:
         finally:
             draft.unlink(missing_ok=True)
 
-    def _load(self, name: str, block: int) -> _CachedColumn:
+    def _load(self, name: str, block: int) -> tuple[Tensor, list[int]]:
         file = self._file(name, block)
         for attempt in range(2):
             try:
                 tensors = load_file(file)  # mapped, not read
-                return _CachedColumn(tensors["values"], tensors["starts"].tolist())
+                return tensors["values"], tensors["starts"].tolist()
             except (SafetensorError, KeyError) as error:
                 if attempt:
                     raise UserError(f"{file}: cannot be read ({error}); remove it") from None

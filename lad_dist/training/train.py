@@ -12,17 +12,18 @@ from functools import partial
 import torch
 
 from lad_dist.config.schema import TrainConfig
+from lad_dist.data.datasets import TaskDataset
 from lad_dist.distributed import processes
 from lad_dist.distributed.logs import get_logger
 from lad_dist.distributed.watchdog import Watchdog
 from lad_dist.runs.run_folder import Run
-from lad_dist.training import engine, preflight, run_spec
-from lad_dist.training.deepspeed_patches import check_version
-from lad_dist.training.evaluation import build_evaluation
+from lad_dist.training import engine, preflight
+from lad_dist.training.evaluation import CorpusEvaluation, Evaluation, TaskEvaluation
 from lad_dist.training.metrics import MetricAccumulator
 from lad_dist.training.reporting import Report, Reporter, silent
 from lad_dist.training.results import RunResult, write_results
 from lad_dist.training.resumption import Resumption
+from lad_dist.training.run_spec import RunSpec, resolve_run
 from lad_dist.training.teacher import build_teacher_outputs
 from lad_dist.training.trainer import Hook, Phase, RunStatus, Trainer, unobserved
 from lad_dist.training.update_guard import SkipPolicy, UpdateGuard
@@ -33,27 +34,20 @@ logger = get_logger(__name__)
 def train(config: TrainConfig, report: Report = silent) -> RunResult:
     """Train, evaluate and export what the config describes.
 
-    A partial run is resumed; the result of a complete run is returned as it is.
-
-    Args:
-        config: The config.
-        report: Called with every row of metrics, on every process.
-
-    Returns:
-        The run folder, whether the run is complete, and its results.
+    A partial run is resumed; the result of a complete run is returned as it is. `report` is called with every row of
+    metrics, on every process.
 
     Raises:
         UserError: The config, the data or the machines do not allow the run; where possible before anything is
             written.
     """
-    spec = check(config)
-    config = spec.config
-    run = Run(config)
+    spec = resolve_run(config)
+    run = Run(spec.config)
     if run.results is not None:
         return RunResult(run.folder, RunStatus.COMPLETED, run.results)
     processes.start()
     processes.catch_signals()
-    with run.session(), Watchdog(run.folder / "stacks", config.run.watchdog_timeout) as watchdog:
+    with run.session(), Watchdog(run.folder / "stacks", spec.config.run.watchdog_timeout) as watchdog:
         results = processes.on_main(lambda: run.results)  # of an earlier session that this one waited for
         if results is not None:
             return RunResult(run.folder, RunStatus.COMPLETED, results)
@@ -66,13 +60,7 @@ def train(config: TrainConfig, report: Report = silent) -> RunResult:
         return result
 
 
-def check(config: TrainConfig) -> run_spec.RunSpec:
-    """Raise UserError for every mistake that can be known before anything is written; return the resolved run."""
-    check_version()
-    return run_spec.resolve_run(config)
-
-
-def _train_from_checkpoint(spec: run_spec.RunSpec, run: Run, report: Report, watchdog: Watchdog) -> RunResult:
+def _train_from_checkpoint(spec: RunSpec, run: Run, report: Report, watchdog: Watchdog) -> RunResult:
     """Train from the newest checkpoint to the end, to a stop, or until the run goes back to an earlier checkpoint."""
     with watchdog.paused():
         trainer = build_trainer(spec, run, phase=partial(_mark, watchdog))
@@ -109,7 +97,7 @@ def _mark(watchdog: Watchdog, name: str, step: int, micro_batch: int) -> context
     return contextlib.nullcontext()
 
 
-def build_trainer(spec: run_spec.RunSpec, run: Run, phase: Phase = unobserved) -> Trainer:
+def build_trainer(spec: RunSpec, run: Run, phase: Phase = unobserved) -> Trainer:
     """Build everything up to the first step: processes, data, teacher, student, engine."""
     config = spec.config
     device = processes.start()
@@ -119,27 +107,24 @@ def build_trainer(spec: run_spec.RunSpec, run: Run, phase: Phase = unobserved) -
     dataset, teacher = spec.dataset(), spec.teacher(device)
     distiller = spec.distiller(dataset).to(device)
     teacher_dataset = spec.teacher_dataset(dataset)
-    steps = spec.num_steps(dataset)
     teacher_outputs = build_teacher_outputs(
-        spec,
-        run,
-        teacher,
-        dataset=dataset,
-        teacher_dataset=teacher_dataset,
-        output_spec=distiller.objective.teacher_spec,
-        steps=steps,
+        spec, run, teacher=teacher, teacher_dataset=teacher_dataset, output_spec=distiller.objective.teacher_spec
     )
+    if isinstance(dataset, TaskDataset):
+        assert isinstance(teacher_dataset, TaskDataset)
+        evaluation: Evaluation = TaskEvaluation(distiller, teacher, dataset.dev, teacher_dataset.dev)
+    else:
+        evaluation = CorpusEvaluation(distiller, teacher, dataset, teacher_has_head=spec.teacher_head == "mlm")
     deepspeed_engine = engine.build_engine(distiller, config)
+    policy = SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.skipped_steps())
     return Trainer(
         config=config,
-        steps=steps,
+        steps=spec.num_steps(dataset),
         engine=deepspeed_engine,
-        guard=UpdateGuard(
-            deepspeed_engine, SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.skipped_steps())
-        ),
+        guard=UpdateGuard(deepspeed_engine, policy),
         dataset=dataset,
         teacher_outputs=teacher_outputs,
-        evaluation=build_evaluation(spec, distiller, dataset=dataset, teacher=teacher, teacher_dataset=teacher_dataset),
+        evaluation=evaluation,
         phase=phase,
     )
 

@@ -55,29 +55,17 @@ def unobserved(name: str, step: int, micro_batch: int) -> contextlib.AbstractCon
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains the distiller that an engine holds.
-
-    Attributes:
-        config: The config: seed, learning rate, number of loader processes.
-        steps: The number of steps.
-        engine: The DeepSpeed engine.
-        guard: Runs backward, so that a bad loss changes no weight.
-        dataset: The micro-batches, a function of step and number.
-        teacher_outputs: The teacher's outputs for a micro-batch.
-        evaluation: Scores of student and teacher.
-        phase: Observes the phases of a step.
-        metrics: What was measured since the last row of the log.
-    """
+    """Trains the distiller that an engine holds."""
 
     config: TrainConfig
     steps: int
-    engine: Any
-    guard: UpdateGuard
+    engine: Any  # DeepSpeed's
+    guard: UpdateGuard  # runs backward, so that a bad loss changes no weight
     dataset: CorpusDataset | TaskDataset
     teacher_outputs: TeacherOutputs
     evaluation: Evaluation
     phase: Phase = unobserved
-    metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
+    metrics: MetricAccumulator = field(default_factory=MetricAccumulator)  # since the last row of the log
 
     def fit(self, first: int, hooks: Iterable[Hook]) -> RunStatus:
         """Train from step `first` to the last one, or until a hook ends the training."""

@@ -1,11 +1,5 @@
 """Bad updates: skip them, and leave out the steps that spoilt the weights.
 
-    SkipPolicy(max_skips, spike_sigma, skipped_steps)   the rules, on plain numbers
-    UpdateGuard(engine, policy)                         applies them to the updates of an engine
-    guard.backward(loss)                                in place of engine.backward(loss)
-    guard.action(step)                                  after a step's last engine.step(): how the run continues, the
-                                                        same on all processes
-
 A loss that is not finite, or a spike, goes backward times NaN (`UpdateGuard.backward` explains why). So the optimizer
 leaves weights and moments as they are: DeepSpeed's optimizers of stages 1 to 3 and of fp16 do it by themselves,
 optimization.CheckedAdamW in stage 0. A spike has to be known before the update: with `spike_sigma` each step waits for
@@ -120,7 +114,8 @@ class UpdateGuard:
         """Run backward for the scalar loss of one micro-batch, so that a bad loss makes the engine skip the update."""
         value = loss.detach()
         self._losses.append(value)
-        poisoned = self.policy.detects_spikes and self._engine.is_gradient_accumulation_boundary() and self._is_spike()
+        is_last = self._engine.is_gradient_accumulation_boundary()
+        poisoned = self.policy.detects_spikes and is_last and self.policy.is_spike(self._mean_loss())
         # Reduced with NaN gradients, the gradient norm is NaN on every process, and each optimizer skips the update. So
         # all processes skip the same updates without another exchange, DeepSpeed counts and clears its state as after
         # its own skips, and nothing waits for the device. x - x is NaN where x is not finite, else 0.
@@ -128,10 +123,10 @@ class UpdateGuard:
         self._engine.backward(loss * poison)
 
     def action(self, step: int) -> UpdateAction:
-        """Return how the run continues, after the last micro-batch of a step."""
+        """Return how the run continues after a step's last `engine.step()`, the same on all processes."""
         applied = self._engine.was_step_applied()
         mean = self._mean_loss() if self.policy.detects_spikes or not applied else None
-        is_spike = not applied and self._is_spike()
+        is_spike = not applied and self.policy.is_spike(self._mean_loss())
         self._losses, self._mean = [], None
         if mean is None or applied:
             return self.policy.on_update(mean)
@@ -140,9 +135,6 @@ class UpdateGuard:
         cause = "" if is_spike or not math.isfinite(mean) else "; a gradient is not finite"
         self.reason = f"loss {mean:.6g}{cause}"
         return self.policy.on_skip(step)
-
-    def _is_spike(self) -> bool:
-        return self.policy.is_spike(self._mean_loss())
 
     def _mean_loss(self) -> float:
         if self._mean is None:

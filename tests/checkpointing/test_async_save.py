@@ -46,7 +46,7 @@ def test_written_content_is_read_back_and_digests_are_those_of_the_files(tmp_pat
 
 
 def test_deepspeed_writes_into_memory() -> None:
-    engine = HostSnapshotEngine(lambda path: path)
+    engine = HostSnapshotEngine()
     engine.makedirs("nowhere/state")
     engine.save({"a": torch.ones(1)}, "nowhere/state/x.pt")
     assert [path for path, _ in engine.pop_files()] == [Path("nowhere/state/x.pt")]

@@ -24,6 +24,7 @@ from lad_dist.config.load import (
     validate_arguments,
 )
 from lad_dist.config.schema import (
+    CHANGEABLE_KEYS,
     ConfigTable,
     EvaluateConfig,
     PretrainConfig,
@@ -235,6 +236,11 @@ def test_load_reads_a_file_and_applies_overrides(tmp_path: Path) -> None:
     file.write_text(tomli_w.dumps(TASK))
     config = load_config(TaskConfig, file, ["run.steps=3", "data.task=cola", "deepspeed.bf16.enabled=true"])
     assert (config.run.steps, config.data.task, config.deepspeed) == (3, "cola", {"bf16": {"enabled": True}})
+
+
+def test_every_changeable_key_exists() -> None:
+    keys = {row[0] for schema, _ in SCHEMAS for row in describe_keys(schema)}
+    assert CHANGEABLE_KEYS - {"deepspeed.zero_optimization.stage"} <= keys  # that one is DeepSpeed's
 
 
 def test_describe_says_type_default_and_meaning_of_every_key() -> None:

@@ -1,6 +1,5 @@
 """The costs of a run, compared with real checkpoints, tensors and PyTorch's counter, and by hand; `lad-dist plan`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,21 +118,6 @@ def test_a_cache_saves_all_epochs_but_one(world: World, tmp_path: Path) -> None:
     assert share({"run.steps": 3}) == 1
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process: its exit code, standard output and standard error."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        code = run_command("plan", *map(str, arguments))
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
-
-
-Script = Callable[..., tuple[int, str, str]]
-
-
 def overrides(world: World) -> list[str]:
     """Return the overrides that make configs/task/lad.toml a toy."""
     files = [f"data.{key}={path}" for key, path in world.files.items()]
@@ -148,10 +132,10 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_command_prints_what_a_run_costs(world: World, config: Path, run: Script) -> None:
+def test_the_command_prints_what_a_run_costs(world: World, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machines = ["--gpus", "4", "--nodes", "2", "--gpu", "h200", "--mfu", "0.2"]
-    code, output, _ = run(config, *machines, *overrides(world))
-    assert code == 0
+    assert run_command("plan", str(config), *machines, *overrides(world)) == 0
+    output = capsys.readouterr().out
     assert "4 micro-batches = 2 nodes x 2 GPUs x 1" in output
     assert "MFU of 0.2 in bfloat16, as set" in output
     for row in ("parameters", "FLOPs per token", "memory per GPU", "disk", "time"):
@@ -159,7 +143,9 @@ def test_the_command_prints_what_a_run_costs(world: World, config: Path, run: Sc
     assert not (config.parent / "runs").exists()
 
 
-def test_a_search_costs_all_trials(world: World, config: Path, tmp_path: Path, run: Script) -> None:
+def test_a_search_costs_all_trials(
+    world: World, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     search = tmp_path / "search.toml"
     keys = "\n".join(
         f'"{key}" = {value!r}' for key, value in (override.split("=") for override in overrides(world)[:4])
@@ -169,9 +155,8 @@ def test_a_search_costs_all_trials(world: World, config: Path, tmp_path: Path, r
         '"student.num_hidden_layers" = 2\n"data.max_length" = 32\n"run.eval_every" = 5\n'
         '[space]\n"optim.lr" = {uniform = [0.1, 0.2]}\n'
     )
-    code, out, err = run(search, "--gpus", "2", "--gpu", "a100-40")
-    assert code == 0, err
-    assert "5, 2 at once, if none is stopped" in out
+    assert run_command("plan", str(search), "--gpus", "2", "--gpu", "a100-40") == 0
+    assert "5, 2 at once, if none is stopped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -188,9 +173,9 @@ def test_a_search_costs_all_trials(world: World, config: Path, tmp_path: Path, r
     ],
 )  # fmt: skip
 def test_a_wrong_plan_is_refused_in_one_line(
-    world: World, config: Path, run: Script, arguments: list[str], message: str
+    world: World, config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    code, _, err = run(config, *overrides(world), *arguments)
-    assert code == 2
-    assert message in err
-    assert len(err.splitlines()) == 1
+    assert run_command("plan", str(config), *overrides(world), *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1

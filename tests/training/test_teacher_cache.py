@@ -18,12 +18,12 @@ from lad_dist.core.outputs import ModelOutputs, OutputSpec
 from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.tasks.task import load_task
 from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.distributed import processes
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.training import teacher_cache
 from lad_dist.training.teacher_cache import TeacherCache
 from lad_dist.training.train import train
 
-CPU = torch.device("cpu")
 OUTPUT_SPEC = OutputSpec(logits=True, hidden=(0, 2, 4), qkv=(4,))
 
 
@@ -39,29 +39,24 @@ def toy_dataset(world: World, **options: Any) -> TaskDataset:
 
 
 def frozen(world: World) -> FrozenModel:
-    return FrozenModel(str(world.teacher), "classification", device=CPU, labels=toy.LABELS)
+    return FrozenModel(str(world.teacher), "classification", device=processes.device(), labels=toy.LABELS)
 
 
-def cached(
-    folder: Path,
-    teacher: teacher_cache.Teacher,
-    data: TaskDataset,
-    output_spec: OutputSpec = OUTPUT_SPEC,
-    identity: str = "toy",
-) -> TeacherCache:
-    return TeacherCache(
-        folder=folder,
-        teacher=teacher,
-        teacher_identity={"weights": identity},
-        examples=data.train,
-        output_spec=output_spec,
-        device=CPU,
-        size=0,
-    )
+class ToyTeacher:
+    """A teacher under another identity, which counts the sequences of its batches."""
+
+    def __init__(self, teacher: FrozenModel | None, identity: str = "toy") -> None:
+        self.teacher, self.identity = teacher, {"weights": identity}
+        self.count = 0
+
+    def __call__(self, batch: Batch, output_spec: OutputSpec) -> ModelOutputs:
+        assert self.teacher is not None, "the teacher ran"
+        self.count += len(batch.lengths)
+        return self.teacher(batch, output_spec)
 
 
-def no_teacher(batch: Batch, output_spec: OutputSpec) -> ModelOutputs:
-    raise AssertionError("the teacher ran")
+def cached(folder: Path, teacher: ToyTeacher, data: TaskDataset, output_spec: OutputSpec = OUTPUT_SPEC) -> TeacherCache:
+    return TeacherCache(folder=folder, teacher=teacher, examples=data.train, output_spec=output_spec, size=0)  # type: ignore[arg-type]
 
 
 def tensors(outputs: ModelOutputs) -> list[torch.Tensor]:
@@ -73,7 +68,7 @@ def tensors(outputs: ModelOutputs) -> list[torch.Tensor]:
 @pytest.mark.usefixtures("small_blocks")
 def test_the_cache_returns_what_the_teacher_computes(options: dict[str, Any], world: World, tmp_path: Path) -> None:
     teacher, data = frozen(world), toy_dataset(world, **options)
-    cache = cached(tmp_path, teacher, data)
+    cache = cached(tmp_path, ToyTeacher(teacher), data)
     for step in range(12):  # more than an epoch: examples of all blocks, in any order
         actual, expected = cache(data.example_ids(step, 0)), teacher(data.batch(step, 0), OUTPUT_SPEC)
         assert (actual.hidden.keys(), actual.qkv.keys()) == (expected.hidden.keys(), expected.qkv.keys())
@@ -83,14 +78,9 @@ def test_the_cache_returns_what_the_teacher_computes(options: dict[str, Any], wo
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_teacher_runs_once_and_only_for_what_is_missing(world: World, tmp_path: Path) -> None:
-    teacher, data, batch_sizes = frozen(world), toy_dataset(world), list[int]()
-
-    def counting_teacher(batch: Batch, output_spec: OutputSpec) -> ModelOutputs:
-        batch_sizes.append(len(batch.lengths))
-        return teacher(batch, output_spec)
-
-    first = cached(tmp_path, counting_teacher, data)
-    assert sum(batch_sizes) == data.train.count
+    teacher, no_teacher, data = ToyTeacher(frozen(world)), ToyTeacher(None), toy_dataset(world)
+    first = cached(tmp_path, teacher, data)
+    assert teacher.count == data.train.count
     again = cached(tmp_path, no_teacher, data)
     fewer = cached(tmp_path, no_teacher, data, OutputSpec(hidden=(2,)))
     numbers = np.array([3, 60, 3, 25])
@@ -98,7 +88,7 @@ def test_a_teacher_runs_once_and_only_for_what_is_missing(world: World, tmp_path
         assert torch.equal(x, y)
     assert torch.equal(fewer(numbers).hidden[2], first(numbers).hidden[2])
     before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path.suffix == ".safetensors"}
-    cached(tmp_path, counting_teacher, data, OutputSpec(hidden=(2, 3)))
+    cached(tmp_path, teacher, data, OutputSpec(hidden=(2, 3)))
     after = {path: path.stat().st_mtime_ns for path in first.folder.iterdir() if path in before}
     assert after == before
     assert len(list(first.folder.glob("hidden-3.*"))) == 3
@@ -106,9 +96,9 @@ def test_a_teacher_runs_once_and_only_for_what_is_missing(world: World, tmp_path
 
 @pytest.mark.usefixtures("small_blocks")
 def test_other_data_or_another_teacher_have_another_cache(world: World, tmp_path: Path) -> None:
-    teacher = frozen(world)
+    teacher = ToyTeacher(frozen(world))
     folders = {cached(tmp_path, teacher, toy_dataset(world, **options)).folder for options in ({}, {"pad_to": 40})}
-    other = cached(tmp_path, teacher, toy_dataset(world), identity="other")
+    other = cached(tmp_path, ToyTeacher(teacher.teacher, "other"), toy_dataset(world))
     assert len(folders | {other.folder}) == 3
 
 
@@ -117,7 +107,7 @@ def test_other_data_or_another_teacher_have_another_cache(world: World, tmp_path
 def test_a_damaged_file_is_computed_again(
     damage: bytes, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher, data = frozen(world), toy_dataset(world)
+    teacher, data = ToyTeacher(frozen(world)), toy_dataset(world)
     whole = cached(tmp_path, teacher, data)
     everything = np.arange(data.train.count)
     expected = [x.clone() for x in tensors(whole(everything))]

@@ -1,6 +1,7 @@
 """Training, through `train`."""
 
 import gc
+import itertools
 import json
 import math
 import shutil
@@ -82,41 +83,27 @@ def test_means_of_many_half_precision_numbers() -> None:
     assert averages.sums["gate/2"].item() == 300
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_trained_engine_is_freed(stage: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise several runs, or returns to a checkpoint, exhaust the memory of a process."""
+@pytest.mark.parametrize(("stage", "size"), [(0, None), (1, None), (2, 1000)])
+def test_a_trained_engine_is_freed_and_no_bucket_is_larger_than_the_gradients(
+    stage: int, size: int | None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise several runs, or returns to a checkpoint, exhaust the memory; DeepSpeed's default is 2 GB in fp32."""
     built: list[weakref.ref[Any]] = []
 
     def build(distiller: Distiller, config: TrainConfig) -> Any:
         new_engine = original(distiller, config)
         built.extend((weakref.ref(distiller), weakref.ref(new_engine)))
+        if stage:
+            num_weights = sum(x.numel() for x in distiller.parameters())
+            assert new_engine.optimizer.reduce_bucket_size == (size or num_weights)
         return new_engine
 
     original = engine.build_engine
     monkeypatch.setattr(engine, "build_engine", build)
-    train(lad(world, tmp_path, {"run.steps": 2, "deepspeed.zero_optimization.stage": stage}))
+    zero = {"stage": stage} | ({} if size is None else {"reduce_bucket_size": size})
+    train(lad(world, tmp_path, {"run.steps": 2, "deepspeed.zero_optimization": zero}))
     gc.collect()
     assert [reference() for reference in built] == [None, None]
-
-
-@pytest.mark.parametrize("size", [None, 1000])
-def test_the_bucket_of_zero_is_no_larger_than_the_gradients(
-    size: int | None, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its own default is 2 GB in fp32, however small the student."""
-    sizes: list[tuple[int, int]] = []
-
-    def build(distiller: Distiller, config: TrainConfig) -> Any:
-        new_engine = original(distiller, config)
-        sizes.append((new_engine.optimizer.reduce_bucket_size, sum(x.numel() for x in distiller.parameters())))
-        return new_engine
-
-    original = engine.build_engine
-    monkeypatch.setattr(engine, "build_engine", build)
-    zero = {"stage": 1} | ({} if size is None else {"reduce_bucket_size": size})
-    train(lad(world, tmp_path, {"run.steps": 1, "deepspeed.zero_optimization": zero}))
-    ((bucket, num_weights),) = sizes
-    assert bucket == (size or num_weights)
 
 
 NO_TEACHER: dict[str, Any] = {"teacher": None}
@@ -153,6 +140,11 @@ ON_CORPORA: list[dict[str, Any]] = [
 ]
 
 
+def filled(changes: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes with paths in place of {teacher} and the like."""
+    return {k: v.format_map(places) if isinstance(v, str) else v for k, v in changes.items()}
+
+
 @pytest.mark.parametrize(
     ("corpus", "changes"), [(False, changes) for changes in ON_TASKS] + [(True, changes) for changes in ON_CORPORA]
 )
@@ -161,9 +153,8 @@ def test_it_trains(corpus: bool, changes: dict[str, Any], world: World, tmp_path
     narrow = tmp_path / "narrow"
     if "{narrow}" in changes.values():
         toy.model(narrow, world.tokenizer, "none", hidden_size=16)
-    places = {**vars(world), "narrow": narrow}
-    filled = {k: v.format_map(places) if isinstance(v, str) else v for k, v in changes.items()}
-    config = (on_corpus if corpus else lad)(world, tmp_path, filled | {"run.steps": 2})
+    changes = filled(changes, {**vars(world), "narrow": narrow})
+    config = (on_corpus if corpus else lad)(world, tmp_path, changes | {"run.steps": 2})
     rows: list[dict[str, Any]] = []
     result = train(config, rows.append)
     assert result.results is not None
@@ -320,23 +311,24 @@ def test_a_run_that_stopped_half_way_ends_as_one_that_did_not(
     assert_it_goes_on(on_corpus if corpus else lad, precision, world, tmp_path)
 
 
-@pytest.mark.parametrize("precision", [*PRECISIONS, {"deepspeed.zero_optimization.stage": 3}])
-def test_so_does_one_whose_objective_has_a_state(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
-    assert_it_goes_on(
-        lad, {**precision, "objective": {"name": "emd", "hidden": 1.0, "attention": 1.0}}, world, tmp_path
-    )
+STATES = [
+    {"objective": {"name": "emd", "hidden": 1.0, "attention": 1.0}},
+    {"compression": [{"name": "heads", "heads": 0.5, "units": 0.3, "end": 0.7, "update_every": 2}]},
+]
+REPLACED = {"student.path": "{teacher}", "compression": [{"name": "theseus", "end": 1.0}]}  # not under ZeRO-3
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_so_does_one_whose_layers_are_being_replaced(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
-    replaced = {"student.path": str(world.teacher), "compression": [{"name": "theseus", "end": 1.0}]}
-    assert_it_goes_on(lad, {**precision, **replaced}, world, tmp_path)
-
-
-@pytest.mark.parametrize("precision", [*PRECISIONS, {"deepspeed.zero_optimization.stage": 3}])
-def test_so_does_one_whose_heads_are_being_pruned(precision: dict[str, Any], world: World, tmp_path: Path) -> None:
-    pruned = {"compression": [{"name": "heads", "heads": 0.5, "units": 0.3, "end": 0.7, "update_every": 2}]}
-    assert_it_goes_on(lad, {**precision, **pruned}, world, tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "precision"),
+    [
+        *itertools.product(STATES, [*PRECISIONS, {"deepspeed.zero_optimization.stage": 3}]),
+        *itertools.product([REPLACED], PRECISIONS),
+    ],
+)
+def test_so_does_one_whose_objective_or_compression_has_a_state(
+    changes: dict[str, Any], precision: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    assert_it_goes_on(lad, {**precision, **filled(changes, vars(world))}, world, tmp_path)
 
 
 def assert_it_goes_on(make: Callable[..., TrainConfig], changes: dict[str, Any], world: World, tmp_path: Path) -> None:

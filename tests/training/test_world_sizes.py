@@ -17,6 +17,8 @@ from lad_dist.objectives.registry import OBJECTIVES
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
 STAGES = (0, 1, 2, 3)
 HEADS_STAGES = (0, 3)
+Rows = list[dict[str, Any]]
+Curves = dict[int, dict[str, Rows]]  # by number of processes and name of the run
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -26,15 +28,13 @@ def zero(stage: int) -> dict[str, Any]:
 
 def configs(world: World, work: Path) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
-    for stage in STAGES:
-        tables = toy.task_config(work, world.files, world.teacher, world.pretrained)
-        tables["run"] = {**tables["run"], "name": f"zero{stage}"}
-        tables["deepspeed"] = {"zero_optimization": zero(stage)}
-        result[f"zero{stage}"] = tables
-        if stage:
-            half = {**tables, "run": {**tables["run"], "name": f"bf16-zero{stage}"}}
-            half["deepspeed"] = {**tables["deepspeed"], "bf16": {"enabled": True}}
-            result[f"bf16-zero{stage}"] = half
+    for stage, half in itertools.product(STAGES, (False, True)):
+        if stage or not half:
+            name = f"bf16-zero{stage}" if half else f"zero{stage}"
+            tables = toy.task_config(work, world.files, world.teacher, world.pretrained)
+            tables["run"]["name"] = name
+            tables["deepspeed"] = {"zero_optimization": zero(stage), "bf16": {"enabled": half}}
+            result[name] = tables
     return result
 
 
@@ -62,18 +62,22 @@ UNDER = ("supervised", "kd", "lad")
 PAIRS = [*itertools.product(COMPRESSED, UNDER)]
 
 
+def short_run(tables: dict[str, Any], name: str, stage: int) -> dict[str, Any]:
+    """Return the tables of a run of three steps of two micro-batches."""
+    tables["run"] |= {"name": name, "steps": 3}
+    tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
+    return tables | {"deepspeed": {"zero_optimization": zero(stage)}}
+
+
 def every_compression(world: World, work: Path) -> dict[str, dict[str, Any]]:
     """Return runs of three steps of each compression, under each objective."""
     result: dict[str, dict[str, Any]] = {}
     for (name, objective), stage in itertools.product(PAIRS, STAGES[:3]):
         key = f"{name}-{objective}-zero{stage}"
-        tables = toy.task_config(work, world.files, world.teacher, world.teacher)
-        tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": {"name": objective}}
-        tables |= {"compression": COMPRESSED[name], "deepspeed": {"zero_optimization": zero(stage)}}
-        tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
+        tables = toy.task_config(work, world.files, world.teacher, world.teacher, objective={"name": objective})
+        result[key] = short_run(tables, key, stage) | {"compression": COMPRESSED[name]}
         if objective == "supervised":
-            del tables["teacher"]
-        result[key] = tables
+            del result[key]["teacher"]
     return result
 
 
@@ -90,9 +94,7 @@ def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
         corpus = "task" not in OBJECTIVES[name].supported_data or name.startswith("minilm")
         places = (world.corpus,) if corpus else (world.files,)
         tables = (toy.corpus_config if corpus else toy.task_config)(work, *places, world.teacher, world.pretrained)
-        tables |= {"run": {**tables["run"], "name": key, "steps": 3}, "objective": CURVES[name]}
-        tables["deepspeed"] = {"zero_optimization": zero(stage)}
-        tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
+        tables = short_run(tables, key, stage) | {"objective": CURVES[name]}
         if name in ("emd", "tinybert", "minilm", "minilm2"):
             architecture = {**toy.SIZES, "hidden_size": 16, "num_hidden_layers": 2}
             tables["student"] = {"architecture": architecture, "tokenizer": str(world.tokenizer)}
@@ -101,25 +103,22 @@ def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
         result[key] = tables
     for kind, stage in itertools.product(LABELS, HEADS_STAGES):
         files = MAKE_FILES[kind](work / f"{kind}{stage}", train=16, dev=6)
-        tables = toy.task_config(work, files, teachers[kind], world.headless)
-        tables |= {"run": {**tables["run"], "name": f"{kind}-zero{stage}", "steps": 3}, "objective": {"name": "lad"}}
-        tables["deepspeed"] = {"zero_optimization": zero(stage)}
-        tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
-        result[f"{kind}-zero{stage}"] = tables
+        tables = toy.task_config(work, files, teachers[kind], world.headless, objective={"name": "lad"})
+        result[f"{kind}-zero{stage}"] = short_run(tables, f"{kind}-zero{stage}", stage)
     return result
 
 
-def losses(rows: list[dict[str, Any]]) -> list[float]:
+def losses(rows: Rows) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
 @pytest.fixture(scope="module")
-def all_curves(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[dict[str, Any]]]]:
+def all_curves(world: World, tmp_path_factory: pytest.TempPathFactory) -> Curves:
     work = tmp_path_factory.mktemp("curves")
     return {n: curves(work / f"{n}", configs(world, work / f"{n}"), processes=n) for n in (1, 2)}
 
 
-def test_fp32_curves_are_one(all_curves: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
+def test_fp32_curves_are_one(all_curves: Curves) -> None:
     expected = losses(all_curves[1]["zero0"])
     assert len(expected) == 8
     assert expected[-1] < expected[0]
@@ -128,16 +127,14 @@ def test_fp32_curves_are_one(all_curves: dict[int, dict[str, list[dict[str, Any]
             assert losses(stages[f"zero{stage}"]) == pytest.approx(expected, rel=1e-4), (processes, stage)
 
 
-def test_bf16_curves_are_close(all_curves: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
+def test_bf16_curves_are_close(all_curves: Curves) -> None:
     expected = losses(all_curves[1]["zero0"])
     for processes, stages in all_curves.items():
         for stage in STAGES[1:]:
             assert losses(stages[f"bf16-zero{stage}"]) == pytest.approx(expected, rel=2e-2), (processes, stage)
 
 
-def test_dev_metrics_are_the_same_on_any_number_of_processes(
-    all_curves: dict[int, dict[str, list[dict[str, Any]]]],
-) -> None:
+def test_dev_metrics_are_the_same_on_any_number_of_processes(all_curves: Curves) -> None:
     for stage in STAGES:
         one, two = (all_curves[n][f"zero{stage}"][-1] for n in (1, 2))
         assert one["dev/accuracy"] == two["dev/accuracy"]
@@ -145,9 +142,7 @@ def test_dev_metrics_are_the_same_on_any_number_of_processes(
 
 
 @pytest.fixture(scope="module")
-def objective_curves(
-    world: World, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, dict[str, list[dict[str, Any]]]]:
+def objective_curves(world: World, tmp_path_factory: pytest.TempPathFactory) -> Curves:
     work = tmp_path_factory.mktemp("objectives")
 
     def configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -156,17 +151,21 @@ def objective_curves(
     return {n: curves(work / f"{n}", configs(work / f"{n}"), processes=n) for n in (1, 2)}
 
 
-@pytest.mark.parametrize("name", CURVES)
-def test_every_objective_has_one_curve(name: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
-    """Whatever the stage and the number of processes: losses, and the metrics of the objective."""
-    expected = terms(objective_curves[1][f"{name}-zero0"])
+def assert_one_curve(curves: Curves, name: str, stages: tuple[int, ...]) -> None:
+    """Losses, and the metrics of the objective, are the same whatever the stage and the number of processes."""
+    expected = terms(curves[1][f"{name}-zero0"])
     assert len(expected) == 3
-    assert expected[0]["loss"] != expected[-1]["loss"]
-    for processes, stages in objective_curves.items():
-        for stage in STAGES:
-            rows = terms(stages[f"{name}-zero{stage}"])
-            for row, expected_row in zip(rows, expected, strict=True):
-                assert row == pytest.approx(expected_row, rel=2e-4, abs=1e-6), (processes, stage)
+    for processes, stage in itertools.product(curves, stages):
+        rows = terms(curves[processes][f"{name}-zero{stage}"])
+        for row, expected_row in zip(rows, expected, strict=True):
+            assert row == pytest.approx(expected_row, rel=2e-4, abs=1e-6), (processes, stage)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_every_objective_has_one_curve(name: str, objective_curves: Curves) -> None:
+    assert_one_curve(objective_curves, name, STAGES)
+    rows = terms(objective_curves[1][f"{name}-zero0"])
+    assert rows[0]["loss"] != rows[-1]["loss"]
 
 
 def test_every_compression_is_among_the_curves() -> None:
@@ -174,34 +173,22 @@ def test_every_compression_is_among_the_curves() -> None:
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
-def test_every_compression_has_one_curve(
-    name: str, objective: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]
-) -> None:
-    expected = terms(objective_curves[1][f"{name}-{objective}-zero0"])
-    assert len(expected) == 3
-    for processes, stages in objective_curves.items():
-        for stage in STAGES[:3]:
-            rows = terms(stages[f"{name}-{objective}-zero{stage}"])
-            for row, expected_row in zip(rows, expected, strict=True):
-                assert row == pytest.approx(expected_row, rel=2e-4, abs=1e-6), (processes, stage)
+def test_every_compression_has_one_curve(name: str, objective: str, objective_curves: Curves) -> None:
+    assert_one_curve(objective_curves, f"{name}-{objective}", STAGES[:3])
 
 
 @pytest.mark.parametrize("kind", LABELS)
-def test_every_kind_of_task_has_one_curve(
-    kind: str, objective_curves: dict[int, dict[str, list[dict[str, Any]]]]
-) -> None:
+def test_every_kind_of_task_has_one_curve(kind: str, objective_curves: Curves) -> None:
     """Losses, and the dev set's metrics and loyalty."""
-    expected = objective_curves[1][f"{kind}-zero0"]
-    for processes, stages in objective_curves.items():
-        for stage in HEADS_STAGES:
-            rows = stages[f"{kind}-zero{stage}"]
-            for row, expected_row in zip(terms(rows), terms(expected), strict=True):
-                assert row == pytest.approx(expected_row, rel=2e-4, abs=1e-6), (processes, stage)
-            for name in ("dev/f1", "dev/label_loyalty", "dev/probability_loyalty"):
-                assert rows[-1][name] == pytest.approx(expected[-1][name], abs=1e-4), (processes, stage)
+    assert_one_curve(objective_curves, kind, HEADS_STAGES)
+    expected = objective_curves[1][f"{kind}-zero0"][-1]
+    for processes, stage in itertools.product(objective_curves, HEADS_STAGES):
+        scores = objective_curves[processes][f"{kind}-zero{stage}"][-1]
+        for name in ("dev/f1", "dev/label_loyalty", "dev/probability_loyalty"):
+            assert scores[name] == pytest.approx(expected[name], abs=1e-4), (processes, stage)
 
 
-def terms(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+def terms(rows: Rows) -> list[dict[str, float]]:
     """Return, of each step, the loss, the terms and the metrics of the objective."""
     other = ("lr", "dev", "tokens_per_second", "grad_norm")
     return [{key: x for key, x in row.items() if not key.startswith(other)} for row in rows if "loss" in row]
