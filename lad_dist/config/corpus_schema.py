@@ -8,20 +8,20 @@ from pydantic import Field, model_validator
 from lad_dist.config.schema import ConfigTable, PositiveFloat, PositiveInt
 
 KINDS_OF_KEY = {
-    "column": ("jsonl", "parquet", "arrow", "hub"),
+    "column": ("jsonl", "parquet", "hub"),
     "config": ("hub",),
     "split": ("hub",),
     "document": ("text",),
 }
-SOURCE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")
+SOURCE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".gz", ".bz2", ".xz", ".zst")
 
 
 class SourceConfig(ConfigTable):
     """`[[source]]`: text to read."""
 
-    kind: Literal["wikiextractor", "text", "jsonl", "parquet", "arrow", "hub"] = Field(
+    kind: Literal["wikiextractor", "text", "jsonl", "parquet", "hub"] = Field(
         description="WikiExtractor's output, .txt files, JSON lines (all three also .gz, .bz2, .xz, .zst), Parquet, "
-        "Arrow, or a hub dataset"
+        "or what `datasets` loads: a hub dataset, a folder of Arrow files"
     )
     path: str = Field(description="file, folder searched for the kind's files, or dataset name", min_length=1)
     name: str | None = Field(

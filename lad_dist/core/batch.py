@@ -1,9 +1,5 @@
 """Flat batches: sequences laid end to end, without padding between embedding and loss.
 
-Batch                   the tokens of a micro-batch, and where its sequences begin and end
-pad, unpad              flat [N, ...] to [U, S, ...] and back, for code that must know where sequences end
-one_span_per_sequence   the same batch with a span for each sequence, for code that knows one sequence in a span
-
 B sequences, N tokens of all sequences, U spans of S places, R tokens that the head reads.
 """
 
@@ -30,9 +26,7 @@ class Batch(NamedTuple):
     lengths: Tensor  # [B]
     padded_index: Tensor  # [N], place of each token in [U * S]
     sequence_ids: Tensor  # [U, S], the sequence that each place belongs to; -1 where there is nothing to attend to
-    head_positions: (
-        Tensor  # [R], tokens that the head reads: masked ones (MLM), first ones of sequences or words (tasks)
-    )
+    head_positions: Tensor  # [R], tokens that the head reads: masked ones (MLM), first ones of sequences or words
     labels: Tensor  # [R], the targets of the head; [R, 2] where an answer begins and ends
     has_padding: bool  # whether any place has nothing to attend to
     packed: bool  # whether any span holds more or less than one sequence

@@ -1,8 +1,5 @@
 """Batches out of numpy arrays.
 
-collate   examples of a task: a span each
-pack      windows of a corpus: a span each, in which the sequences lie end to end
-
 B sequences, U spans of S places, N tokens of the batch, R tokens that the head reads.
 """
 
@@ -33,7 +30,7 @@ def collate(
     pad_to: int | None = None,
     pad_id: int = 0,
 ) -> Batch:
-    """Return the sequences as one flat batch.
+    """Return examples of a task as one flat batch, a span for each.
 
     Args:
         sequences: Token ids of each sequence, int [length], special tokens included.
@@ -69,7 +66,7 @@ def collate(
 
 
 def pack(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, is_masked: np.ndarray, labels: np.ndarray) -> Batch:
-    """Return spans of sequences as one flat batch.
+    """Return windows of a corpus as one flat batch: a span for each, in which the sequences lie end to end.
 
     Empty sequences at the end of `lengths` and `cu_seqlens` make their number a multiple of SEQUENCE_MULTIPLE.
 

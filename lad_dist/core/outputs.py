@@ -1,9 +1,4 @@
-"""The tensors that a forward of a model returns, and those that an objective asks for.
-
-ModelDims      the sizes of a model that a loss needs to know
-OutputSpec     which tensors of a forward an objective asks for
-ModelOutputs   the tensors that a forward returns
-"""
+"""The tensors that a forward of a model returns, and those that an objective asks for."""
 
 from typing import NamedTuple
 

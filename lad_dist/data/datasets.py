@@ -1,10 +1,8 @@
 """What the training loop reads: micro-batches by (step, micro-batch), and the batches to evaluate on.
 
-    CorpusDataset   masked language modelling over token shards
-    TaskDataset     a labelled task
-
-Both have `.micro_batches_per_step`, `.steps_per_epoch`, `.fingerprint` (of the data, in ids), and two pure functions of
-the seed and their arguments: `.batch(step, micro_batch)`, and `.samples(step, micro_batch)`, what it consists of.
+Both datasets have `.micro_batches_per_step`, `.steps_per_epoch` (an epoch reads every source as often as its weight
+says, every example once), `.fingerprint` (of the data, in ids), and two pure functions of the seed and their arguments:
+`.batch(step, micro_batch)`, and `.samples(step, micro_batch)`, what it consists of.
 """
 
 import hashlib
@@ -22,12 +20,7 @@ from lad_dist.data.shards.reader import Shards
 from lad_dist.data.tasks.examples import Batches, tokenize
 from lad_dist.data.tasks.task import Task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerprint
-from lad_dist.data.tokenization.special_tokens import (
-    ordinary_ids,
-    special_token_frame,
-    vocabulary_size,
-    word_starts,
-)
+from lad_dist.data.tokenization.special_tokens import ordinary_ids, special_token_frame, vocabulary_size, word_starts
 from lad_dist.utils.rng import MASK, derive_key, derive_keys
 from lad_dist.utils.suggest import did_you_mean
 
@@ -40,30 +33,17 @@ class CorpusDataset:
     def __init__(self, data: CorpusDataConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Open the shards.
 
-        Raises:
-            UserError: The shards are damaged or of another tokenizer, the tokenizer has no mask token, or
-                data.source_weights names an unknown source.
+        Raise UserError when they are damaged or of another tokenizer, the tokenizer has no mask token, or
+        data.source_weights names an unknown source.
         """
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
         self._train = _CorpusWindows(data, tokenizer, "train")
         self.micro_batches_per_step = data.micro_batches_per_step
+        self._windows = data.micro_batch_tokens // data.max_length  # of a micro-batch
         self._order = CorpusOrder(
-            self._train.counts, self._train.weights, self._windows_per_micro_batch, data.micro_batches_per_step, seed
+            self._train.counts, self._train.weights, self._windows, data.micro_batches_per_step, seed
         )
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Return the number of steps in which every source is read as often as its weight says."""
-        return self._order.steps_per_epoch
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Return a hash of all tokens."""
-        return self._train.fingerprint
-
-    @property
-    def _windows_per_micro_batch(self) -> int:
-        return self._data.micro_batch_tokens // self._data.max_length
+        self.steps_per_epoch, self.fingerprint = self._order.steps_per_epoch, self._train.fingerprint
 
     def batch(self, step: int, micro_batch: int) -> Batch:
         """Return a micro-batch of a step: the head reads the masked tokens, labels are their ids."""
@@ -86,7 +66,7 @@ class CorpusDataset:
         if not held_out.counts:
             return []
         weights = [1.0] * len(held_out.counts)
-        order = CorpusOrder(held_out.counts, weights, self._windows_per_micro_batch, micro_batches_per_step=1, seed=0)
+        order = CorpusOrder(held_out.counts, weights, self._windows, micro_batches_per_step=1, seed=0)
         count = min(HELD_OUT_MICRO_BATCHES, int(order.steps_per_epoch) or 1)
         return [partial(held_out.batch, order.micro_batch(number, 0), 0) for number in range(count)]
 
@@ -112,7 +92,10 @@ class _CorpusWindows:
         self.names = [stream.name for stream in self._streams]
         self.counts = [num_windows(stream.length, self._room) for stream in self._streams]
         self.weights = _weights(data, shards)
-        self._vocabulary = _vocabulary(tokenizer, data.whole_word_mask)
+        if tokenizer.mask_token_id is None:
+            raise UserError("the tokenizer has no mask token: masked language modelling needs one")
+        starts = word_starts(tokenizer) if data.whole_word_mask else None
+        self._vocabulary = Vocabulary(tokenizer.mask_token_id, ordinary_ids(tokenizer), starts)
         self._is_content = np.ones(vocabulary_size(tokenizer), dtype=bool)  # by token id
         self._is_content[[*self._frame.before, *self._frame.after]] = False
         tokens = sum(stream.tokens * weight for stream, weight in zip(self._streams, self.weights, strict=True))
@@ -178,13 +161,6 @@ def _weights(data: CorpusDataConfig, shards: Shards) -> list[float]:
     return [data.source_weights.get(stream.name, stream.weight) for stream in shards.streams]
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerFast, whole_words: bool) -> Vocabulary:
-    if tokenizer.mask_token_id is None:
-        raise UserError("the tokenizer has no mask token: masked language modelling needs one")
-    starts = word_starts(tokenizer) if whole_words else None
-    return Vocabulary(tokenizer.mask_token_id, ordinary_ids(tokenizer), starts)
-
-
 class TaskDataset:
     """Examples of a task, tokenized when the dataset is made."""
 
@@ -192,15 +168,10 @@ class TaskDataset:
         """Tokenize the examples. Raise UserError when the tokenizer does not know the text."""
         self.train = tokenize(task, task.train, tokenizer, data, f"{task.name}'s training data", data.pad_to)
         self._order = TaskOrder(self.train.count, data.micro_batch_size, data.micro_batches_per_step, seed)
-        self.micro_batches_per_step = data.micro_batches_per_step
+        self.micro_batches_per_step, self.steps_per_epoch = data.micro_batches_per_step, self._order.steps_per_epoch
         self.dev = {
             name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()
         }
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Return the number of steps in which every example is read once."""
-        return self._order.steps_per_epoch
 
     @cached_property
     def fingerprint(self) -> str:

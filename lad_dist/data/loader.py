@@ -1,11 +1,11 @@
-"""Batches ahead of the model: `load_batches(dataset, steps, micro_batches, num_workers)`.
+"""Batches ahead of the model.
 
 A batch is a function of (step, micro-batch), so any number of loader processes gives the same ones, and none of them
 has a state to save. They send plain arrays: a tensor would be sent as an open file, of which a process may have few.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
+from lad_dist.data.datasets import CorpusDataset, TaskDataset
 from lad_dist.utils import worker_process
 
 PREFETCHED_STEPS = 2  # of each loader process
@@ -20,27 +21,23 @@ PREFETCHED_STEPS = 2  # of each loader process
 NumpyBatch = dict[str, Any]
 
 
-class MicroBatchDataset(Protocol):
-    """What batches are loaded from."""
-
-    def batch(self, step: int, micro_batch: int) -> Batch:
-        """Return a micro-batch of a step: a pure function of both."""
-        ...
-
-
 class _StepDataset(Dataset[list[NumpyBatch] | UserError]):
-    def __init__(self, dataset: MicroBatchDataset, micro_batches: Sequence[int]) -> None:
+    def __init__(self, dataset: CorpusDataset | TaskDataset, micro_batches: Sequence[int]) -> None:
         self._dataset, self._micro_batches = dataset, micro_batches
 
     def __getitem__(self, step: int) -> list[NumpyBatch] | UserError:
         try:
-            return [_to_numpy(self._dataset.batch(step, micro_batch)) for micro_batch in self._micro_batches]
+            batches = [self._dataset.batch(step, micro_batch) for micro_batch in self._micro_batches]
         except UserError as error:  # the loader would put its traceback in front of the message
             return error
+        return [
+            {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in batch._asdict().items()}
+            for batch in batches
+        ]
 
 
 def load_batches(
-    dataset: MicroBatchDataset, steps: Iterable[int], micro_batches: Sequence[int], num_workers: int
+    dataset: CorpusDataset | TaskDataset, steps: Iterable[int], micro_batches: Sequence[int], num_workers: int
 ) -> Iterator[list[Batch]]:
     """Yield these micro-batches of each step. Raise UserError where the dataset does."""
     loader = DataLoader(
@@ -57,18 +54,11 @@ def load_batches(
     for batches in loader:
         if isinstance(batches, UserError):
             raise batches
-        yield [_to_tensors(batch) for batch in batches]
+        yield [Batch(**{name: _to_tensor(x) for name, x in batch.items()}) for batch in batches]
 
 
-def _to_numpy(batch: Batch) -> NumpyBatch:
-    return {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in batch._asdict().items()}
-
-
-def _to_tensors(arrays: NumpyBatch) -> Batch:
-    values: dict[str, Any] = {name: _to_tensor(x) if isinstance(x, np.ndarray) else x for name, x in arrays.items()}
-    return Batch(**values)
-
-
-def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
+def _to_tensor(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = torch.from_numpy(value)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor  # the copy to a device need not be waited for

@@ -1,9 +1,4 @@
-"""The requests that finished folders were written for: JSON tables, compared with the request of today.
-
-read_json_table(file, remedy)            the table in a file
-differing_keys(stored, request)          where two of them differ
-require_same_request(out, stored, ...)   a finished folder is never overwritten by another request
-"""
+"""The requests that finished folders were written for: JSON tables, compared with the request of today."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,3 +26,9 @@ def require_same_request(out: Path, stored: Mapping[str, Any], request: Mapping[
     differing = differing_keys(stored, request)
     if differing:
         raise UserError(f"{out}: written with another {', '.join(differing)}; remove it or give another folder for out")
+
+
+def require_unused(out: Path, content: str) -> None:
+    """Raise UserError where `out` holds anything; `content` names what is about to be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and holds no {content}; give another folder for out")

@@ -1,14 +1,8 @@
 """Which windows or examples a step reads: pure functions of (seed, step, micro-batch).
 
-They are the same for every process and after every resume.
-
-    rank_share                 the micro-batches of a step that a process computes
-    num_windows, window_span   a stream of tokens cut into windows
-    CorpusOrder                (step, micro-batch) -> windows of the sources of a corpus
-    TaskOrder                  (step, micro-batch) -> examples of a task
-
-An order is an endless row, epoch after epoch. Step s reads M micro-batches, from micro-batch s * M on. So nothing is
-left over at the end of an epoch: a micro-batch may hold the last windows of one epoch and the first of the next.
+They are the same for every process and after every resume. An order is an endless row, epoch after epoch. Step s reads
+M micro-batches, from micro-batch s * M on. So nothing is left over at the end of an epoch: a micro-batch may hold the
+last windows of one epoch and the first of the next.
 """
 
 from collections.abc import Sequence
@@ -70,15 +64,11 @@ class CorpusOrder:
         self._size = windows_per_micro_batch
         self.micro_batches_per_step = micro_batches_per_step
         self._seed = seed
-        self._epochs = 1 if all(float(weight).is_integer() for weight in weights) else EPOCHS
-        shares = [count * weight * self._epochs for count, weight in zip(counts, weights, strict=True)]
+        epochs = 1 if all(float(weight).is_integer() for weight in weights) else EPOCHS
+        shares = [count * weight * epochs for count, weight in zip(counts, weights, strict=True)]
         self._quotas = [max(1, round(share)) for share in shares]
         self._left = [sum(self._quotas[source:]) for source in range(len(counts))]
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Return the number of steps in which every source is read `weight` times."""
-        return self._left[0] / (self._epochs * self._size * self.micro_batches_per_step)
+        self.steps_per_epoch = self._left[0] / (epochs * windows_per_micro_batch * micro_batches_per_step)
 
     def micro_batch(self, step: int, micro_batch: int) -> WindowRead:
         """Return the windows that a micro-batch of a step reads."""
@@ -109,11 +99,7 @@ class TaskOrder:
     def __init__(self, count: int, micro_batch_size: int, micro_batches_per_step: int, seed: int) -> None:
         self._count, self._size, self._seed = count, micro_batch_size, seed
         self.micro_batches_per_step = micro_batches_per_step
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Return the number of steps in which every example is read once."""
-        return self._count / (self._size * self.micro_batches_per_step)
+        self.steps_per_epoch = count / (micro_batch_size * micro_batches_per_step)
 
     def micro_batch(self, step: int, micro_batch: int) -> np.ndarray:
         """Return the ids, int64 [micro_batch_size], of the examples in a micro-batch of a step."""

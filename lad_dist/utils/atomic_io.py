@@ -1,12 +1,4 @@
-"""Files that are whole or absent, whenever the machine stops.
-
-write_text(path, text)    write a small file, in place of an older one
-append_text(path, text)   append to a file; where the disk is full, append nothing
-temporary_path(path)      the name of a file or folder until it is whole
-commit(draft, final)      give a folder its final name
-file_digest(path)         size and sha256 of a file
-file_lock(file)           lock a file for this process
-"""
+"""Files that are whole or absent, whenever the machine stops."""
 
 import contextlib
 import errno

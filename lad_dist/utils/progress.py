@@ -1,20 +1,12 @@
-"""Progress of long work: silent until a command installs a reporter.
+"""Progress of long work: silent until a command installs the terminal's reporter."""
 
-install(reporter)            what shows progress from now on; commands install the terminal's
-report(task, done, total)    tells the reporter how far a task is
-"""
+from collections.abc import Callable
 
-from typing import Protocol
-
-
-class ProgressReporter(Protocol):
-    """Shows progress to a person."""
-
-    def __call__(self, task: str, done: float, total: float, detail: str = "") -> None:
-        """Show that `done` of `total` units of a task are complete; `detail` is a short text beside them."""
+# Shows that `done` of `total` units of a task are complete, and a short text beside them: (task, done, total, detail).
+ProgressReporter = Callable[[str, float, float, str], None]
 
 
-def silent(task: str, done: float, total: float, detail: str = "") -> None:
+def silent(task: str, done: float, total: float, detail: str) -> None:
     """Show nothing."""
 
 

@@ -1,10 +1,5 @@
 """Randomness without state: numbers and permutations that are functions of a key alone.
 
-derive_key(*numbers)     integers -> one 64-bit key
-derive_keys(base, …)     a key for each of many integers
-random_uint64(keys, …)   the stream of each key, 64 random bits an entry
-Permutation              a keyed shuffle of range(size) that costs no memory
-
 Both rest on the mixing function of SplitMix64 (Steele, Lea and Flood, 2014), in whole arrays at a time.
 """
 

@@ -1,13 +1,4 @@
-"""Short texts for messages, tables and model cards.
-
-one_line(error)             the complaint of a library in one line
-first_line(error)           its first line alone, where a stack of C++ frames follows
-plain_number(value)         a few digits, no powers of ten
-si_number(value)            14.2 M
-megabytes(size)             12.3 MB; gigabytes(size): 12.3 GB
-duration(hours)             1.5 hours, 20 minutes
-markdown_table(header, rows)
-"""
+"""Short texts for messages, tables and model cards."""
 
 from collections.abc import Sequence
 
@@ -21,7 +12,10 @@ def one_line(error: BaseException, limit: int = MAX_REASON) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, at most MAX_REASON characters; without a text, the error's type."""
+    """Return the first line of an error's text, at most MAX_REASON characters; without a text, the error's type.
+
+    A stack of C++ frames may follow it.
+    """
     lines = str(error).strip().splitlines()
     return lines[0][:MAX_REASON] if lines else type(error).__name__
 

@@ -144,19 +144,6 @@ def test_batches_have_one_shape(tmp_path: Path, toy_tokenizer) -> None:
     }
     assert len(shapes) == 1
 
-    def model(batch: Batch) -> torch.Tensor:
-        ids = torch.nn.functional.pad(batch.input_ids, (0, batch.computed_tokens - batch.num_tokens))
-        return torch.nn.functional.embedding(ids, weight)[batch.head_positions] + batch.labels[:, None]
-
-    weight = torch.randn(200, 4)
-    full = [b for b in batches if b.num_tokens == b.computed_tokens] + [
-        b for b in batches if b.num_tokens < b.computed_tokens
-    ]
-    compiled = torch.compile(model, backend="eager", dynamic=False)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in full[:5]:
-            assert compiled(batch).equal(model(batch))
-
 
 def test_a_sequence_may_run_on_into_the_next_document(shards: Path, toy_tokenizer) -> None:
     data = corpus_data(shards, cross_documents=True)

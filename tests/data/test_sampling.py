@@ -63,15 +63,6 @@ def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_
         assert sorted(row[epoch * total : (epoch + 1) * total]) == everything
 
 
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_a_micro_batch_does_not_depend_on_earlier_ones(count: int, size: int, per_step: int, chance) -> None:
-    order = CorpusOrder([count, 5], [1.0, 2.5], size, per_step, 3)
-    in_turn = [read_by(order, range(n, n + 1)) for n in range(20)]
-    shuffled = list(range(20))
-    chance.shuffle(shuffled)
-    assert all(read_by(order, range(n, n + 1)) == in_turn[n] for n in shuffled)
-
-
 def test_the_division_into_steps_does_not_change_the_row() -> None:
     one, four = (CorpusOrder([59], [1.0], 3, per_step, seed=5) for per_step in (1, 4))
     assert read_by(one, range(80)) == read_by(four, range(80))
@@ -132,10 +123,6 @@ def test_a_billion_windows_start_at_any_step_at_once() -> None:
     assert len(set(zip(reading.source.tolist(), reading.window.tolist(), strict=True))) == 32
 
 
-def test_micro_batches_are_divided_among_ranks() -> None:
-    assert [list(rank_share(5, rank, 2)) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
-
-
 def micro_batches_from(order: TaskOrder, first: int, count: int) -> list[np.ndarray]:
     return [order.micro_batch(*divmod(number, order.micro_batches_per_step)) for number in range(first, first + count)]
 
@@ -149,17 +136,6 @@ def test_task_micro_batches_are_full_and_epochs_end_to_end(count: int, size: int
     for epoch in range(3):
         assert sorted(row[epoch * count : (epoch + 1) * count]) == list(range(count))
     assert order.steps_per_epoch == count / (size * per_step)
-
-
-@settings(max_examples=30)
-@given(st.integers(1, 50), st.integers(1, 12), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_a_micro_batch_of_a_task_does_not_depend_on_earlier_ones(count: int, size: int, per_step: int, chance) -> None:
-    order = TaskOrder(count, size, per_step, 3)
-    in_turn = micro_batches_from(order, 0, 20)
-    shuffled = list(range(20))
-    chance.shuffle(shuffled)
-    for number in shuffled:
-        assert order.micro_batch(*divmod(number, per_step)).tolist() == in_turn[number].tolist()
 
 
 def test_task_seeds_differ() -> None:

@@ -99,7 +99,6 @@ CASES = [
     source("articles", "wikiextractor", "wiki_00", "ban bart\n", "wiki_00:1: text outside <doc"),
     source("article-open", "wikiextractor", "wiki_00", "<doc id=1>\nban\n", "wiki_00:1: this <doc …> is not closed"),
     source("table-none", "parquet", "a.parquet", "ban", "a.parquet: damaged"),
-    source("arrow-none", "arrow", "a.arrow", "ban", "a.arrow: "),
     source("learn-latin1", "text", "a.txt", b"b\xe4rt\n", "a.txt:1: not UTF-8", "train_tokenizer"),
     source("learn-blank", "text", "a.txt", "\n\n", "no text in it to learn from", "train_tokenizer"),
     changed("vocabulary", "vocab_size = 3 is too small", "train_tokenizer", vocab_size=3),

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,12 +40,6 @@ def test_neighbours_are_torn_apart_in_a_large_shuffle() -> None:
     image = Permutation(size, 3)(np.arange(100_000))
     assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 0.02
     assert stats.kstest(image / size, "uniform").pvalue > 1e-4
-
-
-def test_a_shuffle_of_a_billion_costs_nothing() -> None:
-    began = time.perf_counter()
-    Permutation(10**9, 1)(np.array([0, 10**9 - 1]))
-    assert time.perf_counter() - began < 1
 
 
 def test_keys_depend_on_each_number_and_on_their_order() -> None:

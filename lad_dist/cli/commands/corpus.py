@@ -12,7 +12,7 @@ from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 def prepare(config: PrepareConfig) -> int:
     """Turn text into token shards for pre-training.
 
-    Text is WikiExtractor's output, .txt, JSON lines, Parquet, Arrow, or a Hugging Face dataset by name. A stopped or
+    Text is WikiExtractor's output, .txt, JSON lines, Parquet, or a Hugging Face dataset. A stopped or
     killed preparation goes on where it was. With part and parts, several machines share the tokenizing
     (slurm/prepare.sbatch does); a run without them merges.
 

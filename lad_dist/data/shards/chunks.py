@@ -1,23 +1,14 @@
 """Chunks of text: some spans of one source, tokenized together and stored on disk until the merge.
 
-    plan_chunks(sources)       the chunks in the order of the corpus: a function of the files' names and sizes alone
-    identity(…)                what the content of the chunks depends on
-    write_chunk(chunk, job)    tokenizes a chunk into the job's folder
-    read_chunk_info(…)         the counts and errors of a finished chunk, None for one that is not finished
-    token_blocks(…)            the documents and ids of a chunk, as many at a time as memory should hold
-
 On disk a chunk is NUMBER.ids, every document with the separator after it; NUMBER.documents, a RECORD for each; and
 NUMBER.json, which is written last: a chunk without it is not finished.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,7 +18,7 @@ from lad_dist.data.sources import corpus, hub
 from lad_dist.data.sources.text_files import Span
 from lad_dist.data.tokenization.encoding import FlatIds, encode_flat, refuse_unknown
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast
-from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
+from lad_dist.utils.atomic_io import fsync, write_text
 
 # About so many chunks, while they are neither too small to be worth a file nor too long to be lost when killed.
 MIN_CHUNKS = 512
@@ -43,7 +34,7 @@ Item = TypeVar("Item")
 
 
 class Stopped(Exception):
-    """The process was asked to stop; chunks that are not finished are removed."""
+    """The process was asked to stop."""
 
 
 class TextChunk(NamedTuple):
@@ -67,42 +58,25 @@ class TokenizeJob(NamedTuple):
     should_stop: Callable[[], bool]
 
 
-@dataclass
-class ErrorLog:
-    """Documents that cannot be read: how many, and messages about the first of them."""
-
-    count: int = 0
-    messages: list[str] = field(default_factory=list)
-
-    def add(self, messages: Sequence[str], count: int) -> None:
-        """Count documents, and store their messages as long as these are few."""
-        self.count += count
-        self.messages += messages[: MAX_MESSAGES - len(self.messages)]
-
-
 def plan_chunks(sources: Sequence[SourceConfig]) -> list[TextChunk]:
-    """Return the chunks of all sources: files that can be cut are cut, small ones put together.
+    """Return the chunks in the order of the corpus: files that can be cut are cut, small ones put together.
 
-    Raise UserError for a source without documents.
+    They are a function of the files' names and sizes alone. Raise UserError for a source without documents.
     """
-    source_spans = [_hub_shards(source) if source.kind == "hub" else corpus.spans(source) for source in sources]
-    on_disk = [spans for source, spans in zip(sources, source_spans, strict=True) if source.kind != "hub"]
-    total = sum(span.end for spans in on_disk for span in spans)
+    total = sum(span.end for source in sources if source.kind != "hub" for span in corpus.spans(source))
     size = min(max(total // MIN_CHUNKS, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
     chunks: list[TextChunk] = []
-    for number, (source, spans) in enumerate(zip(sources, source_spans, strict=True)):
-        groups: Iterable[list[Span]] = [[span] for span in spans]
-        if source.kind != "hub":
-            groups = _grouped(_cut(source, spans, size), lambda span: span.end - span.begin, size)
+    for number, source in enumerate(sources):
+        groups: Iterable[list[Span]]
+        if source.kind == "hub":
+            data = hub.load(source.path, source.config, source.split, [source.column], streaming=True)
+            count = int(getattr(data, "num_shards", 1))  # 1: a split that cannot be divided
+            groups = [[Span(Path(source.path), shard, count)] for shard in range(count)]
+        else:
+            groups = _grouped(_cut(source, corpus.spans(source), size), lambda span: span.end - span.begin, size)
         for nth, group in enumerate(groups):
             chunks.append(TextChunk(len(chunks), number, nth == 0, tuple(group)))
     return chunks
-
-
-def _hub_shards(source: SourceConfig) -> list[Span]:
-    data = hub.load(source.path, source.config, source.split, [source.column], streaming=True)
-    count = hub.num_shards(data)
-    return [Span(Path(source.path), shard, count) for shard in range(count)]
 
 
 def _cut(source: SourceConfig, spans: Iterable[Span], size: int) -> Iterator[Span]:
@@ -151,16 +125,16 @@ def read_chunk_info(folder: Path, chunk: TextChunk, dtype: np.dtype) -> dict[str
     return info if complete else None
 
 
-def write_chunk(chunk: TextChunk, job: TokenizeJob) -> None:
-    """Tokenize a chunk into the job's folder. Nothing of the chunk is on disk after an exception.
+def write_chunk(chunk: TextChunk, job: TokenizeJob) -> dict[str, Any]:
+    """Tokenize a chunk into the job's folder, and return what `read_chunk_info` does of it.
 
-    Raises:
-        UserError: A document cannot be read and is not to be skipped, or the tokenizer does not know the text.
-        Stopped: The process was asked to stop.
+    Raise Stopped when the process was asked to stop, and UserError when a document that is not to be skipped cannot be
+    read or the tokenizer does not know the text.
     """
-    errors = ErrorLog()
+    errors: list[str] = []
     documents = ids = 0
-    with _committed(job.folder, chunk.number) as (id_file, document_file):
+    files = [job.folder / f"{chunk.number}.{kind}" for kind in ("ids", "documents")]
+    with open(files[0], "wb") as id_file, open(files[1], "wb") as document_file:
         for texts in _grouped(_texts(chunk, job, errors), len, BATCH_CHARACTERS):
             encoded = encode_flat(job.tokenizer, texts)
             if chunk.first and documents == 0:
@@ -169,17 +143,20 @@ def write_chunk(chunk: TextChunk, job: TokenizeJob) -> None:
             id_file.write(_with_separators(encoded, job).data)
             document_file.write(records.data)
             documents, ids = documents + len(records), ids + int(records["ids"].sum())
-    info = {"documents": documents, "ids": ids, "skipped": errors.count, "errors": errors.messages}
+    for file in files:
+        fsync(file)
+    info = {"documents": documents, "ids": ids, "skipped": len(errors), "errors": errors[:MAX_MESSAGES]}
     write_text(job.folder / f"{chunk.number}.json", json.dumps(info))
+    return info
 
 
-def _texts(chunk: TextChunk, job: TokenizeJob, errors: ErrorLog) -> Iterator[str]:
+def _texts(chunk: TextChunk, job: TokenizeJob, errors: list[str]) -> Iterator[str]:
     for span in chunk.spans:
         for document in corpus.read(job.sources[chunk.source], span):
             if isinstance(document, str):
                 yield document
             elif job.skip_errors:
-                errors.add([document.message], 1)
+                errors.append(document.message)
             else:
                 raise unreadable_document_error(document.message)
             if job.should_stop():
@@ -211,22 +188,6 @@ def _with_separators(encoded: FlatIds, job: TokenizeJob) -> np.ndarray:
     ids[content] = encoded.ids
     ids[places] = job.separator
     return ids
-
-
-@contextlib.contextmanager
-def _committed(folder: Path, number: int) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open the files of ids and of documents: on the disk and in place after the block, removed when it fails."""
-    finals = [folder / f"{number}.{kind}" for kind in ("ids", "documents")]
-    drafts = [temporary_path(final) for final in finals]
-    try:
-        with open(drafts[0], "wb") as ids, open(drafts[1], "wb") as documents:
-            yield ids, documents
-        for draft, final in zip(drafts, finals, strict=True):
-            fsync(draft)
-            os.replace(draft, final)
-    finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
 
 
 def token_blocks(folder: Path, chunk: TextChunk, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,34 +1,27 @@
 """Finished chunks to shards: short and repeated documents dropped, the rest divided into splits.
 
-    merge_chunks(job)        writes the shards of every source, returns their tables of the manifest
-    held_out(high, share)    which documents are held out for evaluation
-    find_repeated(job)       which documents have the same text as an earlier one
-    ShardWriter              one source and split on disk
-
 Documents are taken in the order of the chunks. One that is too short is dropped as such and never counts as repeated;
 of the others with equal texts the first stays, whatever its source. Memory does not grow with the corpus: documents
 pass through in blocks, and repeated ones are searched for among those whose hashes begin alike, some at a time.
 """
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from lad_dist.config.corpus_schema import PrepareConfig
-from lad_dist.data.shards.chunks import ErrorLog, TextChunk, records_of, token_blocks
+from lad_dist.data.shards.chunks import MAX_MESSAGES, TextChunk, records_of, token_blocks
 from lad_dist.data.shards.reader import SPLITS
 from lad_dist.utils.atomic_io import sha256
 
 # A document that is looked for among the others: its hash, and its number in the order of the corpus.
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<i8")])
-BUCKET_BYTES = 1 << 26
-MAX_BUCKETS = 512  # files open at once
+BUCKET_BITS = 6  # of the hash: 64 files, one in memory at a time
 
 
 class MergeJob(NamedTuple):
@@ -47,18 +40,16 @@ class MergeJob(NamedTuple):
 def merge_chunks(job: MergeJob) -> dict[str, Any]:
     """Write the shards, and return {"sources", "errors"} of the manifest."""
     repeated = find_repeated(job)
-    errors = ErrorLog()
     sources = []
     begin = 0
     for number, source in enumerate(job.config.source):
         chunks = [chunk for chunk in job.chunks if chunk.source == number]
-        skipped_before = errors.count
-        for chunk in chunks:
-            errors.add(job.chunk_infos[chunk.number]["errors"], job.chunk_infos[chunk.number]["skipped"])
         counts = _merge_source(job, chunks, source.folder, repeated[begin:])
         begin += counts["documents_read"]
-        sources.append(source.settings() | counts | {"skipped": errors.count - skipped_before})
-    return {"sources": sources, "errors": errors.messages}
+        skipped = sum(job.chunk_infos[chunk.number]["skipped"] for chunk in chunks)
+        sources.append(source.settings() | counts | {"skipped": skipped})
+    errors = [message for info in job.chunk_infos for message in info["errors"]]
+    return {"sources": sources, "errors": errors[:MAX_MESSAGES]}
 
 
 def held_out(high: np.ndarray, share: float) -> np.ndarray:
@@ -77,7 +68,7 @@ def find_repeated(job: MergeJob) -> np.ndarray:
         os.posix_fallocate(file.fileno(), 0, max(1, documents))  # a full disk is an error here, and a crash in the map
     repeated = np.memmap(job.work / "repeated", dtype=bool, mode="r+")
     if job.config.deduplicate:
-        for bucket in _buckets(job, documents):
+        for bucket in _buckets(job):
             keys = np.fromfile(bucket, dtype=KEY)
             bucket.unlink()
             keys = keys[np.lexsort((keys["low"], keys["high"]))]  # stable: equal ones stay in the corpus's order
@@ -87,31 +78,24 @@ def find_repeated(job: MergeJob) -> np.ndarray:
     return repeated
 
 
-def _buckets(job: MergeJob, documents: int) -> list[Path]:
+def _buckets(job: MergeJob) -> list[Path]:
     """Write files of KEYs: every document that is long enough in the one of the first bits of its hash."""
-    bits = 1
-    while 2**bits < min(MAX_BUCKETS, documents * KEY.itemsize / BUCKET_BYTES):
-        bits += 1
-    files = [job.work / f"bucket-{number}" for number in range(2**bits)]
+    files = [job.work / f"bucket-{number}" for number in range(2**BUCKET_BITS)]
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(open(file, "wb")) for file in files]
-        for keys in _keys(job):
-            buckets = keys["high"] >> np.uint64(64 - bits)
-            for bucket in np.unique(buckets).tolist():
-                streams[bucket].write(keys[buckets == bucket].data)
+        begin = 0
+        for chunk in job.chunks:
+            for records in records_of(job.work, chunk):
+                keys = np.empty(len(records), dtype=KEY)
+                keys["high"], keys["low"] = records["high"], records["low"]
+                keys["number"] = np.arange(begin, begin + len(records))
+                begin += len(records)
+                keys = keys[~_short(records, job)]
+                buckets = keys["high"] >> np.uint64(64 - BUCKET_BITS)
+                for bucket in np.unique(buckets).tolist():
+                    streams[bucket].write(keys[buckets == bucket].data)
+            job.check_stop()
     return files
-
-
-def _keys(job: MergeJob) -> Iterator[np.ndarray]:
-    begin = 0
-    for chunk in job.chunks:
-        for records in records_of(job.work, chunk):
-            keys = np.empty(len(records), dtype=KEY)
-            keys["high"], keys["low"] = records["high"], records["low"]
-            keys["number"] = np.arange(begin, begin + len(records))
-            begin += len(records)
-            yield keys[~_short(records, job)]
-        job.check_stop()
 
 
 def _short(records: np.ndarray, job: MergeJob) -> np.ndarray:
@@ -155,12 +139,8 @@ class ShardWriter:
         self._folder, self._name, self._dtype, self._max_ids = folder, name, dtype, max_ids
         self._shards: list[dict[str, Any]] = []
         self._stream: IO[bytes] | None = None
-        self._begin()
-
-    def _begin(self) -> None:
         self._length = 0
         self._lengths: list[np.ndarray] = []
-        self._digest = hashlib.sha256()
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: their ids end to end, separators included, and the number of ids of each, int64 [n]."""
@@ -187,9 +167,7 @@ class ShardWriter:
         if self._stream is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._stream = open(self._file, "wb")  # noqa: SIM115 (closed when the shard is full)
-        data = np.ascontiguousarray(ids, dtype=self._dtype).data
-        self._digest.update(data)
-        self._stream.write(data)
+        self._stream.write(np.ascontiguousarray(ids, dtype=self._dtype).data)
         self._length += len(ids)
         self._lengths.append(lengths.copy())  # not a view, which would hold all records in memory
 
@@ -207,7 +185,7 @@ class ShardWriter:
         self._shards.append(
             {
                 "file": str(self._file.relative_to(self._folder)),
-                "sha256": self._digest.hexdigest(),
+                "sha256": sha256(self._file),
                 "length": self._length,
                 "documents": len(offsets) - 1,
                 "offsets": str(offsets_file.relative_to(self._folder)),
@@ -215,4 +193,4 @@ class ShardWriter:
                 "offsets_bytes": offsets_file.stat().st_size,
             }
         )
-        self._begin()
+        self._length, self._lengths = 0, []

@@ -8,18 +8,11 @@ SOURCE/held_out-00000.bin …          the same for evaluation
 
 A separator is what the tokenizer puts after a text and what it puts before one ([SEP] [CLS]). Special tokens occur
 nowhere else. So a window of the stream, put between such a pair, is a row of whole sequences wherever it is cut.
-
-    Shards         one split of a corpus: a stream for each source
-    Stream         all ids of a source, end to end over its files
-    read_manifest  the manifest, checked
-    verify         every shard against the manifest
 """
 
 import hashlib
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,16 +29,11 @@ from lad_dist.utils.text import gigabytes, one_line
 FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
-OPEN_FILES = 64
 READ_BYTES = 1 << 22  # at a time, when verifying
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a prepared corpus.
-
-    Raises:
-        UserError: The folder has no manifest, or one that this version cannot read.
-    """
+    """Return the manifest of a prepared corpus. Raise UserError when this version finds none that it can read."""
     file = folder / MANIFEST
     try:
         manifest = parse_json(file.read_text(encoding="utf-8"))
@@ -111,6 +99,7 @@ class _Manifest(_ManifestTable):
     vocabulary: int = Field(ge=1)
     tokenizer: _Tokenizer
     sources: list[_Source] = Field(min_length=1)
+    request: dict[str, Any] = {}
 
 
 class Shards:
@@ -148,11 +137,9 @@ class Stream:
         self._shards = counts["shards"]
         self._folder, self._dtype = folder, dtype
         for shard in self._shards:
-            _require_size(folder / shard["file"], shard["length"] * dtype.itemsize)
-            _require_size(folder / shard["offsets"], shard["offsets_bytes"])
+            _require_sizes(folder, shard, dtype)
         self._begins = np.cumsum([0, *(shard["length"] for shard in self._shards)])
         self.length = int(self._begins[-1])  # ids, separators included
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the last used at the end
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Return ids begin … end - 1 of the stream, in the shards' own type."""
@@ -160,36 +147,20 @@ class Stream:
         spans = []
         while begin < end:
             until = min(end, int(self._begins[shard + 1]))
-            spans.append(self._read(shard, begin - int(self._begins[shard]), until - begin))
+            file = self._folder / self._shards[shard]["file"]
+            offset = (begin - int(self._begins[shard])) * self._dtype.itemsize
+            # Not a memory map: its pages would count as this process's memory, and grow with all that it has read.
+            ids = np.fromfile(file, self._dtype, until - begin, offset=offset)
+            if len(ids) < until - begin:
+                raise UserError(f"{file}: has become shorter while it was read")
+            spans.append(ids)
             begin, shard = until, shard + 1
         return spans[0] if len(spans) == 1 else np.concatenate(spans)
 
-    def documents(self) -> Iterator[np.ndarray]:
-        """Yield the documents in order, each with the separator after it."""
-        for number, shard in enumerate(self._shards):
-            offsets = _offsets(self._folder / shard["offsets"])
-            for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-                yield self._read(number, begin, end - begin)
 
-    def _read(self, shard: int, begin: int, count: int) -> np.ndarray:
-        # Not a memory map: its pages would count as this process's memory, and grow with all that it has read.
-        width = self._dtype.itemsize
-        data = os.pread(self._descriptor(shard), count * width, begin * width)
-        if len(data) < count * width:
-            raise UserError(f"{self._folder / self._shards[shard]['file']}: has become shorter while it was read")
-        return np.frombuffer(data, dtype=self._dtype)
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            if len(self._open) == OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self._folder / self._shards[shard]["file"], os.O_RDONLY | os.O_CLOEXEC)
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
+def _require_sizes(folder: Path, shard: dict[str, Any], dtype: np.dtype) -> None:
+    _require_size(folder / shard["file"], shard["length"] * dtype.itemsize)
+    _require_size(folder / shard["offsets"], shard["offsets_bytes"])
 
 
 def _require_size(file: Path, size: int) -> None:
@@ -211,8 +182,7 @@ def verify(folder: str | Path) -> int:
     sources = manifest["sources"]
     shards = [shard for source in sources for split in SPLITS for shard in source["splits"][split]["shards"]]
     for shard in shards:
-        _require_size(folder / shard["file"], shard["length"] * dtype.itemsize)
-        _require_size(folder / shard["offsets"], shard["offsets_bytes"])
+        _require_sizes(folder, shard, dtype)
     listed = {shard[key] for shard in shards for key in ("file", "offsets")}
     for source in sources:
         for file in sorted((folder / source["name"]).glob("*")):

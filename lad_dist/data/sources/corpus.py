@@ -1,9 +1,4 @@
-"""Text sources: whatever a corpus is made of, as documents.
-
-    documents(source)    the texts, one after another: paragraphs on lines of their own
-    check(source)        the mistakes that show without reading the text
-    files(source)        the files, sorted by path
-    read(source, span)   the documents that begin in a span of one file; UnreadableDocument for those that are damaged
+"""Text sources: whatever a corpus is made of, as documents, their paragraphs on lines of their own.
 
 A document of `wikiextractor` is what stands between `<doc …>` and `</doc>`, of `text` a file or a block between blank
 lines, of the others a row.
@@ -19,9 +14,10 @@ from typing import Any, NamedTuple
 from lad_dist.config.corpus_schema import SourceConfig
 from lad_dist.config.errors import UserError
 from lad_dist.data.sources import hub, tables
-from lad_dist.data.sources.text_files import DamagedFile, FileLines, Span, is_compressed
+from lad_dist.data.sources.text_files import DECOMPRESS, DamagedFile, FileLines, Span
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.suggest import did_you_mean
+from lad_dist.utils.text import is_encodable
 
 COMPRESSED = r"(\.(gz|bz2|xz|zst))?"
 FILES = {
@@ -29,7 +25,6 @@ FILES = {
     "text": (re.compile(r".+\.txt" + COMPRESSED), ".txt files"),
     "jsonl": (re.compile(r".+\.jsonl?" + COMPRESSED), ".jsonl files"),
     "parquet": (re.compile(r".+\.parquet"), ".parquet files"),
-    "arrow": (re.compile(r".+\.arrow"), ".arrow files"),
 }
 LINE = re.compile(rb"\n")
 BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*\n")
@@ -62,8 +57,8 @@ def check(source: SourceConfig) -> None:
 
     A hub dataset is not looked at.
     """
-    if source.kind in ("parquet", "arrow"):
-        tables.check_column(files(source)[0], source.column, source.kind)
+    if source.kind == "parquet":
+        tables.check_column(files(source)[0], source.column)
     elif source.kind != "hub":
         files(source)
 
@@ -93,45 +88,39 @@ def can_be_cut(source: SourceConfig, file: Path) -> bool:
     """Return whether spans of this file may begin and end anywhere in it."""
     if source.kind == "text" and source.document == "file":
         return False
-    return source.kind != "arrow" and not is_compressed(file)
+    return file.suffix not in DECOMPRESS
 
 
 def read(source: SourceConfig, span: Span) -> Documents:
-    """Yield the documents of the span in order.
+    """Yield the documents that begin in the span, in order.
 
     Spans that divide a file give each of its documents once, and in order. Raise UserError for what cannot be skipped:
     a file that the system does not open, a missing column.
     """
     if source.kind == "hub":
-        yield from _hub(source, span)
+        data = hub.load(source.path, source.config, source.split, [source.column], streaming=True)
+        values = hub.values(data, source.path, source.column, span.begin, span.end)
+        place = f"{source.path}, shard {span.begin + 1} of {span.end}, row"
+        yield from (_text(value, source.column, f"{place} {row}") for row, value in enumerate(values, 1))
         return
     if span.end == 0:
         yield UnreadableDocument(f"{span.file}: empty")
         return
     try:
-        yield from _tables(source, span) if source.kind in ("parquet", "arrow") else _lines(source, span)
+        yield from _in_file(source, span)
     except DamagedFile as error:
         yield UnreadableDocument(str(error))
 
 
-def _hub(source: SourceConfig, span: Span) -> Documents:
-    data = hub.load(source.path, source.config, source.split, [source.column], streaming=True)
-    values = hub.values(data, source.path, source.column, span.begin, span.end)
-    place = f"{source.path}, shard {span.begin + 1} of {span.end}, row"
-    yield from (_placed(value, source.column, f"{place} {row}") for row, value in enumerate(values, 1))
-
-
-def _tables(source: SourceConfig, span: Span) -> Documents:
-    for row, value in tables.values(span, source.column, source.kind):
-        yield _placed(value, source.column, f"{span.file}:{row}")
-
-
-def _lines(source: SourceConfig, span: Span) -> Documents:
-    if source.kind == "wikiextractor":
-        return _articles(FileLines(span, ARTICLE_END))
+def _in_file(source: SourceConfig, span: Span) -> Documents:
+    if source.kind == "parquet":
+        rows = tables.values(span, source.column)
+        return (_text(value, source.column, f"{span.file}:{row}") for row, value in rows)
     if source.kind == "jsonl":
         lines = FileLines(span, LINE)
         return (_object(lines, number, line, source.column) for number, line in lines if line.strip())
+    if source.kind == "wikiextractor":
+        return _articles(FileLines(span, ARTICLE_END))
     return _blocks(FileLines(span, BLANK_LINE)) if source.document == "block" else _whole_file(FileLines(span, LINE))
 
 
@@ -175,24 +164,17 @@ def _object(lines: FileLines, number: int, line: bytes, column: str) -> str | Un
         return UnreadableDocument(f"{lines.where(number)}: not a JSON object")
     if column not in row:
         return UnreadableDocument(f'{lines.where(number)}: no "{column}": {did_you_mean(column, row)}')
-    text = _value(row[column], column)
-    return text if isinstance(text, str) else UnreadableDocument(f"{lines.where(number)}: {text.message}")
+    text = row[column]  # of half a surrogate pair, parse_json has complained
+    return text if isinstance(text, str) else _text(text, column, lines.where(number))
 
 
-def _placed(value: Any, column: str, place: str) -> str | UnreadableDocument:
-    text = _value(value, column)
-    return text if isinstance(text, str) else UnreadableDocument(f"{place}: {text.message}")
-
-
-def _value(value: Any, column: str) -> str | UnreadableDocument:
+def _text(value: Any, column: str, place: str) -> str | UnreadableDocument:
     if isinstance(value, bytes):
-        return UnreadableDocument(f"{column} is not UTF-8")
+        return UnreadableDocument(f"{place}: {column} is not UTF-8")
     if not isinstance(value, str):
-        return UnreadableDocument(f"{column} is {json.dumps(value, default=str)[:50]}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return UnreadableDocument(f"{column} holds half a surrogate pair")
+        return UnreadableDocument(f"{place}: {column} is {json.dumps(value, default=str)[:50]}, not text")
+    if not is_encodable(value):
+        return UnreadableDocument(f"{place}: {column} holds half a surrogate pair")
     return value
 
 

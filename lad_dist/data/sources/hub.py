@@ -25,26 +25,19 @@ def load(path: str, config: str | None, split: str, columns: Sequence[str], stre
     return data
 
 
-def num_shards(data: Any) -> int:
-    """Return into how many shards a streamed split can be divided; 1 where it cannot."""
-    return int(getattr(data, "num_shards", 1))
-
-
 def values(data: Any, path: str, column: str, shard: int, shards: int) -> Iterator[Any]:
     """Yield the column's values in shard number `shard` of a streamed split.
 
     Raise UserError when reading fails on the way.
     """
-    rows = iter(data.shard(shards, shard) if shards > 1 else data)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # whatever network and parsers raise: the user gets one line
-            raise UserError(f"{path}: reading stopped ({one_line(error)}); run again to go on") from None
-        _require(path, column, row)
-        yield row[column]
+    try:
+        for row in data.shard(shards, shard) if shards > 1 else data:
+            _require(path, column, row)
+            yield row[column]
+    except UserError:
+        raise
+    except Exception as error:  # whatever network and parsers raise: the user gets one line
+        raise UserError(f"{path}: reading stopped ({one_line(error)}); run again to go on") from None
 
 
 def _require(path: str, column: str, names: Sequence[str]) -> None:

@@ -1,9 +1,4 @@
-"""Lines of a file with their numbers, so that every message about a file can say where.
-
-numbered_lines(file)       the text of a UTF-8 file, line by line
-numbered_objects(file)     the objects of a .jsonl file
-FileLines(span, boundary)  the bytes of the lines of a span of a file, which may be compressed
-"""
+"""Lines of a file with their numbers, so that every message about a file can say where."""
 
 import bz2
 import gzip
@@ -26,7 +21,6 @@ from lad_dist.utils.text import one_line
 BYTE_ORDER_MARK = "\ufeff"
 COUNT_BYTES = 1 << 22  # bytes
 
-
 DECOMPRESS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -47,11 +41,6 @@ class Span(NamedTuple):
     end: int
 
 
-def is_compressed(file: Path) -> bool:
-    """Return whether the file's ending is that of a compressed file."""
-    return file.suffix in DECOMPRESS
-
-
 class FileLines:
     """The lines of a span, moved to whole documents.
 
@@ -67,14 +56,13 @@ class FileLines:
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Yield (number from 1 within the span, line with its end).
 
-        Only a newline ends a line, and a byte order mark is dropped.
-
-        Raises:
-            DamagedFile: The rest of the file cannot be read.
-            UserError: The system does not open the file.
+        Only a newline ends a line, and a byte order mark is dropped. Raise DamagedFile when the rest of the file cannot
+        be read, and UserError when the system does not open it.
         """
         try:
-            yield from self._compressed() if is_compressed(self._span.file) else self._plain()
+            for number, line in self._compressed() if self._span.file.suffix in DECOMPRESS else self._plain():
+                at_begin = self._skipped == 0 and number == 1
+                yield number, line.removeprefix(BYTE_ORDER_MARK.encode()) if at_begin else line
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise read_error(self._span.file, error) from None
 
@@ -90,7 +78,7 @@ class FileLines:
         number = 0
         with io.BufferedReader(DECOMPRESS[self._span.file.suffix](self._span.file)) as stream:
             for number, line in enumerate(stream, 1):
-                yield number, _without_mark(line) if number == 1 else line
+                yield number, line
         if not number:
             raise DamagedFile(f"{self._span.file}: empty")
 
@@ -103,7 +91,7 @@ class FileLines:
             for number, line in enumerate(stream, 1):
                 if at >= end:
                     return
-                yield number, _without_mark(line) if at == 0 else line
+                yield number, line
                 at += len(line)
 
     def _boundary_at(self, content: mmap.mmap, place: int) -> int:
@@ -124,10 +112,6 @@ def read_error(file: Path, error: Exception) -> DamagedFile | UserError:
     return DamagedFile(f"{file}: damaged, the rest cannot be read ({one_line(error)})")
 
 
-def _without_mark(line: bytes) -> bytes:
-    return line.removeprefix(BYTE_ORDER_MARK.encode())
-
-
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line without its end) for each line of a UTF-8 file.
 
@@ -137,21 +121,17 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
-                text = _decode(file, number, line).removesuffix("\n").removesuffix("\r")
-                yield number, text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    byte = error.object[error.start]
+                    raise UserError(f"{file}:{number}: not UTF-8 (byte 0x{byte:02x}); convert the file first") from None
+                if "\0" in text:
+                    reason = "a NUL character, so this is no text in UTF-8"
+                    raise UserError(f"{file}:{number}: {reason}; convert the file first")
+                yield number, text.removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-
-
-def _decode(file: Path, number: int, line: bytes) -> str:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        raise UserError(f"{file}:{number}: not UTF-8 (byte 0x{byte:02x}); convert the file first") from None
-    if "\0" in text:
-        raise UserError(f"{file}:{number}: a NUL character, so this is no text in UTF-8; convert the file first")
-    return text
 
 
 def numbered_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,11 +1,5 @@
 """Tokenized examples of a task: the tokens that the head reads, its targets there, and scores of its outputs.
 
-    tokenize(task, raw, …)   Texts, Sentences or Questions -> their TaskExamples
-    TaskExamples             numbered from 0, a sequence each; batches of them
-    TextExamples             one row each, the first token
-    TaggingExamples          a row for each word, its first token; a long sentence is several examples
-    QuestionExamples         a window of a context each; rows are its tokens, and the first token for "no answer"
-
 R rows of all examples, V outputs of the head.
 """
 
@@ -13,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,47 +29,51 @@ from lad_dist.data.tokenization.encoding import (
     refuse_unknown,
 )
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast
-from lad_dist.data.tokenization.special_tokens import SpecialTokenFrame, special_token_frame
+from lad_dist.data.tokenization.special_tokens import special_token_frame
 from lad_dist.distributed.logs import get_logger
 
 DEV_BATCH_SIZE = 64
 CHECKED_EXAMPLES = 500  # for unknown tokens
 FIRST_TOKEN = np.zeros(1, dtype=np.int64)  # the rows of a text
 
+Raw = TypeVar("Raw", bound=RawExamples)
 Logits = NDArray[np.floating]
 Batches = list[Callable[[], Batch]]
 
 logger = get_logger(__name__)
 
 
-class TaskExamples:
+class Encoded(NamedTuple):
+    """Sequences, the places int64 that the head reads in each of them (its rows), and a label for each of these."""
+
+    sequences: EncodedSequences
+    rows: Sequence[np.ndarray]
+    labels: Sequence[np.ndarray]
+
+
+class TaskExamples(Generic[Raw]):
     """Sequences, in each of them rows that the head reads, and the labels of these rows."""
 
     def __init__(
         self,
-        encoded: EncodedSequences,
-        rows: Sequence[np.ndarray],
-        labels: Sequence[np.ndarray],
+        task: Task,
+        raw: Raw,
         tokenizer: PreTrainedTokenizerFast,
+        data: TaskDataConfig,
         description: str,
         pad_to: int | None,
     ) -> None:
-        """Take over encoded sequences.
+        """Encode the examples, which `description` names in messages.
 
-        Args:
-            encoded: The sequences.
-            rows: The places in each sequence that the head reads, int64.
-            labels: One label for each row.
-            tokenizer: The tokenizer of the sequences.
-            description: The name of the examples in messages.
-            pad_to: The tokens of every padded sequence; None for no padding.
-
-        Raises:
-            UserError: The tokenizer does not know the text.
+        Raise UserError when the tokenizer does not know the text.
         """
-        refuse_unknown(tokenizer, encoded.ids[:CHECKED_EXAMPLES], description)
-        self._encoded, self._rows, self._labels = encoded, rows, labels
+        self._metrics, self._label_names, self._description = task.metrics, task.label_names, description
+        self._encoded, self._rows, self._labels = self._encode(raw, tokenizer, data)
+        refuse_unknown(tokenizer, self._encoded.ids[:CHECKED_EXAMPLES], description)
         self._pad, self._pad_to = special_token_frame(tokenizer).pad, pad_to
+
+    def _encode(self, raw: Raw, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig) -> Encoded:
+        raise NotImplementedError
 
     def score(self, logits: Logits) -> dict[str, float]:
         """Return the task's metrics of logits [R, V]."""
@@ -139,64 +137,45 @@ def tokenize(
     return kinds[type(raw)](task, raw, tokenizer, data, description, pad_to)
 
 
-class TextExamples(TaskExamples):
+class TextExamples(TaskExamples[Texts]):
     """Texts, or pairs of texts; the head reads the first token."""
 
-    def __init__(
-        self,
-        task: Task,
-        raw: Texts,
-        tokenizer: PreTrainedTokenizerFast,
-        data: TaskDataConfig,
-        description: str,
-        pad_to: int | None,
-    ) -> None:
-        encoded = encode_framed(tokenizer, raw.texts, raw.pairs, data.max_length)
-        super().__init__(
-            encoded, [FIRST_TOKEN] * len(encoded.ids), list(raw.labels[:, None]), tokenizer, description, pad_to
-        )
-        self._metrics = task.metrics
+    def _encode(self, raw: Texts, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig) -> Encoded:
+        sequences = encode_framed(tokenizer, raw.texts, raw.pairs, data.max_length)
+        return Encoded(sequences, [FIRST_TOKEN] * len(sequences.ids), list(raw.labels[:, None]))
 
     def score(self, logits: Logits) -> dict[str, float]:
         return metrics.score(self._metrics, logits, self.labels)
 
 
-class TaggingExamples(TaskExamples):
-    """Rows are all words of all sentences, in order."""
+class TaggingExamples(TaskExamples[Sentences]):
+    """Stretches of sentences; the head reads the first token of each word. Rows are all words, in order."""
 
-    def __init__(
-        self,
-        task: Task,
-        raw: Sentences,
-        tokenizer: PreTrainedTokenizerFast,
-        data: TaskDataConfig,
-        description: str,
-        pad_to: int | None,
-    ) -> None:
+    def _encode(self, raw: Sentences, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig) -> Encoded:
         frame = special_token_frame(tokenizer)
         ids: list[np.ndarray] = []
         rows: list[np.ndarray] = []
         labels: list[np.ndarray] = []
+        room = data.max_length - frame.size
         for words, tags in zip(encode_words(tokenizer, raw.words), raw.tags, strict=True):
-            for first, end in pairwise(split_sentence(words, data.max_length - frame.size)):
-                sequence, places = _sequence_of_words(words, first, end, frame, data.max_length)
-                ids.append(sequence)
-                rows.append(places)
+            borders = [0, *words.firsts[1:].tolist(), len(words.ids)]
+            for first, end in pairwise(split_sentence(words, room)):
+                content = words.ids[borders[first] : borders[end]][:room]  # a longer word gives its first tokens
+                ids.append(np.concatenate([frame.before, content, frame.after]).astype(np.int32))
+                rows.append(words.firsts[first:end] - borders[first] + len(frame.before))
                 labels.append(tags[first:end])
         segments = [np.zeros(len(sequence), dtype=np.uint8) for sequence in ids]
-        super().__init__(EncodedSequences(ids, segments), rows, labels, tokenizer, description, pad_to)
-        self._metrics, self._names = task.metrics, task.label_names
         self._sentences = np.cumsum([len(words) for words in raw.words])
+        return Encoded(EncodedSequences(ids, segments), rows, labels)
 
     def score(self, logits: Logits) -> dict[str, float]:
         gold, predicted = self._tags(self.labels), self._tags(logits.argmax(axis=1))
-        accuracy = metrics.accuracy(self.labels, logits.argmax(axis=1))
-        values = {**metrics.entity_metrics(gold, predicted), "accuracy": accuracy}
+        values = metrics.entity_metrics(gold, predicted) | metrics.score(["accuracy"], logits, self.labels)
         return {name: values[name] for name in self._metrics}
 
     def _tags(self, numbers: np.ndarray) -> list[list[str]]:
         """Return the tags of class ids [R], sentence by sentence."""
-        return [[self._names[n] for n in sentence] for sentence in np.split(numbers, self._sentences[:-1])]
+        return [[self._label_names[n] for n in sentence] for sentence in np.split(numbers, self._sentences[:-1])]
 
 
 def split_sentence(words: EncodedWords, room: int) -> list[int]:
@@ -215,44 +194,34 @@ def split_sentence(words: EncodedWords, room: int) -> list[int]:
     return [*borders, len(words.firsts)]
 
 
-def _sequence_of_words(
-    words: EncodedWords, first: int, end: int, frame: SpecialTokenFrame, max_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sequence and rows of words first … end - 1. A word that does not fit gives its first tokens."""
-    borders = [0, *words.firsts[1:].tolist(), len(words.ids)]
-    begin = borders[first]
-    content = words.ids[begin : borders[end]][: max_length - frame.size]
-    sequence = np.concatenate([frame.before, content, frame.after]).astype(np.int32)
-    return sequence, words.firsts[first:end] - begin + len(frame.before)
+class QuestionExamples(TaskExamples[Questions]):
+    """Windows of contexts; the head reads the first token, for "no answer", and the tokens of the context.
 
-
-class QuestionExamples(TaskExamples):
-    """Windows of contexts. Labels are [R, 2]: 1 in the row where the answer begins, and in the one where it ends.
-
+    Labels are [R, 2]: 1 in the row where the answer begins, and in the one where it ends.
     Both are the row of the first token where the window lacks the answer.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        raw: Questions,
-        tokenizer: PreTrainedTokenizerFast,
-        data: TaskDataConfig,
-        description: str,
-        pad_to: int | None,
-    ) -> None:
+    def _encode(self, raw: Questions, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig) -> Encoded:
         windows = encode_windows(tokenizer, raw.questions, raw.contexts, data.max_length, data.overlap)
         rows = [np.concatenate([FIRST_TOKEN, np.arange(x.start, x.stop)]) for x in windows.context]
         labels = [
             _answer_labels(raw.answers[question], characters)
             for question, characters in zip(windows.question.tolist(), windows.characters, strict=True)
         ]
-        super().__init__(windows.encoded, rows, labels, tokenizer, description, pad_to)
-        _warn_of_cut_answers(raw, windows.question, labels, description)
-        self._raw, self._data, self._metrics = raw, data, task.metrics
+        self._raw, self._data = raw, data
+        self._warn_of_cut_answers(windows.question, labels)
         nothing = np.zeros((1, 2), dtype=np.int64)
         characters = np.concatenate([x for window in windows.characters for x in (nothing, window)])
         self._places = AnswerWindows(windows.question, np.cumsum([0, *map(len, rows)]), characters)
+        return Encoded(windows.encoded, rows, labels)
+
+    def _warn_of_cut_answers(self, question: np.ndarray, labels: Sequence[np.ndarray]) -> None:
+        """Log how many answers are in no window as a whole: the labels of their windows are those of "no answer"."""
+        answered = {number for number, window in zip(question.tolist(), labels, strict=True) if not window[0, 0]}
+        answers = self._raw.answers
+        if cut := sum(bool(some) and number not in answered for number, some in enumerate(answers)):
+            message = "%s: %d of %d answers are in no window as a whole; raise data.doc_stride or data.max_length"
+            logger.warning(message, self._description, cut, len(answers))
 
     def answers(self, logits: Logits) -> list[str]:
         """Return the answer to each question."""
@@ -285,16 +254,3 @@ def _answer_labels(answers: Sequence[Answer], characters: np.ndarray) -> np.ndar
         end = 1 + int(np.searchsorted(characters[:, 1], answers[0].end))
     labels[begin, 0] = labels[end, 1] = 1
     return labels
-
-
-def _warn_of_cut_answers(raw: Questions, question: np.ndarray, labels: Sequence[np.ndarray], description: str) -> None:
-    """Log how many answers are in no window as a whole: the labels of their windows are those of "no answer"."""
-    answered = {number for number, window in zip(question.tolist(), labels, strict=True) if not window[0, 0]}
-    cut = sum(bool(answers) and number not in answered for number, answers in enumerate(raw.answers))
-    if cut:
-        logger.warning(
-            "%s: %d of %d answers are in no window as a whole; raise data.doc_stride or data.max_length",
-            description,
-            cut,
-            len(raw.answers),
-        )

@@ -6,8 +6,7 @@ a row and a quotation mark a character, as in GLUE's. In .csv files quoting is o
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +61,18 @@ class FileRows(NamedTuple):
 
     def labels(self, column: str, convert: Callable[[Any], Any], dtype: Any) -> np.ndarray:
         """Return `convert` of each label. Raise UserError, with file and line, where that raises ValueError."""
-        result = []
-        for line, value in zip(self.lines, self.columns[column], strict=True):
-            try:
-                result.append(convert(value))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{self.file}:{line}: {error}") from None
-        return np.array(result, dtype=dtype)
+        return np.array(list(convert_each(self.file, self.lines, self.columns[column], convert)), dtype=dtype)
+
+
+def convert_each(
+    file: Path, lines: Iterable[int], values: Iterable[Any], convert: Callable[[Any], Any]
+) -> Iterator[Any]:
+    """Yield `convert` of each value. Raise UserError, with file and line, where that raises ValueError."""
+    for line, value in zip(lines, values, strict=True):
+        try:
+            yield convert(value)
+        except ValueError as error:
+            raise UserError(f"{file}:{line}: {error}") from None
 
 
 def texts_of_rows(rows: FileRows, columns: ColumnNames, convert: Callable[[Any], Any], dtype: Any) -> Texts:
@@ -89,11 +93,9 @@ def number_label(value: Any) -> float:
     return number
 
 
-def reader_of(file: Path) -> Callable[..., FileRows]:
-    """Return what reads files of this ending. Raise UserError when nothing does."""
-    return lookup(
-        f"{file}: file type", file.suffix, {".csv": _csv, ".tsv": read_tsv, ".jsonl": _jsonl, ".parquet": _parquet}
-    )
+def reader_of(file: Path, readers: Mapping[str, Any]) -> Any:
+    """Return the reader of files of this ending. Raise UserError when there is none."""
+    return lookup(f"{file}: file type", file.suffix, readers)
 
 
 def read_tsv(
@@ -103,14 +105,9 @@ def read_tsv(
     header: Sequence[str] | None = None,
     skip_torn: bool = False,
 ) -> FileRows:
-    """Return the columns of a .tsv file.
+    """Return the required columns of a .tsv file, and the optional one where the file has it.
 
-    Args:
-        file: The file.
-        required: The names of the columns to read.
-        optional: The name of a column that is read where the file has it.
-        header: The names of all columns; None where the first line has them.
-        skip_torn: Whether rows that lack columns are left out, and no mistake.
+    `header` names all columns; None where the first line does. With `skip_torn`, rows that lack columns are left out.
     """
     fields = ((number, line.split("\t")) for number, line in numbered_lines(file) if line)
     return _table(file, fields, required, optional, header, skip_torn)
@@ -157,19 +154,13 @@ def _table(
 
 
 def _jsonl(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
-    rows = numbered_objects(file)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{file}: empty")
-    names = _present(file, list(first[1]), required, optional)
-    result = FileRows(file, [], {name: [] for name in names})
-    for line, row in chain([first], rows):
-        result.lines.append(line)
+    rows = dict(numbered_objects(file))  # by line
+    names = _present(file, list(next(iter(rows.values()), [])), required, optional)
+    for line, row in rows.items():
         for name in names:
             if name not in row:
                 raise UserError(f"{file}:{line}: no {name}")
-            result.columns[name].append(row[name])
-    return result
+    return FileRows(file, list(rows), {name: [row[name] for row in rows.values()] for name in names})
 
 
 def _parquet(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
@@ -202,3 +193,6 @@ def _not_empty(rows: FileRows) -> FileRows:
     if not rows.lines:
         raise UserError(f"{rows.file}: no rows")
     return rows
+
+
+READERS = {".csv": _csv, ".tsv": read_tsv, ".jsonl": _jsonl, ".parquet": _parquet}

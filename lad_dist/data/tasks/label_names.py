@@ -1,9 +1,4 @@
-"""Labels as files spell them: words or whole numbers.
-
-label_name    a cell or JSON value -> the label as a string
-sorted_names  the distinct labels in the order of their class ids
-class_id      a label -> its class id, or what was probably meant
-"""
+"""Labels as files spell them: words or whole numbers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,18 +9,17 @@ from lad_dist.utils.suggest import did_you_mean
 
 
 def label_name(value: Any) -> str:
-    """Return a label as a string. Raise ValueError for what is no label."""
+    """Return a cell or a JSON value as a label. Raise ValueError for what is no label."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, str | int | np.integer) or value == "":
         raise ValueError(f"label {value!r} is neither a word nor a whole number")
     return str(value)
 
 
 def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the distinct labels, sorted: as numbers when all are, 2 before 10."""
+    """Return the distinct labels in the order of their class ids: sorted, as numbers when all are, 2 before 10."""
     names = set(labels)
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))
+    are_numbers = all(name.lstrip("-").isdecimal() for name in names)
+    return tuple(sorted(names, key=int if are_numbers else None))
 
 
 def class_id(ids: Mapping[str, int], label: Any) -> int:

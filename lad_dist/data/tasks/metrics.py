@@ -1,12 +1,5 @@
 """Metrics: plain functions on arrays and lists, and loyalty to a teacher.
 
-    score                        classification and regression, by the names of a task's metrics
-    accuracy                     the share of equal class ids
-    entity_metrics               named entities, as conlleval counts them
-    answer_metrics               questions, as SQuAD's own scripts do
-    loyalty                      of decisions and distributions
-    window_probability_loyalty   of distributions over the rows of each window
-
 E examples or words, C classes, R rows of all windows.
 """
 
@@ -16,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import jensenshannon
-from scipy.special import rel_entr, softmax
+from scipy.special import softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -42,13 +35,8 @@ def _correlation(test: Callable[[Array, Array], Any], labels: Array, predicted: 
     return test(labels, predicted).statistic if np.ptp(predicted) else 0.0
 
 
-def accuracy(labels: Array, predicted: Array) -> float:
-    """Return the share of equal class ids."""
-    return float(accuracy_score(labels, predicted))
-
-
 METRICS = {
-    "accuracy": accuracy,
+    "accuracy": accuracy_score,
     "f1": _f1,
     "matthews": matthews_corrcoef,
     "pearson": partial(_correlation, pearsonr),
@@ -64,12 +52,17 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
     """
     if student.shape[1] == 1:
         return {"teacher_pearson": float(_correlation(pearsonr, teacher[:, 0], student[:, 0]))}
-    with np.errstate(invalid="ignore"):  # rounding takes equal ones below 0, and its root is NaN
-        distance = jensenshannon(softmax(student, axis=1), softmax(teacher, axis=1), base=2, axis=1)
     return {
         "label_loyalty": float((student.argmax(axis=1) == teacher.argmax(axis=1)).mean()),
-        "probability_loyalty": float(1 - np.nan_to_num(distance).mean()),
+        "probability_loyalty": float(1 - _distance(student, teacher, axis=1).mean()),
     }
+
+
+def _distance(student: NDArray[np.floating], teacher: NDArray[np.floating], axis: int) -> NDArray[np.floating]:
+    """Return the Jensen-Shannon distance (base 2) of the distributions that logits say along an axis."""
+    with np.errstate(invalid="ignore"):  # rounding takes equal ones below 0, and its root is NaN
+        distance = jensenshannon(softmax(student, axis=axis), softmax(teacher, axis=axis), base=2, axis=axis)
+    return np.nan_to_num(distance)
 
 
 def window_probability_loyalty(
@@ -80,24 +73,8 @@ def window_probability_loyalty(
     The distributions are the softmax of logits [R, 2] over the rows of a window. The result is the mean over windows
     and both columns; `starts` are the windows' first rows.
     """
-    p, q = (_softmax_by_window(x, starts) for x in (student, teacher))
-    divergence = (rel_entr(p, (p + q) / 2) + rel_entr(q, (p + q) / 2)) / (2 * np.log(2))
-    return float(1 - np.sqrt(np.maximum(np.add.reduceat(divergence, starts), 0)).mean())
-
-
-def _softmax_by_window(x: NDArray[np.floating], starts: NDArray[np.integer]) -> NDArray[np.floating]:
-    sizes = np.diff(np.append(starts, len(x)))
-    powers = np.exp(x.astype(np.float64) - np.repeat(np.maximum.reduceat(x, starts), sizes, axis=0))
-    return powers / np.repeat(np.add.reduceat(powers, starts), sizes, axis=0)
-
-
-class Entity(NamedTuple):
-    """Words begin … end - 1 of a sentence."""
-
-    sentence: int
-    begin: int
-    end: int
-    kind: str
+    students, teachers = (np.split(x.astype(np.float64), starts[1:]) for x in (student, teacher))
+    return float(1 - np.mean([_distance(*pair, 0) for pair in zip(students, teachers, strict=True)]))
 
 
 def entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -106,7 +83,7 @@ def entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
     A predicted entity is correct where borders and kind are (conlleval, Tjong Kim Sang & De Meulder, 2003; seqeval's
     default mode). Tags are BIO (IOB1 or IOB2), IOBES or BILOU.
     """
-    gold_entities, predicted_entities = set(_entities(gold)), set(_entities(predicted))
+    gold_entities, predicted_entities = _entities(gold), _entities(predicted)
     correct = len(gold_entities & predicted_entities)
     total = len(gold_entities) + len(predicted_entities)
     return {
@@ -116,14 +93,15 @@ def entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
     }
 
 
-def _entities(sentences: Sequence[Sequence[str]]) -> list[Entity]:
-    entities = []
+def _entities(sentences: Sequence[Sequence[str]]) -> set[tuple[int, int, int, str]]:
+    """Return (sentence, first word, end, kind) of each entity."""
+    entities = set()
     for number, sentence in enumerate(sentences):
         tags = [tag.partition("-")[::2] for tag in sentence]  # (prefix, kind)
         begins = [n for n, tag in enumerate(tags) if _begins_entity(tags[n - 1] if n else ("O", ""), tag)]
         for begin, limit in pairwise([*begins, len(tags)]):
             outside = (n for n in range(begin, limit) if tags[n][0] == "O")
-            entities.append(Entity(number, begin, next(outside, limit), tags[begin][1]))
+            entities.add((number, begin, next(outside, limit), tags[begin][1]))
     return entities
 
 

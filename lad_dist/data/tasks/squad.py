@@ -1,8 +1,5 @@
 """Questions about texts, in SQuAD's JSON (Rajpurkar et al., 2016, version 1.1; 2018, version 2.0).
 
-    load_squad(train, dev)   -> Questions of both
-    find_answers(…)          logits of windows -> the answer to each question
-
 A file is {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text", "answer_start"}]}]}]}]}. A
 question without answers, or with "is_impossible": true, has none in its context, as in version 2.0.
 
@@ -18,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import lookup
 from lad_dist.utils.strict_json import parse_json
 
 
@@ -51,11 +47,6 @@ class AnswerWindows(NamedTuple):
     characters: np.ndarray  # int64 [R, 2]: the characters of the context that each stands for
 
 
-def reader(file: Path) -> Any:
-    """Return what reads files of this ending. Raise UserError when nothing does."""
-    return lookup(f"{file}: file type", file.suffix, {".json": _read})
-
-
 def load_squad(train_file: Path, dev_file: Path) -> tuple[Questions, Questions]:
     """Return the questions of both files. Raise UserError, with file and place, for a mistake in one."""
     train, dev = (_read(file) for file in (train_file, dev_file))
@@ -65,7 +56,17 @@ def load_squad(train_file: Path, dev_file: Path) -> tuple[Questions, Questions]:
 
 def _read(file: Path) -> Questions:
     questions = Questions([], [], [], False)
-    for a, article in enumerate(_list(_parsed(file), "data", str(file))):
+    try:
+        content = parse_json(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (at byte {error.start}); convert the file first") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    for a, article in enumerate(_list(content, "data", str(file))):
         in_article = f"{file}: data[{a}]"
         for p, paragraph in enumerate(_list(article, "paragraphs", in_article)):
             in_paragraph = f"{in_article}.paragraphs[{p}]"
@@ -78,19 +79,6 @@ def _read(file: Path) -> Questions:
     if not questions.questions:
         raise UserError(f"{file}: no questions")
     return questions
-
-
-def _parsed(file: Path) -> Any:
-    try:
-        return parse_json(file.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (at byte {error.start}); convert the file first") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
 
 
 def _list(table: Any, key: str, where: str) -> list[Any]:
@@ -121,6 +109,9 @@ def _answer(answer: Any, context: str, where: str) -> Answer:
         actual = context[begin : begin + len(text)]
         raise UserError(f'{where}: at answer_start {begin} the context has "{actual}", not "{text}"')
     return Answer(text.strip(), begin + len(text) - len(text.lstrip()))
+
+
+READERS = {".json": _read}
 
 
 def find_answers(

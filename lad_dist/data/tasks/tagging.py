@@ -1,7 +1,5 @@
 """Sentences whose words have tags, as for named entities and parts of speech.
 
-    load_tagging(train, dev)   -> Sentences of both, and the names of the tags
-
 A .jsonl file has a sentence a line: {"tokens": ["Ada", …], "tags": ["B-PER", …]}. A CoNLL file (.conll, .bio, .iob,
 .txt or .tsv) has a word a line, its columns separated by tabs or else blanks, the word first and its tag last, and an
 empty line between sentences; lines that begin with -DOCSTART- are left out.
@@ -14,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import lookup
 from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
+from lad_dist.data.tasks.files import convert_each, reader_of
 from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
 
 DOCUMENT = "-DOCSTART-"
@@ -34,18 +32,12 @@ class _Sentence(NamedTuple):
     tags: list[Any]
 
 
-def reader(file: Path) -> Any:
-    """Return what reads files of this ending. Raise UserError when nothing does."""
-    conll = dict.fromkeys((".conll", ".bio", ".iob", ".txt", ".tsv"), _conll)
-    return lookup(f"{file}: file type", file.suffix, {**conll, ".jsonl": _jsonl})
-
-
 def load_tagging(train_file: Path, dev_file: Path) -> tuple[Sentences, Sentences, tuple[str, ...]]:
     """Return the sentences of both files, and the names of the training file's tags in the order of the class ids.
 
     Raise UserError, with file and line, for a mistake in one.
     """
-    train, dev = (list(reader(file)(file)) for file in (train_file, dev_file))
+    train, dev = (list(reader_of(file, READERS)(file)) for file in (train_file, dev_file))
     for file, sentences in ((train_file, train), (dev_file, dev)):
         if not sentences:
             raise UserError(f"{file}: no sentences")
@@ -63,13 +55,8 @@ def _numbered(file: Path, sentences: list[_Sentence], ids: dict[str, int]) -> Se
 
 
 def _each(file: Path, sentences: list[_Sentence], convert: Any) -> Iterator[Any]:
-    """Yield `convert` of each tag. Raise UserError, with file and line, where that raises ValueError."""
     for sentence in sentences:
-        for line, tag in zip(sentence.lines, sentence.tags, strict=True):
-            try:
-                yield convert(tag)
-            except ValueError as error:
-                raise UserError(f"{file}:{line}: {error}") from None
+        yield from convert_each(file, sentence.lines, sentence.tags, convert)
 
 
 def _conll(file: Path) -> Iterator[_Sentence]:
@@ -98,14 +85,15 @@ def _conll(file: Path) -> Iterator[_Sentence]:
 
 def _jsonl(file: Path) -> Iterator[_Sentence]:
     for number, row in numbered_objects(file):
-        words, tags = (row.get(name) for name in ("tokens", "tags"))
-        for name, value in (("tokens", words), ("tags", tags)):
-            if not isinstance(value, list):
-                raise UserError(f"{file}:{number}: {name} is {value!r}, not a list")
-        assert isinstance(words, list)
-        assert isinstance(tags, list)
+        for name in ("tokens", "tags"):
+            if not isinstance(row.get(name), list):
+                raise UserError(f"{file}:{number}: {name} is {row.get(name)!r}, not a list")
+        words, tags = row["tokens"], row["tags"]
         if not all(isinstance(word, str) for word in words):
             raise UserError(f"{file}:{number}: tokens are not all texts")
         if len(words) != len(tags) or not words:
             raise UserError(f"{file}:{number}: {len(words)} tokens and {len(tags)} tags")
         yield _Sentence([number] * len(words), words, tags)
+
+
+READERS = dict.fromkeys((".conll", ".bio", ".iob", ".txt", ".tsv"), _conll) | {".jsonl": _jsonl}

@@ -1,8 +1,4 @@
-"""A task: examples to train and evaluate on, label names, metrics.
-
-load_task(data)    GLUE's tasks, or the user's own files -> Task
-check_task(data)   the mistakes that show without reading the data
-"""
+"""A task: examples to train and evaluate on, label names, metrics."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +11,7 @@ import numpy as np
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import lookup
 from lad_dist.config.schema import TaskDataConfig
-from lad_dist.data.tasks import squad, tagging
+from lad_dist.data.tasks import files, squad, tagging
 from lad_dist.data.tasks.files import ColumnNames, Texts, number_label, reader_of, texts_of_rows
 from lad_dist.data.tasks.glue import GLUE, glue_files, texts_from_hub, texts_from_tsv
 from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
@@ -51,14 +47,18 @@ class Task(NamedTuple):
 
 def check_task(data: TaskDataConfig) -> None:
     """Raise UserError for an unknown task, a missing file, or a kind of file that cannot be read."""
+    read: list[Path] = []
     if data.task is None:
-        for file in _own_files(data):
-            OWN_KINDS[data.kind].reader(file)
-            _require_file(file)
+        read = [Path(file) for file in (data.train, data.dev) if file is not None]
+        for file in read:
+            reader_of(file, READERS[data.kind])
+    elif data.path is not None:
+        read = glue_files(data.path, lookup("task", data.task, GLUE))
     else:
-        task = lookup("task", data.task, GLUE)
-        for file in glue_files(data.path, task) if data.path is not None else []:
-            _require_file(file)
+        lookup("task", data.task, GLUE)
+    for file in read:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
 
 
 def load_task(data: TaskDataConfig) -> Task:
@@ -68,7 +68,9 @@ def load_task(data: TaskDataConfig) -> Task:
     """
     check_task(data)
     if data.task is None:
-        return OWN_KINDS[data.kind].load(*_own_files(data))
+        assert data.train is not None
+        assert data.dev is not None
+        return LOADERS[data.kind](Path(data.train), Path(data.dev))
     task = GLUE[data.task]
     if data.path is None:
         train, *dev = [
@@ -81,19 +83,8 @@ def load_task(data: TaskDataConfig) -> Task:
     return Task(data.task, kind, task.label_names, task.metrics, train, dict(zip(names, dev, strict=True)))
 
 
-def _own_files(data: TaskDataConfig) -> tuple[Path, Path]:
-    assert data.train is not None
-    assert data.dev is not None
-    return Path(data.train), Path(data.dev)
-
-
-def _require_file(file: Path) -> None:
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
-
-
 def _own_task(kind: Kind, train_file: Path, dev_file: Path) -> Task:
-    train, dev = (reader_of(file)(file, OWN_COLUMNS, optional=OWN_PAIR) for file in (train_file, dev_file))
+    train, dev = (reader_of(file, files.READERS)(file, OWN_COLUMNS, OWN_PAIR) for file in (train_file, dev_file))
     if (OWN_PAIR in train.columns) != (OWN_PAIR in dev.columns):
         lacking = dev_file if OWN_PAIR in train.columns else train_file
         raise UserError(f"{lacking}: no column {OWN_PAIR}, but the other file has it")
@@ -124,16 +115,16 @@ def _own_questions(train_file: Path, dev_file: Path) -> Task:
     return Task(train_file.stem, "question_answering", (), ("f1", "exact_match", *both), train, {"dev": dev})
 
 
-class OwnKind(NamedTuple):
-    """How the user's own files of one kind of task are read."""
-
-    reader: Callable[[Path], Any]  # of a file; raises UserError where none reads files of this ending
-    load: Callable[[Path, Path], Task]
-
-
-OWN_KINDS: dict[Kind, OwnKind] = {
-    "classification": OwnKind(reader_of, partial(_own_task, "classification")),
-    "regression": OwnKind(reader_of, partial(_own_task, "regression")),
-    "tagging": OwnKind(tagging.reader, _own_tagging),
-    "question_answering": OwnKind(squad.reader, _own_questions),
+# The user's own files by the kind of task: readers by the ending of a file, and what makes a task of two files.
+READERS: dict[Kind, Mapping[str, Any]] = {
+    "classification": files.READERS,
+    "regression": files.READERS,
+    "tagging": tagging.READERS,
+    "question_answering": squad.READERS,
+}
+LOADERS: dict[Kind, Callable[[Path, Path], Task]] = {
+    "classification": partial(_own_task, "classification"),
+    "regression": partial(_own_task, "regression"),
+    "tagging": _own_tagging,
+    "question_answering": _own_questions,
 }

@@ -42,7 +42,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, out: Path, lowercase:
     # process, and breaks ties between pieces by number: naming them first gives the same tokenizer every time.
     known = [*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet if _continues(character, lowercase))]
     if vocab_size < len(known) + len(alphabet):
-        raise UserError(_too_small(vocab_size, len(known) + len(alphabet)))
+        raise _too_small(vocab_size, len(known) + len(alphabet))
     learner = _wordpiece({}, lowercase)
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -82,8 +82,8 @@ def _continues(character: str, lowercase: bool) -> bool:
     return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(word)) == 1
 
 
-def _too_small(vocab_size: int, needed: int) -> str:
-    return f"vocab_size = {vocab_size} is too small: characters and special tokens alone are {needed}"
+def _too_small(vocab_size: int, needed: int) -> UserError:
+    return UserError(f"vocab_size = {vocab_size} is too small: characters and special tokens alone are {needed}")
 
 
 def train_unigram(texts: Iterable[str], vocab_size: int, out: Path, lowercase: bool = False) -> None:
@@ -98,10 +98,8 @@ def train_unigram(texts: Iterable[str], vocab_size: int, out: Path, lowercase: b
     is.
 
     The vocabulary holds the characters that make up 99.95 % of the text; others are [UNK]. Text with too few distinct
-    pieces gives a smaller vocabulary. The same texts give the same files.
-
-    Raises:
-        UserError: `vocab_size` is too small for the characters, or protobuf is not installed.
+    pieces gives a smaller vocabulary. The same texts give the same files. Raise UserError when `vocab_size` is too
+    small for the characters, or protobuf is not installed.
     """
     model = _sentencepiece_model(texts, vocab_size, lowercase)
     # Multiples of 1/256 are added without rounding, in sentencepiece's 32 bits as in the fast tokenizer's 64: pieces
@@ -140,16 +138,12 @@ def _sentencepiece_model(texts: Iterable[str], vocab_size: int, lowercase: bool)
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=composed, model_writer=written, **options)
     except RuntimeError as error:
-        raise UserError(_why_untrained(vocab_size, str(error))) from None
+        if too_small := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise _too_small(vocab_size, int(too_small[1])) from None
+        reason = str(error).rpartition("]")[2].strip() or "no text"
+        raise UserError(f"sentencepiece cannot learn from this text ({reason})") from None
     messages = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # needs protobuf
     return messages.ModelProto.FromString(written.getvalue())
-
-
-def _why_untrained(vocab_size: int, error: str) -> str:
-    too_small = re.search(r"required_chars\. \d+ vs (\d+)", error)
-    if too_small:
-        return _too_small(vocab_size, int(too_small[1]))
-    return f"sentencepiece cannot learn from this text ({error.rpartition(']')[2].strip() or 'no text'})"
 
 
 def _unigram(model: Any) -> Tokenizer:

@@ -1,11 +1,4 @@
-"""Text to token ids.
-
-encode_flat      text -> ids without special tokens (corpora)
-encode_framed    text -> ids with special tokens, truncated (tasks)
-encode_words     words of a sentence -> ids without special tokens, and where each word begins
-encode_windows   question and context -> windows of the context, with special tokens
-refuse_unknown   refuses a tokenizer that does not know the text: training would not show the mistake
-"""
+"""Text to token ids: of corpora without special tokens, of tasks with them."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -185,7 +178,10 @@ def _truncated(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_tok
 
 
 def refuse_unknown(tokenizer: PreTrainedTokenizerFast, sequences: Iterable[np.ndarray], source: str) -> None:
-    """Raise UserError when more than a fifth of the first few thousand tokens are unknown; `source` names the text."""
+    """Raise UserError when more than a fifth of the first few thousand tokens are unknown; `source` names the text.
+
+    Training would not show the mistake.
+    """
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return

@@ -1,11 +1,4 @@
-"""Tokenizers in and out of folders.
-
-load_tokenizer(path)        folder or hub name -> fast tokenizer
-save_tokenizer(...)         a folder that load_tokenizer reads
-save_beside_model(...)      the same beside a model, with the inputs that the model reads
-fingerprint(tokenizer)      equal for tokenizers that give the same ids
-tokenizer_of_teacher(...)   the student's tokenizer where both have one vocabulary, else the teacher's own
-"""
+"""Tokenizers in and out of folders."""
 
 import hashlib
 import json
@@ -57,17 +50,10 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 def tokenizer_of_teacher(
     path: str, tokenizer: PreTrainedTokenizerFast, token_level: str | None
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer for the teacher at that path.
+    """Return the student's `tokenizer` where it has the vocabulary of the teacher's at `path`, else the teacher's own.
 
-    It is the student's `tokenizer` where both have one vocabulary, else the teacher's own.
-
-    Args:
-        path: The teacher's folder or hub name.
-        tokenizer: The student's tokenizer.
-        token_level: The name of what compares teacher and student token by token, None where nothing does.
-
-    Raises:
-        UserError: The vocabularies differ, and `token_level` compares outputs token by token.
+    Raise UserError where the vocabularies differ and something compares teacher and student token by token:
+    `token_level` is its name, or None.
     """
     teacher = load_tokenizer(path)
     teacher_vocabulary, student_vocabulary = teacher.get_vocab(), tokenizer.get_vocab()

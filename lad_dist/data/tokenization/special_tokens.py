@@ -1,7 +1,7 @@
 """Special tokens and word boundaries of a tokenizer."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,34 +82,29 @@ def _begins_word(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], bool]:
     prefix = state["model"].get("continuing_subword_prefix")
     if state["model"]["type"] == "WordPiece" and prefix:
         return lambda token: not token.startswith(prefix)
-    steps = [step for place in ("normalizer", "pre_tokenizer", "decoder") for step in _steps(state[place])]
+    steps = list(_steps([state["normalizer"], state["pre_tokenizer"], state["decoder"]]))
     if any(step["type"] == "ByteLevel" for step in steps):
         decode = decoders.ByteLevel().decode
         return lambda token: decode([token])[:1].isspace()
-    mark = next(filter(None, map(_space_mark, steps)), None)
-    if mark is not None:
-        return lambda token: token.startswith(mark) or token[:1].isspace()
+    marks = [step["replacement"] for step in steps if step["type"] == "Metaspace"]  # what stands for a space
+    marks += [
+        s["content"] for s in steps if s["type"] == "Replace" and s["pattern"] == {"String": " "} and s["content"]
+    ]
+    if marks:
+        return lambda token: token.startswith(marks[0]) or token[:1].isspace()
     raise UserError(
         f"{tokenizer.name_or_path}: the tokens do not show where words begin ({state['model']['type']}); "
         "those of the following do: WordPiece, byte-level BPE and sentencepiece"
     )
 
 
-def _steps(description: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer, pre-tokenizer or decoder, sequences unrolled."""
-    if description is None:
-        return []
-    inner = next((description[key] for key in ("normalizers", "pretokenizers", "decoders") if key in description), None)
-    return [description] if inner is None else [nested for step in inner for nested in _steps(step)]
-
-
-def _space_mark(step: dict[str, Any]) -> str | None:
-    """Return what a step writes for a space, None if it writes nothing for it."""
-    if step["type"] == "Metaspace":
-        return step["replacement"]
-    if step["type"] == "Replace" and step["pattern"] == {"String": " "}:
-        return step["content"]
-    return None
+def _steps(descriptions: Iterable[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+    """Yield the steps of normalizers, pre-tokenizers and decoders, sequences unrolled."""
+    for step in filter(None, descriptions):
+        if step["type"] == "Sequence":
+            yield from _steps(next(value for key, value in step.items() if key != "type"))
+        else:
+            yield step
 
 
 def special_token_frame(tokenizer: PreTrainedTokenizerFast) -> SpecialTokenFrame:

@@ -1,18 +1,13 @@
-"""A tokenizer out of a corpus: `train_tokenizer(config)`.
-
-WordPiece or a unigram model learns from a sample of the sources' lines. A rename ends the work: the folder `out` exists
-as a whole or not at all. The same config and text give the same bytes.
-"""
+"""A tokenizer out of a corpus: WordPiece or a unigram model learns from a sample of the sources' lines."""
 
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from lad_dist.config.corpus_schema import SourceConfig, TokenizerConfig
 from lad_dist.config.errors import UserError
-from lad_dist.data.requests import read_json_table, require_same_request
+from lad_dist.data.requests import read_json_table, require_same_request, require_unused
 from lad_dist.data.sources import corpus
 from lad_dist.data.tokenization.algorithms import train_unigram, train_wordpiece
 from lad_dist.data.tokenization.loading import load_tokenizer
@@ -31,45 +26,33 @@ logger = get_logger(__name__)
 def train_tokenizer(config: TokenizerConfig) -> int:
     """Write the tokenizer into config.out, a folder for AutoTokenizer, and return its number of tokens.
 
-    A finished folder of the same request is left as it is.
-
-    Raises:
-        UserError: The folder is of another request, a source is missing, damaged or empty, or config.vocab_size is too
-            small for the characters of the text.
+    A finished folder of the same request is left as it is; another one exists as a whole or not at all. The same config
+    and text give the same bytes. Raise UserError when the folder is of another request, a source is missing, damaged or
+    empty, or config.vocab_size is too small for the characters of the text.
     """
     out = Path(config.out)
-    request = _request(config)
+    sources = [source.model_dump(exclude={"name"}, exclude_none=True) for source in config.source]
+    request = config.model_dump(exclude={"out"}) | {"source": sources}
     try:
         if (out / REQUEST).exists():
             require_same_request(out, read_json_table(out / REQUEST, f"remove {out} and train it again"), request)
             logger.info("%s: already trained by this request; nothing to do", out)
         else:
-            _train(config, request)
+            require_unused(out, "tokenizer trained here")
+            for source in config.source:
+                corpus.check(source)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+                folder = Path(name) / "tokenizer"
+                _train(config, folder)
+                (folder / REQUEST).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
+                commit(folder, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
     return vocabulary_size(load_tokenizer(out))
 
 
-def _train(config: TokenizerConfig, request: dict[str, Any]) -> None:
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and holds no tokenizer trained here; give another folder for out")
-    for source in config.source:
-        corpus.check(source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-        folder = Path(name) / "tokenizer"
-        _write(config, request, folder)
-        commit(folder, out)
-
-
-def _request(config: TokenizerConfig) -> dict[str, Any]:
-    """Return what the tokenizer is a function of."""
-    sources = [source.model_dump(exclude={"name"}, exclude_none=True) for source in config.source]
-    return config.model_dump(exclude={"out"}) | {"source": sources}
-
-
-def _write(config: TokenizerConfig, request: dict[str, Any], folder: Path) -> None:
+def _train(config: TokenizerConfig, folder: Path) -> None:
     lines: list[str] = []
     characters = 0
     for line in sample(config.source, config.max_characters):
@@ -85,7 +68,6 @@ def _write(config: TokenizerConfig, request: dict[str, Any], folder: Path) -> No
     TRAINERS[config.kind](lines, config.vocab_size, folder, config.lowercase)
     progress.report(learning, 1, 1)
     logger.info("%s: trained on %s characters", config.out, f"{characters:,}")
-    (folder / REQUEST).write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
 
 
 def sample(sources: Sequence[SourceConfig], characters: int) -> Iterator[str]:

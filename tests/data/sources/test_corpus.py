@@ -92,12 +92,6 @@ def test_only_newlines_end_a_line(tmp_path: Path) -> None:
     assert list(corpus.documents(source("text", tmp_path))) == ["one\u2028still one\x0cstill\ntwo"]
 
 
-def write_arrow(file: Path, table: pa.Table, stream: bool) -> None:
-    opened = pa.ipc.new_stream if stream else pa.ipc.new_file
-    with pa.OSFile(str(file), "wb") as sink, opened(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
-
-
 def write_all(folder: Path, documents: list[str]) -> dict[str, SourceConfig]:
     """Write the documents in every form."""
     names = {"wikiextractor": "wiki_00", "jsonl": "a.jsonl", "text": "a.txt"}
@@ -116,22 +110,19 @@ def write_all(folder: Path, documents: list[str]) -> dict[str, SourceConfig]:
             sources[place.name] = source(kind, place, **rest)
     table = pa.table({"text": documents, "id": range(len(documents))})
     large = pa.table({"text": pa.array(documents, pa.large_string()).dictionary_encode()})
-    for kind, name, write in (
-        ("parquet", "a", lambda file: pq.write_table(table, file, row_group_size=4)),
-        ("parquet", "large", lambda file: pq.write_table(large, file)),
-        ("arrow", "file", lambda file: write_arrow(file, table, stream=False)),
-        ("arrow", "stream", lambda file: write_arrow(file, table, stream=True)),
-    ):
-        (folder / name).mkdir()
-        write(folder / name / f"a.{kind}")
-        sources[name] = source(kind, folder / name)
-    return sources
+    pq.write_table(table, folder / "a.parquet", row_group_size=4)
+    pq.write_table(large, folder / "large.parquet")
+    (folder / "arrow").mkdir()
+    with pa.OSFile(str(folder / "arrow" / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    sources |= {name: source("parquet", folder / f"{name}.parquet") for name in ("a", "large")}
+    return sources | {"arrow": source("hub", folder / "arrow")}
 
 
 def test_all_kinds_and_compressions_give_the_same_documents(tmp_path: Path) -> None:
     documents = [f"{sentence(n, n + 1)} ζωή {n}" for n in range(20)]
     forms = write_all(tmp_path, documents)
-    assert len(forms) == 3 * 5 + 4
+    assert len(forms) == 3 * 5 + 3
     for name, form in forms.items():
         corpus.check(form)
         assert list(corpus.documents(form)) == documents, name
@@ -217,7 +208,7 @@ def test_a_hub_that_fails_on_the_way_is_one_line(monkeypatch: pytest.MonkeyPatch
         next(documents)
 
 
-@pytest.mark.parametrize("kind", ["wikiextractor", "text", "jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize("kind", ["wikiextractor", "text", "jsonl", "parquet"])
 def test_check_refuses_what_is_missing_or_empty(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         corpus.check(source(kind, tmp_path / "nowhere"))
@@ -226,26 +217,19 @@ def test_check_refuses_what_is_missing_or_empty(tmp_path: Path, kind: str) -> No
 
 
 def test_check_does_not_read(tmp_path: Path) -> None:
-    for name in ("a.txt", "a.jsonl", "a.parquet", "a.arrow", "wiki_00"):
+    for kind, name in NAMES.items():
         (tmp_path / name).write_bytes(b"\xff")
-    for kind in ("wikiextractor", "text", "jsonl", "parquet", "arrow"):
         corpus.check(source(kind, tmp_path))
     corpus.check(source("hub", "no/such"))
 
 
-@pytest.mark.parametrize("kind", ["parquet", "arrow"])
-def test_a_missing_column_is_refused_before_anything_is_read(tmp_path: Path, kind: str) -> None:
-    table = pa.table({"title": ["a"], "texts": ["b"], "id": [1]})
-    if kind == "parquet":
-        pq.write_table(table, tmp_path / "a.parquet")
-    else:
-        write_arrow(tmp_path / "a.arrow", table, stream=True)
-    with pytest.raises(UserError, match=rf'a\.{kind}: no column "text": did you mean "texts"\?'):
-        corpus.check(source(kind, tmp_path))
-    with pytest.raises(UserError, match=rf'a\.{kind}: no column "text"'):
-        everything(source(kind, tmp_path))
-    with pytest.raises(UserError, match=r"column id is int64, not text"):
-        corpus.check(source(kind, tmp_path, column="id"))
+def test_a_missing_column_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"title": ["a"], "texts": ["b"], "id": [1]}), tmp_path / "a.parquet")
+    for read in (corpus.check, everything):
+        with pytest.raises(UserError, match=r'a\.parquet: no column "text": did you mean "texts"\?'):
+            read(source("parquet", tmp_path))
+        with pytest.raises(UserError, match=r"column id is int64, not text"):
+            read(source("parquet", tmp_path, column="id"))
 
 
 WIKI, ROW = article("A", "x").encode(), b'{"text": "a"}\n'
@@ -271,10 +255,8 @@ DAMAGED = [
     ("jsonl", b"", [], [": empty"]),
     ("parquet", b"", [], [": empty"]),
     ("parquet", b"PAR1" * 100, [], [": damaged, the rest cannot be read ("]),
-    ("arrow", b"ARROW1" * 100, [], [": damaged, the rest cannot be read ("]),
-    ("arrow", b"arrow" * 100, [], [": damaged, the rest cannot be read ("]),
 ]
-NAMES = {"wikiextractor": "wiki_00", "text": "a.txt", "jsonl": "a.jsonl", "parquet": "a.parquet", "arrow": "a.arrow"}
+NAMES = {"wikiextractor": "wiki_00", "text": "a.txt", "jsonl": "a.jsonl", "parquet": "a.parquet"}
 
 
 @pytest.mark.parametrize(("kind", "content", "intact", "expected"), DAMAGED)
@@ -301,16 +283,6 @@ def test_a_compressed_file_of_nothing_is_empty(tmp_path: Path, kind: str, ending
     assert error_messages(source(kind, tmp_path)) == [f"{file}: empty"]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_truncated_arrow_file_is_reported(tmp_path: Path, stream: bool) -> None:
-    documents = [sentence(n, 20) for n in range(50)]
-    write_arrow(tmp_path / "a.arrow", pa.table({"text": documents}), stream)
-    (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:-500])
-    *read, last = everything(source("arrow", tmp_path))
-    assert isinstance(last, UnreadableDocument)
-    assert read == documents[: len(read)]
-
-
 def test_rows_of_a_table_that_are_no_text(tmp_path: Path) -> None:
     raw = pa.array([b"fine", None, b"\xff", b"fine too"], pa.binary())
     rows = pa.StringArray.from_buffers(4, raw.buffers()[1], raw.buffers()[2], raw.buffers()[0], 1)
@@ -326,7 +298,7 @@ def test_rows_of_a_table_that_are_no_text(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read_is_never_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     span = Span(tmp_path / "gone.jsonl", 0, 10)
-    for kind in ("jsonl", "parquet", "arrow"):
+    for kind in ("jsonl", "parquet"):
         with pytest.raises(UserError, match=r"gone\.jsonl: cannot be read \(No such file or directory\)"):
             list(corpus.read(source(kind, tmp_path), span))
 

@@ -9,7 +9,6 @@ import pytest
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
-from lad_dist.data.tasks.glue import GLUE
 from lad_dist.data.tasks.task import Task, check_task, load_task
 
 pytest_plugins = ["data_fixtures"]
@@ -110,16 +109,6 @@ def test_the_hub_has_columns_and_an_order_of_labels(monkeypatch: pytest.MonkeyPa
     assert requests == [("nyu-mll/glue", "mnli", s) for s in ("train", "validation_matched", "validation_mismatched")]
     assert (task.train.texts, task.train.pairs, task.train.labels.tolist()) == (["p"], ["h"], [2])
     assert list(task.dev) == ["dev", "dev_mismatched"]
-
-
-def test_the_table_of_tasks() -> None:
-    assert set(GLUE) == {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
-    assert {name: task.metrics[0] for name, task in GLUE.items() if task.metrics[0] != "accuracy"} == {
-        "cola": "matthews",
-        "stsb": "pearson",
-    }
-    assert [name for name, task in GLUE.items() if not task.label_names] == ["stsb"]
-    assert all((task.tsv.pair is None) == (task.hub.pair is None) for task in GLUE.values())
 
 
 ROWS = [('the "quick"\tfox, it', "a", 2), ("x\ny", "b", 10), ("NA", "null", 2)]
