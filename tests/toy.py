@@ -3,13 +3,14 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lad_dist.compression.base import NO_DATA, CompressionContext
+from lad_dist.compression.compressed_module import CompressedModule, compressed_modules
 from lad_dist.compression.registry import create_compression
 from lad_dist.config.load import apply_overrides, parse_config
 from lad_dist.config.schema import NamedOptions, TrainConfig, train_schema
@@ -35,6 +36,7 @@ SIZES = {
     "attention_probs_dropout_prob": 0.0,
 }
 LABELS = ("no", "yes")
+Kind = TypeVar("Kind", bound=CompressedModule)
 
 
 def sentence(seed: int, most: int = 20) -> str:
@@ -155,6 +157,11 @@ def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> Tra
 def without_none(tables: dict[str, Any]) -> dict[str, Any]:
     present = {key: value for key, value in tables.items() if value is not None}
     return {key: without_none(value) if isinstance(value, dict) else value for key, value in present.items()}
+
+
+def modules_of(model: nn.Module, kind: type[Kind]) -> list[Kind]:
+    """Return the compressed modules of a kind, in order."""
+    return [module for module in compressed_modules(model) if isinstance(module, kind)]
 
 
 def compress(

@@ -1,11 +1,5 @@
 """Compact exports: a student in as few bytes as it has, beside the ordinary folder or instead of it.
 
-    pack(student)                its small forms, before its compressed modules are merged
-    CompactExport.save(folder)   the files: compact.safetensors, mask.safetensors
-    load_compact(folder)         an export's model in its compact form: pairs are pairs, pruned heads are absent
-    load_masked(folder, base)    an export's model as its masks over a base
-    read_masks, replace_masks    the masks alone
-
 An ordinary folder has no place for pairs of factors or layers of different sizes, and writes each zero in four bytes.
 Here a weight with enough zeros is stored as two tensors. `NAME.bits` has one bit for each weight, row after row, in
 numpy's order; the shape is in the file's metadata. `NAME.values` has the values that are not 0. A student that only

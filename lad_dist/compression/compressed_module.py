@@ -1,13 +1,7 @@
 """Compressed modules: what stands in a student in the place of plain modules while it trains.
 
-    CompressedModule             the base class
-    compressed_modules           those of a model
-    merge_all, replace_all       replace them by plain modules
-    iter_modules, iter_weights   the modules and weights that a model would have without them
-
-A compressed module trains with the student. Two plain modules have its function. One is of the kind that it replaced:
-the exported folder has that one. The other computes least. Low rank, pruning of weights and of
-heads, and Theseus have their own kinds.
+Two plain modules have the function of a compressed one. One is of the kind that it replaced: the exported folder has
+that one. The other computes least. Low rank, pruning of weights and of heads, and Theseus have their own kinds.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,11 +1,5 @@
 """Footprint: the weights and the arithmetic of a model, counted as those of its compact form.
 
-    flops(model, batches)      multiply-adds times two of a forward over each, by component
-    stored_weights(model)      weights of the compact form, by component: all of them, and those that are not zero
-    exported_weights(model)    number of weights of the ordinary folder
-    footprint(model, batch)    these as one flat table: what results.json and the model card hold
-    bytes_table(export)        bytes of each form of a model in its folder
-
 A low-rank pair counts as the pair where that is cheaper, a replaced layer as its successor. Weights that are zero take
 part in every product all the same. The model stays as it is: each compressed module returns its plain module.
 
@@ -15,7 +9,6 @@ head: poolers, norms after the last layer.
 B sequences, N tokens of all of them, R rows that the head reads, D width.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,15 +62,11 @@ class _ComponentMap:
             return "feed_forward"
         return "embeddings" if "embedding" in name_in_base else "head"
 
-    def compact_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield all modules by name, as they are in the compact form."""
-        return iter_modules(self.model, COMPACT)
-
     @cached_property
     def attention_widths(self) -> list[int]:
         """For each layer of the compact form, how wide all its heads are together."""
         path = family_of(self.model.config).modules.attention_output
-        outputs = [module for name, module in self.compact_modules() if f".{name}".endswith(f".{path}")]
+        outputs = [module for name, module in iter_modules(self.model, COMPACT) if f".{name}".endswith(f".{path}")]
         return [next(m for m in module.modules() if isinstance(m, nn.Linear)).in_features for module in outputs]
 
 
@@ -87,9 +76,8 @@ def flops(model: PreTrainedModel, *batches: Batch) -> dict[str, int]:
     Linear maps and attention's scores and sums count, padding does not.
     """
     components, counts = _ComponentMap(model), dict.fromkeys(COMPONENTS, 0)
-    maps = [
-        (name, module) for name, module in components.compact_modules() if isinstance(module, nn.Linear | nn.Conv1d)
-    ]
+    modules = iter_modules(model, COMPACT)
+    maps = [(name, module) for name, module in modules if isinstance(module, nn.Linear | nn.Conv1d)]
     for batch in batches:
         for name, module in maps:
             rows = _rows(components, name, batch) if isinstance(module, nn.Linear) else batch.num_tokens
@@ -140,23 +128,15 @@ def _pairs(batch: Batch, window: int | None) -> int:
     return int(torch.where(lengths > window, near_pairs, all_pairs).sum())
 
 
-@dataclass(frozen=True)
-class StoredWeights:
-    """Weights of a compact form, by component."""
-
-    weights: dict[str, int]
-    nonzero: dict[str, int]
-
-
-def stored_weights(model: PreTrainedModel) -> StoredWeights:
-    """Count the weights of the compact form; shared ones once, under their first name."""
+def stored_weights(model: PreTrainedModel) -> tuple[dict[str, int], dict[str, int]]:
+    """Count the weights of the compact form by component, all and those that are not 0; shared ones once."""
     components = _ComponentMap(model)
-    counts = StoredWeights(dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0))
+    weights, nonzero = dict.fromkeys(COMPONENTS, 0), dict.fromkeys(COMPONENTS, 0)
     for name, weight in iter_weights(model, COMPACT):
         component = components.component(name)
-        counts.weights[component] += weight.numel()
-        counts.nonzero[component] += int(torch.count_nonzero(weight))
-    return counts
+        weights[component] += weight.numel()
+        nonzero[component] += int(torch.count_nonzero(weight))
+    return weights, nonzero
 
 
 def exported_weights(model: PreTrainedModel) -> int:
@@ -170,15 +150,15 @@ def footprint(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
     `parameters` are those of the ordinary folder; `stored` and `nonzero` those of the compact form; FLOPS its FLOPs for
     each token of the batch. The last three are there by component too.
     """
-    stored, arithmetic = stored_weights(model), flops(model, batch)
-    per_token = {name: count / batch.num_tokens for name, count in arithmetic.items()}
+    stored, nonzero = stored_weights(model)
+    per_token = {name: count / batch.num_tokens for name, count in flops(model, batch).items()}
     return {
         "parameters": exported_weights(model),
-        "stored": sum(stored.weights.values()),
-        "nonzero": sum(stored.nonzero.values()),
+        "stored": sum(stored.values()),
+        "nonzero": sum(nonzero.values()),
         FLOPS: sum(per_token.values()),
-        **{f"stored/{name}": count for name, count in stored.weights.items()},
-        **{f"nonzero/{name}": count for name, count in stored.nonzero.items()},
+        **{f"stored/{name}": count for name, count in stored.items()},
+        **{f"nonzero/{name}": count for name, count in nonzero.items()},
         **{f"{FLOPS}/{name}": count for name, count in per_token.items()},
     }
 

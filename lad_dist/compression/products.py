@@ -1,15 +1,5 @@
 """Low rank: linear maps and word embeddings as products of two smaller matrices.
 
-    LowRankLinear            the compressed module in a linear map's place
-    LowRankEmbedding         the compressed module in the word embeddings' place
-    factors(…)               the product that is nearest to a weight, and its error
-    second_moments(…)        of the inputs of weights on a sample of the data, to weigh errors by
-    insert_products          inserts the compressed modules
-    linear_maps              the linear maps that a regular expression names
-    word_embeddings_of       the word embeddings, refused where an MLM head reads them too
-    copy_linear              a linear map with copies of a weight and a bias
-    rank_of_share            the rank for a share of a matrix's weights
-
 Without a sample, the smallest singular values of the weight W are dropped: no product of this rank is nearer to W
 (Eckart and Young, 1936; LadaBERT, Mao et al., 2020, section 3.2). With a sample, those of W R are dropped, where
 R Rᵀ = S is the second moment of the inputs x: no product of this rank makes E|W x - B A x|² smaller (DRONE, Chen et
@@ -40,16 +30,31 @@ from lad_dist.models.loading import PreTrainedModel
 DAMPING = 1e-3  # of the mean of the second moments' diagonal
 
 
-class LowRankLinear(CompressedModule):
-    """x -> B (A x) + b with A [rank, I], B [O, rank].
+class LowRankModule(CompressedModule):
+    """x -> B (A x) + b.
 
     The singular values are shared evenly between A and B, so that both learn at one pace.
     """
 
-    def __init__(self, inner: nn.Linear, outer: nn.Linear):
+    def __init__(self, inner: nn.Linear | nn.Embedding, outer: nn.Linear):
         super().__init__()
-        self.inner = inner
-        self.outer = outer
+        self.inner = inner  # A
+        self.outer = outer  # B and b
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x))
+
+    def to_compact(self) -> nn.Module | None:
+        """Return the pair, where it has fewer weights than its product."""
+        inner, outer = self.inner.weight, self.outer.weight
+        size_of_product = (inner.numel() // outer.shape[1]) * len(outer)
+        if inner.numel() + outer.numel() < size_of_product:
+            return nn.Sequential(self.inner, self.outer)
+        return self.merge()
+
+
+class LowRankLinear(LowRankModule):
+    """The product in a linear map's place: A [rank, I], B [O, rank]."""
 
     @classmethod
     def from_module(cls, linear: nn.Linear, rank: int, second_moment: Tensor | None = None) -> tuple[Self, Tensor]:
@@ -58,26 +63,15 @@ class LowRankLinear(CompressedModule):
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(copy_linear(a, None), copy_linear(b, bias)), error
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.inner(x))
-
     def merge(self) -> nn.Module:
         bias = None if self.outer.bias is None else self.outer.bias.detach()
         return copy_linear(_product(self.outer, self.inner.weight), bias)
 
-    def to_compact(self) -> nn.Module:
-        """Return the pair, where it has fewer weights than its product."""
-        rows, columns, rank = self.outer.out_features, self.inner.in_features, self.inner.out_features
-        return nn.Sequential(self.inner, self.outer) if rank * (rows + columns) < rows * columns else self.merge()
 
+class LowRankEmbedding(LowRankModule):
+    """The product in the word embeddings' place: A [V, rank], whose rows are looked up, B [D, rank]."""
 
-class LowRankEmbedding(CompressedModule):
-    """word v -> B A_v with A [V, rank], B [D, rank]."""
-
-    def __init__(self, inner: nn.Embedding, outer: nn.Linear):
-        super().__init__()
-        self.inner = inner
-        self.outer = outer
+    inner: nn.Embedding
 
     @classmethod
     def from_module(
@@ -85,19 +79,10 @@ class LowRankEmbedding(CompressedModule):
     ) -> tuple[Self, Tensor]:
         """Return the nearest product and its relative error. `second_moment` [V] is how often each word occurs."""
         a, b, error = factors(embedding.weight.T, rank, second_moment)
-        return cls(_embedding(a.T, embedding.padding_idx), copy_linear(b, None)), error
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.outer(self.inner(input_ids))
+        return cls(_copy_embedding(a.T, embedding.padding_idx), copy_linear(b, None)), error
 
     def merge(self) -> nn.Module:
-        return _embedding(_product(self.outer, self.inner.weight.T).T, self.inner.padding_idx)
-
-    def to_compact(self) -> nn.Module:
-        """Return the pair, where it has fewer weights than its product."""
-        num_words, rank, width = *self.inner.weight.shape, self.outer.out_features
-        is_smaller = rank * (num_words + width) < num_words * width
-        return nn.Sequential(self.inner, self.outer) if is_smaller else self.merge()
+        return _copy_embedding(_product(self.outer, self.inner.weight.T).T, self.inner.padding_idx)
 
 
 def _product(outer: nn.Linear, inner: Tensor) -> Tensor:
@@ -109,19 +94,17 @@ def copy_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return a linear map with copies of these."""
     rows, columns = weight.shape
     linear = nn.Linear(columns, rows, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
+    linear.weight.data.copy_(weight)
+    if bias is not None:
+        linear.bias.data.copy_(bias)
     return linear
 
 
-def _embedding(weight: Tensor, padding: int | None) -> nn.Embedding:
+def _copy_embedding(weight: Tensor, padding: int | None) -> nn.Embedding:
     """Return an embedding with a copy of the weight."""
     num_words, width = weight.shape
     embedding = nn.Embedding(num_words, width, padding_idx=padding, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        embedding.weight.copy_(weight)
+    embedding.weight.data.copy_(weight)
     return embedding
 
 
@@ -174,33 +157,22 @@ def second_moments(
     """
     maps = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     moments = {name: module.weight.new_zeros(module.in_features, module.in_features) for name, module in maps.items()}
-    names, training = list(maps), model.training
+    totals, training = list(moments.values()), model.training
     model.eval()
     for batch in batches:
-        with activations.capture(
-            list(maps.values()),
-            # The hook runs in this iteration alone, while `batch` is this one.
-            lambda n, x, _: _add_products(moments[names[n]], activations.token_rows(x, batch)),  # noqa: B023
-        ):
+
+        def add_products(number: int, x: Tensor, _: Tensor, batch: Batch = batch) -> None:
+            x = activations.token_rows(x, batch).to(totals[number].dtype)
+            totals[number] += x.T @ x
+
+        with activations.capture(list(maps.values()), add_products):
             activations.compute_logits(model, batch)
     model.train(training)
-    counts = {
-        name: _word_counts(module, batches) for name, module in modules.items() if isinstance(module, nn.Embedding)
-    }
-    return moments | counts
-
-
-def _add_products(total: Tensor, x: Tensor) -> None:
-    x = x.to(total.dtype)
-    total += x.T @ x
-
-
-def _word_counts(embedding: nn.Embedding, batches: Sequence[Batch]) -> Tensor:
-    total = torch.ones(embedding.num_embeddings)
-    for batch in batches:
-        input_ids = activations.real_tokens(batch.input_ids, batch)
-        total += torch.bincount(input_ids, minlength=embedding.num_embeddings)
-    return total.to(embedding.weight.device)
+    words = torch.cat([activations.real_tokens(batch.input_ids, batch) for batch in batches])
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            moments[name] = (1.0 + torch.bincount(words, minlength=module.num_embeddings)).to(module.weight.device)
+    return moments
 
 
 def word_embeddings_of(model: PreTrainedModel, where: str) -> tuple[str, nn.Embedding]:
@@ -228,7 +200,7 @@ def rank_of_share(matrix: Tensor, share: float) -> float:
 
 def linear_maps(model: PreTrainedModel, modules: str, where: str) -> dict[str, nn.Linear]:
     """Return linear maps by name, without those of products. Raise UserError where no name matches."""
-    products = [module for module in compressed_modules(model) if isinstance(module, LowRankLinear | LowRankEmbedding)]
+    products = [module for module in compressed_modules(model) if isinstance(module, LowRankModule)]
     inside_products = {module for product in products for module in product.modules()}
     maps = {
         name: module

@@ -1,10 +1,4 @@
-"""Inputs and outputs of a model's modules on a sample of the training data.
-
-capture(modules, callback)     hands them to a callback while the context lasts
-compute_logits(model, batch)   one forward without gradients
-token_rows(x, batch)           the rows of real tokens, or those that a head reads
-real_tokens(flat, batch)       flat rows without padding
-"""
+"""Inputs and outputs of a model's modules on a sample of the training data."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

@@ -18,11 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from lad_dist.core.batch import Batch, one_span_per_sequence, pad, unpad
 from lad_dist.models import families
@@ -114,12 +110,12 @@ class PaddedForward:
     @property
     def qkv(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """The q, k and v of each layer, [N, H, D / H]: those of the last of its attentions to run."""
-        last = {layer: list(attentions.values())[-1] for layer, attentions in self.projections.items()}
-        heads = {
-            layer: [self.flatten(x).unflatten(-1, (self.num_heads, -1)) for x in outputs]
-            for layer, outputs in last.items()
-        }
-        return {layer: (q, k, v) for layer, (q, k, v) in heads.items()}
+        qkv = {}
+        for layer, attentions in self.projections.items():
+            *_, last = attentions.values()
+            q, k, v = (self.flatten(x).unflatten(-1, (self.num_heads, -1)) for x in last)
+            qkv[layer] = q, k, v
+        return qkv
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """Pad [N] to [B, S]."""

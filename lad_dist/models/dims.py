@@ -1,10 +1,7 @@
 """Sizes of models: dimensions, positions, vocabulary, parameters."""
 
 from torch import nn
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Head

@@ -1,12 +1,5 @@
 """What differs between the families of encoders, as one table. All other modules treat the families alike.
 
-    Family                   what a forward, a compression or a count of weights needs to know
-    LayerModules             where the modules of a layer stand in it
-    FAMILIES                 the families by model_type
-    family_of(config)        the family of a model
-    check_family(...)        refuses a model that cannot run here
-    layer_list_pattern(...)  matches the modules in an encoder's layers, whatever the family
-
 A family runs flat where transformers lets its attention be replaced. Where attention is the family's own, it runs
 padded, a sequence a span, and its outputs are flattened. MPNet adds a bias by relative position, DeBERTa products with
 embeddings of relative positions. Their q and k are of the contents alone, without what positions add to the product.

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from lad_dist.core.batch import Batch, one_span_per_sequence, pad
 from lad_dist.core.outputs import ModelOutputs, OutputSpec

@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from lad_dist.core.batch import Batch, Head
 from lad_dist.core.outputs import ModelOutputs, OutputSpec

@@ -25,10 +25,7 @@ MODEL_CLASSES = {
 }
 # Ends of the names of architectures with a task's head.
 ARCHITECTURE_SUFFIXES = {
-    "classification": "ForSequenceClassification",
-    "regression": "ForSequenceClassification",
-    "tagging": "ForTokenClassification",
-    "question_answering": "ForQuestionAnswering",
+    head: kind.__name__.removeprefix("AutoModel") for head, kind in MODEL_CLASSES.items() if head not in ("none", "mlm")
 }
 
 

@@ -1,10 +1,4 @@
-"""Models in and out: folder or hub name to model, model to folder.
-
-load_model(path, head, ...)      folder or hub name -> model with this head, set to flat attention
-create_model(architecture, ...)  a new model
-save_model(model, folder)        model -> an ordinary Hugging Face folder
-check_weight_files(path)         refuses weights that cannot be read, by their headers alone
-"""
+"""Models in and out: folder or hub name to model, model to folder."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lad_dist.config.errors import UserError
@@ -45,17 +36,13 @@ def check_weight_files(path: str) -> None:
         raise UserError(f"{path}: no weights, neither model.safetensors nor pytorch_model.bin")
     for file in files:
         try:
-            _open_weights(file)
+            # Names and shapes alone are read. A pickle of anything but tensors raises.
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    continue
+            torch.load(file, map_location="meta", weights_only=True)
         except Exception as error:  # of Rust, zip and pickle
             raise UserError(f"{file}: cannot read weights ({one_line(error)})") from None
-
-
-def _open_weights(file: Path) -> None:
-    """Read the names and shapes of a file's tensors. A pickle of anything but tensors raises."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt"):
-            return
-    torch.load(file, map_location="meta", weights_only=True)
 
 
 def load_model(

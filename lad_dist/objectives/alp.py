@@ -34,19 +34,7 @@ class ALP(KD):
         hard: Weight = 0.1,
         temperature: Annotated[float, Field(gt=0)] = 20.0,
     ):
-        """Build the objective for two models.
-
-        Args:
-            student: Dimensions of the student.
-            teacher: Dimensions of the teacher.
-            hidden: Weight of the hidden states.
-            soft: Weight of the teacher's logits.
-            hard: Weight of the labels.
-            temperature: T.
-
-        Raises:
-            UserError: The widths differ, or the teacher lacks the head that `soft` needs.
-        """
+        """Build the objective; beside kd's errors raise UserError if the widths differ."""
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         check_same_width("alp", student, teacher)
         self.hidden = hidden
@@ -54,11 +42,7 @@ class ALP(KD):
         self.teacher_spec = self.teacher_spec._replace(hidden=tuple(range(1, teacher.num_hidden_layers + 1)))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Compute KD's terms and the error between student layers and attended teacher layers.
-
-        Returns:
-            KD's terms, and "hidden".
-        """
+        """Return KD's terms, and "hidden", the error between student layers and attended teacher layers."""
         assert teacher is not None
         layers = [losses.first_tokens(teacher.hidden[layer], batch).float() for layer in self.teacher_spec.hidden]
         teacher_states = torch.stack(layers, dim=1)  # [B, L, D]

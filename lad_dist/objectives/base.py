@@ -58,16 +58,7 @@ class Objective(nn.Module):
 
 
 def uniform_layer_map(name: str, student: ModelDims, teacher: ModelDims) -> list[tuple[int, int]]:
-    """Return pairs of student layer m = 1 … M and teacher layer ⌊m L / M⌋.
-
-    Args:
-        name: The objective's name, for the message.
-        student: Dimensions of the student, M layers.
-        teacher: Dimensions of the teacher, L layers.
-
-    Raises:
-        UserError: The student has more layers than the teacher.
-    """
+    """Return pairs of student layer m = 1 … M and teacher layer ⌊m L / M⌋; raise UserError if M exceeds L."""
     new, old = student.num_hidden_layers, teacher.num_hidden_layers
     if new > old:
         raise UserError(f"objective.name = {name}: {new} student layers, only {old} teacher layers")
@@ -84,9 +75,7 @@ def projection(student: ModelDims, teacher: ModelDims) -> nn.Module:
 def teacher_layer_weights(m: int, weights: Iterable[Tensor]) -> dict[str, Tensor]:
     """Return metrics `teacher_layer_weight/m/l` for student layer m; a run draws its heat map from them.
 
-    Args:
-        m: Number of the student layer, from 1.
-        weights: Scalars that sum to 1: the weights of teacher layers 1 … L in what student layer m learns.
+    The `weights` of teacher layers 1 … L in what student layer m learns sum to 1.
     """
     return {f"teacher_layer_weight/{m}/{layer}": weight for layer, weight in enumerate(weights, start=1)}
 

@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -31,19 +32,7 @@ class DistilBERT(KD):
         hard: Weight = 2.0,
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
-        """Build the objective for two models.
-
-        Args:
-            student: Dimensions of the student.
-            teacher: Dimensions of the teacher.
-            cosine: Weight of the last hidden states.
-            soft: Weight of the teacher's logits.
-            hard: Weight of the labels.
-            temperature: T.
-
-        Raises:
-            UserError: The widths differ, or the teacher lacks the head that `soft` needs.
-        """
+        """Build the objective; beside kd's errors raise UserError if the widths differ."""
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         check_same_width("distilbert", student, teacher)
         self.cosine = cosine
@@ -52,12 +41,9 @@ class DistilBERT(KD):
         self.teacher_spec = self.teacher_spec._replace(hidden=(self.teacher_layer,))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Compute KD's terms and the cosine distance of the last hidden states.
-
-        Returns:
-            KD's terms, and "cosine".
-        """
+        """Return KD's terms, and "cosine", the distance of the last hidden states."""
         assert teacher is not None
-        distances = losses.cosine_distance(student.hidden[self.student_layer], teacher.hidden[self.teacher_layer])
+        s, t = student.hidden[self.student_layer].float(), teacher.hidden[self.teacher_layer].float()
+        distances = 1 - F.cosine_similarity(s, t, dim=-1)
         terms = super().forward(student, teacher, batch)
         return terms | {"cosine": self.cosine * losses.mean_over_tokens(distances, batch)}

@@ -55,23 +55,7 @@ class EMD(KD):
         hard: Weight = 0.0,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ):
-        """Build the objective for two models.
-
-        Args:
-            student: Dimensions of the student.
-            teacher: Dimensions of the teacher.
-            hidden: Weight of the hidden states.
-            attention: Weight of the attention scores; with 0 the numbers of heads may differ.
-            embedding: Weight of the embedding outputs.
-            cost_temperature: Temperature of the masses; the higher, the more equal they are.
-            soft: Weight of the teacher's logits.
-            hard: Weight of the labels.
-            temperature: T.
-
-        Raises:
-            UserError: hidden and attention are 0, the numbers of heads differ, or the teacher lacks the head that
-                `soft` needs.
-        """
+        """Build the objective; beside kd's errors raise UserError for other heads, or if no layers are compared."""
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         weights = {"hidden": hidden, "attention": attention}
         self.weights = {kind: weight for kind, weight in weights.items() if weight}
@@ -122,10 +106,9 @@ class EMD(KD):
         self.masses = [np.mean(side, axis=0) for side in zip(*masses, strict=True)]
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Compute KD's terms and the costs of the plans; in training, add up the costs of the step.
+        """Return KD's terms, "hidden", "attention" and "embedding", but those of weight 0.
 
-        Returns:
-            KD's terms, and "hidden", "attention" and "embedding", each only if its weight is not 0.
+        In training, the costs of the step are added up.
         """
         assert teacher is not None
         projected = {m: self.hidden_projection(x) for m, x in student.hidden.items() if m and "hidden" in self.plans}
@@ -146,7 +129,10 @@ class EMD(KD):
             costs = torch.stack([costs for _, costs in transports.values()])
             self.costs = self.costs.to(costs.device) + processes.average(costs)
             self.count += 1
-        self._log_layer_weights(batch.input_ids.device)
+        plan = next(iter(self.plans.values()))
+        shares = torch.as_tensor(plan / plan.sum(axis=1, keepdims=True), dtype=torch.float32).to(batch.input_ids.device)
+        for m, weights in enumerate(shares, start=1):
+            self.metrics |= teacher_layer_weights(m, weights)
         terms = super().forward(student, teacher, batch)
         terms |= {kind: self.weights[kind] * loss for kind, (loss, _) in transports.items()}
         if self.embedding:
@@ -154,12 +140,6 @@ class EMD(KD):
             error = losses.mean_over_tokens(losses.squared_error(mapped, teacher.hidden[0]), batch)
             terms["embedding"] = self.embedding * error
         return terms
-
-    def _log_layer_weights(self, device: torch.device) -> None:
-        plan = next(iter(self.plans.values()))
-        weights = (plan / plan.sum(axis=1, keepdims=True)).tolist()
-        for m, row in enumerate(weights, start=1):
-            self.metrics |= teacher_layer_weights(m, (torch.full((), weight, device=device) for weight in row))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside parameters.

@@ -33,18 +33,7 @@ class KD(Objective):
         hard: Weight = 0.5,
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
-        """Build the objective for two models.
-
-        Args:
-            student: Dimensions of the student.
-            teacher: Dimensions of the teacher.
-            soft: Weight of the teacher's logits.
-            hard: Weight of the labels.
-            temperature: T.
-
-        Raises:
-            UserError: soft > 0, and the teacher has no head.
-        """
+        """Build the objective; raise UserError if `soft` is not 0 and the teacher has no head."""
         super().__init__()
         if soft and teacher.head == "none":
             raise UserError(
@@ -56,11 +45,7 @@ class KD(Objective):
         self.teacher_spec = OutputSpec(logits=soft > 0)
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Compute the losses against the labels and against the teacher's logits.
-
-        Returns:
-            "hard" and "soft", each only if its weight is not 0.
-        """
+        """Return "hard" and "soft", the losses against labels and the teacher's logits, but those of weight 0."""
         assert teacher is not None
         terms = {}
         if self.hard:

@@ -54,18 +54,15 @@ class Gate(nn.Module):
         """Mix the aggregate A_{l-1} [N, D] with the layer H_l [N, D].
 
         Returns:
-            The mixture [N, D] before its norm, and the gate's values [N, D] in [0, 1].
+            The mixture [N, D] before its norm, and the gate's values G_l [N, D]: 1 takes the layer, 0 the aggregate.
         """
-        value = self.value(aggregate, layer)
-        return torch.lerp(aggregate, layer, value), value
-
-    def value(self, aggregate: Tensor, layer: Tensor) -> Tensor:
-        """Return the gate's values G_l [N, D]: 1 takes the layer, 0 the aggregate."""
         if self.config.gates == "constant":
             assert self.config.gate_init is not None
-            return torch.full_like(layer, self.config.gate_init)
-        inputs = aggregate if self.config.gate_input == "aggregate" else torch.cat([aggregate, layer], dim=-1)
-        return torch.sigmoid(self.linear(inputs))
+            value = torch.full_like(layer, self.config.gate_init)
+        else:
+            inputs = aggregate if self.config.gate_input == "aggregate" else torch.cat([aggregate, layer], dim=-1)
+            value = torch.sigmoid(self.linear(inputs))
+        return torch.lerp(aggregate, layer, value), value
 
 
 class LAD(KD):
@@ -129,28 +126,7 @@ class LAD(KD):
         hard: Weight = 0.5,
         temperature: Annotated[float, Field(gt=0)] = 2.0,
     ):
-        """Build the objective for two models.
-
-        Args:
-            student: Dimensions of the student.
-            teacher: Dimensions of the teacher.
-            hidden: Weight of the hidden states.
-            variant: Where the options that are None come from.
-            gates: Whether gates learn, stay as they start, or are one constant; None: the variant's.
-            gate_init: Value at which gates start, or stay if constant; None: random.
-            gate_input: What a gate reads: A_{l-1}, or H_l too; None: the variant's.
-            norm: Whether LN is over a token's width or over a whole sequence; None: the variant's.
-            affine: Whether LN has a learnt scale and shift; None: the variant's.
-            gate_supervision: Weight of the gates' own task, to predict the teacher's logits.
-            detach_gates: Whether the hidden term is kept from training the gates.
-            soft: Weight of the teacher's logits.
-            hard: Weight of the labels.
-            temperature: T.
-
-        Raises:
-            UserError: The widths differ, the student has more layers than the teacher, the teacher lacks the head that
-                `soft` needs, or options of the gates exclude each other.
-        """
+        """Build the objective; beside kd's errors raise UserError for dimensions or options that exclude each other."""
         super().__init__(student, teacher, soft=soft, hard=hard, temperature=temperature)
         check_same_width("lad", student, teacher)
         options: dict[str, Any] = {
@@ -180,11 +156,7 @@ class LAD(KD):
         self.teacher_spec = self.teacher_spec._replace(hidden=every_layer, logits=soft > 0 or gate_supervision > 0)
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Compute KD's terms and the error between student layers and aggregated teacher layers.
-
-        Returns:
-            KD's terms, "hidden", and with gate supervision "gate_supervision".
-        """
+        """Return KD's terms, "hidden", and with gate supervision "gate_supervision"."""
         assert teacher is not None
         dtype = student.hidden[1].dtype  # that of the gates too
         aggregates = self.aggregate({layer: x.to(dtype) for layer, x in teacher.hidden.items()})

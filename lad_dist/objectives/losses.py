@@ -65,11 +65,6 @@ def log_softmax_per_sequence(logits: Tensor, batch: Batch) -> Tensor:
     return F.log_softmax(spans, dim=1).flatten(0, 1).index_select(0, index)
 
 
-def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1 - cosine of [N, D] and [N, D], as [N] (DistilBERT, Sanh et al., 2019)."""
-    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
-
-
 def squared_error(student: Tensor, target: Tensor) -> Tensor:
     """Return the squared error of [N, D] and [N, D], mean over the width, as [N]."""
     return (student.float() - target.float()).square().mean(dim=-1)
@@ -141,9 +136,9 @@ class AttentionScores(NamedTuple):
 def attention_scores(pair: Pair, batch: Batch, heads: int) -> AttentionScores:
     """Return the scores of queries and keys [N, *], split into `heads`."""
     batch = one_span_per_sequence(batch)
-    padding = None if batch.num_tokens == len(pair[0]) else ~batch.is_token[:, None, :, None]
     queries, keys = (_split_heads(x, batch, heads) for x in pair)
-    if padding is not None:
+    if batch.num_tokens < len(pair[0]):
+        padding = ~batch.is_token[:, None, :, None]
         queries, keys = queries.masked_fill(padding, 0.0), keys.masked_fill(padding, 0.0)
     queries = queries / queries.shape[-1] ** 0.5
     return AttentionScores(queries, keys, _inner_product(queries, keys, queries, keys))

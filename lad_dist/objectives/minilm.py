@@ -21,15 +21,7 @@ class MiniLM(Objective):
     uses_mlm_head = False
 
     def __init__(self, student: ModelDims, teacher: ModelDims):
-        """Build the objective for two models.
-
-        Args:
-            student: Dimensions of the student.
-            teacher: Dimensions of the teacher.
-
-        Raises:
-            UserError: The numbers of attention heads differ.
-        """
+        """Build the objective; raise UserError if the numbers of attention heads differ."""
         super().__init__()
         check_same_heads("minilm", student, teacher)
         self.heads = teacher.num_attention_heads
@@ -38,11 +30,7 @@ class MiniLM(Objective):
         self.teacher_spec = OutputSpec(qkv=(self.teacher_layer,))
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Compute the divergences of the last layers' attention and value relations.
-
-        Returns:
-            "attention" and "value".
-        """
+        """Return "attention" and "value", the divergences of the last layers' relations."""
         assert teacher is not None
         (qs, ks, vs), (qt, kt, vt) = student.qkv[self.student_layer], teacher.qkv[self.teacher_layer]
         return {

@@ -1,8 +1,5 @@
 """Optimal transport between layers, which decides what each student layer learns from (BERT-EMD).
 
-    transport_plan(costs, student, teacher)     the cheapest way to bring the teacher's masses to the student's
-    cost_attention(plan, costs, temperature)    new masses: layers that are cheap to reach weigh more
-
 M student layers, L teacher layers. All is in fp64 on the host, where a plan of 12 x 24 takes milliseconds.
 """
 

@@ -1,5 +1,7 @@
 """Learning from labels alone: those of a task, or the masked tokens of a corpus."""
 
+from typing import ClassVar, Literal
+
 from torch import Tensor
 
 from lad_dist.core.batch import Batch
@@ -8,9 +10,13 @@ from lad_dist.objectives import losses
 from lad_dist.objectives.base import Objective
 
 
-class _SupervisedObjective(Objective):
-    """Loss against labels, without a teacher."""
+class Supervised(Objective):
+    """Supervised training on a task, L = CE(z, y); squared error for regression.
 
+    z [R, V] are the student's logits, y the labels (Devlin et al., NAACL 2019).
+    """
+
+    supported_data: ClassVar[tuple[Literal["corpus", "task"], ...]] = ("task",)
     requires_teacher = False
     student_spec = OutputSpec(logits=True)
 
@@ -20,25 +26,12 @@ class _SupervisedObjective(Objective):
         self.head = student.head
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Compute the loss against the labels of `batch`.
-
-        Returns:
-            {"hard": the loss}.
-        """
+        """Return "hard", the loss against the labels of the batch."""
         assert student.logits is not None
         return {"hard": losses.hard_label_loss(student.logits, batch, self.head)}
 
 
-class Supervised(_SupervisedObjective):
-    """Supervised training on a task, L = CE(z, y); squared error for regression.
-
-    z [R, V] are the student's logits, y the labels (Devlin et al., NAACL 2019).
-    """
-
-    supported_data = ("task",)
-
-
-class MLM(_SupervisedObjective):
+class MLM(Supervised):
     """Masked language modelling on a corpus, L = CE(z, y) (Devlin et al., NAACL 2019).
 
     z [R, V] are the logits of the MLM head at the masked positions, y the tokens that stood there.

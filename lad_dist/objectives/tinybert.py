@@ -21,8 +21,9 @@ class TinyBERT(KD):
             + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
 
     E [N, D] are embedding outputs, S_m and H_l [N, D] the outputs of student layer m = 1 … M and teacher layer l. A are
-    attention scores Q Kᵀ / √d before the softmax: a mean over heads and pairs of tokens of one sequence. One learnt map
-    W with a bias serves all layers, as in the authors' code; with equal widths there is none.
+    attention scores Q Kᵀ / √d before the softmax: a mean over heads and pairs of tokens of one sequence; with
+    `attention = 0` the numbers of heads may differ. One learnt map W with a bias serves all layers, as in the authors'
+    code; with equal widths there is none.
 
     With soft = 0 it trains no head. On a corpus it is general distillation; on a task it is the first of two phases,
     and kd with hard = 0 from its export the second. Both at once, with soft > 0 on a task, are LadaBERT's four losses
@@ -42,21 +43,7 @@ class TinyBERT(KD):
         soft: Weight = 0.0,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ):
-        """Build the objective for two models.
-
-        Args:
-            student: Dimensions of the student.
-            teacher: Dimensions of the teacher.
-            embedding: Weight of the embedding outputs.
-            hidden: Weight of the hidden states.
-            attention: Weight of the attention scores; with 0 the numbers of heads may differ.
-            soft: Weight of the teacher's logits.
-            temperature: T.
-
-        Raises:
-            UserError: The student has more layers than the teacher, the numbers of heads differ, or a model lacks the
-                head that `soft` needs.
-        """
+        """Build the objective; beside kd's errors raise UserError for dimensions that do not go together."""
         if soft and student.head == "none":
             raise UserError("objective.soft: on a corpus tinybert trains no head; set objective.soft = 0, or take kd")
         super().__init__(student, teacher, soft=soft, hard=0.0, temperature=temperature)
@@ -77,11 +64,7 @@ class TinyBERT(KD):
         )
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Compute the errors of embeddings, hidden states and attention scores, and the soft-label loss.
-
-        Returns:
-            "embedding", "hidden", "attention" and "soft", each only if its weight is not 0.
-        """
+        """Return "embedding", "hidden", "attention" and "soft", but those of weight 0."""
         assert teacher is not None
         errors: dict[str, list[Tensor]] = {name: [] for name, weight in self.weights.items() if weight}
         for m, layer in self.hidden_map:

@@ -21,7 +21,8 @@ from lad_dist.core.step_state import StepState
 from lad_dist.models import loading
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.loading import PreTrainedModel
-from lad_dist.training.train import check, train
+from lad_dist.training.run_spec import resolve_run
+from lad_dist.training.train import train
 
 
 def pruned(**options: Any) -> tuple[PreTrainedModel, GlobalPruning]:
@@ -285,7 +286,7 @@ def test_mistakes_are_refused_before_any_weight_is_read(
     tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
     tables["compression"] = [{"name": "prune", **options}]
     with pytest.raises(UserError) as caught:
-        check(toy.parsed(tables))
+        resolve_run(toy.parsed(tables))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -10,7 +10,7 @@ from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lad_dist.compression.width_pruning.cut import HeadMap, cut_scores, cut_values
+from lad_dist.compression.width_pruning.heads import HeadMap, cut_scores, cut_values
 from lad_dist.compression.width_pruning.narrow import Widths, check_widths, narrow_model
 from lad_dist.compression.width_pruning.statistics import nearest_to_coordinates
 from lad_dist.config.errors import UserError

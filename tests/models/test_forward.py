@@ -46,15 +46,6 @@ def batch_of(lengths: list[int], head: Head, *, pad_to: int | None = None) -> Ba
     return toy_families.batch_of_pairs(lengths, head, VOCABULARY, pad_to)
 
 
-def test_sequences_do_not_see_each_other(tmp_path: Path) -> None:
-    model = loading.load_model(str(save_toy_model(tmp_path, "none")), "none").eval()
-    together, alone = batch_of([5, 9], "none"), batch_of([5], "none")
-    assert together.input_ids[:5].tolist() == alone.input_ids.tolist()
-    with torch.no_grad():
-        hidden = [compute_outputs(model, batch, OutputSpec(hidden=(4,))).hidden[4] for batch in (together, alone)]
-    torch.testing.assert_close(hidden[0][:5], hidden[1], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
     """In bf16 and with dropout attention is computed product by product: it keeps the same sequences apart."""
@@ -72,17 +63,6 @@ def test_gradients_through_shared_spans(dropout: float, tmp_path: Path) -> None:
     assert gradient is not None
     assert (gradient[span_tokens].abs().sum(dim=1) > 0).all()
     assert gradient[list(other_tokens)].abs().max() == 0
-
-
-def test_segments_matter(tmp_path: Path) -> None:
-    model = loading.load_model(str(save_toy_model(tmp_path, "none")), "none").eval()
-    batch = batch_of(LENGTHS, "none")
-    one_segment = batch._replace(token_type_ids=torch.zeros_like(batch.token_type_ids))
-    with torch.no_grad():
-        with_segments, without = (
-            compute_outputs(model, b, OutputSpec(hidden=(4,))).hidden[4] for b in (batch, one_segment)
-        )
-    assert (with_segments - without).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,6 @@ def test_plans_are_those_of_an_exact_solver(seed: int, sizes: tuple[int, int], s
     assert np.count_nonzero(plan) < sum(sizes)
 
 
-def test_a_plan_without_costs_is_a_plan() -> None:
-    plan = optimal_transport.transport_plan(np.zeros((2, 3)), np.full(2, 1 / 2), np.full(3, 1 / 3))
-    np.testing.assert_allclose(plan.sum(axis=0), np.full(3, 1 / 3))
-
-
 @settings(max_examples=20)
 @given(seed=SEEDS, temperature=st.sampled_from([1.0, 5.0, 1e9]))
 def test_cost_attention_equals_the_equation(seed: int, temperature: float) -> None:

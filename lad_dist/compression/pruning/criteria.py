@@ -1,14 +1,5 @@
 """Criteria: masks over weights, and which weights matter.
 
-    Mask                the base class: what stands between a weight and its users
-        Magnitude       large weights (Han et al., 2015)
-        Random          drawn once: the null hypothesis for all others
-        Movement        those that training moves away from 0 (Sanh et al., 2020)
-        Adapting        by scores over weights that never change, from |w| ("adapting by pruning", Gao, Colombo and
-                        Wang, 2021)
-        AdaptingPaper   the same from noise, as published
-        Iterative       large after training; what stays returns to where it started (Frankle and Carbin, 2019)
-
 The scores of Movement and Adapting learn through a gate that is hard forwards and soft backwards. Only their order
 counts: rank decides which weights stay, so that the sparsity is what the schedule says. The uniform push by which the
 paper lets all scores sink together is here the threshold that rises.
@@ -48,14 +39,14 @@ class Mask(nn.Module):
 
 
 class Magnitude(Mask):
-    """|w|."""
+    """Large weights stay: |w| (Han et al., 2015)."""
 
     def importance(self, weight: Tensor) -> Tensor:
         return weight.detach().float().abs()
 
 
 class Random(Mask):
-    """Random numbers."""
+    """Random numbers, drawn once: the null hypothesis for all others."""
 
     scores: Tensor
 
@@ -111,16 +102,15 @@ class Movement(Mask):
 
 
 class Adapting(Movement):
-    """Scores θ over frozen weights w: the gate is 1[θ > c] forwards, σ(t (θ - c)) backwards.
+    """Scores θ over frozen weights w: the gate is 1[θ > c] forwards, σ(θ - c) backwards.
 
-    So ∂L/∂θ = ∂L/∂(w · mask) · w · t σ'(t (θ - c)) (Gao et al., 2021, section 3). The published gate is σ(t_l θ)
-    forwards with t_l = 1e5: here t_l → ∞, so that what was trained is what is exported. θ starts at |w|: small weights
-    go first while nothing is learnt yet, and what is learnt reorders them.
+    So ∂L/∂θ = ∂L/∂(w · mask) · w · σ'(θ - c) ("adapting by pruning", Gao, Colombo and Wang, 2021, section 3). The
+    published gate is σ(t_l θ) forwards with t_l = 1e5: here t_l → ∞, so that what was trained is what is exported. θ
+    starts at |w|: small weights go first while nothing is learnt yet, and what is learnt reorders them.
     """
 
     freezes = True
     threshold: Tensor
-    sharpness = 1.0  # t
 
     def __init__(self, weight: Tensor):
         super().__init__(weight)
@@ -130,8 +120,8 @@ class Adapting(Movement):
         return weight.detach().abs().flatten()
 
     def slope(self, scores: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.sharpness * (scores - self.threshold))
-        return self.sharpness * gate * (1 - gate)
+        gate = torch.sigmoid(scores - self.threshold)
+        return gate * (1 - gate)
 
     def set_threshold(self, threshold: Tensor) -> None:
         self.threshold.copy_(threshold)
@@ -147,7 +137,7 @@ class AdaptingPaper(Adapting):
 
 
 class Iterative(Mask):
-    """A copy of the weight trains while it is pruned by magnitude.
+    """A copy of the weight trains while it is pruned by magnitude (Frankle and Carbin, 2019).
 
     Then what stays goes back to the weight that the copy started from, and no longer changes.
     """

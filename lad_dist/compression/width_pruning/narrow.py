@@ -1,9 +1,5 @@
 """Narrowing: an encoder of smaller widths that computes what the wide one did, as far as they allow.
 
-    check_widths(config, …)       the widths of the narrow model; refuses those that it cannot have
-    resized_config(config, …)     its config
-    narrow_model(model, …)        wide model -> narrow model, and its errors
-
 Hidden states of all layers are in one space, for each layer adds to them: so one map A [D, d] with orthonormal columns
 narrows them all, h' ≈ Aᵀh. What writes into the stream gets Aᵀ in front. A spans the principal directions of the hidden
 states of a sample, their mean taken away (a mean costs no direction: biases hold it) and every layer counted alike.
@@ -26,12 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lad_dist.compression.width_pruning.cut import cut_embeddings, cut_head
-from lad_dist.compression.width_pruning.fit import fit_head_norm, fit_layers
+from lad_dist.compression.width_pruning.fit import Fit
 from lad_dist.compression.width_pruning.modules import ModuleMap
-from lad_dist.compression.width_pruning.statistics import Statistics, WidthBasis, choose_axes, measure
+from lad_dist.compression.width_pruning.statistics import WidthBasis, choose_axes, measure
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.models import activations, families
@@ -64,9 +58,9 @@ def check_widths(
         num_attention_heads or old.num_attention_heads,
         intermediate_size or max(1, round(old.intermediate_size * hidden_size / old.hidden_size)),
     )
-    for key in ("hidden_size", "num_attention_heads", "intermediate_size"):
-        if getattr(new, key) > getattr(old, key):
-            raise UserError(f"student.{key} = {getattr(new, key)}, but {name} has {getattr(old, key)}")
+    for key, size in vars(new).items():
+        if size > getattr(old, key):
+            raise UserError(f"student.{key} = {size}, but {name} has {getattr(old, key)}")
     if new.hidden_size != old.hidden_size and new.hidden_size == getattr(config, "embedding_size", None):
         raise UserError(
             f"student.hidden_size = {new.hidden_size}: as wide as {name}'s embeddings, whose map to hidden states it "
@@ -110,52 +104,27 @@ def narrow_model(
     student.to(device=model.device, dtype=model.dtype)
     if model.config._attn_implementation != student.config._attn_implementation:
         student.set_attn_implementation(model.config._attn_implementation)
-    narrow = ModuleMap(student)
-    with torch.no_grad():
-        cut_embeddings(wide, narrow, axes)
-        last_states = fit_layers(wide, narrow, axes, batches, statistics)
-        cut_head(wide, narrow, axes, last_states, statistics)
-        fit_head_norm(wide, narrow, axes, batches, statistics)
-    return student.train(training), _errors(wide, narrow, axes, batches, statistics)
+    fit = Fit(wide, ModuleMap(student), axes, batches, statistics)
+    fit.run()
+    return student.train(training), _errors(fit)
 
 
-def _errors(
-    wide: ModuleMap, narrow: ModuleMap, axes: Tensor, batches: Sequence[Batch], statistics: Statistics
-) -> dict[str, float]:
+def _errors(fit: Fit) -> dict[str, float]:
     """Return the errors on the sample, layer 0 being the embeddings' output.
 
     "hidden/l" is the error of the narrow model's hidden states against the wide one's in its coordinates, "lost/l" that
     of what these coordinates leave out, "logits" that of the logits, where there is a head. All are relative to how far
     the wide model's own values lie from their mean (root mean squares).
     """
-    places = range(0, len(wide.stream), 2)
-    squares = [0.0] * len(places)
-    logits: list[tuple[Tensor, Tensor]] = []
-    projection = axes.float().to(wide.model.device)
-    for batch in batches:
-        (wide_logits, wide_states), (narrow_logits, narrow_states) = (
-            _logits_and_states(modules, places, batch) for modules in (wide, narrow)
-        )
-        squares = [
-            total + (x @ projection - y).double().square().sum().item()
-            for total, x, y in zip(squares, wide_states, narrow_states, strict=True)
-        ]
-        logits += [(wide_logits, narrow_logits)] if wide_logits is not None and narrow_logits is not None else []
     errors: dict[str, float] = {}
-    for layer, (total, moments) in enumerate(zip(squares, (statistics.stream[n] for n in places), strict=True)):
-        variance, narrow_variance = moments.covariance.trace(), (axes.T @ moments.covariance @ axes).trace()
-        errors[f"hidden/{layer}"] = (total / moments.count / narrow_variance.item()) ** 0.5
+    for layer, (squares, moments) in enumerate(zip(fit.errors[::2], fit.statistics.stream[::2], strict=True)):
+        variance = moments.covariance.trace()
+        narrow_variance = (fit.axes.T @ moments.covariance @ fit.axes).trace()
+        errors[f"hidden/{layer}"] = (squares / moments.num_rows / narrow_variance.item()) ** 0.5
         errors[f"lost/{layer}"] = ((variance - narrow_variance).clamp(min=0.0) / variance).sqrt().item()
-    if logits:
-        z, z_narrow = (torch.cat(side).double() for side in zip(*logits, strict=True))
+    if fit.statistics.logits:
+        narrow_logits = [activations.compute_logits(fit.narrow.model, batch) for batch in fit.batches]
+        z = torch.cat(fit.statistics.logits).double()
+        z_narrow = torch.cat([x for x in narrow_logits if x is not None]).double()
         errors["logits"] = ((z - z_narrow).norm() / (z - z.mean(dim=0)).norm()).item()
     return errors
-
-
-def _logits_and_states(modules: ModuleMap, places: range, batch: Batch) -> tuple[Tensor | None, list[Tensor]]:
-    """Return a model's logits, None without a head, and its hidden states [N, D] at these places of the stream."""
-    states: list[Tensor] = []
-    stream = [modules.stream[place] for place in places]
-    with activations.capture(stream, lambda _, __, y: states.append(activations.token_rows(y, batch))):
-        logits = activations.compute_logits(modules.model, batch)
-    return logits, states

@@ -1,15 +1,11 @@
 """Statistics of a model on a sample, and the coordinates and regressions that follow from them.
 
-    measure(wide, batches)     what the wide model computes on the sample
-    choose_axes(stream, …)     the map from its coordinates to the narrow ones
-    Reconstruction             the wide hidden states, estimated from the narrow ones
-
 N tokens, D old width, d new width, F intermediate units.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from functools import reduce
+from typing import Literal, NamedTuple
 
 import scipy.linalg
 import torch
@@ -24,87 +20,67 @@ WidthBasis = Literal["principal", "random"]
 RIDGE = 1e-2  # of the mean variance, where few rows speak for many units
 
 
-@dataclass
-class Moments:
-    """Sums over rows [N, D], in fp64."""
+class Moments(NamedTuple):
+    """Mean [D] and covariance [D, D] of rows, in fp64."""
 
-    count: int = 0
-    total: Tensor | float = 0.0
-    products: Tensor | float = 0.0
+    num_rows: int
+    mean: Tensor
+    covariance: Tensor
 
-    def add(self, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).double().cpu()
-        self.count += len(x)
-        self.total = self.total + x.sum(dim=0)
-        self.products = self.products + x.T @ x
-
-    @property
-    def mean(self) -> Tensor:
-        return torch.as_tensor(self.total) / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        return torch.as_tensor(self.products) / self.count - torch.outer(self.mean, self.mean)
+    @classmethod
+    def of(cls, batches: Sequence[Tensor]) -> "Moments":
+        """Return those of the rows [N, D] of each batch."""
+        rows = [x.double().cpu() for x in batches]
+        count = sum(map(len, rows))
+        mean = reduce(torch.add, (x.sum(dim=0) for x in rows)) / count
+        products = reduce(torch.add, (x.T @ x for x in rows))
+        return cls(count, mean, products / count - torch.outer(mean, mean))
 
 
-@dataclass
-class UnitMoments:
-    """Sums over rows [N, F], in fp64, without products of two units."""
-
-    count: int = 0
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
-
-    def add(self, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).double()
-        self.count += len(x)
-        self.total = self.total + x.sum(dim=0).cpu()
-        self.squares = self.squares + x.square().sum(dim=0).cpu()
-
-    @property
-    def mean(self) -> Tensor:
-        return torch.as_tensor(self.total) / self.count
-
-    @property
-    def variance(self) -> Tensor:
-        return (torch.as_tensor(self.squares) / self.count - self.mean.square()).clamp(min=0.0)
-
-
-@dataclass
-class Statistics:
+class Statistics(NamedTuple):
     """What the wide model computes on the sample."""
 
-    states: list[list[Tensor]]  # hidden states at each place of the stream, [N, D] for each batch
+    states: list[list[Tensor]]  # hidden states at each place of the stream, [N, D] of each batch
     stream: list[Moments]  # of these
-    intermediate: list[UnitMoments]  # of each layer
-    head_units: Moments = field(default_factory=Moments)  # of the head's dense layer, where it has one
+    unit_means: list[Tensor]  # of the intermediate units of each layer, [F]
+    unit_variances: list[Tensor]
+    head_states: list[Tensor]  # what the head's last map reads, [R, D] of each batch; none where it has one map
+    head: Moments | None  # of these
+    logits: list[Tensor]  # [R, V] of each batch; none without a head
 
 
 def measure(wide: ModuleMap, batches: Sequence[Batch]) -> Statistics:
     """Return the statistics of the wide model on the batches."""
-    statistics = Statistics(
-        [[] for _ in wide.stream], [Moments() for _ in wide.stream], [UnitMoments() for _ in wide.layers]
-    )
+    states: list[list[Tensor]] = [[] for _ in wide.stream]
+    units: list[list[Tensor]] = [[] for _ in wide.layers]
+    head_states: list[Tensor] = []
+    logits: list[Tensor] = []
     outputs = [layer["output"] for layer in wide.layers]
-    dense = [wide.head_norm] if wide.is_tied and wide.head_norm is not None else wide.head[1:2]
+    head = wide.head[1:2] if wide.head_norm is None else [wide.head_norm]
     for batch in batches:
-        # The hooks run in this iteration alone, while `batch` is this one (B023).
+
+        def add_units(layer: int, x: Tensor, _: Tensor, batch: Batch = batch) -> None:
+            x = activations.token_rows(x, batch).double()
+            units[layer].append(torch.stack([x.sum(dim=0), x.square().sum(dim=0)]).cpu())
+
+        def add_states(place: int, _: Tensor, y: Tensor, batch: Batch = batch) -> None:
+            states[place].append(activations.token_rows(y, batch).float())
+
+        def add_head_states(_: int, x: Tensor, y: Tensor) -> None:
+            head_states.append((x if wide.head_norm is None else y).flatten(0, -2))
+
         with (
-            activations.capture(
-                wide.stream,
-                lambda n, _, y: statistics.states[n].append(activations.token_rows(y, batch).float()),  # noqa: B023
-            ),
-            activations.capture(
-                outputs,
-                lambda n, x, _: statistics.intermediate[n].add(activations.token_rows(x, batch)),  # noqa: B023
-            ),
-            activations.capture(dense, lambda _, x, y: statistics.head_units.add(y if wide.is_tied else x)),
+            activations.capture(wide.stream, add_states),
+            activations.capture(outputs, add_units),
+            activations.capture(head, add_head_states),
         ):
-            activations.compute_logits(wide.model, batch)
-    for moments, states in zip(statistics.stream, statistics.states, strict=True):
-        for state in states:
-            moments.add(state)
-    return statistics
+            z = activations.compute_logits(wide.model, batch)
+        logits += [] if z is None else [z]
+    stream = [Moments.of(x) for x in states]
+    means, squares = zip(*(reduce(torch.add, x) / stream[0].num_rows for x in units), strict=True)
+    variances = [(square - mean.square()).clamp(min=0.0) for mean, square in zip(means, squares, strict=True)]
+    head_moments = Moments.of(head_states) if head_states else None
+    return Statistics(states, stream, list(means), variances, head_states, head_moments, logits)
 
 
 def choose_axes(stream: Sequence[Moments], width: int, width_basis: WidthBasis) -> Tensor:
@@ -128,8 +104,7 @@ def nearest_to_coordinates(span: Tensor) -> Tensor:
     return span @ (left @ right)
 
 
-@dataclass
-class Reconstruction:
+class Reconstruction(NamedTuple):
     """An estimate of the wide hidden states h from the narrow ones h' [d] at a place: h = lift h' + offset."""
 
     lift: Tensor  # [D, d]
@@ -140,17 +115,19 @@ class Reconstruction:
     @classmethod
     def fit(cls, narrow: Sequence[Tensor], wide: Sequence[Tensor], axes: Tensor) -> "Reconstruction":
         """Return the ridge regression that starts from A, of states [N, d] and [N, D] for each batch."""
-        joint = Moments()
-        for x, y in zip(narrow, wide, strict=True):
-            joint.add(torch.cat([x, y], dim=1))
+        joint = Moments.of([torch.cat([x, y], dim=1) for x, y in zip(narrow, wide, strict=True)])
         width = axes.shape[1]
         narrow_mean, wide_mean = joint.mean.split([width, len(axes)])
         covariance, cross = joint.covariance[:width, :width], joint.covariance[width:, :width]
-        ridge = RIDGE * covariance.diagonal().mean() * torch.eye(width, dtype=axes.dtype)
-        lift = axes + torch.linalg.solve(covariance + ridge, (cross - axes @ covariance).T).T
+        lift = axes + torch.linalg.solve(with_ridge(covariance), (cross - axes @ covariance).T).T
         return cls(lift, wide_mean - lift @ narrow_mean, narrow_mean, covariance)
 
     def compose(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Return weight and bias of the map that reads h' as the linear one reads h."""
         weight, bias = weight_and_bias(linear)
         return weight @ self.lift, bias + weight @ self.offset
+
+
+def with_ridge(covariance: Tensor) -> Tensor:
+    """Return a covariance [d, d] that can be inverted."""
+    return covariance + RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)

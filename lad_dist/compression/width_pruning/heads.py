@@ -1,30 +1,17 @@
-"""Cuts: the weights of a narrow model, from those of the wide one and statistics of its inputs.
+"""Cuts: the attention heads of a narrow model, from those of the wide one and statistics of their inputs.
 
-D old width, d new width, E old size of a head, F intermediate units.
+D old width, d new width, E old size of a head.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lad_dist.compression.width_pruning.modules import Layer, ModuleMap, assign, weight_and_bias
-from lad_dist.compression.width_pruning.statistics import RIDGE, Reconstruction, Statistics, UnitMoments
+from lad_dist.compression.width_pruning.modules import Layer, assign, weight_and_bias
+from lad_dist.compression.width_pruning.statistics import Reconstruction
 
 FLOOR = 1e-10  # of the largest eigenvalue: less than that is rounding
-
-
-def cut_embeddings(wide: ModuleMap, narrow: ModuleMap, axes: Tensor) -> None:
-    """Project the embeddings; where a map follows them, project its outputs instead."""
-    if wide.projection is not None:
-        assert narrow.projection is not None
-        narrow.embeddings.load_state_dict(wide.embeddings.state_dict())
-        weight, bias = weight_and_bias(wide.projection)
-        assign(narrow.projection, axes.T @ weight, axes.T @ bias)
-        return
-    for wide_module, narrow_module in zip(wide.embeddings.modules(), narrow.embeddings.modules(), strict=True):
-        if isinstance(wide_module, nn.Embedding):
-            narrow_module.weight.copy_(wide_module.weight.double().cpu() @ axes)
 
 
 def cut_attention(
@@ -116,63 +103,3 @@ def cut_values(value: HeadMap, out: Tensor, covariance: Tensor, size: int) -> tu
     left, values, right = torch.linalg.svd(out @ root, full_matrices=False)
     half = values[:size].sqrt()
     return value.then(half[:, None] * (right[:size] @ inverse)), left[:, :size] * half
-
-
-def cut_feed_forward(wide: Layer, narrow: Layer, axes: Tensor, inputs: Reconstruction, units: UnitMoments) -> None:
-    """Set the narrow layer's feed-forward block: the units whose output varies most, the means of the others a bias."""
-    weight, bias = inputs.compose(wide["intermediate"])
-    out, out_bias = (axes.T @ x for x in weight_and_bias(wide["output"]))
-    numbers = _numbers_of_largest(units.variance * out.square().sum(dim=0), len(narrow["intermediate"].weight))
-    dropped = torch.ones(len(weight), dtype=torch.bool).index_fill_(0, numbers, False)
-    assign(narrow["intermediate"], weight[numbers], bias[numbers])
-    assign(narrow["output"], out[:, numbers], out_bias + out[:, dropped] @ units.mean[dropped])
-
-
-def _numbers_of_largest(importance: Tensor, count: int) -> Tensor:
-    """Return the numbers of the `count` largest, rising."""
-    return importance.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def cut_head(wide: ModuleMap, narrow: ModuleMap, axes: Tensor, inputs: Reconstruction, statistics: Statistics) -> None:
-    """Set what reads the last hidden states.
-
-    After its dense layer, where it has one, come units (a classifier's) or states in the space of the embeddings (a
-    masked language model's).
-    """
-    equally_large = {name: x for name, x in wide.outside.items() if x.shape == narrow.outside[name].shape}
-    for name, wide_weight in equally_large.items():
-        narrow.outside[name].copy_(wide_weight)
-    if not wide.head:
-        return
-    weight, bias = inputs.compose(wide.head[0])
-    unit_axes = head_axes(wide, narrow, axes, statistics)
-    if unit_axes is None:
-        assign(narrow.head[0], weight, bias)
-        return
-    assign(narrow.head[0], unit_axes.T @ weight, unit_axes.T @ bias)
-    units = statistics.head_units
-    for wide_map, narrow_map in zip(wide.head[1:], narrow.head[1:], strict=True):
-        lift = _lift(units.covariance, unit_axes)
-        weight, bias = weight_and_bias(wide_map)
-        assign(narrow_map, weight @ lift, bias + weight @ (units.mean - lift @ (unit_axes.T @ units.mean)))
-    if wide.is_tied and narrow.decoder_bias is not None:
-        lost_mean = units.mean - axes @ (axes.T @ units.mean)
-        narrow.decoder_bias.add_((wide.word_embeddings @ lost_mean).to(narrow.decoder_bias))
-
-
-def head_axes(wide: ModuleMap, narrow: ModuleMap, axes: Tensor, statistics: Statistics) -> Tensor | None:
-    """Return [D, d] from the outputs of the head's dense layer to the narrow one's; None where these are as many."""
-    if len(wide.head[0].weight) == len(narrow.head[0].weight):
-        return None
-    if wide.is_tied or len(wide.head) == 1:
-        return axes
-    weight, _ = weight_and_bias(wide.head[1])
-    importance = statistics.head_units.covariance.diagonal() * weight.square().sum(dim=0)
-    return torch.eye(len(axes), dtype=axes.dtype)[:, _numbers_of_largest(importance, axes.shape[1])]
-
-
-def _lift(covariance: Tensor, unit_axes: Tensor) -> Tensor:
-    """Return [D, d]: from the units that remain, what all of them are likely to be."""
-    remaining = unit_axes.T @ covariance @ unit_axes
-    ridge = RIDGE * remaining.diagonal().mean() * torch.eye(len(remaining), dtype=remaining.dtype)
-    return torch.linalg.solve(remaining + ridge, unit_axes.T @ covariance).T
