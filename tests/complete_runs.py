@@ -53,7 +53,7 @@ def _dotted_key(key: str) -> str:
 
 def load_comparison(folder: Path, baseline: str | None = None) -> Comparison:
     """Return the comparison of the runs below a folder."""
-    return compare(collect([folder]), baseline)
+    return compare(*collect([folder]), baseline)
 
 
 def method_names(folder: Path) -> set[str]:

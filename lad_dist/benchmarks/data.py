@@ -1,7 +1,5 @@
 """Benchmark of data preparation: how fast text becomes token shards, and token shards become batches.
 
-    measure(config)   figures of both, on a sample of the config's sources -> rows for a table
-
 Preparation is compared, on the same text and cores, with the tokenizer alone and with the usual way: `datasets.map` to
 tokenize, and again to cut the tokens into blocks, with nothing cached. They take turns, several times, and the best
 time of each counts: other work on the machine slows all of them down, but not equally. Memory is the peak of the
@@ -14,6 +12,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -55,9 +54,7 @@ def measure(config: PrepareConfig) -> list[tuple[str, str]]:
         texts = Path(folder) / "texts.jsonl"
         size = _write_sample(config, texts, 1) / 1e6
         rounds = [_round(config, texts, cores, Path(folder) / f"round-{number}") for number in range(ROUNDS)]
-        tokenizer, shards, datasets = (
-            min(times, key=lambda measurement: measurement.seconds) for times in zip(*rounds, strict=True)
-        )
+        tokenizer, shards, datasets = map(min, zip(*rounds, strict=True))  # the least seconds of each
         _write_sample(config, texts, LARGE_FACTOR)
         large = _run(_prepare, config, texts, cores, Path(folder) / LARGE)
         rows = [
@@ -76,9 +73,7 @@ def _round(
     config: PrepareConfig, texts: Path, cores: int, folder: Path
 ) -> tuple[Measurement, Measurement, Measurement]:
     """Measure the tokenizer alone, prepare_corpus, and datasets.map."""
-    tokenizer = min(
-        (_run(_tokenize, config, texts, n) for n in (1, cores)), key=lambda measurement: measurement.seconds
-    )
+    tokenizer = min(_run(_tokenize, config, texts, n) for n in (1, cores))
     shards = _run(_prepare, config, texts, cores, folder / "shards")
     return tokenizer, shards, _run(_map, config, texts, cores, folder / "cache")
 
@@ -121,18 +116,11 @@ def _write_sample(config: PrepareConfig, file: Path, times: int) -> int:
 
 def _run(work: Callable[..., Any], *arguments: Any) -> Measurement:
     """Call work(clock, *arguments) in a process of its own; what happens within `clock()` counts."""
-    receiver, sender = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_measured, args=(sender, work, arguments))
-    process.start()
-    sender.close()
-    try:
-        measurement: Measurement = receiver.recv()
-    finally:
-        process.join()
-    return measurement
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_measured, work, arguments).result()
 
 
-def _measured(sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _measured(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Measurement:
     seconds = 0.0
 
     @contextmanager
@@ -144,7 +132,7 @@ def _measured(sender: Any, work: Callable[..., Any], arguments: tuple[Any, ...])
 
     value = work(clock, *arguments)
     kilobytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    sender.send(Measurement(seconds, kilobytes / 1024, value))
+    return Measurement(seconds, kilobytes / 1024, value)
 
 
 def _tokenize(clock: Any, config: PrepareConfig, file: Path, processes: int) -> None:
@@ -179,17 +167,13 @@ def _map(clock: Any, config: PrepareConfig, file: Path, processes: int, cache: P
     import datasets  # noqa: PLC0415 (slow, and needed only here)
 
     datasets.disable_progress_bars()
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer: Any = load_tokenizer(config.tokenizer)
     tokenizer.model_max_length = 10**9
     with clock():
         rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
-        columns = rows.column_names
-        encoded = rows.map(partial(_encode_rows, tokenizer), batched=True, num_proc=processes, remove_columns=columns)
-        encoded.map(_blocks, batched=True, num_proc=processes)
-
-
-def _encode_rows(tokenizer: Any, rows: Mapping[str, list[str]]) -> Any:
-    return tokenizer(rows["text"], return_special_tokens_mask=True)
+        encode = partial(tokenizer, return_special_tokens_mask=True)
+        options = {"batched": True, "num_proc": processes}
+        rows.map(encode, input_columns="text", remove_columns=rows.column_names, **options).map(_blocks, **options)
 
 
 def _blocks(rows: Mapping[str, list[list[int]]], length: int = 128) -> dict[str, list[list[int]]]:

@@ -1,10 +1,8 @@
 """Benchmark of a training step: real tokens per second, FLOP/s against the measured peak, and where the time goes.
 
-    measure(config, steps)   runs steps of the real Trainer, without evaluation or export -> StepFigures
-
-FLOPs are those of the linear maps, attention and head over real tokens: one forward of the teacher, one of the student
-and twice that for its backward. The peak is the best of several large matrix products on the same device, in the
-precision that trains, in the same run.
+The steps are those of the real Trainer, without evaluation or export. FLOPs are those of the linear maps, attention and
+head over real tokens: one forward of the teacher, one of the student and twice that for its backward. The peak is the
+best of several large matrix products on the same device, in the precision that trains, in the same run.
 """
 
 import contextlib
@@ -130,14 +128,11 @@ def peak(trainer: Trainer) -> float:
     device = processes.device()
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=trainer.engine.module.student.dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        _wait()
-        begin = time.perf_counter()
-        a @ b
-        _wait()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    stopwatch = Stopwatch()
+    for number in range(6):
+        with stopwatch(str(number), step=0, micro_batch=0):
+            a @ b
+    return 2 * size**3 / min(stopwatch.seconds.values())
 
 
 def _wait() -> None:

@@ -1,12 +1,5 @@
 """Evaluation: a model over a task's dev set, or an objective over held-out text, shared out over the processes.
 
-    predict(forward, batches)       logits [R, V] of all rows of all examples, in order, on every process
-    predict_all(forward, dev)       the same for each dev set of a task
-    mean_terms(terms, batches)      loss terms averaged over held-out batches
-    task_scores(dev, predictions)   the task's metrics by name
-    compare(...)                    metrics of a model, and with a teacher also the teacher's metrics and the loyalty
-    evaluate(config)                the same for model folders, and the speed-up: what `lad-dist evaluate` calls
-
 Every process makes the same number of forwards, because under ZeRO-3 a forward is a collective.
 """
 

@@ -1,9 +1,5 @@
 """Latency: how long a forward takes, one form of a model against another in the same process.
 
-    batch_shapes(max_positions)    batch sizes and lengths to measure, as far as a model has positions
-    time_interleaved(forms, …)     seconds of each form: A B A B …, after a warm-up, on a synchronized device
-    Timing                         the median over rounds, and the distance between the quartiles
-
 A machine's pace drifts by more than the differences to measure. Forms that take turns drift together: read their
 ratios.
 
@@ -57,22 +53,18 @@ def time_interleaved(
             break
         for name, call in forms.items():
             seconds[name].append(_time_call(call, device))
-    return [_timing(name, device, shape, form_seconds) for name, form_seconds in seconds.items()]
+    timings = []
+    for name, form_seconds in seconds.items():
+        low, median, high = np.quantile(form_seconds, [0.25, 0.5, 0.75]).tolist()
+        timings.append(Timing(name, device.type, *shape, median, high - low, len(form_seconds)))
+    return timings
 
 
 def _time_call(call: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    call()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _timing(name: str, device: torch.device, shape: tuple[int, int], seconds: list[float]) -> Timing:
-    low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-    return Timing(name, device.type, *shape, float(median), float(high - low), len(seconds))
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

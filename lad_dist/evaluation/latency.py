@@ -1,7 +1,5 @@
 """Latency of a run's student: size and time of a forward beside the teacher's, in every form that ships.
 
-    measure(request)   exports the forms of the request, measures, rewrites the run's results.json and model card
-
 The student is measured in its compact form, by transformers' own attention, as it is served: a task's model with its
 head, a language model without. All forms run on the CPU; PyTorch's forms also on a GPU, if there is one.
 """
@@ -36,7 +34,7 @@ from lad_dist.models.dims import max_positions
 from lad_dist.models.frozen import InferenceModel
 from lad_dist.models.heads import head_of_architectures
 from lad_dist.models.hf_config import load_hf_config
-from lad_dist.models.loading import PreTrainedModel, check_weight_files
+from lad_dist.models.loading import check_weight_files
 from lad_dist.runs import run_folder
 from lad_dist.runs.model_card import INT8, ONNX, STUDENT, TEACHER
 
@@ -79,9 +77,12 @@ def measure(request: LatencyRequest) -> dict[str, Any]:
     shapes = interleaved_timing.batch_shapes(_check(request, teacher_path))
     dev = _dev_examples(config, request) if request.onnx or request.int8 else None
     student = InferenceModel(compact.load_compact(request.export))
-    teacher = None if teacher_path is None else InferenceModel(_load_teacher(teacher_path, student))
     sessions = _export_forms(request, student)
-    forms = {STUDENT: student} if teacher is None else {TEACHER: teacher, STUDENT: student}
+    forms = {STUDENT: student}
+    if teacher_path is not None:
+        head = head_of_architectures([type(student.model).__name__])
+        teacher = loading.load_model(teacher_path, head, require_head=head != "none")
+        forms = {TEACHER: InferenceModel(teacher), STUDENT: student}
     latency: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "threads": torch.get_num_threads(),
@@ -122,34 +123,25 @@ def _dev_examples(config: TrainConfig, request: LatencyRequest) -> TaskExamples 
     return tokenize(task, task.dev["dev"], tokenizer, config.data, f"{task.name}'s dev data")
 
 
-def _load_teacher(path: str, student: InferenceModel) -> PreTrainedModel:
-    """Load the teacher with a head of the student's kind."""
-    head = head_of_architectures([type(student.model).__name__])
-    return loading.load_model(path, head, require_head=head != "none")
-
-
 def _export_forms(request: LatencyRequest, student: InferenceModel) -> dict[str, Session]:
     """Write the requested forms anew and return their sessions; int8 is quantized from fp32."""
-    requested = [
-        form for form, is_requested in ((ONNX, request.onnx or request.int8), (INT8, request.int8)) if is_requested
-    ]
-    files = {form: request.export / footprint.FORMS[form] for form in requested}
-    if ONNX in files:
+    files = {}
+    if request.onnx or request.int8:
+        files[ONNX] = request.export / footprint.FORMS[ONNX]
         onnx_export.export(student, files[ONNX])
-    if INT8 in files:
+    if request.int8:
+        files[INT8] = request.export / footprint.FORMS[INT8]
         onnx_export.quantize(files[ONNX], files[INT8])
     return {form: Session(file) for form, file in files.items()}
 
 
 def _sizes(model: InferenceModel, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Return the footprint at the shortest length, and the FLOPs per token at each length."""
-    lengths = sorted({length for _, length in shapes})
-    batches = {length: _single_sequence(model, length) for length in lengths}
-    flops_by_length = {
-        f"{footprint.FLOPS}/at {length}": sum(footprint.flops(model.model, batch).values()) / length
-        for length, batch in batches.items()
-    }
-    return {**footprint.footprint(model.model, batches[lengths[0]]), **flops_by_length}
+    batches = {length: _single_sequence(model, length) for length in sorted({length for _, length in shapes})}
+    sizes = footprint.footprint(model.model, next(iter(batches.values())))
+    for length, batch in batches.items():
+        sizes[f"{footprint.FLOPS}/at {length}"] = sum(footprint.flops(model.model, batch).values()) / length
+    return sizes
 
 
 def _single_sequence(model: InferenceModel, length: int) -> Batch:

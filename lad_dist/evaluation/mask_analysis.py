@@ -1,20 +1,11 @@
 """Mask analysis: where the weights that pruning left stand, and whether their places matter.
 
-    load_run_masks(path)       the masks of a run, an export or a mask file
-    sparsity(masks)            pruned weights by layer and component
-    overlap(first, second)     Jaccard index of two masks, and what chance would give
-    shuffle_masks(masks, …)    as many weights in each matrix, at other places
-    shuffle_test(masks, …)     the dev set's metric with the masks, and with shuffled ones
-    analyze(paths, …)          all of it
-    report(paths, …)           the same as tables, and with `out` mask_analysis.json and mask_analysis.png
-
 Gao, Colombo and Wang (2021), "Adapting by Pruning", section 4. `lad-dist masks` calls `report`.
 
 Where weights did not change, the export holds their masks as bits. For other weights the zeros of the compact form are
 read; where a matrix is a product of two, these are the zeros of the factors.
 """
 
-import io
 import json
 import re
 import shutil
@@ -26,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -39,10 +31,9 @@ from lad_dist.config.schema import EvaluateConfig, ModelPathConfig, TaskConfig, 
 from lad_dist.evaluation.evaluate import evaluate
 from lad_dist.models.families import layer_list_pattern, module_pattern
 from lad_dist.models.loading import save_model
-from lad_dist.utils.atomic_io import write_text
+from lad_dist.runs.plots import draw_heatmap, save_files
 
 KeepMasks = Mapping[str, NDArray[np.bool_]]  # by weight [O, I]: True where the weight stays
-Group = tuple[int | None, str]  # a layer from 1, or None, and a component
 
 # Ends of matrix names in all families; the first that matches counts.
 COMPONENTS = {
@@ -58,6 +49,7 @@ COMPONENTS = {
 }
 LAYER = re.compile(rf"{layer_list_pattern()}(?P<index>\d+)\.")
 ALL = "all"
+Overlaps = Mapping[tuple[str, str], Mapping[str, "MaskOverlap"]]  # by pair of names, then by component
 Table = tuple[str, list[str], list[list[Any]]]  # title, header, rows
 
 
@@ -121,21 +113,23 @@ def _masks_of_zeros(files: Iterable[Path]) -> dict[str, NDArray[np.bool_]]:
     return keep_masks
 
 
-def weight_group(weight: str) -> Group:
-    """Return the layer and component of a matrix by its name; a factor belongs where its product does."""
+def weight_group(weight: str) -> tuple[int, str]:
+    """Return layer (from 1; 0 outside of the layers) and component of a matrix by its name.
+
+    A factor belongs where its product does.
+    """
     name = re.sub(r"(\.[01])?\.weight$", "", weight)
     layer = LAYER.search(name)
     component = next(c for c, ending in COMPONENTS.items() if re.search(f"{ending}$", name))
-    return int(layer["index"]) + 1 if layer else None, component
+    return int(layer["index"]) + 1 if layer else 0, component
 
 
-def sparsity(keep_masks: KeepMasks) -> dict[Group, tuple[int, int]]:
-    """Return (pruned weights, all weights) by layer and component."""
-    counts: dict[Group, tuple[int, int]] = {}
-    for name, mask in keep_masks.items():
-        pruned, count = counts.get(weight_group(name), (0, 0))
-        counts[weight_group(name)] = pruned + int(mask.size - mask.sum()), count + mask.size
-    return counts
+def sparsity(keep_masks: KeepMasks) -> pd.DataFrame:
+    """Return the numbers of pruned and of all weights by layer and component."""
+    rows = [(*weight_group(name), int((~mask).sum()), mask.size) for name, mask in keep_masks.items()]
+    frame = pd.DataFrame(rows, columns=["layer", "component", "pruned", "weights"])
+    frame["component"] = pd.Categorical(frame["component"], list(COMPONENTS))
+    return frame.groupby(["layer", "component"], observed=True).sum()
 
 
 class MaskOverlap(NamedTuple):
@@ -235,31 +229,6 @@ def _scores(masks: RunMasks, keep_masks: KeepMasks, config: TaskConfig, base: st
     return {name: value for name, value in scores.items() if name not in ("path", "parameters")}
 
 
-@dataclass(frozen=True)
-class MaskAnalysis:
-    """The analysis of several masks; `overlaps` are of each pair of names, by component and of all."""
-
-    masks: Sequence[RunMasks]
-    overlaps: Mapping[tuple[str, str], Mapping[str, MaskOverlap]]
-    tests: Mapping[str, ShuffleTest]
-
-
-def analyze(paths: Sequence[str | Path], shuffles: int = 0, base: str | None = None) -> MaskAnalysis:
-    """Analyze the masks at these paths.
-
-    Raises:
-        UserError: masks cannot be read or compared.
-    """
-    run_masks = [load_run_masks(path) for path in paths]
-    names = [masks.name for masks in run_masks]
-    duplicate = next((name for name in names if names.count(name) > 1), None)
-    if duplicate is not None:
-        raise UserError(f"{duplicate}: two of the folders have this name; rename one, or name it once")
-    overlaps = {(a.name, b.name): _overlaps(a, b) for a, b in combinations(run_masks, 2)}
-    tests = {masks.name: shuffle_test(masks, shuffles, base) for masks in run_masks} if shuffles else {}
-    return MaskAnalysis(run_masks, overlaps, {name: test for name, test in tests.items() if test is not None})
-
-
 def _overlaps(a: RunMasks, b: RunMasks) -> dict[str, MaskOverlap]:
     shared = a.keep_masks.keys() & b.keep_masks.keys()
     mismatched = sorted(name for name in shared if a.keep_masks[name].shape != b.keep_masks[name].shape)
@@ -282,128 +251,88 @@ def report(
     Raises:
         UserError: masks cannot be read or compared, or `out` cannot be written.
     """
-    analysis = analyze(paths, shuffles, base)
+    run_masks = [load_run_masks(path) for path in paths]
+    names = [masks.name for masks in run_masks]
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise UserError(f"{duplicate}: two of the folders have this name; rename one, or name it once")
+    counts = pd.concat({masks.name: sparsity(masks.keep_masks) for masks in run_masks}, names=["name"])
+    overlaps = {(a.name, b.name): _overlaps(a, b) for a, b in combinations(run_masks, 2)}
+    shuffled = {masks.name: shuffle_test(masks, shuffles, base) for masks in run_masks} if shuffles else {}
+    tests = {name: test for name, test in shuffled.items() if test is not None}
     if out is not None:
-        _write(analysis, Path(out))
-    tables = [_component_table(analysis), _layer_table(analysis), _overlap_table(analysis), _test_table(analysis)]
+        text = json.dumps(_as_json(counts, overlaps, tests), indent=2) + "\n"
+        save_files(Path(out), {"mask_analysis.json": text}, {"mask_analysis.png": _figure(counts, overlaps)})
+    tables = [*_sparsity_tables(counts), _overlap_table(overlaps), _test_table(tests)]
     return [table for table in tables if table[2]]
 
 
-def _component_table(analysis: MaskAnalysis) -> Table:
-    counts_by_name = {masks.name: sparsity(masks.keep_masks) for masks in analysis.masks}
-    present = {component for counts in counts_by_name.values() for _, component in counts}
-    columns = [component for component in COMPONENTS if component in present]
-    rows = [
-        [
-            name,
-            _pruned_share(counts.values()),
-            *(_pruned_share(n for (_, component), n in counts.items() if component == column) for column in columns),
-        ]
-        for name, counts in counts_by_name.items()
-    ]
-    return "pruned weights, by component", ["", ALL, *columns], rows
+def _shares(counts: pd.DataFrame, *by: str) -> pd.Series:
+    """Return the share of the weights that is pruned, by these levels of the index."""
+    sums = counts.groupby(level=list(by), sort=False, observed=True).sum()
+    return sums["pruned"] / sums["weights"]
 
 
-def _layer_table(analysis: MaskAnalysis) -> Table:
-    counts_by_name = {masks.name: sparsity(masks.keep_masks) for masks in analysis.masks}
-    layers = sorted({layer for counts in counts_by_name.values() for layer, _ in counts if layer is not None})
-    rows = [
-        [name, *(_pruned_share(n for (layer, _), n in counts.items() if layer == column) for column in layers)]
-        for name, counts in counts_by_name.items()
-    ]
-    return "pruned weights, by layer", ["", *map(str, layers)], rows if layers else []
+def _sparsity_tables(counts: pd.DataFrame) -> list[Table]:
+    by_component = _shares(counts, "name", "component").unstack("component").sort_index(axis="columns")
+    by_component.insert(0, ALL, _shares(counts, "name"))
+    in_layers = counts.drop(0, level="layer", errors="ignore")
+    by_layer = _shares(in_layers, "name", "layer").unstack("layer").sort_index(axis="columns")
+    return [_table("pruned weights, by component", by_component), _table("pruned weights, by layer", by_layer)]
 
 
-def _pruned_share(counts: Iterable[tuple[int, int]]) -> float | str:
-    pruned, total = np.sum([(0, 0), *counts], axis=0).tolist()
-    return pruned / total if total else "-"
+def _table(title: str, shares: pd.DataFrame) -> Table:
+    rows = [["-" if x != x else x for x in row] for row in shares.itertuples(name=None)]  # NaN: nothing to prune
+    return title, ["", *map(str, shares.columns)], rows
 
 
-def _overlap_table(analysis: MaskAnalysis) -> Table:
+def _overlap_table(overlaps: Overlaps) -> Table:
     rows: list[list[Any]] = []
-    for (a, b), overlaps in analysis.overlaps.items():
-        whole = overlaps[ALL]
-        deviations = "-" if whole.deviations is None else whole.deviations
-        rows.append([a, b, whole.jaccard, whole.expected, whole.sd, deviations])
+    for (a, b), by_component in overlaps.items():
+        jaccard, expected, sd, deviations = by_component[ALL]
+        rows.append([a, b, jaccard, expected, sd, "-" if deviations is None else deviations])
     header = ["", "", "Jaccard", "by chance", "sd", "in sd"]
     return "weights that stay in both, of those that stay in either", header, rows
 
 
-def _test_table(analysis: MaskAnalysis) -> Table:
+def _test_table(tests: Mapping[str, ShuffleTest]) -> Table:
     rows: list[list[Any]] = []
-    for name, test in analysis.tests.items():
+    for name, test in tests.items():
         mean = float(np.mean(test.shuffled))
         spread = float(np.std(test.shuffled, ddof=1)) if len(test.shuffled) > 1 else "-"
         rows.append([name, test.metric, test.value, mean, spread, test.value - mean])
     return "masks shuffled within each matrix", ["", "metric", "masks", "shuffled", "sd", "drop"], rows
 
 
-def _write(analysis: MaskAnalysis, out: Path) -> None:
-    picture = io.BytesIO()
-    figure(analysis).savefig(picture, dpi=120)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "mask_analysis.json", json.dumps(as_json(analysis), indent=2) + "\n")
-        (out / "mask_analysis.png").write_bytes(picture.getvalue())
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give --out another folder") from None
-
-
-def as_json(analysis: MaskAnalysis) -> dict[str, Any]:
-    """Return the analysis for other programs."""
+def _as_json(counts: pd.DataFrame, overlaps: Overlaps, tests: Mapping[str, ShuffleTest]) -> dict[str, Any]:
     return {
         "sparsity": {
-            masks.name: [
-                {"layer": layer, "component": component, "pruned": pruned, "weights": count}
-                for (layer, component), (pruned, count) in sparsity(masks.keep_masks).items()
-            ]
-            for masks in analysis.masks
+            name: group.droplevel("name").reset_index().to_dict("records") for name, group in counts.groupby("name")
         },
         "overlap": [
             {"of": list(pair), "component": component, **value._asdict()}
-            for pair, overlaps in analysis.overlaps.items()
-            for component, value in overlaps.items()
+            for pair, by_component in overlaps.items()
+            for component, value in by_component.items()
         ],
-        "shuffled": {name: test._asdict() for name, test in analysis.tests.items()},
+        "shuffled": {name: test._asdict() for name, test in tests.items()},
     }
 
 
-def figure(analysis: MaskAnalysis) -> Figure:
+def _figure(counts: pd.DataFrame, overlaps: Overlaps) -> Figure:
     """Draw what each run pruned, layers upwards, and for each pair the Jaccard index over that of chance."""
-    names, panels = [masks.name for masks in analysis.masks], len(analysis.masks) + bool(analysis.overlaps)
+    names = list(counts.index.unique("name"))
+    panels = len(names) + bool(overlaps)
     plot = Figure(figsize=(0.5 + 3.4 * panels, 4), layout="constrained")
     axes = plot.subplots(1, panels, squeeze=False)[0]
-    for panel, masks in zip(axes, analysis.masks, strict=False):
-        _sparsity_panel(panel, masks)
-    if analysis.overlaps:
-        ratios = np.full((len(names), len(names)), np.nan)
-        for (a, b), overlaps in analysis.overlaps.items():
-            row, column = sorted((names.index(a), names.index(b)), reverse=True)
-            whole = overlaps[ALL]
-            ratios[row, column] = whole.jaccard / whole.expected if whole.expected else np.nan
-        _heatmap(axes[-1], "overlap, times that of chance", ratios, names, names, 2.0)
+    for panel, name in zip(axes, names, strict=False):
+        shares = _shares(counts.loc[name], "layer", "component").unstack("component")
+        draw_heatmap(panel, f"{name}: pruned weights", shares.sort_index().sort_index(axis="columns"))
+    if overlaps:
+        ratios = pd.DataFrame(np.nan, index=names, columns=names)
+        for (a, b), by_component in overlaps.items():
+            whole = by_component[ALL]
+            ratios.loc[b, a] = whole.jaccard / whole.expected if whole.expected else np.nan
+        draw_heatmap(axes[-1], "overlap, times that of chance", ratios, maximum=2.0)
+    for panel in axes:
+        panel.tick_params(axis="x", rotation=45)
     return plot
-
-
-def _sparsity_panel(axes: Any, masks: RunMasks) -> None:
-    counts = sparsity(masks.keep_masks)
-    layers = sorted({layer or 0 for layer, _ in counts})
-    components = [c for c in COMPONENTS if any(c == component for _, component in counts)]
-    shares = np.full((len(layers), len(components)), np.nan)
-    for (layer, component), (pruned, count) in counts.items():
-        shares[layers.index(layer or 0), components.index(component)] = pruned / count
-    rows = ["-" if layer == 0 else str(layer) for layer in layers]
-    _heatmap(axes, f"{masks.name}: pruned weights", shares, rows, components, 1.0)
-
-
-def _heatmap(
-    axes: Any, title: str, values: NDArray[np.floating], rows: list[str], columns: list[str], maximum: float
-) -> None:
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=maximum, origin="lower", aspect="auto")
-    axes.set_title(title, fontsize="medium", parse_math=False)
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small", parse_math=False)
-    axes.set_yticks(range(len(rows)), rows, fontsize="small", parse_math=False)
-    for (row, column), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            colour = "white" if value > 0.6 * maximum else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize="small")

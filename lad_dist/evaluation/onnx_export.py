@@ -1,9 +1,5 @@
 """ONNX: a model as a file that runs without PyTorch and transformers, in fp32 and in dynamic int8.
 
-    export(model, file)      fp32, with axes batch and length; compared with the model before the file takes its place
-    quantize(file, out)      weights and inputs of linear maps as int8
-    Session                  runs such a file on the CPU by onnxruntime
-
 The inputs are those of the family's ordinary interface, [B, S] int64. The outputs are the head's, or the encoder's last
 hidden states. All of it requires the extra `onnx`.
 

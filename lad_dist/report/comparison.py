@@ -11,11 +11,12 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from lad_dist.config.errors import UserError
-from lad_dist.report.results import LoadedRuns, TaskRun
+from lad_dist.report.results import TaskRun
 from lad_dist.utils.suggest import did_you_mean
 
 DEFAULT_BASELINE = "kd"
 EQUAL = 1e-12  # a difference of rounding
+LOYALTY = ("label_loyalty", "teacher_pearson")  # of decisions, of numbers
 SIZES = ("parameters", "forward_flops_per_token")
 COST_TITLES = {
     "parameters": "parameters",
@@ -48,8 +49,6 @@ class Comparison:
         methods: runs by label, best first.
         tasks: {name: main metric}, in the order of the names.
         runs: one row per run, by folder.
-        scores: by method, task and seed.
-        loyalties: of runs with a teacher, by method, task and seed.
         shared_tasks: the tasks that all methods have.
         baseline: the label of the method that the others are tested against; there may be no such method.
         skipped: folders by the reason for skipping them.
@@ -58,21 +57,19 @@ class Comparison:
     methods: dict[str, list[TaskRun]]
     tasks: dict[str, str]
     runs: pd.DataFrame
-    scores: pd.Series
-    loyalties: pd.Series
     shared_tasks: list[str]
     baseline: str
     skipped: Mapping[str, Sequence[str]]
 
     @cached_property
+    def scores(self) -> pd.Series:
+        """The scores by method, task and seed."""
+        return by_seed(self.runs, "score")
+
+    @cached_property
     def score_summary(self) -> pd.DataFrame:
         """The scores by `summary`."""
         return summary(self.scores)
-
-    @cached_property
-    def loyalty_summary(self) -> pd.DataFrame:
-        """The loyalties by `summary`."""
-        return summary(self.loyalties)
 
     @cached_property
     def task_sd(self) -> pd.Series:
@@ -98,16 +95,10 @@ class Comparison:
         by_task = method_runs.groupby("task")[list(self.measured_costs)].mean()
         return by_task.loc[self.shared_tasks or list(by_task.index)].mean()
 
-    def teachers(self, task: str) -> dict[str, float]:
-        """Return the scores of the teachers of a task's runs, by path.
-
-        A teacher with a second score has the name `path (2)` for it.
-        """
-        task_runs = self.runs[(self.runs["task"] == task) & self.runs["teacher_score"].notna()]
-        pairs = task_runs[["teacher", "teacher_score"]].drop_duplicates().sort_values(["teacher", "teacher_score"])
-        numbers = pairs.groupby("teacher").cumcount()
-        names = [path if not n else f"{path} ({n + 1})" for path, n in zip(pairs["teacher"], numbers, strict=True)]
-        return dict(zip(names, pairs["teacher_score"], strict=True))
+    def teachers(self, task: str) -> list[tuple[str, float]]:
+        """Return path and score of the teachers of a task's runs."""
+        teachers = self.runs.loc[self.runs["task"] == task, ["teacher", "teacher_score"]].dropna().drop_duplicates()
+        return sorted(teachers.itertuples(index=False, name=None))
 
     def differences(self, method: str, task: str) -> np.ndarray:
         """Return method minus baseline, by the seeds that both have."""
@@ -128,10 +119,14 @@ class Comparison:
         return _paired_test(np.concatenate(scaled or [[]]))
 
 
+def by_seed(runs: pd.DataFrame, column: str) -> pd.Series:
+    """Return a column by method, task and seed, without NaN: the mean where runs repeat a seed."""
+    return runs.groupby(["method", "task", "seed"])[column].mean().dropna()
+
+
 def summary(values: pd.Series) -> pd.DataFrame:
     """Return mean, sd (the sample's; NaN for one seed) and n by method and task."""
-    groups = values.groupby(level=["method", "task"])
-    return pd.DataFrame({"mean": groups.mean(), "sd": groups.std(ddof=1), "n": groups.count()})
+    return values.groupby(level=["method", "task"]).agg(mean="mean", sd="std", n="count")
 
 
 def _paired_test(differences: np.ndarray) -> PairedTest:
@@ -141,35 +136,32 @@ def _paired_test(differences: np.ndarray) -> PairedTest:
     return PairedTest(float(differences.mean()) if count else math.nan, count, p)
 
 
-def compare(loaded: LoadedRuns, baseline: str | None = None) -> Comparison:
-    """Return the comparison of the loaded runs.
+def compare(runs: Sequence[TaskRun], skipped: Mapping[str, Sequence[str]], baseline: str | None = None) -> Comparison:
+    """Return the comparison of runs.
 
     Raises:
         UserError: no method is the given baseline, or runs measure one task differently.
     """
-    names = distinct_suffixes({run.task for run in loaded.runs})
-    runs = sorted((replace(run, task=names[run.task]) for run in loaded.runs), key=lambda run: run.folder)
-    tasks = _main_metrics(runs)
+    names = distinct_suffixes({run.task for run in runs})
+    runs = sorted((replace(run, task=names[run.task]) for run in runs), key=lambda run: run.folder)
     methods: dict[str, list[TaskRun]] = {}
     for run in runs:
-        methods.setdefault(run.label, []).append(run)
+        methods.setdefault(run.config.label, []).append(run)
     if baseline is not None and baseline not in methods:
         raise UserError(f'--baseline "{baseline}" is none of the methods: {did_you_mean(baseline, methods)}')
     frame = pd.DataFrame([_row(run) for run in runs])
-    by_seed = frame.groupby(["method", "task", "seed"])
-    scores = by_seed["score"].mean()
-    shared_tasks = [task for task in tasks if all((label, task) in scores for label in methods)]
-    means = scores.groupby(level=["method", "task"]).mean().unstack("task")[shared_tasks].mean(axis=1)
-    ordered = sorted(methods, key=lambda name: (-means[name] if shared_tasks else 0, name))
+    tasks = _main_metrics(frame)
+    means = by_seed(frame, "score").groupby(level=["method", "task"]).mean().unstack("task")
+    shared_tasks = [task for task in tasks if means[task].notna().all()]
+    order = means[shared_tasks].mean(axis=1)
+    ordered = sorted(methods, key=lambda name: (-order[name] if shared_tasks else 0, name))
     return Comparison(
         methods={name: methods[name] for name in ordered},
         tasks=tasks,
         runs=frame,
-        scores=scores,
-        loyalties=by_seed["loyalty"].mean().dropna(),
         shared_tasks=shared_tasks,
         baseline=baseline or DEFAULT_BASELINE,
-        skipped=loaded.skipped,
+        skipped=skipped,
     )
 
 
@@ -183,36 +175,35 @@ def distinct_suffixes(paths: Iterable[str]) -> dict[str, str]:
     return {path: path for path in components}
 
 
-def _main_metrics(runs: Sequence[TaskRun]) -> dict[str, str]:
-    first_runs: dict[str, TaskRun] = {}
-    for run in runs:
-        first = first_runs.setdefault(run.task, run)
-        if run.metric != first.metric:
+def _main_metrics(runs: pd.DataFrame) -> dict[str, str]:
+    for task, task_runs in runs.groupby("task"):
+        first, other = task_runs.iloc[0], task_runs[task_runs["metric"] != task_runs["metric"].iloc[0]]
+        if len(other):
             raise UserError(
-                f"{run.folder}: measures {run.task} by {run.metric}, {first.folder} by {first.metric}; "
-                "report them apart"
+                f"{other['folder'].iloc[0]}: measures {task} by {other['metric'].iloc[0]}, {first['folder']} by "
+                f"{first['metric']}; report them apart"
             )
-    return {task: first_runs[task].metric for task in sorted(first_runs)}
+    return runs.groupby("task")["metric"].first().to_dict()
 
 
 def _row(run: TaskRun) -> dict[str, Any]:
-    results = run.results
+    results, student, teacher = run.results, run.forms[0], run.teacher_form
     return {
-        "method": run.label,
+        "method": run.config.label,
         "task": run.task,
-        "seed": run.seed,
+        "seed": run.config.run.seed,
         "metric": run.metric,
         "score": run.score,
-        "loyalty": run.loyalty,
+        "loyalty": next((results.metrics[name] for name in LOYALTY if name in results.metrics), math.nan),
         "teacher": run.teacher,
-        "teacher_score": results.teacher.get(run.metric, math.nan),
+        "teacher_score": teacher.score,
         "folder": run.folder,
-        **{name: getattr(results.student, name) for name in SIZES},
+        **{name: results.student.get(name, math.nan) for name in SIZES},
         **{f"teacher_{name}": results.teacher.get(name, math.nan) for name in SIZES},
-        "bytes": run.forms[0].bytes,
-        "teacher_bytes": run.teacher_form.bytes,
-        "latency": run.forms[0].latency,
-        "teacher_latency": run.teacher_form.latency,
-        "conditions": results.latency.conditions if results.latency else None,
+        "bytes": student.bytes,
+        "teacher_bytes": teacher.bytes,
+        "latency": student.latency,
+        "teacher_latency": teacher.latency,
+        "conditions": results.latency.conditions,
         **{key: getattr(results, key) for key in ("steps", "seconds", "tokens_per_second", "processes", "device")},
     }

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from lad_dist.report.comparison import Comparison, PairedTest
+from lad_dist.report.comparison import Comparison, PairedTest, by_seed, summary
 from lad_dist.report.results import TaskRun
 from lad_dist.report.settings import differences, differing_keys, format_setting
 from lad_dist.utils.text import markdown_table, si_number
 
-MACHINE = ("device", "processes")
 NONE = "-"
+MAX_FOLDERS = 3  # that a note names
 
 
 def markdown(comparison: Comparison) -> str:
@@ -22,13 +22,13 @@ def markdown(comparison: Comparison) -> str:
 
 
 def _scores(comparison: Comparison) -> str:
-    tasks, summary = comparison.tasks, comparison.score_summary
-    counts = sorted({int(n) for n in summary["n"]})
+    tasks, scores = comparison.tasks, comparison.score_summary
+    counts = scores["n"].unique().tolist()
     header = ["method", *(f"{task} {metric}" for task, metric in tasks.items())]
     header += ["mean ± s.e.", *comparison.measured_costs.values()]
     rows = [_teacher_row(comparison)] if comparison.runs["teacher_score"].notna().any() else []
     for name in comparison.methods:
-        cells = [_summary_cell(summary, name, task, with_count=len(counts) > 1) for task in tasks]
+        cells = [_summary_cell(scores, name, task, with_count=len(counts) > 1) for task in tasks]
         mean = _with_error(*comparison.mean(name)) if comparison.shared_tasks else NONE
         rows.append([name, *cells, mean, *map(_si_cell, comparison.mean_costs(name))])
     seeds = _count(counts[0], "seed") if len(counts) == 1 else "seeds, their number in brackets"
@@ -48,7 +48,7 @@ def _order(comparison: Comparison) -> str:
 
 def _teacher_row(comparison: Comparison) -> list[str]:
     shared_tasks = comparison.shared_tasks
-    scores_by_task = {task: list(comparison.teachers(task).values()) for task in comparison.tasks}
+    scores_by_task = {task: [score for _, score in comparison.teachers(task)] for task in comparison.tasks}
     cells = [_range(scores) for scores in scores_by_task.values()]
     single_scores = [scores_by_task[task][0] for task in shared_tasks if len(scores_by_task[task]) == 1]
     has_mean = bool(single_scores) and len(single_scores) == len(shared_tasks)
@@ -104,14 +104,14 @@ def _test_cell(test: PairedTest) -> str:
 
 
 def _loyalty(comparison: Comparison) -> str:
-    summary = comparison.loyalty_summary
-    if summary.empty:
+    loyalties = summary(by_seed(comparison.runs, "loyalty"))
+    if loyalties.empty:
         return ""
-    with_count = summary["n"].nunique() > 1
+    with_count = loyalties["n"].nunique() > 1
     rows = [
-        [name, *(_summary_cell(summary, name, task, with_count) for task in comparison.tasks)]
+        [name, *(_summary_cell(loyalties, name, task, with_count) for task in comparison.tasks)]
         for name in comparison.methods
-        if name in summary.index.get_level_values("method")
+        if name in loyalties.index
     ]
     table = markdown_table(["method", *comparison.tasks], rows, align_right=True)
     text = (
@@ -127,8 +127,9 @@ def _settings(comparison: Comparison) -> str:
     outer_keys = [key for key in differing_keys(runs) if not key.startswith("objective.") or key == "objective.name"]
     lines = []
     for label, method_runs in comparison.methods.items():
-        objectives = {run.objective for run in method_runs}
-        keys = sorted({*outer_keys, *differing_keys(run for run in runs if run.objective in objectives)})
+        objectives = {run.config.objective.name for run in method_runs}
+        inner_keys = differing_keys(run for run in runs if run.config.objective.name in objectives)
+        keys = sorted({*outer_keys, *inner_keys})
         settings = [f"{key} = {_setting_text(method_runs, key)}" for key in keys]
         lines += [f"* {label}: {', '.join(settings)}"] if settings else []
     return "## Settings in which they differ\n\n" + "\n".join(lines) if lines else ""
@@ -136,16 +137,18 @@ def _settings(comparison: Comparison) -> str:
 
 def _setting_text(runs: Sequence[TaskRun], key: str) -> str:
     """Return the value, or the values by task where they differ."""
-    values: dict[str, str] = {}
-    for run in sorted(runs, key=lambda run: run.task):
-        values.setdefault(run.task, format_setting(run.settings.get(key)))
+    first_runs = {run.task: run for run in reversed(runs)}
+    values = {task: format_setting(first_runs[task].settings.get(key)) for task in sorted(first_runs)}
     if len(set(values.values())) == 1:
-        return next(iter(values.values()))
+        return values.popitem()[1]
     return "; ".join(f"{value} on {task}" for task, value in values.items())
 
 
 def _notes(comparison: Comparison) -> str:
-    lines = [f"Left out, {reason}: {_folder_list(names)}." for reason, names in comparison.skipped.items()]
+    lines = []
+    for reason, names in comparison.skipped.items():
+        rest = f" and {len(names) - MAX_FOLDERS} more" if len(names) > MAX_FOLDERS else ""
+        lines.append(f"Left out, {reason}: {_count(len(names), 'folder')} ({', '.join(names[:MAX_FOLDERS])}{rest}).")
     for label, runs in comparison.methods.items():
         mixed = next((each for each in differences(runs) if not each[0].startswith("teacher.")), None)
         if mixed is not None:
@@ -158,14 +161,14 @@ def _notes(comparison: Comparison) -> str:
     for task in comparison.tasks:
         teachers = comparison.teachers(task)
         if len(teachers) > 1:
-            scores = ", ".join(f"{path} {score:.3f}" for path, score in teachers.items())
+            scores = ", ".join(f"{path} {score:.3f}" for path, score in teachers)
             lines.append(f"Runs on {task} had different teachers: {scores}.")
     repeats = len(comparison.runs) - len(comparison.scores)
     if repeats:
         lines.append(
             f"{_count(repeats, 'run')} more of a method, task and seed that has one: their mean counts as one seed."
         )
-    machines = sorted({f"{device} x {n}" for device, n in zip(*map(comparison.runs.get, MACHINE), strict=True)})
+    machines = sorted({f"{run.device} x {run.processes}" for run in comparison.runs.itertuples()})
     if len(machines) > 1:
         lines.append(f"Seconds are from different machines: {', '.join(machines)}.")
     conditions = sorted(comparison.runs["conditions"].dropna().unique())
@@ -175,11 +178,6 @@ def _notes(comparison: Comparison) -> str:
             f"Milliseconds per sequence are {difference}those of one sequence at a time: {'; '.join(conditions)}."
         )
     return "## Notes\n\n" + "\n".join(f"* {line}" for line in lines) if lines else ""
-
-
-def _folder_list(names: Sequence[str], limit: int = 3) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{_count(len(names), 'folder')} ({', '.join(names[:limit])}{rest})"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,7 +1,7 @@
 """What quality costs: scores against measured latency and against bytes, as a plot."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lad_dist.report.comparison import Comparison
+from lad_dist.report.plots import draw_legend
 
 COSTS = {"latency": "ms per sequence, at the teacher's mean speed", "bytes": "bytes"}
 UNMEASURED = "not measured: lad-dist latency RUN"
@@ -36,14 +37,11 @@ def points(comparison: Comparison) -> pd.DataFrame:
     return measured.groupby(["method", "task", "form"], as_index=False, sort=False)[["score", *COSTS]].mean()
 
 
-def front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """Return the numbers of the points that no other beats in both, cheapest first; of equal points the first."""
-    best_score, numbers = -math.inf, []
-    for number in sorted(range(len(costs)), key=lambda n: (costs[n], -scores[n])):
-        if scores[number] > best_score:
-            best_score = scores[number]
-            numbers.append(number)
-    return numbers
+def front(panel_points: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Return the points that no other beats in both cost and score, cheapest first."""
+    cheapest_first = panel_points.sort_values([cost, "score"], ascending=[True, False])
+    best_before = cheapest_first["score"].cummax().shift().fillna(-math.inf)
+    return cheapest_first[cheapest_first["score"] > best_before]
 
 
 def figure(comparison: Comparison) -> Figure | None:
@@ -57,7 +55,8 @@ def figure(comparison: Comparison) -> Figure | None:
     tasks = list(comparison.tasks)
     plot = Figure(figsize=(5.2 * len(COSTS), 0.5 + 3.4 * len(tasks)), layout="constrained")
     panels = plot.subplots(len(tasks), len(COSTS), squeeze=False)
-    colours = dict(zip(comparison.methods, _colours(len(comparison.methods)), strict=True)) | {"teacher": "grey"}
+    palette = colormaps["turbo"](np.linspace(0, 1, len(comparison.methods)))
+    colours = dict(zip(comparison.methods, palette, strict=True)) | {"teacher": "grey"}
     for row, task in zip(panels, tasks, strict=True):
         for axes, (cost, title) in zip(row, COSTS.items(), strict=True):
             axes.set(xlabel=title, ylabel=comparison.tasks[task])
@@ -67,21 +66,16 @@ def figure(comparison: Comparison) -> Figure | None:
                 _panel(axes, panel_points, cost, colours)
             else:
                 axes.text(0.5, 0.5, UNMEASURED, transform=axes.transAxes, ha="center")
-    _legend(plot, panels.flat)
+    draw_legend(plot)
     return plot
 
 
-def _colours(count: int) -> list[Any]:
-    """Return the default ten colours, or as many of a colour map."""
-    return [f"C{n}" for n in range(count)] if count <= 10 else list(colormaps["turbo"](np.linspace(0, 1, count)))
-
-
-def _panel(axes: Axes, panel_points: pd.DataFrame, cost: str, colours: dict[str, str]) -> None:
+def _panel(axes: Axes, panel_points: pd.DataFrame, cost: str, colours: dict[str, Any]) -> None:
     for point in panel_points.to_dict("records"):
         marker, colour = MARKERS[point["form"]], colours[point["method"]]
         xs, ys = [point[cost]], [point["score"]]
         axes.plot(xs, ys, linestyle="", marker=marker, markersize=7, color=colour, label=_label(point))
-    best = panel_points.iloc[front(panel_points[cost].tolist(), panel_points["score"].tolist())]
+    best = front(panel_points, cost)
     axes.plot(best[cost], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, zorder=0)
     for point in best.to_dict("records"):
         position = (point[cost], point["score"])
@@ -92,13 +86,3 @@ def _panel(axes: Axes, panel_points: pd.DataFrame, cost: str, colours: dict[str,
 
 def _label(point: Mapping[Hashable, Any]) -> str:
     return point["method"] if point["form"] in ("student", "teacher") else f"{point['method']}, {point['form']}"
-
-
-def _legend(plot: Figure, panels: Iterable[Axes]) -> None:
-    handles = {
-        label: handle
-        for axes in panels
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        if not label.startswith("_")
-    }
-    plot.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)

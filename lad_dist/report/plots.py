@@ -29,16 +29,21 @@ def figure(comparison: Comparison) -> Figure:
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
     panels[0].set_ylim(len(comparison.methods) - 0.5, -0.5)
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    plot.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    draw_legend(plot)
     return plot
+
+
+def draw_legend(plot: Figure) -> None:
+    """Draw one legend for all panels below them."""
+    handles = {
+        label: handle for axes in plot.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    plot.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def _panel(axes: Axes, comparison: Comparison, task: str) -> None:
     names = list(comparison.methods)
-    for score in comparison.teachers(task).values():
+    for _, score in comparison.teachers(task):
         axes.axvline(score, linestyle="--", color="grey", label="teacher", zorder=0)
     for row, name in enumerate(names):
         if (name, task) in comparison.score_summary.index:

@@ -1,138 +1,69 @@
-"""The results of the complete task runs below folders.
-
-collect(folders)   returns LoadedRuns: the runs, and which folders were skipped and why
-TaskRun            what a comparison reads of a run
-"""
+"""The results of the complete task runs below folders."""
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import pandas as pd
+from pydantic import BaseModel, Field, ValidationError
 
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import first_mistake, is_of_earlier_version, with_defaults
-from lad_dist.config.schema import CHANGEABLE_KEYS, TEACHER_PATH, TaskConfig, default_label
+from lad_dist.config.load import first_mistake, is_of_earlier_version, parse_config
+from lad_dist.config.schema import CHANGEABLE_KEYS, TEACHER_PATH, TaskConfig, train_schema
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.tables import flatten
 from lad_dist.utils.text import first_line
 
 # Settings that identify a run and its task, and not its method.
-IDENTITY_KEYS = {
-    "run.name",
-    "run.dir",
-    "run.seed",
-    "data.task",
-    "data.dev",
-    "data.kind",
-} | CHANGEABLE_KEYS
+IDENTITY_KEYS = {"run.name", "run.dir", "run.seed", "data.task", "data.dev", "data.kind"} | CHANGEABLE_KEYS
 
-LOYALTY = ("label_loyalty", "teacher_pearson")  # of decisions, of numbers
+Numbers = dict[str, int | float]
 
 
-class _Lenient(BaseModel):
-    """A table of results.json, as far as a report reads it."""
+class _Latency(BaseModel):
+    """What launch/measure_latency.py adds to results.json, as far as a report reads it."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class _RunConfig(_Lenient):
-    name: str
-    dir: str
-    seed: int
-    label: str | None = None
-
-
-class _DataConfig(_Lenient):
-    task: str | None = None
-    dev: str | None = None
-    shards: str | None = None
-
-
-class _NamedConfig(_Lenient):
-    name: str
-
-
-class _TeacherConfig(_Lenient):
-    path: str
-
-
-class _Config(_Lenient):
-    run: _RunConfig
-    data: _DataConfig
-    objective: _NamedConfig
-    compression: list[_NamedConfig] = []
-    teacher: _TeacherConfig | None = None
-
-
-class _Student(_Lenient):
-    parameters: int
-    forward_flops_per_token: float
-    safetensors: float = Field(math.nan, alias="bytes/safetensors")
-    compact: float = Field(math.nan, alias="bytes/compact")
-    onnx: float = Field(math.nan, alias="bytes/onnx")
-    int8: float = Field(math.nan, alias="bytes/onnx int8")
-
-    @property
-    def bytes(self) -> float:
-        """Of the smaller form in fp32."""
-        return self.safetensors if math.isnan(self.compact) else self.compact
-
-
-class _Timing(_Lenient):
-    form: str
-    device: str
-    batch: int
-    length: int
-    seconds: float
-
-
-class _Quality(_Lenient):
-    metrics: dict[str, float]
-
-
-class _Sizes(_Lenient):
-    safetensors: float = Field(math.nan, alias="bytes/safetensors")
-
-
-class _Latency(_Lenient):
     threads: int
     devices: dict[str, str]
-    timings: list[_Timing]
-    quality: dict[str, _Quality] = {}
-    teacher: _Sizes | None = None
+    timings: list[dict[str, Any]]
+    quality: dict[str, dict[str, Numbers]] = {}
+    teacher: dict[str, Any] = {}
 
     @property
-    def _single_sequence(self) -> list[_Timing]:
-        """Timings of one sequence on the CPU, of the shortest length."""
-        single = [timing for timing in self.timings if timing.batch == 1 and timing.device == "cpu"]
-        return [timing for timing in single if timing.length == min(other.length for other in single)]
+    def single_sequence(self) -> pd.DataFrame:
+        """Timings of one sequence on the CPU, of the shortest length, by form."""
+        timings = pd.DataFrame(self.timings, columns=["form", "device", "batch", "length", "seconds"])
+        timings = timings[(timings["batch"] == 1) & (timings["device"] == "cpu")].set_index("form")
+        return timings[timings["length"] == timings["length"].min()]
 
     def milliseconds(self, form: str) -> float:
         """Return the milliseconds of one sequence; NaN where the form was not measured."""
-        return next((1e3 * timing.seconds for timing in self._single_sequence if timing.form == form), math.nan)
+        return 1e3 * self.single_sequence["seconds"].get(form, math.nan)
 
     @property
-    def conditions(self) -> str:
-        """The conditions of the measurement, in words."""
-        length = self._single_sequence[0].length if self._single_sequence else 0
+    def conditions(self) -> str | None:
+        """The conditions of the measurement, in words; None where there was none."""
+        if not self.timings:
+            return None
+        length = max(self.single_sequence["length"], default=0)
         return f"{length} tokens, {self.devices.get('cpu', 'cpu')}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
-class _Results(_Lenient):
-    config: _Config
-    metrics: dict[str, float] = Field(min_length=1)
-    student: _Student
-    teacher: dict[str, float]
+class _Results(BaseModel):
+    """A results.json, as far as a report reads it."""
+
+    metrics: Numbers = Field(min_length=1)
+    student: Numbers
+    teacher: Numbers
     steps: int
     seconds: float
     tokens_per_second: float
     processes: int
     device: str
-    latency: _Latency | None = None
+    latency: _Latency = _Latency(threads=1, devices={}, timings=[])
 
 
 class Form(NamedTuple):
@@ -151,30 +82,16 @@ class TaskRun:
     Attributes:
         folder: of the run.
         task: GLUE's name, or the path of the file with the dev set.
+        config: of the run.
         results: of the run.
         settings: all keys of the config that may tell methods apart, by dotted key.
     """
 
     folder: str
     task: str
+    config: TaskConfig
     results: _Results
     settings: dict[str, Any]
-
-    @property
-    def label(self) -> str:
-        """The method's name."""
-        config = self.results.config
-        return config.run.label or default_label(config.objective.name, [each.name for each in config.compression])
-
-    @property
-    def objective(self) -> str:
-        """The objective's name."""
-        return self.results.config.objective.name
-
-    @property
-    def seed(self) -> int:
-        """The run's seed."""
-        return self.results.config.run.seed
 
     @property
     def metric(self) -> str:
@@ -187,71 +104,64 @@ class TaskRun:
         return self.results.metrics[self.metric]
 
     @property
-    def loyalty(self) -> float:
-        """The loyalty to the teacher; NaN without one."""
-        return next((self.results.metrics[name] for name in LOYALTY if name in self.results.metrics), math.nan)
-
-    @property
     def teacher(self) -> str | None:
         """The teacher's path."""
-        return self.results.config.teacher.path if self.results.config.teacher else None
+        return self.config.teacher.path if self.config.teacher else None
 
     @property
     def forms(self) -> list[Form]:
         """The student as it was trained, and as `lad-dist latency` exported it."""
-        student, latency = self.results.student, self.results.latency
-        if latency is None:
-            return [Form("student", self.score, math.nan, student.bytes)]
-        forms = [Form("student", self.score, latency.milliseconds("student"), student.bytes)]
-        for name, size in (("onnx", student.onnx), ("onnx int8", student.int8)):
-            if name in latency.quality:
-                score = latency.quality[name].metrics.get(self.metric, math.nan)
-                forms.append(Form(name, score, latency.milliseconds(name), size))
+        latency, sizes = self.results.latency, self.results.student
+        size = sizes.get("bytes/compact", sizes.get("bytes/safetensors", math.nan))
+        forms = [Form("student", self.score, latency.milliseconds("student"), size)]
+        for name, scores in latency.quality.items():
+            score = scores["metrics"].get(self.metric, math.nan)
+            forms.append(Form(name, score, latency.milliseconds(name), sizes.get(f"bytes/{name}", math.nan)))
         return forms
 
     @property
     def teacher_form(self) -> Form:
         """The teacher as it was measured beside the student."""
         latency, score = self.results.latency, self.results.teacher.get(self.metric, math.nan)
-        if latency is None:
-            return Form("teacher", score, math.nan, math.nan)
-        size = latency.teacher.safetensors if latency.teacher else math.nan
-        return Form("teacher", score, latency.milliseconds("teacher"), size)
-
-    @property
-    def export(self) -> str:
-        """The path by which a config that goes on from this run names the export."""
-        run = self.results.config.run
-        return str(PurePath(run.dir, run.name, "export"))
+        return Form(
+            "teacher", score, latency.milliseconds("teacher"), latency.teacher.get("bytes/safetensors", math.nan)
+        )
 
 
-@dataclass
-class LoadedRuns:
-    """The runs by folder, and the skipped folders by the reason for skipping them."""
+def collect(folders: Sequence[str | Path]) -> tuple[list[TaskRun], dict[str, list[str]]]:
+    """Return the complete task runs below the folders, and the skipped folders by the reason for skipping them.
 
-    runs: list[TaskRun] = field(default_factory=list)
-    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-
-def collect(folders: Sequence[str | Path]) -> LoadedRuns:
-    """Return the complete task runs below the folders, each once, whatever the order of the folders.
+    Each run is there once, whatever the order of the folders.
 
     Raises:
         UserError: a folder does not exist, a results.json is damaged, or there is no complete run.
     """
-    loaded = LoadedRuns()
+    runs: list[TaskRun] = []
+    skipped: dict[str, list[str]] = defaultdict(list)
     for file in _files_below(folders, "results.json"):
-        _load_run(file, loaded)
+        tables = _read(file)
+        reason = _reason_to_skip(tables.get("config"))
+        if reason is None:
+            runs.append(_task_run(file, tables))
+        else:
+            skipped[reason].append(str(file.parent))
     for file in _files_below(folders, "config.toml"):
         if not (file.parent / "results.json").exists():
-            loaded.skipped["not complete"].append(str(file.parent))
-    _skip(loaded, "teachers of the others, with no teacher of their own", _are_teachers(loaded.runs))
-    _skip(loaded, "the main metric is no number", [not math.isfinite(run.score) for run in loaded.runs])
-    if not loaded.runs:
+            skipped["not complete"].append(str(file.parent))
+    teachers = {Path(run.teacher) for run in runs if run.teacher is not None}
+    compared = []
+    for run in runs:
+        if run.teacher is None and run.config.run.folder / "export" in teachers:
+            skipped["teachers of the others, with no teacher of their own"].append(run.folder)
+        elif not math.isfinite(run.score):
+            skipped["the main metric is no number"].append(run.folder)
+        else:
+            compared.append(run)
+    if not compared:
         paths = ", ".join(sorted({str(folder) for folder in folders}))
-        reasons = "".join(f"; {reason}: {len(names)}" for reason, names in loaded.skipped.items())
+        reasons = "".join(f"; {reason}: {len(names)}" for reason, names in skipped.items())
         raise UserError(f"{paths}: no complete run on a task below{reasons}")
-    return loaded
+    return compared, skipped
 
 
 def _files_below(folders: Sequence[str | Path], name: str) -> list[Path]:
@@ -264,50 +174,34 @@ def _files_below(folders: Sequence[str | Path], name: str) -> list[Path]:
     return sorted(paths.values())
 
 
-def _load_run(file: Path, loaded: LoadedRuns) -> None:
-    """Add a run to `loaded`."""
-    tables = _read(file)
-    # A search and the quickstart write a results.json of their own, without a config.
-    if "config" not in tables:
-        loaded.skipped["no run's results"].append(str(file.parent))
-        return
-    if isinstance(tables["config"], dict) and is_of_earlier_version(tables["config"]):
-        loaded.skipped["of an earlier version of lad_dist"].append(str(file.parent))
-        return
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        tables = parse_json(file.read_text(encoding="utf-8"))
+        if isinstance(tables, dict):
+            return tables
+        reason = "not a JSON object"
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+    raise UserError(f"{file}: damaged ({reason}); remove it and run the run again")
+
+
+def _reason_to_skip(config: Any) -> str | None:
+    """Return why results with this config are no task run's; None where they are."""
+    if not isinstance(config, dict):
+        return "no run's results"  # a search and the quickstart write a results.json of their own, without a config
+    if is_of_earlier_version(config):
+        return "of an earlier version of lad_dist"
+    return None if train_schema(config) is TaskConfig else "on a corpus"
+
+
+def _task_run(file: Path, tables: dict[str, Any]) -> TaskRun:
+    config = parse_config(TaskConfig, tables["config"], f"{file}: config")
     try:
         results = _Results.model_validate(tables)
     except ValidationError as error:
         raise UserError(f"{file}: damaged ({first_mistake(error)}); remove it and run the run again") from None
-    data = results.config.data
-    task = data.task or data.dev
-    if task is None:
-        loaded.skipped["on a corpus"].append(str(file.parent))
-        return
-    leaves = flatten(with_defaults(TaskConfig, tables["config"]), into_lists=True)
+    leaves = flatten(config.model_dump(exclude_none=True), into_lists=True)
     settings = {key: value for key, value in leaves.items() if key not in IDENTITY_KEYS and value != []}
-    if results.config.teacher is not None and settings.get("student.path") == results.config.teacher.path:
+    if config.teacher is not None and config.student.path == config.teacher.path:
         settings["student.path"] = TEACHER_PATH
-    loaded.runs.append(TaskRun(str(file.parent), task, results, settings))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        tables = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: damaged ({first_line(error)}); remove it and run the run again") from None
-    if not isinstance(tables, dict):
-        raise UserError(f"{file}: damaged (not a JSON object); remove it and run the run again")
-    return tables
-
-
-def _are_teachers(runs: Sequence[TaskRun]) -> list[bool]:
-    """Tell for each run whether it is a teacher of another run and has no teacher of its own."""
-    teachers = {str(PurePath(run.teacher)) for run in runs if run.teacher is not None}
-    return [run.teacher is None and run.export in teachers for run in runs]
-
-
-def _skip(loaded: LoadedRuns, reason: str, is_skipped: Sequence[bool]) -> None:
-    names = [run.folder for run, skip in zip(loaded.runs, is_skipped, strict=True) if skip]
-    if names:
-        loaded.skipped[reason] += names
-        loaded.runs = [run for run, skip in zip(loaded.runs, is_skipped, strict=True) if not skip]
+    return TaskRun(str(file.parent), config.data.task or str(config.data.dev), config, results, settings)

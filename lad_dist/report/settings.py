@@ -15,11 +15,11 @@ def differences(runs: Iterable[TaskRun]) -> Iterator[tuple[str, TaskRun, TaskRun
     first_runs: dict[str, TaskRun] = {}
     for run in runs:
         first = first_runs.setdefault(run.task, run)
-        own_seed = re.compile(rf"(?<![A-Za-z0-9]){first.seed}(?![A-Za-z0-9])")
+        own_seed = re.compile(rf"(?<![A-Za-z0-9]){first.config.run.seed}(?![A-Za-z0-9])")
         for key in sorted(first.settings.keys() | run.settings.keys()):
             expected, value = first.settings.get(key), run.settings.get(key)
             if value != expected and isinstance(expected, str):
-                expected = own_seed.sub(str(run.seed), expected)
+                expected = own_seed.sub(str(run.config.run.seed), expected)
             if value != expected:
                 yield key, first, run
 

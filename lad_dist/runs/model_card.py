@@ -1,11 +1,6 @@
-"""The model card of an export: use, quality, size and speed of a student, with the command that measured them.
+"""The model card of an export: use, quality, size and speed of a student, with the command that measured them."""
 
-model_card(results)        the card in Markdown, from what results.json holds
-latency_table(latency)     the measured forms and their speed, as header and rows
-latency_remarks(...)       what the numbers do not show by themselves: what is smaller and not faster
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -31,11 +26,16 @@ def model_card(results: Numbers) -> str:
     """Return the card of a run, in Markdown."""
     config, latency = results["config"], results.get("latency")
     student = latency[STUDENT] if latency else results["student"]
-    remarks = latency_remarks(student, latency)
+    remarks = "".join(f"\n* {remark}" for remark in latency_remarks(student, latency))
     teacher = f", taught by `{config['teacher']['path']}`" if config.get("teacher") else ""
     tags = "".join(f"- {tag}\n" for tag in ("lad_dist", config["objective"]["name"]))
     use = PIPELINES.get(config["data"].get("kind"), "feature-extraction")
     rows = [(name, plain_number(value)) for name, value in {**totals(results["student"]), **results["metrics"]}.items()]
+    speed = ""
+    if latency is not None:
+        table = markdown_table(*latency_table(latency))
+        measured = f"{latency_conditions(latency)} Measured by\n```\n{latency['command']}\n```\n"
+        speed = f"\n## How fast\n\n{table}\n\n{measured}"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {use}\ntags:\n{tags}---\n# {config['run']['name']}\n\n"
         f"A student trained with objective `{config['objective']['name']}`{teacher}.\n\n"
@@ -44,7 +44,7 @@ def model_card(results: Numbers) -> str:
         f"Measured by\n```\n{results['command']}\n```\n"
         f"in {results['seconds']:.0f} seconds and {results['steps']} steps on {results['processes']} process(es), "
         f"{results['device']}; metrics are those of the dev set, or of held-out text.\n"
-        f"{_size(student)}{_speed(latency) if latency else ''}{_list(remarks)}"
+        f"{_size(student)}{speed}{remarks}" + "\n" * bool(remarks)
     )
 
 
@@ -62,11 +62,8 @@ def _usage(config: Numbers) -> str:
 
 def totals(student: Numbers) -> dict[str, Any]:
     """Return a student's numbers without those by component or by map, and without bytes."""
-    components = {name: name.split("/") for name in student}
-    return {
-        name: student[name] for name, (first, *rest) in components.items()
-        if first not in (*BY_COMPONENT, "bytes") and len(rest) < 2
-    }  # fmt: skip
+    left_out = {*BY_COMPONENT, "bytes"}
+    return {name: x for name, x in student.items() if name.count("/") < 2 and name.split("/")[0] not in left_out}
 
 
 def _size(student: Numbers) -> str:
@@ -84,15 +81,6 @@ def _size(student: Numbers) -> str:
     )
 
 
-def _speed(latency: Numbers) -> str:
-    table = markdown_table(*latency_table(latency))
-    return f"\n## How fast\n\n{table}\n\n{latency_conditions(latency)} Measured by\n```\n{latency['command']}\n```\n"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "".join(f"\n* {line}" for line in lines) + "\n" * bool(lines)
-
-
 def latency_conditions(latency: Numbers) -> str:
     """Return a sentence about the conditions of the measurement."""
     count = latency["threads"]
@@ -105,16 +93,30 @@ def latency_conditions(latency: Numbers) -> str:
     )
 
 
+def _seconds(latency: Numbers) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
+    """Return the median seconds of a forward by form and device, then by batch and length."""
+    seconds: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
+    for timing in latency["timings"]:
+        shapes = seconds.setdefault((timing["form"], timing["device"]), {})
+        shapes[timing["batch"], timing["length"]] = timing["seconds"]
+    return seconds
+
+
 def latency_table(latency: Numbers) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: form, device, sizes, and for each shape latency, throughput and ratio to the teacher."""
-    shapes = list(dict.fromkeys((x["batch"], x["length"]) for x in latency["timings"]))
-    header = ["form", "device", "weights", "not zero", "MFLOP/token", "MB", *(f"{b} x {s}" for b, s in shapes)]
+    seconds = _seconds(latency)
+    shapes = [f"{batch} x {length}" for batch, length in next(iter(seconds.values()))]
     rows = []
-    for form, device in dict.fromkeys((x["form"], x["device"]) for x in latency["timings"]):
+    for (form, device), times in seconds.items():
         model = latency[TEACHER if form == TEACHER else STUDENT]
-        cells = [_timing(latency, form, device, shape) for shape in shapes]
-        rows.append([form, device, *_sizes(model, form), *cells])
-    return header, rows
+        teacher = {} if form == TEACHER else seconds.get((TEACHER, device), {})
+        ratios = [f" ({teacher[shape] / time:.2f}x)" if shape in teacher else "" for shape, time in times.items()]
+        paces = [
+            f"{plain_number(1e3 * time, digits=3)} ms, {plain_number(batch / time, digits=3)}/s"
+            for (batch, _), time in times.items()
+        ]
+        rows.append([form, device, *_sizes(model, form), *map("".join, zip(paces, ratios, strict=True))])
+    return ["form", "device", "weights", "not zero", "MFLOP/token", "MB", *shapes], rows
 
 
 def _sizes(model: Numbers, form: str) -> list[str]:
@@ -123,22 +125,6 @@ def _sizes(model: Numbers, form: str) -> list[str]:
     file = compact or model.get("bytes/safetensors")
     flops = f"{model[footprint.FLOPS] / 1e6:.3g}"
     return [f"{model['stored']:,}", f"{model['nonzero']:,}", flops, f"{file / 1e6:,.1f}" if file else "-"]
-
-
-def _timing(latency: Numbers, form: str, device: str, shape: tuple[int, int]) -> str:
-    seconds = median_seconds(latency, form, device, shape)
-    ratio = (median_seconds(latency, TEACHER, device, shape) or 0.0) / seconds if seconds else 0.0
-    if not seconds:
-        return "-"
-    suffix = f" ({ratio:.2f}x)" if ratio and form != TEACHER else ""
-    return f"{plain_number(1e3 * seconds, digits=3)} ms, {plain_number(shape[0] / seconds, digits=3)}/s{suffix}"
-
-
-def median_seconds(latency: Numbers, form: str, device: str, shape: tuple[int, int]) -> float | None:
-    """Return the median time of a forward; None where this was not measured."""
-    key = (form, device, *shape)
-    timings = {(x["form"], x["device"], x["batch"], x["length"]): x["seconds"] for x in latency["timings"]}
-    return timings.get(key)
 
 
 def latency_remarks(student: Numbers, latency: Numbers | None = None) -> list[str]:
@@ -166,20 +152,18 @@ def _speed_up(latency: Numbers) -> list[str]:
     if TEACHER not in latency:
         return []
     promised = latency[TEACHER][footprint.FLOPS] / latency[STUDENT][footprint.FLOPS]
-    device = latency["timings"][0]["device"]
-    measured = {}
-    for shape in dict.fromkeys((x["batch"], x["length"]) for x in latency["timings"]):
-        teacher, student = (median_seconds(latency, form, device, shape) for form in (TEACHER, STUDENT))
-        measured[shape] = (teacher or 0.0) / (student or 1.0)
-    low, high = min(measured.values()), max(measured.values())
+    seconds, device = _seconds(latency), latency["timings"][0]["device"]
+    student = seconds[STUDENT, device]
+    ratios = [time / student[shape] for shape, time in seconds[TEACHER, device].items()]
+    low, high = min(ratios), max(ratios)
     text = f"It has 1/{promised:.2f} of the teacher's FLOPs per token and runs {low:.2f} to {high:.2f} times as fast"
     return [text + ("; not all that is saved on paper is saved in time." if low < SHORT * promised else ".")]
 
 
 def _quantized(latency: Numbers) -> list[str]:
     """Name the shapes at which int8 is not faster than fp32."""
-    cells = {(x["batch"], x["length"]): x["seconds"] for x in latency["timings"] if x["form"] == INT8}
-    ratios = {shape: (median_seconds(latency, ONNX, "cpu", shape) or 0.0) / seconds for shape, seconds in cells.items()}
+    seconds = _seconds(latency)
+    ratios = {shape: seconds[ONNX, "cpu"][shape] / time for shape, time in seconds.get((INT8, "cpu"), {}).items()}
     slow = [f"{batch} x {length} ({ratio:.2f}x)" for (batch, length), ratio in ratios.items() if ratio <= 1]
     return [f"int8 is smaller than fp32 and not faster at {', '.join(slow)}."] if slow else []
 

@@ -81,7 +81,10 @@ class Run:
     def _check_same(self, config: TrainConfig) -> None:
         if not self._config.exists():
             return
-        tables = _read_config(self._config)
+        try:
+            tables = tomllib.loads(self._config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self._config}: damaged ({error}); remove the run folder to start afresh") from None
         if is_of_earlier_version(tables):
             raise UserError(
                 f"{self.folder}: holds a run of an earlier version of lad_dist; choose another run.name, or remove the "
@@ -124,7 +127,13 @@ class Run:
             append_text(self._metrics, json.dumps(row) + "\n")
         except OSError as error:
             logger.warning("%s: the row of step %s is lost: %s", self._metrics, row["step"], error)
-        self._write_tensorboard(lambda writer: _add_scalars(writer, row))
+
+        def add_scalars(writer: SummaryWriter) -> None:
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(name, value, row["step"])
+
+        self._write_tensorboard(add_scalars)
 
     def _write_tensorboard(self, add: Callable[[SummaryWriter], None]) -> None:
         """Add to TensorBoard's events, as far as the disk lets it."""
@@ -168,18 +177,16 @@ class Run:
         Raises NoProgress instead of a fourth try from the same checkpoint.
         """
         with ExitStack() as stack:
-            processes.on_main(lambda: stack.enter_context(self._exclusive_lock()))
+            processes.on_main(lambda: self._enter_lock(stack))
             with self._count_crashes():
                 yield
 
-    @contextmanager
-    def _exclusive_lock(self) -> Iterator[None]:
+    def _enter_lock(self, stack: ExitStack) -> None:
         """Lock the folder; wait for a session before this one that is still ending. Raises RunOccupied."""
-        end, lock = time.monotonic() + LOCK_SECONDS, ExitStack()
+        end = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                lock.enter_context(file_lock(self._lock))
-                break
+                return stack.enter_context(file_lock(self._lock))
             except BlockingIOError:
                 if time.monotonic() >= end:
                     raise RunOccupied(
@@ -187,8 +194,6 @@ class Run:
                         "run.name"
                     ) from None
                 time.sleep(STOP_CHECK_SECONDS)
-        with lock:
-            yield
 
     @contextmanager
     def _count_crashes(self) -> Iterator[None]:
@@ -198,13 +203,14 @@ class Run:
                 f"{self.folder}: died {crashes} times in a row at {checkpoint}, before another checkpoint was saved; "
                 f"find out why in the log, then remove {self._crashes} to try again"
             )
-        self._write_crashes({"at": checkpoint, "crashes": crashes + 1})  # a session that ends well removes the file
+        if ranks.is_main():  # a session that ends well removes the file
+            write_text(self._crashes, json.dumps({"at": checkpoint, "crashes": crashes + 1}) + "\n")
         try:
             yield
         except (UserError, KeyboardInterrupt):
-            self._write_crashes(None)
+            self._remove_crashes()
             raise
-        self._write_crashes(None)
+        self._remove_crashes()
 
     def _crash_count(self) -> tuple[str, int]:
         """Return the newest checkpoint, and how many sessions in a row have crashed without another one."""
@@ -215,22 +221,18 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return checkpoint, 0
 
-    def _write_crashes(self, record: Mapping[str, Any] | None) -> None:
-        if not ranks.is_main():
-            return
-        if record is None:
+    def _remove_crashes(self) -> None:
+        if ranks.is_main():
             self._crashes.unlink(missing_ok=True)
-        else:
-            write_text(self._crashes, json.dumps(record) + "\n")
 
     def skipped_steps(self) -> list[int]:
         """Return the steps that the run skips, the same on all processes."""
         return processes.on_main(self._read_skipped_steps)["skipped_steps"]
 
     def _read_skipped_steps(self) -> dict[str, list[Any]]:
-        return (
-            _read_table(self._skipped_steps) if self._skipped_steps.exists() else {"skipped_steps": [], "skipped": []}
-        )
+        if not self._skipped_steps.exists():
+            return {"skipped_steps": [], "skipped": []}
+        return _read_table(self._skipped_steps)
 
     def record_skip(self, row: Mapping[str, Any], skipped_steps: Sequence[int]) -> None:
         """Record an update that was skipped, and the steps that the run skips from now on."""
@@ -283,14 +285,6 @@ def _write_results(folder: Path, results: Mapping[str, Any]) -> None:
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Return the tables of a TOML file; raise UserError where it is damaged."""
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}); remove the run folder to start afresh") from None
-
-
 def _read_table(file: Path) -> dict[str, Any]:
     """Return the object of a JSON file; raise UserError where it is damaged."""
     try:
@@ -300,12 +294,6 @@ def _read_table(file: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise UserError(f"{file}: damaged (no JSON object); remove it to let the run go on")
     return table
-
-
-def _add_scalars(writer: SummaryWriter, row: Mapping[str, Any]) -> None:
-    for name, value in row.items():
-        if name != "step":
-            writer.add_scalar(name, value, row["step"])
 
 
 def _step_of(row: str) -> float:

@@ -1,8 +1,5 @@
 """Trials: what a search runs, sampled and checked before anything starts.
 
-    sample_trials(config)   every combination of the grid's choices, each with `num_samples` samples of the space
-    base_configs(config)    the files that they start from
-
 An axis of the grid is a table of named choices. A choice is a table of overrides; the key `base` in it names another
 config to start from. What a trial samples is a function of (search.seed, sample, key): each combination gets the same.
 
@@ -40,7 +37,10 @@ class Trial:
 def sample_trials(config: SearchConfig) -> list[Trial]:
     """Return the trials, each with the config of its run; raise UserError for what does not fit the schema of a run."""
     options = config.search
-    space = {key: _distribution(key, name, values) for key, name, values in _distributions(config.space)}
+    space = {}
+    for path, values in flatten(config.space).items():
+        key, _, name = path.rpartition(".")
+        space[key] = _distribution(key, name, values)  # of a key that occurs twice, as by the command line, the last
     width = len(str(options.num_samples - 1))
     method_axes = [axis for axis, choices in config.grid.items() if _names_method(choices)]
     trials = []
@@ -82,40 +82,27 @@ def _combinations(grid: Mapping[str, Mapping[str, Any]]) -> Iterator[Choices]:
 
 def _tables(config: SearchConfig, choices: Choices) -> tuple[dict[str, Any], str]:
     """Return the config of a combination, and the file that it starts from."""
-    changes = [_choice(config, axis, choice) for axis, choice in choices]
+    changes = []
+    for axis, choice in choices:
+        changes.append(dict(config.grid[axis][choice]))
+        for key in changes[-1]:
+            lookup(f"grid.{axis}.{choice}: key", key.split(".")[0], dict.fromkeys(["base", *TaskConfig.model_fields]))
     base = [config.search.base, *(change.pop("base") for change in changes if "base" in change)][-1]
     overrides = itertools.chain.from_iterable(flatten(tables).items() for tables in (config.override, *changes))
     return apply_overrides(read_toml(base), overrides), base
-
-
-def _choice(config: SearchConfig, axis: str, choice: str) -> dict[str, Any]:
-    changes = config.grid[axis][choice]
-    for key in changes:
-        lookup(f"grid.{axis}.{choice}: key", key.split(".")[0], dict.fromkeys(["base", *TaskConfig.model_fields]))
-    return dict(changes)
-
-
-def _distributions(space: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield key, distribution and values; of a key that occurs twice, as by the command line, the last."""
-    for path, values in flatten(space).items():
-        key, _, name = path.rpartition(".")
-        yield key, name, values
 
 
 def _distribution(key: str, name: str, values: Any) -> Callable[[random.Random], Any]:
     draw = lookup(f"space.{key}: distribution", name, DISTRIBUTIONS)
     if not isinstance(values, list) or not values:
         raise UserError(f"space.{key}.{name}: give a list, [low, high] or for choice the values, not {values!r}")
-    if name != "choice":
-        _check_range(f"space.{key}.{name}", values, int if name == "randint" else (int, float))
+    kind = int if name == "randint" else (int, float)
+    is_range = len(values) == 2 and all(isinstance(value, kind) for value in values) and values[0] < values[1]
+    if name != "choice" and not is_range:
+        raise UserError(f"space.{key}.{name}: give [low, high] with low < high, not {values!r}")
     if name == "loguniform" and values[0] <= 0:
         raise UserError(f"space.{key}.{name}: the low end must be above 0, not {values[0]!r}")
     return lambda generator: draw(generator, values)
-
-
-def _check_range(where: str, values: list[Any], kind: Any) -> None:
-    if len(values) != 2 or not all(isinstance(value, kind) for value in values) or values[0] >= values[1]:
-        raise UserError(f"{where}: give [low, high] with low < high, not {values!r}")
 
 
 DISTRIBUTIONS: dict[str, Callable[[random.Random, list[Any]], Any]] = {

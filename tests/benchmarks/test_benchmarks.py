@@ -48,13 +48,6 @@ def test_the_script_prints_a_table(world: World, tmp_path: Path) -> None:
     assert len(wrong.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("word", ["--help", "-h"])
-def test_help(word: str) -> None:
-    done = launch(["-m", "lad_dist.cli", "benchmark", word])
-    assert done.returncode == 0
-    assert "usage" in done.stdout
-
-
 def no_clock() -> Any:
     return contextlib.nullcontext()
 

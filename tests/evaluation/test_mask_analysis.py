@@ -49,9 +49,14 @@ QUERY, KEY = "bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.l
 EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 
+def counts(keep_masks: Any) -> dict[Any, tuple[int, int]]:
+    """Return pruned and all weights by layer and component."""
+    return {key: (pruned, total) for key, pruned, total in sparsity(keep_masks).itertuples(name=None)}
+
+
 def test_sparsity_by_layer_and_component() -> None:
     keep_masks = {QUERY: mask("1100", "0000"), KEY: mask("11", "01"), EMBEDDINGS: mask("1111")}
-    assert sparsity(keep_masks) == {(1, "query"): (6, 8), (2, "key"): (1, 4), (None, "embeddings"): (0, 4)}
+    assert counts(keep_masks) == {(1, "query"): (6, 8), (2, "key"): (1, 4), (0, "embeddings"): (0, 4)}
 
 
 @pytest.mark.parametrize("family", toy_families.SIZES)
@@ -64,12 +69,12 @@ def test_every_matrix_belongs_to_a_component(family: str) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             groups.setdefault(weight_group(f"{name}.weight"), []).append(module.weight.numel())
     layers = 1 if family == "albert" else 4
-    assert {layer for layer, _ in groups} == {None, *range(1, layers + 1)}
+    assert {layer for layer, _ in groups} == {0, *range(1, layers + 1)}
     components = {"attention output", "FFN in", "FFN out"}
     components |= {"query, key, value"} if family == "modernbert" else {"query", "key", "value"}
     for layer in range(1, layers + 1):
         assert {component for group_layer, component in groups if group_layer == layer} == components
-    assert max(groups[None, "embeddings"]) == 300 * (16 if family in ("albert", "electra") else 32)
+    assert max(groups[0, "embeddings"]) == 300 * (16 if family in ("albert", "electra") else 32)
 
 
 def test_overlap_by_hand() -> None:
@@ -115,23 +120,6 @@ def test_chance_is_what_all_masks_of_these_sizes_are(sizes: list[tuple[int, int,
     assert result.deviations == pytest.approx((both - np.mean(shared)) / np.std(shared))
     assert result.expected == pytest.approx(np.mean(shared) / (total - np.mean(shared)))
     assert result.sd == pytest.approx(total / (total - np.mean(shared)) ** 2 * np.std(shared))
-
-
-def test_the_jaccard_index_of_random_masks_is_as_expected() -> None:
-    """Mean and sd over many draws, of two matrices of different sparsity."""
-    random = np.random.default_rng(0)
-
-    def draw(shares: tuple[float, float]) -> dict[str, NDArray[np.bool_]]:
-        return {
-            name: random.permutation(np.arange(size) < round(share * size))[None]
-            for (name, size), share in zip((("a", 2000), ("b", 500)), shares, strict=True)
-        }
-
-    overlaps = [overlap(draw((0.3, 0.8)), draw((0.5, 0.1))) for _ in range(400)]
-    values = np.array([one.jaccard for one in overlaps])
-    assert len({one.expected for one in overlaps}) == 1
-    assert abs(values.mean() - overlaps[0].expected) < 5 * overlaps[0].sd / math.sqrt(len(values)) + 1e-4
-    assert values.std() == pytest.approx(overlaps[0].sd, rel=0.2)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31), st.integers(0, 9))
@@ -181,8 +169,8 @@ def test_masks_of_a_run(runs: dict[str, Path]) -> None:
     trained = load_run_masks(runs["magnitude"])
     assert trained.keep_masks.keys() == masks.keep_masks.keys()
     for run_masks in (masks, trained):
-        counts = sparsity(run_masks.keep_masks).values()
-        assert sum(pruned for pruned, _ in counts) == pytest.approx(0.75 * sum(n for _, n in counts), abs=len(counts))
+        table = sparsity(run_masks.keep_masks)
+        assert table["pruned"].sum() == pytest.approx(0.75 * table["weights"].sum(), abs=len(table))
     zeros = load_file(runs["magnitude"] / "export" / "model.safetensors")
     assert all(
         torch.equal(zeros[name] != 0, torch.from_numpy(keep_masks)) for name, keep_masks in trained.keep_masks.items()
@@ -190,12 +178,10 @@ def test_masks_of_a_run(runs: dict[str, Path]) -> None:
 
 
 def test_zeros_of_factors_are_counted_and_not_those_of_their_products(runs: dict[str, Path]) -> None:
-    counts = sparsity(load_run_masks(runs["factors"]).keep_masks)
-    assert counts.keys() == sparsity(load_run_masks(runs["magnitude"]).keep_masks).keys()
-    assert {total for _, total in counts.values()} == {8 * (32 + 32), 10 * (32 + 64)}  # both factors, ranks 8 and 10
-    assert sum(pruned for pruned, _ in counts.values()) == pytest.approx(
-        0.75 * sum(n for _, n in counts.values()), abs=24
-    )
+    table = sparsity(load_run_masks(runs["factors"]).keep_masks)
+    assert table.index.equals(sparsity(load_run_masks(runs["magnitude"]).keep_masks).index)
+    assert set(table["weights"]) == {8 * (32 + 32), 10 * (32 + 64)}  # both factors, ranks 8 and 10
+    assert table["pruned"].sum() == pytest.approx(0.75 * table["weights"].sum(), abs=24)
 
 
 def test_hardly_pruned_matrices_count_too(tmp_path: Path) -> None:
@@ -207,7 +193,7 @@ def test_hardly_pruned_matrices_count_too(tmp_path: Path) -> None:
         values |= dict(compact._pack_weight(name, weight))
     assert KEY in values
     compact.CompactExport(values, {}, "", {QUERY: [64, 64]}, "float32").save(tmp_path, None, None)
-    assert sparsity(load_run_masks(tmp_path).keep_masks) == {(1, "query"): (2000, 4096), (2, "key"): (100, 4096)}
+    assert counts(load_run_masks(tmp_path).keep_masks) == {(1, "query"): (2000, 4096), (2, "key"): (100, 4096)}
 
 
 def test_the_shuffle_test(runs: dict[str, Path]) -> None:
@@ -246,7 +232,7 @@ def test_the_script(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     masks = load_run_masks(runs["adapting"])
     assert {
         (row["layer"], row["component"]): (row["pruned"], row["weights"]) for row in analysis["sparsity"]["adapting"]
-    } == (sparsity(masks.keep_masks))
+    } == counts(masks.keep_masks)
     (whole,) = (row for row in analysis["overlap"] if row["component"] == "all")
     assert whole["jaccard"] == overlap(masks.keep_masks, load_run_masks(runs["magnitude"]).keep_masks).jaccard
     assert re.search(rf"{whole['jaccard']:.4g}", printed)

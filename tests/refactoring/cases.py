@@ -10,31 +10,15 @@ CORPUS_FOLDER, TOKENIZER_FOLDER = "corpus", "tokenizer"
 
 
 class Case(NamedTuple):
-    """A training run, whose folder has its name."""
-
-    name: str
-    config: str
-    overrides: Mapping[str, Any]
-    processes: int = 1
-
-    @property
-    def script(self) -> str:
-        return "launch/pretrain_distill.py" if self.reads_corpus else "launch/task_distill.py"
-
-    @property
-    def reads_corpus(self) -> bool:
-        return self.config.startswith("configs/pretrain/")
-
-
-class Preparation(NamedTuple):
-    """A run that trains nothing: the files that it leaves in `folder` are compared byte by byte."""
+    """A training, or a preparation, which trains nothing: its `files` are compared byte by byte."""
 
     name: str
     script: str
     config: str
     overrides: Mapping[str, Any]
     folder: str
-    files: tuple[str, ...]  # patterns
+    processes: int = 1
+    files: tuple[str, ...] = ()  # patterns
 
 
 EVERY_RUN = {
@@ -80,14 +64,16 @@ def _on_task(
 
 
 def _case(name: str, config: str, overrides: Mapping[str, Any], processes: int = 1) -> Case:
-    return Case(name, f"configs/{config}.toml", {"run.name": name, **EVERY_RUN, **overrides}, processes)
+    script = "launch/pretrain_distill.py" if config.startswith("pretrain/") else "launch/task_distill.py"
+    changes = {"run.name": name, **EVERY_RUN, **overrides}
+    return Case(name, script, f"configs/{config}.toml", changes, f"runs/{name}", processes)
 
 
 def _taught(task: str, student: str = "../inputs/pretrained") -> dict[str, Any]:
     return {"teacher.path": f"../inputs/{task}", "student.path": student}
 
 
-TOKENIZER = Preparation(
+TOKENIZER = Case(
     "train_tokenizer",
     "launch/train_tokenizer.py",
     "configs/pretrain/tokenizer_wordpiece.toml",
@@ -98,9 +84,9 @@ TOKENIZER = Preparation(
         "source": [{"kind": "text", "path": "../inputs/text/books"}],
     },
     TOKENIZER_FOLDER,
-    ("tokenizer.json",),
+    files=("tokenizer.json",),
 )
-CORPUS = Preparation(
+CORPUS = Case(
     "prepare_corpus",
     "launch/prepare_corpus.py",
     "configs/pretrain/corpus.toml",
@@ -115,7 +101,7 @@ CORPUS = Preparation(
         ],
     },
     CORPUS_FOLDER,
-    ("*/*.bin", "*/*.npy"),
+    files=("*/*.bin", "*/*.npy"),
 )
 CASES = (
     # 8 relation heads, as the toys are 32 wide; the corpus's second source twice in an epoch.

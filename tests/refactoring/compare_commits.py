@@ -16,25 +16,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import inputs
 import torch
-from case_runs import RunFailed, Tree, losses, prepare, run, running
-from cases import CASES, CORPUS, RECORDED, TOKENIZER, Case, Preparation
-from differences import Comparison, compare_files, compare_runs
+from case_runs import RunFailed, Tree, losses, run
+from cases import CASES, CORPUS, RECORDED, TOKENIZER, Case
+from differences import contents, differences
 
 LOSSES = Path(__file__).with_name("losses.json")
 EQUAL, DIFFERENT, MISTAKE = 0, 1, 2
+MAX_PLACES = 5  # that a line names
 
 
 class Mistake(Exception):
     """The user's."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise Mistake(f"{message}; see --help")
 
 
 def main(words: Sequence[str]) -> int:
@@ -50,7 +45,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD", nargs="?")
     parser.add_argument("new", metavar="NEW", nargs="?")
     parser.add_argument("--work", metavar="DIR", type=Path, help="a new folder for the runs, which stay there")
@@ -62,58 +57,34 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _chosen(names: Sequence[str] | None) -> list[Case | Preparation]:
-    """The cases of these names, all if none is given, and the corpus where one of them reads it."""
+def _chosen(names: Sequence[str] | None) -> list[Case]:
+    """Return the cases of these names, all if none is given, after the corpus, which some of them read."""
     every = {case.name: case for case in (TOKENIZER, CORPUS, *CASES)}
     for name in names or ():
         if name not in every:
             raise Mistake(f"no case is called {name}; there are {', '.join(every)}")
-    chosen = {name: every[name] for name in names or every}
-    with_corpus = any(isinstance(case, Case) and case.reads_corpus for case in chosen.values())
-    return [case for name, case in every.items() if name in chosen or (with_corpus and case is CORPUS)]
+    return [case for name, case in every.items() if not names or name in names or case is CORPUS]
 
 
-def compare(old: str, new: str, chosen: Sequence[Case | Preparation], work: Path | None, data: Path) -> int:
-    with _work_folder(work) as folder, _checkout(old) as old_files, _checkout(new) as new_files, running() as python:
+def compare(old: str, new: str, chosen: Sequence[Case], work: Path | None, data: Path) -> int:
+    with _work_folder(work) as folder, _checkout(old) as old_files, _checkout(new) as new_files:
         inputs.make(folder / "inputs", data)
-        trees = (
-            Tree(f"OLD ({old})", old_files, folder / "old", python),
-            Tree(f"NEW ({new})", new_files, folder / "new", python),
-        )
-        _print_row("case", "rows", "tensors", "seconds", "verdict")
+        trees = Tree(f"OLD ({old})", old_files, folder / "old"), Tree(f"NEW ({new})", new_files, folder / "new")
         return max([_compare_case(case, trees) for case in chosen])
 
 
-def _compare_case(case: Case | Preparation, trees: tuple[Tree, Tree]) -> int:
-    """Prints a row of the table; EQUAL or DIFFERENT."""
-    folders, failures, times = [], [], []
-    for tree in trees:
-        begin = time.monotonic()
-        try:
-            folders.append(prepare(case, tree) if isinstance(case, Preparation) else run(case, tree))
-        except RunFailed as error:
-            failures.append(str(error))
-        times.append(f"{time.monotonic() - begin:.0f}")
-    if failures:
-        _print_row(case.name, "", "", "+".join(times), "\n".join(["FAILED", *failures]))
-        return DIFFERENT
+def _compare_case(case: Case, trees: tuple[Tree, Tree]) -> int:
+    """Print a line about the case; return EQUAL or DIFFERENT."""
+    begin = time.monotonic()
     try:
-        comparison = _comparison(case, *folders)
-    except (OSError, LookupError) as error:
-        _print_row(case.name, "", "", "+".join(times), f"FAILED, as a run left another kind of file: {error!r}")
+        old, new = (contents(case, run(case, tree)) for tree in trees)
+    except (RunFailed, OSError, LookupError) as error:
+        print(f"{case.name:<18} FAILED: {error}", flush=True)
         return DIFFERENT
-    rows, tensors = (str(count or "") for count in (comparison.rows, comparison.tensors))
-    files = f", {comparison.files} files byte by byte" if comparison.files else ""
-    _print_row(case.name, rows, tensors, "+".join(times), comparison.verdict + files)
-    return DIFFERENT if comparison.differences else EQUAL
-
-
-def _comparison(case: Case | Preparation, old: Path, new: Path) -> Comparison:
-    return compare_files(old, new, case.files) if isinstance(case, Preparation) else compare_runs(old, new)
-
-
-def _print_row(case: str, rows: str, tensors: str, seconds: str, verdict: str) -> None:
-    print(f"{case:<18} {rows:>4} {tensors:>7} {seconds:>8}  {verdict}", flush=True)
+    places = differences(old, new)
+    result = f"DIFFERENT in {len(places)} places: {'; '.join(places[:MAX_PLACES])}" if places else "equal"
+    print(f"{case.name:<18} {len(old):>4} places {time.monotonic() - begin:>4.0f} s  {result}", flush=True)
+    return DIFFERENT if places or not old else EQUAL
 
 
 @contextlib.contextmanager
@@ -156,12 +127,12 @@ def _git(tree: str, *words: str) -> str:
 
 def record(tree: str, data: Path) -> int:
     """Writes the losses of RECORDED in a tree into losses.json."""
-    with _work_folder(None) as folder, _checkout(tree) as files, running() as python:
+    with _work_folder(None) as folder, _checkout(tree) as files:
         inputs.make(folder / "inputs", data)
-        recorded = Tree(tree, files, folder / "runs", python)
+        recorded = Tree(tree, files, folder / "runs")
         try:
-            prepare(CORPUS, recorded)
-            curves = {case.name: losses(case, recorded) for case in RECORDED}
+            run(CORPUS, recorded)
+            curves = {case.name: losses(run(case, recorded)) for case in RECORDED}
         except RunFailed as error:
             print(error, file=sys.stderr)
             return DIFFERENT

@@ -50,7 +50,7 @@ def test_the_notes_name_two_runs_of_one_label_and_task_that_differ(tmp_path: Pat
     [
         ({"objective__name": "kd"}, {"objective__name": "lad"}),
         ({"student__path": "runs/first-3/export"}, {"student__path": "runs/first-4/export"}),  # another run's seed
-        ({"student__layers": [1, 3]}, {"student__layers": [1, 2]}),
+        ({"student__layers": [1, 2, 3]}, {"student__layers": [1, 2, 4]}),
         ({"compression": [{"name": "prune", "sparsity": 0.5}]}, {"compression": [{"name": "prune", "sparsity": 0.7}]}),
         ({"run__spike_sigma": 6.0}, {}),
     ],

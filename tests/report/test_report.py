@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import toy
 from complete_runs import METRICS, load_comparison, method_names, run
@@ -294,7 +295,9 @@ def test_quality_against_cost(tmp_path: Path) -> None:
     without["timings"] = [timing for timing in without["timings"] if timing["form"] != "teacher"]
     run(tmp_path / "emd", "emd", "rte", 0, 0.55, results__latency=without, **size)
     points = pareto.points(load_comparison(tmp_path))
-    values = {(row["method"], row["form"]): (row["score"], row["latency"], row["bytes"]) for row in records(points)}
+    values = {
+        (row["method"], row["form"]): (row["score"], row["latency"], row["bytes"]) for row in points.to_dict("records")
+    }
     assert values == {
         ("kd", "student"): (0.5, pytest.approx(15), 2e6),
         ("kd", "onnx int8"): (0.4, pytest.approx(7.5), 5e5),
@@ -317,16 +320,11 @@ def test_quality_against_cost(tmp_path: Path) -> None:
     assert pareto.figure(load_comparison(tmp_path)) is None
 
 
-def records(frame: Any) -> list[dict[str, Any]]:
-    return frame.to_dict("records")
-
-
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_no_other_point_beats_the_front(points: list[tuple[int, int]]) -> None:
-    costs, scores = [cost for cost, _ in points], [score for _, score in points]
-    front = {points[n] for n in pareto.front(costs, scores)}
+    front = pareto.front(pd.DataFrame(points, columns=["bytes", "score"]), "bytes")
     beaten = {(c, s) for c, s in points if any((d <= c and t >= s) and (d, t) != (c, s) for d, t in points)}
-    assert front == set(points) - beaten
+    assert set(front.itertuples(index=False, name=None)) == set(points) - beaten
 
 
 @pytest.mark.parametrize(

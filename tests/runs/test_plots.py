@@ -25,7 +25,7 @@ def test_the_heat_map_shows_the_last_row_with_layer_weights() -> None:
     figure = teacher_layer_figure(rows)
     assert figure is not None
     (axes,) = figure.axes
-    assert axes.images[0].get_array().tolist() == [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0]]
+    assert axes.images[0].get_array().filled(0).tolist() == [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
     assert sorted(text.get_text() for text in axes.texts) == ["0.25", "0.75", "1.00"]
     assert teacher_layer_figure([{"step": 1, "loss": 2.0}]) is None
