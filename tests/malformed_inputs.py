@@ -1,9 +1,8 @@
-"""A table of malformed inputs and what runs it: the real script in this process, in a folder of its own."""
+"""A table of malformed inputs and what runs it: the real command in this process, in a folder of its own."""
 
 import hashlib
 import importlib
 import json
-import runpy
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import toy
 from conftest import World
 from launching import ROOT
 
+from lad_dist.cli.main import main
 from lad_dist.config.load import apply_overrides
 
 LONGEST = 300  # characters of a complaint
@@ -28,13 +28,13 @@ Make = Callable[[Path, World], None]
 class Case:
     """A command that has to fail.
 
-    `files` are written into its folder `here`, `changes` into the config of `script`, where None removes a key. `make`
-    does whatever else is needed. `words` follow the config, or replace it in a script without one. In texts, {here},
+    `files` are written into its folder `here`, `changes` into the config of `command`, where None removes a key. `make`
+    does whatever else is needed. `words` follow the config, or replace it in a command without one. In texts, {here},
     {teacher} and so on stand for those paths.
     """
 
     name: str
-    script: str
+    command: str
     expected: str
     files: Mapping[str, bytes | str] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -45,22 +45,22 @@ class Case:
     code: int = 2
 
 
-def tables(script: str, here: Path, world: World) -> dict[str, Any]:
-    """The config of a script that would succeed."""
+def tables(command: str, here: Path, world: World) -> dict[str, Any]:
+    """The config of a command that would succeed."""
     work, words = here / "runs", str(world.tokenizer)
     source = {"kind": "text", "path": str(world.books)}
     task = {**world.files, "max_length": 32}
-    if script == "pretrain_distill":
+    if command == "pretrain":
         return toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained)
-    if script in ("task_distill", "benchmark"):
+    if command in ("distill", "benchmark"):
         return toy.task_config(work, world.files, world.teacher, world.pretrained)
-    if script == "finetune_teacher":
+    if command == "finetune":
         config = toy.task_config(work, world.files, world.teacher, world.pretrained, objective={"name": "supervised"})
         return {key: value for key, value in config.items() if key != "teacher"}
     return {
         "evaluate": {"model": {"path": str(world.teacher)}, "data": task, "out": str(here / "result.json")},
-        "prepare_corpus": {"out": str(here / "out"), "tokenizer": words, "num_workers": 1, "source": [source]},
-        "train_tokenizer": {
+        "prepare": {"out": str(here / "out"), "tokenizer": words, "num_workers": 1, "source": [source]},
+        "train-tokenizer": {
             "out": str(here / "out"), "kind": "wordpiece", "vocab_size": 200, "lowercase": True, "source": [source],
         },
         "tune": {
@@ -68,25 +68,25 @@ def tables(script: str, here: Path, world: World) -> dict[str, Any]:
             "override": {"run.eval_every": 4},
             "space": {"optim.lr": {"uniform": [1e-4, 1e-3]}},
         },
-    }[script]  # fmt: skip
+    }[command]  # fmt: skip
 
 
-# What a script imports when it has read its config: seconds that are not its work.
+# What a command imports when it has read its config: seconds that are not its work.
 IMPORTS = {
     "evaluate": "evaluation.evaluate",
-    "prepare_corpus": "data.shards.prepare",
+    "prepare": "data.shards.prepare",
     "tune": "search.tune",
     "report": "report",
 }
-TALKING = ("prepare_corpus", "train_tokenizer")  # say what they do, on standard output
+TALKING = ("prepare", "train-tokenizer")  # say what they do, on standard output
 LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-WITHOUT_CONFIG = ("report", "quickstart")
+WITHOUT_CONFIG = ("report", "quickstart", "verify")
 
 
 def complaint(
     case: Case, here: Path, world: World, monkeypatch: pytest.MonkeyPatch, capfd: Any, more: Mapping[str, Path] = {}
 ) -> str:
-    """What the script says on standard error. Asserts the code, and that nothing is written or changed.
+    """What the command says on standard error. Asserts the code, and that nothing is written or changed.
 
     `more`: paths that texts name besides.
     """
@@ -94,28 +94,28 @@ def complaint(
     for name, content in case.files.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    if case.script == "tune":
+    if case.command == "tune":
         base = toy.task_config(here / "runs", world.files, world.teacher, world.pretrained)
         (here / "base.toml").write_text(tomli_w.dumps(base))
     if case.make is not None:
         case.make(here, world)
     words = [word.format_map(places) for word in case.words]
-    if case.script not in WITHOUT_CONFIG and "--verify" not in words:
-        words = [*(["step"] if case.script == "benchmark" else []), str(_config(case, here, world, places)), *words]
+    if case.command not in WITHOUT_CONFIG:
+        words = [*(["step"] if case.command == "benchmark" else []), str(_config(case, here, world, places)), *words]
     for name in LAUNCHERS_OWN:  # an earlier test's run has set them for its process
         monkeypatch.delenv(name, raising=False)
     for name, value in case.variables.items():
         monkeypatch.setenv(name, value.format_map(places))
     monkeypatch.chdir(here)
-    monkeypatch.setattr(sys, "argv", [case.script, *words])
-    importlib.import_module(f"lad_dist.{IMPORTS.get(case.script, 'training.train')}")
+    monkeypatch.setattr(sys, "argv", ["lad-dist", case.command, *words])
+    importlib.import_module(f"lad_dist.{IMPORTS.get(case.command, 'training.train')}")
     before, begin = tree(here), time.monotonic()
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "launch" / f"{case.script}.py"), run_name="__main__")
+        main()
     seconds, seen = time.monotonic() - begin, capfd.readouterr()
     assert ended.value.code == case.code, seen.err
-    assert seen.out == "" or case.script in TALKING
+    assert seen.out == "" or case.command in TALKING
     assert sorted(tree(here).items() ^ before.items()) == []
     assert seconds < SECONDS
     return seen.err
@@ -127,7 +127,9 @@ def _config(case: Case, here: Path, world: World, places: Mapping[str, Path]) ->
         file.write_bytes(case.config)
         return file
     changes = {key: _filled(value, places) for key, value in case.changes.items()}
-    file.write_text(tomli_w.dumps(toy.without_none(apply_overrides(tables(case.script, here, world), changes.items()))))
+    file.write_text(
+        tomli_w.dumps(toy.without_none(apply_overrides(tables(case.command, here, world), changes.items())))
+    )
     return file
 
 

@@ -5,8 +5,6 @@ head, a language model without. All forms run on the CPU; PyTorch's forms also o
 """
 
 import platform
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,6 +35,7 @@ from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import check_weight_files
 from lad_dist.runs import run_folder
 from lad_dist.runs.model_card import INT8, ONNX, STUDENT, TEACHER
+from lad_dist.utils.text import command_line
 
 CPU = torch.device("cpu")
 
@@ -84,7 +83,7 @@ def measure(request: LatencyRequest) -> dict[str, Any]:
         teacher = loading.load_model(teacher_path, head, require_head=head != "none")
         forms = {TEACHER: InferenceModel(teacher), STUDENT: student}
     latency: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "threads": torch.get_num_threads(),
         "devices": {"cpu": f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()})", **_gpu()},
         "versions": {name: version(name) for name in ("torch", "transformers", *(["onnxruntime"] if sessions else []))},

@@ -24,7 +24,7 @@ Numbers = dict[str, int | float]
 
 
 class _Latency(BaseModel):
-    """What launch/measure_latency.py adds to results.json, as far as a report reads it."""
+    """What `lad-dist latency` adds to results.json, as far as a report reads it."""
 
     threads: int
     devices: dict[str, str]

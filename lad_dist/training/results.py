@@ -1,7 +1,5 @@
 """The result of a run: the model that it exports, and the tables of results.json."""
 
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import gathered_parameters
 from lad_dist.training.run_spec import RunSpec
 from lad_dist.training.trainer import RunStatus, Trainer
+from lad_dist.utils.text import command_line
 
 
 @dataclass
@@ -60,7 +59,7 @@ def write_results(
             save_beside_model(spec.tokenizer, run.export, uses_segments(student.config))
     sizes_on_disk = processes.on_main(lambda: footprint.bytes_table(run.export))
     results = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "config": trainer.config.model_dump(mode="json", exclude_none=True),
         "metrics": scores["student"],
         "student": {**size, **distiller.initial_values, **sizes_on_disk},

@@ -1,5 +1,7 @@
 """Short texts for messages, tables and model cards."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 
 MAX_REASON = 120  # characters of a library's complaint
@@ -65,3 +67,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, alig
     rule = ["---", *(["---:" if align_right else "---"] * (len(header) - 1))]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, rule, *rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+
+
+def command_line() -> str:
+    """Return the command that started this process, as a shell reads it."""
+    program, *arguments = sys.argv
+    if program.endswith("lad-dist"):
+        return shlex.join(["lad-dist", *arguments])
+    if program.endswith("cli/__main__.py"):
+        return shlex.join(["python", "-m", "lad_dist.cli", *arguments])
+    return shlex.join(["python", program, *arguments])

@@ -9,7 +9,7 @@ from lad_dist.cli.commands import quickstart
 from lad_dist.config.errors import UserError
 
 SMALL = """
-text.most=300 text.train_each=8 text.dev_each=4 text.held_out=0.4
+text.most=300 text.train_each=8 text.few_each=4 text.dev_each=4 text.held_out=0.4
 pretrain.run.steps=2 pretrain.student.architecture.hidden_size=32 pretrain.student.architecture.num_attention_heads=2
 pretrain.student.architecture.intermediate_size=64
 teacher.run.epochs=1.0 lad.run.epochs=1.0 alone.run.epochs=1.0 lad.run.log_every=1 alone.run.log_every=1
@@ -25,7 +25,12 @@ def test_all_stages_run_and_a_second_call_trains_nothing(tmp_path: Path, capsys:
     assert 0 <= results["lad"]["label_loyalty"] <= 1
     printed = capsys.readouterr().out
     assert "student by LAD" in printed
-    assert f"{results['alone']['accuracy']:.3f}" in printed
+    alone = results["alone"]
+    assert f"{alone['accuracy']:.3f} ± {alone['accuracy_error']:.3f}" in printed
+    assert "speedup" in results["lad"]
+    assert "speedup" not in alone
+    lines = {name: len((tmp_path / "text" / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "few")}
+    assert lines["train"] == 2 * lines["few"]
     assert all((tmp_path / path).exists() for path in ("lad/export/model.safetensors", "lad/tensorboard"))
     names = {file.name for file in (tmp_path / "plots").iterdir()}
     assert names == {"accuracy.png", "lad-terms.png", "alone-terms.png", "lad-gates.png"}

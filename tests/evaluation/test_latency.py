@@ -91,7 +91,7 @@ def test_all_forms_of_a_run_and_the_teacher(world: World, tmp_path: Path, capsys
         assert f"│ {form} " in printed
     assert "## How small" in text
     assert "## How fast" in text
-    assert f"/launch/measure_latency.py {folder} --int8 --rounds 2\n" in text
+    assert f"\nlad-dist latency {folder} --int8 --rounds 2\n" in text
     assert "onnx int8 on the dev set: accuracy " in text
     assert "onnx int8 on the dev set: accuracy " in printed
     assert not list(folder.rglob("*.draft"))

@@ -23,7 +23,7 @@ def parquet(columns: dict[str, Any] | pa.Table) -> bytes:
 
 def own(name: str, file: str, content: bytes | str, expected: str, **changes: Any) -> Case:
     """The training file of a task."""
-    return Case(name, "task_distill", expected, {file: content}, {"data.train": "{here}/" + file, **changes})
+    return Case(name, "distill", expected, {file: content}, {"data.train": "{here}/" + file, **changes})
 
 
 def regression(name: str, file: str, content: bytes | str, expected: str) -> Case:
@@ -50,7 +50,7 @@ def glue(name: str, content: str, expected: str) -> Case:
     files = {"RTE/train.tsv": content, "RTE/dev.tsv": TSV + "0\ta\tb\tentailment\n"}
     return Case(
         name,
-        "finetune_teacher",
+        "finetune",
         expected,
         files,
         {"data.train": None, "data.dev": None, "data.task": "rte", "data.path": "{here}"},
@@ -90,7 +90,7 @@ CASES = [
     own("csv-compressed", "t.csv.gz", b"", 't.csv.gz: file type ".gz" is unknown'),
     own("no-ending", "train", GOOD, 'train: file type "" is unknown'),
     own("json", "t.json", "{}", 't.json: file type ".json" is unknown: did you mean ".jsonl"?'),
-    Case("csv-folder", "task_distill", "t.csv: no such file", {"t.csv/a": ""}, {"data.train": "{here}/t.csv"}),
+    Case("csv-folder", "distill", "t.csv: no such file", {"t.csv/a": ""}, {"data.train": "{here}/t.csv"}),
     own("tsv-empty", "t.tsv", "", "t.tsv: empty"),
     own("tsv-header-only", "t.tsv", "text\tlabel\n", "t.tsv: no rows"),
     own("tsv-commas", "t.tsv", GOOD, 'no column "text" among text,label'),
@@ -178,7 +178,7 @@ CASES = [
     glue("glue-ragged", TSV + "0\ta\tentailment\n", "train.tsv:2: 3 columns, not 4"),
     glue("glue-empty", "", "train.tsv: empty"),
     Case(
-        "glue-no-folder", "finetune_teacher", "/nowhere/RTE/train.tsv: no such file",
+        "glue-no-folder", "finetune", "/nowhere/RTE/train.tsv: no such file",
         changes={"data.train": None, "data.dev": None, "data.task": "rte", "data.path": "/nowhere"},
     ),
     Case("dev-empty", "evaluate", "dev.csv: empty", {"dev.csv": ""}, DEV),

@@ -14,25 +14,23 @@ from malformed_inputs import Case, assert_one_line, complaint, jsonl, tables
 
 from lad_dist.config.load import read_toml
 
-SCRIPTS = ("pretrain_distill", "task_distill", "finetune_teacher", "evaluate", "prepare_corpus", "train_tokenizer")
+COMMANDS = ("pretrain", "distill", "finetune", "evaluate", "prepare", "train-tokenizer")
 
 
-def toml(name: str, content: bytes | str, expected: str, script: str = "task_distill") -> Case:
-    return Case(name, script, expected, config=content.encode() if isinstance(content, str) else content)
+def toml(name: str, content: bytes | str, expected: str, command: str = "distill") -> Case:
+    return Case(name, command, expected, config=content.encode() if isinstance(content, str) else content)
 
 
-def changed(name: str, expected: str, script: str = "task_distill", **changes: Any) -> Case:
-    return Case(name, script, expected, changes={key.replace("__", "."): value for key, value in changes.items()})
+def changed(name: str, expected: str, command: str = "distill", **changes: Any) -> Case:
+    return Case(name, command, expected, changes={key.replace("__", "."): value for key, value in changes.items()})
 
 
-def source(
-    name: str, kind: str, file: str, content: bytes | str, expected: str, script: str = "prepare_corpus"
-) -> Case:
-    return Case(name, script, expected, {file: content}, {"source": [{"kind": kind, "path": "{here}/" + file}]})
+def source(name: str, kind: str, file: str, content: bytes | str, expected: str, command: str = "prepare") -> Case:
+    return Case(name, command, expected, {file: content}, {"source": [{"kind": kind, "path": "{here}/" + file}]})
 
 
 def variable(name: str, expected: str, **variables: str) -> Case:
-    return Case(name, "task_distill", expected, variables=variables)
+    return Case(name, "distill", expected, variables=variables)
 
 
 def result(name: str, content: bytes | str, expected: str) -> Case:
@@ -49,7 +47,7 @@ RUN = {
 }  # fmt: skip
 CHUNKS = {".out.chunks/identity": "{", ".out.chunks/lock": "", ".out.chunks/0.json": ""}
 CONFIGS = [
-    *[toml(f"empty-{script}", "", "missing, and it has no default", script) for script in SCRIPTS],
+    *[toml(f"empty-{command}", "", "missing, and it has no default", command) for command in COMMANDS],
     toml("empty-tune", "", "search: missing", "tune"),
     toml("empty-benchmark", "", "missing, and it has no default", "benchmark"),
     toml("not-toml", "run = \n", "config.toml: not valid TOML: Invalid value (at line 1, column 7)"),
@@ -75,15 +73,15 @@ CONFIGS = [
     changed("bool-stage", "zero_optimization.stage: must be 0, 1, 2 or 3", deepspeed__zero_optimization__stage=True),
     changed("long-path", "teacher.cache = ", teacher__cache="/tmp/" + "a" * 300),
     Case("no-config", "report", "unrecognized arguments", words=("a", "--oout", "b")),
-    Case("override-open", "task_distill", "not a TOML value", words=("student.layers=[1,",)),
-    Case("override-inside", "task_distill", "run.name.x: name is not a table", words=("run.name.x=1",)),
-    Case("override-bytes", "task_distill", "run.name: 'a\\udcff' holds a character", words=("run.name=a\udcff",)),
+    Case("override-open", "distill", "not a TOML value", words=("student.layers=[1,",)),
+    Case("override-inside", "distill", "run.name.x: name is not a table", words=("run.name.x=1",)),
+    Case("override-bytes", "distill", "run.name: 'a\\udcff' holds a character", words=("run.name=a\udcff",)),
 ]  # fmt: skip
 DAMAGED = [
-    Case("run-config-cut", "task_distill", "config.toml: damaged", {"runs/toy/config.toml": "[run"}),
-    Case("run-config-binary", "task_distill", "config.toml: damaged", {"runs/toy/config.toml": b"\xff"}),
-    Case("results-cut", "task_distill", "results.json: damaged", {"runs/toy/results.json": '{"a'}),
-    Case("results-list", "task_distill", "results.json: damaged", {"runs/toy/results.json": "[]"}),
+    Case("run-config-cut", "distill", "config.toml: damaged", {"runs/toy/config.toml": "[run"}),
+    Case("run-config-binary", "distill", "config.toml: damaged", {"runs/toy/config.toml": b"\xff"}),
+    Case("results-cut", "distill", "results.json: damaged", {"runs/toy/results.json": '{"a'}),
+    Case("results-list", "distill", "results.json: damaged", {"runs/toy/results.json": "[]"}),
 ]
 CASES = [
     source("text-latin1", "text", "a.txt", "ban\nbärt\n".encode("latin-1"), "a.txt:2: not UTF-8 (byte 0xe4)"),
@@ -99,17 +97,17 @@ CASES = [
     source("articles", "wikiextractor", "wiki_00", "ban bart\n", "wiki_00:1: text outside <doc"),
     source("article-open", "wikiextractor", "wiki_00", "<doc id=1>\nban\n", "wiki_00:1: this <doc …> is not closed"),
     source("table-none", "parquet", "a.parquet", "ban", "a.parquet: damaged"),
-    source("learn-latin1", "text", "a.txt", b"b\xe4rt\n", "a.txt:1: not UTF-8", "train_tokenizer"),
-    source("learn-blank", "text", "a.txt", "\n\n", "no text in it to learn from", "train_tokenizer"),
-    changed("vocabulary", "vocab_size = 3 is too small", "train_tokenizer", vocab_size=3),
-    changed("learn-place", "/proc/out: cannot be written", "train_tokenizer", out="/proc/out"),
-    changed("prepare-place", "/proc", "prepare_corpus", out="/proc/out"),
-    Case("learn-occupied", "train_tokenizer", "exists and holds no tokenizer trained here", {"out/a": ""}),
-    Case("learn-damaged", "train_tokenizer", "request.json: damaged", {"out/request.json": '{"a": '}),
-    Case("learn-list", "train_tokenizer", "request.json: damaged", {"out/request.json": "[1]"}),
-    Case("prepare-file", "prepare_corpus", "exists and holds no token shards", {"out": ""}),
-    Case("prepare-manifest", "prepare_corpus", "manifest.json: damaged", {"out/manifest.json": "{"}),
-    Case("prepare-chunks", "prepare_corpus", "identity: damaged", CHUNKS),
+    source("learn-latin1", "text", "a.txt", b"b\xe4rt\n", "a.txt:1: not UTF-8", "train-tokenizer"),
+    source("learn-blank", "text", "a.txt", "\n\n", "no text in it to learn from", "train-tokenizer"),
+    changed("vocabulary", "vocab_size = 3 is too small", "train-tokenizer", vocab_size=3),
+    changed("learn-place", "/proc/out: cannot be written", "train-tokenizer", out="/proc/out"),
+    changed("prepare-place", "/proc", "prepare", out="/proc/out"),
+    Case("learn-occupied", "train-tokenizer", "exists and holds no tokenizer trained here", {"out/a": ""}),
+    Case("learn-damaged", "train-tokenizer", "request.json: damaged", {"out/request.json": '{"a": '}),
+    Case("learn-list", "train-tokenizer", "request.json: damaged", {"out/request.json": "[1]"}),
+    Case("prepare-file", "prepare", "exists and holds no token shards", {"out": ""}),
+    Case("prepare-manifest", "prepare", "manifest.json: damaged", {"out/manifest.json": "{"}),
+    Case("prepare-chunks", "prepare", "identity: damaged", CHUNKS),
     Case("tune-base", "tune", "nowhere.toml: cannot read the config", changes={"search.base": "/nowhere.toml"}),
     Case("tune-base-damaged", "tune", "b.toml: not valid TOML", {"b.toml": "["}, {"search.base": "{here}/b.toml"}),
     changed("tune-law", "distribution", "tune", space={"optim.lr": {"normal": [0, 1]}}),
@@ -167,7 +165,7 @@ def test_a_mark_at_the_beginning_is_none(tmp_path: Path) -> None:
 def test_two_processes_complain_once(world: World, tmp_path: Path) -> None:
     import tomli_w
 
-    config = tables("task_distill", tmp_path, world)
+    config = tables("distill", tmp_path, world)
     config["data"]["train"] = "/nowhere.csv"
     (tmp_path / "config.toml").write_text(tomli_w.dumps(config))
     script = [str(ROOT / "launch" / "task_distill.py"), str(tmp_path / "config.toml")]

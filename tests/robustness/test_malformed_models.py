@@ -23,34 +23,34 @@ from lad_dist.models import loading
 Edit = Callable[[Path], None]
 
 
-def broken(name: str, edit: Edit, expected: str, script: str = "task_distill", key: str = "teacher.path") -> Case:
+def broken(name: str, edit: Edit, expected: str, command: str = "distill", key: str = "teacher.path") -> Case:
     """A copy of the teacher, changed."""
 
     def make(here: Path, world: World) -> None:
         shutil.copytree(world.teacher, here / "model")
         edit(here / "model")
 
-    return Case(name, script, expected, changes={key: "{here}/model"}, make=make)
+    return Case(name, command, expected, changes={key: "{here}/model"}, make=make)
 
 
 def student(name: str, edit: Edit, expected: str) -> Case:
     return broken(name, edit, expected, key="student.path")
 
 
-def shards(name: str, edit: Edit, expected: str, *words: str) -> Case:
-    """A copy of the corpus, changed; with --verify that is what is run."""
+def shards(name: str, edit: Edit, expected: str, command: str = "pretrain") -> Case:
+    """A copy of the corpus, changed, for a pre-training or for verify."""
 
     def make(here: Path, world: World) -> None:
         shutil.copytree(world.corpus, here / "shards")
         edit(here / "shards")
 
-    if words:
-        return Case(name, "prepare_corpus", expected, make=make, words=(*words, "{here}/shards"))
-    return Case(name, "pretrain_distill", expected, changes={"data.shards": "{here}/shards"}, make=make)
+    if command == "verify":
+        return Case(name, command, expected, make=make, words=("{here}/shards",))
+    return Case(name, command, expected, changes={"data.shards": "{here}/shards"}, make=make)
 
 
 def verified(name: str, edit: Edit, expected: str) -> Case:
-    return shards(name, edit, expected, "--verify")
+    return shards(name, edit, expected, "verify")
 
 
 def without(*names: str) -> Edit:
@@ -161,7 +161,6 @@ SHARD = "sources__0__splits__train__shards__0__"
 BIN = "books/train-00000.bin"
 NO_MODEL = "cannot read a model"
 NO_TOKENIZER = "no tokenizer, neither a folder of one nor a hub name"
-VERIFY = "--verify"
 
 MODELS = [
     broken("no-config", without("config.json"), NO_MODEL),
@@ -228,7 +227,7 @@ SHARDS = [
     verified("pickled-offsets", object_offsets, "offsets.npy: damaged"),
     verified("one-too-many", put("books/train-00001.bin", b"12"), "train-00001.bin: the manifest does not name it"),
     verified("cut", cut(BIN, 100), "train-00000.bin: 100 bytes, not"),
-    Case("verify-two", "prepare_corpus", "--verify: give the folder of one corpus", words=(VERIFY, "a", "b")),
+    Case("verify-two", "verify", "verify: unrecognized arguments: b", words=("a", "b")),
 ]
 
 

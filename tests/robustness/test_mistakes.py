@@ -11,7 +11,7 @@ from malformed_inputs import Case, assert_one_line, complaint, jsonl
 
 from lad_dist.data.tokenization.algorithms import train_wordpiece
 
-TASK, CORPUS, EVALUATE, PREPARE = "task_distill", "pretrain_distill", "evaluate", "prepare_corpus"
+TASK, CORPUS, EVALUATE, PREPARE = "distill", "pretrain", "evaluate", "prepare"
 # In the folder of a case.
 FILES = {"rows.jsonl": '{"text": "a"}\n{"texts": "a"}\n', "empty/note": ""}
 ROWS = {"kind": "jsonl", "path": "{here}/rows.jsonl"}
@@ -182,28 +182,28 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize(("script", "changes", "expected"), MISTAKES)
+@pytest.mark.parametrize(("command", "changes", "expected"), MISTAKES)
 def test_a_mistake_ends_in_one_line(
-    script: str, changes: dict[str, Any], expected: str, world: World, places: Any, tmp_path: Path,
+    command: str, changes: dict[str, Any], expected: str, world: World, places: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    case = Case(expected, script, expected, FILES, changes)
+    case = Case(expected, command, expected, FILES, changes)
     assert_one_line(complaint(case, tmp_path, world, monkeypatch, capfd, places), expected)
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "expected"),
+    ("command", "words", "expected"),
     [
-        ("task_distill", ["nowhere.toml"], "nowhere.toml: cannot read the config (No such file or directory)"),
-        ("task_distill", ["configs/task/lad.toml", "optim.lr"], "an override is written key.subkey=value"),
+        ("distill", ["nowhere.toml"], "nowhere.toml: cannot read the config (No such file or directory)"),
+        ("distill", ["configs/task/lad.toml", "optim.lr"], "an override is written key.subkey=value"),
         (
-            "finetune_teacher",
+            "finetune",
             ["configs/task/teacher.toml", "run.step=1"],
             'run.step: no such key; did you mean "steps"?',
         ),
-        ("pretrain_distill", ["configs/pretrain/kd.toml", "data.shards=/nowhere"], "/nowhere: holds no token shards"),
-        ("prepare_corpus", ["configs/pretrain/corpus.toml", "source=[]"], "source: "),
-        ("prepare_corpus", ["--verify", "/nowhere"], "/nowhere: holds no token shards"),
+        ("pretrain", ["configs/pretrain/kd.toml", "data.shards=/nowhere"], "/nowhere: holds no token shards"),
+        ("prepare", ["configs/pretrain/corpus.toml", "source=[]"], "source: "),
+        ("verify", ["/nowhere"], "/nowhere: holds no token shards"),
         ("evaluate", ["configs/task/evaluate.toml", "data.task=rtee", "data.path=x"], 'task "rtee" is unknown'),
         ("tune", ["configs/tune/lad.toml", "search.metric=1"], "search.metric: "),
         ("benchmark", ["stepp", "configs/task/lad.toml"], "benchmark: name what to time"),
@@ -211,8 +211,8 @@ def test_a_mistake_ends_in_one_line(
         ("report", ["--base", "kd", "tests"], "report: unrecognized arguments: --base"),
     ],
 )
-def test_mistakes_through_the_real_scripts(script: str, words: list[str], expected: str) -> None:
-    done = launch([ROOT / "launch" / f"{script}.py", *words])
+def test_mistakes_of_real_commands(command: str, words: list[str], expected: str) -> None:
+    done = launch(["-m", "lad_dist.cli", command, *words])
     assert done.returncode == 2
     assert done.stdout == ""
     assert_one_line(done.stderr, expected)

@@ -191,13 +191,19 @@ def balanced(passages: Sequence[Passage], per_library: int) -> list[Passage]:
 
 
 def write(
-    folder: Path, *, most: int = 2500, train_each: int = 600, dev_each: int = 150, held_out: float = 0.2
+    folder: Path,
+    *,
+    most: int = 2500,
+    train_each: int = 900,
+    few_each: int = 100,
+    dev_each: int = 150,
+    held_out: float = 0.2,
 ) -> dict[str, int]:
     """Write a corpus and a labelled task into the folder, and return counts for a person to read.
 
-    corpus/*.txt has a file for each module that is trained on. train.jsonl and dev.jsonl have columns text and label:
-    `train_each` and `dev_each` passages of every library. A folder that is complete is left as it is. Raise UserError
-    where fewer than two libraries have enough documentation.
+    corpus/*.txt has a file for each module that is trained on. train.jsonl, few.jsonl and dev.jsonl have columns text
+    and label: `train_each`, the first `few_each` of them, and `dev_each` passages of every library. A folder that is
+    complete is left as it is. Raise UserError where fewer than two libraries have enough documentation.
     """
     counts_file = folder / "counts.json"
     if counts_file.exists():
@@ -215,7 +221,10 @@ def write(
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     for module, texts in modules.items():
         (folder / "corpus" / f"{module}.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    _write_rows(folder / "train.jsonl", (row for row in rows if row.library in labels))
+    rows = [row for row in rows if row.library in labels]
+    few = [row for library in sorted(labels) for row in [row for row in rows if row.library == library][:few_each]]
+    _write_rows(folder / "train.jsonl", rows)
+    _write_rows(folder / "few.jsonl", few)
     _write_rows(folder / "dev.jsonl", (row for row in dev if row.library in labels))
     counts = {
         "libraries": len(labels),
@@ -223,6 +232,7 @@ def write(
         "passages": len(train),
         "characters": sum(len(passage.text) for passage in train),
         "train": train_each * len(labels),
+        "few": few_each * len(labels),
         "dev": dev_each * len(labels),
     }
     counts_file.write_text(json.dumps(counts) + "\n")
