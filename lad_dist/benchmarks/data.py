@@ -60,7 +60,7 @@ def measure(config: PrepareConfig) -> list[tuple[str, str]]:
         rows = [
             ("text", f"{size:.1f} MB, {cores} cores"),
             ("the tokenizer alone", f"{size / tokenizer.seconds / cores:.2f} MB/s per core"),
-            ("prepare_corpus", f"{size / shards.seconds / cores:.2f} MB/s per core"),
+            ("lad-dist prepare", f"{size / shards.seconds / cores:.2f} MB/s per core"),
             ("  of the tokenizer alone", f"{tokenizer.seconds / shards.seconds:.0%}"),
             ("  times datasets.map", f"{datasets.seconds / shards.seconds:.2f}"),
             ("  memory", f"{shards.megabytes:.0f} MB"),
@@ -72,7 +72,7 @@ def measure(config: PrepareConfig) -> list[tuple[str, str]]:
 def _round(
     config: PrepareConfig, texts: Path, cores: int, folder: Path
 ) -> tuple[Measurement, Measurement, Measurement]:
-    """Measure the tokenizer alone, prepare_corpus, and datasets.map."""
+    """Measure the tokenizer alone, `lad-dist prepare` and datasets.map."""
     tokenizer = min(_run(_tokenize, config, texts, n) for n in (1, cores))
     shards = _run(_prepare, config, texts, cores, folder / "shards")
     return tokenizer, shards, _run(_map, config, texts, cores, folder / "cache")

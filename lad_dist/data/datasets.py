@@ -1,8 +1,8 @@
 """What the training loop reads: micro-batches by (step, micro-batch), and the batches to evaluate on.
 
 Both datasets have `.micro_batches_per_step`, `.steps_per_epoch` (an epoch reads every source as often as its weight
-says, every example once), `.fingerprint` (of the data, in ids), and two pure functions of the seed and their arguments:
-`.batch(step, micro_batch)`, and `.samples(step, micro_batch)`, what it consists of.
+says, every example once), `.fingerprint` (of the data, in ids), `.description` and two pure functions of the seed and
+their arguments: `.batch(step, micro_batch)`, and `.samples(step, micro_batch)`, what it consists of.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerpr
 from lad_dist.data.tokenization.special_tokens import ordinary_ids, special_token_frame, vocabulary_size, word_starts
 from lad_dist.utils.rng import MASK, derive_key, derive_keys
 from lad_dist.utils.suggest import did_you_mean
+from lad_dist.utils.text import si_number
 
 HELD_OUT_MICRO_BATCHES = 32
 
@@ -44,6 +45,12 @@ class CorpusDataset:
             self._train.counts, self._train.weights, self._windows, data.micro_batches_per_step, seed
         )
         self.steps_per_epoch, self.fingerprint = self._order.steps_per_epoch, self._train.fingerprint
+
+    @property
+    def description(self) -> str:
+        """What there is to train on, for a person."""
+        tokens, names = sum(self._train.tokens), self._train.names
+        return f"{si_number(tokens)} tokens of {', '.join(names)}, in windows of {self._data.max_length}"
 
     def batch(self, step: int, micro_batch: int) -> Batch:
         """Return a micro-batch of a step: the head reads the masked tokens, labels are their ids."""
@@ -90,6 +97,7 @@ class _CorpusWindows:
         self._length, self._cross_documents = data.max_length, data.cross_documents
         self._streams = shards.streams
         self.names = [stream.name for stream in self._streams]
+        self.tokens = [stream.tokens for stream in self._streams]
         self.counts = [num_windows(stream.length, self._room) for stream in self._streams]
         self.weights = _weights(data, shards)
         if tokenizer.mask_token_id is None:
@@ -166,12 +174,21 @@ class TaskDataset:
 
     def __init__(self, data: TaskDataConfig, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Tokenize the examples. Raise UserError when the tokenizer does not know the text."""
+        self._max_length = data.max_length
         self.train = tokenize(task, task.train, tokenizer, data, f"{task.name}'s training data", data.pad_to)
         self._order = TaskOrder(self.train.count, data.micro_batch_size, data.micro_batches_per_step, seed)
         self.micro_batches_per_step, self.steps_per_epoch = data.micro_batches_per_step, self._order.steps_per_epoch
         self.dev = {
             name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()
         }
+
+    @property
+    def description(self) -> str:
+        """What there is to train and to evaluate on, for a person."""
+        dev = sum(examples.count for examples in self.dev.values())
+        cut = self.train.cut
+        share = f", {cut / self.train.count:.2%} of them cut at {self._max_length} tokens" if cut else ""
+        return f"{self.train.count:,} training examples{share}; {dev:,} to evaluate on"
 
     @cached_property
     def fingerprint(self) -> str:

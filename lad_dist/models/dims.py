@@ -49,5 +49,5 @@ def uses_segments(config: PreTrainedConfig) -> bool:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of weights, shared ones counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Return the number of weights, shared ones counted once; under ZeRO-3 those of all processes."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

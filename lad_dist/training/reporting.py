@@ -1,18 +1,25 @@
 """The rows of metrics that a training reports: into the run folder, and to whoever called `train`."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.distributed.watchdog import Watchdog
+from lad_dist.models.dims import count_parameters
+from lad_dist.models.loading import PreTrainedModel
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.optimization import optimizer_metrics
 from lad_dist.training.trainer import Trainer
-from lad_dist.utils.text import plain_number
+from lad_dist.utils.text import plain_number, si_number
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
+
+TIMED_STEPS = 5  # for the estimate of a run's time
 
 logger = get_logger(__name__)
 
@@ -29,16 +36,40 @@ class Reporter:
     report: Report
     trainer: Trainer
     watchdog: Watchdog
+    _first: int = 0  # step of this session
+    _clock: float = 0.0
 
-    def start(self) -> None:
-        """Report what is known before the first step: initial values of the student, and the teacher's scores."""
-        teacher = self.trainer.evaluation.teacher_scores()
-        if teacher:
-            scores = "  ".join(f"{name} {plain_number(value)}" for name, value in teacher.items())
-            logger.info("%s step 0/%d  teacher %s", self.trainer.config.run.name, self.trainer.steps, scores)
-        values = self.trainer.engine.module.initial_values | _prefixed("teacher", teacher)
-        if values:
-            self.record(0, values)
+    def start(self, first: int) -> None:
+        """Report what is known before the first step.
+
+        Data, models, steps and device; in a new run also initial values of the student, and the teacher's scores.
+        """
+        name, trainer = self.trainer.config.run.name, self.trainer
+        for line in summary(trainer):
+            logger.info("%s: %s", name, line)
+        if first > 0:
+            logger.info("%s: resumed from step %d of %d", name, first, trainer.steps)
+        else:
+            teacher = trainer.evaluation.teacher_scores()
+            if teacher:
+                scores = "  ".join(f"{metric} {plain_number(value)}" for metric, value in teacher.items())
+                logger.info("%s step 0/%d  teacher %s", name, trainer.steps, scores)
+            values = trainer.engine.module.initial_values | _prefixed("teacher", teacher)
+            if values:
+                self.record(0, values)
+        self.report({"step": first, "steps": trainer.steps})  # the clock of the time that is left starts here
+        self._first = first
+
+    def estimate(self, step: int) -> None:
+        """Log how long the run will take, once its first steps show it."""
+        done = step - self._first
+        if done == 1:  # the first step is slower than others
+            self._clock = time.monotonic()
+        elif done == 1 + TIMED_STEPS and step < self.trainer.steps:
+            seconds = (time.monotonic() - self._clock) / TIMED_STEPS
+            left = timedelta(seconds=round(seconds * (self.trainer.steps - step)))
+            name = self.trainer.config.run.name
+            logger.info("%s: about %s to go at %.3g s a step, without evaluation", name, left, seconds)
 
     def log(self, step: int) -> None:
         """Report the means since the last row, learning rates and the norm of the gradients."""
@@ -58,6 +89,29 @@ class Reporter:
         row = {"step": step, **values}
         self.run.record(row)
         self.report(row | {"steps": self.trainer.steps})
+
+
+def summary(trainer: Trainer) -> list[str]:
+    """Return what a run is, in lines for a person: data, models, steps and device."""
+    config, teacher = trainer.config, trainer.evaluation.teacher
+    models = {"student": trainer.engine.module.student, **({"teacher": teacher.model} if teacher else {})}
+    sizes = [f"{role} {_size(model)}" for role, model in models.items()]
+    world = ranks.world_size()
+    count = f"{world} processes" if world > 1 else "1 process"
+    micro_batches = config.data.micro_batches_per_step
+    steps = f"{trainer.steps:,} steps of {micro_batches} micro-batch{'es' * (micro_batches > 1)}"
+    precision = "bf16" if trainer.engine.bfloat16_enabled() else "fp16" if trainer.engine.fp16_enabled() else "fp32"
+    return [
+        trainer.dataset.description,
+        "; ".join(sizes),
+        f"{steps} on {processes.device_name()}, {count}, {precision}",
+    ]
+
+
+def _size(model: PreTrainedModel) -> str:
+    config = model.config
+    parameters = si_number(count_parameters(model))
+    return f"{parameters} parameters, {config.num_hidden_layers} layers x {config.hidden_size}"
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -36,6 +36,7 @@ from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import EVERY_RANK, get_logger
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.training.run_spec import RunSpec
+from lad_dist.utils import progress
 from lad_dist.utils.atomic_io import fsync, temporary_path, write_text
 
 FORMAT = 2
@@ -162,9 +163,12 @@ class TeacherCache:
         order = [(first + block) % self._blocks for block in range(self._blocks)]
         missing = processes.from_main([block for block in order if self._missing(block)])
         _check_room(self.folder, size * len(missing) // self._blocks)
-        for block in missing[rank::world]:
+        share = missing[rank::world]
+        for done, block in enumerate(share):
+            progress.report("asking the teacher", done, len(share), f"{BLOCK_SIZE} examples each")
             if names := self._missing(block):
                 self._compute(block, names)
+        progress.report("asking the teacher", len(share), len(share))
 
     def _missing(self, block: int) -> list[str]:
         return [name for name in self._fields if not self._file(name, block).exists()]

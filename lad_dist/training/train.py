@@ -68,10 +68,10 @@ def _train_from_checkpoint(spec: RunSpec, run: Run, report: Report, watchdog: Wa
         reporter = Reporter(run, report, trainer, watchdog)
         first = resumption.resume()
         run.begin(first)
-        if first == 0:
-            reporter.start()
+        reporter.start(first)
     hooks = (
         Hook(resumption.check_update, every=1, at_end=True),
+        Hook(reporter.estimate, every=1),
         Hook(reporter.log, every=spec.config.run.log_every, at_end=True),
         Hook(reporter.evaluate, every=spec.config.run.eval_every),
         Hook(resumption.check_replicas, every=spec.config.run.replica_check_every),

@@ -34,9 +34,9 @@ def batches(count: int) -> list[Any]:
 def test_every_batch_counts_once_and_all_processes_make_as_many(world_size: int, count: int) -> None:
     shares = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "world_size", lambda: world_size)
+        patch.setattr(ranks, "world_size", lambda: world_size)
         for rank in range(world_size):
-            patch.setattr(processes, "rank", lambda rank=rank: rank)
+            patch.setattr(ranks, "rank", lambda rank=rank: rank)
             shares.append([(len(batch.lengths), counts) for batch, counts in evaluate.rank_batches(batches(count))])
     assert len({len(share) for share in shares}) == 1
     counted = [size for share in shares for size, counts in share if counts]
@@ -51,7 +51,7 @@ def test_predictions_come_in_order(world_size: int, monkeypatch: pytest.MonkeyPa
         return batch.labels[:, None].double()
 
     contributions: list[Any] = []
-    monkeypatch.setattr(processes, "world_size", lambda: world_size)
+    monkeypatch.setattr(ranks, "world_size", lambda: world_size)
 
     def gather(value: Any) -> list[Any]:
         contributions.append(value)
@@ -61,7 +61,7 @@ def test_predictions_come_in_order(world_size: int, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(processes, "all_gather", gather)
     for rank in range(world_size):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         if rank < world_size - 1:
             with pytest.raises(InterruptedError):
                 evaluate.predict(forward, batches(4))

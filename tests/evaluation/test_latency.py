@@ -193,9 +193,9 @@ def data_gone(folder: Path) -> None:
         ),
         (data_gone, ("--onnx",), "gone.csv"),
         (lambda _: None, ("--teacher", "gone"), "gone: "),
-        (lambda _: None, ("--rounds", "0"), "measure_latency: --rounds 0: at least 1"),
-        (lambda _: None, ("--rounds", "x"), "measure_latency: argument --rounds: invalid int value"),
-        (lambda _: None, ("--int4",), "measure_latency: unrecognized arguments: --int4; see --help"),
+        (lambda _: None, ("--rounds", "0"), "latency: --rounds 0: at least 1"),
+        (lambda _: None, ("--rounds", "x"), "latency: argument --rounds: invalid int value"),
+        (lambda _: None, ("--int4",), "latency: unrecognized arguments: --int4; see lad-dist latency --help"),
     ],
 )
 def test_mistakes(

@@ -40,7 +40,8 @@ def result(name: str, content: bytes | str, expected: str) -> Case:
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "29500"}
 RUN = {
     "config": {
-        "run": {"name": "a", "dir": "runs", "seed": 0}, "data": {"task": "rte"}, "objective": {"name": "kd"},
+        "run": {"name": "a", "steps": 1}, "student": {"path": "b"}, "data": {"task": "rte"},
+        "objective": {"name": "kd"}, "optim": {"lr": 1.0},
     },
     "metrics": {"accuracy": 0.5}, "student": {"parameters": 1, "forward_flops_per_token": 1.0}, "teacher": {},
     "steps": 1, "seconds": 1.0, "tokens_per_second": 1.0, "processes": 1, "device": "cpu",
@@ -112,7 +113,7 @@ CASES = [
     Case("tune-base-damaged", "tune", "b.toml: not valid TOML", {"b.toml": "["}, {"search.base": "{here}/b.toml"}),
     changed("tune-law", "distribution", "tune", space={"optim.lr": {"normal": [0, 1]}}),
     changed("tune-range", "give [low, high] with low < high", "tune", space={"optim.lr": {"uniform": [2.0, 1.0]}}),
-    changed("tune-nan", "finite number, not nan", "tune", space={"optim.lr": {"uniform": [float("nan"), 1.0]}}),
+    changed("tune-nan", "give [low, high] with low < high", "tune", space={"optim.lr": {"uniform": [float("nan"), 1.0]}}),
     changed("tune-scalar", "space.optim.lr", "tune", space={"optim.lr": 1.0}),
     changed("tune-no-evaluations", "trials are compared at their evaluations", "tune", override={}),
     changed("tune-metric", 'search.metric: train has no "bleu"', "tune", **{"search.metric": "bleu"}),

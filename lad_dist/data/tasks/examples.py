@@ -89,6 +89,11 @@ class TaskExamples(Generic[Raw]):
         return len(self._rows)
 
     @property
+    def cut(self) -> int:
+        """Return the number of texts of which tokens were left out."""
+        return self._encoded.cut
+
+    @property
     def tokens(self) -> int:
         """Return the number of tokens of all examples, with padding where `pad_to` is set."""
         return self.count * self._pad_to if self._pad_to else sum(map(len, self._encoded.ids))

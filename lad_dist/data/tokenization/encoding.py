@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lad_dist.config.errors import UserError
 from lad_dist.data.tokenization.special_tokens import framing_ids, rust_backend, special_token_frame
+from lad_dist.utils import progress
 
 MAX_UNKNOWN_SHARE = 0.2
 UNKNOWN_SAMPLE = 5000  # tokens looked at
@@ -27,6 +28,7 @@ class EncodedSequences(NamedTuple):
 
     ids: list[np.ndarray]  # int32, one per text
     segments: list[np.ndarray]  # uint8, as long
+    cut: int = 0  # texts of which tokens were left out
 
 
 class EncodedWords(NamedTuple):
@@ -71,6 +73,7 @@ def encode_framed(
     """Return each text, or pair of texts, with special tokens, cut to max_length tokens: the longer text first."""
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
+    cut = 0
     for begin in range(0, len(texts), TEXTS_PER_CALL):
         chunk = slice(begin, begin + TEXTS_PER_CALL)
         encoded = tokenizer(
@@ -83,7 +86,9 @@ def encode_framed(
         )
         ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
         segments += [np.array(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
-    return EncodedSequences(ids, segments)
+        cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
+        progress.report("tokenizing", len(ids), len(texts), "texts")
+    return EncodedSequences(ids, segments, cut)
 
 
 def encode_words(tokenizer: PreTrainedTokenizerFast, sentences: Sequence[Sequence[str]]) -> list[EncodedWords]:
