@@ -19,7 +19,7 @@ from lad_dist.data.tasks.examples import tokenize
 from lad_dist.data.tasks.files import Texts
 from lad_dist.data.tasks.task import Task
 from lad_dist.data.tokenization.loading import load_tokenizer
-from lad_dist.distributed import processes
+from lad_dist.distributed import processes, ranks
 from lad_dist.evaluation import evaluate
 from lad_dist.evaluation.evaluate import Predictions
 from lad_dist.training.train import train
