@@ -44,7 +44,10 @@ def run(case: Case, tree: Tree) -> Path:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)]
     overrides = [f"{key}={in_toml(value)}" for key, value in case.overrides.items()]
     command = [sys.executable, *(launcher if case.processes > 1 else [])]
-    command += [str(tree.folder / case.script), str(tree.folder / case.config), *overrides]
+    script = tree.folder / case.script
+    # From the commit on that made it a command of lad-dist, a tree has no script of that name.
+    program = [str(script)] if script.exists() else ["-m", "lad_dist.cli", script.stem.replace("_", "-")]
+    command += [*program, str(tree.folder / case.config), *overrides]
     inherited = {name: value for name, value in os.environ.items() if not WITHHELD.fullmatch(name)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**inherited, **ENVIRONMENT, "PATH": path, "PYTHONPATH": str(tree.folder)}
