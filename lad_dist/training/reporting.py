@@ -1,9 +1,9 @@
 """The rows of metrics that a training reports: into the run folder, and to whoever called `train`."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 from lad_dist.distributed import processes, ranks
@@ -64,9 +64,9 @@ class Reporter:
         """Log how long the run will take, once its first steps show it."""
         done = step - self._first
         if done == 1:  # the first step is slower than others
-            self._clock = time.monotonic()
+            self._clock = monotonic()
         elif done == 1 + TIMED_STEPS and step < self.trainer.steps:
-            seconds = (time.monotonic() - self._clock) / TIMED_STEPS
+            seconds = (monotonic() - self._clock) / TIMED_STEPS
             left = timedelta(seconds=round(seconds * (self.trainer.steps - step)))
             name = self.trainer.config.run.name
             logger.info("%s: about %s to go at %.3g s a step, without evaluation", name, left, seconds)
