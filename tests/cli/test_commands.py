@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -160,8 +161,13 @@ def test_the_environment_is_described(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_wheel_holds_the_configs(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # building writes into the source tree
+    for folder in ("lad_dist", "configs"):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, source)
     command = [str(BIN / "pip"), "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    subprocess.run([*command, str(source)], check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("lad_dist-*.whl"))) as wheel:
         names = set(wheel.namelist())
     configs = {name.replace("configs:", "lad_dist/configs/") for name in shipped_configs()}
