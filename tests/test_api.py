@@ -79,7 +79,7 @@ def test_texts_and_pairs_do_not_mix(world: World) -> None:
         predict(world.teacher, ["ba", ("ba", "be")])
 
 
-def test_a_config_has_the_schema_of_its_tables() -> None:
+def test_a_config_has_the_schema_by_the_tables() -> None:
     assert isinstance(load_config("configs:pretrain/minilm2.toml"), PretrainConfig)
     assert isinstance(load_config("configs:task/evaluate.toml"), EvaluateConfig)
     config = load_config("configs:task/lad.toml", {"data.task": "mrpc", "run.label": None})

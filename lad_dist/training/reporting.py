@@ -57,7 +57,6 @@ class Reporter:
             values = trainer.engine.module.initial_values | _prefixed("teacher", teacher)
             if values:
                 self.record(0, values)
-        self.report({"step": first, "steps": trainer.steps})  # the clock of the time that is left starts here
         self._first = first
 
     def estimate(self, step: int) -> None:

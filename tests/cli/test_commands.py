@@ -83,7 +83,7 @@ def test_without_a_config_the_usage_is_printed(name: str, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_a_script_starts_its_command(
+def test_a_script_starts_the_command(
     script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", [str(script), "--help"])

@@ -71,7 +71,7 @@ def test_the_key_table_is_that_of_the_schema() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
-def test_a_results_page_has_the_tables_of_its_rows(page: Path) -> None:
+def test_a_results_page_has_the_tables_of_the_rows_beside_it(page: Path) -> None:
     """To renew them: python -m lad_dist.report.results_page PAGE."""
     assert page.read_text() == page_with_tables(page)
     assert page.read_text().count("<!-- table: ") > 0

@@ -11,6 +11,7 @@ from conftest import World
 from launching import ROOT
 from toy_heads import LABELS, MAKE_FILES
 
+from lad_dist.cli.main import COMMANDS
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.load import parse_config, read_toml
 from lad_dist.config.schema import EvaluateConfig, PretrainConfig, SearchConfig, TaskConfig
@@ -42,11 +43,11 @@ def test_a_schema_reads_the_file(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
 def test_the_first_line_is_the_command_that_runs_the_file(file: Path) -> None:
-    arguments = file.read_text().splitlines()[0].removeprefix("# ").partition("   (")[0].split()
-    script, path = next((arguments[n], arguments[n + 1]) for n, word in enumerate(arguments) if word.endswith(".py"))
-    assert (ROOT / script).is_file()
+    program, *arguments = file.read_text().splitlines()[0].removeprefix("# ").partition("   (")[0].split()
+    script, path, *overrides = arguments
+    assert (program, script in COMMANDS) == ("lad-dist", True) or (ROOT / script).is_file()
     assert ROOT / path == file
-    assert all("=" in word for word in arguments[arguments.index(path) + 1 :])
+    assert all("=" in word for word in overrides)
 
 
 def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, Any]:

@@ -419,13 +419,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(world: World, tmp_path: Path
     out, error = first.communicate(timeout=120)
     assert first.returncode == 75, error
     assert out == f"{tmp_path / 'a' / 'toy'}: stopped early and saved; run the same command again to go on\n"
-    assert all(line.startswith("toy step ") for line in error.splitlines()), error
+    assert all(line.startswith(("toy: ", "toy step ")) for line in error.splitlines()), error
     assert len(list((tmp_path / "a" / "toy" / "checkpoints").glob("step-*"))) == 1
     steps = len(metrics_file(tmp_path / "a" / "toy"))
     assert steps < 80
     second = subprocess.run(command, cwd=ROOT, env=environment(), timeout=300, text=True, capture_output=True)
     assert second.returncode == 0, second.stderr
-    assert second.stderr.startswith(f"toy step {steps + 1}/80")
+    lines = second.stderr.splitlines()
+    assert f"toy: resumed from step {steps} of 80" in lines
+    assert next(line for line in lines if line.startswith("toy step ")).startswith(f"toy step {steps + 1}/80")
     straight = train(lad(world, tmp_path / "b", changes))
     assert digest(tmp_path / "a" / "toy" / "export") == digest(straight.folder / "export")
 
