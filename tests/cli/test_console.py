@@ -1,5 +1,6 @@
 """What a person reads: progress, errors, output."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from lad_dist.cli import console
 from lad_dist.cli.console import Terminal, TerminalProgress, time
 from lad_dist.cli.logging_setup import configure_logging
 from lad_dist.distributed.logs import EVERY_RANK, get_logger
+from lad_dist.utils import progress
 
 
 def test_without_a_terminal_a_line_now_and_then_has_the_time_left(
@@ -93,3 +95,45 @@ def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
 
     assert exit_code(interrupted) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+ROWS: tuple[dict[str, float], ...] = (
+    {"step": 100, "steps": 100_000, "loss": 2.4631, "hard": 1.2, "grad_norm": 7.1},
+    {"step": 12_000, "steps": 100_000, "loss": 1.23456, "hard": 1.1, "grad_norm": 6.5},
+    {"step": 12_000, "steps": 100_000, "dev/accuracy": 0.83121, "dev/f1": 0.8},
+)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_line_of_progress_is_whole(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "Terminal", partial(Terminal, force_terminal=True, width=width))
+    monkeypatch.setattr(console, "TERMINAL_PROGRESS", TerminalProgress())
+    progress.install(console.TERMINAL_PROGRESS)
+    shown = console.Console("lad-rte-teacher-low-0")
+    for row in ROWS:
+        shown(row)
+    shown.close()
+    progress.install(progress.silent)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
+    last = next(line for line in reversed(lines) if line.strip())
+    assert len(last) <= width
+    assert last.startswith("lad-rte-")
+    for text in ("12000/100000", "12%", "loss 1.23", "accuracy 0.831"):
+        assert text in last
+
+
+def test_without_a_terminal_a_row_is_a_line_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 119.0, 119.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    shown = console.Console("lad")
+    for row in ROWS:
+        shown(row)
+    assert capsys.readouterr().err.splitlines() == [
+        "lad step 100/100000  loss 2.463  hard 1.2  grad_norm 7.1",
+        "lad step 12000/100000 12%, 0:14:40 left  loss 1.235  hard 1.1  grad_norm 6.5",
+        "lad step 12000/100000 12%, 0:14:40 left  dev/accuracy 0.8312  dev/f1 0.8",
+    ]
