@@ -444,7 +444,7 @@ def test_the_teacher_is_scored_once_before_the_first_step(
     assert sum(line.startswith("toy step 0/2  teacher ") for line in printed) == 1
     results = train(config, rows.append).results
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
-    assert "teacher" not in capsys.readouterr().err
+    assert "step 0/2  teacher" not in capsys.readouterr().err
     if corpus:
         assert set(scores) == {"mlm_loss"}
         assert 0 < scores["mlm_loss"] < 100
