@@ -37,6 +37,9 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 
 ruff check
 ruff format --check
-mypy
 lint-imports
-pytest -q "${selection[@]}" "$@"
+mypy &
+types=$!
+# Much of a test is waiting for processes: three at a time keep two cores busy. A file stays on one worker.
+pytest -q -n "${LAD_DIST_TEST_WORKERS:-3}" --dist loadfile "${selection[@]}" "$@"
+wait "$types"
