@@ -28,6 +28,15 @@ settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a m
 settings.load_profile("lad_dist")
 
 
+# Files that take minutes. They begin first, so that in the end no worker waits for another one with such a file.
+LONGEST = ("test_world_sizes.py", "test_slurm.py", "test_search.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @dataclass(frozen=True)
 class World:
     """Folders of the toy world."""

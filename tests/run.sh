@@ -41,5 +41,5 @@ lint-imports
 mypy &
 types=$!
 # Much of a test is waiting for processes: three at a time keep two cores busy. A file stays on one worker.
-pytest -q -n "${LAD_DIST_TEST_WORKERS:-3}" --dist loadfile "${selection[@]}" "$@"
+pytest -q -n "${LAD_DIST_TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
 wait "$types"
