@@ -29,7 +29,9 @@ settings.load_profile("lad_dist")
 
 
 # Files that take minutes. They begin first, so that in the end no worker waits for another one with such a file.
-LONGEST = ("test_world_sizes.py", "test_slurm.py", "test_search.py", "test_train.py")
+LONGEST = (
+    "test_world_sizes.py", "test_compressions_and_world_sizes.py", "test_slurm.py", "test_search.py", "test_train.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,21 +9,13 @@ import toy
 from conftest import World
 from launching import curves
 from toy_heads import LABELS, MAKE_FILES
+from world_sizes import STAGES, Curves, Rows, assert_one_curve, short_run, terms, zero
 
-from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.objectives.registry import OBJECTIVES
 
-# One fixture trains two hundred runs: the limit catches hangs.
+# One fixture trains a hundred runs: the limit catches hangs.
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
-STAGES = (0, 1, 2, 3)
 HEADS_STAGES = (0, 3)
-Rows = list[dict[str, Any]]
-Curves = dict[int, dict[str, Rows]]  # by number of processes and name of the run
-
-
-def zero(stage: int) -> dict[str, Any]:
-    """Return DeepSpeed's options; by default stage 3 would leave the few weights of a toy whole on every process."""
-    return {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {"stage": stage}
 
 
 def configs(world: World, work: Path) -> dict[str, dict[str, Any]]:
@@ -43,42 +35,6 @@ CURVES = {
     "emd": {"name": "emd", "attention": 1.0, "hidden": 1.0},
     "minilm2": {"name": "minilm2", "heads": 8},
 }
-
-
-# All compressions; the student is cut out of the teacher.
-COMPRESSED: dict[str, list[dict[str, Any]]] = {
-    "theseus": [{"name": "theseus", "end": 1.0}],
-    "theseus-unfrozen": [{"name": "theseus", "end": 1.0, "frozen": False}],
-    "ladabert": [{"name": "ladabert", "reduction": 3.0, "embedding": 1.5, "svd": 2.0, "update_every": 1}],
-    "movement": [
-        {"name": "low_rank", "keep": 0.8},
-        {"name": "prune", "criterion": "movement", "sparsity": 0.5, "update_every": 1},
-        {"name": "scale_position_embeddings", "scale": 0.5},
-    ],
-    "heads": [{"name": "heads", "heads": 0.5, "units": 0.5, "update_every": 1}],
-    "adapting": [{"name": "prune", "criterion": "adapting", "sparsity": 0.5, "update_every": 1}],
-}
-UNDER = ("supervised", "kd", "lad")
-PAIRS = [*itertools.product(COMPRESSED, UNDER)]
-
-
-def short_run(tables: dict[str, Any], name: str, stage: int) -> dict[str, Any]:
-    """Return the tables of a run of three steps of two micro-batches."""
-    tables["run"] |= {"name": name, "steps": 3}
-    tables["data"] |= {"micro_batches_per_step": 2, "num_workers": 0}
-    return tables | {"deepspeed": {"zero_optimization": zero(stage)}}
-
-
-def every_compression(world: World, work: Path) -> dict[str, dict[str, Any]]:
-    """Return runs of three steps of each compression, under each objective."""
-    result: dict[str, dict[str, Any]] = {}
-    for (name, objective), stage in itertools.product(PAIRS, STAGES[:3]):
-        key = f"{name}-{objective}-zero{stage}"
-        tables = toy.task_config(work, world.files, world.teacher, world.teacher, objective={"name": objective})
-        result[key] = short_run(tables, key, stage) | {"compression": COMPRESSED[name]}
-        if objective == "supervised":
-            del result[key]["teacher"]
-    return result
 
 
 def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
@@ -145,20 +101,7 @@ def test_dev_metrics_are_the_same_on_any_number_of_processes(all_curves: Curves)
 def objective_curves(world: World, tmp_path_factory: pytest.TempPathFactory) -> Curves:
     work = tmp_path_factory.mktemp("objectives")
 
-    def configs(folder: Path) -> dict[str, dict[str, Any]]:
-        return every_objective(world, folder) | every_compression(world, folder)
-
-    return {n: curves(work / f"{n}", configs(work / f"{n}"), processes=n) for n in (1, 2)}
-
-
-def assert_one_curve(curves: Curves, name: str, stages: tuple[int, ...]) -> None:
-    """Losses, and the metrics of the objective, are the same whatever the stage and the number of processes."""
-    expected = terms(curves[1][f"{name}-zero0"])
-    assert len(expected) == 3
-    for processes, stage in itertools.product(curves, stages):
-        rows = terms(curves[processes][f"{name}-zero{stage}"])
-        for row, expected_row in zip(rows, expected, strict=True):
-            assert row == pytest.approx(expected_row, rel=2e-4, abs=1e-6), (processes, stage)
+    return {n: curves(work / f"{n}", every_objective(world, work / f"{n}"), processes=n) for n in (1, 2)}
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -166,15 +109,6 @@ def test_every_objective_has_one_curve(name: str, objective_curves: Curves) -> N
     assert_one_curve(objective_curves, name, STAGES)
     rows = terms(objective_curves[1][f"{name}-zero0"])
     assert rows[0]["loss"] != rows[-1]["loss"]
-
-
-def test_every_compression_is_among_the_curves() -> None:
-    assert {row["name"] for rows in COMPRESSED.values() for row in rows} == set(COMPRESSIONS)
-
-
-@pytest.mark.parametrize(("name", "objective"), PAIRS)
-def test_every_compression_has_one_curve(name: str, objective: str, objective_curves: Curves) -> None:
-    assert_one_curve(objective_curves, f"{name}-{objective}", STAGES[:3])
 
 
 @pytest.mark.parametrize("kind", LABELS)
@@ -186,9 +120,3 @@ def test_every_kind_of_task_has_one_curve(kind: str, objective_curves: Curves) -
         scores = objective_curves[processes][f"{kind}-zero{stage}"][-1]
         for name in ("dev/f1", "dev/label_loyalty", "dev/probability_loyalty"):
             assert scores[name] == pytest.approx(expected[name], abs=1e-4), (processes, stage)
-
-
-def terms(rows: Rows) -> list[dict[str, float]]:
-    """Return, of each step, the loss, the terms and the metrics of the objective."""
-    other = ("lr", "dev", "tokens_per_second", "grad_norm")
-    return [{key: x for key, x in row.items() if not key.startswith(other)} for row in rows if "loss" in row]
