@@ -110,7 +110,8 @@ def summary(trainer: Trainer) -> list[str]:
 def _size(model: PreTrainedModel) -> str:
     config = model.config
     parameters = si_number(count_parameters(model))
-    return f"{parameters} parameters, {config.num_hidden_layers} layers x {config.hidden_size}"
+    layers = f"{config.num_hidden_layers} layer{'s' * (config.num_hidden_layers > 1)}"
+    return f"{parameters} parameters, {layers} x {config.hidden_size}"
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
