@@ -174,8 +174,14 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
     for name in header:
         table.add_column(name)
     for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*map(_cell, row))
     terminal = Terminal(width=None if sys.stdout.isatty() else 140)
     with terminal.capture() as text:
         terminal.print(table)
     say(text.get().rstrip("\n"))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

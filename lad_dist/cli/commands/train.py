@@ -54,7 +54,10 @@ def run_training(config: TrainConfig) -> int:
     assert result.results is not None
     student = {**totals(result.results["student"]), **result.results["metrics"]}
     teacher = result.results["teacher"]
-    rows = [(name, value, teacher.get(name, "")) for name, value in student.items()]
-    print_table(config.run.name, ("", "student", "teacher"), rows)
+    if teacher:
+        rows = [(name, value, teacher.get(name, "")) for name, value in student.items()]
+        print_table(config.run.name, ("", "student", "teacher"), rows)
+    else:
+        print_table(config.run.name, ("", "model"), list(student.items()))
     say(f"model in {result.export_dir}, curves: tensorboard --logdir {result.folder}")
     return EXIT_DONE
