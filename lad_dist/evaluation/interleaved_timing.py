@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lad_dist.utils import progress
+
 BATCHES, LENGTHS = (1, 32), (128, 512)
 WARM_UP = 1  # rounds that do not count
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
@@ -48,11 +50,14 @@ def time_interleaved(
             _time_call(call, device)
     fewest, most = (MIN_ROUNDS, MAX_ROUNDS) if rounds is None else (rounds, rounds)
     start = time.perf_counter()
+    task = f"timing {shape[0]} x {shape[1]} on {device.type}"
     for completed in range(most):
         if completed >= fewest and time.perf_counter() - start >= MAX_SECONDS:
             break
+        progress.report(task, completed, most, f"rounds of {', '.join(forms)}")
         for name, call in forms.items():
             seconds[name].append(_time_call(call, device))
+    progress.report(task, most, most)
     timings = []
     for name, form_seconds in seconds.items():
         low, median, high = np.quantile(form_seconds, [0.25, 0.5, 0.75]).tolist()
