@@ -20,6 +20,7 @@ from lad_dist.cli.commands.quickstart import quickstart
 from lad_dist.cli.commands.report import report
 from lad_dist.cli.commands.train import distill, finetune, pretrain
 from lad_dist.cli.commands.tune import tune
+from lad_dist.cli.console import say
 from lad_dist.cli.errors import one_line_errors
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
@@ -76,12 +77,12 @@ def main(name: str | None = None) -> NoReturn:
     with one_line_errors():
         if name is None:
             if not arguments or arguments[0] in ("-h", "--help"):
-                print(overview())
+                say(overview())
                 sys.exit(EXIT_DONE if arguments else EXIT_USER_ERROR)
             name, *arguments = arguments
         command = lookup("command", name, COMMANDS)
         if {"-h", "--help"} & set(arguments) or (not arguments and isinstance(command, ConfigCommand)):
-            print(help_text(name, everything="all" in arguments))
+            say(help_text(name, everything="all" in arguments))
             sys.exit(EXIT_DONE if arguments else EXIT_USER_ERROR)
         sys.exit(command(arguments))
 
