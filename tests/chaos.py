@@ -2,6 +2,7 @@
 
 Victim          a run: how far it came, what it has saved, what came out
 begin(victim)   a life of it: the launch script in so many processes, forked from one that has imported everything
+launch(victim)  the same by a real launcher
 Life            its processes: kill, stop, wait
 kill_again_and_again   the same command until the run is done, and every life but the last one is killed
 """
@@ -13,6 +14,7 @@ import os
 import random
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +27,7 @@ from typing import Any
 import tomli_w
 import toy
 from conftest import World
-from launching import FORKS, ROOT, free_port
+from launching import FORKS, ROOT, environment, free_port, launcher
 
 from lad_dist.checkpointing import store
 from lad_dist.config.load import apply_overrides
@@ -37,6 +39,7 @@ SCRIPT = ROOT / "launch" / "task_distill.py"
 SLOW_SYNC = 0.03  # seconds: a network file system's; else too few kills would fall into a save
 POLL_SECONDS = 0.01
 PATIENCE = 180.0  # seconds for anything that a life does by itself
+MARK = "LAD_DIST_CHAOS_LIFE"  # in the environment of all processes of a launched life
 
 
 @dataclass(frozen=True)
@@ -185,9 +188,10 @@ def begin(
     victim: Victim,
     ranks: int = 2,
     prepare: Callable[[], None] = nothing,
+    words: Sequence[str] = (),
     variables: Sequence[Mapping[str, str]] = ({}, {}),
 ) -> Life:
-    """prepare: called in each process before the script. variables: of each rank."""
+    """prepare: called in each process before the script. words: after the config. variables: of each rank."""
     log = victim.config.with_name(f"{time.monotonic_ns()}.log")
     log.touch()
     port = str(free_port())
@@ -199,7 +203,7 @@ def begin(
             **{name: str(value) for name, value in numbers.items()},
             **variables[rank],
         }
-        process = FORKS.Process(target=_live, args=(log, rank_variables, str(victim.config), prepare))
+        process = FORKS.Process(target=_live, args=(log, rank_variables, [str(victim.config), *words], prepare))
         process.start()
         processes.append(process)
 
@@ -211,6 +215,39 @@ def begin(
         return [each.exitcode for each in processes]
 
     return Life(log, [each.pid or 0 for each in processes], wait_codes)
+
+
+def launch(victim: Victim, by: str, words: Sequence[str] = ()) -> Life:
+    """By torchrun or deepspeed, in a session of its own. `pids` is that of the launcher."""
+    log = victim.config.with_name(f"{time.monotonic_ns()}.log")
+    command = [*launcher(by, 2), str(SCRIPT), str(victim.config), *words]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment() | {MARK: str(log)}, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def wait_codes(seconds: float) -> list[int | None]:
+        try:
+            return [process.wait(seconds)]
+        except subprocess.TimeoutExpired:
+            return [None]
+
+    return Life(log, [process.pid], wait_codes)
+
+
+def processes_of(life: Life) -> tuple[dict[int, int], list[int]]:
+    """Of a launched life: the pids of its ranks, and of what launched them."""
+    ranks, others = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            variables = dict(x.partition("=")[::2] for x in (folder / "environ").read_text().split("\0"))
+            if variables.get(MARK) == str(life.log):
+                if "RANK" in variables:
+                    ranks[int(variables["RANK"])] = int(folder.name)
+                else:
+                    others.append(int(folder.name))
+    return ranks, others
 
 
 def run_to_end(victim: Victim) -> Victim:
@@ -225,14 +262,14 @@ def same(one: Victim, other: Victim) -> bool:
     return one.weights == other.weights and one.losses == other.losses
 
 
-def _live(log: Path, variables: dict[str, str], config: str, prepare: Callable[[], None]) -> None:
+def _live(log: Path, variables: dict[str, str], words: list[str], prepare: Callable[[], None]) -> None:
     os.environ.update(variables)
     with log.open("a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     may_be_traced()
     prepare()
-    sys.argv = [str(SCRIPT), config]
+    sys.argv = [str(SCRIPT), *words]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

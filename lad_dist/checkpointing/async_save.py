@@ -5,6 +5,7 @@ of a step the processes learn together that all files have been written; then th
 A save that fails is dropped: the previous checkpoint stays, training continues, and a later save tries anew.
 """
 
+import hashlib
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
@@ -25,7 +26,7 @@ from lad_dist.checkpointing.store import CheckpointStore
 from lad_dist.config.errors import EXIT_RUN_AGAIN, Fault
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
-from lad_dist.utils.atomic_io import Digest, file_digest, fsync
+from lad_dist.utils.atomic_io import Digest, fsync
 from lad_dist.utils.text import first_line
 
 MAX_FAILURES = 3  # in a row, after which the run stops
@@ -92,19 +93,40 @@ def to_host(state: Any) -> Any:
     return copy(state)
 
 
+class _DigestingFile:
+    """A file whose digest is computed while it is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._sha256, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def digest(self) -> Digest:
+        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
+
+
 def write(files: Files, root: Path) -> dict[str, Digest]:
     """Write each content with torch.save; return the digests by the path relative to `root`. Raise OSError."""
     digests = {}
     for path, content in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
+            digesting = _DigestingFile(file)
             try:
-                torch.save(content, file)
+                torch.save(content, digesting)  # type: ignore[arg-type]
             except RuntimeError as error:  # torch turns a failed write into one
                 raise OSError(first_line(error)) from error
             file.flush()
             os.fsync(file.fileno())
-        digests[str(path.relative_to(root))] = file_digest(path)
+        digests[str(path.relative_to(root))] = digesting.digest
     for folder in {path.parent for path, _ in files}:
         fsync(folder)
     return digests

@@ -24,7 +24,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
-from lad_dist.distributed import ranks
+from lad_dist.distributed import processes, ranks
 
 Layout = Mapping[str, int]  # number of "processes", and the ZeRO stage as "zero"
 
@@ -50,11 +50,17 @@ def load_checkpoint(engine: Any, checkpoint: Path, saved: Layout, current: Layou
         return
     if 3 in (saved["zero"], current["zero"]):
         raise UserError(
-            f"{checkpoint}: saved by {saved['processes']} processes under ZeRO {saved['zero']}, the run now has "
-            f"{current['processes']} under ZeRO {current['zero']}; resume ZeRO 3 with the layout that it was saved with"
+            f"{checkpoint}: {_layout_change(saved, current)}; resume ZeRO 3 with the layout that it was saved with"
         )
     engine.load_checkpoint(str(checkpoint), tag=TAG, load_optimizer_states=False)
-    (_fill if current["zero"] else _fill_whole)(engine, _read_state(engine, checkpoint, saved))
+    state = _read_state(engine, checkpoint, saved)
+    mismatches = [name for name in processes.all_gather(_mismatch(engine, state)) if name]
+    if mismatches:
+        raise UserError(
+            f"{checkpoint}: {_layout_change(saved, current)}, and the optimizer's copy of {mismatches[0]} is not where "
+            "DeepSpeed expects it; resume with the layout that it was saved with"
+        )
+    (_fill if current["zero"] else _fill_whole)(engine, state)
 
 
 def read(path: Path, *, mapped: bool = False) -> Any:
@@ -70,6 +76,13 @@ def read(path: Path, *, mapped: bool = False) -> Any:
         raise UserError(
             f"{path}: holds more than tensors, and none of it was executed; remove the checkpoint"
         ) from None
+
+
+def _layout_change(saved: Layout, current: Layout) -> str:
+    return (
+        f"saved by {saved['processes']} processes under ZeRO {saved['zero']}, the run now has {current['processes']} "
+        f"under ZeRO {current['zero']}"
+    )
 
 
 @dataclass
@@ -148,6 +161,20 @@ def groups(engine: Any) -> list[list[Any]]:
         if hasattr(engine.optimizer, name):
             return getattr(engine.optimizer, name)
     return [group["params"] for group in engine.optimizer.param_groups]
+
+
+def _mismatch(engine: Any, saved: _SavedState) -> str | None:
+    """Return the name of a parameter whose fp32 copy is not the weight that the model has loaded.
+
+    Each process checks a share of the parameters.
+    """
+    parameters = [parameter for group in groups(engine) for parameter in group]
+    for parameter in parameters[ranks.rank() :: ranks.world_size()]:
+        name = engine.param_names[parameter]
+        copy = torch.cat(saved.pieces.get(name, {}).get(WEIGHTS, [torch.empty(0)]))
+        if not torch.equal(copy.to(parameter.dtype), parameter.detach().flatten().cpu()):
+            return name
+    return None
 
 
 def _fill(engine: Any, saved: _SavedState) -> None:

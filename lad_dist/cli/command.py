@@ -41,7 +41,7 @@ class ConfigCommand:
     def help_lines(self, name: str, everything: bool) -> Iterator[str]:
         """Yield the explanations of the common keys, or of every key."""
         rows = describe_keys(self.schema)
-        shown = rows if everything else [row for row in rows if row[0].startswith(tuple(self.common_keys))]
+        shown = rows if everything else [row for row in rows if row[0] in self.common_keys]
         yield f"{'keys' if everything else 'common keys'} of CONFIG (type, default):"
         for key, kind, default, text in shown:
             yield from wrapped(f"{key} ({kind}, {default}): {text}")

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lad_dist.distributed.slurm import slurm_variable
+
 PACKAGES = (
     "lad_dist", "torch", "transformers", "deepspeed", "ray", "datasets", "tokenizers", "sentencepiece", "numpy",
     "onnxruntime",
 )  # fmt: skip
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # instructions that matrix products use
 VARIABLES = (
-    "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "RAY_ADDRESS", "RANK", "WORLD_SIZE", "SLURM_JOB_ID",
-    "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "RAY_ADDRESS", "RANK", "WORLD_SIZE", "HF_HUB_OFFLINE",
 )  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def environment_rows() -> list[tuple[str, str]]:
         *((name, _version(name)) for name in PACKAGES),
         *_cpu_rows(),
         *_device_rows(),
+        ("SLURM job", slurm_variable("JOB_ID") or "none"),
         ("variables", " ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ) or "none set"),
     ]
 
@@ -39,9 +41,9 @@ def _version(package: str) -> str:
 
 def _cpu_rows() -> Iterator[tuple[str, str]]:
     information = Path("/proc/cpuinfo")
-    words = information.read_text().split() if information.exists() else []
-    flags = " ".join(flag for flag in CPU_FLAGS if flag in words)
-    yield "CPU", f"{len(os.sched_getaffinity(0))} cores for this process; instructions: {flags or 'none of note'}"
+    instructions = set(information.read_text().split()) if information.exists() else set()
+    useful = " ".join(name for name in CPU_FLAGS if name in instructions)
+    yield "CPU", f"{len(os.sched_getaffinity(0))} cores for this process; instructions: {useful or 'none of note'}"
     yield "memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
 
 

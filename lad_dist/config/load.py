@@ -24,6 +24,7 @@ from lad_dist.utils.suggest import did_you_mean, nearest
 from lad_dist.utils.text import is_encodable, one_line
 
 UNSET = "none"  # the value of an override that unsets its key
+MAX_DEPTH = 16  # tables in tables
 MAX_SHOWN = 60  # characters of a wrong value
 OWN_CLASS = "my_package.module:Class"
 
@@ -128,23 +129,30 @@ def _with_value(tables: Any, path: list[str], value: Any, key: str) -> Any:
 
 def parse_config(schema: type[Schema], tables: Mapping[str, Any], where: str) -> Schema:
     """Return plain tables as a config; raise UserError for the first mistake, with `where` in front."""
+    _check_values(tables, where)
     try:
-        for key, value in tables.items():
-            _check_texts(value, f"{where}: {key}")
         return schema.model_validate(dict(tables))
     except ValidationError as error:
         raise UserError(f"{where}: {first_mistake(error, schema)}") from None
-    except RecursionError:
-        raise UserError(f"{where}: tables too deep; no key is so deep") from None
 
 
-def _check_texts(value: Any, place: str) -> None:
-    """Raise UserError for a text in nested tables and lists that no file or path can hold."""
-    if isinstance(value, str) and ("\0" in value or not is_encodable(value)):
-        raise UserError(f"{place}: {_shown(value)} holds a character that no text can; retype it")
+def _check_values(tables: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for valid TOML that no config can hold: deep tables, and texts that no file or path can hold."""
+    level: list[tuple[str, Any]] = [("", tables)]
+    for _ in range(MAX_DEPTH):
+        level = [inner for place, value in level for inner in _items(place, value)]
+        for place, value in level:
+            if isinstance(value, str) and ("\0" in value or not is_encodable(value)):
+                raise UserError(f"{where}: {place}: {_shown(value)} holds a character that no text can; retype it")
+    if level:
+        raise UserError(f"{where}: {level[0][0][:40]}…: more than {MAX_DEPTH} tables deep; no key is so deep")
+
+
+def _items(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of each item of a table or list."""
     if isinstance(value, Mapping | list):
-        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-            _check_texts(inner, f"{place}.{key}")
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        yield from ((f"{place}.{key}" if place else str(key), inner) for key, inner in items)
 
 
 def _shown(value: Any) -> str:

@@ -18,10 +18,16 @@ def check_environment() -> None:
         if value and not re.fullmatch(r"\d{1,9}", value):
             raise UserError(f"{name} = {value!r} is not a whole number; unset it, or let a launcher set it")
     _check_world()
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", threads):
+        raise UserError(f"OMP_NUM_THREADS = {threads!r} is not a number of threads; set it to one, or unset it")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     wrong = [name for name in visible.split(",") if not DEVICE_NAME.fullmatch(name.strip())]
     if wrong and visible.lower() not in NO_DEVICES:
         raise UserError(f"CUDA_VISIBLE_DEVICES = {visible!r}: {wrong[0]!r} is not a device; list numbers such as 0,1")
+    folder = os.environ.get("TMPDIR")
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"TMPDIR = {folder!r} is not a writable folder; create it, or unset TMPDIR")
 
 
 def _check_world() -> None:

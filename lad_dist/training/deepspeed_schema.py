@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import first_mistake
+from lad_dist.utils.suggest import did_you_mean
 from lad_dist.utils.tables import flatten
 from lad_dist.utils.text import one_line
 
@@ -66,6 +67,8 @@ def check_deepspeed_config(config: dict[str, Any]) -> None:
     if auto := [key for key, value in flatten(config).items() if value == "auto"]:
         raise UserError(f'deepspeed.{auto[0]}: "auto" is for what fills it in, and nothing does here; give the value')
     schema = deepspeed_schema()
+    if "strict" in config:  # an argument of DeepSpeed's models, which would take it
+        raise UserError(f"deepspeed.strict: no such key; {did_you_mean('strict', schema.model_fields)}")
     try:
         parsed: Any = schema(**config | {"strict": True})  # else the top level ignores a value of "auto"
     except ValidationError as error:

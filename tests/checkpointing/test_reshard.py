@@ -1,6 +1,7 @@
 """A run continues under another number of processes or another ZeRO stage as if nothing had changed."""
 
 import itertools
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils.tensor_fragment import fragment_address
 from hypothesis import given
 from hypothesis import strategies as st
-from resharding import State, Stretch, run, state
+from resharding import State, Stretch, run, start, state
 
 from lad_dist.checkpointing import reshard
 from lad_dist.config.errors import UserError
@@ -235,13 +236,39 @@ def test_fp16_keeps_the_loss_scale_and_frozen_parameters(tmp_path: Path, monkeyp
         assert state(other)["scale"][0] > 16
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("zipped", [True, False])
-def test_no_file_of_a_checkpoint_executes_anything(zipped: bool, tmp_path: Path) -> None:
-    file = tmp_path / "state.pt"
-    torch.save({"state": Bomb(tmp_path / "exploded")}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=f"^{file}: holds more than tensors, and none of it was executed"):
-        reshard.read(file, mapped=True)
+def test_no_file_of_a_checkpoint_executes_anything(zipped: bool, runs: Runs, world: World, tmp_path: Path) -> None:
+    source = Path(runs.first["lad", "2x1"].checkpoint(SAVED)[0]) / "state"
+    trainer = start(Stretch(config("lad", world), layout("1x0"), str(tmp_path)))
+    names = sorted(path.name for path in source.iterdir())
+    assert len(names) == 3  # the module's, and two shares of the optimizer
+    for name in names:
+        checkpoint = tmp_path / name
+        shutil.copytree(source, checkpoint / "state")
+        bomb = Bomb(tmp_path / "exploded")
+        torch.save({"optimizer_state_dict": bomb}, checkpoint / "state" / name, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError) as caught:
+            reshard.load_checkpoint(trainer.engine, checkpoint, layout("2x1"), layout("1x0"))
+        assert str(caught.value).startswith(f"{checkpoint / 'state' / name}: holds more than tensors")
+        assert "\n" not in str(caught.value)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.processes
+def test_shares_that_are_not_where_deepspeed_says_are_refused(runs: Runs, world: World, tmp_path: Path) -> None:
+    source = Path(runs.first["lad", "2x1"].checkpoint(SAVED)[0]) / "state"
+    shutil.copytree(source, tmp_path / "state")
+    (path,) = tmp_path.glob("state/*rank_1_mp*")
+    share = reshard.read(path)
+    slices = share["optimizer_state_dict"]["param_slice_mappings"][0]
+    next(iter(slices.values())).start += 1
+    torch.save(share, path)
+    trainer = start(Stretch(config("lad", world), layout("1x0"), str(tmp_path)))
+    with pytest.raises(
+        UserError, match="saved by 2 processes under ZeRO 1, the run now has 1 under ZeRO 0, and the opt"
+    ):
+        reshard.load_checkpoint(trainer.engine, tmp_path, layout("2x1"), layout("1x0"))
 
 
 @pytest.mark.parametrize(("was", "now"), [("2x3", "1x3"), ("2x3", "2x1"), ("2x0", "2x3")])

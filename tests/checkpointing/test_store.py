@@ -53,8 +53,26 @@ def flip_a_byte(checkpoint: Path) -> None:
     (checkpoint / "state" / "weights.pt").write_bytes(content)
 
 
+def cut_short(checkpoint: Path) -> None:
+    file = checkpoint / "state" / "weights.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    (checkpoint / "note").unlink()
+
+
 def add_a_file(checkpoint: Path) -> None:
     (checkpoint / "state" / "more").write_text("x")
+
+
+def lose_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).unlink()
+
+
+def cut_the_manifest(checkpoint: Path) -> None:
+    text = (checkpoint / MANIFEST).read_text()
+    (checkpoint / MANIFEST).write_text(text[: len(text) // 2])
 
 
 def empty_the_manifest(checkpoint: Path) -> None:
@@ -81,15 +99,22 @@ def take_the_one_before(checkpoint: Path) -> None:
     shutil.copytree(checkpoint.with_name("step-000000001"), checkpoint)
 
 
+def swap_two_files(checkpoint: Path) -> None:
+    a, b = checkpoint / "note", checkpoint / "state" / "weights.pt"
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
 def a_folder_for_a_file(checkpoint: Path) -> None:
     (checkpoint / "note").unlink()
     (checkpoint / "note").mkdir()
 
 
-# Flips, cuts, deletions and swaps are drawn in test_each_of_300_random_damages_is_detected.
 DAMAGES = [
-    flip_a_byte, add_a_file, empty_the_manifest, another_step_in_the_manifest, another_format, empty_the_folder,
-    take_the_one_before, a_folder_for_a_file,
+    flip_a_byte, cut_short, lose_a_file, add_a_file, lose_the_manifest, cut_the_manifest, empty_the_manifest,
+    another_step_in_the_manifest, another_format, empty_the_folder, take_the_one_before, swap_two_files,
+    a_folder_for_a_file,
 ]  # fmt: skip
 
 
@@ -106,7 +131,12 @@ def test_the_newest_two_stay(store: CheckpointStore) -> None:
     assert (store.folder / "latest").read_text() == "step-000010000"
 
 
-def test_the_newest_three_stay_and_every_third_also_of_a_resumed_run(tmp_path: Path) -> None:
+def test_the_newest_three_stay_and_every_third(tmp_path: Path) -> None:
+    store = saved(CheckpointStore(tmp_path, keep=3, keep_every=3), *range(10, 120, 10))
+    assert [int(name) for name in names(store)] == [30, 60, 90, 100, 110]
+
+
+def test_a_resumed_run_continues_the_count(tmp_path: Path) -> None:
     for step in range(10, 120, 10):
         store = saved(CheckpointStore(tmp_path, keep=3, keep_every=3), step)
     assert [int(name) for name in names(store)] == [30, 60, 90, 100, 110]

@@ -97,10 +97,10 @@ def check(name: str, arguments: list[str]) -> None:
 def test_every_command_that_a_document_shows_is_one(document: str, command: str) -> None:
     if command.startswith(SET_UP):
         return
-    words = [word for word in shlex.split(command) if word != "…"]
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words.pop(0)
-    program, *arguments = words
+    line = [argument for argument in shlex.split(command) if argument != "…"]
+    while re.fullmatch(r"[A-Z_]+=.*", line[0]):
+        line.pop(0)
+    program, *arguments = line
     if program == "lad-dist":
         check(arguments[0], arguments[1:])
     elif program == "deepspeed":

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_families import LIKE, OF_TOKENS, SIZES, real
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from lad_dist.compression import footprint
+from lad_dist.compression import compressed_module, footprint
 from lad_dist.compression.layers import keep_layers, random_embeddings, set_dropout
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import UserError
@@ -263,6 +263,23 @@ def test_scaled_positions_leave_words_and_layers_alone(family: str, tokenizers: 
     assert {name.split(".")[-2] for name in changed} <= {"position_embeddings", "token_type_embeddings"}
     assert any("position_embeddings" in name for name in changed) == any("position_embeddings" in x for x in before)
     assert all(torch.equal(model.state_dict()[name], 0.1 * before[name]) for name in changed)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_low_rank_layers_have_the_same_outputs_when_merged(family: str, tokenizers: Any) -> None:
+    """q, k and v are recorded through them too."""
+    model = toy_families.new_model(family, "mlm", tokenizers(family))
+    batch = batch_of(LENGTHS, "mlm", tokenizers(family))
+    toy.compress(model, "low_rank", keep=0.5)
+    assert (
+        len(compressed_module.compressed_modules(encoder_layers(model)))
+        == len(compressed_module.compressed_modules(model))
+        > 0
+    )
+    with torch.no_grad():
+        low_rank_outputs = compute_outputs(model, batch, EVERYTHING)
+        merged_outputs = compute_outputs(compressed_module.merge_all(model), batch, EVERYTHING)
+    torch.testing.assert_close(merged_outputs, low_rank_outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", SIZES)

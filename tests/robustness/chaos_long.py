@@ -1,4 +1,4 @@
-"""What takes too long for every day: a real SLURM, two networks.
+"""What takes too long for every day: real launchers, a real SLURM, two networks.
 
 Run by `bash tests/robustness/chaos.sh`.
 """
@@ -19,7 +19,7 @@ import chaos
 import pytest
 import tomli_w
 import toy
-from chaos import SAVE_EVERY, Victim, run_to_end, same
+from chaos import SAVE_EVERY, Life, Victim, run_to_end, same
 from conftest import World
 from launching import ROOT
 from slurm_cluster import LOOK_EVERY, RESTART_AFTER, SlurmCluster
@@ -28,6 +28,50 @@ from lad_dist.config.load import apply_overrides
 
 pytest_plugins = ["chaos_fixtures"]
 Figures = list[tuple[str, str]]
+
+
+@pytest.mark.parametrize("by", ["torchrun", "deepspeed"])
+def test_kills_of_a_real_launcher_and_of_what_it_has_launched(
+    by: str, world: World, straight: Victim, tmp_path: Path, figures: Figures
+) -> None:
+    """A killed launcher leaves ranks that live on: the same command waits for their end."""
+    victim, dice = chaos.victim(tmp_path, world), random.Random(0)
+    kills = []
+    for how in ("rank 0", "job", "rank 1", "launcher"):
+        before = victim.saved[-1:]
+        life = chaos.launch(victim, by)
+        assert life.until(lambda before=before: victim.saved[-1:] != before, 600), life.output[-3000:]
+        time.sleep(dice.uniform(0.0, 0.5))
+        if victim.done:
+            break
+        kill(life, how)
+        life.end(30)
+        kills.append(how)
+        assert victim.damaged == []
+        assert how == "launcher" or victim.reached - victim.saved_step <= SAVE_EVERY
+    life = chaos.launch(victim, by)
+    assert life.end(900) == [0], life.output[-3000:]
+    assert same(victim, straight)
+    figures.append((f"kills under {by}: {', '.join(kills)}; equal end", "yes"))
+
+
+def kill(life: Life, how: str) -> None:
+    ranks, others = chaos.processes_of(life)
+    for pid in {"launcher": others, "job": [*others, *ranks.values()]}.get(how) or [ranks[int(how[-1])]]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_three_lives_without_a_checkpoint_are_the_end(world: World, tmp_path: Path, figures: Figures) -> None:
+    victim = chaos.victim(tmp_path, world, {"run.save_every": 0})
+    for _ in range(3):
+        life = chaos.begin(victim)
+        assert life.until(lambda life=life: "step 1/" in life.output)
+        life.signal(signal.SIGKILL)
+        life.end()
+    life = chaos.begin(victim)
+    assert life.end() == [93, 93]
+    assert "died 3 times in a row at the beginning" in life.output
+    figures.append(("three lives killed before a checkpoint: 93", "yes"))
 
 
 @pytest.fixture

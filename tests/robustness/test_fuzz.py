@@ -63,3 +63,23 @@ def test_it_is_read_or_refused(name: str, content: bytes, world: World, tmp_path
         assert message.isprintable()
         assert len(message) <= MAX_LINE
         assert name in message
+
+
+MEMBERS = st.sampled_from(["format", "dtype", "vocabulary", "tokenizer", "sources", "request"])
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just({}))
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(member=MEMBERS, value=VALUES)
+def test_a_manifest_with_another_value(member: str, value: Any, world: World, tmp_path: Path) -> None:
+    import json
+
+    manifest = json.loads((world.corpus / "manifest.json").read_text()) | {member: value}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "books").exists() or (tmp_path / "books").symlink_to(world.corpus / "books")
+    message = member
+    try:
+        Shards(tmp_path)
+    except UserError as error:
+        message = str(error)
+    assert member in message

@@ -1,10 +1,10 @@
 """Malformed and hostile folders of models, tokenizers and token shards."""
 
-import hashlib
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from conftest import World
 from malformed_inputs import Case, assert_one_line, complaint
 from safetensors.torch import load_file, save_file
 
-from lad_dist.config.errors import UserError
 from lad_dist.models import loading
 
 Edit = Callable[[Path], None]
@@ -58,8 +57,12 @@ def without(*names: str) -> Edit:
 
 
 def put(name: str, content: bytes | str) -> Edit:
-    data = content.encode() if isinstance(content, str) else content
-    return lambda folder: (folder / name).write_bytes(data) and None  # type: ignore[return-value]
+    return lambda folder: (
+        (folder / name).write_bytes(  # type: ignore[return-value]
+            content.encode() if isinstance(content, str) else content
+        )
+        and None
+    )
 
 
 def cut(name: str, size: int) -> Edit:
@@ -107,6 +110,12 @@ def bare_pickle(file: Path, canary: Path) -> None:
     file.write_bytes(pickle.dumps(Bomb(canary)))
 
 
+def zip_with_a_way_out(file: Path, canary: Path) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("../canary", "out")
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb(canary)))
+
+
 def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Edit:
     def edit(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -142,6 +151,8 @@ def large_ids(folder: Path) -> None:
 
 
 def _vouch(folder: Path, prefix: str, file: Path) -> None:
+    import hashlib
+
     manifest = json.loads((folder / "manifest.json").read_text())
     shard = manifest["sources"][0]["splits"]["train"]["shards"][0]
     shard[f"{prefix}_sha256".lstrip("_")] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -165,6 +176,8 @@ NO_TOKENIZER = "no tokenizer, neither a folder of one nor a hub name"
 MODELS = [
     broken("no-config", without("config.json"), NO_MODEL),
     broken("config-empty", put("config.json", ""), NO_MODEL),
+    broken("config-cut", cut("config.json", 100), NO_MODEL),
+    broken("config-list", put("config.json", "[]"), NO_MODEL),
     broken("config-binary", put("config.json", b"\xff\xfe\x00"), NO_MODEL),
     broken("config-deep", put("config.json", "[" * 100_000), NO_MODEL),
     broken("config-no-family", config(model_type=None), NO_MODEL),
@@ -183,16 +196,27 @@ MODELS = [
     broken(
         "weights-long-header", put("model.safetensors", (10**9).to_bytes(8, "little") + b"{}"), "cannot read weights"
     ),
+    broken(
+        "weights-text",
+        put("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        "cannot read weights",
+    ),
     broken("pickle-zipped", pickled(zipped_pickle), "pytorch_model.bin: cannot read weights"),
     broken("pickle-bare", pickled(bare_pickle), "pytorch_model.bin: cannot read weights"),
+    broken("pickle-way-out", pickled(zip_with_a_way_out), "pytorch_model.bin: cannot read weights"),
+    broken("pickle-empty", pickled(lambda file, _: file.write_bytes(b"")), "pytorch_model.bin: cannot read weights"),  # type: ignore[arg-type,return-value]
     broken("small-vocabulary", config(vocab_size=50), "tokenizer has"),
     student("student-no-weights", without("model.safetensors"), "no weights, neither"),
+    student("student-cut", cut("model.safetensors", 20_000), "cannot read weights"),
     student("student-pickle", pickled(zipped_pickle), "pytorch_model.bin: cannot read weights"),
     student("no-tokenizer", without("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     student("tokenizer-empty", put("tokenizer.json", ""), NO_TOKENIZER),
+    student("tokenizer-cut", cut("tokenizer.json", 500), NO_TOKENIZER),
+    student("tokenizer-list", put("tokenizer.json", "[]"), NO_TOKENIZER),
     student("tokenizer-other", put("tokenizer.json", '{"model": {"type": "Neural"}}'), NO_TOKENIZER),
     student("tokenizer-deep", put("tokenizer.json", "[" * 100_000), NO_TOKENIZER),
     broken("evaluated-no-weights", without("model.safetensors"), "no weights, neither", "evaluate", "model.path"),
+    broken("evaluated-pickle", pickled(zipped_pickle), "cannot read weights", "evaluate", "model.path"),
     broken("evaluated-vocabulary", config(vocab_size=50), "tokenizer has", "evaluate", "model.path"),
     broken("evaluated-labels", config(id2label={"0": "x", "1": "y"}), "labels are x, y", "evaluate", "model.path"),
 ]  # fmt: skip
@@ -207,6 +231,7 @@ READ = [
 SHARDS = [
     shards("no-manifest", without("manifest.json"), "holds no token shards; write them with lad-dist prepare"),
     shards("manifest-empty", put("manifest.json", ""), "manifest.json: damaged"),
+    shards("manifest-cut", cut("manifest.json", 300), "manifest.json: damaged"),
     shards("manifest-binary", put("manifest.json", b"\xff\x00"), "manifest.json: damaged"),
     shards("manifest-list", put("manifest.json", "[]"), "not format 2 of token shards"),
     shards("manifest-deep", put("manifest.json", "[" * 100_000), "manifest.json: damaged"),
@@ -239,9 +264,14 @@ def test_it_ends_in_one_line(case: Case, world: World, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
-def test_weights_of_another_model(case: Case, world: World, tmp_path: Path) -> None:
+def test_weights_of_another_model(case: Case, world: World, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+
+    from lad_dist.config.errors import UserError
+
     assert case.make is not None
     case.make(tmp_path, world)
-    model, require_head = str(tmp_path / "model"), "teacher" in case.name
+    labels = ("no", "yes")
     with pytest.raises(UserError, match=case.expected):
-        loading.load_model(model, "classification", labels=("no", "yes"), require_head=require_head)
+        loading.load_model(
+            str(tmp_path / "model"), "classification", labels=labels, require_head="teacher" in case.name
+        )

@@ -218,6 +218,14 @@ def test_a_job_whose_node_is_lost_runs_again(cluster: SlurmCluster, folder: Path
     assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
 
 
+@pytest.mark.parametrize("code", [2, 3, 93])
+def test_what_no_other_life_would_mend_is_not_run_again(cluster: SlurmCluster, folder: Path, code: int) -> None:
+    launch(folder, "finetune_teacher", f"raise SystemExit({code})")
+    ended = cluster.run_job(["--nodes=2", "slurm/finetune.sbatch", "run.toml"], 60, folder)
+    assert (ended.state, ended.code) == ("FAILED", code), ended.output
+    assert f"ended with exit code {code}" in ended.output
+
+
 # The task that has the array's own id stops early once, while the other one is there.
 STOPPED_ONCE = """
 import os, pathlib, sys, time

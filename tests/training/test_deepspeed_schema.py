@@ -77,6 +77,7 @@ def test_every_table_is_accepted() -> None:
             {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
             f'{ZERO}.reduce_bucket_size: "auto" is for',
         ),
+        ({"strict": True}, "deepspeed.strict: no such key"),
         ({"log_level": "x"}, "deepspeed.log_level: lad_dist sets this; remove the key"),
         (
             {"data_types": {"grad_accum_dtype": "fp7"}},

@@ -25,9 +25,10 @@ def configs(arguments: Sequence[str]) -> int:
     if name is not None:
         say(config_file(name).read_text(encoding="utf-8").rstrip("\n"))
         return EXIT_DONE
-    width = max(map(len, shipped_configs()))
+    descriptions = shipped_configs()
+    width = max(map(len, descriptions))
     columns = shutil.get_terminal_size((MAX_WIDTH, 0)).columns
-    for name, text in shipped_configs().items():
+    for name, text in descriptions.items():
         say(f"{name:{width}}  {textwrap.shorten(text, max(20, columns - width - 2), placeholder='…')}")
     return EXIT_DONE
 

@@ -13,6 +13,7 @@ nowhere else. So a window of the stream, put between such a pair, is a row of wh
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ from lad_dist.utils.text import gigabytes, one_line
 FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
+OPEN_FILES = 64
 READ_BYTES = 1 << 22  # at a time, when verifying
 
 
@@ -140,6 +142,7 @@ class Stream:
             _require_sizes(folder, shard, dtype)
         self._begins = np.cumsum([0, *(shard["length"] for shard in self._shards)])
         self.length = int(self._begins[-1])  # ids, separators included
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the last used at the end
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Return ids begin … end - 1 of the stream, in the shards' own type."""
@@ -147,15 +150,29 @@ class Stream:
         spans = []
         while begin < end:
             until = min(end, int(self._begins[shard + 1]))
-            file = self._folder / self._shards[shard]["file"]
-            offset = (begin - int(self._begins[shard])) * self._dtype.itemsize
-            # Not a memory map: its pages would count as this process's memory, and grow with all that it has read.
-            ids = np.fromfile(file, self._dtype, until - begin, offset=offset)
-            if len(ids) < until - begin:
-                raise UserError(f"{file}: has become shorter while it was read")
-            spans.append(ids)
+            spans.append(self._read(shard, begin - int(self._begins[shard]), until - begin))
             begin, shard = until, shard + 1
         return spans[0] if len(spans) == 1 else np.concatenate(spans)
+
+    def _read(self, shard: int, begin: int, count: int) -> np.ndarray:
+        # Not a memory map: its pages would count as this process's memory, and grow with all that it has read.
+        width = self._dtype.itemsize
+        data = os.pread(self._descriptor(shard), count * width, begin * width)
+        if len(data) < count * width:
+            raise UserError(f"{self._folder / self._shards[shard]['file']}: has become shorter while it was read")
+        return np.frombuffer(data, dtype=self._dtype)
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) == OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = os.open(self._folder / self._shards[shard]["file"], os.O_RDONLY | os.O_CLOEXEC)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
 
 
 def _require_sizes(folder: Path, shard: dict[str, Any], dtype: np.dtype) -> None:

@@ -1,6 +1,7 @@
 """Token shards are read as one stream a source, and verified against their manifest."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from toy_shards import write_shards
 
 from lad_dist.config.errors import UserError
+from lad_dist.data.shards import reader
 from lad_dist.data.shards.reader import Shards, verify
 from lad_dist.utils import progress
 
@@ -80,3 +82,14 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
     with pytest.raises(UserError, match="has become shorter"):
         stream.read(0, 5)
     assert stream.read(0, 2).dtype == np.uint16
+
+
+def test_few_files_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "OPEN_FILES", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    stream = Shards(folder).streams[0]
+    for begin in [0, 20, 39, 1, 21, 38, 0]:
+        stream.read(begin, begin + 1)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    del stream
+    assert len(os.listdir("/proc/self/fd")) == before
