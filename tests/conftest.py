@@ -1,5 +1,6 @@
 """Fixtures: one toy world per session, built once and only read."""
 
+import gc
 import logging
 import os
 import sys
@@ -21,11 +22,13 @@ from lad_dist.cli.logging_setup import configure_logging
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.models import loading
+from lad_dist.training import train  # noqa: F401 (so that it is among what is frozen)
 
 configure_logging()
 logging.getLogger("lad_dist").propagate = True  # for pytest's caplog, which listens at the root
 settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a machine is, not whether the code is right
 settings.load_profile("lad_dist")
+gc.freeze()  # `train` collects garbage at its start, which is long among all that is imported
 
 
 # Files that take minutes. They begin first, so that in the end no worker waits for another one with such a file.

@@ -3,6 +3,7 @@
 usage: (torchrun|deepspeed|python) tests/training_worker.py ROWS.json CONFIG.toml …
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from lad_dist.training.train import train
 
 def main() -> None:
     out, *paths = (argument for argument in sys.argv[1:] if not argument.startswith("--local"))
+    gc.freeze()  # `train` collects garbage at its start, which is long among all that is imported
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         tables = read_toml(path)

@@ -43,7 +43,7 @@ def test_devices_that_are_not(devices: list[tuple[str, str, int]], code: int, me
 
 
 WORKER = """
-import json, sys, torch
+import json, sys
 import torch.distributed as dist
 from lad_dist.training import preflight
 from lad_dist.distributed import processes, ranks
@@ -51,43 +51,49 @@ from lad_dist.config.errors import Fault, UserError
 
 processes.start()
 rank = ranks.rank()
-case = sys.argv[2]
-
-def work():
-    if case == "all" or (case == "one" and rank == 1):
-        raise UserError(f"no {case}")
-
 all_reduce = dist.all_reduce
-if case == "sum" and rank == 1:
-    def wrong(x, **options):
-        x[7] += 1
-        return all_reduce(x, **options)
-    dist.all_reduce = wrong
 
-try:
-    preflight._check_all_reduce()
-    preflight.run_on_all(work)
-    result = ["", 0]
-except (UserError, Fault) as error:
-    result = [str(error), error.code]
-results = processes.all_gather(result)
+def wrong(x, **options):
+    x[7] += 1
+    return all_reduce(x, **options)
+
+def outcome(case):
+    def work():
+        if case == "all" or (case == "one" and rank == 1):
+            raise UserError(f"no {case}")
+
+    dist.all_reduce = wrong if case == "sum" and rank == 1 else all_reduce
+    try:
+        preflight._check_all_reduce()
+        preflight.run_on_all(work)
+        return ["", 0]
+    except (UserError, Fault) as error:
+        return [str(error), error.code]
+    finally:
+        dist.all_reduce = all_reduce
+
+results = {case: processes.all_gather(outcome(case)) for case in sys.argv[2:]}
 if ranks.is_main():
     json.dump(results, open(sys.argv[1], "w"))
 """
+ENDS = {
+    "none": (0, ""),
+    "one": (75, "process 1 on "),
+    "all": (2, "no all"),
+    "sum": (75, "2 processes gave a wrong sum"),
+}
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    ("case", "code", "message"),
-    [("none", 0, ""), ("one", 75, "process 1 on "), ("all", 2, "no all"), ("sum", 75, "2 processes gave a wrong sum")],
-)
-def test_all_processes_end_alike(tmp_path: Path, case: str, code: int, message: str) -> None:
+def test_all_processes_end_alike(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
-    done = launch([tmp_path / "worker.py", tmp_path / "results.json", case], by="torchrun", processes=2)
+    done = launch([tmp_path / "worker.py", tmp_path / "results.json", *ENDS], by="torchrun", processes=2)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [result[1] for result in results] == [code, code]
-    assert all(message in result[0] for result in results)
+    assert list(results) == list(ENDS)
+    for case, (code, message) in ENDS.items():
+        assert [result[1] for result in results[case]] == [code, code], case
+        assert all(message in result[0] for result in results[case]), case
 
 
 def corpus_spec(world: World, work: Path, changes: dict[str, Any]) -> run_spec.RunSpec:
