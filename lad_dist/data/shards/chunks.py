@@ -111,7 +111,8 @@ def identity(
         digest.update(json.dumps(settings, sort_keys=True).encode())
     for chunk in chunks:
         digest.update(repr([(chunk.source, str(span.file), span.begin, span.end) for span in chunk.spans]).encode())
-    return {"sources": digest.hexdigest(), "tokenizer": fingerprint, "version of tokenizers": library}
+    versions = {"version of tokenizers": library, "version of readers": corpus.READING}
+    return {"sources": digest.hexdigest(), "tokenizer": fingerprint, **versions}
 
 
 def read_chunk_info(folder: Path, chunk: TextChunk, dtype: np.dtype) -> dict[str, Any] | None:

@@ -1,12 +1,15 @@
 """Text sources: whatever a corpus is made of, as documents, their paragraphs on lines of their own.
 
-A document of `wikiextractor` is what stands between `<doc …>` and `</doc>`, of `text` a file or a block between blank
-lines, of the others a row.
+A document of `wikiextractor` is what stands between `<doc …>` and `</doc>`, or a line of its `--json` output: title and
+text, in which `&lt;`, `&gt;` and `&amp;` are the characters that they stand for. Of `text` it is a file or a block
+between blank lines, of the others a row.
 """
 
+import html
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,21 +17,26 @@ from typing import Any, NamedTuple
 from lad_dist.config.corpus_schema import SourceConfig
 from lad_dist.config.errors import UserError
 from lad_dist.data.sources import hub, tables
-from lad_dist.data.sources.text_files import DECOMPRESS, DamagedFile, FileLines, Span
+from lad_dist.data.sources.text_files import LINE_END, DamagedFile, FileLines, Span, is_compressed
+from lad_dist.distributed.logs import get_logger
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.suggest import did_you_mean
 from lad_dist.utils.text import is_encodable
 
 COMPRESSED = r"(\.(gz|bz2|xz|zst))?"
 FILES = {
-    "wikiextractor": (re.compile(r"wiki_\d+" + COMPRESSED), "WikiExtractor files (AA/wiki_00 …)"),
-    "text": (re.compile(r".+\.txt" + COMPRESSED), ".txt files"),
-    "jsonl": (re.compile(r".+\.jsonl?" + COMPRESSED), ".jsonl files"),
-    "parquet": (re.compile(r".+\.parquet"), ".parquet files"),
+    "wikiextractor": (r"wiki_\d+" + COMPRESSED, "WikiExtractor files (AA/wiki_00 …)"),
+    "text": (r".+\.txt" + COMPRESSED, ".txt files"),
+    "jsonl": (r".+\.jsonl?" + COMPRESSED, ".jsonl files"),
+    "parquet": (r".+\.parquet", ".parquet files"),
 }
+READING = "2"  # counts the changes of what text the readers make of a file
 LINE = re.compile(rb"\n")
-BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*\n")
+BLANK_LINE = re.compile(rb"(?:%b)[ \t\r\v\f]*(?:%b)" % (LINE_END.pattern, LINE_END.pattern))
 ARTICLE_END = re.compile(rb"\n</doc>\r?\n")
+ESCAPED = re.compile("&(lt|gt|amp);")  # as WikiExtractor writes < > &; in one pass, so that &amp;lt; becomes &lt;
+
+logger = get_logger(__name__)
 
 
 class UnreadableDocument(NamedTuple):
@@ -55,12 +63,18 @@ def documents(source: SourceConfig) -> Iterator[str]:
 def check(source: SourceConfig) -> None:
     """Raise UserError when the path is missing, holds no documents of its kind, or the first table lacks the column.
 
-    A hub dataset is not looked at.
+    Other files in the folder are named in a warning. A hub dataset is not looked at.
     """
+    if source.kind == "hub":
+        return
+    read = files(source)
     if source.kind == "parquet":
-        tables.check_column(files(source)[0], source.column)
-    elif source.kind != "hub":
-        files(source)
+        tables.check_column(read[0], source.column)
+    others = sorted({file for file in Path(source.path).rglob("*") if file.is_file()}.difference(read))
+    if others:
+        message = "%s: %d of %d files are not read, for they are no %s; the first is %s"
+        kind, first = FILES[source.kind][1], others[0].relative_to(source.path)
+        logger.warning(message, source.path, len(others), len(others) + len(read), kind, first)
 
 
 def files(source: SourceConfig) -> list[Path]:
@@ -71,7 +85,7 @@ def files(source: SourceConfig) -> list[Path]:
     if root.is_file():
         return [root]
     pattern, description = FILES[source.kind]
-    matching = sorted(file for file in root.rglob("*") if pattern.fullmatch(file.name) and file.is_file())
+    matching = sorted(file for file in root.rglob("*") if re.fullmatch(pattern, file.name, re.I) and file.is_file())
     if not matching:
         raise UserError(f"{root}: no {description} in it")
     return matching
@@ -88,7 +102,7 @@ def can_be_cut(source: SourceConfig, file: Path) -> bool:
     """Return whether spans of this file may begin and end anywhere in it."""
     if source.kind == "text" and source.document == "file":
         return False
-    return file.suffix not in DECOMPRESS
+    return not is_compressed(file)
 
 
 def read(source: SourceConfig, span: Span) -> Documents:
@@ -114,18 +128,28 @@ def read(source: SourceConfig, span: Span) -> Documents:
 
 def _in_file(source: SourceConfig, span: Span) -> Documents:
     if source.kind == "parquet":
-        rows = tables.values(span, source.column)
-        return (_text(value, source.column, f"{span.file}:{row}") for row, value in rows)
+        values = tables.values(span, source.column)
+        return (_text(value, source.column, f"{span.file}:{row}") for row, value in values)
     if source.kind == "jsonl":
-        lines = FileLines(span, LINE)
-        return (_object(lines, number, line, source.column) for number, line in lines if line.strip())
+        rows = _rows(FileLines(span, LINE), [source.column])
+        return (row if isinstance(row, UnreadableDocument) else row[0] for row in rows)
     if source.kind == "wikiextractor":
-        return _articles(FileLines(span, ARTICLE_END))
-    return _blocks(FileLines(span, BLANK_LINE)) if source.document == "block" else _whole_file(FileLines(span, LINE))
+        if not _begins_with_json(span.file):
+            return _articles(FileLines(span, ARTICLE_END))
+        rows = _rows(FileLines(span, LINE), ["title", "text"])
+        return (row if isinstance(row, UnreadableDocument) else _json_article(*row) for row in rows)
+    if source.document == "block":
+        return _blocks(FileLines(span, BLANK_LINE, carriage_returns=True))
+    return _whole_file(FileLines(span, LINE, carriage_returns=True))
+
+
+def _begins_with_json(file: Path) -> bool:
+    lines = FileLines(Span(file, 0, sys.maxsize), LINE)
+    return next((line.lstrip()[:1] for _, line in lines if line.strip()), b"") == b"{"
 
 
 def _articles(lines: FileLines) -> Documents:
-    """Yield one text for each <doc>: its lines as they are, without empty ones."""
+    """Yield one text for each <doc>: its lines, without empty ones."""
     opened = 0
     outside = False
     body: list[bytes] = []
@@ -135,7 +159,7 @@ def _articles(lines: FileLines) -> Documents:
             yield from _unclosed(lines, opened)
             opened, outside, body = number, False, []
         elif opened and closing:
-            yield _decoded(lines, opened + 1, body, _without_empty_lines)
+            yield _decoded(lines, opened + 1, body, _article)
             opened = 0
         elif opened:
             body.append(line)
@@ -153,29 +177,45 @@ def _unclosed(lines: FileLines, opened: int) -> Iterator[UnreadableDocument]:
         yield UnreadableDocument(f"{lines.where(opened)}: this <doc …> is not closed")
 
 
-def _object(lines: FileLines, number: int, line: bytes, column: str) -> str | UnreadableDocument:
+def _rows(lines: FileLines, columns: Sequence[str]) -> Iterator[list[str] | UnreadableDocument]:
+    """Yield the texts of these columns of each JSON line."""
+    for number, line in lines:
+        if line.strip():
+            yield _row(lines, number, line, columns)
+
+
+def _row(lines: FileLines, number: int, line: bytes, columns: Sequence[str]) -> list[str] | UnreadableDocument:
     try:
         row = parse_json(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return _decoded(lines, number, [line], str)
+    except UnicodeDecodeError as error:
+        return _not_utf8(lines, number, error)
     except ValueError as error:
         return UnreadableDocument(f"{lines.where(number)}: not valid JSON ({error})")
     if not isinstance(row, dict):
         return UnreadableDocument(f"{lines.where(number)}: not a JSON object")
-    if column not in row:
-        return UnreadableDocument(f'{lines.where(number)}: no "{column}": {did_you_mean(column, row)}')
-    text = row[column]  # of half a surrogate pair, parse_json has complained
-    return text if isinstance(text, str) else _text(text, column, lines.where(number))
+    texts = []
+    for column in columns:
+        if column not in row:
+            return UnreadableDocument(f'{lines.where(number)}: no "{column}": {did_you_mean(column, row)}')
+        text = row[column]  # of half a surrogate pair, parse_json has complained
+        if not isinstance(text, str):
+            return _not_text(text, column, lines.where(number))
+        texts.append(text)
+    return texts
 
 
 def _text(value: Any, column: str, place: str) -> str | UnreadableDocument:
     if isinstance(value, bytes):
         return UnreadableDocument(f"{place}: {column} is not UTF-8")
     if not isinstance(value, str):
-        return UnreadableDocument(f"{place}: {column} is {json.dumps(value, default=str)[:50]}, not text")
+        return _not_text(value, column, place)
     if not is_encodable(value):
         return UnreadableDocument(f"{place}: {column} holds half a surrogate pair")
     return value
+
+
+def _not_text(value: Any, column: str, place: str) -> UnreadableDocument:
+    return UnreadableDocument(f"{place}: {column} is {json.dumps(value, default=str)[:50]}, not text")
 
 
 def _whole_file(lines: FileLines) -> Documents:
@@ -198,15 +238,27 @@ def _decoded(
     try:
         return clean(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        number = first + data.count(b"\n", 0, error.start)
-        return UnreadableDocument(f"{lines.where(number)}: not UTF-8 (byte 0x{data[error.start]:02x})")
+        return _not_utf8(lines, first, error)
 
 
-def _without_empty_lines(text: str) -> str:
-    return "\n".join(line.removesuffix("\r") for line in text.split("\n") if line.strip())
+def _not_utf8(lines: FileLines, first: int, error: UnicodeDecodeError) -> UnreadableDocument:
+    """Return what is wrong with text whose first line has number `first`."""
+    number = first + len(LINE_END.findall(error.object, 0, error.start))
+    return UnreadableDocument(f"{lines.where(number)}: not UTF-8 (byte 0x{error.object[error.start]:02x})")
+
+
+def _json_article(title: str, text: str) -> str:
+    """Return the article as the default output has it; some versions repeat the title in the text."""
+    return _article(text if text.split("\n", 1)[0] == title else f"{title}\n{text}")
+
+
+def _article(text: str) -> str:
+    """Return the text without empty lines and escapes."""
+    lines = "\n".join(line.removesuffix("\r") for line in text.split("\n") if line.strip())
+    return ESCAPED.sub(lambda match: html.unescape(match[0]), lines)
 
 
 def _paragraphs(text: str) -> str:
     """Return hard-wrapped lines joined into paragraphs, which blank lines separate."""
-    lines = map(str.strip, text.split("\n"))
+    lines = map(str.strip, re.split(r"\r*\n|\r", text))
     return "\n".join(" ".join(group) for filled, group in groupby(lines, bool) if filled)

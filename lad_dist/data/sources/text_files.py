@@ -7,10 +7,12 @@ import lzma
 import mmap
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -19,7 +21,7 @@ from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.text import one_line
 
 BYTE_ORDER_MARK = "\ufeff"
-COUNT_BYTES = 1 << 22  # bytes
+LINE_END = re.compile(rb"\n|\r(?!\r*\n)")  # also a carriage return that belongs to no newline
 
 DECOMPRESS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
@@ -27,6 +29,11 @@ DECOMPRESS: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
     ".zst": lambda file: pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"),
 }
+
+
+def is_compressed(file: Path) -> bool:
+    """Return whether the ending of a file says that it is compressed."""
+    return file.suffix.lower() in DECOMPRESS
 
 
 class DamagedFile(Exception):
@@ -45,22 +52,23 @@ class FileLines:
     """The lines of a span, moved to whole documents.
 
     Both ends of the span move forward to the next end of a match of `boundary`, a pattern that ends where a document
-    may begin. So neighbouring spans have every line once. A compressed file is read whole.
+    may begin. So neighbouring spans have every line once. A compressed file is read whole. A newline ends a line, with
+    `carriage_returns` also a carriage return alone.
     """
 
-    def __init__(self, span: Span, boundary: re.Pattern[bytes]) -> None:
-        self._span, self._boundary = span, boundary
+    def __init__(self, span: Span, boundary: re.Pattern[bytes], carriage_returns: bool = False) -> None:
+        self._span, self._boundary, self._carriage_returns = span, boundary, carriage_returns
         self._skipped = 0  # bytes before the first line
         self._before: int | None = None  # lines in them, counted when a message needs it
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Yield (number from 1 within the span, line with its end).
 
-        Only a newline ends a line, and a byte order mark is dropped. Raise DamagedFile when the rest of the file cannot
-        be read, and UserError when the system does not open it.
+        A byte order mark is dropped. Raise DamagedFile when the rest of the file cannot be read, and UserError when the
+        system does not open it.
         """
         try:
-            for number, line in self._compressed() if self._span.file.suffix in DECOMPRESS else self._plain():
+            for number, line in self._compressed() if is_compressed(self._span.file) else self._plain():
                 at_begin = self._skipped == 0 and number == 1
                 yield number, line.removeprefix(BYTE_ORDER_MARK.encode()) if at_begin else line
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -70,14 +78,13 @@ class FileLines:
         """Return FILE:LINE of a line of this span, counted in the whole file."""
         if self._before is None:
             with open(self._span.file, "rb") as stream:
-                sizes = (min(COUNT_BYTES, self._skipped - at) for at in range(0, self._skipped, COUNT_BYTES))
-                self._before = sum(stream.read(size).count(b"\n") for size in sizes)
+                self._before = sum(1 for _ in self._lines(stream, self._skipped))
         return f"{self._span.file}:{self._before + number}"
 
     def _compressed(self) -> Iterator[tuple[int, bytes]]:
         number = 0
-        with io.BufferedReader(DECOMPRESS[self._span.file.suffix](self._span.file)) as stream:
-            for number, line in enumerate(stream, 1):
+        with io.BufferedReader(DECOMPRESS[self._span.file.suffix.lower()](self._span.file)) as stream:
+            for number, line in enumerate(self._lines(stream), 1):
                 yield number, line
         if not number:
             raise DamagedFile(f"{self._span.file}: empty")
@@ -88,11 +95,17 @@ class FileLines:
                 at, end = (self._boundary_at(content, place) for place in (self._span.begin, self._span.end))
             self._skipped = at
             stream.seek(at)
-            for number, line in enumerate(stream, 1):
-                if at >= end:
-                    return
-                yield number, line
-                at += len(line)
+            yield from enumerate(self._lines(stream, end - at), 1)
+
+    def _lines(self, stream: IO[bytes], size: int = sys.maxsize) -> Iterator[bytes]:
+        """Yield the lines of the next `size` bytes."""
+        while line := stream.readline(size):
+            size -= len(line)
+            if self._carriage_returns and b"\r" in line.removesuffix(b"\r\n"):
+                begins = [0, *(match.end() for match in LINE_END.finditer(line))]
+                yield from (line[begin:end] for begin, end in pairwise([*begins, len(line)]) if begin < end)
+            else:
+                yield line
 
     def _boundary_at(self, content: mmap.mmap, place: int) -> int:
         """Return the first place at or after `place` where a document may begin."""
@@ -115,12 +128,13 @@ def read_error(file: Path, error: Exception) -> DamagedFile | UserError:
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line without its end) for each line of a UTF-8 file.
 
-    A newline, with or without a carriage return, ends a line; a byte order mark is dropped. Raise UserError, with file
-    and line, where the bytes are no text in UTF-8, or when the file cannot be read.
+    A newline, with or without a carriage return, ends a line; in a file without newlines a carriage return does. A byte
+    order mark is dropped. Raise UserError, with file and line, where the bytes are no text in UTF-8, or when the file
+    cannot be read.
     """
     try:
         with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(_ended_lines(stream), 1):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -132,6 +146,15 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
                 yield number, text.removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def _ended_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    first = stream.readline()
+    if first.endswith(b"\n"):
+        yield first
+        yield from stream
+    elif first:  # the whole file
+        yield from first.removesuffix(b"\r").split(b"\r")
 
 
 def numbered_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -20,10 +20,11 @@ from lad_dist.data.sources.text_files import Span
 
 pytest_plugins = ["data_fixtures"]
 
+ARTICLE = '{"title": "a", "text": "b"}'
 FORMS = {
     "jsonl": ('{"text": "ab"}', '{"text": "é"}', '{"text": "b\\n\\nc"}', '{"tex": 1}', "[1]", "", " ", "{"),
     "text": ("one", " two", "ζωή", "", "", " \t", "\x0b", "</doc>"),
-    "wikiextractor": ('<doc id="1">', '<doc id="1">', "</doc>", "</doc>", "</doc> ", "", "one", "ζωή", " "),
+    "wikiextractor": ('<doc id="1">', '<doc id="1">', "</doc>", "</doc>", "</doc> ", "", "one", "ζωή", " ", ARTICLE),
 }
 
 
@@ -32,7 +33,7 @@ def files(draw: st.DrawFn) -> tuple[SourceConfig, bytes]:
     """Draw text of one kind, intact or damaged, with every sort of line end."""
     kind = draw(st.sampled_from(sorted(FORMS)))
     lines = draw(st.lists(st.sampled_from(FORMS[kind]), min_size=1, max_size=30))
-    ends = draw(st.lists(st.sampled_from(["\n", "\n", "\r\n"]), min_size=len(lines), max_size=len(lines)))
+    ends = draw(st.lists(st.sampled_from(["\n", "\n", "\r\n", "\r"]), min_size=len(lines), max_size=len(lines)))
     text = draw(st.sampled_from(["", "\ufeff"])) + "".join(map(str.__add__, lines, ends))
     broken = text.encode().replace(b"\xce", b"\xff") if draw(st.booleans()) else text.encode()
     rest = {"document": "block"} if kind == "text" else {}

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import html
 import json
 import lzma
 from collections.abc import Callable
@@ -87,25 +88,28 @@ def test_a_block_is_a_document_where_the_config_says_so(tmp_path: Path) -> None:
     assert texts(source("text", tmp_path, document="block")) == ["It was a dark night.", "The end"]
 
 
-def test_only_newlines_end_a_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\u2028still one\x0cstill\n\ntwo")
-    assert list(corpus.documents(source("text", tmp_path))) == ["one\u2028still one\x0cstill\ntwo"]
+def test_only_newlines_and_carriage_returns_end_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\u2028still one\x0cstill\n\ntwo\r\r\ntoo\rtoo\r\rthree".encode())
+    assert texts(source("text", tmp_path)) == ["one\u2028still one\x0cstill\ntwo too too\nthree"]
 
 
 def write_all(folder: Path, documents: list[str]) -> dict[str, SourceConfig]:
     """Write the documents in every form."""
-    names = {"wikiextractor": "wiki_00", "jsonl": "a.jsonl", "text": "a.txt"}
+    escaped = [html.escape(text, quote=False) for text in documents]  # as WikiExtractor does
+    json_articles = [json.dumps({"title": text, "text": n % 2 * text}) for n, text in enumerate(escaped)]
     content = {
-        "wikiextractor": "\n".join(f'<doc id="1">\n{text}\n</doc>\n' for text in documents),
-        "jsonl": "\n\n".join(json.dumps({"id": 1, "text": text}) for text in documents),
-        "text": "\n\n".join(documents),
+        ("wikiextractor", "wiki_00"): "\n".join(f'<doc id="1">\n{text}\n</doc>\n' for text in escaped),
+        ("wikiextractor", "wiki_01"): "\n".join(json_articles),
+        ("jsonl", "a.jsonl"): "\n\n".join(json.dumps({"id": 1, "text": text}) for text in documents),
+        ("text", "a.txt"): "\n\n".join(documents),
+        ("text", "B.TXT"): "\r\r".join(documents),
     }
     sources = {}
-    for kind, name in names.items():
+    for (kind, name), text in content.items():
         for ending, compress in {"": bytes, **COMPRESS}.items():
-            place = folder / f"{kind}{ending}"
+            place = folder / f"{name}{ending}"
             place.mkdir()
-            (place / f"{name}{ending}").write_bytes(compress(content[kind].encode()))
+            (place / f"{name}{ending.upper() if name.isupper() else ending}").write_bytes(compress(text.encode()))
             rest = {"document": "block"} if kind == "text" else {}
             sources[place.name] = source(kind, place, **rest)
     table = pa.table({"text": documents, "id": range(len(documents))})
@@ -120,9 +124,9 @@ def write_all(folder: Path, documents: list[str]) -> dict[str, SourceConfig]:
 
 
 def test_all_kinds_and_compressions_give_the_same_documents(tmp_path: Path) -> None:
-    documents = [f"{sentence(n, n + 1)} ζωή {n}" for n in range(20)]
+    documents = [f"{sentence(n, n + 1)} ζωή {n} < 99 &amp; &c." for n in range(20)]
     forms = write_all(tmp_path, documents)
-    assert len(forms) == 3 * 5 + 3
+    assert len(forms) == 5 * 5 + 3
     for name, form in forms.items():
         corpus.check(form)
         assert list(corpus.documents(form)) == documents, name
@@ -216,11 +220,13 @@ def test_check_refuses_what_is_missing_or_empty(tmp_path: Path, kind: str) -> No
         corpus.check(source(kind, tmp_path))
 
 
-def test_check_does_not_read(tmp_path: Path) -> None:
+def test_check_does_not_read_but_names_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for kind, name in NAMES.items():
         (tmp_path / name).write_bytes(b"\xff")
         corpus.check(source(kind, tmp_path))
     corpus.check(source("hub", "no/such"))
+    left_out = [f"{n} of {n + 1} files are not read" for n in (1, 2, 3)]
+    assert [message.removeprefix(f"{tmp_path}: ").partition(",")[0] for message in caplog.messages] == left_out
 
 
 def test_a_missing_column_is_refused_before_anything_is_read(tmp_path: Path) -> None:
@@ -244,7 +250,14 @@ DAMAGED = [
         [":2: text outside <doc …>; this is not WikiExtractor's output", ":9: text outside"],
     ),
     ("wikiextractor", b'<doc id="1">\na\nb\xff\n</doc>\n' + WIKI, ["A\nx"], [":3: not UTF-8 (byte 0xff)"]),
+    (
+        "wikiextractor",
+        b'{"title": "A", "text": "x"}\n{"title": 3, "text": "y"}',
+        ["A\nx"],
+        [":2: title is 3, not text"],
+    ),
     ("text", b"fine\nfine\nna\xefve\n", [], [":3: not UTF-8 (byte 0xef)"]),
+    ("text", b"fine\r\r\nfine\rna\xefve\r", [], [":3: not UTF-8 (byte 0xef)"]),
     ("jsonl", ROW + b'\n{"text": "b"\n' + ROW, ["a", "a"], [":3: not valid JSON ("]),
     ("jsonl", ROW + b'["b"]\n', ["a"], [":2: not a JSON object"]),
     ("jsonl", ROW + b'{"texts": "b"}\n', ["a"], [':2: no "text": did you mean "texts"?']),
