@@ -102,6 +102,8 @@ CASES = [
     own("jsonl-cut-off", "t.jsonl", "\n" + jsonl(*ROWS)[:-12], "t.jsonl:3: not valid JSON"),
     own("jsonl-array", "t.jsonl", json.dumps(ROWS), "t.jsonl:1: not a JSON object"),
     own("jsonl-no-label", "t.jsonl", jsonl(*ROWS, {"text": "a"}), "t.jsonl:3: no label"),
+    own("jsonl-no-first-label", "t.jsonl", jsonl({"text": "a"}, *ROWS), "t.jsonl:1: no label, which other rows have"),
+    own("jsonl-no-first-pair", "t.jsonl", jsonl(ROWS[0], {**ROWS[1], "text_pair": "a"}), "t.jsonl:1: no text_pair"),
     own("jsonl-null-text", "t.jsonl", jsonl(*ROWS, {"text": None, "label": "no"}), "t.jsonl:3: text is None, not a"),
     own("jsonl-number", "t.jsonl", jsonl(*ROWS, {"text": 7, "label": "no"}), "t.jsonl:3: text is 7, not a text"),
     own("jsonl-nested", "t.jsonl", jsonl(*ROWS, {"text": ["a"], "label": "no"}), "t.jsonl:3: text is ['a'], not a"),

@@ -6,6 +6,8 @@ a row and a quotation mark a character, as in GLUE's. In .csv files quoting is o
 
 import csv
 import math
+import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import lookup
 from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
-from lad_dist.utils.suggest import did_you_mean
+from lad_dist.utils.suggest import MAX_LISTED, did_you_mean
 from lad_dist.utils.text import one_line
 
 MAX_LABEL = float(np.finfo(np.float32).max)  # label of a regression
@@ -94,8 +96,8 @@ def number_label(value: Any) -> float:
 
 
 def reader_of(file: Path, readers: Mapping[str, Any]) -> Any:
-    """Return the reader of files of this ending. Raise UserError when there is none."""
-    return lookup(f"{file}: file type", file.suffix, readers)
+    """Return the reader of files of this ending, in whatever case. Raise UserError when there is none."""
+    return lookup(f"{file}: file type", file.suffix.lower(), readers)
 
 
 def read_tsv(
@@ -114,8 +116,12 @@ def read_tsv(
 
 
 def _csv(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
-    reader = csv.reader((line + "\n" for _, line in numbered_lines(file)), strict=True)
-    return _table(file, _csv_fields(file, reader), required, optional)
+    before = csv.field_size_limit(sys.maxsize)  # of the whole process; by default a text has 131,072 characters
+    try:
+        reader = csv.reader((line + "\n" for _, line in numbered_lines(file)), strict=True)
+        return _table(file, _csv_fields(file, reader), required, optional)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _csv_fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -155,11 +161,12 @@ def _table(
 
 def _jsonl(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
     rows = dict(numbered_objects(file))  # by line
-    names = _present(file, list(next(iter(rows.values()), [])), required, optional)
+    header = list(dict.fromkeys(name for row in rows.values() for name in row))
+    names = _present(file, header, required, optional)
     for line, row in rows.items():
         for name in names:
             if name not in row:
-                raise UserError(f"{file}:{line}: no {name}")
+                raise UserError(f"{file}:{line}: no {name}, which other rows have")
     return FileRows(file, list(rows), {name: [row[name] for row in rows.values()] for name in names})
 
 
@@ -181,7 +188,8 @@ def _present(file: Path, header: Sequence[str], required: Iterable[str], optiona
         raise UserError(f"{file}: empty")
     for name in required:
         if name not in header:
-            raise UserError(f'{file}: no column "{name}" among {", ".join(header)}: {did_you_mean(name, header)}')
+            columns = textwrap.shorten(", ".join(header), MAX_LISTED, placeholder=" …")
+            raise UserError(f'{file}: no column "{name}" among {columns}: {did_you_mean(name, header)}')
     names = list(required) if optional is None or optional not in header else [*required, optional]
     for name in names:
         if header.count(name) > 1:

@@ -2,9 +2,11 @@
 
 A .jsonl file has a sentence a line: {"tokens": ["Ada", …], "tags": ["B-PER", …]}. A CoNLL file (.conll, .bio, .iob,
 .txt or .tsv) has a word a line, its columns separated by tabs or else blanks, the word first and its tag last, and an
-empty line between sentences; lines that begin with -DOCSTART- are left out.
+empty line between sentences. Lines that begin with -DOCSTART- are left out, and before a sentence those that begin with
+a # and a blank, unless they have the columns and a tag of words.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +17,12 @@ from lad_dist.config.errors import UserError
 from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
 from lad_dist.data.tasks.files import convert_each, reader_of
 from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
+from lad_dist.distributed.logs import get_logger
 
 DOCUMENT = "-DOCSTART-"
+COMMENT = "#"  # as the first column
+
+logger = get_logger(__name__)
 
 
 class Sentences(NamedTuple):
@@ -62,15 +68,12 @@ def _each(file: Path, sentences: list[_Sentence], convert: Any) -> Iterator[Any]
 def _conll(file: Path) -> Iterator[_Sentence]:
     columns = 0
     sentence = _Sentence([], [], [])
-    for number, line in numbered_lines(file):
-        if line.startswith(DOCUMENT):
-            continue
-        if not line.strip():
+    for number, fields in _words(file):
+        if not fields:
             if sentence.words:
                 yield sentence
             sentence = _Sentence([], [], [])
             continue
-        fields = line.rstrip().split("\t") if "\t" in line else line.split()
         columns = columns or len(fields)
         if len(fields) != columns:
             raise UserError(f"{file}:{number}: {len(fields)} columns, not {columns}")
@@ -81,6 +84,34 @@ def _conll(file: Path) -> Iterator[_Sentence]:
         sentence.tags.append(fields[-1])
     if sentence.words:
         yield sentence
+
+
+def _words(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, columns) of each word, and (line, []) between sentences."""
+    lines = [(number, _fields(line)) for number, line in numbered_lines(file) if not line.startswith(DOCUMENT)]
+    words = [fields for _, fields in lines if fields and fields[0] != COMMENT]
+    columns, tags = len(words[0]) if words else 0, {fields[-1] for fields in words}
+    begins = True
+    doubtful = []
+    for number, fields in lines:
+        if begins and fields[:1] == [COMMENT] and (len(fields) != columns or fields[-1] not in tags):
+            if len(fields) == columns:
+                doubtful.append((number, fields[-1]))
+            continue
+        begins = not fields
+        yield number, fields
+    if doubtful:
+        number, tag = doubtful[0]
+        message = '%s:%d: a comment, for no other word has the tag "%s"; so are %d more such lines'
+        logger.warning(message, file, number, tag, len(doubtful) - 1)
+
+
+def _fields(line: str) -> list[str]:
+    """Return the columns of a line; only tabs and blanks part them, for a word may hold other spaces."""
+    if not line.strip():
+        return []
+    line = line.rstrip(" \t\r")
+    return line.split("\t") if "\t" in line else re.split(" +", line.lstrip(" "))
 
 
 def _jsonl(file: Path) -> Iterator[_Sentence]:

@@ -34,18 +34,25 @@ def written(file: Path, text: str) -> Path:
 
 
 def test_conll_and_jsonl_give_the_same_sentences(tmp_path: Path) -> None:
-    """Columns by blanks or tabs, empty lines that hold blanks, no empty line at the end, marks between documents."""
+    """Columns by blanks or tabs, empty lines that hold blanks, no empty line at the end, marks between documents.
+
+    Comments have as many columns as words, or others; a word may be a # and hold a no-break space.
+    """
     conll = written(
-        tmp_path / "a.conll",
-        "-DOCSTART- -X- O\n\nAda NNP B-PER\nwent VBD O\n\n\n-DOCSTART- -X- O\n \nto\tTO\tO\nNew York\tNNP\tB-LOC",
+        tmp_path / "a.CONLL",
+        "-DOCSTART- -X- O\n\n# id domain=en\n# text = x\nAda\u00a0L. NNP B-PER\nwent VBD O\n\n\n"
+        "-DOCSTART- -X- O\n \n# newdoc id = y\n# SYM O\nto\tTO\tO\nNew York\tNNP\tB-LOC",
     )
-    rows = [{"tokens": ["Ada", "went"], "tags": ["B-PER", "O"]}, {"tokens": ["to", "New York"], "tags": ["O", "B-LOC"]}]
+    rows = [
+        {"tokens": ["Ada\u00a0L.", "went"], "tags": ["B-PER", "O"]},
+        {"tokens": ["#", "to", "New York"], "tags": ["O", "O", "B-LOC"]},
+    ]
     lines = written(tmp_path / "b.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     task = own(conll, lines)
     assert task.label_names == ("B-LOC", "B-PER", "O")
     for sentences in (task.train, task.dev["dev"]):
-        assert sentences.words == [["Ada", "went"], ["to", "New York"]]
-        assert [tags.tolist() for tags in sentences.tags] == [[1, 2], [2, 0]]
+        assert sentences.words == [row["tokens"] for row in rows]
+        assert [tags.tolist() for tags in sentences.tags] == [[1, 2], [2, 2, 0]]
 
 
 @pytest.mark.parametrize(

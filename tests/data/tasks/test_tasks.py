@@ -111,14 +111,14 @@ def test_the_hub_has_columns_and_an_order_of_labels(monkeypatch: pytest.MonkeyPa
     assert list(task.dev) == ["dev", "dev_mismatched"]
 
 
-ROWS = [('the "quick"\tfox, it', "a", 2), ("x\ny", "b", 10), ("NA", "null", 2)]
+ROWS = [('the "quick"\tfox, it', "a", 2), ("x\ny", "b", 10), ("NA", "null", 2), ("long " * 30_000, "c", 2)]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "CSV", "jsonl", "parquet"])
 def test_own_files_keep_their_texts(tmp_path: Path, kind: str) -> None:
     frame = pd.DataFrame(ROWS, columns=["text", "text_pair", "label"]).assign(more=1.5)
     file = tmp_path / f"own.{kind}"
-    if kind == "csv":
+    if kind.lower() == "csv":
         frame.to_csv(file, index=False)
     elif kind == "jsonl":
         frame.to_json(file, orient="records", lines=True)
@@ -128,8 +128,24 @@ def test_own_files_keep_their_texts(tmp_path: Path, kind: str) -> None:
     assert task.train.texts == [text for text, _, _ in ROWS]
     assert task.train.pairs == [pair for _, pair, _ in ROWS]
     assert task.label_names == ("2", "10")
-    assert task.train.labels.tolist() == [0, 1, 0]
+    assert task.train.labels.tolist() == [0, 1, 0, 0]
     assert (task.name, task.metrics, list(task.dev)) == ("own", ("accuracy", "f1", "matthews"), ["dev"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text,label\na,x\n"b,\n",y\n'),
+        ("a.tsv", "text\tlabel\na\tx\nb\ty"),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": "b", "label": "y"}\n'),
+    ],
+)
+def test_carriage_returns_end_the_lines_of_a_file_without_newlines(tmp_path: Path, name: str, content: str) -> None:
+    tasks = []
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / name).write_bytes(content.replace("\n", end).encode())
+        tasks.append(own(tmp_path / name, tmp_path / name))
+    assert [(task.train.texts, task.label_names) for task in tasks] == [(tasks[0].train.texts, ("x", "y"))] * 3
 
 
 def test_own_tsv_has_no_quoting_and_labels_may_be_words(tmp_path: Path) -> None:
