@@ -21,11 +21,14 @@ from lad_dist.data.tasks.examples import Batches, tokenize
 from lad_dist.data.tasks.task import Task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerprint
 from lad_dist.data.tokenization.special_tokens import ordinary_ids, special_token_frame, vocabulary_size, word_starts
+from lad_dist.distributed.logs import get_logger
 from lad_dist.utils.rng import MASK, derive_key, derive_keys
 from lad_dist.utils.suggest import did_you_mean
 from lad_dist.utils.text import si_number
 
 HELD_OUT_MICRO_BATCHES = 32
+
+logger = get_logger(__name__)
 
 
 class CorpusDataset:
@@ -45,6 +48,9 @@ class CorpusDataset:
             self._train.counts, self._train.weights, self._windows, data.micro_batches_per_step, seed
         )
         self.steps_per_epoch, self.fingerprint = self._order.steps_per_epoch, self._train.fingerprint
+        if not self._train.any_held_out:
+            message = "%s: no document is held out, so nothing is evaluated; prepare the corpus with held_out above 0"
+            logger.warning(message, data.shards)
 
     @property
     def description(self) -> str:
@@ -92,6 +98,7 @@ class _CorpusWindows:
         shards = Shards(data.shards, split)
         check_shards(shards, data, tokenizer)
         self.fingerprint = shards.fingerprint
+        self.any_held_out = any(source["splits"]["held_out"]["tokens"] for source in shards.manifest["sources"])
         self._frame = special_token_frame(tokenizer)
         self._room = data.max_length - self._frame.size
         self._length, self._cross_documents = data.max_length, data.cross_documents

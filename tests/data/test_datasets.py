@@ -233,9 +233,10 @@ def test_at_most_32_held_out_micro_batches(tmp_path: Path, toy_tokenizer) -> Non
     assert len(dataset.held_out) == 32
 
 
-def test_nothing_held_out(tmp_path: Path, toy_tokenizer) -> None:
+def test_nothing_held_out(tmp_path: Path, toy_tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_shards(tmp_path / "all", toy_tokenizer, {"a": MANY})
     assert CorpusDataset(corpus_data(folder), toy_tokenizer, seed=0).held_out == []
+    assert caplog.messages[0].startswith(f"{folder}: no document is held out, so nothing is evaluated")
 
 
 def test_another_tokenizer_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -40,11 +40,12 @@ class MergeJob(NamedTuple):
 def merge_chunks(job: MergeJob) -> dict[str, Any]:
     """Write the shards, and return {"sources", "errors"} of the manifest."""
     repeated = find_repeated(job)
+    limit = held_out_limit(job.config.held_out, *_hash_range(job))
     sources = []
     begin = 0
     for number, source in enumerate(job.config.source):
         chunks = [chunk for chunk in job.chunks if chunk.source == number]
-        counts = _merge_source(job, chunks, source.folder, repeated[begin:])
+        counts = _merge_source(job, chunks, source.folder, repeated[begin:], limit)
         begin += counts["documents_read"]
         skipped = sum(job.chunk_infos[chunk.number]["skipped"] for chunk in chunks)
         sources.append(source.settings() | counts | {"skipped": skipped})
@@ -52,13 +53,25 @@ def merge_chunks(job: MergeJob) -> dict[str, Any]:
     return {"sources": sources, "errors": errors[:MAX_MESSAGES]}
 
 
-def held_out(high: np.ndarray, share: float) -> np.ndarray:
-    """Return whether each document is held out for evaluation, bool [n].
+def held_out_limit(share: float, least: int, greatest: int) -> np.uint64:
+    """Return what the first half of a document's hash must be below for the document to be held out.
 
-    It depends on `high`, uint64 [n], the first halves of the hashes of the texts: not on the order, nor on the other
-    documents.
+    So a document is held out by its text alone: neither the order nor the other documents count. Few documents are the
+    exception: with a `share` above 0 the one of the `least` hash is held out, and never the one of the `greatest`.
     """
-    return high < np.uint64(int(share * 2**64))
+    limit = int(share * 2**64)
+    return np.uint64(min(max(limit, least + 1), greatest) if limit else 0)
+
+
+def _hash_range(job: MergeJob) -> tuple[int, int]:
+    """Return the least and the greatest first half of the hashes of documents that are long enough."""
+    least, greatest = 2**64 - 1, 0
+    for chunk in job.chunks:
+        for records in records_of(job.work, chunk):
+            high = records["high"][~_short(records, job)].tolist()
+            least, greatest = min([least, *high]), max([greatest, *high])
+        job.check_stop()
+    return least, greatest
 
 
 def find_repeated(job: MergeJob) -> np.ndarray:
@@ -102,7 +115,9 @@ def _short(records: np.ndarray, job: MergeJob) -> np.ndarray:
     return records["ids"] - job.separator < job.config.min_tokens
 
 
-def _merge_source(job: MergeJob, chunks: Sequence[TextChunk], name: str, repeated: np.ndarray) -> dict[str, Any]:
+def _merge_source(
+    job: MergeJob, chunks: Sequence[TextChunk], name: str, repeated: np.ndarray, limit: np.uint64
+) -> dict[str, Any]:
     """Write the shards of one source, and return its counts; `repeated` begins at the first document of the source."""
     writers = {
         split: ShardWriter(job.out, f"{name}/{split}", job.dtype, job.config.tokens_per_shard) for split in SPLITS
@@ -115,7 +130,7 @@ def _merge_source(job: MergeJob, chunks: Sequence[TextChunk], name: str, repeate
             short, duplicate = _short(records, job), repeated[read["documents"] :][: len(records)]
             read.update(documents=len(records), bytes=int(records["bytes"].sum()))
             dropped.update(duplicate=int(duplicate.sum()), short=int(short.sum()))
-            is_held_out = held_out(records["high"], job.config.held_out)
+            is_held_out = records["high"] < limit
             for split, selected in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
                 selected &= ~short & ~duplicate
                 documents = records[selected]

@@ -14,7 +14,7 @@ from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.data.shards import chunks
 from lad_dist.data.shards import merge as merging
 from lad_dist.data.shards.chunks import RECORD, TextChunk
-from lad_dist.data.shards.merge import MergeJob, ShardWriter, held_out, merge_chunks
+from lad_dist.data.shards.merge import MergeJob, ShardWriter, held_out_limit, merge_chunks
 
 SEPARATOR = [3, 2]
 
@@ -65,6 +65,10 @@ def job_of(folder: Path, corpus: Corpus, **settings: Any) -> MergeJob:
 
 def expected(corpus: Corpus, config: PrepareConfig) -> list[dict[str, Any]]:
     texts_before: set[int] = set()
+    hashes = [d.halves[0] for chunks in corpus for texts in chunks for d in texts if d.length >= config.min_tokens]
+    evaluated = {high for high in hashes if high / 2**64 < config.held_out}
+    if config.held_out and hashes:
+        evaluated = (evaluated or {min(hashes)}) - {max(hashes)}
     counts_of_sources = []
     for source in corpus:
         counts: dict[str, Any] = {"read": 0, "duplicate": 0, "short": 0, "train": [], "held_out": []}
@@ -75,7 +79,7 @@ def expected(corpus: Corpus, config: PrepareConfig) -> list[dict[str, Any]]:
             elif config.deduplicate and document.text in texts_before:
                 counts["duplicate"] += 1
             else:
-                counts["held_out" if document.halves[0] / 2**64 < config.held_out else "train"].append(document.ids)
+                counts["held_out" if document.halves[0] in evaluated else "train"].append(document.ids)
             if document.length >= config.min_tokens:
                 texts_before.add(document.text)
         counts_of_sources.append(counts)
@@ -149,10 +153,10 @@ def test_buckets_are_gone_after_the_merge(tmp_path: Path) -> None:
 def test_the_split_depends_on_the_hash_alone() -> None:
     texts = [str(number).encode() for number in range(4000)]
     high = np.array([int.from_bytes(hashlib.blake2b(text, digest_size=16).digest()[:8], "big") for text in texts])
-    selected = held_out(high, 0.1)
-    assert 300 < selected.sum() < 500
-    assert not (selected & ~held_out(high, 0.2)).any()
-    assert not held_out(high, 0.0).any()
+    low, half, none = (high < held_out_limit(share, int(high.min()), int(high.max())) for share in (0.1, 0.2, 0.0))
+    assert 300 < low.sum() < 500
+    assert not (low & ~half).any()
+    assert not none.any()
 
 
 def test_shards_are_filled_as_far_as_whole_documents_allow(tmp_path: Path) -> None:

@@ -407,6 +407,18 @@ def test_nothing_to_train_on_is_refused_and_can_be_mended(config: PrepareConfig)
     prepared(config)
 
 
+def test_one_of_few_documents_is_held_out_and_of_one_none(
+    config: PrepareConfig, toy_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = changed(config, held_out=0.0001)
+    counts = prepared(few)["sources"][0]["splits"]
+    assert (counts["train"]["documents"], counts["held_out"]["documents"]) == (59, 1)
+    assert not [message for message in caplog.messages if "evaluates nothing" in message]
+    one = {"kind": "text", "path": str(toy_corpus / "050.txt")}
+    assert prepare.prepare(changed(few, out=f"{few.out}-one", source=[one]))
+    assert f"{few.out}-one: held_out = 0.0001, but there is only one document" in caplog.text
+
+
 def test_a_full_disk_is_one_line(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "0.ids")
