@@ -20,7 +20,7 @@ from lad_dist.data.datasets import CorpusDataset, TaskDataset, check_shards
 from lad_dist.data.shards.reader import Shards
 from lad_dist.data.tasks.task import Task, load_task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
-from lad_dist.data.tokenization.special_tokens import role_ids
+from lad_dist.data.tokenization.special_tokens import check_frame, role_ids
 from lad_dist.distributed import processes, ranks
 from lad_dist.models import loading
 from lad_dist.models.dims import check_length, check_vocabulary, model_dims
@@ -199,6 +199,9 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
             token_level = _token_level(config, objective, head)
             teacher_tokenizer = tokenizer_of_teacher(config.teacher.path, tokenizer, token_level)
         check_vocabulary(teacher_config, config.teacher.path, len(teacher_tokenizer))
+        if teacher_tokenizer is not tokenizer:
+            check_frame(teacher_tokenizer, head)
+    check_frame(tokenizer, head)
     spec = RunSpec(
         config=config,
         head=head,

@@ -7,7 +7,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lad_dist.config.errors import UserError
-from lad_dist.data.tokenization.special_tokens import framing_ids, rust_backend, special_token_frame
+from lad_dist.data.tokenization.special_tokens import (
+    framing_ids,
+    require_first_token,
+    rust_backend,
+    special_token_frame,
+)
 from lad_dist.utils import progress
 
 MAX_UNKNOWN_SHARE = 0.2
@@ -70,7 +75,11 @@ def encode_flat(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Fla
 def encode_framed(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
 ) -> EncodedSequences:
-    """Return each text, or pair of texts, with special tokens, cut to max_length tokens: the longer text first."""
+    """Return each text, or pair of texts, with special tokens, cut to max_length tokens: the longer text first.
+
+    Raise UserError where the first token of a sequence would be none of the special ones.
+    """
+    require_first_token(tokenizer)
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
     cut = 0
@@ -133,8 +142,9 @@ def encode_windows(
     """Return each question with its context, in as many windows of max_length tokens as hold the whole context.
 
     Neighbours share `stride` tokens, less than half of max_length. A question is cut where it would fill more than half
-    a window.
+    a window. Raise UserError where the first token of a window would be none of the special ones.
     """
+    require_first_token(tokenizer)
     ids: list[np.ndarray] = []
     segments: list[np.ndarray] = []
     contexts_of_windows: list[slice] = []

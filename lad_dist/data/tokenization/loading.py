@@ -8,7 +8,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import is_protobuf_available, logging
 
 from lad_dist.config.errors import UserError
+from lad_dist.data.tokenization.special_tokens import rust_backend
+from lad_dist.distributed.logs import get_logger
 from lad_dist.utils.text import one_line
+
+COMPARED_TOKENS = 2000
+VARIANTS = "Ünïcode e\u0301 ÀÉ ﬁ ① ｱ 東京 (don't)  x\ty"  # tokenizers differ in accents, compatibility and spaces
+TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens", "post_processor")  # of tokenizer.json
+
+logger = get_logger(__name__)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -50,14 +58,27 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 def tokenizer_of_teacher(
     path: str, tokenizer: PreTrainedTokenizerFast, token_level: str | None
 ) -> PreTrainedTokenizerFast:
-    """Return the student's `tokenizer` where it has the vocabulary of the teacher's at `path`, else the teacher's own.
+    """Return the student's `tokenizer` where it has vocabulary and tokens of the teacher's at `path`, else the latter.
 
-    Raise UserError where the vocabularies differ and something compares teacher and student token by token:
-    `token_level` is its name, or None.
+    Where something compares teacher and student token by token, `token_level` is its name, None elsewhere. Then the
+    teacher has to read the student's tokens: a tokenizer of the same vocabulary that reads text otherwise (in lower
+    case) is named in a warning. Raise UserError where the vocabularies differ.
     """
     teacher = load_tokenizer(path)
     teacher_vocabulary, student_vocabulary = teacher.get_vocab(), tokenizer.get_vocab()
     if teacher_vocabulary == student_vocabulary:
+        if _read_alike(teacher, tokenizer):
+            return tokenizer
+        if token_level is None:
+            return teacher
+        states = [json.loads(each.backend_tokenizer.to_str()) for each in (teacher, tokenizer)]
+        parts = ", ".join(part for part in TOKENIZER_PARTS if states[0][part] != states[1][part])
+        message = (
+            "%s: this teacher's tokenizer has the student's vocabulary, but reads text otherwise (another %s); as %s "
+            'compares token by token, the teacher reads the student\'s tokens; student.tokenizer = "%s" would be right '
+            "for the teacher"
+        )
+        logger.warning(message, path, parts, token_level, path)
         return tokenizer
     if token_level is None:
         return teacher
@@ -68,6 +89,15 @@ def tokenizer_of_teacher(
         "them token by token; take a student with the teacher's tokenizer, "
         "or kd on a classification or a regression"
     )
+
+
+def _read_alike(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Return whether two tokenizers give the same ids for words of their common vocabulary, in any case."""
+    tokens = sorted(one.get_vocab())
+    words = " ".join(tokens[:: max(1, len(tokens) // COMPARED_TOKENS)])
+    texts = [words, words.upper(), words.title(), VARIANTS]
+    ids = [[encoding.ids for encoding in rust_backend(each).encode_batch(texts)] for each in (one, other)]
+    return ids[0] == ids[1]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

@@ -9,8 +9,11 @@ from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerFast
 
 from lad_dist.config.errors import UserError
+from lad_dist.distributed.logs import get_logger
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+logger = get_logger(__name__)
 
 
 class SpecialTokenFrame(NamedTuple):
@@ -120,6 +123,29 @@ def special_token_frame(tokenizer: PreTrainedTokenizerFast) -> SpecialTokenFrame
     ids = np.array(probe.ids, dtype=np.int64)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return SpecialTokenFrame(ids[: content[0]], ids[content[-1] + 1 :], pad)
+
+
+def check_frame(tokenizer: PreTrainedTokenizerFast, head: str) -> None:
+    """Raise UserError where the head would read a word for the first token; warn where no special token is around text.
+
+    To tag words without special tokens is possible, but hardly what the model has learnt.
+    """
+    if head in ("classification", "regression", "question_answering"):
+        require_first_token(tokenizer)
+    elif special_token_frame(tokenizer).size == 0:
+        logger.warning(
+            "%s: the tokenizer puts no special tokens around a text; they are missing from its template",
+            tokenizer.name_or_path,
+        )
+
+
+def require_first_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise UserError where the tokenizer puts no special token before a text: a head would read the first word."""
+    if not len(special_token_frame(tokenizer).before):
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer puts no special token before a text, so the head would read its "
+            "first word; give tokenizer.json the template of the model ([CLS] $A [SEP] in BERT's)"
+        )
 
 
 def rust_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

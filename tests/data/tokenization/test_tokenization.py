@@ -1,5 +1,7 @@
+import json
+import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from lad_dist.config.errors import UserError
 from lad_dist.data.sources import corpus
 from lad_dist.data.tokenization import algorithms
 from lad_dist.data.tokenization.algorithms import MODEL_FILE, SPECIAL_TOKENS, train_unigram, train_wordpiece
-from lad_dist.data.tokenization.encoding import encode_flat
-from lad_dist.data.tokenization.loading import fingerprint, load_tokenizer
+from lad_dist.data.tokenization.encoding import encode_flat, encode_framed, encode_windows
+from lad_dist.data.tokenization.loading import fingerprint, load_tokenizer, tokenizer_of_teacher
 from lad_dist.data.tokenization.special_tokens import (
+    check_frame,
     ordinary_ids,
     special_ids,
     special_token_frame,
@@ -193,6 +196,48 @@ def without_protobuf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "protobuf", missing)
     for module in ("loading", "algorithms"):
         monkeypatch.setattr(f"lad_dist.data.tokenization.{module}.is_protobuf_available", missing[0])
+
+
+@pytest.fixture
+def changed(toy_tokenizer_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Copies of the toy tokenizer with other parts of its tokenizer.json."""
+
+    def copy(**parts: Any) -> Path:
+        folder = shutil.copytree(toy_tokenizer_folder, tmp_path / ("changed-" + "-".join(parts)))
+        tables = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(tables | parts))
+        return folder
+
+    return copy
+
+
+def test_a_teacher_that_reads_other_tokens_of_the_same_vocabulary(
+    toy_tokenizer, changed: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    same, cased = str(changed()), str(changed(normalizer=None))
+    assert tokenizer_of_teacher(same, toy_tokenizer, None) is tokenizer_of_teacher(same, toy_tokenizer, "lad")
+    own = tokenizer_of_teacher(cased, toy_tokenizer, None)
+    assert own("THE FOX")["input_ids"] == [2, 1, 1, 3] != toy_tokenizer("THE FOX")["input_ids"]
+    assert caplog.messages == []
+    assert tokenizer_of_teacher(cased, toy_tokenizer, "lad") is toy_tokenizer
+    assert "reads text otherwise (another normalizer); as lad compares token by token, " in caplog.text
+
+
+def test_a_head_that_reads_the_first_token_needs_a_special_one(
+    changed: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = load_tokenizer(changed(post_processor=None))
+    check_frame(bare, "tagging")
+    assert "puts no special tokens around a text" in caplog.text
+    for refused in (
+        lambda: check_frame(bare, "regression"),
+        lambda: encode_framed(bare, ["the fox", ""], None, 8),
+        lambda: encode_windows(bare, ["fox"], ["the fox"], 8, 2),
+    ):
+        with pytest.raises(
+            UserError, match="changed-post_processor: the tokenizer puts no special token before a text"
+        ):
+            refused()
 
 
 # Encoding
