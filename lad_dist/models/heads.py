@@ -38,9 +38,15 @@ def set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> N
 
 
 def label_names(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the names of the head's outputs, in their order."""
-    names = config.id2label or {}
-    return tuple(str(names[index]) for index in range(len(names)))  # type: ignore[index]
+    """Return the names of the head's outputs, in their order.
+
+    Raise UserError where two outputs have one name, or the numbers have gaps.
+    """
+    names = {index: str(name) for index, name in (config.id2label or {}).items()}
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
+        listed = ", ".join(f"{index}: {name}" for index, name in names.items())
+        raise UserError(f"{config.name_or_path}: id2label in config.json is {{{listed}}}; name each output, from 0 on")
+    return tuple(names[index] for index in range(len(names)))
 
 
 def _has_head(config: PreTrainedConfig, head: Head) -> bool:

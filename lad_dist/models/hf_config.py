@@ -29,6 +29,10 @@ def load_hf_config(path: str) -> PreTrainedConfig:
         size = getattr(config, name)
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{path}: config.json says {name} = {size!r}; copy the folder again")
+    names = config.id2label or {}
+    if names.keys() == set(range(1, len(names) + 1)):  # counted from 1; the outputs are in this order
+        config.id2label = {number - 1: names[number] for number in sorted(names)}
+        config.label2id = {name: number for number, name in config.id2label.items()}
     return config
 
 

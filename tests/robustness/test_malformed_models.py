@@ -210,6 +210,7 @@ MODELS = [
     student("student-cut", cut("model.safetensors", 20_000), "cannot read weights"),
     student("student-pickle", pickled(zipped_pickle), "pytorch_model.bin: cannot read weights"),
     student("no-tokenizer", without("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
+    student("tokenizer-template", setting("tokenizer.json", post_processor=None), "no special token before a text"),
     student("tokenizer-empty", put("tokenizer.json", ""), NO_TOKENIZER),
     student("tokenizer-cut", cut("tokenizer.json", 500), NO_TOKENIZER),
     student("tokenizer-list", put("tokenizer.json", "[]"), NO_TOKENIZER),
@@ -218,6 +219,8 @@ MODELS = [
     broken("evaluated-no-weights", without("model.safetensors"), "no weights, neither", "evaluate", "model.path"),
     broken("evaluated-pickle", pickled(zipped_pickle), "cannot read weights", "evaluate", "model.path"),
     broken("evaluated-vocabulary", config(vocab_size=50), "tokenizer has", "evaluate", "model.path"),
+    broken("labels-gap", config(id2label={"0": "no", "2": "yes"}), "id2label in config.json is {0: no, 2: yes}"),
+    broken("labels-twice", config(id2label={"0": "no", "1": "no"}), "id2label in config.json is {0: no, 1: no}"),
     broken("evaluated-labels", config(id2label={"0": "x", "1": "y"}), "labels are x, y", "evaluate", "model.path"),
 ]  # fmt: skip
 # What only the weights themselves show.
