@@ -23,7 +23,7 @@ class SourceConfig(ConfigTable):
         description="WikiExtractor's output, .txt files, JSON lines (all three also .gz, .bz2, .xz, .zst), Parquet, "
         "or what `datasets` loads: a hub dataset, a folder of Arrow files"
     )
-    path: str = Field(description="file, folder searched for the kind's files, or dataset name", min_length=1)
+    path: str = Field(description="file, folder searched for the kind's files, or dataset name")
     name: str | None = Field(
         None, pattern=r"^\w[\w.-]*$", description="folder in out; default: the last part of path without suffixes"
     )

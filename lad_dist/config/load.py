@@ -39,7 +39,7 @@ def load_config(schema: type[Schema], path: str | Path, overrides: Iterable[str]
         UserError: The file or a key is wrong; the message names the nearest right key.
     """
     tables = read_toml(path)
-    changes = [parse_override(text) for text in overrides]
+    changes = [parse_override(text, schema) for text in overrides]
     for key in [key for key, value in changes if value is None]:
         _check_set(tables, key, str(path))
     return parse_config(schema, apply_overrides(tables, changes), where=str(path))
@@ -80,22 +80,34 @@ def schema_of(tables: Mapping[str, Any]) -> type[ConfigTable]:
     return next((schema for key, schema in schemas.items() if key in tables), train_schema(tables))
 
 
-def parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str, schema: type[ConfigTable] | None = None) -> tuple[str, Any]:
     """Return `"a.b=value"` as `("a.b", value)`.
 
-    The value is TOML, a bare word for a string, or `none`, which is None: the key is to be unset.
+    The value is TOML, a bare word for a string, or `none`, which is None: the key is to be unset. Where the key is a
+    string of the schema, a number, a date or `true` is a word too, as written: 007 stays 007.
     """
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    key = key.strip()
+    if not equals or not key:
         raise UserError(f"{text!r}: an override is written key.subkey=value")
     if value == UNSET:
-        return key.strip(), None
+        return key, None
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError) as error:
         if value.lstrip()[:1] in ("[", "{", '"', "'"):
             raise UserError(f"{text!r}: not a TOML value: {error}") from None
-        return key.strip(), value
+        return key, value
+    is_word = schema is not None and not isinstance(parsed, str | list | dict) and _is_string(schema, key)
+    return key, value.strip() if is_word else parsed
+
+
+def _is_string(schema: type[ConfigTable], key: str) -> bool:
+    """Return whether the schema has a dotted key that is a string, or a string or none."""
+    *outer, name = key.split(".")
+    table = _table_at(schema, outer)
+    field = table.model_fields.get(name) if table is not None else None
+    return field is not None and str in (field.annotation, *typing.get_args(field.annotation))
 
 
 def apply_overrides(tables: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -312,12 +324,21 @@ def _is_union_tag(key: Any) -> bool:
     return isinstance(key, str) and ("[" in key or key in ("int", "float", "str", "bool"))
 
 
-def _key_names(schema: Any, path: list[str]) -> list[str]:
+def _key_names(schema: type[BaseModel], path: list[str]) -> list[str]:
     """Return the keys of the table at a path."""
+    table = _table_at(schema, path)
+    assert table is not None
+    return [name for key, field in table.model_fields.items() for name in (key, field.alias) if name]
+
+
+def _table_at(schema: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+    """Return the schema of the table at a path, None where the schema has no such table."""
+    table: type[BaseModel] | None = schema
     for key in path:
-        if not key.isdigit():
-            schema = tables_in(schema.model_fields[key].annotation)[0]
-    return [name for key, field in schema.model_fields.items() for name in (key, field.alias) if name]
+        if table is not None and not key.isdigit():
+            field = table.model_fields.get(key)
+            table = next(iter(tables_in(field.annotation)), None) if field is not None else None
+    return table
 
 
 def tables_in(annotation: Any) -> list[type[Any]]:

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ConfigTable(BaseModel):
-    """A table of a config: frozen, without unknown keys and without conversions between types."""
+    """A table of a config: frozen, without unknown keys, empty texts and conversions between types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, str_min_length=1)
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -34,7 +34,7 @@ TEACHER_PATH = "teacher"  # the value of student.path that stands for teacher.pa
 class RunConfig(ConfigTable):
     """`[run]`: folder, length, checkpoints and checks of a run."""
 
-    name: str = Field(description="name of the run's folder", min_length=1)
+    name: str = Field(description="name of the run's folder")
     dir: str = Field("runs", description="folder of the run folders")
     label: str | None = Field(
         None,
@@ -260,7 +260,7 @@ class TaskDataConfig(DataConfig):
 class NamedOptions(ConfigTable):
     """A name and the keyword arguments that go with it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
     name: str = Field(description='name, or your own "my_package.module:Class"; the other keys are arguments of it')
 
     @property
@@ -369,7 +369,7 @@ class EvaluateConfig(ConfigTable):
 class SearchOptions(ConfigTable):
     """`[search]`: name, trials, resources and scheduler of a search."""
 
-    name: str = Field(description="name of the search's folder", min_length=1)
+    name: str = Field(description="name of the search's folder")
     dir: str = Field("runs", description="folder of the search folders")
     base: str = Field(description="config of a task distillation, which trials change")
     num_samples: PositiveInt = Field(1, description="trials drawn from the space for each combination of the grid")

@@ -118,6 +118,8 @@ def test_every_misspelt_argument_is_named_with_the_right_one(where: str, functio
         ({"run.steps": 0}, "run.steps: input should be greater than or equal to 1, not 0"),
         ({"run": {"steps": 1}}, "run.name: missing, and it has no default"),
         ({"run": 1}, "run: input should be a valid dictionary or instance of RunConfig, not 1"),
+        ({"teacher.path": ""}, "teacher.path: string should have at least 1 character, not ''"),
+        ({"student.tokenizer": ""}, "student.tokenizer: string should have at least 1 character"),
         ({"optim.lr": "fast"}, "optim.lr: input should be a valid number, not 'fast'"),
         ({"optim.lr": 0.0}, "optim.lr: input should be greater than 0, not 0.0"),
         ({"optim.betas": [0.9]}, "optim.betas: "),
@@ -187,10 +189,17 @@ def test_dump_writes_every_default_out() -> None:
         ("a=runs/x=y", ("a", "runs/x=y")),
         ("a=google-bert/bert-base-uncased", ("a", "google-bert/bert-base-uncased")),
         ("a=", ("a", "")),
+        ("run.seed=4711", ("run.seed", 4711)),  # from here on keys of a training, of which some are strings
+        ("run.name=4711", ("run.name", "4711")),
+        ("run.name=1e3", ("run.name", "1e3")),
+        ("run.label = 2026-11-30", ("run.label", "2026-11-30")),
+        ("data.train=true", ("data.train", "true")),
+        ("compression.0.name=7", ("compression.0.name", "7")),
+        ("run.name=[1]", ("run.name", [1])),
     ],
 )
 def test_overrides_are_toml_and_a_bare_word_is_a_string(text: str, expected: tuple[str, Any]) -> None:
-    assert parse_override(text) == expected
+    assert parse_override(text, TaskConfig) == expected
 
 
 @pytest.mark.parametrize("text", ["a", "=1", " =1", "--steps", "a=[1,", 'a="x', "a={x}"])

@@ -211,8 +211,9 @@ def rows(results: Results) -> Iterable[tuple[str, ...]]:
 def changes_by_stage(overrides: Iterable[str]) -> Changes:
     """Return the overrides `stage.key=value` by stage; raise UserError for an unknown stage."""
     changes: dict[str, list[tuple[str, Any]]] = {}
-    for key, value in map(parse_override, overrides):
-        stage, _, rest = key.partition(".")
+    for text in overrides:
+        stage = parse_override(text)[0].partition(".")[0]
         lookup("stage", stage, dict.fromkeys(STAGES))
-        changes.setdefault(stage, []).append((rest, value))
+        schema = RUNS[stage].schema if stage in RUNS else None
+        changes.setdefault(stage, []).append(parse_override(text.partition(".")[2], schema))
     return changes
