@@ -63,7 +63,9 @@ class PrepareConfig(ConfigTable):
 
     out: str = Field(description="folder for the token shards")
     tokenizer: str = Field(description="tokenizer folder or hub name")
-    held_out: float = Field(0.005, ge=0, lt=1, description="share of the documents for evaluation")
+    held_out: float = Field(
+        0.005, ge=0, lt=1, description="share of the documents for evaluation; above 0, at least one of several"
+    )
     tokens_per_shard: PositiveInt = Field(100_000_000, description="tokens of one shard")
     min_tokens: PositiveInt = Field(8, description="tokens of the shortest document; shorter ones are dropped")
     deduplicate: bool = Field(True, description="drop documents with the same text as an earlier one")

@@ -18,7 +18,8 @@ INTRODUCTION = """# Keys of the configs
 Generated: `python -m lad_dist.config.key_table > configs/README.md`.
 
 A config is a TOML file. On the command line `key=value` changes a key, `key=none` unsets it, and
-`compression.0.sparsity=0.5` changes the first table of a list. `[objective]` and each `[[compression]]` also take the
+`compression.0.sparsity=0.5` changes the first table of a list. Where a key is a string, `run.name=4711` is a word.
+`[objective]` and each `[[compression]]` also take the
 arguments of their class: `lad-dist distill --help all` lists them. `[deepspeed]` is DeepSpeed's own config. A key that
 stands in an earlier section is not repeated.
 """

@@ -234,7 +234,7 @@ class TaskDataConfig(DataConfig):
     def _one_source(self) -> Self:
         if self.task is None and (self.train is None or self.dev is None):
             raise ValueError("give a GLUE task, or both train and dev files")
-        if self.task is not None and (self.train or self.dev):
+        if self.task is not None and (self.train is not None or self.dev is not None):
             raise ValueError("give a GLUE task or train and dev files, not both")
         if self.pad_to is not None and self.pad_to < self.max_length:
             raise ValueError(f"pad_to = {self.pad_to} is shorter than max_length = {self.max_length}")

@@ -7,6 +7,7 @@ between blank lines, of the others a row.
 
 import html
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -70,7 +71,7 @@ def check(source: SourceConfig) -> None:
     read = files(source)
     if source.kind == "parquet":
         tables.check_column(read[0], source.column)
-    others = sorted({file for file in Path(source.path).rglob("*") if file.is_file()}.difference(read))
+    others = sorted(set(_files_below(Path(source.path))).difference(read))
     if others:
         message = "%s: %d of %d files are not read, for they are no %s; the first is %s"
         kind, first = FILES[source.kind][1], others[0].relative_to(source.path)
@@ -85,10 +86,24 @@ def files(source: SourceConfig) -> list[Path]:
     if root.is_file():
         return [root]
     pattern, description = FILES[source.kind]
-    matching = sorted(file for file in root.rglob("*") if re.fullmatch(pattern, file.name, re.I) and file.is_file())
+    matching = [file for file in _files_below(root) if re.fullmatch(pattern, file.name, re.I)]
     if not matching:
         raise UserError(f"{root}: no {description} in it")
     return matching
+
+
+def _files_below(root: Path) -> list[Path]:
+    """Return the files of a folder and those below it, sorted; a folder that several links lead to counts once."""
+    files: list[Path] = []
+    visited: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()  # so that of several links the same one is followed everywhere
+        if os.path.realpath(folder) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        files += [Path(folder, name) for name in names]
+    return sorted(file for file in files if file.is_file())
 
 
 def spans(source: SourceConfig) -> list[Span]:

@@ -68,11 +68,15 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_wikiextractor_folders_are_walked_in_sorted_order(tmp_path: Path) -> None:
-    wiki_file(tmp_path, "AB/wiki_00", article("Last", "x"))
+    wiki_file(tmp_path, "AB/deep/wiki_00", article("Last", "x"))
+    for link in ("AC", "AB/deep/again"):
+        (tmp_path / link).symlink_to(tmp_path / "AB")  # the first one is read already, the other leads in a circle
     wiki_file(tmp_path, "AA/wiki_10", article("Third", "x"))
     wiki_file(tmp_path, "AA/wiki_02", article("First", "one", "two") + "\n" + article("Second"))
     wiki_file(tmp_path, "AA/notes.txt", "not a part of it")
-    texts = list(corpus.documents(source("wikiextractor", tmp_path)))
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "linked").symlink_to(tmp_path)
+    texts = list(corpus.documents(source("wikiextractor", tmp_path / "root")))
     assert texts == ["First\none\ntwo", "Second", "Third\nx", "Last\nx"]
 
 
