@@ -176,6 +176,7 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
     head: Head = task.kind if task is not None else "mlm" if objective_class.uses_mlm_head else "none"
     tokenizer_path, tokenizer = _load_tokenizer(config)
+    check_frame(tokenizer, head)
     paths = [config.student.path, config.teacher.path if config.teacher is not None else None]
     hf_configs = {path: load_hf_config(path) for path in dict.fromkeys(paths) if path is not None}
     student_config, layers, widths = _check_student(config, hf_configs, tokenizer)
@@ -201,7 +202,6 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
         check_vocabulary(teacher_config, config.teacher.path, len(teacher_tokenizer))
         if teacher_tokenizer is not tokenizer:
             check_frame(teacher_tokenizer, head)
-    check_frame(tokenizer, head)
     spec = RunSpec(
         config=config,
         head=head,

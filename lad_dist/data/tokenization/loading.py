@@ -75,10 +75,9 @@ def tokenizer_of_teacher(
         parts = ", ".join(part for part in TOKENIZER_PARTS if states[0][part] != states[1][part])
         message = (
             "%s: this teacher's tokenizer has the student's vocabulary, but reads text otherwise (another %s); as %s "
-            'compares token by token, the teacher reads the student\'s tokens; student.tokenizer = "%s" would be right '
-            "for the teacher"
+            "compares token by token, the teacher reads the student's tokens; set student.tokenizer if it must not"
         )
-        logger.warning(message, path, parts, token_level, path)
+        logger.warning(message, path, parts, token_level)
         return tokenizer
     if token_level is None:
         return teacher

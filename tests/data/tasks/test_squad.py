@@ -81,7 +81,7 @@ def test_every_answer_in_a_window_is_read_back(
     first = begin % (len(places) - 2)
     answer = Answer(CONTEXT[places[first][0] : places[first + count - 1][1]], places[first][0])
     raw = Questions(["ban dert " * (9 if long else 1)], [CONTEXT], [[answer]], False)
-    data = TaskDataConfig(train="", dev="", kind="question_answering", max_length=32, doc_stride=stride)
+    data = TaskDataConfig(train="x", dev="x", kind="question_answering", max_length=32, doc_stride=stride)
     task = Task("t", "question_answering", (), ("f1", "exact_match"), raw, {})
     tokenizer = words(family)
     if len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) > stride - 1:
@@ -147,7 +147,7 @@ def test_answers_that_no_window_holds_are_reported(
     text = toy.sentence(4) * 3
     raw = Questions(["ban"] * 3, [text] * 3, [[Answer(text, 0)], [Answer(text[:3], 0)], []], True)
     task = Task("t", "question_answering", (), (), raw, {})
-    data = TaskDataConfig(train="", dev="", kind="question_answering", max_length=16)
+    data = TaskDataConfig(train="x", dev="x", kind="question_answering", max_length=16)
     tokenize(task, raw, words("bert"), data, "toy's data")
     assert capfd.readouterr().err == (
         "toy's data: 1 of 3 answers are in no window as a whole; raise data.doc_stride or data.max_length\n"
