@@ -232,7 +232,7 @@ def _merge(
             f"{config.source[0].path}: no document left to train on; add text, or lower held_out or min_tokens"
         )
     if config.held_out and not _total(merged["sources"], "held_out")["documents"]:
-        message = "%s: held_out = %s, but there is only one document, so a training on it evaluates nothing; %s"
+        message = "%s: held_out = %s, but the corpus is one document, so a training on it evaluates nothing; %s"
         logger.warning(message, out, config.held_out, 'add text, or make several of it (document = "block")')
     save_tokenizer(job.tokenizer, draft / "tokenizer")
     frame = special_token_frame(job.tokenizer)

@@ -134,7 +134,7 @@ def check_frame(tokenizer: PreTrainedTokenizerFast, head: str) -> None:
         require_first_token(tokenizer)
     elif special_token_frame(tokenizer).size == 0:
         logger.warning(
-            "%s: the tokenizer puts no special tokens around a text; they are missing from its template",
+            "%s: the tokenizer puts no special tokens around a text; does tokenizer.json lack the template?",
             tokenizer.name_or_path,
         )
 
@@ -143,7 +143,7 @@ def require_first_token(tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise UserError where the tokenizer puts no special token before a text: a head would read the first word."""
     if not len(special_token_frame(tokenizer).before):
         raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer puts no special token before a text, so the head would read its "
+            f"{tokenizer.name_or_path}: the tokenizer puts no special token before a text, so the head would read the "
             "first word; give tokenizer.json the template of the model ([CLS] $A [SEP] in BERT's)"
         )
 

@@ -416,7 +416,7 @@ def test_one_of_few_documents_is_held_out_and_of_one_none(
     assert not [message for message in caplog.messages if "evaluates nothing" in message]
     one = {"kind": "text", "path": str(toy_corpus / "050.txt")}
     assert prepare.prepare(changed(few, out=f"{few.out}-one", source=[one]))
-    assert f"{few.out}-one: held_out = 0.0001, but there is only one document" in caplog.text
+    assert f"{few.out}-one: held_out = 0.0001, but the corpus is one document" in caplog.text
 
 
 def test_a_full_disk_is_one_line(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
