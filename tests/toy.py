@@ -124,7 +124,7 @@ def task_config(work: Path, files: dict[str, str], teacher: Path, student: Path,
     """Plain tables of a toy LAD run: 8 steps of 4 micro-batches of 4 examples."""
     return {
         "run": {"name": "toy", "dir": str(work), "steps": 8, "log_every": 1},
-        "teacher": {"path": str(teacher)},
+        "teacher": {"path": str(teacher), "baseline_check": False},  # it has learnt nothing
         "student": {"path": str(student), "num_hidden_layers": 2},
         "data": {**files, "max_length": 32, "micro_batch_size": 4, "micro_batches_per_step": 4},
         "objective": {"name": "lad", "hidden": 1.0},

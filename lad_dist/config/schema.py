@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class ConfigTable(BaseModel):
@@ -20,10 +20,15 @@ class ConfigTable(BaseModel):
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+# A label as files spell it; TOML reads 1 as a number.
+LabelName = Annotated[
+    str, Field(min_length=1), BeforeValidator(lambda value: str(value) if type(value) is int else value)
+]
 # These keys change nothing of what is learnt: they may differ when a run resumes.
 CHANGEABLE_KEYS = {
     "run.label", "run.log_every", "run.eval_every", "run.replica_check_every", "run.max_skips", "run.watchdog_timeout",
-    "run.save_every", "run.keep", "run.keep_every", "teacher.cache", "data.num_workers",
+    "run.save_every", "run.keep", "run.keep_every", "teacher.cache", "teacher.baseline_check",
+    "data.num_workers",
     "deepspeed.zero_optimization.stage",  # checkpointing/reshard.py refuses what it cannot convert
 }  # fmt: skip
 
@@ -99,6 +104,11 @@ class TeacherConfig(ConfigTable):
     )
     cache_gb: float = Field(
         20.0, ge=0, description="GB; a larger cache is not stored, and the teacher runs at each step"
+    )
+    baseline_check: bool = Field(
+        True,
+        description="stop before the first step where the teacher scores no better on a task's dev set than one "
+        "constant answer, or another order of its unnamed outputs scores better",
     )
 
 
@@ -215,6 +225,13 @@ class TaskDataConfig(DataConfig):
     kind: Literal["classification", "regression", "tagging", "question_answering"] = Field(
         "classification", description="kind of your own task"
     )
+    labels: Annotated[list[LabelName], Field(min_length=2)] | None = Field(
+        None,
+        description="the labels in the order of the outputs of heads; default: GLUE's order, or those of train, sorted",
+    )
+    positive: LabelName | None = Field(
+        None, description="label of your own classification whose F1 is the metric f1; default: none, and no f1"
+    )
     doc_stride: PositiveInt | None = Field(
         None, description="tokens that neighbouring windows of a question's context share; default: max_length / 3"
     )
@@ -249,6 +266,18 @@ class TaskDataConfig(DataConfig):
                 raise ValueError(f'{key} goes with kind = "question_answering" alone')
         if self.doc_stride is not None and self.doc_stride >= self.max_length // 2:
             raise ValueError(f"doc_stride = {self.doc_stride} must be less than half of max_length = {self.max_length}")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_of_the_kind(self) -> Self:
+        for key, kinds in (("labels", ("classification", "tagging")), ("positive", ("classification",))):
+            if self.kind not in kinds and getattr(self, key) is not None:
+                raise ValueError(f'{key} does not go with kind = "{self.kind}", only with {", ".join(kinds)}')
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            repeated = next(name for name in self.labels if self.labels.count(name) > 1)
+            raise ValueError(f'labels has "{repeated}" twice')
+        if self.task is not None and self.positive is not None:
+            raise ValueError("positive is for train and dev files; GLUE says itself which label counts")
         return self
 
     @property
@@ -333,9 +362,11 @@ class PretrainConfig(TrainConfig):
     data: CorpusDataConfig
 
     @model_validator(mode="after")
-    def _no_teacher_cache(self) -> Self:
+    def _no_keys_of_tasks(self) -> Self:
         if self.teacher is not None and self.teacher.cache is not None:
             raise ValueError("teacher.cache is for tasks: a corpus is masked anew each time it is read")
+        if self.teacher is not None and not self.teacher.baseline_check:
+            raise ValueError("teacher.baseline_check is for tasks: a corpus has no constant answer")
         return self
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lad_dist.config.errors import UserError
 from lad_dist.config.load import check_writable
 from lad_dist.config.schema import EvaluateConfig
 from lad_dist.core.batch import Batch
@@ -24,6 +25,8 @@ from lad_dist.data.tasks.examples import TaskExamples
 from lad_dist.data.tasks.task import check_task, load_task
 from lad_dist.data.tokenization.loading import load_tokenizer, tokenizer_of_teacher
 from lad_dist.distributed import processes, ranks
+from lad_dist.distributed.logs import get_logger
+from lad_dist.evaluation.baseline import weakness
 from lad_dist.models.dims import check_length, check_vocabulary, count_parameters
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.heads import label_order
@@ -36,12 +39,19 @@ Dev = Mapping[str, TaskExamples]
 Forward = Callable[[Batch], Tensor]
 LOGITS = OutputSpec(logits=True)
 
+logger = get_logger(__name__)
+
 
 class Predictions(NamedTuple):
     """What a model answers on a dev set."""
 
     logits: NDArray[np.floating]  # [R, V]
     seconds: float  # of this process's forwards
+
+    @property
+    def broken_rows(self) -> int:
+        """The number of rows with logits that are not finite."""
+        return int((~np.isfinite(self.logits).all(axis=1)).sum())
 
 
 DevPredictions = Mapping[str, Predictions]
@@ -81,6 +91,16 @@ def predict_all(forward: Forward, dev: Dev) -> DevPredictions:
     return {name: predict(forward, examples.in_order()) for name, examples in dev.items()}
 
 
+def check_finite(model: str, predictions: DevPredictions) -> None:
+    """Raise UserError where some logits of a model, which `model` names, are not finite: no metric could tell."""
+    for name, dev_predictions in predictions.items():
+        if broken := dev_predictions.broken_rows:
+            raise UserError(
+                f"{model}: broken, as logits in {broken:,} of {len(dev_predictions.logits):,} rows of the {name} set "
+                "are not finite; look for weights that are not, or for a precision with too small a range"
+            )
+
+
 @torch.no_grad()
 def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches) -> dict[str, float]:
     """Return the loss terms averaged over held-out batches."""
@@ -97,7 +117,7 @@ def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches)
 
 
 def task_scores(dev: Dev, predictions: DevPredictions) -> dict[str, float]:
-    """Return the task's metrics; those of a second dev set (MNLI's mismatched) carry its name."""
+    """Return the task's metrics of finite logits; those of a second dev set (MNLI's mismatched) carry its name."""
     scores: dict[str, float] = {}
     for name, dev_predictions in predictions.items():
         suffix = name.removeprefix("dev")
@@ -132,7 +152,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Return the metrics of a model folder on a task, and with a teacher also loyalty and speed-up.
 
     Raises:
-        UserError: a folder or the task cannot be evaluated; where possible before weights are read.
+        UserError: a folder or the task cannot be evaluated; where possible before weights are read. A model's logits
+            are not finite.
     """
     if config.out is not None:
         check_writable("out", Path(config.out).parent)
@@ -141,7 +162,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     paths = [folder.path for folder in (config.model, config.teacher) if folder is not None]
     hf_configs = [load_hf_config(path) for path in paths]
     for path, hf_config in zip(paths, hf_configs, strict=True):
-        label_order(hf_config, path, task.kind, task.outputs)
+        label_order(hf_config, path, task.kind, task.outputs, fixed_order=task.fixed_order)
         check_weight_files(path)
         check_length(hf_config, path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)
@@ -156,11 +177,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     teacher_dev = (
         dev if teacher_tokenizer is tokenizer else TaskDataset(config.data, task, teacher_tokenizer, seed=0).dev
     )
-    models = [FrozenModel(path, task.kind, device=device, labels=task.outputs) for path in paths]
+    load = partial(FrozenModel, head=task.kind, device=device, labels=task.outputs, fixed_order=task.fixed_order)
+    models = [load(path) for path in paths]
     forwards = [partial(logits_of, model) for model in models]
     student, teacher = forwards[0], forwards[1] if len(forwards) > 1 else None
-    teacher_predictions = None if teacher is None else predict_all(teacher, teacher_dev)
-    scores = compare(dev, predict_all(student, dev), teacher_dev, teacher_predictions)
+    predictions: list[DevPredictions] = []
+    for path, model, forward, model_dev in zip(paths, models, forwards, (dev, teacher_dev), strict=False):
+        predictions.append(predict_all(forward, model_dev))
+        check_finite(path, predictions[-1])
+        if reason := weakness(model, model_dev["dev"], predictions[-1]["dev"].logits):
+            logger.warning("%s: %s", path, reason)
+    scores = compare(dev, predictions[0], teacher_dev, None if teacher is None else predictions[1])
     if teacher is not None:
         scores["student"]["speedup"] = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     result = {

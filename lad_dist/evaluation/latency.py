@@ -181,13 +181,15 @@ def _gpu() -> dict[str, str]:
 def _quality(dev: TaskExamples, student: InferenceModel, sessions: Mapping[str, Session]) -> dict[str, Any]:
     """Return the task's metrics of each exported form, and how far the form decides as the student does."""
 
-    def predict(forward: Callable[[dict[str, Tensor]], Sequence[Any]]) -> Any:
-        return evaluate.predict(lambda batch: _padded_logits(forward, student, batch.to(CPU)), dev.in_order()).logits
+    def predict(form: str, forward: Callable[[dict[str, Tensor]], Sequence[Any]]) -> Any:
+        predictions = evaluate.predict(lambda x: _padded_logits(forward, student, x.to(CPU)), dev.in_order())
+        evaluate.check_finite(form, {"dev": predictions})
+        return predictions.logits
 
-    student_logits = predict(lambda inputs: student(**inputs))
+    student_logits = predict(STUDENT, lambda inputs: student(**inputs))
     quality = {}
     for form, session in sessions.items():
-        form_logits = predict(session)
+        form_logits = predict(form, session)
         quality[form] = {"metrics": dev.score(form_logits), "loyalty": dev.loyalty(form_logits, student_logits)}
     return quality
 

@@ -49,7 +49,7 @@ def predict(
         A prediction for each text, in order.
 
     Raises:
-        UserError: The folder holds no classifier and no regression of texts.
+        UserError: The folder holds no classifier and no regression of texts, or a broken one.
     """
     path = str(path)
     config = load_hf_config(path)
@@ -73,7 +73,10 @@ def predict(
         ids, segments = (part[begin : begin + BATCH_SIZE] for part in (encoded.ids, encoded.segments))
         starts = np.cumsum([0, *map(len, ids)])[:-1]
         batch = collate(ids, segments, starts, np.zeros(len(ids), dtype=np.int64), None, pad)
-        predictions += _predictions(logits_of(model, batch.to(processes.device())), names, kind)
+        logits = logits_of(model, batch.to(processes.device()))
+        if not logits.isfinite().all():
+            raise UserError(f"{path}: broken, as logits are not finite")
+        predictions += _predictions(logits, names, kind)
         progress.report("predicting", len(predictions), len(first))
     return predictions
 

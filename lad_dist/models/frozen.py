@@ -13,7 +13,7 @@ from lad_dist.core.outputs import ModelOutputs, OutputSpec
 from lad_dist.models import families, loading
 from lad_dist.models.dims import uses_segments
 from lad_dist.models.forward import compute_outputs
-from lad_dist.models.heads import head_of_architectures, label_order
+from lad_dist.models.heads import has_label_names, head_of_architectures, label_order
 from lad_dist.models.hf_config import IGNORED_CONFIG_KEYS
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -60,9 +60,12 @@ class FrozenModel:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         labels: Sequence[str] = (),
+        fixed_order: bool = False,
     ):
         model = loading.load_model(path, head, dtype=dtype, labels=labels, require_head=head != "none")
-        self.label_order = label_order(model.config, path, head, labels) if labels else None
+        self.path = path
+        self.label_order = label_order(model.config, path, head, labels, fixed_order=fixed_order) if labels else None
+        self.has_label_names = bool(labels) and has_label_names(model.config, labels)
         self.model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()

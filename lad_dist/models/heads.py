@@ -1,6 +1,6 @@
 """Heads of models: which one a folder holds, the names and the order of its labels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import (
     AutoModel,
@@ -27,6 +27,8 @@ MODEL_CLASSES = {
 ARCHITECTURE_SUFFIXES = {
     head: kind.__name__.removeprefix("AutoModel") for head, kind in MODEL_CLASSES.items() if head not in ("none", "mlm")
 }
+
+FIXED_OUTPUTS = ("regression", "question_answering")  # heads whose outputs mean the same, whatever they are called
 
 
 def set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> None:
@@ -68,26 +70,56 @@ def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -
     return len(names) == len(labels) and (head == "question_answering" or names == tuple(labels))
 
 
-def label_order(config: PreTrainedConfig, path: str, head: Head, labels: Sequence[str]) -> list[int] | None:
+def _order_by_name(names: Sequence[str], labels: Sequence[str]) -> list[int] | None:
+    """Return the index of each label among the names, None where these are others. Capitals may differ."""
+    spellings: tuple[Callable[[str], str], ...] = (str, str.casefold)
+    for spelling in spellings:
+        spelt, wanted = [spelling(name) for name in names], [spelling(label) for label in labels]
+        if sorted(spelt) == sorted(wanted) and len(set(spelt)) == len(spelt):
+            return [spelt.index(name) for name in wanted]
+    return None
+
+
+def has_label_names(config: PreTrainedConfig, labels: Sequence[str]) -> bool:
+    """Return whether the head's outputs have the names of the labels, so that their order is known."""
+    return _order_by_name(label_names(config), labels) is not None
+
+
+def label_order(
+    config: PreTrainedConfig, path: str, head: Head, labels: Sequence[str], *, fixed_order: bool = False
+) -> list[int] | None:
     """Return the index of each of the task's labels among the outputs of the model at `path`, None for equal orders.
 
-    Raise UserError where the model has no such head, or the labels do not fit it.
+    Names decide. Outputs with transformers' default names, LABEL_0, LABEL_1, …, are in the order of the labels; so are
+    outputs with other names where the user has fixed the order.
+
+    Raises:
+        UserError: The model has no such head, or the labels do not fit it.
     """
     if not _has_head(config, head):
         architectures = ", ".join(config.architectures or ())
         raise UserError(f"{path}: the architecture is {architectures}, which has no head for {head.replace('_', ' ')}")
     names = label_names(config)
     if len(names) != len(labels):
+        hint = "" if head in FIXED_OUTPUTS else "; data.labels may name labels that no example has"
         raise UserError(
             f"{path}: the head has {len(names)} outputs ({', '.join(names)}), "
-            f"the task has {len(labels)} labels ({', '.join(labels)})"
+            f"the task has {len(labels)} labels ({', '.join(labels)}){hint}"
         )
-    unnamed = all(name.startswith("LABEL_") for name in names)
-    if unnamed or _same_outputs(config, head, labels):
+    order = None if head in FIXED_OUTPUTS else _order_by_name(names, labels)
+    if order is not None:
+        return None if order == sorted(order) else order
+    if head in FIXED_OUTPUTS or all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         return None
-    if set(names) != set(labels):
-        raise UserError(f"{path}: the model's labels are {', '.join(names)}, the task's are {', '.join(labels)}")
-    return [names.index(label) for label in labels]
+    if not fixed_order:
+        raise UserError(
+            f"{path}: the model's labels are {', '.join(names)}, the task's are {', '.join(labels)}; where they mean "
+            "the same, give the task's in data.labels, in the order of the model's"
+        )
+    for index, (name, label) in enumerate(zip(names, labels, strict=True)):
+        if name != label and name in labels:
+            raise UserError(f'{path}: the model calls output {index} "{name}", data.labels calls it "{label}"')
+    return None
 
 
 def keeps_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:

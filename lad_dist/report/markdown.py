@@ -158,6 +158,12 @@ def _notes(comparison: Comparison) -> str:
                 f"Runs of {label} on {pair[0].task} differ: {key} is {values}. If these are two methods, give each a "
                 "run.label."
             )
+    lines += [
+        f"{run.folder} skipped {run.results.skipped_updates} of {run.results.steps} updates, as they were not finite."
+        for runs in comparison.methods.values()
+        for run in runs
+        if run.results.skipped_updates
+    ]
     for task in comparison.tasks:
         teachers = comparison.teachers(task)
         if len(teachers) > 1:

@@ -59,6 +59,7 @@ class _Results(BaseModel):
     student: Numbers
     teacher: Numbers
     steps: int
+    skipped_updates: int = 0
     seconds: float
     tokens_per_second: float
     processes: int

@@ -31,6 +31,8 @@ def model_card(results: Numbers) -> str:
     tags = "".join(f"- {tag}\n" for tag in ("lad_dist", config["objective"]["name"]))
     use = PIPELINES.get(config["data"].get("kind"), "feature-extraction")
     rows = [(name, plain_number(value)) for name, value in {**totals(results["student"]), **results["metrics"]}.items()]
+    skipped = results.get("skipped_updates", 0)
+    updates = f" ({skipped} without an update, as loss or gradient was not finite)" if skipped else ""
     speed = ""
     if latency is not None:
         table = markdown_table(*latency_table(latency))
@@ -42,8 +44,8 @@ def model_card(results: Numbers) -> str:
         f"```python\n{_usage(config)}```\n\n"
         f"{markdown_table(('measured', 'value'), rows)}\n\n"
         f"Measured by\n```\n{results['command']}\n```\n"
-        f"in {results['seconds']:.0f} seconds and {results['steps']} steps on {results['processes']} process(es), "
-        f"{results['device']}; metrics are those of the dev set, or of held-out text.\n"
+        f"in {results['seconds']:.0f} seconds and {results['steps']} steps{updates} on {results['processes']} "
+        f"process(es), {results['device']}; metrics are those of the dev set, or of held-out text.\n"
         f"{_size(student)}{speed}{remarks}" + "\n" * bool(remarks)
     )
 

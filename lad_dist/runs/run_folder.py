@@ -234,6 +234,11 @@ class Run:
             return {"skipped_steps": [], "skipped": []}
         return _read_table(self._skipped_steps)
 
+    def skipped_updates(self) -> int:
+        """Return how many steps of the run changed no weight, the same on all processes."""
+        record = processes.on_main(self._read_skipped_steps)
+        return len({*record["skipped_steps"], *(row["step"] for row in record["skipped"])})
+
     def record_skip(self, row: Mapping[str, Any], skipped_steps: Sequence[int]) -> None:
         """Record an update that was skipped, and the steps that the run skips from now on."""
         if not ranks.is_main():

@@ -22,6 +22,7 @@ their checkpoints where run.save_every left any; ASHA then compares anew.
 import ctypes
 import gc
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ from lad_dist.utils.tables import flatten
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run folders have it all
 
-TASK_KEYS = {"data.task", "data.train", "data.dev", "data.kind"}
+TASK_KEYS = {"data.task", "data.train", "data.dev", "data.kind", "data.labels", "data.positive"}
 
 logger = get_logger(__name__)
 
@@ -248,6 +249,9 @@ def _conclude(
         assert result.metrics is not None
         number = result.metrics["config"]["number"]  # Tune gives a trial that runs again a folder of another name
         trial, last = trials[number], {key: result.metrics[key] for key in ("score", "step")}
+        if not math.isfinite(last["score"]):  # no order has a place for it
+            failed.append({"trial": trial.config.run.name, "error": f"{metrics[number]} is {last['score']}"})
+            continue
         rows.append({"trial": trial.config.run.name, **trial.sample, "metric": metrics[number], **last})
     if not rows:
         raise UserError(f"{folder}: all {len(failed)} trials failed; {failed[0]['trial']}: {failed[0]['error']}")

@@ -1,16 +1,24 @@
 """Scores of student and teacher on what a run does not train on: a task's dev set, or the held-out text of a corpus.
 
 All processes call the methods together. The teacher's scores are empty where it predicts nothing that can be scored.
+Outputs that are not finite have no scores: they end the run, but for those of a student in the midst of training, which
+may yet go back to an earlier checkpoint.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 from torch import Tensor
 
+from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.data.datasets import CorpusDataset
+from lad_dist.distributed import processes
+from lad_dist.distributed.logs import get_logger
 from lad_dist.evaluation import evaluate
+from lad_dist.evaluation.baseline import weakness
 from lad_dist.evaluation.evaluate import Dev, DevPredictions
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.frozen import FrozenModel
@@ -18,6 +26,10 @@ from lad_dist.objectives.losses import hard_label_loss
 from lad_dist.training.distiller import Distiller
 
 Scores = dict[str, float]
+
+BROKEN_STUDENT = "the student's outputs are not finite: no scores of this step"
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -29,16 +41,36 @@ class TaskEvaluation:
     dev: Dev
     teacher_dev: Dev  # the same examples in the teacher's tokens
 
+    def check_teacher(self, baseline_check: bool) -> None:
+        """Raise UserError where the teacher is broken, or with `baseline_check` where it has a `weakness`."""
+        predictions = self._teacher_predictions
+        if self.teacher is None or predictions is None or not baseline_check:
+            return
+        reason = weakness(self.teacher, self.teacher_dev["dev"], predictions["dev"].logits)
+        if reason is not None:
+            raise UserError(f"{self.teacher.path}: {reason}; teacher.baseline_check = false trains nevertheless")
+
     def student_scores(self) -> Scores:
-        return evaluate.task_scores(self.dev, self._student_predictions())
+        """Return the student's scores, none where its outputs are not finite."""
+        predictions = self._student_predictions()
+        if any(dev_predictions.broken_rows for dev_predictions in predictions.values()):
+            logger.warning(BROKEN_STUDENT)
+            return {}
+        return evaluate.task_scores(self.dev, predictions)
 
     def teacher_scores(self) -> Scores:
         predictions = self._teacher_predictions
         return {} if predictions is None else evaluate.task_scores(self.teacher_dev, predictions)
 
     def compare(self) -> dict[str, Scores]:
-        """Return the scores of "student" and "teacher"."""
-        return evaluate.compare(self.dev, self._student_predictions(), self.teacher_dev, self._teacher_predictions)
+        """Return the scores of "student" and "teacher".
+
+        Raises:
+            UserError: The logits of one are not finite.
+        """
+        student = self._student_predictions()
+        evaluate.check_finite("the student", student)
+        return evaluate.compare(self.dev, student, self.teacher_dev, self._teacher_predictions)
 
     def _student_predictions(self) -> DevPredictions:
         self.distiller.eval()
@@ -53,7 +85,9 @@ class TaskEvaluation:
     def _teacher_predictions(self) -> DevPredictions | None:
         if self.teacher is None:
             return None
-        return evaluate.predict_all(partial(evaluate.logits_of, self.teacher), self.teacher_dev)
+        predictions = evaluate.predict_all(partial(evaluate.logits_of, self.teacher), self.teacher_dev)
+        evaluate.check_finite(self.teacher.path, predictions)
+        return predictions
 
 
 @dataclass
@@ -65,15 +99,41 @@ class CorpusEvaluation:
     dataset: CorpusDataset
     teacher_has_head: bool
 
+    def check_teacher(self, baseline_check: bool) -> None:
+        """Raise UserError where what the objective reads of the teacher is not finite in the first micro-batch."""
+        if self.teacher is None:
+            return
+        batch = self.dataset.batch(0, 0).to(processes.device())
+        outputs = self.teacher(batch, self.distiller.objective.teacher_spec)
+        tensors = [outputs.logits, *outputs.hidden.values(), *itertools.chain(*outputs.qkv.values())]
+        if not all(bool(x.isfinite().all()) for x in tensors if x is not None):
+            raise UserError(f"{self.teacher.path}: broken, as outputs are not finite in the first micro-batch")
+
     def student_scores(self) -> Scores:
-        self.distiller.eval()
-        return evaluate.mean_terms(self._student_terms, self.dataset.held_out)
+        """Return the student's terms, none where one is not finite."""
+        scores = self._mean_student_terms()
+        if not all(map(math.isfinite, scores.values())):
+            logger.warning(BROKEN_STUDENT)
+            return {}
+        return scores
 
     def teacher_scores(self) -> Scores:
         return evaluate.mean_terms(self._teacher_terms, self.dataset.held_out) if self.teacher_has_head else {}
 
     def compare(self) -> dict[str, Scores]:
-        return {"student": self.student_scores()}
+        """Return the scores of "student".
+
+        Raises:
+            UserError: One of them is not finite.
+        """
+        scores = self._mean_student_terms()
+        if broken := [name for name, value in scores.items() if not math.isfinite(value)]:
+            raise UserError(f"the student: broken, as {broken[0]} on held-out text is not finite")
+        return {"student": scores}
+
+    def _mean_student_terms(self) -> Scores:
+        self.distiller.eval()
+        return evaluate.mean_terms(self._student_terms, self.dataset.held_out)
 
     def _student_terms(self, batch: Batch) -> dict[str, Tensor]:
         target = self.teacher(batch, self.distiller.objective.teacher_spec) if self.teacher else None

@@ -80,8 +80,9 @@ class Reporter:
             self.record_scores(step, self.trainer.evaluate())
 
     def record_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Report scores of the student."""
-        self.record(step, _prefixed("dev", scores))
+        """Report scores of the student, if there are any."""
+        if scores:
+            self.record(step, _prefixed("dev", scores))
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Report a row."""

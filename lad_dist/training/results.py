@@ -65,6 +65,7 @@ def write_results(
         "student": {**size, **distiller.initial_values, **sizes_on_disk},
         "teacher": (footprint.footprint(teacher.model, batch) if teacher else {}) | scores.get("teacher", {}),
         "steps": trainer.steps,
+        "skipped_updates": run.skipped_updates(),
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,
         "processes": ranks.world_size(),

@@ -96,7 +96,14 @@ class RunSpec:
         if self.config.teacher is None:
             return None
         dtype = getattr(torch, self.config.teacher.dtype or self.precision)
-        return FrozenModel(self.config.teacher.path, self.teacher_head, device=device, dtype=dtype, labels=self.labels)
+        return FrozenModel(
+            self.config.teacher.path,
+            self.teacher_head,
+            device=device,
+            dtype=dtype,
+            labels=self.labels,
+            fixed_order=self.task is not None and self.task.fixed_order,
+        )
 
     def distiller(self, dataset: CorpusDataset | TaskDataset) -> Distiller:
         """Build student and objective, with random weights by the run's seed.
@@ -318,7 +325,7 @@ def _check_teacher(
     check_weight_files(path)
     _check_length(config, hf_config, path)
     if task is not None:
-        label_order(hf_config, path, task.kind, task.outputs)
+        label_order(hf_config, path, task.kind, task.outputs, fixed_order=task.fixed_order)
     elif head == "mlm" and not has_mlm_head(hf_config):
         head = "none"
     return hf_config, head

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from lad_dist.config.errors import Fault
 from lad_dist.config.schema import TrainConfig
 from lad_dist.data.datasets import TaskDataset
 from lad_dist.distributed import processes
@@ -63,7 +64,8 @@ def train(config: TrainConfig, report: Report = silent) -> RunResult:
 def _train_from_checkpoint(spec: RunSpec, run: Run, report: Report, watchdog: Watchdog) -> RunResult:
     """Train from the newest checkpoint to the end, to a stop, or until the run goes back to an earlier checkpoint."""
     with watchdog.paused():
-        trainer = build_trainer(spec, run, phase=partial(_mark, watchdog))
+        begins = processes.on_main(run.checkpoints.newest_name) is None
+        trainer = build_trainer(spec, run, phase=partial(_mark, watchdog), check_teacher=begins)
         resumption = Resumption(run=run, trainer=trainer, keep_alive=partial(watchdog.mark, phase="saving"))
         reporter = Reporter(run, report, trainer, watchdog)
         first = resumption.resume()
@@ -80,6 +82,8 @@ def _train_from_checkpoint(spec: RunSpec, run: Run, report: Report, watchdog: Wa
     trainer.metrics = MetricAccumulator()  # its clocks start with the steps, after the teacher's scores
     result = RunResult(run.folder, trainer.fit(first, hooks))
     if result.status is RunStatus.COMPLETED:
+        if run.skipped_updates() == trainer.steps:
+            raise Fault(f"{run.folder}: all {trainer.steps} updates were skipped; skipped_steps.json says why")
         resumption.checkpointer.wait(trainer.steps)
         with watchdog.paused():
             seconds, throughput = resumption.seconds, trainer.metrics.session.tokens_per_second()
@@ -97,8 +101,12 @@ def _mark(watchdog: Watchdog, name: str, step: int, micro_batch: int) -> context
     return contextlib.nullcontext()
 
 
-def build_trainer(spec: RunSpec, run: Run, phase: Phase = unobserved) -> Trainer:
-    """Build everything up to the first step: processes, data, teacher, student, engine."""
+def build_trainer(spec: RunSpec, run: Run, phase: Phase = unobserved, *, check_teacher: bool = False) -> Trainer:
+    """Build everything up to the first step: processes, data, teacher, student, engine.
+
+    Raises:
+        UserError: With `check_teacher`: the teacher is not worth learning from.
+    """
     config = spec.config
     device = processes.start()
     if spec.precision == "bfloat16" and device.type == "cpu" and not _cpu_has_bf16():
@@ -107,14 +115,16 @@ def build_trainer(spec: RunSpec, run: Run, phase: Phase = unobserved) -> Trainer
     dataset, teacher = spec.dataset(), spec.teacher(device)
     distiller = spec.distiller(dataset).to(device)
     teacher_dataset = spec.teacher_dataset(dataset)
-    teacher_outputs = build_teacher_outputs(
-        spec, run, teacher=teacher, teacher_dataset=teacher_dataset, output_spec=distiller.objective.teacher_spec
-    )
     if isinstance(dataset, TaskDataset):
         assert isinstance(teacher_dataset, TaskDataset)
         evaluation: Evaluation = TaskEvaluation(distiller, teacher, dataset.dev, teacher_dataset.dev)
     else:
         evaluation = CorpusEvaluation(distiller, teacher, dataset, teacher_has_head=spec.teacher_head == "mlm")
+    if check_teacher and config.teacher is not None:
+        evaluation.check_teacher(config.teacher.baseline_check)
+    teacher_outputs = build_teacher_outputs(
+        spec, run, teacher=teacher, teacher_dataset=teacher_dataset, output_spec=distiller.objective.teacher_spec
+    )
     deepspeed_engine = engine.build_engine(distiller, config)
     policy = SkipPolicy(config.run.max_skips, config.run.spike_sigma, run.skipped_steps())
     return Trainer(

@@ -13,6 +13,7 @@ text.most=300 text.train_each=8 text.few_each=4 text.dev_each=4 text.held_out=0.
 pretrain.run.steps=2 pretrain.student.architecture.hidden_size=32 pretrain.student.architecture.num_attention_heads=2
 pretrain.student.architecture.intermediate_size=64
 teacher.run.epochs=1.0 lad.run.epochs=1.0 alone.run.epochs=1.0 lad.run.log_every=1 alone.run.log_every=1
+lad.teacher.baseline_check=false
 """.split()
 
 

@@ -56,6 +56,7 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
     changes: dict[str, Any] = {"run.dir": str(work), "run.steps": 2, "run.epochs": None, "run.eval_every": 0}
     if "teacher" in tables:
         changes["teacher.path"] = str(world.pretrained if pretraining else world.teacher)
+        changes["teacher.baseline_check"] = pretraining  # it has learnt nothing
     if "path" in tables["student"]:
         changes["student.path"] = str(world.pretrained)
     else:

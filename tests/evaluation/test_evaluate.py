@@ -1,7 +1,11 @@
 """An evaluation sees every example once, in order, on any number of processes, and agrees with the run's scores."""
 
 import json
+import math
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,9 @@ import toy
 from conftest import World
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import EvaluateConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
@@ -21,7 +27,9 @@ from lad_dist.data.tasks.task import Task
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.distributed import processes, ranks
 from lad_dist.evaluation import evaluate
+from lad_dist.evaluation.baseline import weakness
 from lad_dist.evaluation.evaluate import Predictions
+from lad_dist.evaluation.prediction import predict
 from lad_dist.training.train import train
 
 
@@ -100,7 +108,7 @@ def test_an_export_scores_what_the_run_reported(world: World, tmp_path: Path) ->
     options = {"teacher": {"path": str(world.teacher)}, "out": str(out)}
     scores = evaluate.evaluate(evaluate_config(world, run.folder / "export", **options))
     assert json.loads(out.read_text()) == scores
-    for name in ("accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty"):
+    for name in ("accuracy", "f1_macro", "matthews", "label_loyalty", "probability_loyalty"):
         assert scores["model"][name] == pytest.approx(run.results["metrics"][name], abs=1e-6)
     assert scores["model"]["parameters"] == run.results["student"]["parameters"]
     assert scores["teacher"]["accuracy"] == run.results["teacher"]["accuracy"]
@@ -118,4 +126,69 @@ def test_a_model_is_loyal_to_itself(world: World) -> None:
 def test_without_a_teacher_no_loyalty_is_measured(world: World) -> None:
     scores = evaluate.evaluate(evaluate_config(world, world.teacher))
     assert set(scores) == {"model"}
-    assert set(scores["model"]) == {"path", "parameters", "accuracy", "f1", "matthews"}
+    assert set(scores["model"]) == {"path", "parameters", "accuracy", "f1_macro", "matthews"}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "has_names", "expected"),
+    [
+        ([0, 1, 2, 3], False, None),
+        (
+            [3, 0, 1, 2],
+            False,
+            r"0\.2, .* constant answer 0\.25, .* order 0\.8: set data\.labels = \['b', 'c', 'd', 'a'\]",
+        ),
+        ([0, 1, 3, 2], False, r"0\.45, .* 0\.25, .* order 0\.8: set data\.labels = \['a', 'b', 'd', 'c'\]"),
+        ([3, 0, 1, 2], True, r"0\.2, .* 0\.25; is it fine-tuned for this task\?"),
+        ([0, 1, 3, 2], True, None),
+        ([0, 0, 0, 0], False, r"0\.25, .* 0\.25; the outputs have no names .* \['a', .*\]; no other order"),
+    ],
+)
+def test_a_model_is_compared_with_a_constant_answer(
+    outputs: list[int], has_names: bool, expected: str | None, world: World
+) -> None:
+    """A model that is right in 80 % of the examples; the text of class n is taken for that of outputs[n]."""
+    labels = np.arange(200) % 4
+    decided = np.where(np.arange(200) // 4 % 5 > 0, labels, (labels + 1) % 4)
+    texts = Texts([toy.sentence(n) for n in range(200)], None, labels)
+    task = Task("t", "classification", ("a", "b", "c", "d"), ("accuracy",), texts, {})
+    examples = tokenize(task, texts, load_tokenizer(world.tokenizer), TaskDataConfig(task="rte"), "t")
+    model: Any = SimpleNamespace(has_label_names=has_names)
+    reason = weakness(model, examples, np.eye(4)[np.array(outputs)[decided]])
+    assert (reason is None) if expected is None else re.search(expected, (reason or "").replace('"', "'"))
+
+
+def test_numbers_are_compared_with_the_mean(world: World) -> None:
+    labels = np.arange(200, dtype=np.float32) / 40
+    texts = Texts([toy.sentence(n) for n in range(200)], None, labels)
+    task = Task("t", "regression", (), ("pearson", "spearman"), texts, {})
+    examples = tokenize(task, texts, load_tokenizer(world.tokenizer), TaskDataConfig(task="stsb"), "t")
+    model: Any = SimpleNamespace(has_label_names=False)
+    assert weakness(model, examples, labels[:, None] + 1) is None
+    for outputs, reason in ((5 - labels, "pearson on the dev set is -1"), (labels / 50, "outputs are 0 to 0.0995 and")):
+        assert reason in str(weakness(model, examples, outputs[:, None]))
+
+
+def test_a_broken_or_weak_model_is_refused(world: World, tmp_path: Path) -> None:
+    """Weights that are not finite: no score, no label, no run. A score of chance: no run."""
+    for name in ("teacher", "headless"):
+        shutil.copytree(getattr(world, name), tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        next(x for key, x in weights.items() if key.endswith("LayerNorm.weight")).fill_(math.nan)
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+    broken = "teacher: broken, as logits in 24 of 24 rows of the dev set are not finite"
+    weak = "accuracy on the dev set is .*is it fine-tuned for this task.*; teacher.baseline_check = false trains"
+    tables = toy.task_config(tmp_path, world.files, tmp_path / "teacher", world.pretrained)
+    corpus = toy.corpus_config(tmp_path, world.corpus, tmp_path / "headless", world.pretrained)
+    checked = {"teacher.path": str(world.teacher), "teacher.baseline_check": True}
+    for message, action in {
+        broken: lambda: evaluate.evaluate(evaluate_config(world, tmp_path / "teacher")),
+        "teacher: broken, as logits": lambda: predict(tmp_path / "teacher", ["ba"]),
+        f"^.*{broken}": lambda: train(toy.parsed(tables)),
+        "headless: broken, as outputs are": lambda: train(toy.parsed(corpus, {"objective": {"name": "minilm2"}})),
+        weak: lambda: train(toy.parsed(tables, checked)),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            action()
+    assert not (tmp_path / "toy" / "metrics.jsonl").exists()
+    assert not (tmp_path / "toy" / "teacher_cache").exists()

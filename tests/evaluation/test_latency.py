@@ -84,7 +84,7 @@ def test_all_forms_of_a_run_and_the_teacher(world: World, tmp_path: Path, capsys
     assert fp32["loyalty"]["label_loyalty"] == 1.0
     assert fp32["loyalty"]["probability_loyalty"] > 0.999
     assert 0.5 <= int8["loyalty"]["label_loyalty"] <= 1.0
-    assert set(fp32["metrics"]) == {"accuracy", "f1", "matthews"}
+    assert set(fp32["metrics"]) == {"accuracy", "f1_macro", "matthews"}
     printed, text = capsys.readouterr().out, (export / "README.md").read_text()
     for form in forms:
         assert f"| {form} | cpu | " in text

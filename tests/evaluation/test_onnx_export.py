@@ -1,5 +1,6 @@
 """Exported models answer as the models themselves, on ragged padded batches."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,17 @@ def test_onnx_is_the_model(
     assert onnx_export.distance(model, onnx_export.Session(file.with_name("model.int8.onnx"))) < 0.3
 
 
-def test_a_file_with_other_outputs_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("gap", "shown"), [(1e-3, r"1\.0e-03"), (math.nan, "nan")])
+def test_a_file_with_other_outputs_is_discarded(
+    gap: float, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def export(*args: Any, **_: Any) -> None:
         Path(args[2]).write_bytes(b"onnx")
 
     model, file = low_rank_model("bert", "classification", tmp_path, **SMALL), tmp_path / "model.onnx"
     monkeypatch.setattr(torch.onnx, "export", export)
-    monkeypatch.setattr(onnx_export, "Session", lambda _: lambda inputs: [model(**inputs)[0].numpy() + 1e-3])
-    with pytest.raises(Fault, match=r"model\.onnx: the outputs are 1\.0e-03 from the model's; the file is discarded"):
+    monkeypatch.setattr(onnx_export, "Session", lambda _: lambda inputs: [model(**inputs)[0].numpy() + gap])
+    with pytest.raises(Fault, match=rf"model\.onnx: the outputs are {shown} from the model's; the file is discarded"):
         onnx_export.export(model, file)
     assert not list(tmp_path.glob("*.onnx*"))
 

@@ -70,7 +70,7 @@ def _case(name: str, config: str, overrides: Mapping[str, Any], processes: int =
 
 
 def _taught(task: str, student: str = "../inputs/pretrained") -> dict[str, Any]:
-    return {"teacher.path": f"../inputs/{task}", "student.path": student}
+    return {"teacher.path": f"../inputs/{task}", "teacher.baseline_check": False, "student.path": student}
 
 
 TOKENIZER = Case(

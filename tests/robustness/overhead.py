@@ -98,7 +98,7 @@ def _added_up(method: Callable[..., Any], name: str, seconds: dict[str, Seconds]
 def run(teacher: str, folder: Path, steps: int) -> Victim:
     tables = {
         "run": {"name": "run", "dir": str(folder), "steps": steps, "save_every": EVERY, "replica_check_every": EVERY},
-        "teacher": {"path": teacher},
+        "teacher": {"path": teacher, "baseline_check": False},
         "student": {"path": teacher, "num_hidden_layers": 3},
         "data": {
             "train": str(folder / "train.csv"), "dev": str(folder / "dev.csv"), "max_length": 128, "num_workers": 0,

@@ -66,6 +66,8 @@ def test_a_spoilt_update_is_skipped_and_reported(
     config, rows = make(), list[Row]()
     result = train(config, rows.append)
     assert all(math.isfinite(value) for name, value in result.results["metrics"].items() if name != "loss")
+    assert result.results["skipped_updates"] == 1
+    assert "8 steps (1 without an update" in (result.export_dir / "README.md").read_text()
     assert steps_of(rows) == list(range(1, 9))
     assert [math.isinf(row["loss"]) for row in rows if "loss" in row] == [step == 4 for step in range(1, 9)]
     assert "the update of step 3 was skipped: loss inf" in capsys.readouterr().err
@@ -82,7 +84,7 @@ def test_skips_in_a_row_go_back_to_a_checkpoint_and_leave_their_steps_out(
     poison(monkeypatch, {6, 7})
     changes = {"run.steps": 12, "run.save_every": 2, "run.keep": 5, "run.max_skips": 2}
     config, rows = make(changes), list[Row]()
-    assert train(config, rows.append).results is not None
+    assert train(config, rows.append).results["skipped_updates"] == 4
     assert "going back to step-000000004" in capsys.readouterr().err
     assert steps_of(rows) == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     written = [json.loads(line) for line in (config.run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -105,11 +107,18 @@ def test_without_a_checkpoint_it_goes_back_to_the_beginning(
     assert weights(config) == weights(other)
 
 
+@pytest.mark.parametrize(
+    ("steps", "message"), [(100, "update after update was skipped"), (8, "all 8 updates were skipped; skipped_steps")]
+)
 def test_a_run_that_only_skips_ends_with_what_is_wrong(
-    make: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    steps: int,
+    message: str,
+    make: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     poison(monkeypatch, set(range(100)))
-    config = make({"run.steps": 100, "run.max_skips": 1, "run.log_every": 100})
+    config = make({"run.steps": steps, "run.max_skips": 1, "run.log_every": 100})
 
     def work() -> int:
         train(config)
@@ -118,7 +127,7 @@ def test_a_run_that_only_skips_ends_with_what_is_wrong(
     assert exit_code(work) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
-    assert "update after update was skipped" in last
+    assert message in last
     assert json.loads((config.run.folder / "crashes.json").read_text())["crashes"] == 1
 
 

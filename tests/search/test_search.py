@@ -94,7 +94,7 @@ def denying(world: World, folder: Path) -> Path:
         ({"space": {"data.micro_batches_per_step": {"randint": [1, 2.5]}}}, r"give \[low, high\] with low < high"),
         ({"space": {"optim.lr": {"choice": []}}}, "give a list"),
         ({"space": {"optim.lr": {"choice": ["much"]}}}, "optim.lr: input should be a valid number, not 'much'"),
-        ({"search": {"metric": "pearson"}}, 'no "pearson", it has accuracy, f1, matthews'),
+        ({"search": {"metric": "pearson"}}, 'no "pearson", it has accuracy, f1_macro, matthews'),
         ({"search": {"base": "nowhere.toml"}}, "nowhere.toml: cannot read the config"),
         ({"override": {"run.eval_every": 0}}, "set override.run.eval_every"),
         ({"space": {"data.dev": {"choice": ["dev.csv"]}}}, "space.data.dev: scores of different tasks cannot"),

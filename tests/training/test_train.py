@@ -215,7 +215,7 @@ def test_results_say_how_good_small_fast_and_faithful(world: World, tmp_path: Pa
         "command", "config", "metrics", "student", "teacher", "steps", "seconds", "tokens_per_second", "processes",
         "device", "versions",
     }  # fmt: skip
-    assert set(results["metrics"]) >= {"accuracy", "f1", "matthews", "label_loyalty", "probability_loyalty"}
+    assert set(results["metrics"]) >= {"accuracy", "f1_macro", "matthews", "label_loyalty", "probability_loyalty"}
     assert results["teacher"]["parameters"] > results["student"]["parameters"]
     assert results["teacher"]["forward_flops_per_token"] > results["student"]["forward_flops_per_token"]
     assert results["config"]["objective"]["temperature"] == 2.0  # defaults are written out

@@ -59,5 +59,7 @@ def run_training(config: TrainConfig) -> int:
         print_table(config.run.name, ("", "student", "teacher"), rows)
     else:
         print_table(config.run.name, ("", "model"), list(student.items()))
+    if skipped := result.results.get("skipped_updates"):  # results of earlier versions lack it
+        say(f"{skipped} of {result.results['steps']} updates were skipped: {result.folder}/skipped_steps.json says why")
     say(f"model in {result.export_dir}, curves: tensorboard --logdir {result.folder}")
     return EXIT_DONE

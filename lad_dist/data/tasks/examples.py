@@ -67,7 +67,9 @@ class TaskExamples(Generic[Raw]):
 
         Raise UserError when the tokenizer does not know the text.
         """
-        self._metrics, self._label_names, self._description = task.metrics, task.label_names, description
+        self._metrics, self._description = task.metrics, description
+        self.kind, self.outputs = task.kind, task.outputs
+        self._positive = None if task.positive is None else task.outputs.index(task.positive)
         self._encoded, self._rows, self._labels = self._encode(raw, tokenizer, data)
         refuse_unknown(tokenizer, self._encoded.ids[:CHECKED_EXAMPLES], description)
         self._pad, self._pad_to = special_token_frame(tokenizer).pad, pad_to
@@ -76,8 +78,19 @@ class TaskExamples(Generic[Raw]):
         raise NotImplementedError
 
     def score(self, logits: Logits) -> dict[str, float]:
-        """Return the task's metrics of logits [R, V]."""
+        """Return the task's metrics of logits [R, V], which are finite."""
         raise NotImplementedError
+
+    def baseline(self) -> float:
+        """Return the first metric of one constant answer: the most frequent label, one number, or "no answer"."""
+        return self.score(self._constant_logits())[self._metrics[0]]
+
+    def _constant_logits(self) -> Logits:
+        """Return the logits [R, V] of the constant answer."""
+        constant = np.zeros((len(self.labels), len(self.outputs)))
+        if self.kind != "regression":
+            constant[:, np.bincount(self.labels).argmax()] = 1
+        return constant
 
     def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
         """Return how far a student decides as its teacher does, from logits [R, V] of both."""
@@ -150,7 +163,7 @@ class TextExamples(TaskExamples[Texts]):
         return Encoded(sequences, [FIRST_TOKEN] * len(sequences.ids), list(raw.labels[:, None]))
 
     def score(self, logits: Logits) -> dict[str, float]:
-        return metrics.score(self._metrics, logits, self.labels)
+        return metrics.score(self._metrics, logits, self.labels, self._positive)
 
 
 class TaggingExamples(TaskExamples[Sentences]):
@@ -180,7 +193,7 @@ class TaggingExamples(TaskExamples[Sentences]):
 
     def _tags(self, numbers: np.ndarray) -> list[list[str]]:
         """Return the tags of class ids [R], sentence by sentence."""
-        return [[self._label_names[n] for n in sentence] for sentence in np.split(numbers, self._sentences[:-1])]
+        return [[self.outputs[n] for n in sentence] for sentence in np.split(numbers, self._sentences[:-1])]
 
 
 def split_sentence(words: EncodedWords, room: int) -> list[int]:
@@ -219,6 +232,11 @@ class QuestionExamples(TaskExamples[Questions]):
         characters = np.concatenate([x for window in windows.characters for x in (nothing, window)])
         self._places = AnswerWindows(windows.question, np.cumsum([0, *map(len, rows)]), characters)
         return Encoded(windows.encoded, rows, labels)
+
+    def _constant_logits(self) -> Logits:
+        constant = np.zeros((self._places.starts[-1], 2))
+        constant[self._places.starts[:-1]] = 1 + abs(self._data.null_score_diff_threshold)
+        return constant
 
     def _warn_of_cut_answers(self, question: np.ndarray, labels: Sequence[np.ndarray]) -> None:
         """Log how many answers are in no window as a whole: the labels of their windows are those of "no answer"."""

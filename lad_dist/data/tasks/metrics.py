@@ -3,6 +3,7 @@
 E examples or words, C classes, R rows of all windows.
 """
 
+import math
 import re
 import string
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 from scipy.stats import pearsonr, spearmanr
@@ -21,23 +23,49 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 Array = NDArray[np.floating] | NDArray[np.integer]
 
 
-def score(names: Sequence[str], logits: NDArray[np.floating], labels: Array) -> dict[str, float]:
-    """Return the named metrics of logits [E, C] ([E, 1] for regression) against labels [E]."""
+def score(
+    names: Sequence[str], logits: NDArray[np.floating], labels: Array, positive: int | None = None
+) -> dict[str, float]:
+    """Return the named metrics of finite logits [E, C] ([E, 1] for regression) against labels [E].
+
+    `f1` is that of the class `positive`; `f1_macro` is the mean over the classes that occur among the labels.
+    """
+    assert np.isfinite(logits).all()
     predicted = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
-    return {name: float(METRICS[name](labels, predicted)) for name in names}
+    metrics = METRICS if positive is None else {**METRICS, "f1": partial(_f1, positive)}
+    return {name: float(metrics[name](labels, predicted)) for name in names}
 
 
-def _f1(labels: Array, predicted: Array) -> float:
-    return f1_score(labels, predicted, average="binary" if max(labels.max(), predicted.max()) <= 1 else "macro")
+def _f1(positive: int, labels: Array, predicted: Array) -> float:
+    return f1_score(labels == positive, predicted == positive, zero_division=0)
+
+
+def _f1_macro(labels: Array, predicted: Array) -> float:
+    return f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)
 
 
 def _correlation(test: Callable[[Array, Array], Any], labels: Array, predicted: Array) -> float:
-    return test(labels, predicted).statistic if np.ptp(predicted) else 0.0
+    return test(labels, predicted).statistic if np.ptp(labels) and np.ptp(predicted) else 0.0
 
 
-METRICS = {
+def best_output_order(logits: NDArray[np.floating], labels: Array) -> NDArray[np.integer]:
+    """Return the class [C] that each output of logits [E, C] stands for, so that most decisions equal the labels [E].
+
+    The outputs stand for the classes in order, unless another order is right in clearly more examples: by three
+    standard deviations of the difference.
+    """
+    predicted, classes = logits.argmax(axis=1), np.arange(logits.shape[1])
+    counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(counts, (predicted, labels), 1)
+    order = linear_sum_assignment(counts, maximize=True)[1]
+    right, right_in_order = predicted == labels, order[predicted] == labels
+    gained, lost = (right_in_order & ~right).sum(), (right & ~right_in_order).sum()
+    return order if gained - lost > 3 * math.sqrt(gained + lost) else classes
+
+
+METRICS: dict[str, Callable[[Array, Array], Any]] = {
     "accuracy": accuracy_score,
-    "f1": _f1,
+    "f1_macro": _f1_macro,
     "matthews": matthews_corrcoef,
     "pearson": partial(_correlation, pearsonr),
     "spearman": partial(_correlation, spearmanr),
@@ -59,7 +87,9 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
 
 
 def _distance(student: NDArray[np.floating], teacher: NDArray[np.floating], axis: int) -> NDArray[np.floating]:
-    """Return the Jensen-Shannon distance (base 2) of the distributions that logits say along an axis."""
+    """Return the Jensen-Shannon distance (base 2) of the distributions that finite logits say along an axis."""
+    assert np.isfinite(student).all()
+    assert np.isfinite(teacher).all()
     with np.errstate(invalid="ignore"):  # rounding takes equal ones below 0, and its root is NaN
         distance = jensenshannon(softmax(student, axis=axis), softmax(teacher, axis=axis), base=2, axis=axis)
     return np.nan_to_num(distance)

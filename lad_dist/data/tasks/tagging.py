@@ -7,7 +7,7 @@ a # and a blank, unless they have the columns and a tag of words.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,18 +38,24 @@ class _Sentence(NamedTuple):
     tags: list[Any]
 
 
-def load_tagging(train_file: Path, dev_file: Path) -> tuple[Sentences, Sentences, tuple[str, ...]]:
-    """Return the sentences of both files, and the names of the training file's tags in the order of the class ids.
+def load_tagging(
+    train_file: Path, dev_file: Path, labels: Sequence[str] | None = None
+) -> tuple[Sentences, Sentences, tuple[str, ...]]:
+    """Return the sentences of both files, and the names of the tags in the order of the class ids.
 
-    Raise UserError, with file and line, for a mistake in one.
+    These are `labels`, by default the training file's tags, sorted.
+
+    Raises:
+        UserError: A file has a mistake; the message names its line.
     """
     train, dev = (list(reader_of(file, READERS)(file)) for file in (train_file, dev_file))
     for file, sentences in ((train_file, train), (dev_file, dev)):
         if not sentences:
             raise UserError(f"{file}: no sentences")
-    names = sorted_names(_each(train_file, train, label_name))
-    if len(names) < 2:
-        raise UserError(f"{train_file}: every tag is {names[0]}; tagging needs at least two")
+    present = sorted_names(_each(train_file, train, label_name))
+    if len(present) < 2:
+        raise UserError(f"{train_file}: every tag is {present[0]}; tagging needs at least two")
+    names = tuple(labels or present)
     ids = {name: number for number, name in enumerate(names)}
     return _numbered(train_file, train, ids), _numbered(dev_file, dev, ids), names
 

@@ -29,7 +29,7 @@ class Task(NamedTuple):
     """Examples, label names and metrics.
 
     Label names are in the order of the class ids, none where outputs are numbers. The first metric is the one to
-    maximise.
+    maximise; f1 is that of the label `positive`. With `fixed_order`, data.labels says that heads have this order.
     """
 
     name: str
@@ -38,6 +38,8 @@ class Task(NamedTuple):
     metrics: tuple[str, ...]
     train: RawExamples
     dev: Mapping[str, RawExamples]
+    positive: str | None = None
+    fixed_order: bool = False
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -68,9 +70,7 @@ def load_task(data: TaskDataConfig) -> Task:
     """
     check_task(data)
     if data.task is None:
-        assert data.train is not None
-        assert data.dev is not None
-        return LOADERS[data.kind](Path(data.train), Path(data.dev))
+        return LOADERS[data.kind](data)
     task = GLUE[data.task]
     if data.path is None:
         train, *dev = [
@@ -79,11 +79,31 @@ def load_task(data: TaskDataConfig) -> Task:
     else:
         train, *dev = [texts_from_tsv(task, file) for file in glue_files(data.path, task)]
     kind: Kind = "classification" if task.label_names else "regression"
-    names = [name for name, *_ in task.dev]
-    return Task(data.task, kind, task.label_names, task.metrics, train, dict(zip(names, dev, strict=True)))
+    if data.labels is not None:
+        if sorted(data.labels) != sorted(task.label_names):
+            raise UserError(f"data.labels: the labels of {data.task} are {', '.join(task.label_names) or 'numbers'}")
+        ids = np.array([data.labels.index(name) for name in task.label_names])
+        train, *dev = [texts._replace(labels=ids[texts.labels]) for texts in (train, *dev)]
+    return Task(
+        name=data.task,
+        kind=kind,
+        label_names=tuple(data.labels or task.label_names),
+        metrics=task.metrics,
+        train=train,
+        dev=dict(zip((name for name, *_ in task.dev), dev, strict=True)),
+        positive=task.label_names[1] if "f1" in task.metrics else None,
+        fixed_order=data.labels is not None,
+    )
 
 
-def _own_task(kind: Kind, train_file: Path, dev_file: Path) -> Task:
+def _own_files(data: TaskDataConfig) -> tuple[Path, Path]:
+    assert data.train is not None
+    assert data.dev is not None
+    return Path(data.train), Path(data.dev)
+
+
+def _own_task(kind: Kind, data: TaskDataConfig) -> Task:
+    train_file, dev_file = _own_files(data)
     train, dev = (reader_of(file, files.READERS)(file, OWN_COLUMNS, OWN_PAIR) for file in (train_file, dev_file))
     if (OWN_PAIR in train.columns) != (OWN_PAIR in dev.columns):
         lacking = dev_file if OWN_PAIR in train.columns else train_file
@@ -92,27 +112,54 @@ def _own_task(kind: Kind, train_file: Path, dev_file: Path) -> Task:
     if kind == "regression":
         names: tuple[str, ...] = ()
         examples = [texts_of_rows(rows, columns, number_label, np.float32) for rows in (train, dev)]
+        for file, texts in zip((train_file, dev_file), examples, strict=True):
+            if not np.ptp(texts.labels):
+                raise UserError(f"{file}: every label is {texts.labels[0]:g}; a regression needs at least two")
+        metrics: tuple[str, ...] = ("pearson", "spearman")
     else:
-        names = sorted_names(train.labels("label", label_name, object).tolist())
-        if len(names) < 2:
-            raise UserError(f"{train_file}: every label is {names[0]}; a classification needs at least two")
+        present = sorted_names(train.labels("label", label_name, object).tolist())
+        if len(present) < 2:
+            raise UserError(f"{train_file}: every label is {present[0]}; a classification needs at least two")
+        names = tuple(data.labels or present)
         ids = {name: number for number, name in enumerate(names)}
+        if data.positive is not None:
+            lookup("data.positive", data.positive, ids)
         examples = [texts_of_rows(rows, columns, partial(class_id, ids), np.int64) for rows in (train, dev)]
-    metrics = ("pearson", "spearman") if kind == "regression" else ("accuracy", "f1", "matthews")
-    return Task(train_file.stem, kind, names, metrics, examples[0], {"dev": examples[1]})
+        metrics = ("accuracy", *(["f1"] if data.positive else []), "f1_macro", "matthews")
+    return Task(
+        name=train_file.stem,
+        kind=kind,
+        label_names=names,
+        metrics=metrics,
+        train=examples[0],
+        dev={"dev": examples[1]},
+        positive=data.positive,
+        fixed_order=data.labels is not None,
+    )
 
 
-def _own_tagging(train_file: Path, dev_file: Path) -> Task:
-    train, dev, names = tagging.load_tagging(train_file, dev_file)
+def _own_tagging(data: TaskDataConfig) -> Task:
+    train_file, dev_file = _own_files(data)
+    train, dev, names = tagging.load_tagging(train_file, dev_file, data.labels)
     entities = all(ENTITY_TAGS.fullmatch(name) for name in names)
     metrics = ("f1", "precision", "recall", "accuracy") if entities else ("accuracy",)
-    return Task(train_file.stem, "tagging", names, metrics, train, {"dev": dev})
+    return Task(
+        name=train_file.stem,
+        kind="tagging",
+        label_names=names,
+        metrics=metrics,
+        train=train,
+        dev={"dev": dev},
+        fixed_order=data.labels is not None,
+    )
 
 
-def _own_questions(train_file: Path, dev_file: Path) -> Task:
+def _own_questions(data: TaskDataConfig) -> Task:
+    train_file, dev_file = _own_files(data)
     train, dev = squad.load_squad(train_file, dev_file)
-    both = ("f1_answerable", "f1_unanswerable") if train.unanswerable else ()
-    return Task(train_file.stem, "question_answering", (), ("f1", "exact_match", *both), train, {"dev": dev})
+    in_dev = {"f1_answerable": any(dev.answers), "f1_unanswerable": not all(dev.answers)}
+    by_kind = [name for name, present in in_dev.items() if present and dev.unanswerable]
+    return Task(train_file.stem, "question_answering", (), ("f1", "exact_match", *by_kind), train, {"dev": dev})
 
 
 # The user's own files by the kind of task: readers by the ending of a file, and what makes a task of two files.
@@ -122,7 +169,7 @@ READERS: dict[Kind, Mapping[str, Any]] = {
     "tagging": tagging.READERS,
     "question_answering": squad.READERS,
 }
-LOADERS: dict[Kind, Callable[[Path, Path], Task]] = {
+LOADERS: dict[Kind, Callable[[TaskDataConfig], Task]] = {
     "classification": partial(_own_task, "classification"),
     "regression": partial(_own_task, "regression"),
     "tagging": _own_tagging,

@@ -17,7 +17,7 @@ def one_hot(classes: list[int], width: int = 2) -> np.ndarray:
 def test_classification_by_hand() -> None:
     # true positives 2, false positives 1, false negatives 2, true negatives 1
     labels = np.array([1, 1, 1, 1, 0, 0])
-    metrics = score(("accuracy", "f1", "matthews"), one_hot([1, 1, 0, 0, 1, 0]), labels)
+    metrics = score(("accuracy", "f1", "matthews"), one_hot([1, 1, 0, 0, 1, 0]), labels, positive=1)
     assert metrics["accuracy"] == pytest.approx(3 / 6)
     assert metrics["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
     assert metrics["matthews"] == pytest.approx((2 * 1 - 1 * 2) / math.sqrt(3 * 4 * 2 * 3))
@@ -25,10 +25,27 @@ def test_classification_by_hand() -> None:
     assert turned["matthews"] == pytest.approx((2 * 2 - 0 * 2) / math.sqrt(2 * 4 * 2 * 4))
 
 
-def test_f1_of_three_classes_is_the_mean_over_them() -> None:
-    labels = np.array([0, 0, 1, 2])
-    metrics = score(("f1",), one_hot([0, 1, 1, 2], 3), labels)
-    assert metrics["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+@pytest.mark.parametrize(
+    ("labels", "predicted", "first", "macro"),
+    [
+        ([0, 0, 1, 2], [0, 1, 1, 2], 2 / 3, (2 / 3 + 2 / 3 + 1) / 3),
+        ([0, 0, 1, 2], [0, 1, 1, 1], 2 / 3, (2 / 3 + 1 / 2 + 0) / 3),  # without the last class
+        ([0, 0, 1, 1], [0, 0, 2, 2], 1, (1 + 0) / 2),  # with a class that no label names
+        ([1, 1, 2, 2], [1, 1, 2, 2], 0, 1),
+    ],
+)
+def test_what_f1_means_does_not_depend_on_what_is_predicted(
+    labels: list[int], predicted: list[int], first: float, macro: float
+) -> None:
+    metrics = score(("f1", "f1_macro"), one_hot(predicted, 3), np.array(labels), positive=0)
+    assert metrics == {"f1": pytest.approx(first), "f1_macro": pytest.approx(macro)}
+
+
+def test_logits_that_are_not_finite_have_no_metric() -> None:
+    broken, labels = np.full((2, 2), np.nan), np.array([0, 0])
+    for measure in (lambda: score(("accuracy",), broken, labels), lambda: loyalty(broken, broken)):
+        with pytest.raises(AssertionError):
+            measure()
 
 
 def test_regression_by_hand() -> None:
@@ -40,7 +57,9 @@ def test_regression_by_hand() -> None:
 
 
 def test_a_constant_prediction_correlates_with_nothing() -> None:
-    assert score(("pearson", "spearman"), np.ones((3, 1)), np.array([1.0, 2.0, 3.0])) == {"pearson": 0, "spearman": 0}
+    one, more = np.ones((3, 1)), np.array([[1.0], [2.0], [3.0]])
+    assert score(("pearson", "spearman"), one, more[:, 0]) == {"pearson": 0, "spearman": 0}
+    assert loyalty(more, one) == {"teacher_pearson": 0}
 
 
 def test_loyalty_by_hand() -> None:

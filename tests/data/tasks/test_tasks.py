@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
+from lad_dist.data.tasks.label_names import sorted_names
 from lad_dist.data.tasks.task import Task, check_task, load_task
 
 pytest_plugins = ["data_fixtures"]
@@ -23,7 +25,7 @@ def write_tsv(file: Path, *rows: str) -> None:
     file.write_text("".join(row + "\n" for row in rows))
 
 
-def own(train: Path, dev: Path, **rest: str) -> Task:
+def own(train: Path, dev: Path, **rest: Any) -> Task:
     return load_task(TaskDataConfig(train=str(train), dev=str(dev), **rest))
 
 
@@ -129,7 +131,7 @@ def test_own_files_keep_their_texts(tmp_path: Path, kind: str) -> None:
     assert task.train.pairs == [pair for _, pair, _ in ROWS]
     assert task.label_names == ("2", "10")
     assert task.train.labels.tolist() == [0, 1, 0, 0]
-    assert (task.name, task.metrics, list(task.dev)) == ("own", ("accuracy", "f1", "matthews"), ["dev"])
+    assert (task.name, task.metrics, list(task.dev)) == ("own", ("accuracy", "f1_macro", "matthews"), ["dev"])
 
 
 @pytest.mark.parametrize(
@@ -156,6 +158,33 @@ def test_own_tsv_has_no_quoting_and_labels_may_be_words(tmp_path: Path) -> None:
     assert (task.label_names, task.train.labels.tolist()) == (("bad", "good"), [1, 0])
 
 
+@pytest.mark.parametrize(
+    ("labels", "ordered"),
+    [
+        (["2", "01", "1", "001", "-0", "0", "00", "7", "007"], ["-0", "0", "00", "001", "01", "1", "2", "007", "7"]),
+        (["--1", "2", "10", "-"], ["-", "--1", "10", "2"]),  # not all are numbers
+        (["2", "9" * 5000, "10"], ["10", "2", "9" * 5000]),  # nor is what Python does not read as one
+    ],
+)
+def test_the_order_of_labels_depends_on_the_labels_alone(labels: list[str], ordered: list[str]) -> None:
+    assert sorted_names(labels) == tuple(ordered)
+
+
+def test_the_user_gives_the_order_of_labels_and_the_positive_one(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "a.csv", "text,label", "x,1", "y,0")
+    task = own(tmp_path / "a.csv", tmp_path / "a.csv", labels=[2, "1", 0], positive=1)
+    assert (task.label_names, task.train.labels.tolist()) == (("2", "1", "0"), [1, 2])
+    assert (task.metrics, task.positive) == (("accuracy", "f1", "f1_macro", "matthews"), "1")
+    for name in ("train.tsv", "dev.tsv"):
+        write_tsv(tmp_path / "WNLI" / name, "index\tsentence1\tsentence2\tlabel", "0\ta\tb\t1", "1\ta\tb\t0")
+    names = ["entailment", "not_entailment"]
+    task = load_task(TaskDataConfig(task="wnli", path=str(tmp_path), labels=names))
+    assert [task.label_names[n] for n in task.dev["dev"].labels] == names
+    assert task.train.labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match=r"data\.labels: the labels of wnli are not_entailment, entailment"):
+        load_task(TaskDataConfig(task="wnli", path=str(tmp_path), labels=["0", "1"]))
+
+
 def test_own_regression(tmp_path: Path) -> None:
     write_tsv(tmp_path / "a.csv", "text,label", "x,1.5", "y,-2")
     task = own(tmp_path / "a.csv", tmp_path / "a.csv", kind="regression")
@@ -163,8 +192,10 @@ def test_own_regression(tmp_path: Path) -> None:
     assert task.train.labels.dtype == np.float32
     assert task.train.labels.tolist() == [1.5, -2.0]
     write_tsv(tmp_path / "b.csv", "text,label", "x,1.5", '"two\nlines",2', "y,nan")
-    with pytest.raises(UserError, match=r"b\.csv:5: label 'nan' is not a number"):
-        own(tmp_path / "b.csv", tmp_path / "a.csv", kind="regression")
+    write_tsv(tmp_path / "c.csv", "text,label", "x,1.5", "y,1.5")
+    for file, message in (("b", r"b\.csv:5: label 'nan' is not a number"), ("c", r"c\.csv: every label is 1\.5")):
+        with pytest.raises(UserError, match=message):
+            own(tmp_path / "a.csv", tmp_path / f"{file}.csv", kind="regression")
 
 
 def test_checks_come_before_reading(tmp_path: Path) -> None:
