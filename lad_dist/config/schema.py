@@ -179,7 +179,9 @@ class DataConfig(ConfigTable):
 
     max_length: int = Field(128, ge=8, description="tokens of the longest sequence, special ones included")
     micro_batches_per_step: PositiveInt = Field(
-        1, description="micro-batches of one step, shared out over the processes"
+        1,
+        description="micro-batches of one step, shared out over the processes; losses are means over the whole step, "
+        "but rkd and mgskd compare the sequences of one micro-batch",
     )
     num_workers: int = Field(
         1, ge=0, description="processes that load data ahead for each training process; 0: that process loads the data"

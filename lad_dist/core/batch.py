@@ -11,6 +11,16 @@ from torch import Tensor
 Head = Literal["none", "mlm", "classification", "regression", "tagging", "question_answering"]
 
 
+class Counts(NamedTuple):
+    """How much there is of each unit that losses are means over: in a batch, or on the average of several."""
+
+    rows: float  # R
+    tokens: float  # real ones
+    padded_tokens: float  # N: more only where `pad_to` pads
+    sequences: float  # those that are not empty
+    pairs: float  # of tokens of one sequence, in both orders and each with itself
+
+
 class Batch(NamedTuple):
     """Sequences end to end.
 
@@ -32,7 +42,9 @@ class Batch(NamedTuple):
     packed: bool  # whether any span holds more or less than one sequence
     num_tokens: int  # sum of lengths: real tokens
     num_sequences: int  # sequences that are not empty: the first ones
+    num_pairs: int  # sum of squared lengths: pairs of real tokens of one sequence
     computed_tokens: int  # tokens that a model computes on: N, rounded up so that shapes recur
+    step_counts: Counts | None = None  # mean over all micro-batches of the step; None: the batch is no part of one
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch on a device."""
@@ -41,6 +53,21 @@ class Batch(NamedTuple):
             name: x.to(device, non_blocking=non_blocking) for name, x in self._asdict().items() if isinstance(x, Tensor)
         }
         return self._replace(**tensors)  # type: ignore[arg-type]
+
+    @property
+    def counts(self) -> Counts:
+        """What the batch holds."""
+        return Counts(
+            len(self.head_positions), self.num_tokens, len(self.input_ids), self.num_sequences, self.num_pairs
+        )
+
+    @property
+    def divisors(self) -> Counts:
+        """What losses divide sums over the batch by, so that the mean over a step's micro-batches is that of the step.
+
+        A micro-batch that holds more than others then weighs more. Alone, a batch gets the means over what it holds.
+        """
+        return self.counts if self.step_counts is None else self.step_counts
 
     @property
     def span_length(self) -> int:

@@ -61,6 +61,7 @@ def collate(
         packed=False,
         num_tokens=int(lengths.sum()),
         num_sequences=len(lengths),
+        num_pairs=int(np.square(lengths).sum()),
         computed_tokens=_round_up(int(starts[-1]), TOKEN_MULTIPLE),
     )
 
@@ -101,6 +102,7 @@ def pack(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, is_masked: np
         packed=bool((np.bincount(starts // ids.shape[1], minlength=len(ids)) != 1).any()),
         num_tokens=count,
         num_sequences=len(lengths),
+        num_pairs=int(np.square(lengths).sum()),
         computed_tokens=_round_up(ids.size, TOKEN_MULTIPLE),
     )
 

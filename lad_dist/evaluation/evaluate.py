@@ -21,6 +21,7 @@ from lad_dist.config.schema import EvaluateConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.datasets import TaskDataset
+from lad_dist.data.step_counts import mean_counts
 from lad_dist.data.tasks.examples import TaskExamples
 from lad_dist.data.tasks.task import check_task, load_task
 from lad_dist.data.tokenization.loading import load_tokenizer, tokenizer_of_teacher
@@ -66,7 +67,6 @@ def rank_batches(batches: Batches) -> Iterator[tuple[Batch, bool]]:
     for first in range(0, len(batches), world_size):
         index = first + rank
         yield batches[min(index, len(batches) - 1)](), index < len(batches)
-        progress.report("evaluation", min(first + world_size, len(batches)), len(batches))
 
 
 @torch.no_grad()
@@ -74,12 +74,13 @@ def predict(forward: Forward, batches: Batches) -> Predictions:
     """Return the logits of all batches, in order, on every process."""
     device, seconds = processes.device(), 0.0
     local_logits: list[NDArray[np.floating]] = []
-    for batch, counts in rank_batches(batches):
+    for number, (batch, counts) in enumerate(rank_batches(batches), start=1):
         start = time.perf_counter()
         logits = forward(batch.to(device)).float().cpu().numpy()
         seconds += time.perf_counter() - start
         if counts:
             local_logits.append(logits)
+        _report_progress(number, batches)
     by_rank = processes.all_gather(local_logits)
     # Process r predicts batches r, r + world_size, …: reading round the processes restores their order.
     logits_in_order = [by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(len(batches))]
@@ -103,17 +104,23 @@ def check_finite(model: str, predictions: DevPredictions) -> None:
 
 @torch.no_grad()
 def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches) -> dict[str, float]:
-    """Return the loss terms averaged over held-out batches."""
-    device, totals, count = processes.device(), dict[str, Tensor](), 0
-    for batch, counts in rank_batches(batches):
-        values = terms(batch.to(device))
-        count += counts
-        for name, value in values.items():
+    """Return the loss terms as means over all that the held-out batches hold."""
+    if not batches:
+        return {}
+    device, totals = processes.device(), dict[str, Tensor]()
+    local_batches = list(rank_batches(batches))
+    step_counts = mean_counts([batch for batch, counts in local_batches if counts])
+    for number, (batch, counts) in enumerate(local_batches, start=1):
+        for name, value in terms(batch._replace(step_counts=step_counts).to(device)).items():
             totals[name] = totals.get(name, torch.zeros((), device=device)) + value * counts
-    totals["count"] = torch.tensor(float(count), device=device)
+        _report_progress(number, batches)
     means = processes.means(totals)
-    mean_count = means.pop("count")
-    return {name: value / mean_count for name, value in means.items()}
+    return {name: value * ranks.world_size() / len(batches) for name, value in means.items()}
+
+
+def _report_progress(rounds: int, batches: Batches) -> None:
+    """Report how many batches all processes have done after so many rounds."""
+    progress.report("evaluation", min(rounds * ranks.world_size(), len(batches)), len(batches))
 
 
 def task_scores(dev: Dev, predictions: DevPredictions) -> dict[str, float]:

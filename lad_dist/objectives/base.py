@@ -52,7 +52,8 @@ class Objective(nn.Module):
             batch: The micro-batch that both models read.
 
         Returns:
-            Terms by name: fp32 scalars, weights included. Their sum is the loss.
+            Terms by name: fp32 scalars, weights included. Their sum is the loss, and the loss of a step is the mean
+            over its micro-batches. So a term is a sum over the micro-batch divided by one of `batch.divisors`.
         """
         raise NotImplementedError
 

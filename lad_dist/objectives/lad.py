@@ -97,9 +97,9 @@ class LAD(KD):
     `detach_gates` keeps the hidden term's gradient from the gates. Without gate supervision, use `gates = "frozen"`
     instead.
 
-    The objective logs `gate/l`, the mean gate value; `target/m`, the variance of a target over tokens; and
-    `teacher_layer_weight/m/l`, the share of H_l in the target of student layer m: gate value times size, through all
-    norms in between.
+    The objective logs `gate/l`, the mean gate value; `target/m`, the variance of a target over the tokens of a
+    micro-batch; and `teacher_layer_weight/m/l`, the share of H_l in the target of student layer m: gate value times
+    size, through all norms in between.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class LAD(KD):
         """Return KD's terms, "hidden", and with gate supervision "gate_supervision"."""
         assert teacher is not None
         dtype = student.hidden[1].dtype  # that of the gates too
-        aggregates = self.aggregate({layer: x.to(dtype) for layer, x in teacher.hidden.items()})
+        aggregates = self.aggregate({layer: x.to(dtype) for layer, x in teacher.hidden.items()}, batch)
         targets = [aggregates[layer] for _, layer in self.layer_map]
         self.metrics |= {f"target/{m}": x.detach().float().var(dim=0).mean() for m, x in enumerate(targets, start=1)}
         terms = super().forward(student, teacher, batch)
@@ -167,8 +167,9 @@ class LAD(KD):
             terms["gate_supervision"] = self.gate_supervision * self._probe_loss(targets, teacher, batch)
         if self.detach_gates:
             targets = [x.detach() for x in targets]
-        errors = [losses.squared_error(student.hidden[m], x).mean() for m, x in enumerate(targets, start=1)]
-        return terms | {"hidden": self.hidden * torch.stack(errors).mean()}
+        errors = [losses.squared_error(student.hidden[m], x) for m, x in enumerate(targets, start=1)]
+        means = [losses.mean_over_padded_tokens(error, batch) for error in errors]
+        return terms | {"hidden": self.hidden * torch.stack(means).mean()}
 
     def _probe_loss(self, targets: list[Tensor], teacher: ModelOutputs, batch: Batch) -> Tensor:
         """Return the loss of the logits that linear maps predict from the targets, mean over targets."""
@@ -178,7 +179,7 @@ class LAD(KD):
             [losses.soft_label_loss(z, teacher.logits, batch, self.head, self.temperature) for z in logits]
         ).mean()
 
-    def aggregate(self, hidden: dict[int, Tensor]) -> dict[int, Tensor]:
+    def aggregate(self, hidden: dict[int, Tensor], batch: Batch) -> dict[int, Tensor]:
         """Return aggregates {l: A_l [N, D]} of teacher layers {l: H_l [N, D]}, l = 1 … L, and set the metrics."""
         self.metrics = {}
         aggregates, shares = {1: hidden[1]}, {1: _size(hidden[1])[None]}
@@ -186,10 +187,11 @@ class LAD(KD):
             mixed, value = gate(aggregates[layer - 1], hidden[layer])
             aggregates[layer] = norm(mixed.view(-1, *self.normalized_shape)).view_as(mixed)
             shares[layer] = _shares(shares[layer - 1], value, hidden[layer], mixed)
-            self.metrics[f"gate/{layer}"] = value.detach().float().mean()
+            self.metrics[f"gate/{layer}"] = losses.mean_over_padded_tokens(value.detach().float(), batch)
         for m, layer in self.layer_map:
-            weights = (shares[layer] / shares[layer].sum(dim=0)).mean(dim=1)
-            self.metrics |= teacher_layer_weights(m, weights)
+            weights = shares[layer] / shares[layer].sum(dim=0)
+            means = (losses.mean_over_padded_tokens(x, batch) for x in weights)
+            self.metrics |= teacher_layer_weights(m, means)
         return aggregates
 
 

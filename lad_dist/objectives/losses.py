@@ -1,7 +1,9 @@
 """Losses and means as plain functions of tensors.
 
 Losses are computed in fp32 whatever the model computes in. Means are over real tokens and sequences, never over
-padding. B sequences, N tokens, R tokens that the head reads, D width, H heads, V outputs, U spans of S places.
+padding. They are sums over a batch divided by `batch.divisors`, which makes them means over a whole step.
+
+B sequences, N tokens, R tokens that the head reads, D width, H heads, V outputs, U spans of S places.
 """
 
 from collections.abc import Callable
@@ -29,11 +31,12 @@ def hard_label_loss(logits: Tensor, batch: Batch, head: Head) -> Tensor:
     over sequences (Devlin et al., NAACL 2019, section 4.2).
     """
     if head == "regression":
-        return F.mse_loss(logits.float().squeeze(-1), batch.labels.float())
+        errors = F.mse_loss(logits.float().squeeze(-1), batch.labels.float(), reduction="sum")
+        return errors / batch.divisors.rows
     if head == "question_answering":
-        return -(batch.labels * log_softmax_per_sequence(logits, batch)).sum() / (2 * batch.num_sequences)
+        return -(batch.labels * log_softmax_per_sequence(logits, batch)).sum() / (2 * batch.divisors.sequences)
     cross_entropy = partial(F.cross_entropy, reduction="sum")
-    return _sum_in_chunks(lambda x, y: cross_entropy(x.float(), y), logits, batch.labels) / len(batch.labels)
+    return _sum_in_chunks(lambda x, y: cross_entropy(x.float(), y), logits, batch.labels) / batch.divisors.rows
 
 
 def soft_label_loss(student: Tensor, teacher: Tensor, batch: Batch, head: Head, temperature: float) -> Tensor:
@@ -44,16 +47,16 @@ def soft_label_loss(student: Tensor, teacher: Tensor, batch: Batch, head: Head, 
     a sequence. The divergence is then a mean over both and over sequences.
     """
     if head == "regression":
-        return F.mse_loss(student.float(), teacher.float())
+        return F.mse_loss(student.float(), teacher.float(), reduction="sum") / batch.divisors.rows
     if head == "question_answering":
         s, t = (log_softmax_per_sequence(x.float() / temperature, batch) for x in (student, teacher))
-        return temperature**2 * F.kl_div(s, t, log_target=True, reduction="sum") / (2 * batch.num_sequences)
+        return temperature**2 * F.kl_div(s, t, log_target=True, reduction="sum") / (2 * batch.divisors.sequences)
 
     def divergence(s: Tensor, t: Tensor) -> Tensor:
         s, t = (F.log_softmax(x.float() / temperature, dim=-1) for x in (s, t))
         return F.kl_div(s, t, log_target=True, reduction="sum")
 
-    return temperature**2 * _sum_in_chunks(divergence, student, teacher) / len(student)
+    return temperature**2 * _sum_in_chunks(divergence, student, teacher) / batch.divisors.rows
 
 
 def log_softmax_per_sequence(logits: Tensor, batch: Batch) -> Tensor:
@@ -72,9 +75,14 @@ def squared_error(student: Tensor, target: Tensor) -> Tensor:
 
 def mean_over_tokens(values: Tensor, batch: Batch) -> Tensor:
     """Return the mean of values [N] over the real tokens, a scalar."""
-    if batch.num_tokens == len(values):
-        return values.mean()
-    return values.masked_fill(~unpad(batch.is_token, batch), 0.0).sum() / batch.num_tokens
+    if batch.num_tokens < len(values):
+        values = values.masked_fill(~unpad(batch.is_token, batch), 0.0)
+    return values.sum() / batch.divisors.tokens
+
+
+def mean_over_padded_tokens(values: Tensor, batch: Batch) -> Tensor:
+    """Return the mean of values [N, ...] over all tokens, those that `pad_to` added too, a scalar."""
+    return values.sum() / (batch.divisors.padded_tokens * values[0].numel())
 
 
 def first_tokens(x: Tensor, batch: Batch) -> Tensor:
@@ -87,8 +95,7 @@ def first_tokens(x: Tensor, batch: Batch) -> Tensor:
 
 def mean_over_sequences(values: Tensor, batch: Batch) -> Tensor:
     """Return the mean of values [B] over the sequences that are not empty, a scalar."""
-    nonempty = batch.lengths > 0
-    return values.masked_fill(~nonempty, 0.0).sum() / nonempty.sum()
+    return values.masked_fill(batch.lengths == 0, 0.0).sum() / batch.divisors.sequences
 
 
 def sequence_means(x: Tensor, batch: Batch, limit: int) -> Tensor:
@@ -117,7 +124,7 @@ def relation_loss(student: Pair, teacher: Pair, batch: Batch, heads: int) -> Ten
     def divergence(*xs: Tensor) -> Tensor:
         s, t = (_log_relation(x, y, batch, heads) for x, y in (xs[:2], xs[2:]))
         pairs = batch.is_token[:, None, :, None] & batch.visible[:, None]
-        return (t.exp() * (t - s)).masked_fill(~pairs, 0.0).sum() / (heads * batch.num_tokens)
+        return (t.exp() * (t - s)).masked_fill(~pairs, 0.0).sum() / (heads * batch.divisors.tokens)
 
     return recompute_in_backward(divergence, *student, *teacher)
 
@@ -150,8 +157,8 @@ def attention_score_loss(student: AttentionScores, teacher: AttentionScores, bat
     It is a mean over heads and over pairs of tokens of one sequence: ‖A - B‖² = ‖A‖² - 2 ⟨A, B⟩ + ‖B‖².
     """
     product = _inner_product(student.queries, student.keys, teacher.queries, teacher.keys)
-    pairs = batch.lengths.long().square().sum()
-    return (student.squared_norm - 2 * product + teacher.squared_norm) / (student.keys.shape[1] * pairs)
+    heads = student.keys.shape[1]
+    return (student.squared_norm - 2 * product + teacher.squared_norm) / (heads * batch.divisors.pairs)
 
 
 def products(x: Tensor, heads: int) -> Tensor:

@@ -16,6 +16,7 @@ from lad_dist.core.step_state import StepState
 from lad_dist.data.datasets import CorpusDataset, TaskDataset
 from lad_dist.data.loader import load_batches
 from lad_dist.data.sampling import rank_share
+from lad_dist.data.step_counts import with_step_counts
 from lad_dist.distributed import processes, ranks
 from lad_dist.training import optimization
 from lad_dist.training.engine import reset_optimizer_state
@@ -79,9 +80,9 @@ class Trainer:
         return RunStatus.COMPLETED
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Make one optimizer step over this process's micro-batches."""
+        """Make one optimizer step over this process's micro-batches. All processes call it together."""
         self._start_step(step)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(with_step_counts(batches)):
             micro_batch = ranks.rank() + index * ranks.world_size()
             processes.seed_everything(self.config.run.seed, step, micro_batch)
             with self.phase("teacher", step, index):

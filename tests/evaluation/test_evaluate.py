@@ -30,6 +30,7 @@ from lad_dist.evaluation import evaluate
 from lad_dist.evaluation.baseline import weakness
 from lad_dist.evaluation.evaluate import Predictions
 from lad_dist.evaluation.prediction import predict
+from lad_dist.objectives.losses import mean_over_sequences
 from lad_dist.training.train import train
 
 
@@ -78,9 +79,14 @@ def test_predictions_come_in_order(world_size: int, monkeypatch: pytest.MonkeyPa
     assert predictions.logits[:, 0].tolist() == expected
 
 
-def test_mean_terms_is_the_mean_over_batches() -> None:
-    means = evaluate.mean_terms(lambda batch: {"size": torch.tensor(float(len(batch.lengths)))}, batches(4))
-    assert means == {"size": pytest.approx(2.5)}
+def test_mean_terms_is_the_mean_over_all_that_the_batches_hold() -> None:
+    """A larger batch weighs more."""
+
+    def terms(batch: Batch) -> dict[str, torch.Tensor]:
+        return {"label": mean_over_sequences(batch.labels.float(), batch)}
+
+    means = evaluate.mean_terms(terms, batches(4))
+    assert means == {"label": pytest.approx(np.mean([100 * n + k for n in range(4) for k in range(n + 1)]))}
     assert evaluate.mean_terms(lambda batch: {}, []) == {}
 
 

@@ -133,7 +133,7 @@ def test_teacher_layer_weights_sum_to_one_and_follow_the_gates() -> None:
 def test_gates_of_one_leave_each_layer_normalised_alone() -> None:
     batch = toy.batch(LENGTHS)
     _, teacher = random_outputs(batch)
-    aggregates = LAD(STUDENT, TEACHER, gates="constant", gate_init=1.0).aggregate(teacher.hidden)
+    aggregates = LAD(STUDENT, TEACHER, gates="constant", gate_init=1.0).aggregate(teacher.hidden, batch)
     for layer in (2, 3, 4):
         expected = torch.nn.functional.layer_norm(teacher.hidden[layer], (TEACHER.hidden_size,))
         assert torch.allclose(aggregates[layer], expected, atol=1e-6)
@@ -159,7 +159,7 @@ def test_gate_supervision_trains_the_gates_to_predict_the_teacher() -> None:
     torch.manual_seed(0)
     objective = LAD(STUDENT, TEACHER, gate_supervision=3.0, temperature=2.0, detach_gates=True)
     terms = objective(student, teacher, batch)
-    aggregates = objective.aggregate(teacher.hidden)
+    aggregates = objective.aggregate(teacher.hidden, batch)
     expected = 0.0
     for probe, layer in zip(objective.probes, (2, 4), strict=True):
         predicted = torch.log_softmax(probe(aggregates[layer][batch.head_positions]).double() / 2, dim=-1)

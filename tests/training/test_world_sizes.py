@@ -1,6 +1,7 @@
 """The same curve for any ZeRO stage and any number of processes."""
 
 import itertools
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lad_dist.objectives.registry import OBJECTIVES
 # One fixture trains a hundred runs: the limit catches hangs.
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
 HEADS_STAGES = (0, 3)
+CUTS = ((4, 2), (8, 1))  # micro-batches of a step, examples of each: of runs like those of two and four
 
 
 def configs(world: World, work: Path) -> dict[str, dict[str, Any]]:
@@ -61,6 +63,11 @@ def every_objective(world: World, work: Path) -> dict[str, dict[str, Any]]:
         files = MAKE_FILES[kind](work / f"{kind}{stage}", train=16, dev=6)
         tables = toy.task_config(work, files, teachers[kind], world.headless, objective={"name": "lad"})
         result[f"{kind}-zero{stage}"] = short_run(tables, f"{kind}-zero{stage}", stage)
+    for kind, (count, size) in itertools.product(LABELS, CUTS):
+        tables = deepcopy(result[f"{kind}-zero0"])
+        tables["run"]["name"] = f"{kind}-{count}x{size}"
+        tables["data"] |= {"micro_batches_per_step": count, "micro_batch_size": size}
+        result[tables["run"]["name"]] = tables
     return result
 
 
@@ -120,3 +127,14 @@ def test_every_kind_of_task_has_one_curve(kind: str, objective_curves: Curves) -
         scores = objective_curves[processes][f"{kind}-zero{stage}"][-1]
         for name in ("dev/f1", "dev/label_loyalty", "dev/probability_loyalty"):
             assert scores[name] == pytest.approx(expected[name], abs=1e-4), (processes, stage)
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_step_does_not_depend_on_micro_batches(kind: str, objective_curves: Curves) -> None:
+    """Losses and their terms, of eight examples a step with ragged lengths and rows."""
+    expected = terms(objective_curves[1][f"{kind}-zero0"])
+    for processes, (count, size) in itertools.product(objective_curves, CUTS):
+        rows = terms(objective_curves[processes][f"{kind}-{count}x{size}"])
+        for row, expected_row in zip(rows, expected, strict=True):
+            for key in ("loss", "hard", "soft", "hidden"):
+                assert row[key] == pytest.approx(expected_row[key], rel=2e-4), (processes, count)
