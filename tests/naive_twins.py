@@ -54,17 +54,27 @@ def batches(draw: Any) -> Batch:
 def sequences(x: Tensor, batch: Batch) -> list[Tensor]:
     """Return the real tokens of [N, ...], sequence by sequence, in fp64."""
     starts, lengths = batch.cu_seqlens.tolist(), batch.lengths.tolist()
-    return [x[start : start + n].detach().double() for start, n in zip(starts, lengths, strict=False) if n]
+    return [x[start : start + n].double() for start, n in zip(starts, lengths, strict=False) if n]
+
+
+def assert_same_gradients(loss: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    """Compare two losses and their gradients; of the expected one in fp64."""
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    options: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
+    gradients = [torch.autograd.grad(x, inputs, **options) for x in (loss, expected)]
+    largest = max(x.abs().max().item() for x in gradients[1])
+    for ours, naive in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-3, atol=1e-4 * largest + 1e-9)
 
 
 def real_tokens(x: Tensor, batch: Batch) -> Tensor:
-    """Return the real tokens of [N, ...], in fp64."""
-    return torch.cat(sequences(x, batch))
+    """Return the real tokens of [N, ...], in fp64 and without a graph."""
+    return torch.cat(sequences(x.detach(), batch))
 
 
 def first_tokens(x: Tensor, batch: Batch) -> Tensor:
     """Return the first token of each sequence in [N, ...], in fp64."""
-    return torch.stack([rows[0] for rows in sequences(x, batch)])
+    return torch.stack([rows[0] for rows in sequences(x.detach(), batch)])
 
 
 def naive_scores(x: Tensor, y: Tensor, batch: Batch, heads: int) -> list[list[Tensor]]:
@@ -72,7 +82,7 @@ def naive_scores(x: Tensor, y: Tensor, batch: Batch, heads: int) -> list[list[Te
     split = [z.reshape(len(z), heads, -1) for z in (x, y)]
     return [
         [(a[:, h] @ b[:, h].T) / a.shape[-1] ** 0.5 for h in range(heads)]
-        for a, b in zip(*(sequences(z, batch) for z in split), strict=True)
+        for a, b in zip(*(sequences(z.detach(), batch) for z in split), strict=True)
     ]
 
 
@@ -102,8 +112,31 @@ def naive_angle(i: Tensor, j: Tensor, k: Tensor) -> float:
     return F.cosine_similarity(i - j, k - j, dim=0).item()
 
 
+def naive_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T² p (log p - log q) of each row and output of logits [R, V]."""
+    p, q = (torch.softmax(x.double() / temperature, dim=1) for x in (teacher, student))
+    return temperature**2 * p * (p.log() - q.log())
+
+
+def naive_cosines(states: Tensor, vertex: int) -> Tensor:
+    """Return the cosines [S, S] at a vertex between any two places of [S, D]; 0 towards the vertex itself."""
+    directions = F.normalize(states - states[vertex], dim=1)
+    return directions @ directions.T
+
+
 def huber(error: float) -> float:
     return error**2 / 2 if abs(error) < 1 else abs(error) - 0.5
+
+
+def split_heads(x: Tensor, heads: int) -> list[Tensor]:
+    """Return the columns of [S, D] by head."""
+    return list(x.unflatten(1, (heads, -1)).unbind(1))
+
+
+def naive_ranks(states: Tensor, heads: int) -> Tensor:
+    """Return how much each place [S, S] attends to each other, if it attends by products of the states [S, D]."""
+    scores = [x @ x.T / x.shape[1] ** 0.5 for x in split_heads(states, heads)]
+    return torch.stack([torch.softmax(x, dim=1) for x in scores]).sum(dim=0)
 
 
 def naive_relational_errors(student: Tensor, teacher: Tensor) -> tuple[float, float]:

@@ -34,11 +34,13 @@ class OutputSpec(NamedTuple):
         logits: Whether it asks for the outputs of the head.
         hidden: Layers whose hidden states it asks for; layer 0 is the output of the embeddings.
         qkv: Layers, from 1, whose queries, keys and values it asks for.
+        all_tokens: Whether the head reads every token, not those of `Batch.head_positions`: logits are then [N, V].
     """
 
     logits: bool = False
     hidden: tuple[int, ...] = ()
     qkv: tuple[int, ...] = ()
+    all_tokens: bool = False
 
 
 QKV = ("query", "key", "value")  # names of the three in `ModelOutputs.qkv`
@@ -48,7 +50,7 @@ class ModelOutputs(NamedTuple):
     """The outputs of a forward: those that an OutputSpec names.
 
     Attributes:
-        logits: Outputs of the head, [R, V].
+        logits: Outputs of the head, [R, V]; [N, V] where it reads every token.
         hidden: Hidden states by layer, [N, D]; layer 0 is the output of the embeddings.
         qkv: Queries, keys and values by layer, [N, H, D / H] each.
     """

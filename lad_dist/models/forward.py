@@ -69,7 +69,8 @@ def _hooks(
         keep_hidden(forward.current_layer, output.last_hidden_state)
         if spec.logits:
             # As sequences of one token: heads that read a sequence's first token and heads that read each both fit.
-            rows = _head_inputs(model, forward.flatten(output.last_hidden_state), batch)
+            x = forward.flatten(output.last_hidden_state)
+            rows = x if spec.all_tokens else _head_inputs(model, x, batch)
             output.last_hidden_state = rows[:, None]
         return output
 

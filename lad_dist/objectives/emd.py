@@ -30,10 +30,11 @@ class EMD(KD):
     mean over heads and pairs of tokens of one sequence. E [N, D] are embedding outputs. W_h and W_e are learnt if the
     widths differ. Masses w begin equal; cost attention then shifts them to layers that are cheap to reach:
 
-        w_i ∝ exp(Σ_k C_k / (C_i · cost_temperature))
+        w_i ∝ Σ_k C_k / C_i             with `cost_temperature`:  w_i ∝ exp(Σ_k C_k / (C_i · cost_temperature))
 
-    with C_i the cost of a unit of w_i, averaged over both plans. Weights of 0.01 are the authors' 0.005 for two labels,
-    whose soft term is half of this one.
+    with C_i the cost of a unit of w_i, averaged over both plans. The first is the rule of the authors' released code,
+    the second the paper's. At a temperature of 1 a softmax of such ratios leaves all mass to one or two layers. Weights
+    of 0.01 are the authors' 0.005 for two labels, whose soft term is half of this one.
 
     Plans and masses are renewed once a step, from the mean costs of all micro-batches of all processes in the step
     before. In the first step every layer learns from every other in proportion to the masses. So a step has one plan,
@@ -50,7 +51,10 @@ class EMD(KD):
         hidden: Weight = 0.01,
         attention: Weight = 0.01,
         embedding: Weight = 0.01,
-        cost_temperature: Annotated[float, Field(gt=0, description="the higher, the more equal the masses")] = 1.0,
+        cost_temperature: Annotated[
+            float | None,
+            Field(gt=0, description="of a softmax of masses: the higher, the more equal; default: no softmax"),
+        ] = None,
         soft: Weight = 1.0,
         hard: Weight = 0.0,
         temperature: Annotated[float, Field(gt=0)] = 1.0,

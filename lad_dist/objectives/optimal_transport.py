@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from scipy.special import softmax
 
 Array = NDArray[np.float64]
-UNIFORM_SHARE = 1e-3  # of the mass is always spread evenly, so that every layer can gain mass again
+UNIFORM_SHARE = 1e-3  # of the mean cost at least; and of a softmax, spread evenly so that every layer can gain again
 
 
 def transport_plan(costs: Array, student: Array, teacher: Array) -> Array:
@@ -37,15 +37,16 @@ def transport_plan(costs: Array, student: Array, teacher: Array) -> Array:
     return np.maximum(solution.x, 0.0).reshape(costs.shape)
 
 
-def cost_attention(plan: Array, costs: Array, temperature: float) -> tuple[Array, Array]:
+def cost_attention(plan: Array, costs: Array, temperature: float | None = None) -> tuple[Array, Array]:
     """Return new masses of the student's layers [M] and of the teacher's [L] (Li et al., EMNLP 2020).
 
-    They are the softmax of Σ_k C_k / (C_i · temperature), C_i the cost of a unit of layer i's mass.
+    Layer i's mass is ∝ Σ_k C_k / C_i, C_i the cost of a unit of its mass. At a temperature it is the softmax of
+    Σ_k C_k / (C_i · temperature).
 
     Args:
         plan: [M, L], the plan between the old masses.
         costs: [M, L], the cost of moving a unit of mass between two layers.
-        temperature: The higher, the more equal the masses.
+        temperature: The higher, the more equal the masses; None: no softmax.
     """
     paid = plan * costs
     return (
@@ -54,9 +55,11 @@ def cost_attention(plan: Array, costs: Array, temperature: float) -> tuple[Array
     )
 
 
-def _masses(unit_costs: Array, temperature: float) -> Array:
+def _masses(unit_costs: Array, temperature: float | None) -> Array:
     if not unit_costs.sum():
         return np.full(len(unit_costs), 1 / len(unit_costs))
     unit_costs = np.maximum(unit_costs, UNIFORM_SHARE * unit_costs.mean())
-    attention = softmax(unit_costs.sum() / unit_costs / temperature)
-    return (1 - UNIFORM_SHARE) * attention + UNIFORM_SHARE / len(unit_costs)
+    ratios = unit_costs.sum() / unit_costs
+    if temperature is None:
+        return ratios / ratios.sum()
+    return (1 - UNIFORM_SHARE) * softmax(ratios / temperature) + UNIFORM_SHARE / len(ratios)

@@ -23,7 +23,8 @@ class PKD(KD):
     S_m and H_l(m) [B, D] are first tokens of student and teacher layers, divided by their Euclidean norm. Of M student
     and L teacher layers, "skip" maps m to l(m) = ⌊m L / M⌋ and "last" maps it to L - M + m. The last layers are left
     out: the logits teach them. `tokens = "all"` compares all real tokens, `normalised = False` hidden states as they
-    are. As in the authors' code the error is a mean over the width, so their weights (10 to 1000) apply.
+    are. As in the authors' code the error is a mean over the width, so their weights (10 to 1000) apply. Their soft
+    term is a mean over C labels too: their weight of it is C times the one here.
     """
 
     def __init__(

@@ -26,8 +26,8 @@ class TinyBERT(KD):
     code; with equal widths there is none.
 
     With soft = 0 it trains no head. On a corpus it is general distillation; on a task it is the first of two phases,
-    and kd with hard = 0 from its export the second. Both at once, with soft > 0 on a task, are LadaBERT's four losses
-    (Mao et al., 2020, section 3.4).
+    and kd with hard = 0 from its export the second. (For regression the authors' second phase learns the labels.) Both
+    at once, with soft > 0 on a task, are LadaBERT's four losses (Mao et al., 2020, section 3.4).
     """
 
     uses_mlm_head = False

@@ -109,11 +109,13 @@ def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
     dataset = spec.dataset()
     teacher_dataset = spec.teacher_dataset(dataset)
     indices = [divmod(number, dataset.micro_batches_per_step) for number in range(SAMPLE_MICRO_BATCHES)]
-    batches = [dataset.batch(*index) for index in indices]
+    all_tokens = distiller.objective.student_spec.all_tokens
+    batches = [_head_reads(dataset.batch(*index), all_tokens) for index in indices]
+    teacher_batches = [_head_reads(teacher_dataset.batch(*index), all_tokens) for index in indices]
     steps = spec.num_steps(dataset)
     tokens = sum(batch.num_tokens for batch in batches)
     use_cache, cache_size = decide_cache(spec, distiller.objective.teacher_spec, teacher_dataset)
-    teacher_flops = 0 if teacher is None else _flops(teacher, [teacher_dataset.batch(*index) for index in indices])
+    teacher_flops = 0 if teacher is None else _flops(teacher, teacher_batches)
     largest = max(batches, key=lambda batch: batch.computed_tokens)
     student = footprint.exported_weights(distiller.student)
     return CostEstimate(
@@ -132,6 +134,11 @@ def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
         data=_corpus_bytes(spec),
         teacher_cache=cache_size if use_cache else 0,
     )
+
+
+def _head_reads(batch: Batch, all_tokens: bool) -> Batch:
+    """Return the batch, its head positions all tokens where the head reads them."""
+    return batch._replace(head_positions=torch.arange(batch.num_tokens)) if all_tokens else batch
 
 
 def _flops(model: PreTrainedModel, batches: Sequence[Batch]) -> int:

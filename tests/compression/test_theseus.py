@@ -13,6 +13,7 @@ import toy_families
 from conftest import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import ROOT
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -20,6 +21,7 @@ from lad_dist.compression import compressed_module
 from lad_dist.compression.layers import keep_layers, set_dropout
 from lad_dist.compression.theseus import TheseusBlock, replacement_probability
 from lad_dist.config.errors import UserError
+from lad_dist.config.load import read_toml
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.core.step_state import StepState
@@ -110,6 +112,15 @@ def outputs_of(model: PreTrainedModel, layers: tuple[int, ...] = (0, 1, 2), batc
 )
 def test_probability_of_the_successors(curriculum: Any, progress: float, expected: float) -> None:
     assert replacement_probability(progress, 0.2, 0.5, curriculum) == pytest.approx(expected)
+
+
+def test_the_config_has_the_curriculum_of_the_authors() -> None:
+    """On MRPC they add 0.0006 at each of 1,725 steps to 0.3, up to 1."""
+    options = read_toml(ROOT / "configs" / "task" / "theseus.toml")["compression"][0]
+    start, end, curriculum = (options[key] for key in ("start", "end", "curriculum"))
+    for step in range(1725):
+        probability = replacement_probability(step / 1725, start, end, curriculum)
+        assert probability == pytest.approx(min(1.0, 0.3 + 0.0006 * step), abs=5e-3)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["linear", "constant"]))

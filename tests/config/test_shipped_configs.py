@@ -13,7 +13,7 @@ from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist.cli.main import COMMANDS
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
-from lad_dist.config.load import parse_config, read_toml
+from lad_dist.config.load import apply_overrides, parse_config, parse_override, read_toml
 from lad_dist.config.schema import EvaluateConfig, PretrainConfig, SearchConfig, TaskConfig
 from lad_dist.search.grid import sample_trials
 from lad_dist.training import run_spec
@@ -48,6 +48,29 @@ def test_the_first_line_is_the_command_that_runs_the_file(file: Path) -> None:
     assert (program, script in COMMANDS) == ("lad-dist", True) or (ROOT / script).is_file()
     assert ROOT / path == file
     assert all("=" in word for word in overrides)
+
+
+AUTHORS_SETTINGS = {  # as the headers say
+    "task/lad_paper": "objective.hidden=1000 objective.soft=0.5 objective.hard=0.5 objective.temperature=10 "
+    "optim.lr=7e-4 optim.objective_lr=3e-5 run.epochs=10 data.pad_to=128 deepspeed.bf16.enabled=false",
+    "task/theseus": "optim.lr=2e-5 optim.warmup=0 optim.weight_decay=0",
+    "task/tinybert": "run.epochs=20 optim.lr=5e-5 optim.warmup=0 optim.schedule=constant",
+    "task/tinybert_prediction": "run.epochs=3 optim.lr=3e-5 objective.temperature=1 objective.hard=0",
+    "task/pkd": "run.epochs=4 optim.lr=1e-5 objective.temperature=10 objective.hidden=500 student.layers=first",
+    "task/emd": "run.epochs=10 optim.lr=2e-5 objective.hidden=0.01 objective.attention=0.01",
+    "task/alp": "objective.hidden=0.2 objective.soft=0.7 objective.hard=0.1 objective.temperature=20",
+    "task/mgskd": "objective.token=1 objective.span=1 objective.sample=4 objective.heads=64 objective.lower=2 "
+    "objective.vertices=20 objective.neighbours=20",
+    "pretrain/distilbert": "objective.soft=5 objective.hard=2 objective.cosine=1 objective.temperature=2 "
+    "objective.soft_tokens=all",
+    "pretrain/minilm2": "objective.heads=48",
+}
+
+
+@pytest.mark.parametrize("name", AUTHORS_SETTINGS)
+def test_a_config_has_the_settings_of_the_authors(name: str) -> None:
+    tables = read_toml(ROOT / "configs" / f"{name}.toml")
+    assert apply_overrides(tables, map(parse_override, AUTHORS_SETTINGS[name].split())) == tables
 
 
 def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, Any]:

@@ -88,14 +88,16 @@ def test_outputs_are_those_of_the_spec(spec: OutputSpec, tmp_path: Path) -> None
     assert all(x.shape == (35, 4, 8) for qkv in outputs.qkv.values() for x in qkv)
 
 
-def test_the_mlm_head_runs_on_masked_rows_alone(tmp_path: Path) -> None:
+def test_the_mlm_head_runs_on_masked_rows_alone_unless_all_are_asked_for(tmp_path: Path) -> None:
     model = loading.load_model(str(save_toy_model(tmp_path, "mlm")), "mlm").eval()
     head_rows: list[int] = []
     model.cls.register_forward_hook(lambda _, args, __: head_rows.append(args[0].numel() // 32))
     batch = batch_of(LENGTHS, "mlm")
-    compute_outputs(model, batch, OutputSpec(logits=True))
+    masked = compute_outputs(model, batch, OutputSpec(logits=True)).logits
+    everywhere = compute_outputs(model, batch, OutputSpec(logits=True, all_tokens=True)).logits
     compute_outputs(model, batch, OutputSpec(hidden=(1,)))  # and not at all where no logits are needed
-    assert head_rows == [len(batch.head_positions)]
+    assert head_rows == [len(batch.head_positions), len(batch.input_ids)]
+    torch.testing.assert_close(everywhere[batch.head_positions], masked)
 
 
 def test_a_forward_removes_the_hooks(tmp_path: Path) -> None:

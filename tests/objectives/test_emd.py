@@ -52,11 +52,30 @@ def test_cost_attention_equals_the_equation(seed: int, temperature: float) -> No
         np.testing.assert_allclose(side, 0.999 * np.array(expected) + 0.001 / len(mass), rtol=1e-9)
 
 
+def test_masses_of_layers_of_which_one_costs_half() -> None:
+    """Ratios of 2.5, 2.5 and 5: the released code divides them by their sum, the paper takes their softmax."""
+    plan, costs = np.eye(3) / 3, np.diag([2.0, 2.0, 1.0])
+    released, paper = (
+        optimal_transport.cost_attention(plan, costs)[0],
+        optimal_transport.cost_attention(plan, costs, 1.0)[0],
+    )
+    np.testing.assert_allclose(released, [0.25, 0.25, 0.5])
+    np.testing.assert_allclose(paper, [0.071, 0.071, 0.859], atol=1e-3)
+
+
+def released_masses(plan: np.ndarray, costs: np.ndarray, masses: np.ndarray) -> np.ndarray:
+    """Return new masses of the rows, as the authors' released code computes them, layer by layer."""
+    paid = [(plan[i] * costs[i]).sum() / masses[i] for i in range(len(masses))]
+    ratios = [sum(paid) / x for x in paid]
+    return np.array([x / sum(ratios) for x in ratios])
+
+
 @pytest.mark.parametrize("costs", [np.zeros((2, 3)), np.array([[0.0, 0.0, 1e9], [1e-30, 1.0, 0.0]])])
 def test_masses_stay_finite_and_positive(costs: np.ndarray) -> None:
     sides: list[np.ndarray] = [np.full(2, 1 / 2), np.full(3, 1 / 3)]
-    for _ in range(5):
-        sides = list(optimal_transport.cost_attention(optimal_transport.transport_plan(costs, *sides), costs, 1.0))
+    for temperature in (1.0, None) * 5:
+        plan = optimal_transport.transport_plan(costs, *sides)
+        sides = list(optimal_transport.cost_attention(plan, costs, temperature))
         for side in sides:
             assert side.sum() == pytest.approx(1.0)
             assert side.min() > 1e-4
@@ -96,6 +115,14 @@ def test_emd_equals_the_equations(batch: Batch, seed: int, dims: ModelDims) -> N
     masses = np.full(2, 1 / 2), np.full(4, 1 / 4)
     for kind, weight, old, new in zip(("hidden", "attention"), (2, 3), costs, then, strict=True):
         assert second[kind].item() == pytest.approx(weight * (ot.emd(*masses, old) * new).sum(), rel=1e-4)
+    objective.on_step_start(StepState(2, 3, seed=0))
+    third = objective(student, teacher, batch)
+    plans = [ot.emd(*masses, cost) for cost in costs]
+    student_masses = np.mean([released_masses(*x, masses[0]) for x in zip(plans, costs, strict=True)], axis=0)
+    teacher_masses = np.mean([released_masses(p.T, c.T, masses[1]) for p, c in zip(plans, costs, strict=True)], axis=0)
+    for kind, weight, old, new in zip(("hidden", "attention"), (2, 3), then, costs, strict=True):
+        plan = ot.emd(student_masses, teacher_masses, old)
+        assert third[kind].item() == pytest.approx(weight * (plan * new).sum(), rel=1e-4)
     mapped = objective.embedding_projection.double()(naive_twins.real_tokens(later[0].hidden[0], batch))
     error = (mapped - naive_twins.real_tokens(later[1].hidden[0], batch)).square().mean().item()
     assert second["embedding"].item() == pytest.approx(5 * error, rel=1e-4)

@@ -1,5 +1,7 @@
 """Objectives that match layers, each against an independent naive version: looped over sequences, in fp64."""
 
+from typing import Any
+
 import naive_twins
 import pytest
 import torch
@@ -7,10 +9,12 @@ import torch.nn.functional as F
 import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, huber, naive_angle, random_outputs
+from launching import ROOT
+from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, naive_cosines, naive_divergence, random_outputs, split_heads
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
+from lad_dist.config.load import read_toml
 from lad_dist.core.batch import Batch
 from lad_dist.core.outputs import ModelDims, ModelOutputs
 from lad_dist.objectives.alp import ALP
@@ -85,22 +89,43 @@ def test_pkd_normalised_does_not_see_lengths() -> None:
 
 
 @few
-@given(batch=naive_twins.batches(), seed=SEEDS)
-def test_distilbert_equals_the_equations(batch: Batch, seed: int) -> None:
-    student, teacher = random_outputs(batch, seed)
-    terms = DistilBERT(STUDENT, TEACHER, cosine=3.0, soft=5.0, hard=2.0, temperature=2.0)(student, teacher, batch)
-    pairs = zip(
-        naive_twins.real_tokens(student.hidden[2], batch),
-        naive_twins.real_tokens(teacher.hidden[4], batch),
-        strict=True,
-    )
-    angles = [1 - (s @ t / (s.norm() * t.norm())).item() for s, t in pairs]
-    assert terms["cosine"].item() == close(3 * sum(angles) / len(angles))
-    z, t = student.logits.double(), teacher.logits.double()
-    p, q = torch.softmax(t / 2, dim=1), torch.softmax(z / 2, dim=1)
-    divergence = (p * (p / q).log()).sum().item() / len(z)
-    assert terms["soft"].item() == pytest.approx(5 * 4 * divergence, rel=1e-4, abs=1e-5)
-    assert terms["hard"].item() == close((2 * F.nll_loss(torch.log_softmax(z, dim=1), batch.labels)).item())
+@given(batch=naive_twins.batches(), seed=SEEDS, soft_tokens=st.sampled_from([None, "masked", "all"]))
+def test_distilbert_equals_the_authors_step(batch: Batch, seed: int, soft_tokens: str | None) -> None:
+    """On a corpus their command compares the logits of all tokens; with restrict_ce_to_mask those of masked ones."""
+    dims, options = [STUDENT, TEACHER], {"cosine": 3.0}
+    if soft_tokens and not batch.has_padding:
+        dims, options = [x._replace(head="mlm") for x in dims], {"cosine": 3.0, "soft_tokens": soft_tokens}
+    objective = DistilBERT(*dims, **options)  # type: ignore[arg-type]
+    spec = objective.student_spec
+    assert spec.all_tokens == objective.teacher_spec.all_tokens == (options.get("soft_tokens") == "all")
+    everywhere = batch._replace(head_positions=torch.arange(len(batch.input_ids)))
+    student, teacher = random_outputs(everywhere if spec.all_tokens else batch, seed)
+    student = student._replace(logits=student.logits.requires_grad_())
+    labelled = student.logits[batch.head_positions] if spec.all_tokens else student.logits
+    hidden = [torch.cat(naive_twins.sequences(x, batch)) for x in (student.hidden[2], teacher.hidden[4])]
+    expected = 5 * naive_divergence(student.logits, teacher.logits, 2.0).sum(dim=1).mean()
+    expected = expected + 2 * F.cross_entropy(labelled.double(), batch.labels)
+    expected = expected + 3 * (1 - F.cosine_similarity(*hidden)).mean()
+    loss = sum(objective(student, teacher, batch).values(), torch.tensor(0.0))
+    naive_twins.assert_same_gradients(loss, expected, [student.logits, student.hidden[2]])
+
+
+def test_pkd_with_its_config_equals_the_authors_loss() -> None:
+    """Their weights on RTE are 0.7 of the teacher, whose divergence is a mean over labels too, 0.3 and 500."""
+    config = read_toml(ROOT / "configs" / "task" / "pkd.toml")["objective"]
+    dims = STUDENT._replace(num_hidden_layers=3), TEACHER._replace(num_hidden_layers=6)
+    batch = toy.batch(LENGTHS)
+    student, teacher = random_outputs(batch, 0, *dims)
+    student = student._replace(logits=student.logits.requires_grad_())
+    firsts = [
+        torch.stack([torch.stack([x[0] for x in naive_twins.sequences(outputs.hidden[m], batch)]) for m in layers])
+        for outputs, layers in ((student, (1, 2)), (teacher, (2, 4)))
+    ]
+    patience = F.mse_loss(*(F.normalize(x, dim=2) for x in firsts))
+    soft = naive_divergence(student.logits, teacher.logits, 10.0).mean()
+    expected = 0.7 * soft + 0.3 * F.cross_entropy(student.logits.double(), batch.labels) + 500 * patience
+    loss = sum(PKD(*dims, **{key: x for key, x in config.items() if key != "name"})(student, teacher, batch).values())
+    naive_twins.assert_same_gradients(loss, expected, [student.logits, student.hidden[1], student.hidden[2]])
 
 
 def mapped(linear: torch.nn.Module, x: Tensor) -> Tensor:
@@ -209,21 +234,28 @@ def test_alp_of_equal_teacher_layers_that_the_student_has_is_zero() -> None:
     assert ALP(STUDENT, TEACHER)(same, same, batch)["hidden"].item() == pytest.approx(0.0, abs=1e-9)
 
 
-def naive_structure(groups: list[tuple[Tensor, Tensor, list[tuple[int, list[int]]]]], heads: int) -> float:
-    """Return R over groups of student rows, teacher rows, and the neighbours of each vertex."""
-    pairs, angles = [], []
+Groups = list[tuple[Tensor, Tensor, list[tuple[int, list[int]]]]]
+
+
+def naive_pairs(groups: Groups, heads: int) -> Tensor:
+    """Return MGSKD's P over groups of student rows, teacher rows, and the neighbours of each vertex."""
+    squares = []
+    for student, teacher, _ in groups:
+        for s, t in zip(*(split_heads(x, heads) for x in (student, teacher)), strict=True):
+            squares += [(s @ s.T / s.shape[1] ** 0.5 - t @ t.T / t.shape[1] ** 0.5).square().flatten()]
+    return torch.cat(squares).mean() if squares else torch.tensor(0.0, dtype=torch.float64)
+
+
+def naive_angles(groups: Groups, heads: int) -> tuple[Tensor, int]:
+    """Return the sum of MGSKD's A over such groups, and the number of triplets of different places."""
+    total, count = torch.tensor(0.0, dtype=torch.float64), 0
     for student, teacher, angles_at in groups:
-        for h in range(heads):
-            s, t = (x.unflatten(1, (heads, -1))[:, h] for x in (student, teacher))
-            for i in range(len(s)):
-                for j in range(len(s)):
-                    pairs.append((s[i] @ s[j] / s.shape[1] ** 0.5 - t[i] @ t[j] / t.shape[1] ** 0.5) ** 2)
-            for j, neighbours in angles_at:
-                for i in neighbours:
-                    for k in neighbours:
-                        if i != k:
-                            angles.append(huber(naive_angle(s[i], s[j], s[k]) - naive_angle(t[i], t[j], t[k])))
-    return (sum(pairs) / len(pairs)).item() + sum(angles) / max(1, len(angles))
+        for s, t in zip(*(split_heads(x, heads) for x in (student, teacher)), strict=True):
+            for j, places in angles_at:
+                cosines = [naive_cosines(x, j)[places][:, places] for x in (s, t)]
+                total = total + F.smooth_l1_loss(*cosines, reduction="sum")
+                count += len(places) * (len(places) - 1)
+    return total, max(1, count)
 
 
 def naive_neighbours(attention: Tensor, vertices: int, neighbours: int) -> list[tuple[int, list[int]]]:
@@ -241,29 +273,47 @@ def naive_neighbours(attention: Tensor, vertices: int, neighbours: int) -> list[
     dims=st.sampled_from([STUDENT, NARROW]),
     heads=st.sampled_from([1, 2]),
     few_angles=st.booleans(),
+    additions=st.sampled_from([{}, {"angle_heads": 2, "sample_pairs": 7.0, "ranking": "attention"}]),
 )
-def test_mgskd_equals_the_equations(batch: Batch, seed: int, dims: ModelDims, heads: int, few_angles: bool) -> None:
+def test_mgskd_equals_the_authors_loss(
+    batch: Batch, seed: int, dims: ModelDims, heads: int, few_angles: bool, additions: dict[str, Any]
+) -> None:
+    """Values and gradients, by default and with this project's additions."""
     student, teacher = random_outputs(batch, seed, dims)
     vertices, neighbours = (2 if few_angles and not batch.packed else 20), (3 if few_angles else 20)
-    objective = MGSKD(
-        dims, TEACHER, token=2.0, span=3.0, sample=5.0, heads=heads, vertices=vertices, neighbours=neighbours
-    )
-    terms = objective(student, teacher, batch)
-    tokens, spans = [], []
-    lower = naive_twins.sequences(student.hidden[1], batch), naive_twins.sequences(teacher.hidden[2], batch)
-    for s, t, scores in zip(*lower, naive_twins.naive_scores(*teacher.qkv[2][:2], batch, 2), strict=True):
+    options = {"token": 2.0, "span": 3.0, "sample": 5.0, "heads": heads, **additions}
+    terms = MGSKD(dims, TEACHER, vertices=vertices, neighbours=neighbours, **options)(student, teacher, batch)
+    groups: dict[str, Groups] = {"token": [], "span": []}
+    attention_scores = naive_twins.naive_scores(*teacher.qkv[2][:2], batch, 2)
+    states = naive_twins.sequences(student.hidden[1], batch), naive_twins.sequences(teacher.hidden[2], batch)
+    for s, t, scores in zip(*states, attention_scores, strict=True):
         attention = torch.stack([torch.softmax(head, dim=1) for head in scores]).mean(dim=0)
-        tokens.append((s, t, naive_neighbours(attention, vertices, neighbours)))
         ranges = [list(range(n, min(n + 3, len(s)))) for n in range(0, len(s), 3)]
+        spans = [torch.stack([x[tokens].mean(dim=0) for tokens in ranges]) for x in (s, t)]
         span_attention = torch.stack([torch.stack([attention[a][:, b].mean() for b in ranges]) for a in ranges])
-        means = [torch.stack([x[tokens_of_span].mean(dim=0) for tokens_of_span in ranges]) for x in (s, t)]
-        spans.append((*means, naive_neighbours(span_attention, vertices, neighbours)))
+        for name, rows, ranks in (("token", (s, t), attention), ("span", spans, span_attention)):
+            ranks = ranks if additions else naive_twins.naive_ranks(rows[1], heads)
+            if name == "token" or len(ranges) >= 3:
+                groups[name].append((*rows, naive_neighbours(ranks, vertices, neighbours)))
     upper = naive_twins.sequences(student.hidden[2], batch), naive_twins.sequences(teacher.hidden[4], batch)
     means = [torch.stack([x.mean(dim=0) for x in side]) for side in upper]
-    others = [(j, [i for i in range(len(means[0])) if i != j]) for j in range(len(means[0]))]
-    assert terms["token"].item() == pytest.approx(2 * naive_structure(tokens, heads), rel=1e-3)
-    assert terms["span"].item() == pytest.approx(3 * naive_structure(spans, heads), rel=1e-3)
-    assert terms["sample"].item() == pytest.approx(5 * naive_structure([(*means, others)], heads), rel=1e-3)
+    everyone = list(range(len(means[0])))
+    samples: Groups = [(*means, [(j, everyone) for j in everyone])]
+    expected = {"sample": 5 * naive_angles(samples, heads)[0] / (heads * len(everyone) ** 3)}
+    if additions:
+        expected["sample_pairs"] = 7 * naive_pairs(samples, heads)
+    for name, weight in (("token", 2), ("span", 3)):
+        total, count = naive_angles(groups[name], additions.get("angle_heads", 1))
+        expected[name] = weight * (naive_pairs(groups[name], heads) + total / count)
+    assert terms.keys() == expected.keys() | {"soft", "hard"}
+    for name, value in expected.items():
+        naive_twins.assert_same_gradients(terms[name], value + 0 * states[0][0].sum(), [*student.hidden.values()][1:])
+
+
+def test_mgskd_has_the_published_heads_where_they_fit() -> None:
+    wide = [dims._replace(hidden_size=width) for dims, width in ((STUDENT, 384), (TEACHER, 768))]
+    assert (MGSKD(*wide).heads, MGSKD(STUDENT, TEACHER).heads) == (64, STUDENT.num_attention_heads)
+    assert not MGSKD(*wide).teacher_spec.qkv
 
 
 def test_mgskd_does_not_see_where_representations_are() -> None:

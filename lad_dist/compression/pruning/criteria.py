@@ -128,7 +128,10 @@ class Adapting(Movement):
 
 
 class AdaptingPaper(Adapting):
-    """θ starts at N(0, 0.001²): around 0.01 as published, less what all have in common, which changes nothing."""
+    """θ starts at N(0, 0.001²): around 0.01 as published, less what all have in common, which changes nothing.
+
+    The paper's 0.001 is read as a standard deviation. As the variance that it says, 38 % of θ would start below 0.
+    """
 
     spread = 0.001
 
