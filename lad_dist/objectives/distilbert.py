@@ -44,7 +44,7 @@ class DistilBERT(KD):
         check_same_width("distilbert", student, teacher)
         if soft_tokens == "all" and student.head != "mlm":
             raise UserError(
-                'objective.soft_tokens = "all" is for a corpus; leave it away on a task: its head reads no other tokens'
+                'objective.soft_tokens = "all" is for a corpus; leave it away on a task, whose head reads no others'
             )
         self.cosine = cosine
         self.student_layer, self.teacher_layer = student.num_hidden_layers, teacher.num_hidden_layers
@@ -66,8 +66,9 @@ class DistilBERT(KD):
             return super().forward(student, teacher, batch)
         assert student.logits is not None
         assert teacher.logits is not None
-        soft = losses.soft_label_loss(student.logits, teacher.logits, batch, self.head, self.temperature)
-        if not self.hard:
-            return {"soft": self.soft * soft}
-        masked = student.logits.index_select(0, batch.head_positions)
-        return {"hard": self.hard * losses.hard_label_loss(masked, batch, self.head), "soft": self.soft * soft}
+        divergences = losses.soft_label_losses(student.logits, teacher.logits, self.temperature)
+        terms = {"soft": self.soft * losses.mean_over_tokens(divergences, batch)}
+        if self.hard:
+            masked = student.logits.index_select(0, batch.head_positions)
+            terms["hard"] = self.hard * losses.hard_label_loss(masked, batch, self.head)
+        return terms

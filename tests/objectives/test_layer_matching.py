@@ -110,7 +110,7 @@ def test_distilbert_equals_the_authors_step(batch: Batch, seed: int, soft_tokens
     naive_twins.assert_same_gradients(loss, expected, [student.logits, student.hidden[2]])
 
 
-def test_pkd_with_its_config_equals_the_authors_loss() -> None:
+def test_pkd_config_equals_the_authors_loss() -> None:
     """Their weights on RTE are 0.7 of the teacher, whose divergence is a mean over labels too, 0.3 and 500."""
     config = read_toml(ROOT / "configs" / "task" / "pkd.toml")["objective"]
     dims = STUDENT._replace(num_hidden_layers=3), TEACHER._replace(num_hidden_layers=6)

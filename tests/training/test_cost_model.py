@@ -84,6 +84,19 @@ def test_flops_are_those_that_pytorch_counts(world: World, head: str) -> None:
     assert 3 * forward == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_a_head_that_reads_all_tokens_costs_more(world: World, tmp_path: Path) -> None:
+    """Of 32 tokens of a window 4 are masked."""
+    costs = []
+    for tokens in ("masked", "all"):
+        objective = {"name": "distilbert", "soft_tokens": tokens}
+        tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained, objective=objective)
+        spec = run_spec.resolve_run(toy.parsed(tables, {}))
+        costs.append(cost_model.estimate(spec, 1))
+    head = 2 * (32 * 32 + 32 * spec.student_dims.num_outputs) * 28 / 32
+    assert costs[1].student_flops - costs[0].student_flops == pytest.approx(3 * head, rel=0.02)
+    assert costs[1].teacher_flops - costs[0].teacher_flops == pytest.approx(head, rel=0.02)
+
+
 def test_zero_shares_the_optimizer_out(world: World, tmp_path: Path) -> None:
     def memory(stage: int, half: bool, processes: int) -> cost_model.Memory:
         table = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100}, "bf16": {"enabled": half}}

@@ -9,6 +9,7 @@ import pytest
 import toy
 from conftest import World
 from launching import curves
+from safetensors.torch import load_file
 from toy_heads import LABELS, MAKE_FILES
 from world_sizes import STAGES, Curves, Rows, assert_one_curve, short_run, terms, zero
 
@@ -76,8 +77,12 @@ def losses(rows: Rows) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def all_curves(world: World, tmp_path_factory: pytest.TempPathFactory) -> Curves:
-    work = tmp_path_factory.mktemp("curves")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("curves")
+
+
+@pytest.fixture(scope="module")
+def all_curves(world: World, work: Path) -> Curves:
     return {n: curves(work / f"{n}", configs(world, work / f"{n}"), processes=n) for n in (1, 2)}
 
 
@@ -88,6 +93,12 @@ def test_fp32_curves_are_one(all_curves: Curves) -> None:
     for processes, stages in all_curves.items():
         for stage in STAGES:
             assert losses(stages[f"zero{stage}"]) == pytest.approx(expected, rel=1e-4), (processes, stage)
+
+
+def test_weights_differ_by_the_rounding_of_sums_alone(all_curves: Curves, work: Path) -> None:
+    """Of four micro-batches one process adds ((0 + 1) + 2) + 3 and two add (0 + 2) + (1 + 3)."""
+    one, two = (load_file(work / f"{n}" / "zero1" / "export" / "model.safetensors") for n in all_curves)
+    assert 0 < max((one[name] - two[name]).abs().max().item() for name in one) < 1e-6
 
 
 def test_bf16_curves_are_close(all_curves: Curves) -> None:
