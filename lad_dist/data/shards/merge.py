@@ -68,8 +68,9 @@ def _hash_range(job: MergeJob) -> tuple[int, int]:
     least, greatest = 2**64 - 1, 0
     for chunk in job.chunks:
         for records in records_of(job.work, chunk):
-            high = records["high"][~_short(records, job)].tolist()
-            least, greatest = min([least, *high]), max([greatest, *high])
+            high = records["high"][~_short(records, job)]
+            if len(high):
+                least, greatest = min(least, int(high.min())), max(greatest, int(high.max()))
         job.check_stop()
     return least, greatest
 
