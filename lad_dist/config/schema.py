@@ -108,7 +108,7 @@ class TeacherConfig(ConfigTable):
     baseline_check: bool = Field(
         True,
         description="stop before the first step where the teacher scores no better on a task's dev set than one "
-        "constant answer, or another order of its unnamed outputs scores better",
+        "constant answer, or another order of unnamed outputs scores better",
     )
 
 

@@ -21,6 +21,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Array = NDArray[np.floating] | NDArray[np.integer]
+Metric = Callable[[Array, Array], Any]  # of labels and predictions
 
 
 def score(
@@ -32,15 +33,15 @@ def score(
     """
     assert np.isfinite(logits).all()
     predicted = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
-    metrics = METRICS if positive is None else {**METRICS, "f1": partial(_f1, positive)}
+    metrics: dict[str, Metric] = METRICS if positive is None else METRICS | {"f1": partial(_f1, positive)}
     return {name: float(metrics[name](labels, predicted)) for name in names}
 
 
-def _f1(positive: int, labels: Array, predicted: Array) -> float:
+def _f1(positive: int, labels: Array, predicted: Array) -> Any:
     return f1_score(labels == positive, predicted == positive, zero_division=0)
 
 
-def _f1_macro(labels: Array, predicted: Array) -> float:
+def _f1_macro(labels: Array, predicted: Array) -> Any:
     return f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)
 
 
@@ -48,7 +49,7 @@ def _correlation(test: Callable[[Array, Array], Any], labels: Array, predicted: 
     return test(labels, predicted).statistic if np.ptp(labels) and np.ptp(predicted) else 0.0
 
 
-def best_output_order(logits: NDArray[np.floating], labels: Array) -> NDArray[np.integer]:
+def best_output_order(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> NDArray[np.integer]:
     """Return the class [C] that each output of logits [E, C] stands for, so that most decisions equal the labels [E].
 
     The outputs stand for the classes in order, unless another order is right in clearly more examples: by three
@@ -63,7 +64,7 @@ def best_output_order(logits: NDArray[np.floating], labels: Array) -> NDArray[np
     return order if gained - lost > 3 * math.sqrt(gained + lost) else classes
 
 
-METRICS: dict[str, Callable[[Array, Array], Any]] = {
+METRICS: dict[str, Metric] = {
     "accuracy": accuracy_score,
     "f1_macro": _f1_macro,
     "matthews": matthews_corrcoef,
