@@ -214,7 +214,8 @@ class MGSKD(KD):
         pairs = _sample_mask(batch)[None]
 
         def error(s: Tensor, t: Tensor) -> Tensor:
-            return _pair_error(*(losses.products(z[None], self.heads) for z in (s, t)), pairs=pairs)
+            x, y = (losses.products(z[None], self.heads) for z in (s, t))
+            return _pair_error(x, y, pairs)
 
         return error
 
