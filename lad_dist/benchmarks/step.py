@@ -18,7 +18,7 @@ from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
 from lad_dist.distributed import processes, ranks
 from lad_dist.runs.run_folder import Run
-from lad_dist.training.engine import communication_seconds
+from lad_dist.training.engine import check_precision, communication_seconds
 from lad_dist.training.run_spec import resolve_run
 from lad_dist.training.teacher import ComputedOutputs
 from lad_dist.training.train import build_trainer
@@ -84,6 +84,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
         run = config.run.model_copy(update={"dir": folder, "steps": WARM_UP + steps, "epochs": None})
         config = config.model_copy(update={"run": run})
         spec = resolve_run(config)
+        check_precision(spec.precision)
         trainer = build_trainer(spec, Run(spec.config), stopwatch)
         seconds, communication = _time(trainer, stopwatch, steps)
     batches = [

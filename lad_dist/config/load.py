@@ -316,6 +316,8 @@ def first_mistake(error: ValidationError, schema: type[BaseModel] | None = None)
         return ".".join([*outer, reason])
     message = first["msg"].removeprefix("Value error, ")
     value = "" if isinstance(first["input"], dict | BaseModel) else f", not {_shown(first['input'])}"
+    if first["type"] == "bool_type" and first["input"] in ("True", "False"):
+        value += f"; write {first['input'].lower()}"
     return f"{'.'.join(path)}: {message[0].lower() + message[1:]}{value}" if path else message
 
 

@@ -7,22 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import Files
+from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TrainConfig
-from lad_dist.distributed import ranks
+from lad_dist.distributed import processes, ranks
 from lad_dist.training import deepspeed_patches, optimization
 from lad_dist.training.distiller import Distiller
+from lad_dist.utils.text import one_line
+
+
+def check_precision(precision: str) -> None:
+    """Raise UserError where DeepSpeed does not train in this data type on the device of this process."""
+    accelerator = get_accelerator()
+    supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
+    if precision in supported and not supported[precision]():
+        key, device = {"float16": "fp16", "bfloat16": "bf16"}[precision], processes.device_name()
+        raise UserError(f"deepspeed.{key}.enabled: DeepSpeed has no {key} on this device ({device}); set it to false")
 
 
 def build_engine(distiller: Distiller, config: TrainConfig) -> Any:
     """Return the engine that trains a distiller.
 
-    Under ZeRO-1 and 2 in fp32 on a CPU, the result does not depend on where shares end.
+    Under ZeRO-1 and 2 in fp32 on a CPU, the result does not depend on where shares end. Raise UserError for tables of
+    [deepspeed] that DeepSpeed finds at fault only now.
     """
     logger.setLevel("ERROR")
     deepspeed_patches.patch_library()
@@ -40,8 +53,14 @@ def build_engine(distiller: Distiller, config: TrainConfig) -> Any:
         num_weights = sum(weight.numel() for group in groups for weight in group["params"])
         options["zero_optimization"] = {**zero, "reduce_bucket_size": optimization.bucket_size(zero, num_weights)}
     optimizer = optimization.adamw(groups, config.optim, config.zero_stage)
-    with contextlib.redirect_stdout(sys.stderr):
-        engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=options)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=options)
+    except Exception as error:
+        # A RuntimeError is of memory or of the network; what DeepSpeed cannot combine is of many kinds.
+        if not config.deepspeed or (isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)):
+            raise
+        raise UserError(f"deepspeed: {one_line(error)}") from error
     deepspeed_patches.patch_engine(engine)
     return engine
 

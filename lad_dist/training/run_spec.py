@@ -30,7 +30,7 @@ from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, loa
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.objectives.base import Objective
 from lad_dist.objectives.registry import OBJECTIVES
-from lad_dist.training.deepspeed_schema import check_deepspeed_config, check_version
+from lad_dist.training.deepspeed_schema import check_version, validate_deepspeed_config
 from lad_dist.training.distiller import Distiller
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
@@ -174,7 +174,7 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     Raises UserError that names the place and what to do.
     """
     check_version()
-    check_deepspeed_config(config.deepspeed)
+    config = config.model_copy(update={"deepspeed": validate_deepspeed_config(config.deepspeed)})
     check_writable("run.dir", config.run.folder)
     if config.teacher is not None and config.teacher.cache is not None:
         check_writable("teacher.cache", config.teacher.cache)

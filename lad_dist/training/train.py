@@ -46,6 +46,7 @@ def train(config: TrainConfig, report: Report = silent) -> RunResult:
     run = Run(spec.config)
     if run.results is not None:
         return RunResult(run.folder, RunStatus.COMPLETED, run.results)
+    engine.check_precision(spec.precision)
     processes.start()
     processes.catch_signals()
     with run.session(), Watchdog(run.folder / "stacks", spec.config.run.watchdog_timeout) as watchdog:

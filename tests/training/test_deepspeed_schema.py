@@ -8,7 +8,7 @@ from launching import ROOT
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import read_toml
-from lad_dist.training.deepspeed_schema import check_deepspeed_config, deepspeed_schema
+from lad_dist.training.deepspeed_schema import deepspeed_schema, validate_deepspeed_config
 
 ZERO = "deepspeed.zero_optimization"
 
@@ -42,11 +42,11 @@ def test_shipped_configs_are_accepted() -> None:
     tables = [read_toml(file).get("deepspeed", {}) for file in (ROOT / "configs").rglob("*.toml")]
     assert any(tables)
     for table in tables:
-        check_deepspeed_config(table)
+        validate_deepspeed_config(table)
 
 
 def test_every_table_is_accepted() -> None:
-    check_deepspeed_config(
+    validate_deepspeed_config(
         {
             "zero_optimization": {
                 "stage": 3,
@@ -66,6 +66,15 @@ def test_every_table_is_accepted() -> None:
     )
 
 
+def test_values_are_of_the_types_that_deepspeed_reads() -> None:
+    zero = {"stage": 1.0, "reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 10.0, "overlap_comm": False}
+    typed = validate_deepspeed_config({"zero_optimization": zero, "gradient_clipping": 1, "steps_per_print": 10})
+    assert repr(typed) == (
+        "{'zero_optimization': {'stage': 1, 'reduce_bucket_size': 500000000, 'stage3_prefetch_bucket_size': 10, "
+        "'overlap_comm': False}, 'gradient_clipping': 1.0, 'steps_per_print': 10}"
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -81,9 +90,27 @@ def test_every_table_is_accepted() -> None:
         ({"log_level": "x"}, "deepspeed.log_level: lad_dist sets this; remove the key"),
         (
             {"data_types": {"grad_accum_dtype": "fp7"}},
-            'deepspeed.data_types.grad_accum_dtype: must be "fp32"',
+            "deepspeed.data_types.grad_accum_dtype: input should be 'fp32', 'fp16' or 'bf16', not 'fp7'",
         ),
         ({"bf16": {"enabled": "false"}}, "deepspeed.bf16.enabled: must be true or false, not 'false'"),
+        (
+            {"zero_optimization": {"stage": 1, "overlap_comm": "False"}},
+            f"{ZERO}.overlap_comm: must be true or false, not",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "500"}},
+            f"{ZERO}.reduce_bucket_size: must be a number, not '500'",
+        ),
+        ({"fp16": {"loss_scale": "1"}}, "deepspeed.fp16.loss_scale: must be a number, not '1'"),
+        ({"flops_profiler": {"enabled": "no"}}, "deepspeed.flops_profiler.enabled: input should be a valid boolean"),
+        ({"flops_profiler": {"enable": True}}, 'deepspeed.flops_profiler.enable: no such key; did you mean "enabled"?'),
+        ({"data_types": {"grad_accum_dtyp": "fp32"}}, "deepspeed.data_types.grad_accum_dtyp: no such key; did you"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "deepspeed.data_types.grad_accum_dtype: without ZeRO it is"),
+        (
+            {"data_types": {"param_dtype": "bf16"}},
+            'deepspeed.data_types.param_dtype: bf16 and fp16 set this, to "fp32"',
+        ),
+        ({"comet": {"enabled": True}}, "deepspeed.comet: comet_ml is not installed; pip install comet_ml, or remove"),
         ({"gradient_clipping": True}, "deepspeed.gradient_clipping: input should be a valid number, not True"),
         ({"prescale_gradients": "no"}, "deepspeed.prescale_gradients: input should be a valid boolean, not 'no'"),
         ({"wandb": {"enable": True}}, 'deepspeed.wandb.enable: no such key; did you mean "enabled"?'),
@@ -110,6 +137,6 @@ def test_every_table_is_accepted() -> None:
 )
 def test_a_mistake_ends_in_one_line(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_deepspeed_config(config)
+        validate_deepspeed_config(config)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
