@@ -49,7 +49,8 @@ def predict(
         A prediction for each text, in order.
 
     Raises:
-        UserError: The folder holds no classifier and no regression of texts, or a broken one.
+        UserError: The folder holds no classifier and no regression of texts, a broken one, or one with fewer positions
+            than `max_length`.
     """
     path = str(path)
     config = load_hf_config(path)
@@ -66,7 +67,10 @@ def predict(
     second = [text[1] for text in texts if not isinstance(text, str)]
     if second and len(second) != len(first):
         raise UserError("texts: some are pairs and some are not; give the one or the other")
-    encoded = encode_framed(tokenizer, first, second or None, max_length or min(MAX_LENGTH, max_positions(config)))
+    positions = max_positions(config)
+    if max_length is not None and max_length > positions:
+        raise UserError(f"max_length: {max_length} tokens, but {path} has {positions} positions")
+    encoded = encode_framed(tokenizer, first, second or None, max_length or min(MAX_LENGTH, positions))
     predictions: list[Prediction] = []
     pad = special_token_frame(tokenizer).pad
     for begin in range(0, len(first), BATCH_SIZE):

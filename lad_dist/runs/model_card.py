@@ -58,7 +58,7 @@ def _usage(config: Numbers) -> str:
     return (
         f"from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("{folder}")\ntokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
-        f'outputs = model(**tokenizer({text}, return_tensors="pt"))\n'
+        f'outputs = model(**tokenizer({text}, truncation=True, return_tensors="pt"))\n'
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from lad_dist.compression import compact, footprint
 from lad_dist.data.tokenization.loading import save_beside_model
 from lad_dist.distributed import processes, ranks
-from lad_dist.models.dims import uses_segments
+from lad_dist.models.dims import max_positions, uses_segments
 from lad_dist.models.loading import save_model
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.engine import gathered_parameters
@@ -56,7 +56,7 @@ def write_results(
         if packed is not None:
             save_model(student, run.export)
             packed.save(run.export, trainer.config.student.path, spec.layers)
-            save_beside_model(spec.tokenizer, run.export, uses_segments(student.config))
+            save_beside_model(spec.tokenizer, run.export, uses_segments(student.config), max_positions(student.config))
     sizes_on_disk = processes.on_main(lambda: footprint.bytes_table(run.export))
     results = {
         "command": command_line(),

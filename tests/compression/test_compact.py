@@ -10,6 +10,7 @@ from conftest import World
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import pipeline
 
 from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
@@ -75,6 +76,10 @@ def test_masks_over_a_base_are_the_export(half: bool, world: World, tmp_path: Pa
     export = run(world, tmp_path, [ADAPT], **{"student.layers": [2, 1]}, **precision)
     whole = loading.load_model(str(export), "classification", require_head=True)
     expected = toy.logits(whole)
+    for model in (str(export), *(load(export) for load in (compact.load_compact, compact.load_masked))):
+        if not isinstance(model, str):
+            model.set_attn_implementation("sdpa")
+        assert pipeline("text-classification", model, tokenizer=str(export))("ba " * 2000, truncation=True)
     (export / "model.safetensors").unlink()
     (export / compact.COMPACT_FILE).unlink()
     masked = compact.load_masked(export)

@@ -12,6 +12,7 @@ import torch
 import toy
 from conftest import World
 from launching import run_command
+from tokenizers import Tokenizer
 
 from lad_dist.compression import compact, footprint
 from lad_dist.compression.compressed_module import merge_all
@@ -19,6 +20,7 @@ from lad_dist.compression.layers import keep_layers
 from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
 from lad_dist.evaluation import interleaved_timing, latency
 from lad_dist.evaluation.latency import LatencyRequest
+from lad_dist.evaluation.onnx_export import Session
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.loading import save_model
@@ -35,7 +37,7 @@ def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda s
     export = config.run.folder / "export"
     save_model(merge_all(student), export)  # type: ignore[arg-type]
     packed.save(export, None, None)
-    save_beside_model(load_tokenizer(world.tokenizer), export, segments=True)
+    save_beside_model(load_tokenizer(world.tokenizer), export, segments=True, positions=64)
     results = {
         "command": "python train.py",
         "config": config.model_dump(mode="json", exclude_none=True),
@@ -95,6 +97,10 @@ def test_all_forms_of_a_run_and_the_teacher(world: World, tmp_path: Path, capsys
     assert "onnx int8 on the dev set: accuracy " in text
     assert "onnx int8 on the dev set: accuracy " in printed
     assert not list(folder.rglob("*.draft"))
+    inputs = Tokenizer.from_file(str(export / "tokenizer.json")).encode("ba " * 2000)
+    ids = {"input_ids": inputs.ids, "attention_mask": inputs.attention_mask, "token_type_ids": inputs.type_ids}
+    [logits] = Session(export / "onnx" / "model.onnx")({name: torch.tensor([x]) for name, x in ids.items()})
+    assert logits.shape == (1, 2)
     without_onnx = latency.measure(LatencyRequest(folder, rounds=1))
     assert {x["form"] for x in without_onnx["timings"]} == {"teacher", "student"}
     assert results_in(folder)["student"] == after["student"]

@@ -109,11 +109,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
         raise OSError(str(error)) from None
 
 
-def save_beside_model(tokenizer: PreTrainedTokenizerFast, folder: Path, segments: bool) -> None:
+def save_beside_model(tokenizer: PreTrainedTokenizerFast, folder: Path, segments: bool, positions: int) -> None:
     """Write the tokenizer for AutoTokenizer into the folder of a model.
 
-    The tokenizer of that folder returns token type ids where the model tells `segments` apart, and none elsewhere.
+    The tokenizer of that folder returns token type ids where the model tells `segments` apart, and none elsewhere. It
+    cuts texts to at most as many tokens as the model has `positions`: in transformers where `truncation` is set, and
+    always where tokenizer.json is read without transformers.
     """
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    rust_backend(tokenizer).enable_truncation(tokenizer.model_max_length)
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = [names[0], *(["token_type_ids"] if segments else []), *names[1:]]
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
