@@ -30,7 +30,6 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.step_state import StepState
 from lad_dist.models import families, loading
 from lad_dist.models.dims import encoder_layers
-from lad_dist.models.heads import keeps_head
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.utils.rng import COIN, derive_key
@@ -151,7 +150,7 @@ class Theseus(Compression):
                 "compression theseus: frozen embeddings and head have to be the predecessor's; set student.path to it "
                 'and student.embeddings to "copy", or frozen to false'
             )
-        if self.frozen and not keeps_head(load_hf_config(path), spec.head, spec.labels):
+        if self.frozen and not loading.holds_head(path, load_hf_config(path), spec.head, spec.labels):
             with_labels = f" with the labels {', '.join(spec.labels)}" if spec.labels else ""
             raise UserError(
                 f"compression theseus: {path} has no {spec.head} head{with_labels}, and a new one would stay frozen; "

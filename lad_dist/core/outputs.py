@@ -17,6 +17,8 @@ class ModelDims(NamedTuple):
         head: The kind of head on top of the encoder.
         num_outputs: The outputs V of the head; 0 without one.
         padded_length: The tokens of every sequence, where data.pad_to makes them equal.
+        vocabulary: The tokens of the tokenizer on a corpus. Outputs of an MLM head beyond these mean nothing: many
+            models have a vocabulary that is padded to a round number.
     """
 
     num_hidden_layers: int
@@ -25,6 +27,7 @@ class ModelDims(NamedTuple):
     head: Head
     num_outputs: int
     padded_length: int | None = None
+    vocabulary: int | None = None
 
 
 class OutputSpec(NamedTuple):

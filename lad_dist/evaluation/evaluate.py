@@ -25,6 +25,7 @@ from lad_dist.data.step_counts import mean_counts
 from lad_dist.data.tasks.examples import TaskExamples
 from lad_dist.data.tasks.task import check_task, load_task
 from lad_dist.data.tokenization.loading import load_tokenizer, tokenizer_of_teacher
+from lad_dist.data.tokenization.special_tokens import vocabulary_size
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.evaluation.baseline import weakness
@@ -178,7 +179,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, comparison)
     )
     for path, hf_config, path_tokenizer in zip(paths, hf_configs, (tokenizer, teacher_tokenizer), strict=False):
-        check_vocabulary(hf_config, path, len(path_tokenizer))
+        check_vocabulary(hf_config, path, vocabulary_size(path_tokenizer), path_tokenizer.pad_token_id)
     device = processes.start()
     dev = TaskDataset(config.data, task, tokenizer, seed=0).dev
     teacher_dev = (

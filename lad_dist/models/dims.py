@@ -16,10 +16,19 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(child for child in children if isinstance(child, nn.ModuleList))
 
 
-def model_dims(config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | None = None) -> ModelDims:
+def model_dims(
+    config: PreTrainedConfig, head: Head, *, labels: int = 0, span: int | None = None, vocabulary: int | None = None
+) -> ModelDims:
     """Return the sizes of a model that an objective needs to know."""
-    outputs = {"none": 0, "mlm": config.vocab_size}.get(head, labels)
-    return ModelDims(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head, outputs, span)
+    return ModelDims(
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head=head,
+        num_outputs={"none": 0, "mlm": config.vocab_size}.get(head, labels),
+        padded_length=span,
+        vocabulary=vocabulary,
+    )
 
 
 def max_positions(config: PreTrainedConfig) -> int:
@@ -34,12 +43,23 @@ def check_length(config: PreTrainedConfig, name: str, longest: int) -> None:
         raise UserError(f"data.max_length: {longest} tokens, but {name} has {positions} positions")
 
 
-def check_vocabulary(config: PreTrainedConfig, name: str, vocab_size: int) -> None:
-    """Raise UserError where the model has embeddings for fewer tokens than its tokenizer, `vocab_size`, has."""
+def check_vocabulary(config: PreTrainedConfig, name: str, vocab_size: int, padding: int | None) -> None:
+    """Raise UserError where a model cannot read what a tokenizer writes.
+
+    Args:
+        config: The model's config.
+        name: The model's name in messages.
+        vocab_size: The largest token id of the tokenizer, plus 1.
+        padding: The tokenizer's token of padding.
+    """
+    advice = "take the tokenizer that the model was trained with"
     if config.vocab_size < vocab_size:
+        raise UserError(f"{name}: the tokenizer has {vocab_size} tokens, the model only {config.vocab_size}; {advice}")
+    if families.family_of(config).first_position(config) and padding != config.pad_token_id:
+        # transformers counts the positions of the tokens that are no padding.
         raise UserError(
-            f"{name}: the tokenizer has {vocab_size} tokens, the model only {config.vocab_size}; "
-            "take the tokenizer that the model was trained with"
+            f"{name}: positions begin after the padding token {config.pad_token_id}, the tokenizer's is {padding}; "
+            f"{advice}"
         )
 
 

@@ -64,7 +64,7 @@ class Family:
 
     # What its configs say.
     intermediate_size_key: str = "intermediate_size"
-    undeclared_keys: tuple[str, ...] = ()  # read from a config that does not declare them
+    undeclared_keys: dict[str, type] = field(default_factory=dict)  # read from a config that does not declare them
     required_values: dict[str, Any] = field(default_factory=dict)  # a config with others is refused
     discriminators: tuple[str, ...] = ()  # architectures for pre-training without a masked-language-model head
 
@@ -83,8 +83,12 @@ def _deberta_relative_positions(config: Any) -> int:
     return 2 * (buckets if buckets > 0 else longest)
 
 
+def _after_padding(config: Any) -> int:
+    return config.pad_token_id + 1
+
+
 BERT = Family(narrowable=True)
-ROBERTA = replace(BERT, first_position=lambda config: config.pad_token_id + 1)
+ROBERTA = replace(BERT, first_position=_after_padding)
 FAMILIES = {
     "bert": BERT,
     "roberta": ROBERTA,
@@ -163,15 +167,15 @@ FAMILIES = {
         uneven_layers=lambda config: getattr(config, "conv_kernel_size", 0) > 0,
         relative_position_maps=_deberta_position_maps,
         relative_positions=_deberta_relative_positions,
-        undeclared_keys=(
-            "position_buckets",
-            "share_att_key",
-            "norm_rel_ebd",
-            "conv_kernel_size",
-            "conv_groups",
-            "conv_act",
-            "embedding_size",
-        ),
+        undeclared_keys={
+            "position_buckets": int,
+            "share_att_key": bool,
+            "norm_rel_ebd": str,
+            "conv_kernel_size": int,
+            "conv_groups": int,
+            "conv_act": str,
+            "embedding_size": int,
+        },
     ),
     "modernbert": Family(
         modules=LayerModules(
@@ -201,14 +205,21 @@ def family_of(config: Any) -> Family:
 
 
 def check_family(config: Any, name: str) -> None:
-    """Raise UserError where the model called `name` is of an unknown family, or sized in a way that cannot run here."""
+    """Raise UserError where the model called `name` is of an unknown family, or has a config that cannot run here."""
     model_type = config.model_type
     if model_type not in FAMILIES:
         raise UserError(f"{name}: the family {model_type} is not supported; {did_you_mean(model_type, FAMILIES)}")
-    for key, required in family_of(config).required_values.items():
-        value = getattr(config, key)
+    family = family_of(config)
+    for key, required in {"is_decoder": False, **family.required_values}.items():
+        value = getattr(config, key, required)
         if value != required:
             raise UserError(f"{name}: {model_type} with {key} = {value} is not supported, {required} is")
+    for key, kind in family.undeclared_keys.items():  # of the others transformers checks the types
+        value = getattr(config, key, None)
+        if value is not None and type(value) is not kind:
+            raise UserError(f"{name}: {key} must be of type {kind.__name__}, not {value!r}")
+    if family.first_position is _after_padding and config.pad_token_id is None:
+        raise UserError(f"{name}: {model_type} numbers positions from pad_token_id, which is not set; set it")
 
 
 def intermediate_size(config: Any) -> int:

@@ -122,14 +122,9 @@ def label_order(
     return None
 
 
-def keeps_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
-    """Return whether `load_model` keeps the folder's own head, as far as its config says what the folder holds."""
+def declares_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
+    """Return whether the config says that the folder holds a head of this kind, with these labels."""
     if head == "mlm":
-        return has_mlm_head(config)
+        names = set(config.architectures or ()) - set(family_of(config).discriminators)
+        return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
     return head == "none" or (_has_head(config, head) and _same_outputs(config, head, labels))
-
-
-def has_mlm_head(config: PreTrainedConfig) -> bool:
-    """Return whether the folder says that it holds a masked-language-model head."""
-    names = set(config.architectures or ()) - set(family_of(config).discriminators)
-    return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)

@@ -1,6 +1,7 @@
 """Models in and out: folder or hub name to model, model to folder."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,8 @@ from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Head
 from lad_dist.models import families
 from lad_dist.models.attention import ATTENTION_NAME
-from lad_dist.models.heads import MODEL_CLASSES, keeps_head, set_labels
+from lad_dist.models.dims import encoder_layers
+from lad_dist.models.heads import MODEL_CLASSES, declares_head, set_labels
 from lad_dist.models.hf_config import architecture_config, load_hf_config
 from lad_dist.utils.text import one_line
 
@@ -35,14 +37,38 @@ def check_weight_files(path: str) -> None:
     if not files:
         raise UserError(f"{path}: no weights, neither model.safetensors nor pytorch_model.bin")
     for file in files:
-        try:
-            # Names and shapes alone are read. A pickle of anything but tensors raises.
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    continue
-            torch.load(file, map_location="meta", weights_only=True)
-        except Exception as error:  # of Rust, zip and pickle
-            raise UserError(f"{file}: cannot read weights ({one_line(error)})") from None
+        _weight_names(file)
+
+
+def _weight_names(file: Path) -> list[str]:
+    """Return the names of the weights in a file, of which no number is read; raise UserError where it holds none."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as weights:
+                return list(weights.keys())
+        return list(torch.load(file, map_location="meta", weights_only=True))  # raises where it would run code
+    except Exception as error:  # of Rust, zip and pickle
+        raise UserError(f"{file}: cannot read weights ({one_line(error)})") from None
+
+
+def holds_head(path: str, config: PreTrainedConfig, head: Head, labels: Sequence[str] = ()) -> bool:
+    """Return whether the model at `path` has a head of this kind, with these labels, which `load_model` keeps.
+
+    The names of the weights in a folder decide: many encoders were saved without the head that their config names. Of a
+    hub name the config decides, because its weights may still have to be fetched.
+    """
+    folder = Path(path)
+    if head != "mlm" and not declares_head(config, head, labels):
+        return False
+    if head == "none" or not folder.is_dir():
+        return declares_head(config, head, labels)
+    with torch.device("meta"):
+        model = new_model(deepcopy(config), head, labels)
+    encoder = set(model.base_model.parameters())  # with the map to the vocabulary, where that is tied to the embeddings
+    head_modules = {name.rpartition(".")[0] for name, weight in model.named_parameters() if weight not in encoder}
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    names = [name for file in files for name in _weight_names(file)]
+    return all(any(name.startswith(f"{module}.") for name in names) for module in head_modules)
 
 
 def load_model(
@@ -51,10 +77,10 @@ def load_model(
     """Return the model at `path` with a head of this kind, in flat attention.
 
     A head that the folder lacks, or whose labels are others, is new, unless `require_head` forbids it. Raise UserError
-    where the folder cannot be read, lacks weights of the encoder, or lacks a head that is required.
+    where the folder cannot be read, holds other weights than its config says, or lacks a head that is required.
     """
     config = load_hf_config(path)
-    keep_head = require_head or head in ("none", "mlm") or keeps_head(config, head, labels)
+    keep_head = require_head or head in ("none", "mlm") or declares_head(config, head, labels)
     if not keep_head:
         set_labels(config, head, labels)
     try:
@@ -68,27 +94,48 @@ def load_model(
         )
     except Exception as error:  # of Rust, zip and pickle too
         raise UserError(f"{path}: the model cannot be loaded ({one_line(error)})") from None
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-    _check_encoder(path, model, missing, report["mismatched_keys"])
+    _check_weights(path, model, report, head_is_own=keep_head)
+    missing = _missing(report)
     if require_head and missing:
         raise UserError(f"{path}: this model has no {head} head ({missing[0]} is missing)")
     if not keep_head:
         _new_head(model)
+    if head == "mlm":
+        _declare_untied_embeddings(model)
     return _with_flat_attention(model)
 
 
-def _check_encoder(path: str, model: PreTrainedModel, missing: Sequence[str], mismatched: Iterable[Any]) -> None:
-    """Raise UserError where the folder lacks weights below the head, or has them in other shapes.
+def _missing(report: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in report["missing_keys"] if "pooler" not in key)
 
-    transformers would draw them at random.
+
+def _check_weights(path: str, model: PreTrainedModel, report: Mapping[str, Any], *, head_is_own: bool) -> None:
+    """Raise UserError where the folder holds other weights of the encoder, or of its own head, than its config says.
+
+    transformers draws at random what is missing or has another shape, and leaves out what is too much.
     """
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    lacking = [key for key in missing if key.startswith(prefix)]
+    lacking = [key for key in _missing(report) if key.startswith(prefix)]
     if lacking:
         raise UserError(f"{path}: lacks {len(lacking)} weights, as {lacking[0]}; config.json is of another model")
-    wrong = sorted(str(key[0]) for key in mismatched if str(key[0]).startswith(prefix))
+    layers = next(name for name, module in model.base_model.named_modules() if module is encoder_layers(model))
+    surplus = sorted(key for key in report["unexpected_keys"] if families.lies_in(key, layers))
+    if surplus:
+        raise UserError(f"{path}: {len(surplus)} weights have no place in the model of config.json, as {surplus[0]}")
+    mismatched = sorted(str(key[0]) for key in report["mismatched_keys"])
+    wrong = [key for key in mismatched if head_is_own or key.startswith(prefix)]
     if wrong:
         raise UserError(f"{path}: {wrong[0]} has another shape than config.json says; it is of another model")
+
+
+def _declare_untied_embeddings(model: PreTrainedModel) -> None:
+    """Write into the config that the head has a map to the vocabulary of its own, where it has.
+
+    transformers loads the two as a folder holds them, whatever the config says of them.
+    """
+    embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if output.shape == embeddings.shape and output is not embeddings:
+        model.config.tie_word_embeddings = False
 
 
 def _new_head(model: PreTrainedModel) -> None:

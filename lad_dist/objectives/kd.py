@@ -21,7 +21,8 @@ class KD(Objective):
 
     z [R, V] are logits of student and teacher: of the MLM head at the masked positions, or of a task. For tagging there
     is a row per word. For question answering the distributions are over the tokens of a sequence, one for the start of
-    the answer and one for its end.
+    the answer and one for its end. The KL of MLM heads is over the tokenizer's tokens: the vocabularies of student and
+    teacher may be padded to other numbers.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class KD(Objective):
                 "objective.soft: the teacher has no head to learn from; set objective.soft = 0 or take minilm2"
             )
         self.soft, self.hard, self.temperature = soft, hard, temperature
-        self.head = student.head
+        self.head, self.vocabulary = student.head, student.vocabulary
         self.student_spec = OutputSpec(logits=bool(soft or hard))
         self.teacher_spec = OutputSpec(logits=soft > 0)
 
@@ -54,6 +55,10 @@ class KD(Objective):
         if self.soft:
             assert student.logits is not None
             assert teacher.logits is not None
-            loss = losses.soft_label_loss(student.logits, teacher.logits, batch, self.head, self.temperature)
-            terms["soft"] = self.soft * loss
+            terms["soft"] = self.soft * self.soft_label_loss(student.logits, teacher.logits, batch)
         return terms
+
+    def soft_label_loss(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """Return T² KL of logits [R, V], a scalar, without outputs that stand for no token of the tokenizer."""
+        student, teacher = student[:, : self.vocabulary], teacher[:, : self.vocabulary]
+        return losses.soft_label_loss(student, teacher, batch, self.head, self.temperature)

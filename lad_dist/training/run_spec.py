@@ -20,18 +20,19 @@ from lad_dist.data.datasets import CorpusDataset, TaskDataset, check_shards
 from lad_dist.data.shards.reader import Shards
 from lad_dist.data.tasks.task import Task, load_task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
-from lad_dist.data.tokenization.special_tokens import check_frame, role_ids
+from lad_dist.data.tokenization.special_tokens import check_frame, role_ids, vocabulary_size
 from lad_dist.distributed import processes, ranks
 from lad_dist.models import loading
 from lad_dist.models.dims import check_length, check_vocabulary, model_dims
 from lad_dist.models.frozen import FrozenModel
-from lad_dist.models.heads import has_mlm_head, label_order
+from lad_dist.models.heads import label_order
 from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, load_hf_config
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.objectives.base import Objective
 from lad_dist.objectives.registry import OBJECTIVES
 from lad_dist.training.deepspeed_schema import check_version, validate_deepspeed_config
 from lad_dist.training.distiller import Distiller
+from lad_dist.utils.text import one_line
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 CALIBRATION_TOKENS, CALIBRATION_BATCHES = 16384, 256  # at most, of the data that compressions are fitted to
@@ -152,9 +153,12 @@ class RunSpec:
         student = self.config.student
         if student.path is None:
             assert student.architecture is not None
-            special = role_ids(self.tokenizer)
             return loading.create_model(
-                student.architecture, self.head, vocab_size=len(self.tokenizer), special_ids=special, labels=self.labels
+                student.architecture,
+                self.head,
+                vocab_size=vocabulary_size(self.tokenizer),
+                special_ids=role_ids(self.tokenizer),
+                labels=self.labels,
             )
         assert self.layers is not None
         return keep_layers(loading.load_model(student.path, self.head, labels=self.labels), self.layers)
@@ -189,7 +193,8 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     student_config, layers, widths = _check_student(config, hf_configs, tokenizer)
     teacher_config, teacher_head = _check_teacher(config, hf_configs, head, task)
     span = config.data.pad_to if isinstance(config.data, TaskDataConfig) else None
-    dims = partial(model_dims, labels=len(task.outputs) if task else 0, span=span)
+    vocabulary = vocabulary_size(tokenizer) if task is None else None
+    dims = partial(model_dims, labels=len(task.outputs) if task else 0, span=span, vocabulary=vocabulary)
     student_dims = dims(resized_config(student_config, widths) if widths else student_config, head)
     if layers is not None:
         student_dims = student_dims._replace(num_hidden_layers=len(layers))
@@ -206,7 +211,7 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
         if config.teacher.path != tokenizer_path:
             token_level = _token_level(config, objective, head)
             teacher_tokenizer = tokenizer_of_teacher(config.teacher.path, tokenizer, token_level)
-        check_vocabulary(teacher_config, config.teacher.path, len(teacher_tokenizer))
+        _check_vocabulary(teacher_config, config.teacher.path, teacher_tokenizer)
         if teacher_tokenizer is not tokenizer:
             check_frame(teacher_tokenizer, head)
     spec = RunSpec(
@@ -290,23 +295,30 @@ def _check_student(
     student = config.student
     if student.path is None:
         assert student.architecture is not None
-        hf_config = architecture_config(student.architecture, len(tokenizer), role_ids(tokenizer))
+        hf_config = architecture_config(student.architecture, vocabulary_size(tokenizer), role_ids(tokenizer))
         _check_length(config, hf_config, "student.architecture")
+        _check_vocabulary(hf_config, "student.architecture", tokenizer)
+        try:
+            with torch.device("meta"):
+                new_model(deepcopy(hf_config), "none")
+        except Exception as error:  # of the family's own code
+            raise UserError(f"student.architecture: no such model can be built ({one_line(error)})") from None
         return hf_config, None, None
     hf_config = hf_configs[student.path]
     check_weight_files(student.path)
     _check_length(config, hf_config, student.path)
     layers = layer_numbers(student.layers, student.num_hidden_layers, hf_config.num_hidden_layers)
-    if hf_config.vocab_size < len(tokenizer):
-        raise UserError(
-            f"student.tokenizer: has {len(tokenizer)} tokens, the model at {student.path} only {hf_config.vocab_size}"
-        )
+    _check_vocabulary(hf_config, student.path, tokenizer)
     if not student.is_narrowed:
         return hf_config, layers, None
     widths = check_widths(
         hf_config, student.hidden_size, student.num_attention_heads, student.intermediate_size, student.path
     )
     return hf_config, layers, widths
+
+
+def _check_vocabulary(config: PreTrainedConfig, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    check_vocabulary(config, name, vocabulary_size(tokenizer), tokenizer.pad_token_id)
 
 
 def _check_length(config: TrainConfig, model: PreTrainedConfig, name: str) -> None:
@@ -326,7 +338,7 @@ def _check_teacher(
     _check_length(config, hf_config, path)
     if task is not None:
         label_order(hf_config, path, task.kind, task.outputs, fixed_order=task.fixed_order)
-    elif head == "mlm" and not has_mlm_head(hf_config):
+    elif head == "mlm" and not loading.holds_head(path, hf_config, head):
         head = "none"
     return hf_config, head
 

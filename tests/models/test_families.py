@@ -19,7 +19,7 @@ from launching import ROOT
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy_families import LIKE, OF_TOKENS, SIZES, real
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
 from lad_dist.compression import compressed_module, footprint
 from lad_dist.compression.layers import keep_layers, random_embeddings, set_dropout
@@ -35,7 +35,7 @@ from lad_dist.models import families, library_versions, loading
 from lad_dist.models.attention import _explicit_attention
 from lad_dist.models.dims import check_length, encoder_layers, model_dims
 from lad_dist.models.forward import compute_outputs
-from lad_dist.models.heads import MODEL_CLASSES, has_mlm_head
+from lad_dist.models.heads import MODEL_CLASSES, declares_head
 from lad_dist.models.hf_config import architecture_config, load_hf_config
 from lad_dist.models.loading import PreTrainedModel, save_model
 from lad_dist.objectives.registry import OBJECTIVES
@@ -182,6 +182,23 @@ def test_layers_dropped_exported_and_loaded(family: str, tokenizers: Any, tmp_pa
         assert load_hf_config(str(tmp_path / head)).num_hidden_layers == len(layers)
         expected = transformers_output(tmp_path / head, head, batch)
         torch.testing.assert_close(outputs.logits, flat_logits(expected, batch, head), rtol=1e-5, atol=1e-5)
+        held = {kind for kind in heads if loading.holds_head(str(tmp_path / head), model.config, kind, labels_of(kind))}
+        assert held == {head}
+
+
+def test_the_weights_of_a_folder_have_the_last_word(tokenizers: Any, tmp_path: Path) -> None:
+    """Of a head that the config names, and of embeddings that it calls those of the head."""
+    save_model(toy_families.new_model("mpnet", "none", tokenizers("mpnet")), tmp_path / "mpnet")
+    config = load_hf_config(str(tmp_path / "mpnet"))
+    config.architectures = ["MPNetForMaskedLM"]
+    assert not loading.holds_head(str(tmp_path / "mpnet"), config, "mlm")
+    assert loading.holds_head("a/name-on-a-hub", config, "mlm")
+    save_model(toy.new_model("mlm", tie_word_embeddings=False), tmp_path / "bert")
+    file = tmp_path / "bert" / "config.json"
+    file.write_text(file.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    model = loading.load_model(str(tmp_path / "bert"), "mlm")
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    assert not model.config.tie_word_embeddings
 
 
 def test_layers_that_older_transformers_cannot_load_are_refused(
@@ -324,7 +341,7 @@ def test_only_generators_of_electra_have_an_mlm_head() -> None:
     def has(family: str, architecture: str) -> bool:
         config = architecture_config(toy_families.architecture(family), 90)
         config.architectures = [architecture]
-        return has_mlm_head(config)
+        return declares_head(config, "mlm", ())
 
     assert has("electra", "ElectraForMaskedLM")
     assert not has("electra", "ElectraForPreTraining")
@@ -337,9 +354,12 @@ def test_only_generators_of_electra_have_an_mlm_head() -> None:
         ("albert", {"num_hidden_groups": 2}, "albert with num_hidden_groups = 2 is not supported, 1 is"),
         ("albert", {"inner_group_num": 2}, "albert with inner_group_num = 2 is not supported, 1 is"),
         ("mpnet", {"pad_token_id": 0}, "mpnet with pad_token_id = 0 is not supported, 1 is"),
+        ("bert", {"is_decoder": True}, "bert with is_decoder = True is not supported, False is"),
+        ("deberta-v2", {"share_att_key": "False"}, "share_att_key must be of type bool, not 'False'"),
+        ("roberta", {"pad_token_id": None}, "roberta numbers positions from pad_token_id, which is not set"),
     ],
 )
-def test_configs_that_cannot_run_are_refused(family: str, sizes: dict[str, int], message: str, tmp_path: Path) -> None:
+def test_configs_that_cannot_run_are_refused(family: str, sizes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"student.architecture: {message}"):
         architecture_config(toy_families.architecture(family, **sizes), 90)
     config = architecture_config(toy_families.architecture(family, pad_token_id=1), 90)
@@ -429,6 +449,7 @@ def test_a_family_is_distilled_for_a_task(family: str, tokenizers: Any, tmp_path
     result = train(toy.parsed(toy.task_config(tmp_path, files, teacher, teacher), {"run.steps": 2}))
     assert result.results is not None
     export = tmp_path / "toy" / "export"
+    assert pipeline("text-classification", str(export))("ba " * 2000, truncation=True)
     model = AutoModelForSequenceClassification.from_pretrained(export).eval()
     assert model.config.num_hidden_layers == 2
     exported_tokenizer = load_tokenizer(export)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import toy
 from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, random_outputs
 from torch import Tensor
@@ -46,6 +47,23 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name: str) -> None
             values.append({key: term.item() for key, term in objective(outputs, target, batch).items()})
     for terms in values[1:]:
         assert terms == pytest.approx(values[0], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in WITH_TEACHER if OBJECTIVES[name](STUDENT, TEACHER).teacher_spec.logits]
+)
+def test_outputs_beyond_the_vocabulary_are_not_compared(name: str) -> None:
+    """The vocabulary of the teacher, of the student or of both is padded."""
+    batch, terms = toy.batch(LENGTHS), []
+    student, teacher = random_outputs(batch)
+    for padding in ((0, 0), (0, 3), (3, 0), (2, 3)):
+        objective = OBJECTIVES[name](STUDENT._replace(vocabulary=2), TEACHER._replace(vocabulary=2))
+        padded = (
+            x._replace(logits=F.pad(x.logits, (0, n), value=9.0))
+            for x, n in zip((student, teacher), padding, strict=True)
+        )
+        terms.append(objective(*padded, batch)["soft"])
+    assert all(torch.equal(term, terms[0]) for term in terms)
 
 
 @pytest.mark.parametrize("name", sorted(set(WITH_TEACHER) - MIXING))

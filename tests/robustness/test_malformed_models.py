@@ -130,6 +130,10 @@ def one_narrower(weights: dict[str, torch.Tensor]) -> None:
     weights[name] = weights[name][:, :-1].contiguous()
 
 
+def one_label_more(weights: dict[str, torch.Tensor]) -> None:
+    weights["classifier.bias"] = weights["classifier.bias"].new_zeros(3)
+
+
 def without_a_layer(weights: dict[str, torch.Tensor]) -> None:
     for name in [key for key in weights if ".layer.3." in key]:
         del weights[name]
@@ -227,6 +231,8 @@ MODELS = [
 READ = [
     student("lacks-a-layer", weights(without_a_layer), "weights, as bert.encoder.layer.3."),
     student("another-shape", weights(one_narrower), "has another shape than config.json says"),
+    student("another-head", weights(one_label_more), "classifier.bias has another shape than config.json says"),
+    student("fewer-layers", config(num_hidden_layers=3), "weights have no place in the model of config.json, as "),
     student("more-layers", config(num_hidden_layers=5), "weights, as bert.encoder.layer.4."),
     broken("teacher-lacks-a-layer", weights(without_a_layer), "weights, as bert.encoder.layer.3."),
     broken("teacher-other-shape", weights(one_narrower), "model: "),

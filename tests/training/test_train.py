@@ -488,6 +488,13 @@ def test_a_checkpoint_cannot_execute_anything(world: World, tmp_path: Path) -> N
         assert not (tmp_path / f"exploded{number}").exists()
 
 
+def test_vocabularies_may_be_padded_to_different_sizes(world: World, tmp_path: Path) -> None:
+    padded = toy.model(tmp_path / "padded", world.tokenizer, "mlm", vocab_size=128)
+    tables = toy.corpus_config(tmp_path, world.corpus, padded, padded, objective={"name": "kd"})
+    tables["student"] = {"architecture": toy.SIZES}
+    assert train(toy.parsed(tables, {"run.steps": 1, "data.num_workers": 0})).results["metrics"]["soft"] > 0
+
+
 @pytest.mark.parametrize(
     ("precision", "has_bf16", "warns"), [(HALF, False, True), (HALF, True, False), ({}, False, False)]
 )
