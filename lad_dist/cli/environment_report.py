@@ -51,7 +51,7 @@ def _device_rows() -> Iterator[tuple[str, str]]:
     import torch
 
     from lad_dist.distributed import processes
-    from lad_dist.models.attention import has_kernel
+    from lad_dist.models.kernel import has_kernel
 
     device = processes.device()
     count = torch.cuda.device_count()

@@ -11,7 +11,6 @@ N tokens of all sequences, U spans of S places, D hidden size, H heads.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from lad_dist.core.batch import Batch, one_span_per_sequence, pad, unpad
 from lad_dist.models import families
 from lad_dist.models.dims import encoder_layers
+from lad_dist.models.kernel import has_kernel
 
 ATTENTION_NAME = "lad_dist_flat"
-# What the variable-length kernel requires of a GPU and of the size of a head.
-KERNEL_COMPUTE_CAPABILITY = (8, 0)
-KERNEL_HEAD_SIZE_MULTIPLE = 8
+KERNEL_HEAD_SIZE_MULTIPLE = 8  # what the variable-length kernel requires of the size of a head
 
 
 @dataclass
@@ -176,12 +174,6 @@ def _attention(
     window = None if sliding_window is None else sliding_window - 1
     out = attend(q, k, v, flat_forward, scaling, dropout, window)
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
-
-
-@cache
-def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= KERNEL_COMPUTE_CAPABILITY
 
 
 def _kernel_attention(
