@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from lad_dist.config.load import keyword_parameters, load_config
 from lad_dist.config.schema import ConfigTable, TrainConfig
 
 MAX_WIDTH = 120  # characters of a line of help
+OPTION = re.compile(r"\S+(?: \S+)* {2,}")  # of a docstring's line
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class ConfigCommand:
         if everything and issubclass(self.schema, TrainConfig):
             yield from method_lines()
         elif len(shown) < len(rows):
-            yield f"{len(rows) - len(shown)} more keys, and the arguments of each method: lad-dist {name} --help all"
+            methods = ", and the arguments of each method" if issubclass(self.schema, TrainConfig) else ""
+            yield f"{len(rows) - len(shown)} more keys{methods}: lad-dist {name} --help all"
 
 
 # A function of the command's arguments that returns the exit code; its docstring is the text of `--help`.
@@ -88,7 +91,31 @@ def method_lines() -> Iterator[str]:
                 yield from wrapped(f"{kind}.{key} ({type_name(parameter.annotation)}, {default}){text}")
 
 
-def wrapped(text: str) -> list[str]:
-    """Return an explanation as indented lines that fit the terminal."""
+def wrapped(text: str, first: str = "  ", others: str = "      ") -> list[str]:
+    """Return a text as lines that fit the terminal: the `first` one and the `others` begin with these."""
     width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 0)).columns)
-    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
+
+
+def wrapped_document(text: str) -> Iterator[str]:
+    """Yield the lines of a docstring as they fit the terminal.
+
+    Paragraphs are filled, and what an option means goes on below itself. Commands stay whole, to be copied.
+    """
+    for number, block in enumerate(text.split("\n\n")):
+        if number:
+            yield ""
+        lines = block.split("\n")
+        if lines[0].startswith(("usage:", "example:")):
+            yield from lines
+            continue
+        items: list[tuple[str, str]] = []  # an option, or nothing before a paragraph, and the text
+        for line in lines:
+            option = OPTION.match(line)
+            if option:
+                items.append((option[0], line[option.end() :]))
+            else:
+                first, content = items.pop() if items else ("", "")
+                items.append((first, f"{content} {line.strip()}"))
+        for first, content in items:
+            yield from wrapped(content.strip(), first, " " * len(first))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
-from lad_dist.cli.command import Command, ConfigCommand, documentation
+from lad_dist.cli.command import Command, ConfigCommand, documentation, wrapped, wrapped_document
 from lad_dist.cli.commands.benchmark import benchmark
 from lad_dist.cli.commands.corpus import prepare, train_tokenizer, verify
 from lad_dist.cli.commands.evaluate import evaluate
@@ -91,7 +91,9 @@ def overview() -> str:
     """Return the list of commands."""
     width = max(map(len, COMMANDS))
     summaries = {name: documentation(command).partition("\n")[0] for name, command in COMMANDS.items()}
-    lines = [f"  {name:{width}}  {text}" for name, text in summaries.items()]
+    lines = [
+        line for name, text in summaries.items() for line in wrapped(text, f"  {name:{width}}  ", " " * (width + 4))
+    ]
     return "\n".join(
         ["usage: lad-dist COMMAND CONFIG [key=value …]", "", *lines, "", "lad-dist COMMAND --help explains a command."]
     )
@@ -101,4 +103,4 @@ def help_text(name: str, everything: bool) -> str:
     """Return what `--help` of a command prints; `everything`: with every key of its config."""
     command = COMMANDS[name]
     keys = ["", *command.help_lines(name, everything)] if isinstance(command, ConfigCommand) else []
-    return "\n".join([documentation(command), *keys])
+    return "\n".join([*wrapped_document(documentation(command)), *keys])
