@@ -1,5 +1,6 @@
 """What this package replaces in DeepSpeed: a function for each patch, with its reason."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ def patch_library() -> None:
     align_shares()
     sum_gradient_norms_in_fp64()
     leave_out_compiled_operations()
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # which it calls
 
 
 def patch_engine(engine: Any) -> None:
