@@ -1,13 +1,16 @@
 """What a person reads: progress on standard error, lines and tables on standard output."""
 
+import contextlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from rich.console import Console as Terminal
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,8 +20,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.spinner import Spinner
 from rich.table import Column
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from lad_dist.distributed import ranks
 from lad_dist.utils import progress
@@ -55,6 +60,7 @@ class TerminalProgress:
         self._bars: Progress | None = None
         self._time_left = TimeLeft()
         self._last_line: dict[str, float] = {}
+        self.without_lines: set[str] = set()  # tasks of which something else prints lines
 
     def __call__(self, task: str, done: float, total: float, detail: str = "") -> None:
         """Show that `done` of `total` units of a task are complete."""
@@ -63,7 +69,7 @@ class TerminalProgress:
         terminal = Terminal(stderr=True)
         if terminal.is_terminal:
             self._update_bar(terminal, task, done, total, detail)
-        else:
+        elif task not in self.without_lines:
             self._print_line(task, done, total, detail)
 
     def _update_bar(self, terminal: Terminal, task: str, done: float, total: float, detail: str) -> None:
@@ -71,12 +77,13 @@ class TerminalProgress:
             if done >= total:
                 return  # a task of one report, or one whose bar has come to its end
             # Standard output is perhaps a file: it must not go to the terminal with the bar.
-            self._bars = Progress(*_columns(terminal.width), console=terminal, redirect_stdout=False)
+            self._bars = Progress(*_columns(), console=terminal, redirect_stdout=False)
             self._bars.start()
         numbers = {bar.description: bar.id for bar in self._bars.tasks}
         if task not in numbers:
             numbers[task] = self._bars.add_task(task, total=total, detail=detail)
-        self._bars.update(numbers[task], completed=done, total=total, detail=detail)
+        self._bars.update(numbers[task], completed=done, total=total, **({"detail": detail} if detail else {}))
+        _share_width(self._bars, terminal.width)
         if all(bar.finished for bar in self._bars.tasks):
             self.close()
 
@@ -96,12 +103,9 @@ class TerminalProgress:
             self._bars = None
 
 
-def _columns(width: int) -> list[ProgressColumn]:
-    """Return the columns of a bar that is whole on a terminal of this width: the name and the text give way."""
-    text_width = max(MIN_TEXT, width - BAR_WIDTH - NUMBERS_WIDTH)
-    name_width = text_width // 3
-    name = Column(max_width=name_width, no_wrap=True, overflow="ellipsis")
-    detail = Column(max_width=text_width - name_width, no_wrap=True, overflow="ellipsis")
+def _columns() -> list[ProgressColumn]:
+    """Return the columns of a bar."""
+    name, detail = (Column(no_wrap=True, overflow="ellipsis") for _ in range(2))
     return [
         TextColumn("{task.description}", markup=False, table_column=name),
         BarColumn(BAR_WIDTH),
@@ -112,7 +116,50 @@ def _columns(width: int) -> list[ProgressColumn]:
     ]
 
 
+def _share_width(bars: Progress, width: int) -> None:
+    """Make bars whole on a terminal of this width: the texts get two thirds of what is left at most, names the rest."""
+    rest = max(MIN_TEXT, width - BAR_WIDTH - NUMBERS_WIDTH)
+    longest = max(len(bar.fields["detail"]) for bar in bars.tasks)
+    name, *_, detail = (column.get_table_column() for column in bars.columns if isinstance(column, ProgressColumn))
+    detail.max_width = max(1, min(longest, rest - rest // 3))
+    name.max_width = rest - detail.max_width
+
+
 TERMINAL_PROGRESS = TerminalProgress()
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show a text while the context lasts: on a terminal until its end, elsewhere as a line once it lasts long."""
+    if Terminal(stderr=True).is_terminal or not ranks.is_main():
+        with _spinner(text):
+            yield
+        return
+    timer = threading.Timer(LINE_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def loading_libraries() -> contextlib.AbstractContextManager[None]:
+    """Say on a terminal that libraries are imported, which takes seconds."""
+    return _spinner("loading libraries")
+
+
+@contextlib.contextmanager
+def _spinner(text: str) -> Iterator[None]:
+    """Show a text on a terminal while the context lasts, from the main process; nothing elsewhere."""
+    terminal = Terminal(stderr=True)
+    if not (terminal.is_terminal and ranks.is_main()):
+        yield
+        return
+    TERMINAL_PROGRESS.close()
+    spinner = Spinner("dots", Text(text, no_wrap=True, overflow="ellipsis"))
+    with Live(spinner, console=terminal, transient=True, redirect_stdout=False):
+        yield
 
 
 class Console:
@@ -122,6 +169,7 @@ class Console:
         self.name = name
         self._time_left = TimeLeft()
         self._shown: dict[str, float] = {}  # the last loss and the last score on the dev set
+        TERMINAL_PROGRESS.without_lines.add(name)
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         """Show a row; silent on processes other than the main one."""

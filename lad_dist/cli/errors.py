@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from lad_dist.cli.console import TERMINAL_PROGRESS
+from lad_dist.cli.console import TERMINAL_PROGRESS, waiting
 from lad_dist.cli.logging_setup import configure_logging
 from lad_dist.config.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Fault, UserError
 from lad_dist.distributed import ranks
@@ -33,7 +33,7 @@ def one_line_errors() -> Iterator[None]:
     A UserError or Fault, an interruption and an error of the file system each become one line on standard error.
     """
     configure_logging()
-    progress.install(TERMINAL_PROGRESS)
+    progress.install(TERMINAL_PROGRESS, waiting)
     try:
         check_environment()
         yield

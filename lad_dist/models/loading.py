@@ -1,12 +1,14 @@
 """Models in and out: folder or hub name to model, model to folder."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from huggingface_hub import utils as hub_utils
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,10 +21,14 @@ from lad_dist.models.attention import ATTENTION_NAME
 from lad_dist.models.dims import encoder_layers
 from lad_dist.models.heads import MODEL_CLASSES, declares_head, set_labels
 from lad_dist.models.hf_config import architecture_config, load_hf_config
-from lad_dist.utils.text import one_line
+from lad_dist.utils import progress
+from lad_dist.utils.text import megabytes, one_line
 
 transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+_show_downloads = not hub_utils.are_progress_bars_disabled()
+transformers_logging.disable_progress_bar()  # the bars of weights that are read, and those of downloads with them
+if _show_downloads:
+    hub_utils.enable_progress_bars()
 
 
 def check_weight_files(path: str) -> None:
@@ -30,10 +36,9 @@ def check_weight_files(path: str) -> None:
 
     Hub names pass, for their files may still have to be fetched.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    if not Path(path).is_dir():
         return
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = _weight_files(path)
     if not files:
         raise UserError(f"{path}: no weights, neither model.safetensors nor pytorch_model.bin")
     for file in files:
@@ -66,9 +71,13 @@ def holds_head(path: str, config: PreTrainedConfig, head: Head, labels: Sequence
         model = new_model(deepcopy(config), head, labels)
     encoder = set(model.base_model.parameters())  # with the map to the vocabulary, where that is tied to the embeddings
     head_modules = {name.rpartition(".")[0] for name, weight in model.named_parameters() if weight not in encoder}
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    names = [name for file in files for name in _weight_names(file)]
+    names = [name for file in _weight_files(path) for name in _weight_names(file)]
     return all(any(name.startswith(f"{module}.") for name in names) for module in head_modules)
+
+
+def _weight_files(path: str) -> list[Path]:
+    """Return the files with weights in a folder."""
+    return sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("pytorch_model*.bin"))
 
 
 def load_model(
@@ -84,14 +93,15 @@ def load_model(
     if not keep_head:
         set_labels(config, head, labels)
     try:
-        model, report = MODEL_CLASSES[head].from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=not require_head,
-            trust_remote_code=False,
-        )
+        with _waiting(path):
+            model, report = MODEL_CLASSES[head].from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=not require_head,
+                trust_remote_code=False,
+            )
     except Exception as error:  # of Rust, zip and pickle too
         raise UserError(f"{path}: the model cannot be loaded ({one_line(error)})") from None
     _check_weights(path, model, report, head_is_own=keep_head)
@@ -103,6 +113,13 @@ def load_model(
     if head == "mlm":
         _declare_untied_embeddings(model)
     return _with_flat_attention(model)
+
+
+def _waiting(path: str) -> AbstractContextManager[None]:
+    """Show that weights are read; downloads from the hub have bars of their own."""
+    if not Path(path).is_dir():
+        return nullcontext()
+    return progress.waiting(f"loading {path}, {megabytes(sum(file.stat().st_size for file in _weight_files(path)))}")
 
 
 def _missing(report: Mapping[str, Any]) -> list[str]:

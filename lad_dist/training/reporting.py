@@ -14,6 +14,7 @@ from lad_dist.models.loading import PreTrainedModel
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.optimization import optimizer_metrics
 from lad_dist.training.trainer import Trainer
+from lad_dist.utils import progress
 from lad_dist.utils.text import plain_number, si_number
 
 Row = dict[str, Any]
@@ -58,6 +59,11 @@ class Reporter:
             if values:
                 self.record(0, values)
         self._first = first
+        self.show_step(first)
+
+    def show_step(self, step: int) -> None:
+        """Show how far the run is, on a terminal; its texts are those of the last rows."""
+        progress.report(self.trainer.config.run.name, step, self.trainer.steps)
 
     def estimate(self, step: int) -> None:
         """Log how long the run will take, once its first steps show it."""

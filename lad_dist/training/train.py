@@ -79,6 +79,7 @@ def _train_from_checkpoint(spec: RunSpec, run: Run, report: Report, watchdog: Wa
         Hook(reporter.evaluate, every=spec.config.run.eval_every),
         Hook(resumption.check_replicas, every=spec.config.run.replica_check_every),
         Hook(resumption.save, every=1),
+        Hook(reporter.show_step, every=1),
     )
     trainer.metrics = MetricAccumulator()  # its clocks start with the steps, after the teacher's scores
     result = RunResult(run.folder, trainer.fit(first, hooks))

@@ -49,6 +49,19 @@ def test_help_fits_a_screen_and_shows_the_usage(name: str, capsys: pytest.Captur
     assert len(captured.out.splitlines()) <= SCREEN
 
 
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help_fits_a_narrow_terminal(
+    name: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run_command(*([name] if name else []), "--help")
+    blocks = capsys.readouterr().out.split("\n\n")
+    lines = [line for block in blocks if not block.startswith(("usage:", "example:")) for line in block.splitlines()]
+    assert max(map(len, lines)) <= 80
+    trains = isinstance(command := COMMANDS.get(name or ""), ConfigCommand) and issubclass(command.schema, TrainConfig)
+    assert ("arguments of each method" in "".join(blocks)) == trains
+
+
 @pytest.mark.parametrize("name", CONFIG_COMMANDS)
 def test_common_keys_are_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = COMMANDS[name]
@@ -97,13 +110,21 @@ def test_a_script_starts_the_command(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["distill", "--help"], ["distill", "configs:task/lad.toml", "data.tsk=rte"], ["configs"], ["distil"]],
-    ids=["help", "misspelt key", "configs", "misspelt command"],
+    [["distill", "--help"], ["distill", "configs:task/lad.toml", "data.tsk=rte"], ["configs"], ["distil"], ["env"]],
+    ids=["help", "misspelt key", "configs", "misspelt command", "env"],
 )
-def test_what_needs_no_model_answers_before_torch_is_imported(arguments: list[str]) -> None:
+def test_what_needs_no_model_answers_before_libraries_are_imported(arguments: list[str]) -> None:
+    absent = {
+        "transformers",
+        "deepspeed",
+        "sklearn",
+        "pandas",
+        "matplotlib",
+        *(["torch"] if arguments != ["env"] else []),
+    }
     script = (
         "import sys\nfrom lad_dist.cli.main import main\ntry:\n    main()\nfinally:\n"
-        "    assert not {'torch', 'transformers', 'sklearn', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        f"    assert not {absent} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment(), text=True, capture_output=True)
     assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """What a person reads: progress, errors, output."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -7,12 +8,15 @@ import sys
 from functools import partial
 
 import pytest
+from conftest import World
 from launching import exit_code
 
 from lad_dist.cli import console
 from lad_dist.cli.console import Terminal, TerminalProgress, time
 from lad_dist.cli.logging_setup import configure_logging
 from lad_dist.distributed.logs import EVERY_RANK, get_logger
+from lad_dist.models import loading
+from lad_dist.models.loading import load_model
 from lad_dist.utils import progress
 
 
@@ -59,6 +63,31 @@ def test_two_tasks_have_a_bar_each(capsys: pytest.CaptureFixture[str]) -> None:
     report.close()
     assert report._bars is None
     assert "write" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_terminal_shows_what_is_waited_for_until_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.waiting("loading a"), console.loading_libraries():
+        pass
+    shown = capsys.readouterr()
+    assert ("loading a" in shown.err, "loading libraries" in shown.err, shown.out) == (True, True, "")
+    assert shown.err.endswith("\x1b[1A\x1b[2K")  # the line is gone
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_without_a_terminal_a_long_wait_is_a_line(
+    seconds: float, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", seconds)
+    monkeypatch.setattr(loading.progress, "_waiting", console.waiting)
+    with console.loading_libraries():
+        load_model(str(world.teacher), "classification")
+    size = (world.teacher / "model.safetensors").stat().st_size / 1e6
+    assert capsys.readouterr().err == ("" if seconds else f"loading {world.teacher}, {size:.1f} MB\n")
+
+
+def test_downloads_from_the_hub_show_bars() -> None:
+    assert loading.hub_utils.are_progress_bars_disabled() == ("HF_HUB_DISABLE_PROGRESS_BARS" in os.environ)
 
 
 @pytest.mark.parametrize("process", ["main", "other"])
@@ -114,13 +143,19 @@ def test_a_line_of_progress_is_whole(
     shown = console.Console("lad-rte-teacher-low-0")
     for row in ROWS:
         shown(row)
+        progress.report(shown.name, row["step"] + 1, row["steps"])  # the next step has no row
     shown.close()
     progress.install(progress.silent)
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
     last = next(line for line in reversed(lines) if line.strip())
     assert len(last) <= width
     assert last.startswith("lad-rte-")
-    for text in ("12000/100000", "12%", "loss 1.23", "accuracy 0.831"):
+    progress.install(bars := TerminalProgress())
+    progress.report("asking the teacher", 1, 10, "256 examples each")
+    bars.close()
+    progress.install(progress.silent)
+    assert "…" not in capsys.readouterr().err  # there is room for this name
+    for text in ("12001/100000", "12%", "loss 1.23", "accuracy 0.831"):
         assert text in last
 
 
@@ -132,6 +167,7 @@ def test_without_a_terminal_a_row_is_a_line_with_the_time_left(
     shown = console.Console("lad")
     for row in ROWS:
         shown(row)
+        console.TERMINAL_PROGRESS("lad", row["step"] + 1, row["steps"])
     assert capsys.readouterr().err.splitlines() == [
         "lad step 100/100000  loss 2.463  hard 1.2  grad_norm 7.1",
         "lad step 12000/100000 12%, 0:14:40 left  loss 1.235  hard 1.1  grad_norm 6.5",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lad_dist.cli.console import print_table
+from lad_dist.cli.console import loading_libraries, print_table
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import EXIT_DONE, UserError
 from lad_dist.config.load import load_config, read_toml
@@ -32,12 +32,14 @@ def benchmark(arguments: Sequence[str]) -> int:
     kind, path, *overrides = arguments
     if kind == "step":
         config = load_config(train_schema(read_toml(path)), path, overrides)
-        from lad_dist.benchmarks import step
+        with loading_libraries():
+            from lad_dist.benchmarks import step
 
         print_table(f"a step of {config.run.name}", ("", ""), step.measure(config).rows)
     else:
         sources = load_config(PrepareConfig, path, overrides)
-        from lad_dist.benchmarks import data
+        with loading_libraries():
+            from lad_dist.benchmarks import data
 
         print_table(f"the data of {path}", ("", ""), data.measure(sources))
     return EXIT_DONE

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from lad_dist.cli.command import ArgumentParser
-from lad_dist.cli.console import say
+from lad_dist.cli.console import loading_libraries, say
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 
@@ -20,8 +20,9 @@ def prepare(config: PrepareConfig) -> int:
 
     example: lad-dist prepare configs:pretrain/corpus.toml out=corpora/wikipedia-books
     """
-    from lad_dist.data.shards.prepare import corpus_summary
-    from lad_dist.data.shards.prepare import prepare as write_shards
+    with loading_libraries():
+        from lad_dist.data.shards.prepare import corpus_summary
+        from lad_dist.data.shards.prepare import prepare as write_shards
 
     if not write_shards(config):
         say(f"{config.out}: stopped early; run again to go on")
@@ -56,7 +57,8 @@ def train_tokenizer(config: TokenizerConfig) -> int:
 
     example: lad-dist train-tokenizer configs:pretrain/tokenizer_unigram.toml vocab_size=16000
     """
-    from lad_dist.data.tokenization import train
+    with loading_libraries():
+        from lad_dist.data.tokenization import train
 
     say(f"{config.out}: {train.train_tokenizer(config):,} tokens")
     return EXIT_DONE

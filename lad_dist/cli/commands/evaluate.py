@@ -1,6 +1,6 @@
 """The command evaluate."""
 
-from lad_dist.cli.console import print_table
+from lad_dist.cli.console import loading_libraries, print_table
 from lad_dist.config.errors import EXIT_DONE
 from lad_dist.config.schema import EvaluateConfig
 
@@ -14,7 +14,8 @@ def evaluate(config: EvaluateConfig) -> int:
     example: lad-dist evaluate configs:task/evaluate.toml data.task=rte model.path=runs/lad-rte/export \
 teacher.path=runs/teacher-rte/export
     """
-    from lad_dist.evaluation import evaluate as evaluation
+    with loading_libraries():
+        from lad_dist.evaluation import evaluate as evaluation
 
     scores = evaluation.evaluate(config)
     teacher = scores.get("teacher", {})

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 
 from lad_dist.cli.command import MAX_WIDTH, ArgumentParser
-from lad_dist.cli.console import say
+from lad_dist.cli.console import loading_libraries, say
 from lad_dist.config.errors import EXIT_DONE
 from lad_dist.config.shipped import config_file, shipped_configs
 
@@ -39,9 +39,10 @@ def env(arguments: Sequence[str]) -> int:
     usage: lad-dist env
     """
     ArgumentParser("env").parse_args(arguments)
-    from lad_dist.cli.environment_report import environment_rows
+    with loading_libraries():
+        from lad_dist.cli.environment_report import environment_rows
 
-    rows = environment_rows()
+        rows = environment_rows()
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         say(f"{name:{width}}  {value}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lad_dist.cli.command import ArgumentParser
-from lad_dist.cli.console import print_table, say
+from lad_dist.cli.console import loading_libraries, print_table, say
 from lad_dist.config.errors import EXIT_DONE, UserError
 
 
@@ -35,8 +35,9 @@ def latency(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.rounds is not None and options.rounds < 1:
         raise UserError(f"latency: --rounds {options.rounds}: at least 1")
-    from lad_dist.evaluation.latency import LatencyRequest, measure
-    from lad_dist.runs.model_card import latency_conditions, latency_remarks, latency_table
+    with loading_libraries():
+        from lad_dist.evaluation.latency import LatencyRequest, measure
+        from lad_dist.runs.model_card import latency_conditions, latency_remarks, latency_table
 
     measured = measure(LatencyRequest(**vars(options)))
     print_table(str(options.folder), *latency_table(measured))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lad_dist.cli.command import ArgumentParser
-from lad_dist.cli.console import print_table
+from lad_dist.cli.console import loading_libraries, print_table
 from lad_dist.config.errors import EXIT_DONE
 
 
@@ -28,7 +28,8 @@ def masks(arguments: Sequence[str]) -> int:
     parser.add_argument("--shuffles", metavar="N", type=int, choices=range(1000), default=0)
     parser.add_argument("--base", metavar="MODEL")
     options = parser.parse_intermixed_args(arguments)
-    from lad_dist.evaluation import mask_analysis
+    with loading_libraries():
+        from lad_dist.evaluation import mask_analysis
 
     for title, header, rows in mask_analysis.report(options.folders, options.out, options.shuffles, options.base):
         print_table(title, header, rows)

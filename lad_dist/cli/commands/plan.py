@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lad_dist.cli.command import ArgumentParser
-from lad_dist.cli.console import print_table
+from lad_dist.cli.console import loading_libraries, print_table
 from lad_dist.config.errors import EXIT_DONE, UserError
 from lad_dist.config.load import load_config, lookup, read_toml, schema_of
 from lad_dist.config.schema import SearchConfig, TrainConfig
@@ -32,8 +32,9 @@ def plan(arguments: Sequence[str]) -> int:
     """
     options = parse_options(arguments)
     config = load_config(schema_of(read_toml(options.config)), options.config, options.overrides)
-    from lad_dist.search.grid import sample_trials
-    from lad_dist.training.cost_model import GPUS
+    with loading_libraries():
+        from lad_dist.search.grid import sample_trials
+        from lad_dist.training.cost_model import GPUS
 
     lookup("--gpu", options.gpu, GPUS)
     if isinstance(config, SearchConfig):

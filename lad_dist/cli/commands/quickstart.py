@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lad_dist.cli.console import Console, print_table, say
+from lad_dist.cli.console import Console, loading_libraries, print_table, say
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 from lad_dist.config.load import (
@@ -97,8 +97,9 @@ def run_all(folder: Path, changes: Changes) -> Results | None:
 
 def check(folder: Path, changes: Changes) -> None:
     """Raise UserError for a change that some stage would refuse, before the first one begins."""
-    from lad_dist.data.sources import docstrings
-    from lad_dist.training import run_spec
+    with loading_libraries():
+        from lad_dist.data.sources import docstrings
+        from lad_dist.training import run_spec
 
     validate_arguments("text", docstrings.write, dict(changes.get("text", [])))
     stage_config(PrepareConfig, "corpus", folder, changes)

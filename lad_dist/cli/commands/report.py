@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lad_dist.cli.command import ArgumentParser
-from lad_dist.cli.console import say
+from lad_dist.cli.console import loading_libraries, say
 from lad_dist.config.errors import EXIT_DONE
 
 
@@ -26,7 +26,8 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--baseline", metavar="LABEL")
     options = parser.parse_intermixed_args(arguments)
-    from lad_dist.report.build import build_report
+    with loading_libraries():
+        from lad_dist.report.build import build_report
 
     say(build_report(options.folders, options.baseline, options.out).rstrip("\n"))
     return EXIT_DONE

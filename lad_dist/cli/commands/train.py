@@ -2,7 +2,7 @@
 
 import contextlib
 
-from lad_dist.cli.console import Console, print_table, say
+from lad_dist.cli.console import Console, loading_libraries, print_table, say
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 from lad_dist.config.schema import PretrainConfig, TaskConfig, TrainConfig
 
@@ -43,8 +43,9 @@ def distill(config: TaskConfig) -> int:
 
 def run_training(config: TrainConfig) -> int:
     """Train with progress on the terminal, and print where everything is."""
-    from lad_dist.runs.model_card import totals
-    from lad_dist.training.train import RunStatus, train
+    with loading_libraries():
+        from lad_dist.runs.model_card import totals
+        from lad_dist.training.train import RunStatus, train
 
     with contextlib.closing(Console(config.run.name)) as console:
         result = train(config, report=console)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lad_dist.cli.console import print_table, say
+from lad_dist.cli.console import loading_libraries, print_table, say
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 from lad_dist.config.schema import SearchConfig
 
@@ -17,7 +17,8 @@ def tune(config: SearchConfig) -> int:
 
     example: lad-dist tune configs:tune/lad.toml search.num_samples=8
     """
-    from lad_dist.search.tune import search
+    with loading_libraries():
+        from lad_dist.search.tune import search
 
     result = search(config)
     if result is None:
