@@ -42,6 +42,7 @@ from lad_dist.config.schema import SearchConfig, SearchOptions, TaskConfig
 from lad_dist.distributed.logs import get_logger
 from lad_dist.search.grid import Trial, base_configs, sample_trials
 from lad_dist.training import run_spec
+from lad_dist.utils import progress
 from lad_dist.utils.atomic_io import write_text
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.tables import flatten
@@ -82,6 +83,7 @@ def search(config: SearchConfig) -> SearchResult | None:
     tables = config.model_dump(exclude_none=True) | bases
     _check_same(folder, tables)
     if not (folder / "results.json").exists():
+        progress.report(options.name, 0, len(trials), "starting Ray")
         with ray_cluster():
             check_trial_fits(options.cpus, options.gpus)
             write_text(folder / "search.toml", tomli_w.dumps(tables))
@@ -166,7 +168,7 @@ def _tuner(config: SearchConfig, trials: list[Trial], metrics: list[str], folder
         trial_dirname_creator=lambda trial: configs[trial.config["number"]].run.name,
     )
     names = [config.run.name for config in configs]
-    callbacks: list[tune.Callback] = [_TrialLogger(names, metrics)]
+    callbacks: list[tune.Callback] = [_TrialLogger(options.name, names, metrics)]
     run_config = tune.RunConfig(name=state.name, storage_path=str(state.parent), verbose=0, callbacks=callbacks)
     space = {"number": tune.grid_search(list(range(len(trials))))}
     return tune.Tuner(trainable, param_space=space, tune_config=settings, run_config=run_config)
@@ -182,10 +184,16 @@ def _asha(options: SearchOptions, config: TaskConfig) -> ASHAScheduler:
 
 
 class _TrialLogger(tune.Callback):
-    """Logs a line for every evaluation, and for a trial that failed."""
+    """Logs a line for every evaluation, and for a trial that failed; reports how many trials have ended."""
 
-    def __init__(self, names: list[str], metrics: list[str]):
-        self.names, self.metrics = names, metrics
+    def __init__(self, search: str, names: list[str], metrics: list[str]):
+        self.search, self.names, self.metrics = search, names, metrics
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._report(trials)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._report(trials, trial)
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         number = trial.config["number"]
@@ -194,6 +202,11 @@ class _TrialLogger(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         logger.warning("%s failed", self.names[trial.config["number"]])
+        self._report(trials, trial)
+
+    def _report(self, trials: Any, last: Any = None) -> None:
+        ended = sum(trial is last or trial.is_finished() for trial in trials)  # Tune marks the last one afterwards
+        progress.report(self.search, ended, len(self.names), "trials")
 
 
 def _run_trial(options: SearchOptions, config: TaskConfig, metric: str) -> None:

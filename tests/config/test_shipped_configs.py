@@ -127,7 +127,7 @@ def test_a_training_config_takes_two_steps(file: Path, world: World, tmp_path: P
 def test_a_search_draws_trials_that_the_base_config_can_run(
     file: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)  # where there is no clone
     config = parse_config(SearchConfig, read_toml(file), str(file))
     trials = sample_trials(config)
     assert len(trials) == config.search.num_samples * math.prod(map(len, config.grid.values()))

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,10 +29,11 @@ from lad_dist.distributed import processes
 from lad_dist.models import loading
 from lad_dist.models.loading import save_model
 from lad_dist.search.grid import sample_trials
-from lad_dist.search.tune import _run_trial, search
+from lad_dist.search.tune import _run_trial, _TrialLogger, search
 from lad_dist.training import train
 from lad_dist.training.results import RunResult
 from lad_dist.training.trainer import RunStatus
+from lad_dist.utils import progress
 
 TUNE = ROOT / "launch" / "tune.py"
 GOOD, HOPELESS = 6e-3, 1e-9
@@ -302,6 +304,16 @@ def test_a_person_reads_the_evaluations_and_the_table_and_nothing_of_ray(searche
 
 
 @pytest.mark.ray
+def test_progress_counts_the_trials_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(progress, "_reporter", lambda *report: reports.append(report))
+    running, ended = (SimpleNamespace(is_finished=lambda done=done: done, config={"number": 0}) for done in (0, 1))
+    callback = _TrialLogger("search", ["a", "b"], ["accuracy"] * 2)
+    for function in (callback.on_trial_start, callback.on_trial_complete, callback.on_trial_error):
+        function(1, [running, ended], running)
+    assert reports == [("search", 1, 2, "trials"), ("search", 2, 2, "trials"), ("search", 2, 2, "trials")]
+
+
 def test_trials_are_ordinary_runs(searched: Searched) -> None:
     for name in ("trial-0", "trial-1"):
         results = json.loads((searched.folder / name / "results.json").read_text())

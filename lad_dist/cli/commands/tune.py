@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lad_dist.cli.console import loading_libraries, print_table, say
+from lad_dist.cli.console import TERMINAL_PROGRESS, loading_libraries, print_table, say
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
 from lad_dist.config.schema import SearchConfig
 
@@ -20,6 +20,7 @@ def tune(config: SearchConfig) -> int:
     with loading_libraries():
         from lad_dist.search.tune import search
 
+    TERMINAL_PROGRESS.without_lines.add(config.search.name)  # where there is no bar, the lines of trials are enough
     result = search(config)
     if result is None:
         say(f"{config.search.name}: stopped early; run the same command again to go on")
