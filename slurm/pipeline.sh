@@ -5,7 +5,7 @@
 #       prepare  configs/pretrain/corpus.toml \
 #       pretrain --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 configs/pretrain/minilm2.toml run.steps=100000 \
 #       finetune --gpus-per-node=1 configs/task/teacher.toml data.task=rte \
-#       task     --gpus-per-node=1 configs/task/lad.toml data.task=rte \
+#       task     --gpus-per-node=1 configs/task/lad.toml data.task=rte student.path=runs/pretrain-minilm2/export \
 #       evaluate --gpus-per-node=1 configs/task/evaluate.toml data.task=rte model.path=runs/lad/export
 #
 # Run it from the repository's root. After a stage's name come options of sbatch for its job (written --option=value), its

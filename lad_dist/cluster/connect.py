@@ -48,5 +48,5 @@ def check_trial_fits(cpus: float, gpus: float) -> None:
         most_cpus, most_gpus = (max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         raise UserError(
             f"search.cpus = {cpus:g}, search.gpus = {gpus:g}: no node can hold such a trial, "
-            f"the largest has {most_cpus:g} CPUs and {most_gpus:g} GPUs"
+            f"the largest has {most_cpus:g} CPUs and {most_gpus:g} GPUs; lower what a trial gets"
         )

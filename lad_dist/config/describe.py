@@ -5,21 +5,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from lad_dist.config.load import tables_in
 
 
-def describe_keys(schema: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """Return (key, type, default, description) for every key of a schema."""
+def describe_keys(
+    schema: type[BaseModel], prefix: str = "", required: str = "required"
+) -> list[tuple[str, str, str, str]]:
+    """Return (key, type, default, description) for every key of a schema.
+
+    A key without a default has the text `required`, in an optional table with the name of that table.
+    """
     rows = []
     for name, field in schema.model_fields.items():
         tables = tables_in(field.annotation)
         repeated = typing.get_origin(field.annotation) is list
         if tables:
-            rows += describe_keys(tables[0], f"{prefix}{name}{'[]' if repeated else ''}.")
+            table = f"[[{name}]]" if repeated else f"[{name}]"
+            inner = required if field.is_required() else f"required in {table}"
+            rows += describe_keys(tables[0], f"{prefix}{name}{'[]' if repeated else ''}.", inner)
         else:
-            rows.append((prefix + name, type_name(field.annotation), _default(field), field.description or ""))
+            default = required if field.is_required() else _default(field)
+            rows.append((prefix + name, type_name(field.annotation), default, field.description or ""))
     return rows
 
 
@@ -40,6 +47,4 @@ def type_name(annotation: Any) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
-        return "required"
     return "-" if field.default is None else repr(field.default)

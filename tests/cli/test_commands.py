@@ -239,6 +239,7 @@ def test_a_launcher_starts_a_run_of_two_processes(by: str, world: World, tmp_pat
     everything = done.stdout + done.stderr
     for line in ("toy step 1/2", f"model in {tmp_path / 'toy' / 'export'}"):
         assert everything.count(line) == 1, everything
+    assert "FutureWarning" not in everything  # of what DeepSpeed calls
     rows = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     assert (tmp_path / "toy" / "export" / "model.safetensors").is_file()

@@ -169,7 +169,7 @@ def test_dump_is_read_back_as_the_same_config(schema: type[ConfigTable], tables:
 def test_dump_writes_every_default_out() -> None:
     written = tomllib.loads(dump_config(parse_config(TaskConfig, TASK, "x")))
     for key, _, default, _ in describe_keys(TaskConfig):
-        if default in ("required", "-") or "[]" in key:
+        if default == "-" or default.startswith("required") or "[]" in key:
             continue
         value: Any = written
         for name in key.split("."):
