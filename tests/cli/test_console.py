@@ -66,7 +66,7 @@ def test_two_tasks_have_a_bar_each(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("terminal")
-def test_a_terminal_shows_what_is_waited_for_until_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_shows_a_wait_until_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     with console.waiting("loading a"), console.loading_libraries():
         pass
     shown = capsys.readouterr()

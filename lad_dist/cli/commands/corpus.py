@@ -7,6 +7,7 @@ from lad_dist.cli.command import ArgumentParser
 from lad_dist.cli.console import loading_libraries, say
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
+from lad_dist.utils.text import megabytes
 
 
 def prepare(config: PrepareConfig) -> int:
@@ -45,8 +46,8 @@ def verify(arguments: Sequence[str]) -> int:
     from lad_dist.data.shards import reader
 
     begin = time.monotonic()
-    size = reader.verify(folder) / 1e9
-    say(f"{folder}: the shards agree with their manifest; {size:.2f} GB in {time.monotonic() - begin:.1f} s")
+    size = megabytes(reader.verify(folder))
+    say(f"{folder}: the shards agree with their manifest; {size} in {time.monotonic() - begin:.1f} s")
     return EXIT_DONE
 
 
