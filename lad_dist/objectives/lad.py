@@ -189,9 +189,8 @@ class LAD(KD):
             shares[layer] = _shares(shares[layer - 1], value, hidden[layer], mixed)
             self.metrics[f"gate/{layer}"] = losses.mean_over_padded_tokens(value.detach().float(), batch)
         for m, layer in self.layer_map:
-            weights = shares[layer] / shares[layer].sum(dim=0)
-            means = (losses.mean_over_padded_tokens(x, batch) for x in weights)
-            self.metrics |= teacher_layer_weights(m, means)
+            weights = (shares[layer] / shares[layer].sum(dim=0)).sum(dim=1) / batch.divisors.padded_tokens
+            self.metrics |= teacher_layer_weights(m, weights)
         return aggregates
 
 
