@@ -29,7 +29,7 @@ from lad_dist.data.tokenization.special_tokens import vocabulary_size
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.evaluation.baseline import weakness
-from lad_dist.models.dims import check_length, check_vocabulary, count_parameters
+from lad_dist.models.dims import check_length, check_padding, check_vocabulary, count_parameters
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.heads import label_order
 from lad_dist.models.hf_config import load_hf_config
@@ -179,7 +179,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, comparison)
     )
     for path, hf_config, path_tokenizer in zip(paths, hf_configs, (tokenizer, teacher_tokenizer), strict=False):
-        check_vocabulary(hf_config, path, vocabulary_size(path_tokenizer), path_tokenizer.pad_token_id)
+        check_vocabulary(hf_config, path, vocabulary_size(path_tokenizer))
+        check_padding(hf_config, path, path_tokenizer.pad_token_id)
     device = processes.start()
     dev = TaskDataset(config.data, task, tokenizer, seed=0).dev
     teacher_dev = (

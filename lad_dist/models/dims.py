@@ -43,23 +43,24 @@ def check_length(config: PreTrainedConfig, name: str, longest: int) -> None:
         raise UserError(f"data.max_length: {longest} tokens, but {name} has {positions} positions")
 
 
-def check_vocabulary(config: PreTrainedConfig, name: str, vocab_size: int, padding: int | None) -> None:
-    """Raise UserError where a model cannot read what a tokenizer writes.
-
-    Args:
-        config: The model's config.
-        name: The model's name in messages.
-        vocab_size: The largest token id of the tokenizer, plus 1.
-        padding: The tokenizer's token of padding.
-    """
-    advice = "take the tokenizer that the model was trained with"
+def check_vocabulary(config: PreTrainedConfig, name: str, vocab_size: int) -> None:
+    """Raise UserError where the model has embeddings for fewer tokens than its tokenizer, `vocab_size`, has."""
     if config.vocab_size < vocab_size:
-        raise UserError(f"{name}: the tokenizer has {vocab_size} tokens, the model only {config.vocab_size}; {advice}")
+        raise UserError(
+            f"{name}: the tokenizer has {vocab_size} tokens, the model only {config.vocab_size}; "
+            "take the tokenizer that the model was trained with"
+        )
+
+
+def check_padding(config: PreTrainedConfig, name: str, padding: int | None) -> None:
+    """Raise UserError where the model counts positions from another token of padding than the tokenizer's.
+
+    transformers counts the tokens that are no padding: a word of that number would have no position.
+    """
     if families.family_of(config).first_position(config) and padding != config.pad_token_id:
-        # transformers counts the positions of the tokens that are no padding.
         raise UserError(
             f"{name}: positions begin after the padding token {config.pad_token_id}, the tokenizer's is {padding}; "
-            f"{advice}"
+            "take the tokenizer that the model was trained with"
         )
 
 

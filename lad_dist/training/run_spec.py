@@ -23,7 +23,7 @@ from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tok
 from lad_dist.data.tokenization.special_tokens import check_frame, role_ids, vocabulary_size
 from lad_dist.distributed import processes, ranks
 from lad_dist.models import loading
-from lad_dist.models.dims import check_length, check_vocabulary, model_dims
+from lad_dist.models.dims import check_length, check_padding, check_vocabulary, model_dims
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.heads import label_order
 from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, load_hf_config
@@ -211,7 +211,7 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
         if config.teacher.path != tokenizer_path:
             token_level = _token_level(config, objective, head)
             teacher_tokenizer = tokenizer_of_teacher(config.teacher.path, tokenizer, token_level)
-        _check_vocabulary(teacher_config, config.teacher.path, teacher_tokenizer)
+        check_vocabulary(teacher_config, config.teacher.path, vocabulary_size(teacher_tokenizer))
         if teacher_tokenizer is not tokenizer:
             check_frame(teacher_tokenizer, head)
     spec = RunSpec(
@@ -233,6 +233,9 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     check_compressions(compressions, spec)
     if compressions:
         spec.meta_student()  # refuses those that do not fit
+    check_padding(student_config, config.student.path or "student.architecture", tokenizer.pad_token_id)
+    if config.teacher is not None and teacher_config is not None:
+        check_padding(teacher_config, config.teacher.path, teacher_tokenizer.pad_token_id)
     return spec
 
 
@@ -297,7 +300,7 @@ def _check_student(
         assert student.architecture is not None
         hf_config = architecture_config(student.architecture, vocabulary_size(tokenizer), role_ids(tokenizer))
         _check_length(config, hf_config, "student.architecture")
-        _check_vocabulary(hf_config, "student.architecture", tokenizer)
+        check_vocabulary(hf_config, "student.architecture", vocabulary_size(tokenizer))
         try:
             with torch.device("meta"):
                 new_model(deepcopy(hf_config), "none")
@@ -308,17 +311,13 @@ def _check_student(
     check_weight_files(student.path)
     _check_length(config, hf_config, student.path)
     layers = layer_numbers(student.layers, student.num_hidden_layers, hf_config.num_hidden_layers)
-    _check_vocabulary(hf_config, student.path, tokenizer)
+    check_vocabulary(hf_config, student.path, vocabulary_size(tokenizer))
     if not student.is_narrowed:
         return hf_config, layers, None
     widths = check_widths(
         hf_config, student.hidden_size, student.num_attention_heads, student.intermediate_size, student.path
     )
     return hf_config, layers, widths
-
-
-def _check_vocabulary(config: PreTrainedConfig, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    check_vocabulary(config, name, vocabulary_size(tokenizer), tokenizer.pad_token_id)
 
 
 def _check_length(config: TrainConfig, model: PreTrainedConfig, name: str) -> None:
