@@ -35,6 +35,7 @@ from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import check_weight_files
 from lad_dist.runs import run_folder
 from lad_dist.runs.model_card import INT8, ONNX, STUDENT, TEACHER
+from lad_dist.utils import progress
 from lad_dist.utils.text import command_line
 
 CPU = torch.device("cpu")
@@ -127,10 +128,12 @@ def _export_forms(request: LatencyRequest, student: InferenceModel) -> dict[str,
     files = {}
     if request.onnx or request.int8:
         files[ONNX] = request.export / footprint.FORMS[ONNX]
-        onnx_export.export(student, files[ONNX])
+        with progress.waiting(f"exporting {files[ONNX]}"):
+            onnx_export.export(student, files[ONNX])
     if request.int8:
         files[INT8] = request.export / footprint.FORMS[INT8]
-        onnx_export.quantize(files[ONNX], files[INT8])
+        with progress.waiting(f"quantizing to {files[INT8]}"):
+            onnx_export.quantize(files[ONNX], files[INT8])
     return {form: Session(file) for form, file in files.items()}
 
 
