@@ -82,7 +82,9 @@ class TerminalProgress:
         numbers = {bar.description: bar.id for bar in self._bars.tasks}
         if task not in numbers:
             numbers[task] = self._bars.add_task(task, total=total, detail=detail)
-        self._bars.update(numbers[task], completed=done, total=total, **({"detail": detail} if detail else {}))
+        self._bars.update(numbers[task], completed=done, total=total)
+        if detail:
+            self._bars.update(numbers[task], detail=detail)
         _share_width(self._bars, terminal.width)
         if all(bar.finished for bar in self._bars.tasks):
             self.close()
