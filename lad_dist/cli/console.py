@@ -222,7 +222,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
         return
     table = RichTable(title=title)
     for name in header:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")  # a cut number would be another one
     for row in rows:
         table.add_row(*map(_cell, row))
     terminal = Terminal(width=None if sys.stdout.isatty() else 140)

@@ -118,6 +118,12 @@ def test_a_closed_pipe_is_no_mistake(call: str) -> None:
     assert (process.returncode, process.stderr) == (0, "")
 
 
+def test_a_table_wider_than_the_terminal_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table("t", ("x" * 200, "y"), [("z" * 150, 2.5e-05)])
+    shown = capsys.readouterr().out
+    assert (shown.count("x"), shown.count("z"), "2.5e-05" in shown) == (200, 150, True)
+
+
 def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> int:
         raise KeyboardInterrupt
