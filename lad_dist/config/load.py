@@ -90,7 +90,7 @@ def parse_override(text: str, schema: type[ConfigTable] | None = None) -> tuple[
     key = key.strip()
     if not equals or not key:
         raise UserError(f"{text!r}: an override is written key.subkey=value")
-    if value == UNSET:
+    if value in (UNSET, "None"):  # as Python spells it
         return key, None
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]

@@ -66,8 +66,7 @@ def head_of_architectures(architectures: Sequence[str]) -> Head:
 
 def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
     names = label_names(config)
-    # Heads for questions have two outputs of fixed meaning, whatever their folder calls them.
-    return len(names) == len(labels) and (head == "question_answering" or names == tuple(labels))
+    return len(names) == len(labels) and (head in FIXED_OUTPUTS or names == tuple(labels))
 
 
 def _order_by_name(names: Sequence[str], labels: Sequence[str]) -> list[int] | None:
@@ -99,6 +98,8 @@ def label_order(
     if not _has_head(config, head):
         architectures = ", ".join(config.architectures or ())
         raise UserError(f"{path}: the architecture is {architectures}, which has no head for {head.replace('_', ' ')}")
+    if head == "classification" and config.problem_type == "multi_label_classification":
+        raise UserError(f"{path}: the model gives a text several labels at once, the task gives it one")
     names = label_names(config)
     if len(names) != len(labels):
         hint = "" if head in FIXED_OUTPUTS else "; data.labels may name labels that no example has"
@@ -128,3 +129,9 @@ def declares_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -
         names = set(config.architectures or ()) - set(family_of(config).discriminators)
         return any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
     return head == "none" or (_has_head(config, head) and _same_outputs(config, head, labels))
+
+
+def replaces_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
+    """Return whether the folder holds a head of this kind for a task, but with other labels: a new one replaces it."""
+    is_same_kind = head not in ("none", "mlm") and head_of_architectures(config.architectures or ()) == head
+    return is_same_kind and not declares_head(config, head, labels)

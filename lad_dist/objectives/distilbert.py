@@ -66,8 +66,8 @@ class DistilBERT(KD):
             return super().forward(student, teacher, batch)
         assert student.logits is not None
         assert teacher.logits is not None
-        divergences = losses.soft_label_losses(student.logits, teacher.logits, self.temperature)
-        terms = {"soft": self.soft * losses.mean_over_tokens(divergences, batch)}
+        total = losses.soft_label_sum(*self.comparable_logits(student.logits, teacher.logits), self.temperature)
+        terms = {"soft": self.soft * total / batch.divisors.tokens}
         if self.hard:
             masked = student.logits.index_select(0, batch.head_positions)
             terms["hard"] = self.hard * losses.hard_label_loss(masked, batch, self.head)

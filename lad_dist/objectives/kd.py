@@ -55,10 +55,10 @@ class KD(Objective):
         if self.soft:
             assert student.logits is not None
             assert teacher.logits is not None
-            terms["soft"] = self.soft * self.soft_label_loss(student.logits, teacher.logits, batch)
+            pair = self.comparable_logits(student.logits, teacher.logits)
+            terms["soft"] = self.soft * losses.soft_label_loss(*pair, batch, self.head, self.temperature)
         return terms
 
-    def soft_label_loss(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """Return T² KL of logits [R, V], a scalar, without outputs that stand for no token of the tokenizer."""
-        student, teacher = student[:, : self.vocabulary], teacher[:, : self.vocabulary]
-        return losses.soft_label_loss(student, teacher, batch, self.head, self.temperature)
+    def comparable_logits(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [R, V] of both without outputs that stand for no token of the tokenizer."""
+        return student[:, : self.vocabulary], teacher[:, : self.vocabulary]

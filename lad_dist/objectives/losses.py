@@ -52,23 +52,17 @@ def soft_label_loss(student: Tensor, teacher: Tensor, batch: Batch, head: Head, 
         s, t = (log_softmax_per_sequence(x.float() / temperature, batch) for x in (student, teacher))
         return temperature**2 * F.kl_div(s, t, log_target=True, reduction="sum") / (2 * batch.divisors.sequences)
 
+    return soft_label_sum(student, teacher, temperature) / batch.divisors.rows
+
+
+def soft_label_sum(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T² KL(teacher || student) of logits [R, V] at temperature T, summed over rows, a scalar."""
+
     def divergence(s: Tensor, t: Tensor) -> Tensor:
         s, t = (F.log_softmax(x.float() / temperature, dim=-1) for x in (s, t))
         return F.kl_div(s, t, log_target=True, reduction="sum")
 
-    return temperature**2 * _sum_in_chunks(divergence, student, teacher) / batch.divisors.rows
-
-
-def soft_label_losses(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T² KL(teacher || student) at temperature T of each row of logits [R, V], as [R]."""
-
-    def divergence(s: Tensor, t: Tensor) -> Tensor:
-        s, t = (F.log_softmax(x.float() / temperature, dim=-1) for x in (s, t))
-        return F.kl_div(s, t, log_target=True, reduction="none").sum(dim=-1)
-
-    rows = max(1, CHUNK_ELEMENTS // student.shape[-1])
-    pairs = zip(student.split(rows), teacher.split(rows), strict=True)
-    return temperature**2 * torch.cat([recompute_in_backward(divergence, *pair) for pair in pairs])
+    return temperature**2 * _sum_in_chunks(divergence, student, teacher)
 
 
 def log_softmax_per_sequence(logits: Tensor, batch: Batch) -> Tensor:

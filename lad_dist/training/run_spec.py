@@ -22,10 +22,11 @@ from lad_dist.data.tasks.task import Task, load_task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
 from lad_dist.data.tokenization.special_tokens import check_frame, role_ids, vocabulary_size
 from lad_dist.distributed import processes, ranks
+from lad_dist.distributed.logs import get_logger
 from lad_dist.models import loading
 from lad_dist.models.dims import check_length, check_padding, check_vocabulary, model_dims
 from lad_dist.models.frozen import FrozenModel
-from lad_dist.models.heads import label_order
+from lad_dist.models.heads import label_names, label_order, replaces_head
 from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, load_hf_config
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.objectives.base import Objective
@@ -36,6 +37,8 @@ from lad_dist.utils.text import one_line
 
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 CALIBRATION_TOKENS, CALIBRATION_BATCHES = 16384, 256  # at most, of the data that compressions are fitted to
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,9 @@ class RunSpec:
                 labels=self.labels,
             )
         assert self.layers is not None
+        if replaces_head(self.student_config, self.head, self.labels):
+            names = ", ".join(label_names(self.student_config)[:3])
+            logger.warning("%s: a new head replaces the one for other labels (%s, …)", student.path, names)
         return keep_layers(loading.load_model(student.path, self.head, labels=self.labels), self.layers)
 
 

@@ -194,6 +194,7 @@ def test_dump_writes_every_default_out() -> None:
         ("run.name=1e3", ("run.name", "1e3")),
         ("run.label = 2026-11-30", ("run.label", "2026-11-30")),
         ("data.train=true", ("data.train", "true")),
+        ("teacher.cache=None", ("teacher.cache", None)),
         ("compression.0.name=7", ("compression.0.name", "7")),
         ("run.name=[1]", ("run.name", [1])),
     ],

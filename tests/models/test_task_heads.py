@@ -200,9 +200,9 @@ def test_transformers_answers_as_the_run_did(files: Files, teachers: dict[str, R
 
 
 def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
-    world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path
+    world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A head of the same kind is kept, whatever the outputs for questions are called."""
+    """A head of the same kind is kept, whatever the outputs for questions are called, and new for other labels."""
     labels = LABELS["tagging"]
     classifier = toy.model(tmp_path / "classifier", world.tokenizer, "classification", labels)
     loaded = loading.load_model(str(classifier), "tagging", labels=labels)
@@ -215,6 +215,15 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
     first, second = (loading.load_model(str(unnamed), "question_answering", labels=("start", "end")) for _ in range(2))
     assert torch.equal(first.qa_outputs.weight, second.qa_outputs.weight)
     run_spec.resolve_run(run("question_answering", world, files, tmp_path, unnamed, {}))
+    others = toy.model(tmp_path / "others", world.tokenizer, "tagging", ("A", *labels[1:]))
+    teacher = export(teachers["tagging"])
+    for student in (teacher, others):
+        assert not caplog.messages
+        spec = run_spec.resolve_run(run("tagging", world, files, tmp_path, teacher, {"student.path": str(student)}))
+        spec.distiller(spec.dataset())
+    assert caplog.messages == [
+        f"{others}: a new head replaces the one for other labels (A, {labels[1]}, {labels[2]}, …)"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ CASES: list[tuple[str, Head, dict[str, Any], int | None]] = [
     *(("lad", head, {"gate_supervision": 1.0}, None) for head in ("regression", "tagging", "question_answering")),
     ("lad", "tagging", {"variant": "paper"}, 12),
     *((name, "mlm", {}, None) for name in ("distilbert", "lad", "tinybert")),
+    ("distilbert", "mlm", {"soft_tokens": "all"}, None),
     ("pkd", "tagging", {"tokens": "all"}, None),
 ]  # fmt: skip
 

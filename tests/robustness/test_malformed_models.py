@@ -225,6 +225,7 @@ MODELS = [
     broken("evaluated-vocabulary", config(vocab_size=50), "tokenizer has", "evaluate", "model.path"),
     broken("labels-gap", config(id2label={"0": "no", "2": "yes"}), "id2label in config.json is {0: no, 2: yes}"),
     broken("labels-twice", config(id2label={"0": "no", "1": "no"}), "id2label in config.json is {0: no, 1: no}"),
+    broken("labels-several", config(problem_type="multi_label_classification"), "several labels at once, the task"),
     broken("evaluated-labels", config(id2label={"0": "x", "1": "y"}), "labels are x, y", "evaluate", "model.path"),
 ]  # fmt: skip
 # What only the weights themselves show.
