@@ -17,11 +17,13 @@ from lad_dist.training.train import train
 
 def main() -> None:
     out, *paths = (argument for argument in sys.argv[1:] if not argument.startswith("--local"))
-    gc.freeze()  # `train` collects garbage at its start, which is long among all that is imported
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
         tables = read_toml(path)
         train(parse_config(train_schema(tables), tables, path), rows.setdefault(Path(path).stem, []).append)
+        if len(rows) == 1:  # what is imported stays, and `train` collects garbage at its start: a second each time
+            gc.collect()
+            gc.freeze()
     if ranks.is_main():
         Path(out).write_text(json.dumps(rows))
 

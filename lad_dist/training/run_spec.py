@@ -171,9 +171,10 @@ class RunSpec:
 
 
 def calibration_batches(dataset: CorpusDataset | TaskDataset) -> list[Batch]:
-    """Return the first batches of the training data: the same on every process."""
+    """Return the first batches of the training data, an epoch at most: the same on every process."""
+    limit = min(CALIBRATION_BATCHES, dataset.steps_per_epoch * dataset.micro_batches_per_step)
     batches: list[Batch] = []
-    while sum(batch.num_tokens for batch in batches) < CALIBRATION_TOKENS and len(batches) < CALIBRATION_BATCHES:
+    while sum(batch.num_tokens for batch in batches) < CALIBRATION_TOKENS and len(batches) < limit:
         batches.append(dataset.batch(*divmod(len(batches), dataset.micro_batches_per_step)))
     return batches
 
