@@ -18,10 +18,12 @@ SLURM or a munged that the host already runs. It needs root (slurmd starts jobs 
 that build allows several slurmd on a host.
 """
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -180,11 +182,16 @@ class SlurmCluster:
         return done.stdout.strip()
 
     def lose(self, node: str) -> None:
-        """Take the node down with all jobs on it, and bring it back.
+        """Take the node down with all jobs on it, and bring it back without them.
 
-        It comes back by itself when its daemon registers, which may be at once; then it can no longer be resumed.
+        It comes back by itself when its daemon registers, which may be at once; then it can no longer be resumed. A
+        process that outlives the node's job would be one of the same job's next life.
         """
         self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
+        for process in self._processes_on(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        _until(lambda: not self._processes_on(node), 30, self._logs)
 
         def back() -> bool:
             resume = ["scontrol", "update", f"nodename={node}", "state=resume"]
@@ -192,6 +199,16 @@ class SlurmCluster:
             return "DOWN" not in self.run(["scontrol", "show", "node", node]).partition("State=")[2].split()[0]
 
         _until(back, 30, self._logs)
+
+    def _processes_on(self, node: str) -> list[int]:
+        """The processes of jobs on a node."""
+        marks = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.folder}/slurm.conf".encode()}
+        processes = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if marks <= set((process / "environ").read_bytes().split(b"\0")):
+                    processes.append(int(process.name))
+        return processes
 
     def submit(self, args: Sequence[str], folder: Path | None = None, extra: Mapping[str, str] | None = None) -> str:
         """`sbatch ARGS` in `folder`; returns the job's id."""

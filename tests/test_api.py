@@ -3,6 +3,7 @@
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,30 @@ import lad_dist
 from lad_dist import load_config, predict
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import EvaluateConfig, PretrainConfig, TaskConfig
+from lad_dist.models import loading
 
 
-def write_rows(file: Path, first: int, count: int) -> None:
-    texts = [toy.sentence(first + n, most=6) for n in range(count)]
+def write_rows(file: Path, teacher: Path, first: int, count: int) -> None:
+    """Texts with the labels that the teacher predicts, of each label as many."""
+    texts = [toy.sentence(first + n, most=6) for n in range(4 * count)]
+    by_label: dict[Any, list[str]] = {label: [] for label in toy.LABELS}
+    for text, prediction in zip(texts, predict(teacher, texts), strict=True):
+        by_label[prediction.label].append(text)
     with file.open("w", newline="") as stream:
-        csv.writer(stream).writerows([("text", "label"), *((text, toy.LABELS["ba" in text]) for text in texts)])
+        csv.writer(stream).writerows(
+            [("text", "label"), *((text, label) for label in toy.LABELS for text in by_label[label][: count // 2])]
+        )
+
+
+def undecided(folder: Path) -> Path:
+    """Move the bias of a classifier so that it predicts either label for half of all texts."""
+    texts = [toy.sentence(n, most=6) for n in range(200)]
+    odds = [np.log(x.probabilities["yes"] / x.probabilities["no"]) for x in predict(folder, texts)]
+    model = loading.load_model(str(folder), "classification", labels=toy.LABELS)
+    with torch.no_grad():
+        model.classifier.bias[toy.LABELS.index("yes")] -= float(np.median(odds))
+    loading.save_model(model, folder)
+    return folder
 
 
 def test_the_example_of_the_readme_runs(
@@ -29,9 +48,10 @@ def test_the_example_of_the_readme_runs(
 ) -> None:
     [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    toy.model(tmp_path / "my-model", world.tokenizer, "classification", toy.LABELS, max_position_embeddings=128)
-    write_rows(tmp_path / "train.csv", 0, 32)
-    write_rows(tmp_path / "dev.csv", 100, 8)
+    sizes = {"max_position_embeddings": 128}
+    teacher = undecided(toy.model(tmp_path / "my-model", world.tokenizer, "classification", toy.LABELS, **sizes))
+    write_rows(tmp_path / "train.csv", teacher, 0, 32)
+    write_rows(tmp_path / "dev.csv", teacher, 1000, 8)
     exec(compile(example, "README.md", "exec"), {})
     first, second = capsys.readouterr().out.splitlines()
     assert first.split()[-1] in toy.LABELS

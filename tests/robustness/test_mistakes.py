@@ -246,7 +246,7 @@ def test_a_mistake_ends_in_one_line(
         ("verify", ["/nowhere"], "/nowhere: holds no token shards"),
         ("train-tokenizer", ["configs/pretrain/tokenizer_unigram.toml", "kind=bpe"], "kind: input should be "),
         ("evaluate", ["configs/task/evaluate.toml", "data.task=rtee", "data.path=x"], 'task "rtee" is unknown'),
-        ("tune", ["configs/tune/lad.toml", "search.metric=1"], "search.metric: "),
+        ("tune", ["configs/tune/lad.toml", "search.metric=[1]"], "search.metric: "),
         ("benchmark", ["stepp", "configs/task/lad.toml"], "benchmark: name what to time"),
         ("report", ["/nowhere"], "/nowhere: no such folder"),
         ("report", ["--base", "kd", "tests"], "report: unrecognized arguments: --base"),

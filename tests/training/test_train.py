@@ -404,7 +404,7 @@ def test_a_complete_run_is_not_run_twice(world: World, tmp_path: Path) -> None:
 
 def test_sigterm_saves_and_the_same_command_goes_on(world: World, tmp_path: Path) -> None:
     """A real process: exit code 75 and one line; run again it ends with the weights of a run that was let be."""
-    changes = {**DROPOUT, "run.steps": 80, "data.micro_batch_size": 2}
+    changes = {**DROPOUT, "run.steps": 40, "data.micro_batch_size": 2}
     tables = lad(world, tmp_path / "a", changes).model_dump(exclude_none=True)
     file = tmp_path / "run.toml"
     file.write_text(tomli_w.dumps(tables))
@@ -422,12 +422,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(world: World, tmp_path: Path
     assert all(line.startswith(("toy: ", "toy step ")) for line in error.splitlines()), error
     assert len(list((tmp_path / "a" / "toy" / "checkpoints").glob("step-*"))) == 1
     steps = len(metrics_file(tmp_path / "a" / "toy"))
-    assert steps < 80
+    assert steps < 40
     second = subprocess.run(command, cwd=ROOT, env=environment(), timeout=300, text=True, capture_output=True)
     assert second.returncode == 0, second.stderr
     lines = second.stderr.splitlines()
-    assert f"toy: resumed from step {steps} of 80" in lines
-    assert next(line for line in lines if line.startswith("toy step ")).startswith(f"toy step {steps + 1}/80")
+    assert f"toy: resumed from step {steps} of 40" in lines
+    assert next(line for line in lines if line.startswith("toy step ")).startswith(f"toy step {steps + 1}/40")
     straight = train(lad(world, tmp_path / "b", changes))
     assert digest(tmp_path / "a" / "toy" / "export") == digest(straight.folder / "export")
 
