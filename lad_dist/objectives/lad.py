@@ -175,9 +175,8 @@ class LAD(KD):
         """Return the loss of the logits that linear maps predict from the targets, mean over targets."""
         assert teacher.logits is not None
         logits = [probe(x.index_select(0, batch.head_positions)) for probe, x in zip(self.probes, targets, strict=True)]
-        return torch.stack(
-            [losses.soft_label_loss(z, teacher.logits, batch, self.head, self.temperature) for z in logits]
-        ).mean()
+        pairs = [self.comparable_logits(z, teacher.logits) for z in logits]
+        return torch.stack([losses.soft_label_loss(*pair, batch, self.head, self.temperature) for pair in pairs]).mean()
 
     def aggregate(self, hidden: dict[int, Tensor], batch: Batch) -> dict[int, Tensor]:
         """Return aggregates {l: A_l [N, D]} of teacher layers {l: H_l [N, D]}, l = 1 … L, and set the metrics."""

@@ -15,6 +15,7 @@ from lad_dist.core.outputs import ModelDims, ModelOutputs, OutputSpec
 from lad_dist.models import loading
 from lad_dist.models.dims import model_dims
 from lad_dist.models.forward import compute_outputs
+from lad_dist.objectives.lad import LAD
 from lad_dist.objectives.registry import OBJECTIVES
 
 WITH_TEACHER = sorted(name for name, kind in OBJECTIVES.items() if kind.requires_teacher)
@@ -64,6 +65,17 @@ def test_outputs_beyond_the_vocabulary_are_not_compared(name: str) -> None:
         )
         terms.append(objective(*padded, batch)["soft"])
     assert all(torch.equal(term, terms[0]) for term in terms)
+
+
+def test_gates_are_not_supervised_by_outputs_beyond_the_vocabulary() -> None:
+    batch, terms = toy.batch(LENGTHS), []
+    student, teacher = random_outputs(batch)
+    padded = TEACHER._replace(num_outputs=TEACHER.num_outputs + 3, vocabulary=TEACHER.num_outputs)
+    objective = LAD(STUDENT._replace(vocabulary=TEACHER.num_outputs), padded, gate_supervision=1.0)
+    for value in (0.0, 9.0):
+        target = teacher._replace(logits=F.pad(teacher.logits, (0, 3), value=value))
+        terms.append(objective(student, target, batch)["gate_supervision"])
+    assert torch.equal(*terms)
 
 
 @pytest.mark.parametrize("name", sorted(set(WITH_TEACHER) - MIXING))
