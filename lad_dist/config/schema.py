@@ -21,9 +21,7 @@ class ConfigTable(BaseModel):
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 # A label as files spell it; TOML reads 1 as a number.
-LabelName = Annotated[
-    str, Field(min_length=1), BeforeValidator(lambda value: str(value) if type(value) is int else value)
-]
+LabelName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 # These keys change nothing of what is learnt: they may differ when a run resumes.
 CHANGEABLE_KEYS = {
     "run.label", "run.log_every", "run.eval_every", "run.replica_check_every", "run.max_skips", "run.watchdog_timeout",

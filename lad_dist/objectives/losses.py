@@ -51,7 +51,6 @@ def soft_label_loss(student: Tensor, teacher: Tensor, batch: Batch, head: Head, 
     if head == "question_answering":
         s, t = (log_softmax_per_sequence(x.float() / temperature, batch) for x in (student, teacher))
         return temperature**2 * F.kl_div(s, t, log_target=True, reduction="sum") / (2 * batch.divisors.sequences)
-
     return soft_label_sum(student, teacher, temperature) / batch.divisors.rows
 
 

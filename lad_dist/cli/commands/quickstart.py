@@ -44,7 +44,7 @@ RUNS = {
     "alone": Stage("Training 1 layer on the same labels without the teacher", TaskConfig, "student alone"),
 }
 # On two cores, to tell people what to expect.
-TIMES = {"pretrain": "a minute", "teacher": "a minute and a half", "lad": "20 seconds", "alone": "20 seconds"}
+TIMES = {"pretrain": "a minute", "teacher": "two minutes", "lad": "20 seconds", "alone": "20 seconds"}
 STAGES = ("text", "corpus", *RUNS)
 
 Changes = Mapping[str, list[tuple[str, Any]]]

@@ -59,18 +59,29 @@ def held_out_limit(share: float, least: int, greatest: int) -> np.uint64:
     So a document is held out by its text alone: neither the order nor the other documents count. Few documents are the
     exception: with a `share` above 0 the one of the `least` hash is held out, and never the one of the `greatest`.
     """
-    limit = int(share * 2**64)
+    limit = _share_of_hashes(share)
     return np.uint64(min(max(limit, least + 1), greatest) if limit else 0)
 
 
+def _share_of_hashes(share: float) -> int:
+    """Return the number that this share of all first halves of hashes is below."""
+    return int(share * 2**64)
+
+
 def _hash_range(job: MergeJob) -> tuple[int, int]:
-    """Return the least and the greatest first half of the hashes of documents that are long enough."""
+    """Return the least and the greatest first half of the hashes of documents that are long enough.
+
+    Reading ends once there are documents on both sides of the limit: then more of them do not move it.
+    """
+    limit = _share_of_hashes(job.config.held_out)
     least, greatest = 2**64 - 1, 0
     for chunk in job.chunks:
         for records in records_of(job.work, chunk):
             high = records["high"][~_short(records, job)]
             if len(high):
                 least, greatest = min(least, int(high.min())), max(greatest, int(high.max()))
+            if least < limit <= greatest or not limit:
+                return least, greatest
         job.check_stop()
     return least, greatest
 

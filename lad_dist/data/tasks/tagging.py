@@ -95,8 +95,8 @@ def _conll(file: Path) -> Iterator[_Sentence]:
 def _words(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, columns) of each word, and (line, []) between sentences."""
     lines = [(number, _fields(line)) for number, line in numbered_lines(file) if not line.startswith(DOCUMENT)]
-    words = [fields for _, fields in lines if fields and fields[0] != COMMENT]
-    columns, tags = len(words[0]) if words else 0, {fields[-1] for fields in words}
+    uncommented = [fields for _, fields in lines if fields and fields[0] != COMMENT]
+    columns, tags = len(uncommented[0]) if uncommented else 0, {fields[-1] for fields in uncommented}
     begins = True
     doubtful = []
     for number, fields in lines:

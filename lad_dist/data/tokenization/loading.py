@@ -93,8 +93,8 @@ def tokenizer_of_teacher(
 def _read_alike(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
     """Return whether two tokenizers give the same ids for words of their common vocabulary, in any case."""
     tokens = sorted(one.get_vocab())
-    words = " ".join(tokens[:: max(1, len(tokens) // COMPARED_TOKENS)])
-    texts = [words, words.upper(), words.title(), VARIANTS]
+    sample = " ".join(tokens[:: max(1, len(tokens) // COMPARED_TOKENS)])
+    texts = [sample, sample.upper(), sample.title(), VARIANTS]
     ids = [[encoding.ids for encoding in rust_backend(each).encode_batch(texts)] for each in (one, other)]
     return ids[0] == ids[1]
 
