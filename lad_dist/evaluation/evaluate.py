@@ -156,8 +156,8 @@ def _speedup(student: Forward, teacher: Forward, batches: Batches, teacher_batch
     return float(np.median(ratios))
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Return the metrics of a model folder on a task, and with a teacher also loyalty and speed-up.
+def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
+    """Return the metrics of a model folder on a task, and with a teacher also loyalty and, unless not asked, speed-up.
 
     Raises:
         UserError: a folder or the task cannot be evaluated; where possible before weights are read. A model's logits
@@ -197,7 +197,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if reason := weakness(model, model_dev["dev"], predictions[-1]["dev"].logits):
             logger.warning("%s: %s", path, reason)
     scores = compare(dev, predictions[0], teacher_dev, None if teacher is None else predictions[1])
-    if teacher is not None:
+    if teacher is not None and speedup:
         scores["student"]["speedup"] = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     result = {
         name: {"path": path, "parameters": count_parameters(model.model), **scores[role]}
