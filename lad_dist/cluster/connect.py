@@ -41,7 +41,7 @@ def ray_cluster() -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_trial_fits(cpus: float, gpus: float) -> None:
+def check_trial_fits(processes: int, cpus: float, gpus: float, placement_strategy: str = "PACK") -> None:
     """Raise UserError where no node can hold a trial: Tune would wait for one without end."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(cpus <= node.get("CPU", 0) and gpus <= node.get("GPU", 0) for node in nodes):

@@ -101,6 +101,15 @@ def measure(request: LatencyRequest) -> dict[str, Any]:
     return latency
 
 
+def single_sequence_seconds(export: Path, rounds: int) -> float:
+    """Return the median seconds of one sequence of the shortest length through an exported student, on the CPU."""
+    student = InferenceModel(compact.load_compact(export))
+    shape = min(interleaved_timing.batch_shapes(max_positions(student.model.config)))
+    inputs = onnx_export.example_inputs(student, [shape[1]] * shape[0])
+    (timing,) = interleaved_timing.time_interleaved({STUDENT: partial(student, **inputs)}, CPU, shape, rounds)
+    return timing.seconds
+
+
 def _check(request: LatencyRequest, teacher: str | None) -> int:
     """Return the number of tokens for which all models have positions."""
     if request.onnx or request.int8:
