@@ -64,9 +64,10 @@ def tables(command: str, here: Path, world: World) -> dict[str, Any]:
             "out": str(here / "out"), "kind": "wordpiece", "vocab_size": 200, "lowercase": True, "source": [source],
         },
         "tune": {
-            "search": {"name": "search", "dir": str(work), "base": str(here / "base.toml"), "num_samples": 2},
-            "override": {"run.eval_every": 4},
-            "space": {"optim.lr": {"uniform": [1e-4, 1e-3]}},
+            "search": {"name": "search", "dir": str(work), "num_samples": 2},
+            "stage": [{"name": "task", "base": str(here / "base.toml")}],
+            "override": {"task.run.eval_every": 4},
+            "space": {"task.optim.lr": {"uniform": [1e-4, 1e-3]}},
         },
     }[command]  # fmt: skip
 

@@ -43,8 +43,8 @@ PREPARE_KEYS = ("out", "tokenizer", "source[].kind", "source[].path", "source[].
 TOKENIZER_KEYS = ("out", "kind", "vocab_size", "lowercase", "source[].kind", "source[].path", "source[].column")
 EVALUATE_KEYS = ("model.path", "teacher.path", "data.task", "data.path", "data.train", "data.dev", "out")
 SEARCH_KEYS = (
-    "search.name", "search.base", "search.num_samples", "search.cpus", "search.gpus", "search.metric", "override",
-    "grid", "space",
+    "search.name", "search.metric", "search.num_samples", "search.processes", "search.cpus", "search.gpus",
+    "stage[].name", "stage[].base", "override", "grid", "space",
 )  # fmt: skip
 
 COMMANDS: Mapping[str, Command] = {

@@ -425,7 +425,7 @@ class SearchOptions(ConfigTable):
     placement_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
         "PACK", description="where Ray places a trial's processes: STRICT_PACK on one node, PACK on few, SPREAD on many"
     )
-    retries: int = Field(2, ge=0, description="times that a trial runs again after its process or node was lost")
+    retries: int = Field(2, ge=0, description="times that a trial runs again after the loss of a process or node")
     hours: PositiveFloat | None = Field(
         None, description="time after which the search stops like at a signal; the same command goes on"
     )
@@ -461,7 +461,7 @@ class SearchConfig(ConfigTable):
     space: dict[str, Any] = Field(
         {},
         description='distributions to sample: "task.optim.lr" = {loguniform = [1e-5, 1e-3]}; uniform, quniform, '
-        "randint, lograndint, choice; axis.choice = {…}: a space of its own for each choice",
+        "randint, lograndint, choice; axis.choice = {…}: a separate space for each choice",
     )
     point: list[dict[str, Any]] = Field(
         [], description='samples that are tried first: "task.optim.lr" = 1e-4; the base config always is'

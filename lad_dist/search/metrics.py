@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from lad_dist.compression import footprint
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskConfig, TrainConfig
@@ -76,12 +74,10 @@ def student_sizes(spec: RunSpec) -> dict[str, float]:
 
     FLOPs are those of each token of the first micro-batch, as in results.json.
     """
-    student = spec.meta_student()
-    dataset = spec.dataset()
-    with torch.device("meta"):
-        sizes = footprint.footprint(student, dataset.batch(0, 0))
-    result = {name: float(sizes[key]) for name, key in SIZES.items() if key in sizes}
-    return result | {"bytes": BYTES_PER_WEIGHT * result["parameters"]}
+    student, batch = spec.meta_student(), spec.dataset().batch(0, 0)
+    parameters = footprint.exported_weights(student)
+    flops = sum(footprint.flops(student, batch).values()) / batch.num_tokens
+    return {"parameters": parameters, "flops": flops, "bytes": BYTES_PER_WEIGHT * parameters}
 
 
 def largest_excess(sizes: Mapping[str, float], limit: Mapping[str, float]) -> str | None:

@@ -1,5 +1,6 @@
 """What a search runs: checked before Ray starts, and after each session what is left of it."""
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,8 @@ class SearchPlan:
         trials: of a grid.
         space: None of a grid.
         points: What is drawn first, by parameter.
-        base_is_drawn: Whether the first of them is the base config; otherwise it is a trial that is not drawn.
+        base_sample: What the base config says of the keys that are drawn, where it is outside of the space. None where
+            it is the first of `points`.
         evaluation_steps: Steps between evaluations of the last stage; 0 where there is one at the end only.
         steps: of the last stage, as far as they are known before it begins.
         zero_stage: The highest ZeRO stage of a training.
@@ -42,7 +44,7 @@ class SearchPlan:
     trials: list[Trial] = field(default_factory=list)
     space: Space | None = None
     points: list[dict[str, Value]] = field(default_factory=list)
-    base_is_drawn: bool = False
+    base_sample: dict[str, Any] | None = None
     evaluation_steps: int = 0
     steps: int | None = None
     zero_stage: int = 0
@@ -166,6 +168,8 @@ def _plan_grid(config: SearchConfig) -> SearchPlan:
 
 
 def _plan_space(config: SearchConfig) -> SearchPlan:
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError('space: is drawn by Optuna, which is not installed; pip install "lad_dist[search]"')
     space = parse_space(config.space, config.stages)
     builder = TrialBuilder(config)
     base = builder.build(_sample_name(0), {}, ())
@@ -190,7 +194,7 @@ def _plan_space(config: SearchConfig) -> SearchPlan:
         names,
         space=space,
         points=[*([base_point] if base_point is not None else []), *points],
-        base_is_drawn=base_point is not None,
+        base_sample=_base_values(base, space) if base_point is None else None,
         evaluation_steps=base.config.run.eval_every,
         steps=_num_steps(base, spec) if options.scheduler == "asha" else None,
         zero_stage=_zero_stage([base]),
@@ -242,17 +246,19 @@ def _counted_stage(trial: Trial, config: SearchConfig) -> Any:
 
 def _base_point(base: Trial, space: Space) -> dict[str, Value] | None:
     """Return the base config as a point of the space, None where it is not in it."""
-    if space.axes:
-        return None
+    values = _base_values(base, space)
+    is_inside = all(each.key in values and each.contains(values[each.key]) for each in space.distributions)
+    return space.parameters_of(values, "base") if is_inside and not space.axes else None
+
+
+def _base_values(base: Trial, space: Space) -> dict[str, Any]:
+    """Return what the base config says of the keys that are drawn."""
     values = {
         f"{name}.{key}": value
         for name, stage in base.stages.items()
         for key, value in flatten(stage.model_dump(exclude_none=True), into_lists=True).items()
     }
-    drawn = {distribution.key: distribution for distribution in space.distributions}
-    if not all(key in values and each.contains(values[key]) for key, each in drawn.items()):
-        return None
-    return space.parameters_of({key: values[key] for key in drawn}, "base")
+    return {each.key: values[each.key] for each in space.distributions if each.key in values}
 
 
 def _num_steps(base: Trial, spec: RunSpec | None) -> int | None:

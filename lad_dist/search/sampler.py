@@ -6,17 +6,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import optuna
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from ray.tune.search.optuna import OptunaSearch
 
-from lad_dist.config.errors import UserError
 from lad_dist.search.space import Sample, Space, Value
 from lad_dist.utils.rng import derive_key
-
-try:
-    import optuna
-    from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-except ImportError:
-    raise UserError('[space] is drawn by Optuna, which is not installed: pip install "lad_dist[search]"') from None
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 logging.getLogger("ray.tune.search.optuna.optuna_search").setLevel(logging.ERROR)

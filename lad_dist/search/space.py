@@ -48,7 +48,8 @@ class Distribution:
         """Return values that stand for all: every choice, or the ends of the range."""
         if self.name == "choice":
             return self.arguments
-        return [self.arguments[0], self.arguments[1] - (self.name in WHOLE)]
+        low, high = self.arguments[:2]
+        return [low, high - 1] if self.name in WHOLE else [float(low), float(high)]
 
     def contains(self, value: Any) -> bool:
         """Return whether the value can be drawn."""
@@ -201,7 +202,7 @@ def parse_space(tables: Mapping[str, Any], stages: Collection[str], where: str =
                 distributions[key] = _distribution(f"{where}.{key}", key, name, value, stages)
             continue
         choice, _, inner = rest.partition(".")
-        if not choice:
+        if not choice or not (inner or value == {}):
             raise UserError(
                 f"{where}.{first}: no stage has this name ({did_you_mean(first, stages)}), and an axis is a table of "
                 "choices"
@@ -232,7 +233,7 @@ def _empty_tables(tables: Mapping[str, Any], prefix: str) -> list[str]:
 
 
 def _distribution(where: str, key: str, name: str, arguments: Any, stages: Collection[str]) -> Distribution:
-    if not key or key in stages:
+    if not key or key in stages or (name not in DISTRIBUTIONS and not isinstance(arguments, list)):
         raise UserError(f"{where}.{name}: give a distribution, {{uniform = [low, high]}}; a fixed value is an override")
     lookup(f"{where}: distribution", name, DISTRIBUTIONS)
     place = f"{where}.{name}"
@@ -243,7 +244,7 @@ def _distribution(where: str, key: str, name: str, arguments: Any, stages: Colle
     count = 3 if name == "quniform" else 2
     kind = int if name in WHOLE else int | float
     is_range = len(arguments) == count and all(isinstance(value, kind) for value in arguments)
-    if not is_range or arguments[0] >= arguments[1]:
+    if not (is_range and arguments[0] < arguments[1]):  # nan too
         form = "[low, high, step]" if count == 3 else "[low, high]"
         raise UserError(f"{place}: give {form} with low < high, not {arguments!r}")
     if name in LOGARITHMIC and arguments[0] <= 0:

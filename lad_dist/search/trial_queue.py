@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.search import Searcher
@@ -11,9 +11,11 @@ from ray.tune.search import Searcher
 from lad_dist.config.errors import UserError
 from lad_dist.search.plan import SearchPlan, next_name
 from lad_dist.search.record import SearchRecord, TrialState
-from lad_dist.search.sampler import SpaceSampler
 from lad_dist.search.status import StatusTable
 from lad_dist.search.trials import Trial
+
+if TYPE_CHECKING:
+    from lad_dist.search.sampler import SpaceSampler
 
 MOST_REFUSED = 200  # samples in a row above the limit, after which the search ends
 
@@ -35,14 +37,14 @@ class TrialQueue(Searcher):
         plan: SearchPlan,
         record: SearchRecord,
         known: Sequence[TrialState],
-        sampler: SpaceSampler | None = None,
+        sampler: "SpaceSampler | None" = None,
         *,
         may_stop: bool,
     ):
         super().__init__()
         self.may_stop = may_stop
         self.begun: dict[str, float] = {}
-        self.mistake: UserError | None = None
+        self.mistake: str | None = None
         self._plan = plan
         self._record = record
         self._known = deque(known)
@@ -65,7 +67,7 @@ class TrialQueue(Searcher):
         try:
             trial = self._next()
         except UserError as error:
-            self.mistake = error
+            self.mistake = str(error)
             trial = None
         if trial is None:
             return Searcher.FINISHED
@@ -135,16 +137,18 @@ def next_queue(plan: SearchPlan, record: SearchRecord, *, again_failed: bool) ->
     if plan.space is None:
         return TrialQueue(plan, record, known, may_stop=False) if known else None
     if known or plan.samples_left(record):
-        if not record.trials and not plan.base_is_drawn:
-            known = [TrialState(next_name(record), {})]
+        if not record.trials and plan.base_sample is not None:
+            known = [TrialState(next_name(record), plan.base_sample)]
         sampler = _sampler(plan, record, [trial.name for trial in known])
         return TrialQueue(plan, record, known, sampler, may_stop=len(plan.metrics) == 1)
     repetitions = plan.repetitions(record, again_failed=again_failed)
     return TrialQueue(plan, record, repetitions, may_stop=False) if repetitions else None
 
 
-def _sampler(plan: SearchPlan, record: SearchRecord, unfinished: Sequence[str]) -> SpaceSampler:
+def _sampler(plan: SearchPlan, record: SearchRecord, unfinished: Sequence[str]) -> "SpaceSampler":
     """Return a sampler that has seen what became of the samples so far."""
+    from lad_dist.search.sampler import SpaceSampler  # noqa: PLC0415 (optuna is an extra, which a grid does not need)
+
     assert plan.space is not None
     options = plan.config.search
     drawn = [trial for trial in plan.samples(record) if trial.parameters is not None]
@@ -159,9 +163,14 @@ def _sampler(plan: SearchPlan, record: SearchRecord, unfinished: Sequence[str]) 
 
 
 class StatusCallback(tune.Callback):
-    """Records what happens to trials, and shows it."""
+    """Records what happens to trials, and shows it.
 
-    def __init__(self, plan: SearchPlan, record: SearchRecord, queue: TrialQueue, end: Callable[[str], None]):
+    Attributes:
+        mistake: What the user has to mend: a trial that could not begin to train.
+    """
+
+    def __init__(self, plan: SearchPlan, record: SearchRecord, queue: TrialQueue, end: Callable[[], None]):
+        self.mistake: str | None = None
         self._record = record
         self._queue = queue
         self._end = end
@@ -184,7 +193,8 @@ class StatusCallback(tune.Callback):
                     self._record.score(name, result["step"], result["values"])
                     self._table.show_score(state)
             case "mistake":
-                self._end(f"{name}: {result['error']}")
+                self.mistake = self.mistake or f"{name}: {result['error']}"
+                self._end()
             case "failed":
                 self._record.end(name, "failed", seconds=self._queue.seconds(name), error=result["error"])
             case _:
@@ -217,4 +227,4 @@ def _first_line(trial: Any) -> str:
     """Return why Tune gave a trial up: the first line of the error, which says what was lost."""
     error = trial.get_error()
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] if error else []
-    return lines[0] if lines else "its process or node was lost"
+    return lines[0] if lines else "a process or node was lost"

@@ -125,7 +125,7 @@ class TrialBuilder:
             stage, _, rest = key.partition(".")
             if stage not in by_stage or not rest:
                 raise UserError(
-                    f"{key}: begin a key with the name of its stage, as in {self.config.stages[-1]}.{key}; "
+                    f"{key}: begin a key with the name of a stage, as in {self.config.stages[-1]}.{key}; "
                     f"{did_you_mean(stage, by_stage)}"
                 )
             by_stage[stage].pop(rest, None)

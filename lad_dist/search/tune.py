@@ -25,7 +25,6 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from ray import tune
 from lad_dist.cluster.connect import check_trial_fits, ray_cluster
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import read_toml
-from lad_dist.config.schema import SearchConfig
+from lad_dist.config.schema import SearchConfig, SearchOptions
 from lad_dist.distributed.logs import get_logger
 from lad_dist.search.plan import SearchPlan, plan_search
 from lad_dist.search.record import SearchRecord
@@ -50,6 +49,7 @@ from lad_dist.utils.tables import flatten
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the run folders have it all
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Stop has its own
 
 # Of search.toml: these may change when a search goes on.
 CHANGEABLE_OPTIONS = {
@@ -63,14 +63,36 @@ CHANGEABLE_OPTIONS = {
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True)
 class Stop:
-    """Tells Tune to end all trials: after a signal, at the time limit, or when going on makes no sense."""
+    """The wish to end the search before its trials: of a signal, of the time limit, or as going on makes no sense."""
 
-    requested: threading.Event
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune writes a copy to disk, which nobody reads
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    def catch_signals(self) -> None:
+        """Let signals request the stop; Ray and Tune take them over now and then."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                signal.signal(number, lambda *_: self.requested.set())
+
+    @contextlib.contextmanager
+    def within(self, hours: float | None) -> Iterator[None]:
+        """Let signals, and the end of so many hours, request the stop while the context lasts."""
+        is_main = threading.current_thread() is threading.main_thread()
+        handlers = {number: signal.getsignal(number) for number in self.SIGNALS} if is_main else {}
+        timer = threading.Timer(3600 * (hours or 0), self.requested.set)
+        timer.daemon = True
+        if hours is not None:
+            timer.start()
+        self.catch_signals()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 class _Stopper(tune.Stopper):
@@ -83,15 +105,18 @@ class _Stopper(tune.Stopper):
     def stop_all(self) -> bool:
         return self._stop.requested.is_set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes a copy to disk, which nobody reads
 
-def search(config: SearchConfig, runner: type[TrialRunner] = TrialRunner) -> SearchResult | None:
+
+def search(config: SearchConfig, runner_class: type[TrialRunner] = TrialRunner) -> SearchResult | None:
     """Run a search, or go on with it; None when it ended early and has to run again.
 
     It ends early at SIGINT, SIGTERM or SIGUSR1, at the time limit, and where trials were lost with their machines.
 
     Args:
         config: of the search.
-        runner: What runs a trial.
+        runner_class: What runs a trial.
 
     Raises:
         UserError: A base config, an override, a space or a metric does not fit, before Ray starts; or a trial could
@@ -106,20 +131,21 @@ def search(config: SearchConfig, runner: type[TrialRunner] = TrialRunner) -> Sea
     if concluded and not plan.outstanding(record, again_failed=False):
         return read_result(folder)
     progress.report(config.search.name, 0, plan.count(record), "starting Ray")
-    stop = Stop(threading.Event())
-    options = config.search
-    with ray_cluster(), _stopping(stop, options.hours):
+    options, stop, mistake = config.search, Stop(), None
+    with stop.within(options.hours), ray_cluster():
+        stop.catch_signals()
         check_trial_fits(options.processes, options.cpus, options.gpus, options.placement_strategy)
         write_text(folder / "search.toml", tomli_w.dumps(tables))
         (folder / "results.json").unlink(missing_ok=True)
-        session = _Session(config, plan, record, stop, runner(options, plan.metrics, os.getcwd()))
-        while (queue := next_queue(plan, record, again_failed=not concluded)) is not None:
-            session.run(queue)
-            if stop.requested.is_set():
+        runner = runner_class(options, plan.metrics, os.getcwd())
+        while not stop.requested.is_set() and mistake is None:
+            queue = next_queue(plan, record, again_failed=not concluded)
+            if queue is None:
                 break
+            mistake = _run(queue, plan=plan, record=record, stop=stop, runner=runner)
             concluded = True  # what failed just now does not run again
-    if session.mistake is not None:
-        raise UserError(session.mistake)
+    if mistake is not None:
+        raise UserError(mistake)
     if stop.requested.is_set():
         return None
     lost = [trial.name for trial in record.trials.values() if trial.status == "lost"]
@@ -130,94 +156,56 @@ def search(config: SearchConfig, runner: type[TrialRunner] = TrialRunner) -> Sea
     return conclude(config, plan, record)
 
 
-@dataclass
-class _Session:
-    """Runs queues of trials by Tune.
+def _run(queue: TrialQueue, *, plan: SearchPlan, record: SearchRecord, stop: Stop, runner: TrialRunner) -> str | None:
+    """Run the trials of a queue by Tune until it is empty, or until the stop is requested.
 
-    Attributes:
-        mistake: The user's mistake that ended a trial before it trained, and with it the search.
+    Returns:
+        The user's mistake that ended a trial before it trained, and with it the search; None where there was none.
     """
+    options = plan.config.search
+    queue.is_ending = stop.requested.is_set
+    callback = StatusCallback(plan, record, queue, stop.requested.set)
+    state = options.folder.resolve() / "ray"
+    shutil.rmtree(state, ignore_errors=True)  # of a session that was killed: the record has all that counts
 
-    config: SearchConfig
-    plan: SearchPlan
-    record: SearchRecord
-    stop: Stop
-    runner: TrialRunner
-    mistake: str | None = None
+    def run(parameters: dict[str, str]) -> None:
+        runner.run(Trial.of_request(parameters["request"]), tune.report)
 
-    def run(self, queue: TrialQueue) -> None:
-        """Run the trials of a queue until it is empty, or until the search has to stop."""
-        options, runner = self.config.search, self.runner
-
-        def run(parameters: dict[str, str]) -> None:
-            runner.run(Trial.of_request(parameters["request"]), tune.report)
-
-        queue.is_ending = self.stop.requested.is_set
-        callback = StatusCallback(self.plan, self.record, queue, self.end)
-        state = options.folder.resolve() / "ray"
-        shutil.rmtree(state, ignore_errors=True)  # of a session that was killed: the record has all that counts
-        tuner = tune.Tuner(
-            tune.with_resources(run, self._resources()),
-            tune_config=tune.TuneConfig(
-                num_samples=-1,
-                search_alg=queue,
-                scheduler=create_scheduler(self.plan, self.record) if queue.may_stop else None,
-                max_concurrent_trials=options.max_concurrent or None,
-                # A process that has loaded its libraries takes the next trial; under ZeRO 3 it would keep a model.
-                reuse_actors=self.plan.zero_stage < 3,
-                trial_dirname_creator=lambda trial: queue.name_of(trial.trial_id),
-            ),
-            run_config=tune.RunConfig(
-                name=state.name,
-                storage_path=str(state.parent),
-                verbose=0,
-                callbacks=[callback],
-                stop=_Stopper(self.stop),
-                failure_config=tune.FailureConfig(max_failures=options.retries),
-            ),
-        )
-        tuner.fit()
-        callback.close()
-        if queue.mistake is not None:
-            self.mistake = str(queue.mistake)
-            self.stop.requested.set()
-        if not queue.is_empty:
-            self.stop.requested.set()  # Tune itself has taken a signal
-        shutil.rmtree(state, ignore_errors=True)
-
-    def end(self, mistake: str) -> None:
-        """End the search because of the user's mistake."""
-        self.mistake = self.mistake or mistake
-        self.stop.requested.set()
-
-    def _resources(self) -> Any:
-        options = self.config.search
-        bundle = {"CPU": options.cpus, "GPU": options.gpus}
-        if options.processes == 1:
-            return bundle
-        # The process of the trial itself only waits.
-        return tune.PlacementGroupFactory([{}, *([bundle] * options.processes)], strategy=options.placement_strategy)
+    tuner = tune.Tuner(
+        tune.with_resources(run, _resources(options)),
+        tune_config=tune.TuneConfig(
+            num_samples=-1,  # as many as the queue has
+            search_alg=queue,
+            scheduler=create_scheduler(plan, record) if queue.may_stop else None,
+            max_concurrent_trials=options.max_concurrent or None,
+            # A process that has loaded its libraries takes the next trial; under ZeRO 3 it would keep a model.
+            reuse_actors=plan.zero_stage < 3,
+            trial_dirname_creator=lambda trial: queue.name_of(trial.trial_id),
+        ),
+        run_config=tune.RunConfig(
+            name=state.name,
+            storage_path=str(state.parent),
+            verbose=0,
+            callbacks=[callback],
+            stop=_Stopper(stop),
+            failure_config=tune.FailureConfig(max_failures=options.retries),
+        ),
+    )
+    tuner.fit()
+    stop.catch_signals()
+    callback.close()
+    shutil.rmtree(state, ignore_errors=True)
+    if not queue.is_empty:
+        stop.requested.set()  # Tune itself took a signal, or a mistake ended the queue
+    return callback.mistake or queue.mistake
 
 
-@contextlib.contextmanager
-def _stopping(stop: Stop, hours: float | None) -> Iterator[None]:
-    """Let signals and the time limit stop the search instead of ending the process."""
-    timer = threading.Timer(3600 * hours, stop.requested.set) if hours is not None else None
-    handlers: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            handlers[number] = signal.signal(number, lambda *_: stop.requested.set())
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    if timer is not None:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield
-    finally:
-        if timer is not None:
-            timer.cancel()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def _resources(options: SearchOptions) -> Any:
+    bundle = {"CPU": options.cpus, "GPU": options.gpus}
+    if options.processes == 1:
+        return bundle
+    # The process of the trial itself only waits.
+    return tune.PlacementGroupFactory([{}, *([bundle] * options.processes)], strategy=options.placement_strategy)
 
 
 def _check_same(folder: Path, tables: Mapping[str, Any]) -> None:

@@ -47,8 +47,9 @@ PRETRAIN = {**TASK, "data": {"shards": "c"}}
 PREPARE: dict[str, Any] = {"out": "o", "tokenizer": "t", "source": [{"kind": "text", "path": "p"}]}
 EVALUATE: dict[str, Any] = {"model": {"path": "m"}, "teacher": {"path": "t"}, "data": {"task": "rte"}}
 SEARCH: dict[str, Any] = {
-    "search": {"name": "n", "base": "b", "num_samples": 1, "metric": "accuracy"},
-    "space": {"optim.lr": {"uniform": [0, 1]}},
+    "search": {"name": "n", "num_samples": 1, "metric": "accuracy"},
+    "stage": [{"name": "task", "base": "b"}],
+    "space": {"task.optim.lr": {"uniform": [0, 1]}},
 }
 SCHEMAS: list[tuple[type[ConfigTable], dict[str, Any]]] = [
     (TaskConfig, TASK),

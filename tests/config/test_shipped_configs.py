@@ -15,7 +15,8 @@ from lad_dist.cli.main import COMMANDS
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.load import apply_overrides, parse_config, parse_override, read_toml
 from lad_dist.config.schema import EvaluateConfig, PretrainConfig, SearchConfig, TaskConfig
-from lad_dist.search.grid import sample_trials
+from lad_dist.search.space import parse_space
+from lad_dist.search.trials import TrialBuilder, grid_trials
 from lad_dist.training import run_spec
 from lad_dist.training.train import train
 
@@ -129,13 +130,18 @@ def test_a_search_draws_trials_that_the_base_config_can_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where there is no clone
     config = parse_config(SearchConfig, read_toml(file), str(file))
-    trials = sample_trials(config)
-    assert len(trials) == config.search.num_samples * math.prod(map(len, config.grid.values()))
-    assert {key.split(".")[0] for key in trials[0].sample} == {
-        key.split(".")[0] for key in [*config.space, *config.grid]
-    }
-    one_of_each = {str(trial.sample.get("method", trial.sample.get("variant"))): trial for trial in trials}
-    for trial in one_of_each.values():
+    if config.grid:
+        trials = grid_trials(config)
+        assert len(trials) == math.prod(map(len, config.grid.values()))
+        assert trials[0].sample.keys() == config.grid.keys()
+        trials = list(
+            {str(trial.sample.get("method", trial.sample.get("variant"))): trial for trial in trials}.values()
+        )
+    else:
+        space = parse_space(config.space, config.stages)
+        builder = TrialBuilder(config)
+        trials = [builder.build("trial", corner.choices, corner.changes.items()) for corner in space.corners()]
+    for trial in trials:
         tables = trial.config.model_dump(exclude_none=True)
         assert config.grid or tables["run"]["eval_every"] > 0
         spec = run_spec.resolve_run(toy.parsed(tables, toy_places(tables, world, tmp_path)))
