@@ -1,5 +1,7 @@
 """Metrics: plain functions on arrays and lists, and loyalty to a teacher.
 
+scipy.stats and sklearn are imported where a metric is computed: they are a sixth of what a process imports.
+
 E examples or words, C classes, R rows of all windows.
 """
 
@@ -14,11 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import jensenshannon
-from scipy.special import softmax
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Array = NDArray[np.floating] | NDArray[np.integer]
 Metric = Callable[[Array, Array], Any]  # of labels and predictions
@@ -37,12 +34,40 @@ def score(
     return {name: float(metrics[name](labels, predicted)) for name in names}
 
 
+def _accuracy(labels: Array, predicted: Array) -> Any:
+    from sklearn.metrics import accuracy_score  # noqa: PLC0415 (seconds)
+
+    return accuracy_score(labels, predicted)
+
+
+def _matthews(labels: Array, predicted: Array) -> Any:
+    from sklearn.metrics import matthews_corrcoef  # noqa: PLC0415 (seconds)
+
+    return matthews_corrcoef(labels, predicted)
+
+
 def _f1(positive: int, labels: Array, predicted: Array) -> Any:
+    from sklearn.metrics import f1_score  # noqa: PLC0415 (seconds)
+
     return f1_score(labels == positive, predicted == positive, zero_division=0)
 
 
 def _f1_macro(labels: Array, predicted: Array) -> Any:
+    from sklearn.metrics import f1_score  # noqa: PLC0415 (seconds)
+
     return f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)
+
+
+def _pearson(labels: Array, predicted: Array) -> float:
+    from scipy.stats import pearsonr  # noqa: PLC0415 (seconds)
+
+    return _correlation(pearsonr, labels, predicted)
+
+
+def _spearman(labels: Array, predicted: Array) -> float:
+    from scipy.stats import spearmanr  # noqa: PLC0415 (seconds)
+
+    return _correlation(spearmanr, labels, predicted)
 
 
 def _correlation(test: Callable[[Array, Array], Any], labels: Array, predicted: Array) -> float:
@@ -55,6 +80,8 @@ def best_output_order(logits: NDArray[np.floating], labels: NDArray[np.integer])
     The outputs stand for the classes in order, unless another order is right in clearly more examples: by three
     standard deviations of the difference.
     """
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 (seconds)
+
     predicted, classes = logits.argmax(axis=1), np.arange(logits.shape[1])
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(counts, (predicted, labels), 1)
@@ -65,11 +92,11 @@ def best_output_order(logits: NDArray[np.floating], labels: NDArray[np.integer])
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": accuracy_score,
+    "accuracy": _accuracy,
     "f1_macro": _f1_macro,
-    "matthews": matthews_corrcoef,
-    "pearson": partial(_correlation, pearsonr),
-    "spearman": partial(_correlation, spearmanr),
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
 }
 
 
@@ -80,7 +107,7 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
     of the distributions, mean over examples. For a regression it is the correlation of the outputs, `teacher_pearson`.
     """
     if student.shape[1] == 1:
-        return {"teacher_pearson": float(_correlation(pearsonr, teacher[:, 0], student[:, 0]))}
+        return {"teacher_pearson": float(_pearson(teacher[:, 0], student[:, 0]))}
     return {
         "label_loyalty": float((student.argmax(axis=1) == teacher.argmax(axis=1)).mean()),
         "probability_loyalty": float(1 - _distance(student, teacher, axis=1).mean()),
@@ -89,6 +116,9 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
 
 def _distance(student: NDArray[np.floating], teacher: NDArray[np.floating], axis: int) -> NDArray[np.floating]:
     """Return the Jensen-Shannon distance (base 2) of the distributions that finite logits say along an axis."""
+    from scipy.spatial.distance import jensenshannon  # noqa: PLC0415 (seconds)
+    from scipy.special import softmax  # noqa: PLC0415 (seconds)
+
     assert np.isfinite(student).all()
     assert np.isfinite(teacher).all()
     with np.errstate(invalid="ignore"):  # rounding takes equal ones below 0, and its root is NaN
