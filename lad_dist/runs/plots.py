@@ -4,13 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lad_dist.config.errors import UserError
 from lad_dist.utils.atomic_io import write_text
 
+DPI = 120
 NOT_TERMS = {"step", "loss", "tokens_per_second", "grad_norm"}
 
 
@@ -66,6 +70,14 @@ def teacher_layer_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
+def drawn(figure: Figure) -> NDArray[np.uint8]:
+    """Draw a figure once and return its pixels [height, width, RGB]."""
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3]
+
+
 def draw_heatmap(axes: Axes, title: str, values: pd.DataFrame, maximum: float = 1.0) -> None:
     """Draw a table as a heat map, rows upwards; cells without a value stay empty."""
     axes.imshow(values.to_numpy(), cmap="Blues", vmin=0, vmax=maximum, origin="lower", aspect="auto")
@@ -87,6 +99,6 @@ def save_files(out: Path, texts: Mapping[str, str], figures: Mapping[str, Figure
             write_text(out / name, text)
         for name, figure in figures.items():
             if figure is not None:
-                figure.savefig(out / name, dpi=120)
+                figure.savefig(out / name, dpi=DPI)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give --out another folder") from None

@@ -155,13 +155,17 @@ class Run:
         processes.barrier()
 
     def _plot_teacher_layers(self) -> None:
-        from lad_dist.runs.plots import teacher_layer_figure  # noqa: PLC0415 (matplotlib: a second at every start)
+        from matplotlib.image import imsave  # noqa: PLC0415 (matplotlib: a second at every start)
+
+        from lad_dist.runs.plots import drawn, teacher_layer_figure  # noqa: PLC0415 (matplotlib as well)
 
         rows = [json.loads(row) for row in self._metrics.read_text().splitlines() if _step_of(row) < math.inf]
         figure = teacher_layer_figure(rows)
         if figure is not None:
-            figure.savefig(self.folder / "teacher_layers.png", dpi=120)
-            self._write_tensorboard(lambda writer: writer.add_figure("teacher_layers", figure, rows[-1]["step"]))
+            image = drawn(figure)
+            imsave(self.folder / "teacher_layers.png", image)
+            step = rows[-1]["step"]
+            self._write_tensorboard(lambda w: w.add_image("teacher_layers", image, step, dataformats="HWC"))
 
     def newest_checkpoint(self) -> Path | None:
         """Return the newest valid checkpoint, the same on all processes; None where none was ever saved.
