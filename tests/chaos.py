@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 import tomli_w
 import toy
 from conftest import World
-from launching import FORKS, ROOT, environment, free_port, launcher
+from launching import FORKS, ROOT, environment, free_port, launcher, rank_variables, run_script
 
 from lad_dist.checkpointing import store
 from lad_dist.config.load import apply_overrides
@@ -194,16 +193,11 @@ def begin(
     """prepare: called in each process before the script. words: after the config. variables: of each rank."""
     log = victim.config.with_name(f"{time.monotonic_ns()}.log")
     log.touch()
-    port = str(free_port())
+    port = free_port()
     processes = []
     for rank in range(ranks):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        rank_variables = {
-            "MASTER_ADDR": "127.0.0.1",
-            **{name: str(value) for name, value in numbers.items()},
-            **variables[rank],
-        }
-        process = FORKS.Process(target=_live, args=(log, rank_variables, [str(victim.config), *words], prepare))
+        all_variables = rank_variables(rank, ranks, port) | variables[rank]
+        process = FORKS.Process(target=_live, args=(log, all_variables, [str(victim.config), *words], prepare))
         process.start()
         processes.append(process)
 
@@ -269,8 +263,7 @@ def _live(log: Path, variables: dict[str, str], words: list[str], prepare: Calla
         os.dup2(file.fileno(), sys.stderr.fileno())
     may_be_traced()
     prepare()
-    sys.argv = [str(SCRIPT), *words]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(SCRIPT, *words)
 
 
 @dataclass(frozen=True)

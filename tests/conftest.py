@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
+import sweep
 import toy
 from hypothesis import settings
 
@@ -28,7 +29,6 @@ configure_logging()
 logging.getLogger("lad_dist").propagate = True  # for pytest's caplog, which listens at the root
 settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a machine is, not whether the code is right
 settings.load_profile("lad_dist")
-gc.freeze()  # `train` collects garbage at its start, which is long among all that is imported
 
 
 # Files that take minutes. They begin first, so that in the end no worker waits for another one with such a file.
@@ -37,9 +37,24 @@ LONGEST = (
 )  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sweep", action="store_true", help="run whole products of cases, not a part that covers them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sweep.enabled = config.getoption("sweep")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_garbage() -> None:
+    """`train` collects garbage at its start, which takes long among all that is imported and collected by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,23 @@
-"""Starts real training processes the way users do."""
+"""Starts real training processes: the way users do, and cheaper."""
 
+import gc
 import json
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+import training_worker
 
 from lad_dist.cli.errors import one_line_errors
 from lad_dist.cli.main import main
@@ -21,7 +26,15 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 # Processes from one that has imported what takes seconds. It is one for all tests, and so is what it imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lad_dist.training.train", "lad_dist.data.shards.prepare", "pytest", "hypothesis"])
+# Those below the first line are imported where they are used, by most runs; the last one has torch import its compiler.
+FORKS.set_forkserver_preload(
+    [
+        "lad_dist.training.train", "lad_dist.data.shards.prepare", "pytest", "hypothesis", "tomli_w",
+        "lad_dist.cli.main", "lad_dist.runs.plots", "matplotlib.image",
+        "scipy.stats", "scipy.spatial.distance", "sklearn.metrics",
+        "transformers.models.bert.modeling_bert", "deepspeed.runtime.zero.muon.original_muon",
+    ]
+)  # fmt: skip
 
 
 def free_port() -> int:
@@ -74,17 +87,68 @@ def launch(
     return subprocess.run(words, cwd=cwd, env=environment(), timeout=timeout, text=True, capture_output=True)
 
 
-def curves(
-    folder: Path, configs: dict[str, dict[str, Any]], *, by: str = "torchrun", processes: int
-) -> dict[str, list[dict]]:
+def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun sets for a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def run_ranks(work: Callable[..., None], *arguments: Any, folder: Path, processes: int) -> None:
+    """Call `work` in ranks that torchrun would start alike, but that need not import first what it imports.
+
+    As under torchrun, a rank that fails ends the others. The folder takes what they print.
+    """
+    ranks = start_ranks(work, *arguments, folder=folder, processes=processes)
+    try:
+        while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            assert wait([rank.sentinel for rank in ranks if rank.exitcode is None], timeout=1200)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    outputs = "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("stderr-*")))
+    assert [rank.exitcode for rank in ranks] == [0] * processes, outputs
+
+
+def start_ranks(work: Callable[..., None], *arguments: Any, folder: Path, processes: int) -> list[ForkServerProcess]:
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    ranks: list[ForkServerProcess] = []
+    for rank in range(processes):
+        variables = rank_variables(rank, processes, port) | {"DS_ACCELERATOR": "cpu"}
+        ranks.append(FORKS.Process(target=_rank, args=(folder / f"stderr-{rank}", variables, work, arguments)))
+        ranks[-1].start()
+    return ranks
+
+
+def run_script(script: Path, *words: str) -> None:
+    """Run the script in this process as its main program."""
+    sys.argv = [str(script), *words]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _rank(output: Path, variables: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(variables)
+    with output.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    gc.freeze()  # what is imported stays, and `train` collects garbage at its start
+    work(*arguments)
+
+
+def curves(folder: Path, configs: dict[str, dict[str, Any]], *, processes: int) -> dict[str, list[dict[str, Any]]]:
     """Trains the configs in `processes` processes; their rows by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, tables in configs.items():
-        paths.append(folder / f"{name}.toml")
-        paths[-1].write_text(tomli_w.dumps(tables))
-    done = launch([ROOT / "tests" / "training_worker.py", folder / "rows.json", *paths], by=by, processes=processes)
-    assert done.returncode == 0, done.stderr[-4000:]
+    paths = [folder / f"{name}.toml" for name in configs]
+    for path, tables in zip(paths, configs.values(), strict=True):
+        path.write_text(tomli_w.dumps(tables))
+    run_ranks(training_worker.train_all, folder / "rows.json", paths, folder=folder, processes=processes)
     return json.loads((folder / "rows.json").read_text())
 
 

@@ -1,21 +1,16 @@
-"""Stretches of runs, each under a layout of its own.
-
-usage: torchrun … tests/resharding.py STRETCHES.json
-"""
+"""Stretches of runs, each under a layout of its own."""
 
 import hashlib
-import json
-import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from launching import ROOT, launch
+from launching import run_ranks
 
 from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import write
@@ -65,13 +60,14 @@ def run(stretches: list[Stretch]) -> None:
     for stretch in stretches:
         if stretch.layout["processes"] == 1:
             work(stretch)
-    together = [asdict(stretch) for stretch in stretches if stretch.layout["processes"] == 2]
+    together = [stretch for stretch in stretches if stretch.layout["processes"] == 2]
     if together:
-        path = Path(together[0]["folder"]).with_suffix(".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(together))
-        done = launch([ROOT / "tests" / "resharding.py", path], by="torchrun", processes=2)
-        assert done.returncode == 0, done.stderr[-6000:]
+        run_ranks(work_all, together, folder=Path(together[0].folder).with_suffix(".ranks"), processes=2)
+
+
+def work_all(stretches: list[Stretch]) -> None:
+    for stretch in stretches:
+        work(stretch)
 
 
 def work(stretch: Stretch) -> None:
@@ -121,9 +117,11 @@ def state(engine: Any) -> State:
     inner = getattr(optimizer, "optimizer", optimizer)
     scale = getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
     counts = [{float(inner.state[p]["step"]) for p in g["params"] if inner.state.get(p)} for g in inner.param_groups]
+    trained = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    shares = processes.all_gather({name: own_pieces(optimizer, parameter) for name, parameter in trained.items()})
     return {
         "module": deepcopy(engine.module.state_dict()),
-        "parameters": {n: parameter_state(engine, p) for n, p in engine.module.named_parameters() if p.requires_grad},
+        "parameters": {name: assembled([share[name] for share in shares], trained[name].shape) for name in trained},
         "groups": [{key: x for key, x in group.items() if key != "params"} for group in optimizer.param_groups],
         "counts": [sorted(steps) for steps in counts],
         "scale": [getattr(scale, "cur_scale", 1.0), getattr(scale, "cur_iter", None)],
@@ -131,33 +129,28 @@ def state(engine: Any) -> State:
     }
 
 
-def parameter_state(engine: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return the fp32 weights and the moments, assembled from the shares of all processes."""
-    optimizer = engine.optimizer
+def own_pieces(optimizer: Any, parameter: torch.nn.Parameter) -> dict[int, dict[str, torch.Tensor]]:
+    """Return what this process has of a parameter's fp32 weights and moments, by where in the parameter it begins."""
     if not hasattr(parameter, "_hp_mapping"):
         copy, states = _fp32(optimizer, parameter), getattr(optimizer, "optimizer", optimizer).state
         values = {"fp32": copy.detach(), **states.get(copy, {})}
-        return {key: x.clone() for key, x in values.items() if key != "step"}
-    own_pieces, mapping = {}, parameter._hp_mapping
-    if mapping is not None:
-        (flat,) = optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
-        source, start = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
-        values = {"fp32": flat.detach(), **optimizer.optimizer.state[flat]}
-        own_pieces = {
-            start: {key: x.narrow(0, source.start, source.numel).clone() for key, x in values.items() if x.dim()}
-        }
-    gathered = processes.all_gather(own_pieces)
-    pieces = {start: piece for rank_pieces in gathered for start, piece in rank_pieces.items()}
-    return {key: torch.cat([pieces[start][key] for start in sorted(pieces)]).view_as(parameter) for key in pieces[0]}
+        return {0: {key: x.clone() for key, x in values.items() if key != "step"}}
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return {}
+    (flat,) = optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
+    source, start = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
+    values = {"fp32": flat.detach(), **optimizer.optimizer.state[flat]}
+    return {start: {key: x.narrow(0, source.start, source.numel).clone() for key, x in values.items() if x.dim()}}
+
+
+def assembled(shares: list[dict[int, dict[str, torch.Tensor]]], shape: torch.Size) -> dict[str, torch.Tensor]:
+    """Return the whole of a parameter from the pieces of all processes; all have the whole under stage 0."""
+    pieces = {start: piece for share in shares for start, piece in share.items()}
+    return {key: torch.cat([pieces[start][key].flatten() for start in sorted(pieces)]).view(shape) for key in pieces[0]}
 
 
 def _fp32(optimizer: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
     """Return the tensor that stage 0's optimizer updates."""
     halves, copies = (chain(*getattr(optimizer, name, [])) for name in ("fp16_groups", "fp32_groups"))
     return next((copy for half, copy in zip(halves, copies, strict=True) if half is parameter), parameter)
-
-
-if __name__ == "__main__":
-    (path,) = (argument for argument in sys.argv[1:] if not argument.startswith("--"))
-    for row in json.loads(Path(path).read_text()):
-        work(Stretch(**row))

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # All checks, on a Debian machine with nothing prepared: bash tests/run.sh [arguments of pytest]
 #
+# With --sweep whole products of cases (methods, ZeRO stages, numbers of processes, layouts, states) and many examples of
+# each property; without it a part of them that covers every method, stage and number of processes, in half the time.
+#
 # Installs into the active virtual environment, or into .venv, which it makes. As root it also installs the Debian packages
 # that are missing; otherwise it leaves out the tests that need root: those on a SLURM cluster, on a full disk, and under strace.
 set -euo pipefail
@@ -8,12 +11,14 @@ cd "$(dirname "$0")/.."
 
 packages=(slurmctld slurmd slurm-client munge strace)
 selection=()
+debian=""
 if ((EUID != 0)); then
     selection=(-m "not slurm and not root")
     printf '%s\n' "" "NOT ROOT: the tests that need it (markers slurm and root) are LEFT OUT" "" >&2
 elif ! dpkg --status "${packages[@]}" &>/dev/null; then
-    apt-get -qq update
-    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "${packages[@]}"
+    # Beside what pip does; its failure is that of the `wait` below.
+    (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends "${packages[@]}") &
+    debian=$!
 fi
 
 if [[ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]]; then
@@ -31,6 +36,7 @@ if ! command -v nvidia-smi >/dev/null && ! python -c "import torch" 2>/dev/null;
     pip install --quiet "torch==2.13.0"
 fi
 pip install --quiet --editable ".[dev]"
+[[ -z "$debian" ]] || wait "$debian"
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0

@@ -1,10 +1,4 @@
-"""Tiny engines, and what becomes of their weights when an update is spoilt.
-
-usage: torchrun tests/skipped_updates.py OUT.json
-
-Rank 0 writes the `action_table` of every case on each rank, and which ranks diverge before and after a bit flips in the
-weights of the last rank.
-"""
+"""Tiny engines, and what becomes of their weights when an update is spoilt."""
 
 import itertools
 import json
@@ -129,8 +123,12 @@ def divergence() -> list[list[int]]:
     return [before, divergent_ranks(tiny.module.named_parameters())]
 
 
-if __name__ == "__main__":
+def write_tables(out: Path) -> None:
+    """On each rank the `action_table` of every case, and which ranks diverge before and after a bit flips.
+
+    The bit is in the weights of the last rank.
+    """
     processes.start()
     result = {"cases": processes.all_gather(action_table(CASES)), "divergence": processes.all_gather(divergence())}
     if ranks.is_main():
-        Path(sys.argv[1]).write_text(json.dumps(result))
+        out.write_text(json.dumps(result))

@@ -126,7 +126,7 @@ def task_config(work: Path, files: dict[str, str], teacher: Path, student: Path,
         "run": {"name": "toy", "dir": str(work), "steps": 8, "log_every": 1},
         "teacher": {"path": str(teacher), "baseline_check": False},  # it has learnt nothing
         "student": {"path": str(student), "num_hidden_layers": 2},
-        "data": {**files, "max_length": 32, "micro_batch_size": 4, "micro_batches_per_step": 4},
+        "data": {**files, "max_length": 32, "micro_batch_size": 4, "micro_batches_per_step": 4, "num_workers": 0},
         "objective": {"name": "lad", "hidden": 1.0},
         "optim": {"lr": 1e-3, "objective_lr": 1e-2},
         "deepspeed": {},
@@ -140,12 +140,15 @@ def corpus_config(work: Path, shards: Path, teacher: Path, student: Path, **tabl
         "run": {"name": "toy", "dir": str(work), "steps": 4, "log_every": 1},
         "teacher": {"path": str(teacher)},
         "student": {"path": str(student), "num_hidden_layers": 2},
-        "data": {"shards": str(shards), "max_length": 32, "micro_batch_tokens": 256, "micro_batches_per_step": 2},
+        "data": {
+            "shards": str(shards), "max_length": 32, "micro_batch_tokens": 256, "micro_batches_per_step": 2,
+            "num_workers": 0,
+        },
         "objective": {"name": "lad", "hidden": 1.0},
         "optim": {"lr": 1e-3, "objective_lr": 1e-2},
         "deepspeed": {},
         **tables,
-    }
+    }  # fmt: skip
 
 
 def parsed(tables: dict[str, Any], changes: dict[str, Any] | None = None) -> TrainConfig:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import FORKS, free_port
+from launching import FORKS, free_port, rank_variables
 
 from lad_dist.config.errors import UserError
 from lad_dist.distributed import processes, ranks
@@ -94,11 +94,10 @@ class Rank:
 
 def begin(folder: Path, faults: Mapping[int, Fault], world_size: int, timeout: float = TIMEOUT) -> list[Rank]:
     """Start ranks: each of `faults` happens on its rank in step FAULTY_STEP, after which all ends well, if reached."""
-    port = str(free_port())
+    port = free_port()
     ranks = []
     for rank in range(world_size):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-        variables = {name: str(value) for name, value in environment.items()} | {"MASTER_PORT": port}
+        variables = rank_variables(rank, world_size, port)
         process = FORKS.Process(target=_run, args=(folder, variables, faults.get(rank, nothing), timeout))
         process.start()
         ranks.append(Rank(process, folder, rank))

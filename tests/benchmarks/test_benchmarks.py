@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import toy
 from conftest import World
-from launching import ROOT, launch
+from launching import ROOT, run_command
 
 from lad_dist.benchmarks import data, step
 from lad_dist.config.corpus_schema import PrepareConfig
@@ -30,22 +30,21 @@ def test_a_step_is_taken_apart(world: World, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_script_prints_a_table(world: World, tmp_path: Path) -> None:
+def test_the_command_prints_a_table(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [f"data.{key}={path}" for key, path in world.files.items()]
     overrides = [
         f"teacher.path={world.teacher}",
         f"student.path={world.pretrained}",
         "student.num_hidden_layers=2",
         "data.max_length=32",
+        "data.micro_batch_size=4",
     ]
     config = tmp_path / "config.toml"
     config.write_text((ROOT / "configs/task/lad.toml").read_text().replace('task = "rte"\n', ""))
-    done = launch(["-m", "lad_dist.cli", "benchmark", "step", config, *files, *overrides])
-    assert done.returncode == 0, done.stderr
-    assert "share of peak" in done.stdout
-    wrong = launch(["-m", "lad_dist.cli", "benchmark", "stp", config])
-    assert wrong.returncode == 2
-    assert len(wrong.stderr.splitlines()) == 1
+    assert run_command("benchmark", "step", str(config), *files, *overrides) == 0
+    assert "share of peak" in capsys.readouterr().out
+    assert run_command("benchmark", "stp", str(config)) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def no_clock() -> Any:

@@ -14,7 +14,7 @@ import pytest
 import tomli_w
 import toy
 from conftest import World
-from launching import BIN, ROOT, environment, launch, run_command
+from launching import BIN, ROOT, curves, environment, launch, run_command
 
 from lad_dist.cli.command import ConfigCommand
 from lad_dist.cli.main import COMMANDS
@@ -223,10 +223,22 @@ def test_a_report_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+@pytest.fixture(scope="module")
+def forked_losses(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Those of the run that the launchers start, in two ranks as other tests start them."""
+    folder = tmp_path_factory.mktemp("forked")
+    tables = toy.corpus_config(folder, world.corpus, world.pretrained, world.pretrained)
+    tables["run"]["steps"] = 2
+    return [row["loss"] for row in curves(folder, {"toy": tables}, processes=2)["toy"] if "loss" in row]
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("by", ["deepspeed", "torchrun"])
-def test_a_launcher_starts_a_run_of_two_processes(by: str, world: World, tmp_path: Path) -> None:
+def test_a_launcher_starts_a_run_of_two_processes(
+    by: str, forked_losses: list[float], world: World, tmp_path: Path
+) -> None:
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained)
+    tables["data"]["num_workers"] = 1
     file = tmp_path / "run.toml"
     file.write_text(tomli_w.dumps(tables))
     module = ["--module", "lad_dist.cli", "pretrain"]  # what a user without a clone starts
@@ -242,6 +254,7 @@ def test_a_launcher_starts_a_run_of_two_processes(by: str, world: World, tmp_pat
     assert "FutureWarning" not in everything  # of what DeepSpeed calls
     rows = [json.loads(line) for line in (tmp_path / "toy" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(forked_losses, rel=1e-6)
     assert (tmp_path / "toy" / "export" / "model.safetensors").is_file()
 
 

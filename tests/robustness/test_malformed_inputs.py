@@ -3,13 +3,13 @@
 import bz2
 import gzip
 import json
-import subprocess
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import World
-from launching import ROOT, environment, free_port, launcher
+from launching import ROOT, run_script, start_ranks
 from malformed_inputs import Case, assert_one_line, complaint, jsonl, tables
 
 from lad_dist.config.load import read_toml
@@ -192,21 +192,24 @@ def test_two_processes_complain_once(world: World, tmp_path: Path) -> None:
     config = tables("distill", tmp_path, world)
     config["data"]["train"] = "/nowhere.csv"
     (tmp_path / "config.toml").write_text(tomli_w.dumps(config))
-    script = [str(ROOT / "launch" / "task_distill.py"), str(tmp_path / "config.toml")]
-    port = str(free_port())
-    ranks = [
-        environment() | {**LAUNCHED, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port} for rank in (0, 1)
-    ]
-    started = [
-        subprocess.Popen(
-            [*launcher("python", 1), *script], env=variables, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-        )
-        for variables in ranks
-    ]
-    outputs = [process.communicate(timeout=120)[1] for process in started]
-    assert [process.returncode for process in started] == [2, 2]
+    work, output = tmp_path / "work", tmp_path / "output"
+    work.mkdir()
+    script, words = ROOT / "launch" / "task_distill.py", (str(tmp_path / "config.toml"),)
+    variables = {"MASTER_ADDR": LAUNCHED["MASTER_ADDR"]}
+    ranks = start_ranks(_run_in, work, variables, script, words, folder=output, processes=2)
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [2, 2]
+    outputs = [path.read_text() for path in output.iterdir()]
     assert_one_line("".join(outputs), "/nowhere.csv: no such file")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.toml"}
+    assert not list(work.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "work", "output"}
+
+
+def _run_in(folder: Path, variables: dict[str, str], script: Path, words: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    os.environ.update(variables)
+    run_script(script, *words)
 
 
 @pytest.mark.processes
@@ -220,12 +223,12 @@ def test_a_port_that_is_taken(world: World, tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        variables = environment() | {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        script = [str(ROOT / "launch" / "evaluate.py"), str(tmp_path / "config.toml")]
-        done = subprocess.run(
-            [*launcher("python", 1), *script], env=variables, capture_output=True, text=True, cwd=tmp_path, timeout=120
-        )
-    assert done.returncode == 2
-    complaints = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        variables = {**LAUNCHED, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        script, words = ROOT / "launch" / "evaluate.py", (str(tmp_path / "config.toml"),)
+        (rank,) = start_ranks(_run_in, tmp_path, variables, script, words, folder=tmp_path / "output", processes=1)
+        rank.join(120)
+    assert rank.exitcode == 2
+    (output,) = (tmp_path / "output").iterdir()
+    complaints = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
     assert len(complaints) == 1
     assert f"MASTER_PORT = {port}: the processes cannot meet at this address" in complaints[0]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import toy
 from conftest import World
-from launching import ROOT, launch
+from launching import ROOT, launch, run_command
 from malformed_inputs import Case, assert_one_line, complaint, jsonl
 
 from lad_dist.data.tokenization.algorithms import train_wordpiece
@@ -252,9 +252,19 @@ def test_a_mistake_ends_in_one_line(
         ("report", ["--base", "kd", "tests"], "report: unrecognized arguments: --base"),
     ],
 )
-def test_mistakes_of_real_commands(command: str, words: list[str], expected: str) -> None:
-    done = launch(["-m", "lad_dist.cli", command, *words])
+def test_mistakes_of_commands(
+    command: str, words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run_command(command, *words) == 2
+    seen = capfd.readouterr()
+    assert seen.out == ""
+    assert_one_line(seen.err, expected)
+    assert not (ROOT / "runs" / "lad").exists()
+
+
+def test_a_mistake_of_a_real_process() -> None:
+    done = launch(["-m", "lad_dist.cli", "report", "/nowhere"])
     assert done.returncode == 2
     assert done.stdout == ""
-    assert_one_line(done.stderr, expected)
-    assert not (ROOT / "runs" / "lad").exists()
+    assert_one_line(done.stderr, "/nowhere: no such folder")

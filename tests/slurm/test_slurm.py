@@ -428,7 +428,7 @@ def trained(cluster: SlurmCluster, world: World, tmp_path_factory: pytest.TempPa
 
 def toy_tables(world: World) -> dict[str, Any]:
     tables = toy.task_config(Path("runs"), world.files, world.teacher, world.pretrained)
-    return apply_overrides(tables, {"run.steps": 40}.items())
+    return apply_overrides(tables, {"run.steps": 40, "data.num_workers": 1}.items())
 
 
 def results(run: Path) -> dict[str, Any]:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 import toy
 from conftest import World
-from launching import launch
+from launching import run_ranks
 
-from lad_dist.config.errors import UserError
+from lad_dist.config.errors import Fault, UserError
+from lad_dist.distributed import processes, ranks
 from lad_dist.models.dims import count_parameters
 from lad_dist.training import cost_model, preflight, run_spec
 from lad_dist.training.preflight import Device, DeviceFault, check_devices
@@ -42,40 +45,35 @@ def test_devices_that_are_not(devices: list[tuple[str, str, int]], code: int, me
     assert message in str(caught.value)
 
 
-WORKER = """
-import json, sys
-import torch.distributed as dist
-from lad_dist.training import preflight
-from lad_dist.distributed import processes, ranks
-from lad_dist.config.errors import Fault, UserError
+def write_ends(out: Path, cases: list[str]) -> None:
+    """How the check of the collectives and a preflight end on each rank, by case."""
+    processes.start()
+    all_reduce = dist.all_reduce
 
-processes.start()
-rank = ranks.rank()
-all_reduce = dist.all_reduce
+    def wrong(x: torch.Tensor, **options: Any) -> Any:
+        x[7] += 1
+        return all_reduce(x, **options)
 
-def wrong(x, **options):
-    x[7] += 1
-    return all_reduce(x, **options)
+    def outcome(case: str) -> tuple[str, int]:
+        def work() -> None:
+            if case == "all" or (case == "one" and ranks.rank() == 1):
+                raise UserError(f"no {case}")
 
-def outcome(case):
-    def work():
-        if case == "all" or (case == "one" and rank == 1):
-            raise UserError(f"no {case}")
+        dist.all_reduce = wrong if case == "sum" and ranks.rank() == 1 else all_reduce
+        try:
+            preflight._check_all_reduce()
+            preflight.run_on_all(work)
+        except (UserError, Fault) as error:
+            return str(error), error.code
+        finally:
+            dist.all_reduce = all_reduce
+        return "", 0
 
-    dist.all_reduce = wrong if case == "sum" and rank == 1 else all_reduce
-    try:
-        preflight._check_all_reduce()
-        preflight.run_on_all(work)
-        return ["", 0]
-    except (UserError, Fault) as error:
-        return [str(error), error.code]
-    finally:
-        dist.all_reduce = all_reduce
+    results = {case: processes.all_gather(outcome(case)) for case in cases}
+    if ranks.is_main():
+        out.write_text(json.dumps(results))
 
-results = {case: processes.all_gather(outcome(case)) for case in sys.argv[2:]}
-if ranks.is_main():
-    json.dump(results, open(sys.argv[1], "w"))
-"""
+
 ENDS = {
     "none": (0, ""),
     "one": (75, "process 1 on "),
@@ -86,9 +84,7 @@ ENDS = {
 
 @pytest.mark.processes
 def test_all_processes_end_alike(tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(WORKER)
-    done = launch([tmp_path / "worker.py", tmp_path / "results.json", *ENDS], by="torchrun", processes=2)
-    assert done.returncode == 0, done.stderr
+    run_ranks(write_ends, tmp_path / "results.json", [*ENDS], folder=tmp_path, processes=2)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == list(ENDS)
     for case, (code, message) in ENDS.items():

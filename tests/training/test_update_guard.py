@@ -7,7 +7,7 @@ import pytest
 import skipped_updates
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import ROOT, launch
+from launching import run_ranks
 
 from lad_dist.distributed import processes
 from lad_dist.training.update_guard import MAX_FUTILE_ROLL_BACKS, MIN_LOSSES, WINDOW, SkipPolicy, UpdateAction
@@ -26,10 +26,9 @@ def test_a_spoilt_update_changes_nothing(stage: int) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("two") / "out.json"
-    done = launch([ROOT / "tests" / "skipped_updates.py", out], by="torchrun", processes=2)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(skipped_updates.write_tables, folder / "out.json", folder=folder, processes=2)
+    return json.loads((folder / "out.json").read_text())
 
 
 @pytest.mark.processes
