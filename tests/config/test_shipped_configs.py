@@ -78,6 +78,7 @@ def toy_places(tables: dict[str, Any], world: World, work: Path) -> dict[str, An
     """What a toy machine has to change in a training config: places and sizes."""
     pretraining = "shards" in tables["data"]
     changes: dict[str, Any] = {"run.dir": str(work), "run.steps": 2, "run.epochs": None, "run.eval_every": 0}
+    changes |= {"data.micro_batches_per_step": 2, "data.num_workers": 0}
     if "teacher" in tables:
         changes["teacher.path"] = str(world.pretrained if pretraining else world.teacher)
         changes["teacher.baseline_check"] = pretraining  # it has learnt nothing

@@ -1,17 +1,15 @@
 """The order of windows and examples: complete epochs, even weights, and no state."""
 
-import os
 import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lad_dist.data.sampling import EPOCHS, CorpusOrder, TaskOrder, WindowRead, num_windows, rank_share, window_span
-
-EXAMPLES = int(os.environ.get("LAD_DIST_EXAMPLES", "400"))
 
 Window = tuple[int, int]
 
@@ -35,7 +33,7 @@ def test_windows_cover_a_stream(length: int, room: int) -> None:
     assert sizes.min() >= 1
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=sweep.examples(60, 400))
 @given(st.data())
 def test_no_window_is_repeated_or_left_out_whatever_the_processes_and_the_point_of_resume(data: st.DataObject) -> None:
     """Processes share the micro-batches of a step; the run stops and goes on with another number of processes."""
@@ -90,6 +88,7 @@ def test_a_weight_that_is_no_integer_comes_out_even() -> None:
         assert (read == source).sum() == pytest.approx(len(read) * count * weight / epoch, abs=1)
 
 
+@settings(max_examples=sweep.examples(25, 100))
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 4)), min_size=1, max_size=3), st.integers(0, 9))
 def test_a_weighted_source_is_read_evenly(sources: list[tuple[int, float]], seed: int) -> None:
     """Each time through it every window comes once, and only then any of them again."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sweep
 import torch
 import toy
 import toy_families
@@ -35,7 +36,7 @@ def low_rank_model(family: str, head: Head, folder: Path, **settings: Any) -> In
     [
         ("bert", "question_answering", SMALL, 3, ("start_logits", "end_logits")),
         ("roberta", "classification", SMALL, 2, ("logits",)),
-        ("distilbert", "none", {"n_layers": 1}, 2, ("last_hidden_state",)),
+        *([("distilbert", "none", {"n_layers": 1}, 2, ("last_hidden_state",))] if sweep.enabled else []),
         ("modernbert", "classification", {**SMALL, "local_attention": 8}, 2, ("logits",)),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import sweep
 import toy
 from complete_runs import METRICS, load_comparison, method_names, run
 from conftest import World
@@ -233,7 +234,7 @@ def test_files_hold_everything_and_are_the_same_again(tmp_path: Path) -> None:
     assert first["folder"] == str(tmp_path / "runs" / "lad-cola-0")
 
 
-@settings(max_examples=15)
+@settings(max_examples=sweep.examples(5, 15))
 @given(order=st.permutations(["a", "b", "c"]), with_duplicates=st.booleans(), seed=st.integers(0, 99))
 def test_the_order_of_folders_changes_nothing(
     order: list[str], with_duplicates: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
