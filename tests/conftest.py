@@ -31,9 +31,11 @@ settings.register_profile("lad_dist", deadline=None)  # seconds say how busy a m
 settings.load_profile("lad_dist")
 
 
-# Files that take minutes. They begin first, so that in the end no worker waits for another one with such a file.
+# Files that take minutes. They begin first, so that in the end no worker waits for another one with such a file; the
+# first two mostly wait, and go beside those that compute.
 LONGEST = (
-    "test_world_sizes.py", "test_compressions_and_world_sizes.py", "test_slurm.py", "test_search.py", "test_train.py",
+    "test_slurm.py", "test_search.py", "test_world_sizes.py", "test_chaos.py", "test_train.py", "test_reshard.py",
+    "test_compressions_and_world_sizes.py",
 )  # fmt: skip
 
 
