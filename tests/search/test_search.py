@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import ray
+import sweep
 import tomli_w
 import torch
 import toy_search
 from conftest import World
 from launching import ROOT, environment, launch, wait_until
 from ray import cloudpickle
+from ray_cluster import ray_nodes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_search import GOOD, GRID, HOPELESS, FunctionRunner, tables, with_base
 
@@ -226,16 +228,10 @@ def test_a_complete_search_is_not_run_twice(searched: Searched, monkeypatch: pyt
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster for the searches of this module whose trials train nothing."""
-    port = "26411"
-    command = [str(Path(sys.executable).with_name("ray"))]
-    start = [*command, "start", "--head", f"--port={port}", "--num-cpus=4", "--include-dashboard=false"]
-    variables = environment() | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    subprocess.run(start, env=variables, check=True, capture_output=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with ray_nodes(1, cpus=4) as nodes, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", nodes.address)
         patch.setenv("RAY_AUTH_MODE", "disabled")
         yield
-    subprocess.run([*command, "stop", "--force"], env=variables, capture_output=True)
 
 
 def searched_function(work: Path, **options: Any) -> SearchResult:
@@ -246,9 +242,9 @@ def searched_function(work: Path, **options: Any) -> SearchResult:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_tpe_finds_more_than_random(work: Path, request: pytest.FixtureRequest) -> None:
+def test_tpe_finds_more_than_random(work: Path) -> None:
     """By the median over several seeds of the best of 30 samples."""
-    seeds = 20 if request.config.getoption("sweep", default=False) else 3
+    seeds = 20 if sweep.enabled else 3
     best: dict[str, list[float]] = {"tpe": [], "random": []}
     for algorithm, scores in best.items():
         for seed in range(seeds):

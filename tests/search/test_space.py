@@ -90,7 +90,7 @@ def test_corners_have_every_choice_and_both_ends_of_every_range() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["random", "tpe", "nsga2"])
-def test_a_sampler_that_is_told_of_earlier_samples_goes_on_as_if_it_had_drawn_them(algorithm: str) -> None:
+def test_a_sampler_that_knows_earlier_samples_goes_on_as_if_it_had_drawn_them(algorithm: str) -> None:
     space = parse_space(NESTED, STAGES)
     sampler = SpaceSampler(space, algorithm, {"accuracy": "max"}, 7)
     whole, drawn = [], []

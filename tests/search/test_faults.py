@@ -1,0 +1,165 @@
+"""Searches that lose the driver, a node or a process; trials of several processes on two nodes."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sweep
+import tomli_w
+from conftest import World
+from launching import ROOT, environment, launch, wait_until
+from ray_cluster import RayCluster, ray_nodes
+from toy_search import GOOD, tables, with_base
+
+TUNE = ROOT / "launch" / "tune.py"
+STORMS = 20 if sweep.enabled else 2
+SECONDS = 300  # for a search to begin, or to end, on a busy machine
+
+pytestmark = [pytest.mark.ray, pytest.mark.processes, pytest.mark.timeout(3600 if sweep.enabled else 900)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with ray_nodes(2) as nodes:
+        yield nodes
+
+
+@dataclass
+class Work:
+    """A search of four trials of sixteen steps, two at once, which save every other step."""
+
+    folder: Path
+    cluster: RayCluster
+
+    def config(self, name: str, **changes: Any) -> Path:
+        space = {"task.optim.lr": {"loguniform": [1e-3, GOOD]}, "task.run.seed": {"randint": [1, 9]}}
+        options = {"name": name, "scheduler": "none", "cpus": 1, "retries": 3, **changes.pop("search", {})}
+        tested = tables(self.folder, search=options, space=space, **changes)
+        tested["override"] |= {"task.run.steps": 16, "task.run.watchdog_timeout": 20.0}
+        file = self.folder / f"{name}.toml"
+        file.write_text(tomli_w.dumps(tested))
+        return file
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment() | {"RAY_ADDRESS": self.cluster.address, "RAY_AUTH_MODE": "disabled"}
+
+    def start(self, config: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, str(TUNE), str(config)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment, text=True, stdout=pipe, stderr=pipe)
+
+    def run(self, config: Path) -> None:
+        running = self.start(config)
+        _, error = running.communicate(timeout=SECONDS)
+        assert running.returncode == 0, error
+
+    def results(self, name: str) -> list[tuple[Any, ...]]:
+        rows = json.loads((self.folder / name / "results.json").read_text())["trials"]
+        return [(row["trial"], row["sample"], row["status"], row["step"], row["score"]) for row in rows]
+
+    def events(self, name: str) -> int:
+        record = self.folder / name / "trials.jsonl"
+        return len(record.read_text().splitlines()) if record.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def work(world: World, cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return Work(with_base(world, tmp_path_factory.mktemp("faults")), cluster)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(work: Work) -> list[tuple[Any, ...]]:
+    work.run(work.config("undisturbed"))
+    rows = work.results("undisturbed")
+    assert [row[2:4] for row in rows] == [("completed", 16)] * 4
+    return rows
+
+
+@pytest.mark.parametrize("storm", range(STORMS))
+def test_a_search_that_loses_driver_node_and_process_ends_as_if_nothing_had_happened(
+    work: Work, undisturbed: list[tuple[Any, ...]], storm: int
+) -> None:
+    generator = random.Random(storm)
+    name = f"storm{storm}"
+    config = work.config(name)
+    running = work.start(config)
+    kinds = ["process", "node", "driver"]
+    generator.shuffle(kinds)
+    for kind in kinds:
+        aim = work.events(name) + generator.randint(2, 8)
+        wait_until(lambda aim=aim, now=running: work.events(name) >= aim or now.poll() is not None, SECONDS)
+        time.sleep(2 * generator.random())
+        if running.poll() is not None:  # it ended before the blow
+            break
+        if kind == "driver":
+            running.kill()
+            running.communicate()
+            running = work.start(config)
+        elif kind == "node":
+            work.cluster.lose_node()
+            work.cluster.add_node()
+        else:
+            for process in work.cluster.workers[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    _, error = running.communicate(timeout=SECONDS)
+    if running.returncode == 75:  # a trial was lost too often
+        work.run(config)
+    else:
+        assert running.returncode == 0, error
+    assert work.results(name) == undisturbed
+
+
+def test_what_is_lost_too_often_ends_with_75_and_the_same_command_goes_on(work: Work) -> None:
+    config = work.config("lost", search={"retries": 0, "num_samples": 1})
+    running = work.start(config)
+    wait_until(lambda: work.events("lost") >= 3, SECONDS)
+    for process in work.cluster.workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    out, error = running.communicate(timeout=SECONDS)
+    assert running.returncode == 75, error
+    assert "1 trial lost with process or node, the first is trial-000" in error
+    assert "run the same command again to go on" in out
+    work.run(config)
+    assert [row[2] for row in work.results("lost")] == ["completed"]
+
+
+def rows(file: Path) -> list[dict[str, float]]:
+    return [row for row in map(json.loads, file.read_text().splitlines()) if "loss" in row]
+
+
+def test_a_trial_of_two_processes_on_two_nodes_is_the_run_of_deepspeed(work: Work) -> None:
+    """Under ZeRO 1, also where one of the processes is lost midway."""
+    zero = {"task.deepspeed.zero_optimization.stage": 1}
+    options = {"processes": 2, "placement_strategy": "STRICT_SPREAD", "num_samples": 2, "max_concurrent": 1}
+    config = work.config("two", search=options, override=zero)
+    running = work.start(config)
+    wait_until(lambda: work.events("two") >= 4, SECONDS)
+    victims = [pid for pid in work.cluster.workers if b"_Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(victims[-1], signal.SIGKILL)
+    _, error = running.communicate(timeout=SECONDS)
+    assert running.returncode == 0, error
+    for trial in ("trial-000", "trial-001"):
+        folder = work.folder / "two" / trial
+        results = json.loads((folder / "results.json").read_text())
+        assert results["processes"] == 2
+        alone = work.folder / f"alone-{trial}"
+        tested = results["config"] | {"run": results["config"]["run"] | {"name": alone.name, "dir": str(work.folder)}}
+        (work.folder / "alone.toml").write_text(tomli_w.dumps(tested))
+        done = launch([ROOT / "launch" / "task_distill.py", work.folder / "alone.toml"], by="deepspeed", processes=2)
+        assert done.returncode == 0, done.stderr
+        pairs = zip(rows(folder / "metrics.jsonl"), rows(alone / "metrics.jsonl"), strict=True)
+        assert all(one["loss"] == other["loss"] for one, other in pairs)
+        assert results["metrics"] == json.loads((alone / "results.json").read_text())["metrics"]
