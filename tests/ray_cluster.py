@@ -27,12 +27,12 @@ class RayCluster:
         self._variables = environment() | {"RAY_AUTH_MODE": "disabled", "MARK": self._folder.name}
         self.address = f"127.0.0.1:{free_port()}"
         options = [f"--port={self.address.rpartition(':')[2]}", "--node-ip-address=127.0.0.1"]
-        client_port = f"--ray-client-server-port={free_port()}"
-        self._nodes = [self._start("--head", *options, client_port, f"--temp-dir={self._folder}")]
+        options += [f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]
+        self._nodes = [self._start("--head", *options, f"--temp-dir={self._folder}")]
         wait_until((self._folder / "ray_current_cluster").exists, START_SECONDS)
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
-        options = ["--block", f"--num-cpus={self._cpus}", "--include-dashboard=false"]
+        options = ["--block", f"--num-cpus={self._cpus}"]
         command, quiet = [str(BIN / "ray"), "start", *options, *words], subprocess.DEVNULL
         return subprocess.Popen(command, env=self._variables, stdout=quiet, stderr=quiet, start_new_session=True)
 

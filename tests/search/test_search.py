@@ -16,6 +16,7 @@ import ray
 import sweep
 import tomli_w
 import torch
+import toy
 import toy_search
 from conftest import World
 from launching import ROOT, environment, launch, wait_until
@@ -367,6 +368,46 @@ def test_a_trial_that_cannot_begin_ends_the_search_and_one_that_fails_later_does
     result = complete(config)
     assert {row["trial"]: row["sample"]["term"] for row in result.trials} == {"hard": "hard", "both": "both"}
     assert not result.failed
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_the_time_limit_stops_the_search_which_then_goes_on(work: Path) -> None:
+    assert search(config_of(work, search={"hours": 1e-7}, space=SPACE), FunctionRunner) is None
+    assert len(complete(config_of(work, search={"hours": 1.0}, space=SPACE), FunctionRunner).trials) == 4
+
+
+def pre_training(world: World, work: Path) -> dict[str, str]:
+    """Return a stage that pre-trains by distillation on the toy corpus."""
+    corpus = toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained, objective={"name": "minilm"})
+    (work / "corpus.toml").write_text(tomli_w.dumps(corpus))
+    return {"name": "pretrain", "base": str(work / "corpus.toml")}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_trials_share_a_pre_training_that_is_the_same(world: World, work: Path) -> None:
+    """And a pre-training alone is searched by the loss on held-out text."""
+    stages = [pre_training(world, work), {"name": "task", "base": str(work / "base.toml")}]
+    override = {"task.student.path": "stage:pretrain", "pretrain.run.steps": 4}
+    space = {"pretrain.optim.lr": {"choice": [1e-3, 2e-3]}, "task.optim.lr": {"uniform": [1e-4, GOOD]}}
+    options = {"scheduler": "none", "num_samples": 5, "metric": ["accuracy", "latency", "parameters"]}
+    tested = tables(work, search=options, override=override, space=space) | {"stage": stages}
+    result = complete(parse_config(SearchConfig, tested, "toy"))
+    rates = {row["sample"]["pretrain.optim.lr"] for row in result.trials}
+    assert len(list((work / "s" / "stages").iterdir())) == len(rates) == 2
+    assert {row["status"] for row in result.trials} == {"completed"}
+    assert all(row["values"]["latency"] > 0 for row in result.trials)
+    assert result.front
+    assert result.best is None
+
+    options = {"name": "loss", "scheduler": "none", "num_samples": 2, "metric": "loss"}
+    space = {"pretrain.optim.lr": {"loguniform": [1e-9, 1e-8]}}
+    override = {"pretrain.run.steps": 4, "pretrain.run.eval_every": 2}
+    tested = tables(work, search=options, space=space) | {"stage": stages[:1], "override": override}
+    result = complete(parse_config(SearchConfig, tested, "toy"))
+    assert result.best == "trial-000"  # of the base config, the one that learns
+    assert [row["score"] for row in result.trials] == sorted(row["score"] for row in result.trials)
 
 
 def marked(mark: str) -> list[str]:
