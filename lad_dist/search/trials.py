@@ -1,7 +1,8 @@
 """Trials: the trainings that a sample or a combination of choices stands for, checked before they run.
 
 An axis of a grid is a table of named choices. A choice is a table of overrides: `task.objective.soft = 0.5`; the key
-`task.base` names another config for the stage to start from. A stage that no one gives a base is left out.
+`task.base` names another config for the stage to start from. A stage that no one gives a base is left out. The value
+"none" unsets a key.
 
 A trial's run.label, by which a report groups runs, is its choices but for tasks and seeds: lad-low of lad-rte-low-0.
 Where these are all its choices, it is the label of the config. A sample is a method of its own: lad-003.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lad_dist.config.errors import UserError
-from lad_dist.config.load import apply_overrides, dump_config, lookup, parse_config, read_toml
+from lad_dist.config.load import UNSET, apply_overrides, dump_config, lookup, parse_config, read_toml
 from lad_dist.config.schema import SearchConfig, TaskConfig, TrainConfig, train_schema
 from lad_dist.training import run_spec
 from lad_dist.utils.suggest import did_you_mean
@@ -129,7 +130,7 @@ class TrialBuilder:
                     f"{did_you_mean(stage, by_stage)}"
                 )
             by_stage[stage].pop(rest, None)
-            by_stage[stage][rest] = value
+            by_stage[stage][rest] = None if value == UNSET else value
         return by_stage
 
     def _stage_config(self, tables: Mapping[str, Any], base: str, stage: str, trial: str | None) -> TrainConfig:

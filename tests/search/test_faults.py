@@ -66,7 +66,7 @@ class Work:
 
     def results(self, name: str) -> list[tuple[Any, ...]]:
         rows = json.loads((self.folder / name / "results.json").read_text())["trials"]
-        return [(row["trial"], row["sample"], row["status"], row["step"], row["score"]) for row in rows]
+        return [(row["trial"], row["sample"], row["status"], row["step"], row["values"]) for row in rows]
 
     def events(self, name: str) -> int:
         record = self.folder / name / "trials.jsonl"

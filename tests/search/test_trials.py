@@ -131,6 +131,11 @@ def test_a_trial_saves_whenever_it_evaluates_unless_the_config_says_otherwise(wo
     assert saves == [2, 5]
 
 
+def test_none_unsets_a_key(work: Path) -> None:
+    trial = built(two_stages(work), {"task.run.steps": "none", "task.run.epochs": 2.0})
+    assert (trial.config.run.steps, trial.config.run.epochs) == (None, 2.0)
+
+
 def test_a_request_is_the_trial(work: Path) -> None:
     trial = built(two_stages(work), {"task.optim.lr": 0.1, "task.student.layers": [1, 3]})
     assert Trial.of_request(trial.request()) == trial
