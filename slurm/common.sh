@@ -7,6 +7,7 @@
 #   run COMMAND …          runs a command to its end and asks it to stop when SLURM asks; its exit code is then in $code
 #   finish                 ends the job with $code; 75 (stopped early, saved) sends it back to the queue
 #   finish_training        the same, and a crash goes back to the queue too: training resumes from its last checkpoint
+#   start_failed WHY       ends a job whose machines were not fit to start it: back to the queue, but not a third time
 #
 # A line "slurm: …" in the job's log says each time how it ended, and why it goes back to the queue or does not.
 
@@ -168,14 +169,29 @@ early="slurm/logs/$SLURM_JOB_ID.early"
 crashed() {
     local how="died with exit code $code (srun's lines above say which process was the first)"
     if ((SECONDS < 60)) && [[ -z "$asked" ]]; then
-        echo "$how" >>"$early"
-        if (($(wc -l <"$early") >= 3)); then
-            say "$how, for the third time in a row within a minute of its start, and is not run again"
-            return
-        fi
+        count_early "$how" "within a minute of its start" || return 0
     else
         rm -f "$early"
     fi
     requeue "$how; training goes on from its last checkpoint"
+    exit "$code"
+}
+
+# count_early HOW WHEN: false, and says so, at the third such life of the job in a row.
+count_early() {
+    echo "$1" >>"$early"
+    (($(wc -l <"$early") < 3)) && return
+    say "$1, for the third time in a row $2, and is not run again"
+    return 1
+}
+
+# What a job starts before its command did not come up: elsewhere, or later, it may.
+start_failed() {
+    code=75
+    if [[ -z "$asked" ]] && ! count_early "$1" "at its start"; then
+        rm -f "$early"
+        exit 1
+    fi
+    requeue "$1"
     exit "$code"
 }

@@ -368,48 +368,6 @@ def test_a_mistake_in_a_chain_leaves_no_jobs_behind(
     cluster.wait_for_quiet(30)
 
 
-RAY_DRIVER = """
-import os, sys, time, ray
-ray.init(logging_level="ERROR")
-while len(ray.nodes()) < int(os.environ["SLURM_NNODES"]):
-    time.sleep(0.2)
-
-@ray.remote(num_cpus=3)
-def trial():
-    time.sleep(1)
-    return os.environ["SLURMD_NODENAME"], os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("MASTER_PORT")
-
-print("trials", sorted(ray.get([trial.remote(), trial.remote()])), sys.argv[1:], flush=True)
-sys.exit(int(sys.argv[2]))
-"""
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize(("nodes", "code"), [(["n1"], 3), (["n1", "n2"], 0)])
-def test_a_search_has_ray_on_every_node_and_leaves_nothing_behind(
-    cluster: SlurmCluster, folder: Path, nodes: list[str], code: int
-) -> None:
-    launch(folder, "tune", RAY_DRIVER)
-    job = cluster.submit([f"--nodes={len(nodes)}", "slurm/tune.sbatch", "run.toml", str(code), "a b"], folder)
-    ended = cluster.wait(job, 120)
-    assert ended.code == code, ended.output
-    trials = [(node, None, None) for node in [nodes[0], nodes[-1]]]
-    assert f"trials {trials} ['run.toml', '{code}', 'a b']" in ended.output
-    assert not Path(f"/tmp/ray-{job}").exists()
-    assert not running_with(f"/tmp/ray-{job}")
-
-
-def running_with(text: str) -> list[str]:
-    """Command lines of this host's processes in which `text` stands."""
-    lines = []
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return [line for line in lines if text in line]
-
-
 NO_WAITING = {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}  # the nodes share this host's cores
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
