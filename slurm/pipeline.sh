@@ -8,21 +8,45 @@
 #       task     --gpus-per-node=1 configs/task/lad.toml data.task=rte student.path=runs/pretrain-minilm2/export \
 #       evaluate --gpus-per-node=1 configs/task/evaluate.toml data.task=rte model.path=runs/lad/export
 #
+# With a search instead of one task's config, and a table of all its runs:
+#
+#   bash slurm/pipeline.sh \
+#       pretrain --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 configs/pretrain/minilm2.toml \
+#       finetune --gpus-per-node=1 configs/task/teacher.toml data.task=rte \
+#       tune     --nodes=4 --cpus-per-task=32 --gpus-per-node=8 configs/tune/lad.toml search.name=lad-rte \
+#       task     --gpus-per-node=1 runs/lad-rte/best.toml \
+#       report   runs/lad-rte --out runs/lad-rte/report
+#
 # Run it from the repository's root. After a stage's name come options of sbatch for its job (written --option=value), its
 # config and the config's overrides; options before the first stage are for all jobs. Leave out the stages that are done
-# already. Pre-training waits for the preparation, the task for pre-training and fine-tuning, the evaluation for the
-# task. When a stage fails, those that wait for it are cancelled; a stage that goes back to the queue keeps them waiting.
+# already. What waits for what, as far as it is in the chain:
+#
+#   pretrain   prepare
+#   tune       pretrain, finetune
+#   task       pretrain, finetune, tune: its config may be the best.toml that the search has yet to write
+#   evaluate   tune, task
+#   report     finetune, tune, task, evaluate; its words are those of `lad-dist report`: folders, which need not be there yet
+#
+# When a stage fails, those that wait for it are cancelled; a stage that goes back to the queue keeps them waiting.
 # Prints each stage's job id. `prepare --array=0-15 CONFIG` is two jobs: an array, printed as "parts", and after it the
 # one that merges. Other stages may be arrays too (slurm/README.md); what waits for one waits for all of its tasks.
 set -euo pipefail
 
-stages="prepare pretrain finetune task evaluate "
-declare -A needs=([prepare]="" [pretrain]="prepare" [finetune]="" [task]="pretrain finetune" [evaluate]="task")
+stages="prepare pretrain finetune tune task evaluate report "
+declare -A needs=(
+    [prepare]="" [pretrain]="prepare" [finetune]="" [tune]="pretrain finetune" [task]="pretrain finetune tune"
+    [evaluate]="tune task" [report]="finetune tune task evaluate"
+)
 declare -A jobs=() # stage -> id of its job
 
 fail() {
     echo "pipeline.sh: $1" >&2
     exit 2
+}
+
+# A report reads folders, and a search writes best.toml: neither need be there when the chain is submitted.
+comes_in_time() {
+    [[ "$1" == report && -n "$2" && "$2" != -* ]] || [[ -n "${jobs[tune]:-}" && "$2" == */best.toml ]]
 }
 
 is_stage() {
@@ -85,7 +109,7 @@ while (($#)); do
         shift
     done
     config="${1-}"
-    [[ -f "$config" ]] || fail "$stage: there is no config \"$config\""
+    [[ -f "$config" ]] || comes_in_time "$stage" "$config" || fail "$stage: there is no config \"$config\""
     arguments=()
     while (($#)) && ! is_stage "$1" "$stages"; do
         arguments+=("$1")
