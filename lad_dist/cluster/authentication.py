@@ -21,10 +21,7 @@ CONNECT_SECONDS = 5
 ANSWER_SECONDS = 5
 
 HOST_AND_PORT = re.compile(r"(\[[^][\s]+\]|[^][:/\s]+):(\d{1,5})")
-WHERE_TOKENS_ARE = (
-    'set RAY_AUTH_TOKEN to what "ray get-auth-token" prints for the account that started the cluster, '
-    "or RAY_AUTH_TOKEN_PATH to a file with it"
-)
+SET_TOKEN = 'set RAY_AUTH_TOKEN to what "ray get-auth-token" prints for the account that started the cluster'
 
 
 def check_cluster(address: str) -> str:
@@ -46,9 +43,9 @@ def check_cluster(address: str) -> str:
         return "token"
     token, origin = read_token()
     if not token:
-        raise UserError(f"RAY_ADDRESS = {address}: the cluster asks for a token; {WHERE_TOKENS_ARE}")
+        raise UserError(f"RAY_ADDRESS = {address}: the cluster asks for a token; {SET_TOKEN}")
     if call(address, CHECK_ALIVE, token=token)[0] is not grpc.StatusCode.OK:
-        raise UserError(f"RAY_ADDRESS = {address}: the cluster refuses the token of {origin}; {WHERE_TOKENS_ARE}")
+        raise UserError(f"RAY_ADDRESS = {address}: the cluster refuses the token of {origin}; {SET_TOKEN}")
     return "token"
 
 
@@ -92,7 +89,7 @@ def read_token() -> tuple[str, str]:
         try:
             return Path(path).read_text(encoding="utf-8").strip(), path
         except (OSError, UnicodeDecodeError):
-            raise UserError(f"RAY_AUTH_TOKEN_PATH = {path}: cannot be read; {WHERE_TOKENS_ARE}") from None
+            raise UserError(f"RAY_AUTH_TOKEN_PATH = {path}: cannot be read; {SET_TOKEN}") from None
     default = Path.home() / ".ray" / "auth_token"
     try:
         return default.read_text(encoding="utf-8").strip(), str(default)

@@ -5,8 +5,9 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ import ray
 from ray._private import ray_constants, services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lad_dist.cluster import reaper as cluster_reaper
 from lad_dist.cluster.authentication import authentication, check_cluster
 from lad_dist.config.errors import Fault, UserError
 
@@ -49,9 +51,14 @@ def ray_cluster() -> Iterator[None]:
 def _local_cluster() -> Iterator[None]:
     """Start Ray on this machine. Nobody else can reach it: it listens on loopback, and asks for a token of its own.
 
-    Its processes end with this one, however it ends: Linux is asked for that.
+    It ends with this process, however this one ends, and the folder goes with it.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets in it have 107 characters at most
+    quiet = subprocess.DEVNULL
+    reaper = subprocess.Popen(
+        [sys.executable, "-I", "-S", cluster_reaper.__file__, str(folder)],
+        stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True,
+    )  # fmt: skip
     try:
         token = folder / "token"
         token.touch(0o600)
@@ -60,7 +67,7 @@ def _local_cluster() -> Iterator[None]:
         with authentication(tokens), _loopback_only(), _connection(_start, folder):
             yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        reaper.communicate(b"shut down")
 
 
 def _start(folder: Path) -> None:
