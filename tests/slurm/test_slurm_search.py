@@ -63,23 +63,21 @@ def variables(cluster: SlurmCluster, folder: Path) -> dict[str, str]:
     return {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HOME": "/a place", "HOME": str(folder)}
 
 
-@pytest.mark.parametrize(("nodes", "code"), [(["n1"], 3), (["n1", "n2"], 0)])
-def test_a_search_has_ray_on_every_node_and_leaves_nothing_behind(
-    cluster: SlurmCluster, folder: Path, nodes: list[str], code: int
-) -> None:
-    words = [f"--nodes={len(nodes)}", "slurm/tune.sbatch", "run.toml", str(code), "a b"]
-    job = cluster.submit(words, folder, variables(cluster, folder))
+def test_a_search_leaves_nothing_behind(cluster: SlurmCluster, folder: Path) -> None:
+    job = cluster.submit(["slurm/tune.sbatch", "run.toml", "3", "a b"], folder, variables(cluster, folder))
     ended = cluster.wait(job, 120)
-    end = "is done" if code == 0 else "ended with exit code 3 and is not run again: see above"
-    trials = [[node, None, None, "/a place"] for node in [nodes[0], nodes[-1]]]
     assert ended.output.splitlines() == [
-        f"trials {trials} ['run.toml', '{code}', 'a b']",
-        f"slurm: job {job} {end}",
+        f"trials {[['n1', None, None, '/a place']] * 2} ['run.toml', '3', 'a b']",
+        f"slurm: job {job} ended with exit code 3 and is not run again: see above",
     ]
-    assert (ended.code, cluster.shown(job)["Restarts"]) == (code, "0")
-    assert not Path(f"/tmp/ray-{job}").exists()
-    assert not running_with(f"/tmp/ray-{job}")
+    assert (ended.code, cluster.shown(job)["Restarts"]) == (3, "0")
+    assert nothing_of(job)
     assert not (folder / ".ray").exists()
+
+
+def nothing_of(job: str) -> bool:
+    """Whether neither Ray's folder nor its processes are left."""
+    return not Path(f"/tmp/ray-{job}").exists() and not running_with(f"/tmp/ray-{job}")
 
 
 def running_with(text: str) -> list[str]:
@@ -93,7 +91,7 @@ def running_with(text: str) -> list[str]:
     return [line for line in lines if text in line]
 
 
-def test_a_search_without_ray_on_a_node_names_it_and_goes_back_to_the_queue(
+def test_a_search_without_ray_on_a_node_names_it_and_runs_on_both_when_it_has(
     cluster: SlurmCluster, folder: Path
 ) -> None:
     (folder / "broken").touch()
@@ -107,7 +105,10 @@ def test_a_search_without_ray_on_a_node_names_it_and_goes_back_to_the_queue(
     assert "no Ray here" in (folder / log).read_text()
     ended = cluster.wait(job, 120)
     assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
-    assert re.search(r"trials \[\['n1', .*\], \['n2', .*\]\]", ended.output), ended.output
+    trials = [[node, None, None, "/a place"] for node in ("n1", "n2")]
+    assert ended.output.splitlines()[-2:] == [f"trials {trials} ['run.toml', '0']", f"slurm: job {job} is done"]
+    assert "srun" not in ended.output
+    assert nothing_of(job)
     assert not list((folder / "slurm" / "logs").glob("*.early"))
 
 
