@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _local_cluster() -> Iterator[None]:
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
         tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": None, "RAY_AUTH_TOKEN_PATH": str(token)}
-        with authentication(tokens), _loopback_only(), _connection(_start, folder):
+        with authentication(tokens), _loopback_only(), _own_process_groups(), _connection(_start, folder):
             yield
     finally:
         reaper.communicate(b"shut down")
@@ -99,6 +100,21 @@ def _loopback_only() -> Iterator[None]:
             yield
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _own_process_groups() -> Iterator[None]:
+    """Have Ray's processes pass by the signals to the process group of this one, as `timeout` and terminals send them.
+
+    They would end before the search does, which then could not stop in order.
+    """
+    module: Any = services
+    popen = module.ConsolePopen
+    module.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        module.ConsolePopen = popen
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from typing import Any
 import tomli_w
 from ray import tune
 
-from lad_dist.cluster.connect import check_trial_fits, ray_cluster
+from lad_dist.cluster.connect import check_folder, check_storage, check_trial_fits, ray_cluster
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import read_toml
 from lad_dist.config.schema import SearchConfig, SearchOptions
@@ -123,6 +123,7 @@ def search(config: SearchConfig, runner_class: type[TrialRunner] = TrialRunner) 
             not begin to train.
     """
     folder = config.search.folder
+    check_folder(config.search.dir)
     plan = plan_search(config)
     tables = config.model_dump(exclude_none=True) | {"base": {base: read_toml(base) for base in base_configs(config)}}
     _check_same(folder, tables)
@@ -135,6 +136,7 @@ def search(config: SearchConfig, runner_class: type[TrialRunner] = TrialRunner) 
     with stop.within(options.hours), ray_cluster():
         stop.catch_signals()
         check_trial_fits(options.processes, options.cpus, options.gpus, options.placement_strategy)
+        check_storage(folder)
         write_text(folder / "search.toml", tomli_w.dumps(tables))
         (folder / "results.json").unlink(missing_ok=True)
         runner = runner_class(options, plan.metrics, os.getcwd())

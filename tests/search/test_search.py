@@ -1,6 +1,7 @@
 """Searches: refusals before Ray starts, real searches on the toy world, and what goes on after an interruption."""
 
 import json
+import os
 import re
 import signal
 import statistics
@@ -427,7 +428,9 @@ def started(command: list[Path], mark: Path) -> subprocess.Popen[str]:
     arguments = [sys.executable, *map(str, command)]
     variables = environment() | {"MARK": str(mark)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(arguments, cwd=ROOT, env=variables, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=variables, text=True, stdout=pipe, stderr=pipe, start_new_session=True
+    )
 
 
 @pytest.mark.ray
@@ -441,7 +444,8 @@ def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path, num
 
     running = started([TUNE, work / "tune.toml"], work)
     wait_until(lambda: record.exists() and '"step": 4' in record.read_text(), 120)
-    running.send_signal(number)
+    # As `timeout` does, SIGTERM goes to Ray's processes too, as far as they are of the same group.
+    os.killpg(running.pid, number) if number == signal.SIGTERM else running.send_signal(number)
     out, error = running.communicate(timeout=120)
     assert (running.returncode, out) == (75, "s: stopped early; run the same command again to go on\n"), error
     wait_until(lambda: not marked(str(work)), 20)
