@@ -13,10 +13,14 @@ def report(arguments: Sequence[str]) -> int:
     All complete runs on tasks below the folders are compared; the table is Markdown, on standard output. Runs of one
     run.label are one method. A grid writes it; without one it is the names of objective and compressions.
 
+    The folder of a search with a [space] is shown as such, also while it runs: trials, best first, and their hours.
+
     usage: lad-dist report FOLDER [FOLDER …] [--out DIR] [--baseline LABEL]
 
     --out DIR         also writes report.md, report.csv (a row per run with every metric) and report.png to DIR, and
-                      pareto.png, quality against latency and bytes, where `lad-dist latency` has measured runs
+                      pareto.png, quality against latency and bytes, where `lad-dist latency` has measured runs; of a
+                      search trials.csv, history.png, parallel.png (samples by key), importance.png (of each key) and
+                      front.png (of several metrics); of several searches each in a folder below DIR
     --baseline LABEL  the method that the others are tested against (default: kd)
 
     example: lad-dist report runs/compare/*-teacher-low-* --baseline kd-teacher-low
