@@ -156,22 +156,6 @@ def test_the_command_prints_what_a_run_costs(world: World, config: Path, capsys:
     assert not (config.parent / "runs").exists()
 
 
-def test_a_search_costs_all_trials(
-    world: World, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    search = tmp_path / "search.toml"
-    keys = "\n".join(
-        f'"{key}" = {value!r}' for key, value in (override.split("=") for override in overrides(world)[:4])
-    )
-    search.write_text(
-        f'[search]\nname = "s"\nbase = "{config}"\nnum_samples = 5\ngpus = 1\n[override]\n{keys}\n'
-        '"student.num_hidden_layers" = 2\n"data.max_length" = 32\n"run.eval_every" = 5\n'
-        '[space]\n"optim.lr" = {uniform = [0.1, 0.2]}\n'
-    )
-    assert run_command("plan", str(search), "--gpus", "2", "--gpu", "a100-40") == 0
-    assert "5, 2 at once, if none is stopped" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
