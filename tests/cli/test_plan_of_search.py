@@ -104,10 +104,7 @@ def test_a_stage_that_samples_share_counts_once(
     options = {"num_samples": 4, "num_seeds": seeds, **NO_STOPPING}
     tables = {"search": options, "stage": stages(bases, "pretrain", "task"), "space": space}
     output = plan_of(tmp_path, capsys, tables, "--gpus", "4")
-    counts = dict(each.split() for each in trainings.split(", "))
-    row = re.search(r" trainings (.*?) \n", output)
-    assert row is not None
-    assert dict(each.split() for each in row[1].split(", ")) == counts
+    assert f" trainings {trainings} \n" in output
     assert "not estimated" not in output  # the task's student is as large as the pre-training's
 
 
@@ -153,6 +150,7 @@ def test_what_cannot_be_estimated_is_named(
     output = plan_of(tmp_path, capsys, tables, "--gpus", "1")
     assert "stage pretrain on 1 x 1 a100-40" in output
     assert f"stage task: not estimated: {reason}" in output
+    assert " GPU-hours at least " in output
     assert " not estimated 2 trainings: it begins with what pretrain exports" in output
 
 

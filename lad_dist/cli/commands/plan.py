@@ -26,6 +26,7 @@ def plan(arguments: Sequence[str]) -> int:
 
     Of a search it shows each stage of the first trial, in a space that of the base config, and what all trials cost
     together if none is stopped: GPU-hours, wall time and disk. Stages that trials share count once.
+    A stage that begins with what another one exports is as large as the student in the config of that one.
 
     usage: lad-dist plan CONFIG --gpus N --gpu NAME [--nodes M] [--mfu SHARE] [key=value …]
 
@@ -153,20 +154,22 @@ def search_rows(
     from lad_dist.cli.search_costs import wall_hours
 
     samples, repetitions = (len(trials) for trials in [*rounds, []][:2])
-    by_stage = Counter(stage for stage, _ in {each for trials in rounds for t in trials for each in t.runs.items()})
+    distinct = dict.fromkeys(each for trials in rounds for t in trials for each in t.runs.items())
+    by_stage = Counter(stage for stage, _ in distinct)
     costs = [run for run in runs.values() if not isinstance(run, str)]
     hours = {name: 0.0 if isinstance(run, str) else run.hours for name, run in runs.items()}
     wall = sum(wall_hours([[*t.runs.values()] for t in trials], hours, at_once) for trials in rounds)
+    reasons = Counter(run for run in runs.values() if isinstance(run, str))
+    bound = "at least " if reasons else ""
     options = config.search
     rows = [
         ("trials", f"{samples}" + (f", and {repetitions} of the best with further seeds" if repetitions else "")),
         ("at once", f"{at_once}; processes of each: {options.processes}, GPUs of a process: {options.gpus:g}"),
         ("trainings", ", ".join(f"{stage} {count}" for stage, count in by_stage.items())),
-        ("GPU-hours", f"{sum(run.gpu_hours for run in costs):,.3g} if none is stopped"),
-        ("wall time", f"{duration(wall)} if none is stopped"),
-        ("disk", f"checkpoints {gigabytes(sum(run.checkpoints for run in costs))}, "
+        ("GPU-hours", f"{bound}{sum(run.gpu_hours for run in costs):,.3g} if none is stopped"),
+        ("wall time", f"{bound}{duration(wall)} if none is stopped"),
+        ("disk", f"{bound}checkpoints {gigabytes(sum(run.checkpoints for run in costs))}, "
                  f"exports {gigabytes(sum(run.costs.export for run in costs))}"),
     ]  # fmt: skip
-    reasons = Counter(run for run in runs.values() if isinstance(run, str))
     rows += [("not estimated", f"{count} trainings: {reason}") for reason, count in reasons.items()]
     return rows
