@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import dump_config
-from lad_dist.config.schema import CorpusDataConfig, SearchConfig, StudentConfig, TeacherConfig, TrainConfig
+from lad_dist.config.schema import CorpusDataConfig, StudentConfig, TeacherConfig, TrainConfig
+from lad_dist.config.search_schema import SearchConfig
 from lad_dist.data.shards.reader import Shards
 from lad_dist.search.plan import SearchPlan
 from lad_dist.search.record import TrialState

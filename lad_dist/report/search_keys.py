@@ -5,12 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lad_dist.config.schema import SearchConfig
+from lad_dist.config.search_schema import LOGARITHMIC_RANGES, RANGES, SearchConfig
 from lad_dist.report.settings import format_setting
 from lad_dist.utils.tables import flatten
-
-LOGARITHMIC = ("loguniform", "lograndint")
-RANGES = (*LOGARITHMIC, "uniform", "quniform", "randint")
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def search_keys(config: SearchConfig, samples: Iterable[Mapping[str, Any]]) -> l
 def _search_key(name: str, values: list[Any], distributions: Mapping[str, list[Any]]) -> SearchKey:
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if numbers and distributions and distributions.keys() <= set(RANGES):
-        is_logarithmic = not distributions.keys().isdisjoint(LOGARITHMIC) and min(values) > 0
+        is_logarithmic = not distributions.keys().isdisjoint(LOGARITHMIC_RANGES) and min(values) > 0
         return SearchKey(name, None, is_logarithmic, all(isinstance(value, int) for value in values))
     texts = dict.fromkeys(map(format_setting, [*distributions.get("choice", []), *values]))
     return SearchKey(name, list(texts))

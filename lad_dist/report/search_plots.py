@@ -14,7 +14,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lad_dist.report.plots import draw_legend
 from lad_dist.report.search_keys import SearchKey
-from lad_dist.report.search_trials import MINIMISED, NOT_ENDED, SearchTrials, front
+from lad_dist.report.search_trials import NOT_ENDED, SearchTrials, front
+from lad_dist.runs.search_record import MINIMISED
 
 MARKS: dict[str, dict[str, Any]] = {
     "completed": {"marker": "o", "color": "C0"},

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +12,13 @@ import pandas as pd
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config, read_toml
-from lad_dist.config.schema import SearchConfig
+from lad_dist.config.search_schema import SearchConfig
 from lad_dist.report.search_keys import SearchKey, search_keys
 from lad_dist.report.settings import format_setting
-from lad_dist.runs.search_record import Status, TrialState, read_trials
+from lad_dist.runs.search_record import MINIMISED, Status, TrialState, cost, read_trials
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.text import first_line
 
-MINIMISED = {"loss", "latency", "parameters", "flops", "bytes"}  # metrics that are the better the smaller
 NOT_ENDED = "not ended"  # of a trial that has no status
 
 
@@ -81,18 +80,7 @@ class SearchTrials:
     @cached_property
     def scored(self) -> list[ScoredSample]:
         """The samples that have a score, best first by the first metric; those with all seeds before others."""
-        by_sample: dict[str, list[TrialState]] = {}
-        for trial in self.trials.values():
-            score = trial.values.get(self.metrics[0], math.nan) if self.metrics else math.nan
-            if trial.status in ("completed", "stopped") and math.isfinite(score):
-                by_sample.setdefault(trial.sample_name, []).append(trial)
-        scored = [ScoredSample(name, trials) for name, trials in by_sample.items()]
-        most = max((len(each.trials) for each in scored), default=0)
-
-        def order(each: ScoredSample) -> tuple[Any, ...]:
-            return len(each.trials) < most, cost(self.metrics[0], each.mean(self.metrics[0])), -each.step, each.name
-
-        return sorted(scored, key=order)
+        return scored_samples(self.trials.values(), lambda _: self.metrics[0]) if self.metrics else []
 
     @property
     def others(self) -> list[TrialState]:
@@ -137,9 +125,26 @@ class SearchTrials:
         return front(self.means())
 
 
-def cost(metric: str, value: float) -> float:
-    """Return the value, with a sign that makes the smaller one the better."""
-    return value if metric in MINIMISED else -value
+def scored_samples(trials: Iterable[TrialState], metric_of: Callable[[str], str]) -> list[ScoredSample]:
+    """Return the samples that have a score by their metric, best first; those with all seeds before others.
+
+    Args:
+        trials: with and without a score.
+        metric_of: The metric that decides about a trial, by name.
+    """
+    by_sample: dict[str, list[TrialState]] = {}
+    for trial in trials:
+        score = trial.values.get(metric_of(trial.name), math.nan)
+        if trial.status in ("completed", "stopped") and math.isfinite(score):
+            by_sample.setdefault(trial.sample_name, []).append(trial)
+    scored = [ScoredSample(name, group) for name, group in by_sample.items()]
+    most = max((len(each.trials) for each in scored), default=0)
+
+    def order(each: ScoredSample) -> tuple[Any, ...]:
+        metric = metric_of(each.name)
+        return len(each.trials) < most, cost(metric, each.mean(metric)), -each.step, each.name
+
+    return sorted(scored, key=order)
 
 
 def front(means: pd.DataFrame) -> list[str]:

@@ -20,6 +20,8 @@ from lad_dist.utils.strict_json import parse_json
 # student is above [limit]. lost: its process or node went away too often. A trial without a status runs or will run.
 Status = Literal["completed", "stopped", "failed", "refused", "lost"]
 
+MINIMISED = {"loss", "latency", "parameters", "flops", "bytes"}  # metrics that are the better the smaller
+
 FIELDS: dict[str, Any] = {
     "trial": str, "sample": dict, "parameters": dict | None, "seed": int, "step": int, "values": dict, "status": str,
     "seconds": int | float, "error": str | None,
@@ -57,6 +59,11 @@ class TrialState:
     def sample_name(self) -> str:
         """The name of the trial of the same sample with the first seed."""
         return self.name.removesuffix(f"-seed{self.seed}") if self.seed else self.name
+
+
+def cost(metric: str, value: float) -> float:
+    """Return the value of a metric, with a sign that makes the smaller one the better."""
+    return value if metric in MINIMISED else -value
 
 
 def read_trials(file: Path) -> dict[str, TrialState]:

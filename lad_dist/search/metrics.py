@@ -7,6 +7,7 @@ from typing import Any
 from lad_dist.compression import footprint
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskConfig, TrainConfig
+from lad_dist.runs.search_record import MINIMISED
 from lad_dist.training import run_spec
 from lad_dist.training.run_spec import RunSpec
 from lad_dist.utils.suggest import did_you_mean
@@ -15,18 +16,12 @@ LOYALTY = ("label_loyalty", "probability_loyalty")
 LOSS, LATENCY = "loss", "latency"
 # Of results.json's table "student".
 SIZES = {"parameters": "parameters", "flops": footprint.FLOPS, "bytes": "bytes/safetensors"}
-MINIMISED = {LOSS, LATENCY, *SIZES}
 BYTES_PER_WEIGHT = 4  # of an export
 
 
 def direction(metric: str) -> str:
     """Return "max" or "min", as a metric is the better the larger or the smaller."""
     return "min" if metric in MINIMISED else "max"
-
-
-def is_better(metric: str, value: float, other: float) -> bool:
-    """Return whether a value of the metric is better than another."""
-    return value < other if metric in MINIMISED else value > other
 
 
 def checked_metrics(metrics: Sequence[str], config: TrainConfig, spec: RunSpec | None) -> list[str]:

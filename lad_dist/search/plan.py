@@ -1,15 +1,16 @@
 """What a search runs: checked before Ray starts, and after each session what is left of it."""
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import dump_config
-from lad_dist.config.schema import SearchConfig
+from lad_dist.config.search_schema import SearchConfig
+from lad_dist.runs.search_record import Status, TrialState, cost
 from lad_dist.search import metrics
-from lad_dist.search.record import SearchRecord, TrialState
+from lad_dist.search.record import SearchRecord
 from lad_dist.search.space import Space, Value, parse_space
 from lad_dist.search.trials import Trial, TrialBuilder, grid_trials, is_ready
 from lad_dist.training import run_spec
@@ -87,19 +88,19 @@ class SearchPlan:
         """Return how many samples count towards `search.num_samples`."""
         return sum(trial.status != "refused" for trial in self.samples(record))
 
-    def is_final(self, trial: TrialState, *, again_failed: bool) -> bool:
-        """Return whether a trial does not run again; with `again_failed`, those that failed do."""
-        return trial.status in ("completed", "stopped", "refused") or (trial.status == "failed" and not again_failed)
+    def is_final(self, trial: TrialState, *, again: Collection[Status]) -> bool:
+        """Return whether a trial does not run again, as one does that ended in one of the ways of `again`."""
+        return trial.status is not None and trial.status not in again
 
-    def unfinished(self, record: SearchRecord, *, again_failed: bool) -> list[TrialState]:
+    def unfinished(self, record: SearchRecord, *, again: Collection[Status]) -> list[TrialState]:
         """Return the trials that are known and have to run, in their order."""
         if self.space is None:
             known = [record.trials.get(t.name) or TrialState(t.name, t.sample) for t in self.trials]
         else:
             known = self.samples(record)
-        return [trial for trial in known if not self.is_final(trial, again_failed=again_failed)]
+        return [trial for trial in known if not self.is_final(trial, again=again)]
 
-    def repetitions(self, record: SearchRecord, *, again_failed: bool) -> list[TrialState]:
+    def repetitions(self, record: SearchRecord, *, again: Collection[Status]) -> list[TrialState]:
         """Return the trials of the best samples with further seeds that have to run."""
         options = self.config.search
         if options.num_seeds == 1:
@@ -109,7 +110,7 @@ class SearchPlan:
             for seed in range(1, options.num_seeds):
                 name = f"{sample.name}-seed{seed}"
                 trial = record.trials.get(name) or TrialState(name, sample.sample, sample.parameters, seed)
-                if not self.is_final(trial, again_failed=again_failed):
+                if not self.is_final(trial, again=again):
                     result.append(trial)
         return result
 
@@ -117,18 +118,17 @@ class SearchPlan:
         """Return the samples that trained to their end, best first by their first seed."""
         metric = self.metrics[0]
         complete = [trial for trial in self.samples(record) if trial.status == "completed" and metric in trial.values]
-        sign = -1 if metrics.direction(metric) == "max" else 1
-        return sorted(complete, key=lambda trial: (sign * trial.values[metric], trial.name))
+        return sorted(complete, key=lambda trial: (cost(metric, trial.values[metric]), trial.name))
 
     def samples_left(self, record: SearchRecord) -> int:
         """Return how many samples have yet to be drawn."""
         return 0 if self.space is None else max(0, self.config.search.num_samples - self.num_drawn(record))
 
-    def outstanding(self, record: SearchRecord, *, again_failed: bool) -> bool:
+    def outstanding(self, record: SearchRecord, *, again: Collection[Status]) -> bool:
         """Return whether anything has to run."""
-        if self.unfinished(record, again_failed=again_failed) or self.samples_left(record):
+        if self.unfinished(record, again=again) or self.samples_left(record):
             return True
-        return bool(self.space is not None and self.repetitions(record, again_failed=again_failed))
+        return bool(self.space is not None and self.repetitions(record, again=again))
 
     def count(self, record: SearchRecord) -> int:
         """Return the number of trials in the end, as far as it is known."""

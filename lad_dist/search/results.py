@@ -3,20 +3,21 @@
 import json
 import math
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from torch.utils.tensorboard import SummaryWriter
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import dump_config
-from lad_dist.config.schema import SearchConfig, TrainConfig
-from lad_dist.search import metrics
+from lad_dist.config.schema import TrainConfig
+from lad_dist.config.search_schema import SearchConfig
+from lad_dist.report.search_trials import ScoredSample, front, scored_samples
 from lad_dist.search.plan import SearchPlan
-from lad_dist.search.record import SearchRecord, TrialState
+from lad_dist.search.record import SearchRecord
 from lad_dist.utils.atomic_io import write_text
 from lad_dist.utils.strict_json import parse_json
 
@@ -57,7 +58,8 @@ def read_result(folder: Path) -> SearchResult:
 def conclude(config: SearchConfig, plan: SearchPlan, record: SearchRecord) -> SearchResult:
     """Write results.json, and for a space best.toml; raise UserError where no trial has a result."""
     folder = config.search.folder
-    rows = _rows(plan, record)
+    scored = scored_samples(record.trials.values(), plan.metric)
+    rows = [_row(sample, plan.metric(sample.name)) for sample in scored]
     failed = [
         {"trial": trial.name, "status": trial.status, "error": trial.error}
         for trial in record.trials.values()
@@ -78,56 +80,27 @@ def conclude(config: SearchConfig, plan: SearchPlan, record: SearchRecord) -> Se
     return result
 
 
-def _rows(plan: SearchPlan, record: SearchRecord) -> list[dict[str, Any]]:
-    """Return a row for each sample or trial of the grid that has a score, best first.
-
-    Samples that ran with all seeds come before those that did not.
-    """
-    by_sample: dict[str, list[TrialState]] = {}
-    for trial in record.trials.values():
-        if trial.status in ("completed", "stopped") and plan.metric(trial.name) in trial.values:
-            by_sample.setdefault(trial.name.partition("-seed")[0] if trial.seed else trial.name, []).append(trial)
-    rows = [_row(name, trials, plan.metric(name)) for name, trials in by_sample.items()]
-    most = max((row["n"] for row in rows), default=0)
-
-    def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        sign = -1 if metrics.direction(row["metric"]) == "max" else 1
-        return row["n"] < most, sign * row["score"], -row["step"], row["trial"]
-
-    return sorted(rows, key=order)
-
-
-def _row(name: str, trials: Sequence[TrialState], metric: str) -> dict[str, Any]:
-    first = trials[0]
-    scores = [trial.values[metric] for trial in trials]
-    keys = set.intersection(*(set(trial.values) for trial in trials))
+def _row(sample: ScoredSample, metric: str) -> dict[str, Any]:
+    """Return what is known of a sample, or of a trial of a grid."""
+    error = sample.error(metric)
+    names = sorted(set.intersection(*(set(trial.values) for trial in sample.trials)))
     return {
-        "trial": name,
-        "sample": first.sample,
+        "trial": sample.name,
+        "sample": sample.sample,
         "metric": metric,
-        "score": statistics.fmean(scores),
-        "n": len(scores),
-        "error": statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None,
-        "step": first.step,
-        "status": first.status,
-        "seconds": sum(trial.seconds for trial in trials),
-        "values": {key: statistics.fmean(trial.values[key] for trial in trials) for key in sorted(keys)},
+        "score": sample.mean(metric),
+        "n": len(sample.trials),
+        "error": error if math.isfinite(error) else None,
+        "step": sample.step,
+        "status": sample.status,
+        "seconds": sample.seconds,
+        "values": {name: sample.mean(name) for name in names},
     }
 
 
 def _front(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Return the trials of which no other is at least as good by all metrics and better by one."""
-    complete = [row for row in rows if row["values"].keys() >= set(names)]
-    points = {row["trial"]: [_cost(name, row["values"][name]) for name in names] for row in complete}
-
-    def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-        return one != other and all(a <= b for a, b in zip(one, other, strict=True))
-
-    return [name for name, point in points.items() if not any(dominates(other, point) for other in points.values())]
-
-
-def _cost(metric: str, value: float) -> float:
-    return -value if metrics.direction(metric) == "max" else value
+    values = [[row["values"].get(name, math.nan) for name in names] for row in rows]
+    return front(pd.DataFrame(values, index=[row["trial"] for row in rows], columns=list(names)))
 
 
 def _write_best(row: Mapping[str, Any], config: TrainConfig, count: int, folder: Path) -> None:

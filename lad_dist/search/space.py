@@ -12,6 +12,7 @@ from typing import Any
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import lookup
+from lad_dist.config.search_schema import LOGARITHMIC_RANGES, WHOLE_RANGES
 from lad_dist.utils.suggest import did_you_mean
 from lad_dist.utils.tables import flatten
 
@@ -49,13 +50,13 @@ class Distribution:
         if self.name == "choice":
             return self.arguments
         low, high = self.arguments[:2]
-        return [low, high - 1] if self.name in WHOLE else [float(low), float(high)]
+        return [low, high - 1] if self.name in WHOLE_RANGES else [float(low), float(high)]
 
     def contains(self, value: Any) -> bool:
         """Return whether the value can be drawn."""
         if self.name == "choice":
             return self.stored(value) in [self.stored(choice) for choice in self.arguments]
-        is_whole = self.name in WHOLE
+        is_whole = self.name in WHOLE_RANGES
         if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
             return False
         return bool(self.arguments[0] <= value <= self.arguments[1] - is_whole)
@@ -74,8 +75,6 @@ DISTRIBUTIONS: dict[str, Callable[[Any, str, list[Any]], Value]] = {
     "lograndint": lambda trial, name, ends: trial.suggest_int(name, ends[0], ends[1] - 1, log=True),
     "choice": _choice,
 }
-WHOLE = ("randint", "lograndint")
-LOGARITHMIC = ("loguniform", "lograndint")
 
 
 @dataclass(frozen=True)
@@ -242,12 +241,12 @@ def _distribution(where: str, key: str, name: str, arguments: Any, stages: Colle
     if name == "choice":
         return Distribution(key, name, arguments)
     count = 3 if name == "quniform" else 2
-    kind = int if name in WHOLE else int | float
+    kind = int if name in WHOLE_RANGES else int | float
     is_range = len(arguments) == count and all(isinstance(value, kind) for value in arguments)
     if not (is_range and arguments[0] < arguments[1]):  # nan too
         form = "[low, high, step]" if count == 3 else "[low, high]"
         raise UserError(f"{place}: give {form} with low < high, not {arguments!r}")
-    if name in LOGARITHMIC and arguments[0] <= 0:
+    if name in LOGARITHMIC_RANGES and arguments[0] <= 0:
         raise UserError(f"{place}: the low end must be above 0, not {arguments[0]!r}")
     if count == 3 and arguments[2] <= 0:
         raise UserError(f"{place}: the step must be above 0, not {arguments[2]!r}")

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 from lad_dist.distributed.logs import get_logger
-from lad_dist.search.metrics import is_better
+from lad_dist.runs.search_record import TrialState, cost
 from lad_dist.search.plan import SearchPlan
-from lad_dist.search.record import SearchRecord, TrialState
+from lad_dist.search.record import SearchRecord
 from lad_dist.utils import progress
 from lad_dist.utils.text import plain_number
 
@@ -89,7 +89,7 @@ class StatusTable:
         metric, best = self._plan.metrics[0], None
         for trial in self._record.trials.values():
             if metric in trial.values and (
-                best is None or is_better(metric, trial.values[metric], best.values[metric])
+                best is None or cost(metric, trial.values[metric]) < cost(metric, best.values[metric])
             ):
                 best = trial
         return best

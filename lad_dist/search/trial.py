@@ -14,7 +14,8 @@ from ray.exceptions import RayActorError
 
 from lad_dist.cluster.workers import WorkerGroup
 from lad_dist.config.errors import EXIT_USER_ERROR, Fault, UserError
-from lad_dist.config.schema import SearchOptions, TrainConfig
+from lad_dist.config.schema import TrainConfig
+from lad_dist.config.search_schema import SearchOptions
 from lad_dist.search.metrics import LATENCY, final_values, scores_of
 from lad_dist.search.trials import Trial
 from lad_dist.utils.text import one_line

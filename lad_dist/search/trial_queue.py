@@ -2,15 +2,16 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 from ray.tune.search import Searcher
 
 from lad_dist.config.errors import UserError
+from lad_dist.runs.search_record import Status, TrialState
 from lad_dist.search.plan import SearchPlan, next_name
-from lad_dist.search.record import SearchRecord, TrialState
+from lad_dist.search.record import SearchRecord
 from lad_dist.search.status import StatusTable
 from lad_dist.search.trials import Trial
 
@@ -131,9 +132,9 @@ class TrialQueue(Searcher):
         return self
 
 
-def next_queue(plan: SearchPlan, record: SearchRecord, *, again_failed: bool) -> TrialQueue | None:
+def next_queue(plan: SearchPlan, record: SearchRecord, *, again: Collection[Status]) -> TrialQueue | None:
     """Return what has to run next; None where nothing is left."""
-    known = plan.unfinished(record, again_failed=again_failed)
+    known = plan.unfinished(record, again=again)
     if plan.space is None:
         return TrialQueue(plan, record, known, may_stop=False) if known else None
     if known or plan.samples_left(record):
@@ -141,7 +142,7 @@ def next_queue(plan: SearchPlan, record: SearchRecord, *, again_failed: bool) ->
             known = [TrialState(next_name(record), plan.base_sample)]
         sampler = _sampler(plan, record, [trial.name for trial in known])
         return TrialQueue(plan, record, known, sampler, may_stop=len(plan.metrics) == 1)
-    repetitions = plan.repetitions(record, again_failed=again_failed)
+    repetitions = plan.repetitions(record, again=again)
     return TrialQueue(plan, record, repetitions, may_stop=False) if repetitions else None
 
 

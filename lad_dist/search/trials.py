@@ -22,7 +22,8 @@ from typing import Any
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import UNSET, apply_overrides, dump_config, lookup, parse_config, read_toml
-from lad_dist.config.schema import SearchConfig, TaskConfig, TrainConfig, train_schema
+from lad_dist.config.schema import TaskConfig, TrainConfig, train_schema
+from lad_dist.config.search_schema import SearchConfig
 from lad_dist.training import run_spec
 from lad_dist.utils.suggest import did_you_mean
 from lad_dist.utils.tables import flatten

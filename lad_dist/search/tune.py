@@ -34,8 +34,9 @@ from ray import tune
 from lad_dist.cluster.connect import check_folder, check_storage, check_trial_fits, ray_cluster
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import read_toml
-from lad_dist.config.schema import SearchConfig, SearchOptions
+from lad_dist.config.search_schema import SearchConfig, SearchOptions
 from lad_dist.distributed.logs import get_logger
+from lad_dist.runs.search_record import Status
 from lad_dist.search.plan import SearchPlan, plan_search
 from lad_dist.search.record import SearchRecord
 from lad_dist.search.results import SearchResult, conclude, read_result
@@ -129,10 +130,11 @@ def search(config: SearchConfig, runner_class: type[TrialRunner] = TrialRunner) 
     _check_same(folder, tables)
     record = SearchRecord(folder / "trials.jsonl")
     concluded = (folder / "results.json").exists()
-    if concluded and not plan.outstanding(record, again_failed=False):
+    if concluded and not plan.outstanding(record, again=["lost"]):
         return read_result(folder)
     progress.report(config.search.name, 0, plan.count(record), "starting Ray")
     options, stop, mistake = config.search, Stop(), None
+    again: list[Status] = ["lost"] if concluded else ["lost", "failed"]
     with stop.within(options.hours), ray_cluster():
         stop.catch_signals()
         check_trial_fits(options.processes, options.cpus, options.gpus, options.placement_strategy)
@@ -141,11 +143,11 @@ def search(config: SearchConfig, runner_class: type[TrialRunner] = TrialRunner) 
         (folder / "results.json").unlink(missing_ok=True)
         runner = runner_class(options, plan.metrics, os.getcwd())
         while not stop.requested.is_set() and mistake is None:
-            queue = next_queue(plan, record, again_failed=not concluded)
+            queue = next_queue(plan, record, again=again)
             if queue is None:
                 break
             mistake = _run(queue, plan=plan, record=record, stop=stop, runner=runner)
-            concluded = True  # what failed just now does not run again
+            again = []  # not what failed or was lost just now
     if mistake is not None:
         raise UserError(mistake)
     if stop.requested.is_set():

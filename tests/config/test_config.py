@@ -28,11 +28,11 @@ from lad_dist.config.schema import (
     ConfigTable,
     EvaluateConfig,
     PretrainConfig,
-    SearchConfig,
     TaskConfig,
     TrainConfig,
     train_schema,
 )
+from lad_dist.config.search_schema import SearchConfig
 from lad_dist.objectives.registry import OBJECTIVES
 
 TASK: dict[str, Any] = {

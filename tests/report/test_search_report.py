@@ -5,9 +5,9 @@ import itertools
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lad_dist.config.errors import UserError
-from lad_dist.report import search_importance, search_keys, search_plots, search_trials
+from lad_dist.config.search_schema import RANGES
+from lad_dist.report import search_importance, search_plots, search_trials
 from lad_dist.report.build import build_report
 from lad_dist.report.search_trials import read_search
+from lad_dist.runs.search_record import MINIMISED, TrialState, cost
 from lad_dist.search import metrics, space
-from lad_dist.search.record import SearchRecord, TrialState
-from lad_dist.search.results import _rows
+from lad_dist.search.record import SearchRecord
 
 LR, LAYERS, WORDS = "task.optim.lr", "task.student.num_hidden_layers", "task.student.layers"
 SPACE = {LR: {"loguniform": [1e-5, 1e-3]}, LAYERS: {"randint": [2, 9]}, WORDS: {"choice": ["even", [1, 2, 4]]}}
@@ -294,9 +295,8 @@ def test_a_search_has_no_baseline(tmp_path: Path) -> None:
 
 
 def test_metrics_and_distributions_are_those_of_the_search() -> None:
-    assert search_trials.MINIMISED == metrics.MINIMISED
-    assert search_keys.LOGARITHMIC == space.LOGARITHMIC
-    assert {*search_keys.RANGES, "choice"} == space.DISTRIBUTIONS.keys()
+    assert {*RANGES, "choice"} == space.DISTRIBUTIONS.keys()
+    assert {*metrics.SIZES, metrics.LOSS, metrics.LATENCY} == MINIMISED
 
 
 scores = st.sampled_from([0.1, 0.2, 0.3])
@@ -305,7 +305,7 @@ ends = st.tuples(st.sampled_from(["completed", "stopped", "failed"]), st.lists(s
 
 @settings(max_examples=40)
 @given(trials=st.lists(ends, min_size=1, max_size=8), metric=st.sampled_from(["accuracy", "loss"]))
-def test_the_order_is_that_of_the_result(
+def test_samples_with_all_seeds_come_first_and_the_better_before_the_worse(
     trials: list[tuple[str, list[float]]], metric: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("order") / "s"
@@ -315,11 +315,19 @@ def test_the_order_is_that_of_the_result(
             name = f"trial-{number:03}{f'-seed{seed}' if seed else ''}"
             record.begin(TrialState(name, sample(1e-4), {}, seed))
             record.end(name, status, values={metric: value}, step=number % 3, seconds=1.0)  # type: ignore[arg-type]
-    plan: Any = SimpleNamespace(metrics=[metric], metric=lambda _: metric)
-    expected = [(row["trial"], row["n"], row["score"], row["error"]) for row in _rows(plan, record)]
+    by_name = {
+        f"trial-{number:03}": statistics.fmean(values)
+        for number, (status, values) in enumerate(trials)
+        if status != "failed"
+    }
     search = read_search(folder)
-    shown = [(each.name, len(each.trials), each.mean(metric), each.error(metric)) for each in search.scored]
-    assert [(*row[:3], None if math.isnan(row[3]) else row[3]) for row in shown] == expected
+    assert {each.name: each.mean(metric) for each in search.scored} == pytest.approx(by_name)
+    counts = [len(each.trials) for each in search.scored]
+    for (one, fewer), (other, more) in itertools.pairwise(zip(search.scored, counts, strict=True)):
+        assert fewer >= more or fewer < max(counts)
+        if fewer == more == max(counts):
+            costs = [cost(metric, each.mean(metric)) for each in (one, other)]
+            assert costs == sorted(costs)
     assert len(search.others) == sum(len(values) for status, values in trials if status == "failed")
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lad_dist.config.errors import UserError
-from lad_dist.search.record import SearchRecord, TrialState
+from lad_dist.runs.search_record import TrialState
+from lad_dist.search.record import SearchRecord
 
 
 def written(file: Path) -> SearchRecord:

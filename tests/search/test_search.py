@@ -28,7 +28,7 @@ from toy_search import GOOD, GRID, HOPELESS, FunctionRunner, tables, with_base
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import load_config, parse_config
-from lad_dist.config.schema import SearchConfig
+from lad_dist.config.search_schema import SearchConfig
 from lad_dist.distributed import processes
 from lad_dist.search.metrics import student_sizes
 from lad_dist.search.plan import plan_search

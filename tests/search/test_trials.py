@@ -11,7 +11,8 @@ from toy_search import GRID, tables
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import load_config, parse_config
-from lad_dist.config.schema import SearchConfig, TaskConfig
+from lad_dist.config.schema import TaskConfig
+from lad_dist.config.search_schema import SearchConfig
 from lad_dist.search.trials import Trial, TrialBuilder, grid_trials
 
 

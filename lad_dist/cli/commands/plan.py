@@ -10,7 +10,8 @@ from lad_dist.cli.command import ArgumentParser
 from lad_dist.cli.console import loading_libraries, print_table, say
 from lad_dist.config.errors import EXIT_DONE, UserError
 from lad_dist.config.load import load_config, lookup, read_toml, schema_of
-from lad_dist.config.schema import SearchConfig, TrainConfig
+from lad_dist.config.schema import TrainConfig
+from lad_dist.config.search_schema import SearchConfig
 from lad_dist.utils import progress
 from lad_dist.utils.text import duration, gigabytes, si_number
 

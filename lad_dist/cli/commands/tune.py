@@ -4,7 +4,7 @@ from typing import Any
 
 from lad_dist.cli.console import TERMINAL_PROGRESS, loading_libraries, print_table, say
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
-from lad_dist.config.schema import SearchConfig
+from lad_dist.config.search_schema import SearchConfig
 from lad_dist.utils.text import plain_number
 
 
