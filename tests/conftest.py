@@ -34,8 +34,8 @@ settings.load_profile("lad_dist")
 # Files that take minutes. They begin first, so that in the end no worker waits for another one with such a file; the
 # first two mostly wait, and go beside those that compute.
 LONGEST = (
-    "test_slurm.py", "test_search.py", "test_world_sizes.py", "test_chaos.py", "test_train.py", "test_reshard.py",
-    "test_compressions_and_world_sizes.py",
+    "test_slurm.py", "test_search.py", "test_world_sizes.py", "test_search_faults.py", "test_slurm_search.py",
+    "test_connect.py", "test_chaos.py", "test_train.py", "test_reshard.py", "test_compressions_and_world_sizes.py",
 )  # fmt: skip
 
 

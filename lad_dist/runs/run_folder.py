@@ -38,6 +38,7 @@ from lad_dist.utils.atomic_io import append_text, file_lock, write_text
 from lad_dist.utils.tables import flatten
 
 RESULTS = "results.json"
+CRASHES = "crashes.json"
 MAX_CRASHES = 3  # in a row without a new checkpoint, after which a run does not begin again
 STOP_CHECK_SECONDS = 1.0  # between looks for STOP: a network file system takes long to answer
 LOCK_SECONDS = 120.0  # for which a session before this one may hold the lock; a network file system frees it late
@@ -68,7 +69,7 @@ class Run:
         self._metrics = self.folder / "metrics.jsonl"
         self._results = self.folder / RESULTS
         self._config = self.folder / "config.toml"
-        self._crashes = self.folder / "crashes.json"
+        self._crashes = self.folder / CRASHES
         self._stop = self.folder / "STOP"
         self._lock = self.folder / "lock"
         self._skipped_steps = self.folder / "skipped_steps.json"

@@ -18,6 +18,14 @@ class _PastTrial:
     trial_id: str
 
 
+class _NoTrials:
+    """What a scheduler asks of Tune's controller: before the first trial begins there are none."""
+
+    def get_live_trials(self) -> list[Any]:
+        """Return the trials that have not ended."""
+        return []
+
+
 def create_scheduler(plan: SearchPlan, record: SearchRecord) -> TrialScheduler | None:
     """Return the scheduler of a search, told what earlier trials scored; None where there is none."""
     options = plan.config.search
@@ -41,7 +49,7 @@ def create_scheduler(plan: SearchPlan, record: SearchRecord) -> TrialScheduler |
             reduction_factor=options.reduction_factor,
             stop_last_trials=False,  # the config of a run ends it: its export comes after the last step
         )
-    controller: Any = None  # of no trial that runs
+    controller: Any = _NoTrials()
     for trial in plan.samples(record):
         if trial.status in ("completed", "stopped"):
             past: Any = _PastTrial(trial.name)

@@ -110,7 +110,7 @@ def train_stage(options: SearchOptions, tables: dict[str, Any], shared: bool, re
     # deepspeed belongs to the process of the trial alone.
     from lad_dist.config.load import parse_config  # noqa: PLC0415
     from lad_dist.config.schema import train_schema  # noqa: PLC0415
-    from lad_dist.runs.run_folder import RunOccupied  # noqa: PLC0415
+    from lad_dist.runs.run_folder import CRASHES, RunOccupied  # noqa: PLC0415
     from lad_dist.training.train import RunStatus, train  # noqa: PLC0415
 
     threads = max(1, int(options.cpus))
@@ -119,6 +119,7 @@ def train_stage(options: SearchOptions, tables: dict[str, Any], shared: bool, re
     if 0 < options.gpus < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(options.gpus)
     config = parse_config(train_schema(tables), tables, "trial")
+    (config.run.folder / CRASHES).unlink(missing_ok=True)  # search.retries counts, and a lost machine is no crash
     while True:
         try:
             result = train(config, report=report)
