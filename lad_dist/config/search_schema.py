@@ -24,13 +24,13 @@ class SearchOptions(ConfigTable):
         "probability_loyalty, loss, parameters, flops, bytes or latency; default: the task's first metric",
     )
     algorithm: Literal["random", "tpe", "nsga2"] = Field(
-        "tpe", description="sampler of Optuna that draws from the space"
+        "tpe", description="sampler of Optuna, which draws the samples"
     )
     scheduler: Literal["asha", "median", "none"] = Field(
-        "asha", description="rule of Tune that stops trials of a space early; with several metrics none does"
+        "asha", description="rule of Tune that stops samples early; with several metrics there is none"
     )
     num_samples: PositiveInt = Field(
-        1, description="trials drawn from the space, beside the base config's and [[point]]"
+        16, description="samples of the space; the first is the base config, then come those of [[point]]"
     )
     num_seeds: PositiveInt = Field(1, description="seeds of the best samples; the mean over them decides")
     finalists: PositiveInt = Field(3, description="best samples that run with all seeds")

@@ -177,8 +177,7 @@ def _plan_space(config: SearchConfig) -> SearchPlan:
     options = config.search
     if keys := {f"{last}.{key}" for key in TASK_KEYS} & space.keys():
         raise UserError(f"space.{min(keys)}: scores of different tasks cannot be compared; put tasks in [grid]")
-    for corner in space.corners():
-        builder.build(_sample_name(0), corner.choices, corner.changes.items())
+    corners = [builder.build(_sample_name(0), each.choices, each.changes.items()) for each in space.corners()]
     names, spec = _check_trial(config, base)
     if len(names) > 1:
         _check_front(config)
@@ -197,7 +196,7 @@ def _plan_space(config: SearchConfig) -> SearchPlan:
         base_sample=_base_values(base, space) if base_point is None else None,
         evaluation_steps=base.config.run.eval_every,
         steps=_num_steps(base, spec) if options.scheduler == "asha" else None,
-        zero_stage=_zero_stage([base]),
+        zero_stage=_zero_stage([base, *corners]),
     )
     plan.excess(base)  # refuses a limit that cannot be counted
     return plan

@@ -4,13 +4,12 @@ import ctypes
 import gc
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from lad_dist.cluster.workers import WorkerGroup
 from lad_dist.config.errors import EXIT_USER_ERROR, Fault, UserError
@@ -21,7 +20,6 @@ from lad_dist.search.trials import Trial
 from lad_dist.utils.text import one_line
 
 Report = Callable[[dict[str, Any]], None]
-Train = Callable[[TrainConfig, Report], dict[str, Any]]
 
 LATENCY_ROUNDS = 20
 
@@ -44,18 +42,17 @@ class TrialRunner:
         """Run a trial; report its scores, and in the end a row with its status.
 
         Raises:
-            RayActorError: A process of the trial was lost, so the trial has to run again.
+            RayError: A process of the trial was lost, so the trial has to run again.
         """
         os.chdir(self.folder)
         if not self.options.gpus:
             os.environ["DS_ACCELERATOR"] = "cpu"  # Ray hides no GPU from a trial that uses none
-        begin = time.monotonic()
         try:
             values, step = self._train_all(trial, report)
             outcome: dict[str, Any] = {"status": "completed", "values": values, "step": step}
             if not values.keys() & set(self.metrics):
                 outcome = {"status": "failed", "error": f"{self.metrics[0]} is not a number in the end"}
-        except RayActorError:
+        except RayError:
             raise
         except Exception as error:  # of whatever kind: other trials go on
             # Where the training has not begun, other trials would fail alike.
@@ -64,7 +61,7 @@ class TrialRunner:
             outcome = {"status": "mistake" if is_mistake else "failed", "error": f"{name}{one_line(error)}"}
         finally:
             _free_memory()
-        report({"seconds": time.monotonic() - begin, **outcome})
+        report(outcome)
 
     def _train_all(self, trial: Trial, report: Report) -> tuple[dict[str, float], int]:
         """Return the values and the number of steps of the last stage."""
