@@ -324,7 +324,7 @@ def first_mistake(error: ValidationError, schema: type[BaseModel] | None = None)
 
 def _is_union_tag(key: Any) -> bool:
     """Return whether a piece of an error's place names a type of a union, not a key."""
-    return isinstance(key, str) and ("[" in key or key in ("int", "float", "str", "bool"))
+    return isinstance(key, str) and ("[" in key or key in ("int", "float", "str", "constrained-str", "bool"))
 
 
 def _key_names(schema: type[BaseModel], path: list[str]) -> list[str]:

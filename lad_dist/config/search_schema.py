@@ -27,7 +27,7 @@ class SearchOptions(ConfigTable):
         "tpe", description="sampler of Optuna, which draws the samples"
     )
     scheduler: Literal["asha", "median", "none"] = Field(
-        "asha", description="rule of Tune that stops samples early; with several metrics there is none"
+        "asha", description="rule of Tune that stops samples early; none with several metrics"
     )
     num_samples: PositiveInt = Field(
         16, description="samples of the space; the first is the base config, then come those of [[point]]"

@@ -137,12 +137,13 @@ def searched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Searched
     work = with_base(world, tmp_path_factory.mktemp("search"))
     config = tables(work, search={"num_samples": 5}, override={"task.optim.lr": GOOD})
     (work / "tune.toml").write_text(tomli_w.dumps(config))
-    return Searched(work / "s", work / "tune.toml", launch([TUNE, work / "tune.toml"]))
+    searched = Searched(work / "s", work / "tune.toml", launch([TUNE, work / "tune.toml"]))
+    assert searched.done.returncode == 0, searched.done.stderr
+    return searched
 
 
 @pytest.mark.ray
 def test_trials_are_compared_at_their_training_steps(searched: Searched) -> None:
-    assert searched.done.returncode == 0, searched.done.stderr
     rows = searched.results["trials"]
     assert len(rows) == 5
     assert set(searched.rates.values()) == {GOOD, HOPELESS}
@@ -171,6 +172,7 @@ def test_a_person_reads_how_trials_ended_and_the_table_and_nothing_of_ray(search
     assert (searched.folder / best / "export" / "model.safetensors").exists()
 
 
+@pytest.mark.ray
 def test_trials_are_ordinary_runs(searched: Searched) -> None:
     for row in searched.results["trials"]:
         folder = searched.folder / row["trial"]
@@ -183,12 +185,14 @@ def test_trials_are_ordinary_runs(searched: Searched) -> None:
         assert results["config"]["run"]["label"] == f"lad-{row['trial'][-3:]}"
 
 
+@pytest.mark.ray
 def test_tensorboard_has_the_hyper_parameters_of_each_trial(searched: Searched) -> None:
     events = EventAccumulator(str(searched.folder / "trial-000" / "tensorboard")).Reload()
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert events.Scalars("hparam/accuracy")[0].value == pytest.approx(searched.results["trials"][0]["score"])
 
 
+@pytest.mark.ray
 def test_the_best_config_runs_and_scores_as_the_trial_did(searched: Searched) -> None:
     results = train.train(load_config(TaskConfig, searched.folder / "best.toml")).results
     best = searched.results["trials"][0]
@@ -311,6 +315,7 @@ def test_a_scheduler_stops_what_falls_behind_also_by_what_it_saw_in_an_earlier_s
     assert statuses.count("stopped") >= {"asha": 4, "median": 1}[scheduler]
 
 
+@pytest.mark.ray
 def test_sizes_are_counted_before_training_as_after_it(searched: Searched, work: Path) -> None:
     plan = plan_search(config_of(work))
     trial = TrialBuilder(plan.config).build("trial-000", {}, ())
