@@ -46,6 +46,6 @@ ruff format --check
 lint-imports
 mypy &
 types=$!
-# Much of a test is waiting for processes: four at a time keep two cores busy. A file stays on one worker.
-pytest -q -n "${LAD_DIST_TEST_WORKERS:-4}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+# Much of a test is waiting for processes: three at a time keep two cores busy. A file stays on one worker.
+pytest -q -n "${LAD_DIST_TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
 wait "$types"

@@ -43,6 +43,7 @@ from lad_dist.training.results import RunResult
 from lad_dist.training.trainer import RunStatus
 
 TUNE = ROOT / "launch" / "tune.py"
+SECONDS = 300  # for a search to begin, or to end, on a busy machine
 SPACE = {"task.optim.lr": {"loguniform": [1e-6, 1e-1]}, "task.optim.warmup": {"uniform": [0.0, 0.9]}}
 
 cloudpickle.register_pickle_by_value(toy_search)  # the processes of trials have no path to tests
@@ -452,10 +453,10 @@ def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path, num
     record = work / "s" / "trials.jsonl"
 
     running = started([TUNE, work / "tune.toml"], work)
-    wait_until(lambda: record.exists() and '"step": 4' in record.read_text(), 120)
+    wait_until(lambda: record.exists() and '"step": 4' in record.read_text(), SECONDS)
     # As `timeout` does, SIGTERM goes to Ray's processes too, as far as they are of the same group.
     os.killpg(running.pid, number) if number == signal.SIGTERM else running.send_signal(number)
-    out, error = running.communicate(timeout=120)
+    out, error = running.communicate(timeout=SECONDS)
     assert (running.returncode, out) == (75, "s: stopped early; run the same command again to go on\n"), error
     wait_until(lambda: not marked(str(work)), 20)
     assert not (work / "s" / "trial-000" / "results.json").exists()
@@ -477,9 +478,9 @@ def test_an_interrupted_grid_goes_on_in_order(work: Path) -> None:
     (work / "tune.toml").write_text(tomli_w.dumps(config))
     running = started([TUNE, work / "tune.toml"], work)
     record = work / "s" / "trials.jsonl"
-    wait_until(lambda: record.exists() and '"end"' in record.read_text(), 120)
+    wait_until(lambda: record.exists() and '"end"' in record.read_text(), SECONDS)
     running.send_signal(signal.SIGUSR1)
-    running.communicate(timeout=120)
+    running.communicate(timeout=SECONDS)
     assert running.returncode == 75
     done = launch([TUNE, work / "tune.toml"])
     assert done.returncode == 0, done.stderr
