@@ -25,7 +25,7 @@ class RayCluster:
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self._cpus = cpus
         self._variables = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
-        self._variables["MARK"] = self._folder.name
+        self._variables |= {"RAY_worker_register_timeout_seconds": "300", "MARK": self._folder.name}
         self.address = f"127.0.0.1:{free_port()}"
         options = [f"--port={self.address.rpartition(':')[2]}", "--node-ip-address=127.0.0.1"]
         options += [f"--ray-client-server-port={free_port()}", "--include-dashboard=false"]

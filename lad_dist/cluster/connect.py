@@ -34,6 +34,7 @@ TASK_SECONDS = 60  # seconds for a node to start a process, and to look
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # by default all else on the machine comes before a trial
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")  # a busy machine takes long to start a process
 
 
 @contextlib.contextmanager
