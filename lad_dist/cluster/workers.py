@@ -35,7 +35,7 @@ class _Worker:
         os.environ.update(variables)
 
     def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        report: Report = self._rows.put if os.environ["RANK"] == "0" else _ignore
+        report: Report = self._rows.put if os.environ["RANK"] == "0" else ignore
         return function(*arguments, report=report)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -46,8 +46,8 @@ class _Worker:
         return rows
 
 
-def _ignore(row: dict[str, Any]) -> None:
-    pass
+def ignore(row: dict[str, Any]) -> None:
+    """Report nothing."""
 
 
 class WorkerGroup:

@@ -135,7 +135,7 @@ def scored_samples(trials: Iterable[TrialState], metric_of: Callable[[str], str]
     by_sample: dict[str, list[TrialState]] = {}
     for trial in trials:
         score = trial.values.get(metric_of(trial.name), math.nan)
-        if trial.status in ("completed", "stopped") and math.isfinite(score):
+        if trial.has_result and math.isfinite(score):
             by_sample.setdefault(trial.sample_name, []).append(trial)
     scored = [ScoredSample(name, group) for name, group in by_sample.items()]
     most = max((len(each.trials) for each in scored), default=0)

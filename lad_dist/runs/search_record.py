@@ -56,6 +56,11 @@ class TrialState:
     error: str | None = None
 
     @property
+    def has_result(self) -> bool:
+        """Whether the last values count: it trained to the end, or was stopped as others did better."""
+        return self.status in ("completed", "stopped")
+
+    @property
     def sample_name(self) -> str:
         """The name of the trial of the same sample with the first seed."""
         return self.name.removesuffix(f"-seed{self.seed}") if self.seed else self.name

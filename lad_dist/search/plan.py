@@ -66,11 +66,8 @@ class SearchPlan:
         changes: dict[str, Any] = {}
         if state.parameters is not None:
             changes = self.space.sample_of(state.parameters).changes
-        builder = TrialBuilder(self.config)
-        trial = builder.build(state.name, state.sample, changes.items(), seed=state.seed)
-        number = state.name.split("-")[1]
-        label = f"{trial.config.label}-{number}"
-        return builder.build(state.name, state.sample, changes.items(), label=label, seed=state.seed)
+        trial = TrialBuilder(self.config).build(state.name, state.sample, changes.items(), seed=state.seed)
+        return trial.labelled(f"{trial.config.label}-{state.name.split('-')[1]}")
 
     def excess(self, trial: Trial) -> str | None:
         """Return in words which of the limits a trial's student exceeds, None where it keeps to all."""

@@ -51,7 +51,7 @@ def create_scheduler(plan: SearchPlan, record: SearchRecord) -> TrialScheduler |
         )
     controller: Any = _NoTrials()
     for trial in plan.samples(record):
-        if trial.status in ("completed", "stopped"):
+        if trial.has_result:
             past: Any = _PastTrial(trial.name)
             scheduler.on_trial_add(controller, past)
             rows = [

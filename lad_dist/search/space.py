@@ -39,7 +39,7 @@ class Distribution:
 
     def stored(self, value: Any) -> Value:
         """Return a value as Optuna stores it: that of a choice is a text, as it may be a list or a table."""
-        return json.dumps(value, sort_keys=True) if self.name == "choice" else value
+        return _choice_text(value) if self.name == "choice" else value
 
     def value(self, stored: Value) -> Any:
         """Return the value of what Optuna stores."""
@@ -62,8 +62,12 @@ class Distribution:
         return bool(self.arguments[0] <= value <= self.arguments[1] - is_whole)
 
 
+def _choice_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
 def _choice(trial: Any, parameter: str, values: list[Any]) -> str:
-    return str(trial.suggest_categorical(parameter, [json.dumps(value, sort_keys=True) for value in values]))
+    return str(trial.suggest_categorical(parameter, list(map(_choice_text, values))))
 
 
 # Draws by Optuna; randint and lograndint leave out the high end, as in Tune.

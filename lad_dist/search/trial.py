@@ -4,22 +4,20 @@ import ctypes
 import gc
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from ray.exceptions import RayError
 
-from lad_dist.cluster.workers import WorkerGroup
+from lad_dist.cluster.workers import Report, WorkerGroup, ignore
 from lad_dist.config.errors import EXIT_USER_ERROR, Fault, UserError
 from lad_dist.config.schema import TrainConfig
 from lad_dist.config.search_schema import SearchOptions
 from lad_dist.search.metrics import LATENCY, final_values, scores_of
 from lad_dist.search.trials import Trial
 from lad_dist.utils.text import one_line
-
-Report = Callable[[dict[str, Any]], None]
 
 LATENCY_ROUNDS = 20
 
@@ -75,7 +73,7 @@ class TrialRunner:
         try:
             for name, config in trial.stages.items():
                 is_last = config is trial.config
-                results = self._train(group, config, report_scores if is_last else _ignore, shared=not is_last)
+                results = self._train(group, config, report_scores if is_last else ignore, shared=not is_last)
                 if not is_last:
                     report({"stage": name})
         finally:
@@ -132,10 +130,6 @@ def train_stage(options: SearchOptions, tables: dict[str, Any], shared: bool, re
 
 def _has_begun(trial: Trial) -> bool:
     return any((config.run.folder / "metrics.jsonl").exists() for config in trial.stages.values())
-
-
-def _ignore(row: dict[str, Any]) -> None:
-    pass
 
 
 def _latency(config: TrainConfig) -> float:

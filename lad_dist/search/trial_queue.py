@@ -112,8 +112,7 @@ class TrialQueue(Searcher):
             self._record.end(name, "stopped", seconds=self.seconds(name))
         self._unfinished.discard(name)
         if self._sampler is not None and state.parameters is not None:
-            learns = state.status in ("completed", "stopped")
-            self._sampler.learn(name, state.values if learns else None)
+            self._sampler.learn(name, state.values if state.has_result else None)
 
     def seconds(self, name: str) -> float:
         """Return the time since a trial began, which ends now."""
@@ -158,8 +157,7 @@ def _sampler(plan: SearchPlan, record: SearchRecord, unfinished: Sequence[str]) 
     for trial in drawn:
         sampler.draw(trial.name)
         if trial.name not in unfinished:
-            learns = trial.status in ("completed", "stopped")
-            sampler.learn(trial.name, trial.values if learns else None)
+            sampler.learn(trial.name, trial.values if trial.has_result else None)
     return sampler
 
 

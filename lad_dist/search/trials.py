@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,12 @@ class Trial:
         """The config of the last stage."""
         return list(self.stages.values())[-1]
 
+    def labelled(self, label: str) -> "Trial":
+        """Return the trial with this run.label of the last stage."""
+        name, last = list(self.stages.items())[-1]
+        config = last.model_copy(update={"run": last.run.model_copy(update={"label": label})})
+        return replace(self, stages={**self.stages, name: config})
+
     def request(self) -> str:
         """Return the trial as JSON, for the process that runs it."""
         stages = {name: config.model_dump(mode="json", exclude_none=True) for name, config in self.stages.items()}
@@ -82,7 +88,6 @@ class TrialBuilder:
         sample: Mapping[str, Any],
         changes: Iterable[tuple[str, Any]],
         *,
-        label: str = "",
         seed: int = 0,
     ) -> Trial:
         """Return a trial whose options are checked; nothing but configs is read.
@@ -91,7 +96,6 @@ class TrialBuilder:
             name: of the trial.
             sample: What distinguishes it.
             changes: Values by key; of a key that occurs twice the last one counts.
-            label: run.label of the last stage; default: that of the config.
             seed: is added to the seed of each stage.
 
         Raises:
@@ -115,9 +119,6 @@ class TrialBuilder:
             config = self._stage_config(tables, base, stage, trial=name if stage == names[-1] else None)
             exports[stage] = str(config.run.folder / "export")
             stages[stage] = config
-        if label:
-            last = stages[names[-1]]
-            stages[names[-1]] = last.model_copy(update={"run": last.run.model_copy(update={"label": label})})
         return Trial(name, dict(sample), stages)
 
     def _by_stage(self, changes: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -183,7 +184,8 @@ def grid_trials(config: SearchConfig) -> list[Trial]:
         changes = itertools.chain.from_iterable(flatten(_choice(config, *choice)).items() for choice in choices)
         label = "-".join(choice for axis, choice in choices if axis in method_axes)
         name = "-".join(choice for _, choice in choices)
-        trials.append(builder.build(name, dict(choices), changes, label=label))
+        trial = builder.build(name, dict(choices), changes)
+        trials.append(trial.labelled(label) if label else trial)
     return trials
 
 

@@ -132,9 +132,9 @@ def chain(cluster: SlurmCluster, folder: Path, *words: str) -> dict[str, set[str
 
 
 def test_a_chain_has_a_search_and_a_report(cluster: SlurmCluster, folder: Path) -> None:
-    words = "prepare run.toml pretrain run.toml finetune run.toml tune --nodes=2 run.toml a.b=1".split()
+    stages = "prepare run.toml pretrain run.toml finetune run.toml tune --nodes=2 run.toml a.b=1".split()
     report = ["report", "runs/a", "--out", "runs/a/report"]
-    assert chain(cluster, folder, *words, *report) == {
+    assert chain(cluster, folder, *stages, *report) == {
         "prepare": set(),
         "pretrain": {"prepare"},
         "finetune": set(),
@@ -142,7 +142,7 @@ def test_a_chain_has_a_search_and_a_report(cluster: SlurmCluster, folder: Path) 
         "report": {"finetune", "tune"},
     }
     task = ["task", "runs/a/best.toml", "evaluate", "run.toml"]
-    whole = chain(cluster, folder, *words, *task, *report)
+    whole = chain(cluster, folder, *stages, *task, *report)
     assert (whole["task"], whole["evaluate"]) == ({"pretrain", "finetune", "tune"}, {"tune", "task"})
     assert whole["report"] == {"finetune", "tune", "task", "evaluate"}
     with pytest.raises(AssertionError, match=r'task: there is no config "runs/a/best.toml"'):
