@@ -185,13 +185,19 @@ class SlurmCluster:
         """Take the node down with all jobs on it, and bring it back without them.
 
         It comes back by itself when its daemon registers, which may be at once; then it can no longer be resumed. A
-        process that outlives the node's job would be one of the same job's next life.
+        process that outlives the node's job would be one of the same job's next life. A job's step may be about to
+        start further processes, so those that appear are killed too.
         """
         self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
-        for process in self._processes_on(node):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        _until(lambda: not self._processes_on(node), 30, self._logs)
+
+        def is_empty() -> bool:
+            processes = self._processes_on(node)
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            return not processes
+
+        _until(is_empty, 30, self._logs)
 
         def back() -> bool:
             resume = ["scontrol", "update", f"nodename={node}", "state=resume"]

@@ -77,18 +77,18 @@ def test_a_search_leaves_nothing_behind(cluster: SlurmCluster, folder: Path) -> 
 
 def nothing_of(job: str) -> bool:
     """Whether neither Ray's folder nor its processes are left."""
-    return not Path(f"/tmp/ray-{job}").exists() and not running_with(f"/tmp/ray-{job}")
+    return not Path(f"/tmp/ray-{job}").exists() and not running_with(rf"/tmp/ray-{job}\b")
 
 
-def running_with(text: str) -> list[str]:
-    """Command lines of this host's processes in which `text` stands."""
+def running_with(pattern: str) -> list[str]:
+    """Command lines of this host's processes in which the pattern occurs."""
     lines = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             lines.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
             continue
-    return [line for line in lines if text in line]
+    return [line for line in lines if re.search(pattern, line)]
 
 
 def test_a_search_without_ray_on_a_node_names_it_and_runs_on_both_when_it_has(
