@@ -21,7 +21,8 @@ class SearchOptions(ConfigTable):
     metric: str | list[str] | None = Field(
         None,
         description="what is optimised, several for a front: a metric of the dev set, label_loyalty, "
-        "probability_loyalty, loss, parameters, flops, bytes or latency; default: the task's first metric",
+        "probability_loyalty, teacher_pearson, loss, parameters, flops, bytes or latency; default: the task's first "
+        "metric",
     )
     algorithm: Literal["random", "tpe", "nsga2"] = Field(
         "tpe", description="sampler of Optuna, which draws the samples"

@@ -136,11 +136,11 @@ def task_scores(dev: Dev, predictions: DevPredictions) -> dict[str, float]:
 def compare(
     dev: Dev, student: DevPredictions, teacher_dev: Dev, teacher: DevPredictions | None
 ) -> dict[str, dict[str, float]]:
-    """Return {"student": metrics and loyalty, "teacher": metrics}.
+    """Return {"student": metrics, loss and loyalty, "teacher": metrics}.
 
     `teacher_dev` holds the same examples in the teacher's tokens.
     """
-    scores = {"student": task_scores(dev, student)}
+    scores = {"student": task_scores(dev, student) | {"loss": dev["dev"].loss(student["dev"].logits)}}
     if teacher is not None:
         scores["teacher"] = task_scores(teacher_dev, teacher)
         scores["student"] |= dev["dev"].loyalty(student["dev"].logits, teacher["dev"].logits)

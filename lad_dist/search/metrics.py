@@ -13,6 +13,7 @@ from lad_dist.training.run_spec import RunSpec
 from lad_dist.utils.suggest import did_you_mean
 
 LOYALTY = ("label_loyalty", "probability_loyalty")
+NUMBER_LOYALTY = ("teacher_pearson",)  # of a regression
 LOSS, LATENCY = "loss", "latency"
 # Of results.json's table "student".
 SIZES = {"parameters": "parameters", "flops": footprint.FLOPS, "bytes": "bytes/safetensors"}
@@ -38,7 +39,8 @@ def checked_metrics(metrics: Sequence[str], config: TrainConfig, spec: RunSpec |
     if isinstance(config, TaskConfig):
         task = spec.task if spec is not None else run_spec.load_task(config.data)
         assert task is not None
-        name, scores = task.name, [*task.metrics, *(LOYALTY if config.teacher else ())]
+        loyalty = NUMBER_LOYALTY if task.kind == "regression" else LOYALTY
+        name, scores = task.name, [*task.metrics, *(loyalty if config.teacher else ()), LOSS]
     else:
         name, scores = config.run.name, [LOSS]
     known = [*scores, *SIZES, LATENCY]

@@ -51,7 +51,7 @@ class TaskEvaluation:
             raise UserError(f"{self.teacher.path}: {reason}; teacher.baseline_check = false trains nevertheless")
 
     def student_scores(self) -> Scores:
-        """Return the student's metrics and loyalty, none where its outputs are not finite."""
+        """Return the student's metrics, loss and loyalty, none where its outputs are not finite."""
         predictions = self._student_predictions()
         if any(dev_predictions.broken_rows for dev_predictions in predictions.values()):
             logger.warning(BROKEN_STUDENT)

@@ -93,7 +93,7 @@ def test_every_objective_distils_it(
     assert all(np.isfinite(value) for row in rows for value in row.values())
     names = {"tagging": {"f1", "precision", "recall", "accuracy"}}
     names["question_answering"] = {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
-    assert set(result.results["metrics"]) == names[head] | {"label_loyalty", "probability_loyalty"}
+    assert set(result.results["metrics"]) == names[head] | {"loss", "label_loyalty", "probability_loyalty"}
     model = AUTO[head].from_pretrained(export(result))
     assert tuple(model.config.id2label.values()) == LABELS[head]
 

@@ -23,7 +23,7 @@ def report(arguments: Sequence[str]) -> int:
                       front.png (of several metrics); of several searches each in a folder below DIR
     --baseline LABEL  the method that the others are tested against (default: kd)
 
-    example: lad-dist report runs/compare/*-teacher-low-* --baseline kd-teacher-low
+    example: lad-dist report runs/compare/teacher-*-low-* --baseline teacher-kd-low
     """
     parser = ArgumentParser("report")
     parser.add_argument("folders", metavar="FOLDER", nargs="+")

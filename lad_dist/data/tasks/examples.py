@@ -92,6 +92,10 @@ class TaskExamples(Generic[Raw]):
             constant[:, np.bincount(self.labels).argmax()] = 1
         return constant
 
+    def loss(self, logits: Logits) -> float:
+        """Return the mean loss of logits [R, V] against the labels."""
+        return metrics.mean_loss(logits, self.labels)
+
     def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
         """Return how far a student decides as its teacher does, from logits [R, V] of both."""
         return metrics.loyalty(student, teacher)
@@ -256,6 +260,9 @@ class QuestionExamples(TaskExamples[Questions]):
         golds = [[answer.text for answer in answers] for answers in self._raw.answers]
         values = metrics.answer_metrics(self.answers(logits), golds, self._raw.unanswerable)
         return {name: values[name] for name in self._metrics}
+
+    def loss(self, logits: Logits) -> float:
+        return metrics.mean_window_loss(logits, self.labels, self._places.starts[:-1])
 
     def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
         equal = [one == other for one, other in zip(self.answers(student), self.answers(teacher), strict=True)]

@@ -100,6 +100,27 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def mean_loss(logits: NDArray[np.floating], labels: Array) -> float:
+    """Return the cross-entropy of finite logits [E, C] against labels [E], a mean; of [E, 1] the mean squared error."""
+    logits = logits.astype(np.float64)
+    if logits.shape[1] == 1:
+        return float(np.square(logits[:, 0] - labels).mean())
+    return float((np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(logits)), labels]).mean())
+
+
+def mean_window_loss(logits: NDArray[np.floating], labels: Array, starts: NDArray[np.integer]) -> float:
+    """Return the cross-entropy of begins and ends, finite logits [R, 2], a mean over both and over windows.
+
+    Args:
+        logits: Two distributions over the rows of each window.
+        labels: [R, 2], 1 in the row of the answer, 0 elsewhere.
+        starts: The first row of each window.
+    """
+    logits = logits.astype(np.float64)
+    totals = np.logaddexp.reduceat(logits, starts, axis=0).sum()
+    return float((totals - (labels * logits).sum()) / (2 * len(starts)))
+
+
 def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dict[str, float]:
     """Return how far a student decides as its teacher does, from logits [E, C] of both (Xu et al., 2021).
 

@@ -7,7 +7,14 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 
-from lad_dist.data.tasks.metrics import answer_metrics, entity_metrics, loyalty, score, window_probability_loyalty
+from lad_dist.data.tasks.metrics import (
+    answer_metrics,
+    entity_metrics,
+    loyalty,
+    mean_loss,
+    score,
+    window_probability_loyalty,
+)
 
 
 def one_hot(classes: list[int], width: int = 2) -> np.ndarray:
@@ -60,6 +67,12 @@ def test_a_constant_prediction_correlates_with_nothing() -> None:
     one, more = np.ones((3, 1)), np.array([[1.0], [2.0], [3.0]])
     assert score(("pearson", "spearman"), one, more[:, 0]) == {"pearson": 0, "spearman": 0}
     assert loyalty(more, one) == {"teacher_pearson": 0}
+
+
+def test_losses_by_hand() -> None:
+    logits = np.log(np.array([[0.25, 0.75], [0.5, 0.5]], dtype=np.float32)) + 7
+    assert mean_loss(logits, np.array([1, 0])) == pytest.approx(-(math.log(0.75) + math.log(0.5)) / 2)
+    assert mean_loss(np.array([[1.0], [4.0]]), np.array([2.0, 2.0])) == pytest.approx((1 + 4) / 2)
 
 
 def test_loyalty_by_hand() -> None:

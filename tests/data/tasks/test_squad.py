@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import toy
 import toy_families
 import toy_heads
@@ -21,6 +22,7 @@ from lad_dist.data.tasks.squad import Answer, AnswerWindows, Questions, find_ans
 from lad_dist.data.tasks.task import Task, load_task
 from lad_dist.data.tokenization.encoding import encode_windows
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer
+from lad_dist.objectives.losses import hard_label_loss
 
 FAMILIES = ["bert", "roberta", "albert", "xlm-roberta", "deberta-v2"]
 
@@ -96,6 +98,8 @@ def test_every_answer_in_a_window_is_read_back(
     assert examples.answers(logits) == [answer.text]
     assert examples.score(logits) == {"f1": 1.0, "exact_match": 1.0}
     assert examples.loyalty(logits, logits) == {"label_loyalty": 1.0, "probability_loyalty": pytest.approx(1)}
+    trained = hard_label_loss(torch.from_numpy(logits / 5), batch, "question_answering")
+    assert examples.loss(logits / 5) == pytest.approx(trained.item(), rel=1e-5)
 
 
 def _words_of(text: str) -> list[tuple[int, str]]:
