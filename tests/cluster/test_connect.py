@@ -5,81 +5,39 @@ import http.server
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
 import pytest
 import ray
-from launching import BIN, ROOT, alive, environment, free_port, wait_until
+from launching import ROOT, alive, environment, free_port, wait_until
+from ray_cluster import START_SECONDS, RayCluster, ray_nodes
 
 from lad_dist.cluster import connect
 from lad_dist.cluster.connect import check_folder, check_storage, check_trial_fits, ray_cluster
 from lad_dist.cluster.wait_for_nodes import wait_for_nodes
 from lad_dist.config.errors import UserError
 
-START_SECONDS = 120  # a head takes eight seconds on a machine of its own
+Heads = tuple[RayCluster, RayCluster]
 SECRET = "hf_" + secrets.token_hex(8)
 
 
-@dataclass
-class Head:
-    """A head of a cluster that runs."""
-
-    folder: Path
-    process: subprocess.Popen[bytes]
-    variables: dict[str, str]
-
-    @property
-    def address(self) -> str:
-        return (self.folder / "ray_current_cluster").read_text().strip()
-
-
-def start_ray(variables: dict[str, str], *words: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """`ray start WORDS`, with CPUs for two tasks; it ends with its process."""
-    command = [*before, str(BIN / "ray"), "start", "--block", "--num-cpus=2", "--object-store-memory=100000000", *words]
-    return subprocess.Popen(
-        command, env=environment() | variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
-@contextlib.contextmanager
-def running_head(**variables: str) -> Iterator[Head]:
-    folder = Path(tempfile.mkdtemp(prefix="ray-test-", dir="/tmp"))
-    # Another user's, whose variables are not the driver's.
-    variables |= {"HOME": str(folder), "HF_HOME": "/of/the/head", "FOO": "head"}
-    options = ["--port=0", f"--ray-client-server-port={free_port()}", f"--temp-dir={folder}", "--node-name=first"]
-    process = start_ray(variables, "--head", "--include-dashboard=false", *options)
-    try:
-        yield Head(folder, process, variables)
-    finally:
-        end([process])
-        shutil.rmtree(folder)
-
-
-def end(processes: list[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait(60)
-
-
 @pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Head, Head]]:
-    """One that asks for a token, and one that does not."""
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heads]:
+    """One that asks for a token, and one that does not, of a user whose variables are not the driver's."""
+    theirs = {"HOME": str(tmp_path_factory.mktemp("home")), "HF_HOME": "/of/the/head", "FOO": "head"}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with running_head(**token) as guarded, running_head(RAY_AUTH_MODE="disabled") as unguarded:
-        for head in (guarded, unguarded):
-            wait_until(lambda head=head: (head.folder / "ray_current_cluster").exists(), START_SECONDS)
+    with (
+        ray_nodes(variables=theirs | token) as guarded,
+        ray_nodes(variables=theirs | {"RAY_AUTH_MODE": "disabled"}) as unguarded,
+    ):
         yield guarded, unguarded
 
 
@@ -107,7 +65,7 @@ def use_token(account: Path, monkeypatch: pytest.MonkeyPatch, place: str, token:
 @pytest.mark.ray
 @pytest.mark.parametrize("place", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token"])
 def test_a_cluster_with_a_token_is_joined(
-    heads: tuple[Head, Head],
+    heads: Heads,
     account: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -132,7 +90,12 @@ def test_a_cluster_with_a_token_is_joined(
     ],
 )
 def test_a_cluster_that_refuses_the_token_says_so_in_one_line(
-    heads: tuple[Head, Head], account: Path, monkeypatch: pytest.MonkeyPatch, place: str, token: str, message: str
+    heads: Heads,
+    account: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    token: str,
+    message: str,
 ) -> None:
     use_token(account, monkeypatch, place, token)
     monkeypatch.setenv("RAY_ADDRESS", heads[0].address)
@@ -156,7 +119,10 @@ def refused(message: str) -> None:
 
 @pytest.mark.ray
 def test_a_cluster_without_tokens_is_joined_by_an_account_that_has_one(
-    heads: tuple[Head, Head], account: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    heads: Heads,
+    account: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """And the driver's variables reach tasks, but no log."""
     use_token(account, monkeypatch, "~/.ray/auth_token", "of another cluster")
@@ -299,25 +265,21 @@ def test_clusters_for_one_search_run_side_by_side_and_leave_nothing(account: Pat
 
 
 @pytest.fixture(scope="module")
-def elsewhere(heads: tuple[Head, Head], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def elsewhere(heads: Heads, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a second node of the cluster with a token has another disk."""
     folder = tmp_path_factory.mktemp("elsewhere")
     mounted = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{folder}" && exec "$@"', "sh"]
-    options = [f"--address={heads[0].address}", "--node-name=second"]
-    node = start_ray(heads[0].variables, *options, before=mounted)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RAY_AUTH_TOKEN", heads[0].variables["RAY_AUTH_TOKEN"])
-            assert wait_for_nodes(heads[0].address, ["first", "second"], START_SECONDS, [node.pid]) == ""
-        yield folder
-    finally:
-        end([node])
+    node = heads[0].add_node("--node-name=second", before=mounted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", heads[0].variables["RAY_AUTH_TOKEN"])
+        assert wait_for_nodes(heads[0].address, ["first", "second"], START_SECONDS, [node]) == ""
+    return folder
 
 
 @pytest.mark.ray
 @pytest.mark.root
 def test_a_node_that_does_not_see_the_folder_is_named(
-    heads: tuple[Head, Head], elsewhere: Path, account: Path, monkeypatch: pytest.MonkeyPatch
+    heads: Heads, elsewhere: Path, account: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", heads[0].variables["RAY_AUTH_TOKEN"])
     monkeypatch.setenv("RAY_ADDRESS", heads[0].address)
@@ -333,7 +295,7 @@ def test_a_node_that_does_not_see_the_folder_is_named(
 @pytest.mark.ray
 @pytest.mark.root
 def test_a_node_that_does_not_join_is_named(
-    heads: tuple[Head, Head], elsewhere: Path, account: Path, monkeypatch: pytest.MonkeyPatch
+    heads: Heads, elsewhere: Path, account: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", heads[0].variables["RAY_AUTH_TOKEN"])
     address, names = heads[0].address, ["first", "second", "third"]
@@ -349,7 +311,7 @@ def test_a_node_that_does_not_join_is_named(
 
 @pytest.mark.ray
 def test_a_cluster_of_this_machine_alone_is_not_asked_for_the_folder(
-    heads: tuple[Head, Head], account: Path, monkeypatch: pytest.MonkeyPatch
+    heads: Heads, account: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", heads[1].address)
     with ray_cluster():
