@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -125,6 +125,54 @@ def start_ranks(work: Callable[..., None], *arguments: Any, folder: Path, proces
         ranks.append(FORKS.Process(target=_rank, args=(folder / f"stderr-{rank}", variables, work, arguments)))
         ranks[-1].start()
     return ranks
+
+
+class ForkedScript:
+    """A script that runs in a session of its own, as a user starts it, but need not import first what it imports."""
+
+    def __init__(self, script: Path, *words: str | Path, folder: Path, variables: Mapping[str, str] | None = None):
+        """Start it.
+
+        Args:
+            script: to run.
+            words: its arguments.
+            folder: takes what it prints.
+            variables: of the environment, beside those of `environment`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._outputs = [folder / "stdout", folder / "stderr"]
+        arguments = (self._outputs, environment() | dict(variables or {}), script, [str(word) for word in words])
+        self._process = FORKS.Process(target=_script, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; None as long as it runs, and -9 where SIGKILL ended it."""
+        return self._process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Wait for the end; return what it printed on standard output and on standard error."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "it still runs"
+        out, error = (path.read_text() for path in self._outputs)
+        return out, error
+
+
+def _script(outputs: Sequence[Path], variables: Mapping[str, str], script: Path, words: Sequence[str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.chdir(ROOT)
+    gc.freeze()
+    run_script(script, *words)
 
 
 def run_script(script: Path, *words: str) -> None:

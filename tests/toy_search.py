@@ -9,10 +9,10 @@ import torch
 import toy
 from conftest import World
 
+from lad_dist.cluster.workers import Report
 from lad_dist.models import loading
 from lad_dist.models.loading import save_model
-from lad_dist.search.trial import Report, TrialRunner
-from lad_dist.search.trials import Trial
+from lad_dist.search.trial import Trial, TrialRunner
 
 GOOD, HOPELESS = 6e-3, 1e-9
 GRID: dict[str, dict[str, dict[str, Any]]] = {

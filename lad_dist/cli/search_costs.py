@@ -11,7 +11,8 @@ from lad_dist.config.search_schema import SearchConfig
 from lad_dist.data.shards.reader import Shards
 from lad_dist.search.plan import SearchPlan
 from lad_dist.search.record import TrialState
-from lad_dist.search.trials import Trial, TrialBuilder, is_ready
+from lad_dist.search.trial import Trial
+from lad_dist.search.trials import TrialBuilder, is_ready
 from lad_dist.training import cost_model, run_spec
 from lad_dist.training.cost_model import GPUS, CostEstimate
 from lad_dist.utils.text import gigabytes

@@ -12,7 +12,8 @@ from lad_dist.runs.search_record import Status, TrialState, cost
 from lad_dist.search import metrics
 from lad_dist.search.record import SearchRecord
 from lad_dist.search.space import Space, Value, parse_space
-from lad_dist.search.trials import Trial, TrialBuilder, grid_trials, is_ready
+from lad_dist.search.trial import Trial
+from lad_dist.search.trials import TrialBuilder, grid_trials, is_ready
 from lad_dist.training import run_spec
 from lad_dist.training.run_spec import RunSpec
 from lad_dist.utils.tables import flatten

@@ -13,7 +13,7 @@ from lad_dist.runs.search_record import Status, TrialState
 from lad_dist.search.plan import SearchPlan, next_name
 from lad_dist.search.record import SearchRecord
 from lad_dist.search.status import StatusTable
-from lad_dist.search.trials import Trial
+from lad_dist.search.trial import Trial
 
 if TYPE_CHECKING:
     from lad_dist.search.sampler import SpaceSampler

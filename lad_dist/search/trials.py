@@ -13,9 +13,8 @@ whose configs are equal there share it.
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.load import UNSET, apply_overrides, dump_config, lookup, parse_config, read_toml
 from lad_dist.config.schema import TaskConfig, TrainConfig, train_schema
 from lad_dist.config.search_schema import SearchConfig
+from lad_dist.search.trial import Trial
 from lad_dist.training import run_spec
 from lad_dist.utils.suggest import did_you_mean
 from lad_dist.utils.tables import flatten
@@ -34,46 +34,6 @@ SHARED = "stages"  # folder of the runs that trials share
 HASH_DIGITS = 12
 
 Choices = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Trainings that run one after another.
-
-    Attributes:
-        name: of the trial and of the run of its last stage.
-        sample: What distinguishes it: choices by axis, values by key.
-        stages: The configs of the trainings by the name of the stage.
-    """
-
-    name: str
-    sample: dict[str, Any]
-    stages: dict[str, TrainConfig]
-
-    @property
-    def config(self) -> TrainConfig:
-        """The config of the last stage."""
-        return list(self.stages.values())[-1]
-
-    def labelled(self, label: str) -> "Trial":
-        """Return the trial with this run.label of the last stage."""
-        name, last = list(self.stages.items())[-1]
-        config = last.model_copy(update={"run": last.run.model_copy(update={"label": label})})
-        return replace(self, stages={**self.stages, name: config})
-
-    def request(self) -> str:
-        """Return the trial as JSON, for the process that runs it."""
-        stages = {name: config.model_dump(mode="json", exclude_none=True) for name, config in self.stages.items()}
-        return json.dumps({"name": self.name, "sample": self.sample, "stages": stages})
-
-    @classmethod
-    def of_request(cls, text: str) -> "Trial":
-        """Return the trial of a request."""
-        request = json.loads(text)
-        stages = {
-            name: parse_config(train_schema(tables), tables, name) for name, tables in request.pop("stages").items()
-        }
-        return cls(stages=stages, **request)
 
 
 @dataclass(frozen=True)

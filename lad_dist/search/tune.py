@@ -41,9 +41,10 @@ from lad_dist.search.plan import SearchPlan, plan_search
 from lad_dist.search.record import SearchRecord
 from lad_dist.search.results import SearchResult, conclude, read_result
 from lad_dist.search.schedulers import create_scheduler
-from lad_dist.search.trial import TrialRunner
+from lad_dist.search.training_runner import TrainingRunner
+from lad_dist.search.trial import Trial, TrialRunner
 from lad_dist.search.trial_queue import StatusCallback, TrialQueue, next_queue
-from lad_dist.search.trials import Trial, base_configs
+from lad_dist.search.trials import base_configs
 from lad_dist.utils import progress
 from lad_dist.utils.atomic_io import write_text
 from lad_dist.utils.tables import flatten
@@ -110,7 +111,7 @@ class _Stopper(tune.Stopper):
         return {}  # Tune writes a copy to disk, which nobody reads
 
 
-def search(config: SearchConfig, runner_class: type[TrialRunner] = TrialRunner) -> SearchResult | None:
+def search(config: SearchConfig, runner_class: type[TrialRunner] = TrainingRunner) -> SearchResult | None:
     """Run a search, or go on with it; None when it ended early and has to run again.
 
     It ends early at SIGINT, SIGTERM or SIGUSR1, at the time limit, and where trials were lost with their machines.

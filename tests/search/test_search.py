@@ -6,8 +6,7 @@ import re
 import signal
 import statistics
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import toy
 import toy_search
 from conftest import World
-from launching import ROOT, environment, launch, run_command, wait_until
+from launching import ROOT, ForkedScript, launch, run_command, wait_until
 from ray import cloudpickle
 from ray_cluster import RayCluster, ray_nodes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -35,6 +34,7 @@ from lad_dist.search.metrics import student_sizes
 from lad_dist.search.plan import plan_search
 from lad_dist.search.record import SearchRecord
 from lad_dist.search.results import SearchResult
+from lad_dist.search.training_runner import TrainingRunner
 from lad_dist.search.trial import TrialRunner
 from lad_dist.search.trials import TrialBuilder
 from lad_dist.search.tune import search
@@ -58,7 +58,7 @@ def config_of(work: Path, **changes: Any) -> SearchConfig:
     return parse_config(SearchConfig, tables(work, **changes), "toy")
 
 
-def complete(config: SearchConfig, runner_class: type[TrialRunner] = TrialRunner) -> SearchResult:
+def complete(config: SearchConfig, runner_class: type[TrialRunner] = TrainingRunner) -> SearchResult:
     """Return the result of a search that runs to its end."""
     result = search(config, runner_class)
     assert result is not None
@@ -228,7 +228,7 @@ def cluster(node: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 def test_a_grid_runs_every_trial_to_the_end_and_is_compared(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tested = tables(work, override={"task.run.eval_every": 0}, space=None, grid=GRID)
+    tested = tables(work, search={"max_concurrent": 1}, override={"task.run.eval_every": 0}, space=None, grid=GRID)
     (work / "tune.toml").write_text(tomli_w.dumps(tested))
     assert run_command("tune", str(work / "tune.toml")) == 0
     assert f"lad-dist report {work}/s --out {work}/s/report" in capsys.readouterr().out
@@ -243,10 +243,11 @@ def test_a_grid_runs_every_trial_to_the_end_and_is_compared(work: Path, capsys: 
     assert re.search(r"\| pkd .*\n\| lad |\| lad .*\n\| pkd ", output), output
 
 
-def searched_function(work: Path, **options: Any) -> SearchResult:
+def searched_function(work: Path, point: Sequence[Mapping[str, float]] = (), **options: Any) -> SearchResult:
     """Return the result of a search over the function of FunctionRunner, one trial at a time."""
     options = {"max_concurrent": 1, "scheduler": "none", **options}
-    return complete(config_of(work, search=options, space=SPACE), FunctionRunner)
+    searched = tables(work, search=options, space=SPACE) | {"point": point}
+    return complete(parse_config(SearchConfig, searched, "toy"), FunctionRunner)
 
 
 @pytest.mark.ray
@@ -276,24 +277,17 @@ def test_more_samples_go_on_from_where_the_search_ended(work: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_the_best_samples_run_with_all_seeds_and_the_mean_decides(work: Path) -> None:
-    result = searched_function(work, name="seeds", num_samples=5, num_seeds=3, finalists=2)
+def test_points_come_after_the_base_config_and_the_best_samples_run_with_all_seeds(work: Path) -> None:
+    point = {"task.optim.lr": 1e-3, "task.optim.warmup": 0.25}
+    options = {"name": "seeds", "num_samples": 5, "num_seeds": 3, "finalists": 2}
+    result = searched_function(work, **options, point=[point])
     assert [row["n"] for row in result.trials] == [3, 3, 1, 1, 1]
     assert [row["error"] for row in result.trials] == [0.0, 0.0, None, None, None]
     record = SearchRecord(work / "seeds" / "trials.jsonl")
     assert len(record.trials) == 5 + 2 * 2
     assert {trial.seed for trial in record.trials.values()} == {0, 1, 2}
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("cluster")
-def test_points_are_tried_after_the_base_config(work: Path) -> None:
-    point = {"task.optim.lr": 1e-3, "task.optim.warmup": 0.25}
-    tested = tables(work, search={"name": "points", "scheduler": "none"}, space=SPACE) | {"point": [point]}
-    result = complete(parse_config(SearchConfig, tested, "toy"), FunctionRunner)
-    samples = {row["trial"]: row["sample"] for row in result.trials}
-    assert samples["trial-000"] == {"task.optim.lr": 1e-3, "task.optim.warmup": 0.1}  # the toy's
-    assert samples["trial-001"] == point
+    assert record.trials["trial-000"].sample == {"task.optim.lr": 1e-3, "task.optim.warmup": 0.1}  # the toy's
+    assert record.trials["trial-001"].sample == point
 
 
 @pytest.mark.ray
@@ -337,7 +331,7 @@ def test_samples_above_a_limit_are_not_trained(work: Path) -> None:
         trial = TrialBuilder(config_of(work)).build("x", {}, {"task.student.num_hidden_layers": layers}.items())
         counts.append(student_sizes(run_spec.resolve_run(trial.config))["parameters"])
     limit = {"limit": {"parameters": sum(counts) / 2}}
-    options = {"name": "limit", "scheduler": "none", "num_samples": 6, "algorithm": "random"}
+    options = {"name": "limit", "scheduler": "none", "num_samples": 6, "max_concurrent": 1}
     override = {"task.student.num_hidden_layers": 1}
     tested = tables(work, search=options, space=space, override=override) | limit
     result = complete(parse_config(SearchConfig, tested, "toy"), FunctionRunner)
@@ -355,7 +349,7 @@ def test_a_trial_that_was_asked_to_stop_is_no_result(work: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
     reports: list[dict[str, Any]] = []
     trial = TrialBuilder(config).build("trial-000", {}, ())
-    TrialRunner(config.search, ["accuracy"], str(work)).run(trial, reports.append)
+    TrainingRunner(config.search, ["accuracy"], str(work)).run(trial, reports.append)
     assert reports[-1]["status"] == "failed"
     assert "trial-000 was asked to stop" in reports[-1]["error"]
     assert processes.device().type == "cpu"  # as it asked for no GPU
@@ -384,8 +378,10 @@ def test_a_trial_that_cannot_begin_ends_the_search_and_one_that_fails_later_does
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 def test_the_time_limit_stops_the_search_which_then_goes_on(work: Path) -> None:
-    assert search(config_of(work, search={"hours": 1e-7}, space=SPACE), FunctionRunner) is None
-    assert len(complete(config_of(work, search={"hours": 1.0}, space=SPACE), FunctionRunner).trials) == 4
+    limits = [{"hours": hours, "max_concurrent": 1} for hours in (1e-7, 1.0)]
+    first, second = (config_of(work, search=limit, space=SPACE) for limit in limits)
+    assert search(first, FunctionRunner) is None
+    assert len(complete(second, FunctionRunner).trials) == 4
 
 
 def pre_training(world: World, work: Path) -> dict[str, str]:
@@ -412,7 +408,7 @@ def test_trials_share_a_pre_training_that_is_the_same(world: World, work: Path) 
     assert result.front
     assert result.best is None
 
-    options = {"name": "loss", "scheduler": "none", "num_samples": 2, "metric": "loss"}
+    options = {"name": "loss", "scheduler": "none", "num_samples": 2, "metric": "loss", "max_concurrent": 1}
     space = {"pretrain.optim.lr": {"loguniform": [1e-9, 1e-8]}}
     override = {"pretrain.run.steps": 4, "pretrain.run.eval_every": 2}
     tested = tables(work, search=options) | {"stage": stages[:1], "override": override, "space": space}
@@ -433,56 +429,31 @@ def marked(mark: str) -> list[str]:
     return command_lines
 
 
-def started(command: list[Path], mark: Path) -> subprocess.Popen[str]:
-    """Start a script, in processes that inherit MARK."""
-    arguments = [sys.executable, *map(str, command)]
-    variables = environment() | {"MARK": str(mark)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=variables, text=True, stdout=pipe, stderr=pipe, start_new_session=True
-    )
-
-
 @pytest.mark.ray
 @pytest.mark.parametrize("number", [signal.SIGTERM, *([signal.SIGUSR1] if sweep.enabled else [])])
-def test_an_interrupted_search_leaves_nothing_behind_and_goes_on(work: Path, number: signal.Signals) -> None:
-    space = {"task.optim.lr": {"choice": [GOOD]}}
-    config = tables(work, search={"num_samples": 2, "max_concurrent": 1}, space=space)
+def test_an_interrupted_search_leaves_nothing_behind_and_goes_on_in_order(work: Path, number: signal.Signals) -> None:
+    """Seeds are the last axis of a grid: interrupted, it is at all times a whole grid of fewer seeds."""
+    grid = {"seed": {str(seed): {"task.run.seed": seed} for seed in range(3)}}
+    config = tables(work, search={"max_concurrent": 1}, space=None, grid=grid)
     config["override"] |= {"task.run.steps": 16, "task.optim.lr": GOOD}
     (work / "tune.toml").write_text(tomli_w.dumps(config))
     record = work / "s" / "trials.jsonl"
 
-    running = started([TUNE, work / "tune.toml"], work)
+    running = ForkedScript(TUNE, work / "tune.toml", folder=work / "first", variables={"MARK": str(work)})
     wait_until(lambda: record.exists() and '"step": 4' in record.read_text(), SECONDS)
     # As `timeout` does, SIGTERM goes to Ray's processes too, as far as they are of the same group.
-    os.killpg(running.pid, number) if number == signal.SIGTERM else running.send_signal(number)
-    out, error = running.communicate(timeout=SECONDS)
+    (os.killpg if number == signal.SIGTERM else os.kill)(running.pid, number)
+    out, error = running.communicate(SECONDS)
     assert (running.returncode, out) == (75, "s: stopped early; run the same command again to go on\n"), error
     wait_until(lambda: not marked(str(work)), 20)
-    assert not (work / "s" / "trial-000" / "results.json").exists()
+    assert not (work / "s" / "0" / "results.json").exists()
     before = len(record.read_text().splitlines())
 
-    done = launch([TUNE, work / "tune.toml"])
-    assert done.returncode == 0, done.stderr
-    assert '"step": 2,' not in "".join(record.read_text().splitlines()[before:][:3])  # from a checkpoint
-    trials = json.loads((work / "s" / "results.json").read_text())["trials"]
-    assert [(row["trial"], row["step"]) for row in trials] == [("trial-000", 16), ("trial-001", 16)]
-    assert trials[0]["score"] == trials[1]["score"]
-
-
-@pytest.mark.ray
-def test_an_interrupted_grid_goes_on_in_order(work: Path) -> None:
-    """So that, its seeds being last, it is at all times a whole one of fewer seeds."""
-    grid = {"seed": {str(seed): {"task.run.seed": seed} for seed in range(4)}}
-    config = tables(work, search={"max_concurrent": 1}, override={"task.run.eval_every": 0}, space=None, grid=grid)
-    (work / "tune.toml").write_text(tomli_w.dumps(config))
-    running = started([TUNE, work / "tune.toml"], work)
-    record = work / "s" / "trials.jsonl"
-    wait_until(lambda: record.exists() and '"end"' in record.read_text(), SECONDS)
-    running.send_signal(signal.SIGUSR1)
-    running.communicate(timeout=SECONDS)
-    assert running.returncode == 75
-    done = launch([TUNE, work / "tune.toml"])
-    assert done.returncode == 0, done.stderr
+    running = ForkedScript(TUNE, work / "tune.toml", folder=work / "second")
+    out, error = running.communicate(SECONDS)
+    assert running.returncode == 0, error
     events = [json.loads(line) for line in record.read_text().splitlines()]
-    assert [event["trial"] for event in events if event["event"] == "end"] == ["0", "1", "2", "3"]
+    assert [event["trial"] for event in events if event["event"] == "end"] == ["0", "1", "2"]
+    assert min(event["step"] for event in events[before:] if event["trial"] == "0" and "step" in event) > 2
+    trials = json.loads((work / "s" / "results.json").read_text())["trials"]
+    assert {(row["trial"], row["step"]) for row in trials} == {("0", 16), ("1", 16), ("2", 16)}

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,15 +16,15 @@ import pytest
 import sweep
 import tomli_w
 from conftest import World
-from launching import ROOT, environment, launch, wait_until
+from launching import ROOT, ForkedScript, curves, wait_until
 from ray import cloudpickle
 from ray_cluster import RayCluster, ray_nodes
 from toy_search import GOOD, tables, with_base
 
+from lad_dist.cluster.workers import Report
 from lad_dist.config.load import load_config
 from lad_dist.config.search_schema import SearchConfig
-from lad_dist.search.trial import Report, TrialRunner
-from lad_dist.search.trials import Trial
+from lad_dist.search.trial import Trial, TrialRunner
 from lad_dist.search.tune import search
 
 TUNE = ROOT / "launch" / "tune.py"
@@ -59,14 +58,9 @@ class Work:
         file.write_text(tomli_w.dumps(tested))
         return file
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return environment() | {"RAY_ADDRESS": self.cluster.address}
-
-    def start(self, config: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, str(TUNE), str(config)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, env=self.environment, text=True, stdout=pipe, stderr=pipe)
+    def start(self, config: Path) -> ForkedScript:
+        variables = {"RAY_ADDRESS": self.cluster.address}
+        return ForkedScript(TUNE, config, folder=self.folder / f"output-{config.stem}", variables=variables)
 
     def run(self, config: Path) -> None:
         """Run a search in this process, to the end."""
@@ -108,9 +102,9 @@ def test_a_search_that_loses_process_node_and_driver_ends_as_if_nothing_had_happ
     generator.shuffle(kinds)
     for kind in kinds:
         aim = work.events(name) + generator.randint(2, 6)
-        wait_until(lambda aim=aim: work.events(name) >= aim or running.poll() is not None, SECONDS)
+        wait_until(lambda aim=aim: work.events(name) >= aim or running.returncode is not None, SECONDS)
         time.sleep(generator.random())
-        if running.poll() is not None:  # it ended before the blow
+        if running.returncode is not None:  # it ended before the blow
             break
         if kind == "node":
             work.cluster.lose_node()
@@ -120,9 +114,10 @@ def test_a_search_that_loses_process_node_and_driver_ends_as_if_nothing_had_happ
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
     aim = work.events(name) + generator.randint(1, 6)
-    wait_until(lambda: work.events(name) >= aim or running.poll() is not None, SECONDS)
-    running.kill()
-    running.communicate()
+    wait_until(lambda: work.events(name) >= aim or running.returncode is not None, SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(running.pid, signal.SIGKILL)
+    running.communicate(SECONDS)
     work.run(config)
     assert work.results(name) == undisturbed
 
@@ -155,7 +150,10 @@ def rows(file: Path) -> list[dict[str, float]]:
 
 
 def test_a_trial_of_two_processes_on_two_nodes_is_the_run_of_deepspeed(work: Work) -> None:
-    """Under ZeRO 1, also where one of the processes is lost midway."""
+    """Under ZeRO 1, also where one of the processes is lost midway.
+
+    That ranks train as under `deepspeed` is in tests/cli/test_commands.py.
+    """
     zero = {"task.deepspeed.zero_optimization.stage": 1}
     options = {"processes": 2, "placement_strategy": "STRICT_SPREAD", "num_samples": 1}
     config = work.config("two", search=options, override=zero)
@@ -163,15 +161,13 @@ def test_a_trial_of_two_processes_on_two_nodes_is_the_run_of_deepspeed(work: Wor
     wait_until(lambda: work.events("two") >= 4, SECONDS)
     victims = [pid for pid in work.cluster.workers if b"_Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(victims[-1], signal.SIGKILL)
-    _, error = running.communicate(timeout=SECONDS)
+    _, error = running.communicate(SECONDS)
     assert running.returncode == 0, error
     folder, alone = work.folder / "two" / "trial-000", work.folder / "alone"
     results = json.loads((folder / "results.json").read_text())
     assert results["processes"] == 2
     tested = results["config"] | {"run": results["config"]["run"] | {"name": alone.name, "dir": str(work.folder)}}
-    (work.folder / "alone.toml").write_text(tomli_w.dumps(tested))
-    done = launch([ROOT / "launch" / "task_distill.py", work.folder / "alone.toml"], by="deepspeed", processes=2)
-    assert done.returncode == 0, done.stderr
+    curves(work.folder / "ranks", {"alone": tested}, processes=2)
     pairs = zip(rows(folder / "metrics.jsonl"), rows(alone / "metrics.jsonl"), strict=True)
     assert all(one["loss"] == other["loss"] for one, other in pairs)
     assert results["metrics"] == json.loads((alone / "results.json").read_text())["metrics"]

@@ -13,7 +13,8 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.load import load_config, parse_config
 from lad_dist.config.schema import TaskConfig
 from lad_dist.config.search_schema import SearchConfig
-from lad_dist.search.trials import Trial, TrialBuilder, grid_trials
+from lad_dist.search.trial import Trial
+from lad_dist.search.trials import TrialBuilder, grid_trials
 
 
 @pytest.fixture

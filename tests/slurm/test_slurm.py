@@ -14,16 +14,14 @@ import pytest
 import tomli_w
 import toy
 from conftest import World
-from launching import ROOT
+from launching import ROOT, curves
 from slurm_cluster import SlurmCluster
 
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.load import apply_overrides, parse_config
-from lad_dist.config.schema import TaskConfig
 from lad_dist.data.shards.prepare import prepare
 from lad_dist.models import loading
 from lad_dist.models.frozen import model_digest
-from lad_dist.training.train import train
 
 pytestmark = pytest.mark.slurm
 
@@ -373,14 +371,11 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
 
 @pytest.fixture(scope="module")
-def trained(cluster: SlurmCluster, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository as the scripts see it, with a run of two processes on two nodes in runs/two."""
+def repository(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as the scripts see it."""
     folder = tmp_path_factory.mktemp("repository")
     shutil.copytree(ROOT / "slurm", folder / "slurm")
     (folder / "launch").symlink_to(ROOT / "launch")
-    (folder / "toy.toml").write_text(tomli_w.dumps(toy_tables(world)))
-    ended = cluster.run_job([*TWO_NODES, "slurm/task.sbatch", "toy.toml", "run.name=two"], 200, folder, NO_WAITING)
-    assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
     return folder
 
 
@@ -403,41 +398,40 @@ def exported(run: Path) -> str:
     return model_digest(loading.load_model(str(run / "export"), "classification", labels=toy.LABELS))
 
 
-def test_two_nodes_train_as_one_process_does(trained: Path, world: World) -> None:
-    alone = apply_overrides(toy_tables(world), {"run.dir": str(trained / "runs"), "run.name": "one"}.items())
-    train(parse_config(TaskConfig, alone, "toy"))
-    two = trained / "runs" / "two"
-    assert results(two)["processes"] == 2
-    assert len(losses(two)) == 40
-    assert losses(two) == pytest.approx(losses(trained / "runs" / "one"), rel=1e-4)
-
-
-def test_a_preempted_training_ends_with_the_same_weights(cluster: SlurmCluster, trained: Path) -> None:
-    job = cluster.submit([*TWO_NODES, "slurm/task.sbatch", "toy.toml", "run.name=preempted"], trained, NO_WAITING)
+def test_a_training_on_two_nodes_is_preempted_and_ends_as_that_of_two_ranks_on_one(
+    cluster: SlurmCluster, repository: Path, world: World
+) -> None:
+    """Bit for bit; that two ranks train as one does is in tests/training/test_world_sizes.py."""
+    (repository / "toy.toml").write_text(tomli_w.dumps(toy_tables(world)))
+    job = cluster.submit([*TWO_NODES, "slurm/task.sbatch", "toy.toml", "run.name=preempted"], repository, NO_WAITING)
     cluster.wait_for_output(job, "preempted step 2/40", 120)
     cluster.run(["scancel", "--batch", "--signal=USR1", job])
     ended = cluster.wait(job, 200)
     assert (ended.state, ended.code, cluster.shown(job)["Restarts"]) == ("COMPLETED", 0, "1"), ended.output
     assert "stopped early and saved" in ended.output
-    two, preempted = (trained / "runs" / name for name in ("two", "preempted"))
-    assert losses(preempted) == losses(two)
-    assert exported(preempted) == exported(two)
+    changes = {"run.dir": str(repository / "runs"), "run.name": "ranks"}
+    curves(repository / "ranks", {"toy": apply_overrides(toy_tables(world), changes.items())}, processes=2)
+    preempted, ranks = (repository / "runs" / name for name in ("preempted", "ranks"))
+    assert results(preempted)["processes"] == 2
+    assert len(losses(preempted)) == 40
+    assert losses(preempted) == losses(ranks)
+    assert exported(preempted) == exported(ranks)
 
 
 def test_a_corpus_from_an_array_is_the_corpus_from_one_process(
-    cluster: SlurmCluster, trained: Path, world: World
+    cluster: SlurmCluster, repository: Path, world: World
 ) -> None:
     rows = [json.dumps({"text": f"{toy.sentence(n % 300, most=60)} {n % 9000}"}) for n in range(16_000)]
-    (trained / "rows.jsonl").write_text("\n".join(rows))
-    source = {"kind": "jsonl", "path": str(trained / "rows.jsonl")}
+    (repository / "rows.jsonl").write_text("\n".join(rows))
+    source = {"kind": "jsonl", "path": str(repository / "rows.jsonl")}
     tables = {"out": "array", "tokenizer": str(world.tokenizer), "source": [source]}
-    (trained / "array.toml").write_text(tomli_w.dumps(tables))
-    jobs = pipeline(cluster, trained, "prepare", "--array=0-1", "--cpus-per-task=1", "array.toml", extra=NO_WAITING)
+    (repository / "array.toml").write_text(tomli_w.dumps(tables))
+    jobs = pipeline(cluster, repository, "prepare", "--array=0-1", "--cpus-per-task=1", "array.toml", extra=NO_WAITING)
     ended = cluster.wait(jobs["prepare"], 200)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
     assert "array: 3 chunks are tokenized; merging them" in ended.output
-    prepare(parse_config(PrepareConfig, {**tables, "out": str(trained / "alone"), "num_workers": 1}, "toy"))
-    array, alone = (files_in(trained / name) for name in ("array", "alone"))
+    prepare(parse_config(PrepareConfig, {**tables, "out": str(repository / "alone"), "num_workers": 1}, "toy"))
+    array, alone = (files_in(repository / name) for name in ("array", "alone"))
     assert len(array) >= 7
     assert array == alone
 
@@ -456,7 +450,7 @@ def without_teacher(tables: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_a_chain_distils_from_text_to_a_student(cluster: SlurmCluster, trained: Path, world: World) -> None:
+def test_a_chain_distils_from_text_to_a_student(cluster: SlurmCluster, repository: Path, world: World) -> None:
     books = {"kind": "text", "path": str(world.books)}
     runs, parent = Path("runs"), world.pretrained
     configs = {
@@ -467,18 +461,18 @@ def test_a_chain_distils_from_text_to_a_student(cluster: SlurmCluster, trained: 
     }
     words = ["--cpus-per-task=1"]
     for stage, tables in configs.items():
-        (trained / f"{stage}.toml").write_text(tomli_w.dumps(tables))
+        (repository / f"{stage}.toml").write_text(tomli_w.dumps(tables))
         words += [stage, f"{stage}.toml", *([] if stage == "prepare" else [f"run.name={stage}"])]
-    jobs = pipeline(cluster, trained, *words, extra=NO_WAITING)
+    jobs = pipeline(cluster, repository, *words, extra=NO_WAITING)
     for job in jobs.values():
         ended = cluster.wait(job, 200)
         assert (ended.state, ended.code) == ("COMPLETED", 0), ended.output
-    task = results(trained / "runs" / "task")
+    task = results(repository / "runs" / "task")
     assert task["config"]["student"]["path"] == "runs/pretrain/export"
     assert task["config"]["teacher"]["path"] == "runs/finetune/export"
-    assert task["teacher"]["accuracy"] == results(trained / "runs" / "finetune")["metrics"]["accuracy"]
+    assert task["teacher"]["accuracy"] == results(repository / "runs" / "finetune")["metrics"]["accuracy"]
     assert task["student"]["parameters"] < task["teacher"]["parameters"]
-    assert (trained / "runs" / "task" / "export" / "model.safetensors").exists()
+    assert (repository / "runs" / "task" / "export" / "model.safetensors").exists()
 
 
 def test_scripts_name_no_site(folder: Path) -> None:

@@ -4,10 +4,9 @@ import gc
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import toy
 from checkpoint_damage import Bomb
 from conftest import World
-from launching import ROOT, environment, run_command, wait_until
+from launching import ROOT, ForkedScript, run_command, wait_until
 from safetensors.torch import load_file
 from toy_runs import curve, digest, lad
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -415,20 +414,17 @@ def test_a_complete_run_is_not_run_twice(world: World, tmp_path: Path) -> None:
 def test_sigterm_saves_and_the_same_command_goes_on(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A real process: exit code 75 and one line; run again it ends with the weights of a run that was let be."""
+    """A process ends with exit code 75 and one line; run again it ends with the weights of a run that was let be."""
     changes = {**DROPOUT, "run.steps": 24, "data.micro_batch_size": 2, "data.num_workers": 1}
     tables = lad(world, tmp_path / "a", changes).model_dump(exclude_none=True)
     file = tmp_path / "run.toml"
     file.write_text(tomli_w.dumps(tables))
-    command = [sys.executable, str(ROOT / "launch" / "task_distill.py"), str(file)]
-    first = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    first = ForkedScript(ROOT / "launch" / "task_distill.py", file, folder=tmp_path / "output")
     metrics = tmp_path / "a" / "toy" / "metrics.jsonl"
     # Before it trains, SIGTERM just ends it; a loaded machine takes minutes to get there.
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, seconds=600)
-    first.send_signal(signal.SIGTERM)
-    out, error = first.communicate(timeout=120)
+    os.kill(first.pid, signal.SIGTERM)
+    out, error = first.communicate(120)
     assert first.returncode == 75, error
     assert out == f"{tmp_path / 'a' / 'toy'}: stopped early and saved; run the same command again to go on\n"
     assert all(line.startswith(("toy: ", "toy step ")) for line in error.splitlines()), error
