@@ -200,7 +200,7 @@ def test_regression(world: World, tmp_path: Path) -> None:
     alone = {"run.name": "teacher", "run.steps": 2, "teacher": None, "objective": {"name": "supervised"}}
     teacher = train(toy.parsed(tables, alone))
     result = train(toy.parsed(tables, {"run.steps": 2, "teacher.path": str(teacher.folder / "export")}))
-    assert set(result.results["metrics"]) == {"pearson", "spearman", "teacher_pearson"}
+    assert set(result.results["metrics"]) == {"pearson", "spearman", "loss", "teacher_pearson"}
     model = AutoModelForSequenceClassification.from_pretrained(result.folder / "export")
     assert model.config.problem_type == "regression"
     assert model.classifier.out_features == 1
