@@ -246,7 +246,7 @@ def test_a_grid_runs_every_trial_to_the_end_and_is_compared(work: Path, capsys: 
 def searched_function(work: Path, point: Sequence[Mapping[str, float]] = (), **options: Any) -> SearchResult:
     """Return the result of a search over the function of FunctionRunner, one trial at a time."""
     options = {"max_concurrent": 1, "scheduler": "none", **options}
-    searched = tables(work, search=options, space=SPACE) | {"point": point}
+    searched = tables(work, search=options, space=SPACE) | {"point": [*point]}
     return complete(parse_config(SearchConfig, searched, "toy"), FunctionRunner)
 
 
