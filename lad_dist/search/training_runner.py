@@ -12,8 +12,10 @@ from ray.exceptions import RayError
 
 from lad_dist.cluster.workers import Report, WorkerGroup, ignore
 from lad_dist.config.errors import EXIT_USER_ERROR, Fault, UserError
-from lad_dist.config.schema import TrainConfig
+from lad_dist.config.load import parse_config
+from lad_dist.config.schema import TrainConfig, train_schema
 from lad_dist.config.search_schema import SearchOptions
+from lad_dist.runs.run_folder import CRASHES, RunOccupied
 from lad_dist.search.metrics import LATENCY, final_values, scores_of
 from lad_dist.search.trial import Trial, TrialRunner
 from lad_dist.utils.text import one_line
@@ -85,11 +87,7 @@ class TrainingRunner(TrialRunner):
 
 def train_stage(options: SearchOptions, tables: dict[str, Any], shared: bool, report: Report) -> dict[str, Any]:
     """Train one config in this process, or in this process and its peers; return the content of results.json."""
-    # deepspeed belongs to the process of the trial alone.
-    from lad_dist.config.load import parse_config  # noqa: PLC0415
-    from lad_dist.config.schema import train_schema  # noqa: PLC0415
-    from lad_dist.runs.run_folder import CRASHES, RunOccupied  # noqa: PLC0415
-    from lad_dist.training.train import RunStatus, train  # noqa: PLC0415
+    from lad_dist.training.train import RunStatus, train  # noqa: PLC0415 (deepspeed: not in the driver)
 
     threads = max(1, int(options.cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the driver's may be that of a whole node
