@@ -25,7 +25,7 @@ LabelName = Annotated[str, BeforeValidator(lambda value: str(value) if type(valu
 CHANGEABLE_KEYS = {
     "run.label", "run.log_every", "run.eval_every", "run.replica_check_every", "run.max_skips", "run.watchdog_timeout",
     "run.save_every", "run.keep", "run.keep_every", "teacher.cache", "teacher.baseline_check",
-    "data.num_workers",
+    "data.num_workers", "data.test",
     "deepspeed.zero_optimization.stage",  # checkpointing/reshard.py refuses what it cannot convert
 }  # fmt: skip
 
@@ -217,10 +217,18 @@ class TaskDataConfig(DataConfig):
     path: str | None = Field(None, description="folder in GLUE's layout (RTE/train.tsv …); default: the hub's data set")
     train: str | None = Field(
         None,
-        description="your own .csv, .tsv, .jsonl or .parquet: text, text_pair (optional), label; for tagging CoNLL or "
-        ".jsonl, for question answering SQuAD's .json",
+        description="your own .csv, .tsv, .jsonl or .parquet; for tagging CoNLL or .jsonl, for question answering "
+        "SQuAD's .json; with data.hub a split",
     )
-    dev: str | None = Field(None, description="the same as train, for evaluation")
+    dev: str | None = Field(None, description="the same as train, for evaluations on the way and at the end")
+    test: str | None = Field(None, description="the same as train, for one evaluation at the end; default: none")
+    hub: str | None = Field(None, description="data set on the hub of which train, dev and test name the splits")
+    hub_config: str | None = Field(None, description="configuration of the data set on the hub")
+    text: str = Field("text", description="column of your own texts")
+    text_pair: str | None = Field(
+        None, description="column of the second texts of pairs; default: text_pair where your files have it"
+    )
+    label: str = Field("label", description="column of your own labels")
     kind: Literal["classification", "regression", "tagging", "question_answering"] = Field(
         "classification", description="kind of your own task"
     )
@@ -251,7 +259,12 @@ class TaskDataConfig(DataConfig):
         if self.task is None and (self.train is None or self.dev is None):
             raise ValueError("give a GLUE task, or both train and dev files")
         if self.task is not None and (self.train is not None or self.dev is not None):
-            raise ValueError("give a GLUE task or train and dev files, not both")
+            raise ValueError("give a GLUE task or train and dev files, not both; data.task=none unsets the task")
+        for key in ("test", "hub", "hub_config", "text", "text_pair", "label"):
+            if self.task is not None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} goes with train and dev, not with a GLUE task")
+        if self.hub_config is not None and self.hub is None:
+            raise ValueError("hub_config goes with hub alone")
         if self.pad_to is not None and self.pad_to < self.max_length:
             raise ValueError(f"pad_to = {self.pad_to} is shorter than max_length = {self.max_length}")
         return self
@@ -263,6 +276,10 @@ class TaskDataConfig(DataConfig):
         for key in ("doc_stride", "max_answer_length", "null_score_diff_threshold"):
             if self.kind != "question_answering" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f'{key} goes with kind = "question_answering" alone')
+        for key in ("hub", "text", "text_pair", "label"):
+            is_set = getattr(self, key) != type(self).model_fields[key].default
+            if is_set and self.kind not in ("classification", "regression"):
+                raise ValueError(f'{key} goes with kind = "classification" or "regression" alone')
         if self.doc_stride is not None and self.doc_stride >= self.max_length // 2:
             raise ValueError(f"doc_stride = {self.doc_stride} must be less than half of max_length = {self.max_length}")
         return self

@@ -188,14 +188,19 @@ class TaskDataset:
         self.dev = {
             name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()
         }
+        self.test = {}  # in the place of a dev set, and empty where there is none
+        if task.test is not None:
+            self.test["dev"] = tokenize(task, task.test, tokenizer, data, f"{task.name}'s test data")
 
     @property
     def description(self) -> str:
         """What there is to train and to evaluate on, for a person."""
         dev = sum(examples.count for examples in self.dev.values())
+        test = sum(examples.count for examples in self.test.values())
         cut = self.train.cut
         share = f", {cut / self.train.count:.2%} of them cut at {self._max_length} tokens" if cut else ""
-        return f"{self.train.count:,} training examples{share}; {dev:,} to evaluate on"
+        last = f", {test:,} to test on in the end" if test else ""
+        return f"{self.train.count:,} training examples{share}; {dev:,} to evaluate on{last}"
 
     @cached_property
     def fingerprint(self) -> str:

@@ -30,7 +30,7 @@ def model_card(results: Numbers) -> str:
     teacher = f", taught by `{config['teacher']['path']}`" if config.get("teacher") else ""
     tags = "".join(f"- {tag}\n" for tag in ("lad_dist", config["objective"]["name"]))
     use = PIPELINES.get(config["data"].get("kind"), "feature-extraction")
-    rows = [(name, plain_number(value)) for name, value in {**totals(results["student"]), **results["metrics"]}.items()]
+    rows = [(name, plain_number(value)) for name, value in student_rows(results).items()]
     skipped = results.get("skipped_updates", 0)
     updates = f" ({skipped} without an update, as loss or gradient was not finite)" if skipped else ""
     speed = ""
@@ -45,7 +45,7 @@ def model_card(results: Numbers) -> str:
         f"{markdown_table(('measured', 'value'), rows)}\n\n"
         f"Measured by\n```\n{results['command']}\n```\n"
         f"in {results['seconds']:.0f} seconds and {results['steps']} steps{updates} on {results['processes']} "
-        f"process(es), {results['device']}; metrics are those of the dev set, or of held-out text.\n"
+        f"process(es), {results['device']}; metrics are those of {scored_on(results)}.\n"
         f"{_size(student)}{speed}{remarks}" + "\n" * bool(remarks)
     )
 
@@ -62,10 +62,34 @@ def _usage(config: Numbers) -> str:
     )
 
 
-def totals(student: Numbers) -> dict[str, Any]:
+def _totals(student: Numbers) -> dict[str, Any]:
     """Return a student's numbers without those by component or by map, and without bytes."""
     left_out = {*BY_COMPONENT, "bytes"}
     return {name: x for name, x in student.items() if name.count("/") < 2 and name.split("/")[0] not in left_out}
+
+
+def student_rows(results: Numbers) -> dict[str, Any]:
+    """Return sizes and scores of a run's student by name; scores on a test set carry its name."""
+    return {**_totals(results["student"]), **results["metrics"], **_test_scores(results, "student")}
+
+
+def teacher_rows(results: Numbers) -> dict[str, Any]:
+    """Return sizes and scores of a run's teacher by the names of `student_rows`, nothing where it has none."""
+    return {**results["teacher"], **_test_scores(results, "teacher")}
+
+
+def _test_scores(results: Numbers, role: str) -> dict[str, float]:
+    """Return the scores on the test set; results of earlier versions have none."""
+    return {f"test {name}": value for name, value in results.get("test", {}).get(role, {}).items()}
+
+
+def scored_on(results: Numbers) -> str:
+    """Return in words what a run's metrics were measured on."""
+    if "shards" in results["config"]["data"]:
+        return "held-out text"
+    if results.get("test"):
+        return "the dev set, also used for selection; those of the test set, which was scored once, are named test"
+    return "the dev set, also used for selection"
 
 
 def _size(student: Numbers) -> str:

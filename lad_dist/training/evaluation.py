@@ -40,6 +40,8 @@ class TaskEvaluation:
     teacher: FrozenModel | None
     dev: Dev
     teacher_dev: Dev  # the same examples in the teacher's tokens
+    test: Dev  # the test set in the place of a dev set; empty where there is none
+    teacher_test: Dev
 
     def check_teacher(self, baseline_check: bool) -> None:
         """Raise UserError where the teacher is broken, or with `baseline_check` where it has a `weakness`."""
@@ -63,7 +65,7 @@ class TaskEvaluation:
         return {} if predictions is None else evaluate.task_scores(self.teacher_dev, predictions)
 
     def compare(self) -> dict[str, Scores]:
-        """Return the scores of "student" and "teacher".
+        """Return the scores of "student" and "teacher" on the dev set.
 
         Raises:
             UserError: The logits of one are not finite.
@@ -71,6 +73,20 @@ class TaskEvaluation:
         student = self._student_predictions()
         evaluate.check_finite("the student", student)
         return evaluate.compare(self.dev, student, self.teacher_dev, self._teacher_predictions)
+
+    def compare_on_test(self) -> dict[str, Scores]:
+        """Return the scores of "student" and "teacher" on the test set, none where there is no such set.
+
+        Raises:
+            UserError: The logits of one are not finite.
+        """
+        if not self.test:
+            return {}
+        self.distiller.eval()
+        student = evaluate.predict_all(self._logits, self.test)
+        evaluate.check_finite("the student", student)
+        teacher = self._predictions_of_teacher(self.teacher_test)
+        return evaluate.compare(self.test, student, self.teacher_test, teacher)
 
     def _student_predictions(self) -> DevPredictions:
         self.distiller.eval()
@@ -83,9 +99,12 @@ class TaskEvaluation:
 
     @cached_property
     def _teacher_predictions(self) -> DevPredictions | None:
+        return self._predictions_of_teacher(self.teacher_dev)
+
+    def _predictions_of_teacher(self, examples: Dev) -> DevPredictions | None:
         if self.teacher is None:
             return None
-        predictions = evaluate.predict_all(partial(evaluate.logits_of, self.teacher), self.teacher_dev)
+        predictions = evaluate.predict_all(partial(evaluate.logits_of, self.teacher), examples)
         evaluate.check_finite(self.teacher.path, predictions)
         return predictions
 
@@ -130,6 +149,10 @@ class CorpusEvaluation:
         if broken := [name for name, value in scores.items() if not math.isfinite(value)]:
             raise UserError(f"the student: broken, as {broken[0]} on held-out text is not finite")
         return {"student": scores}
+
+    def compare_on_test(self) -> dict[str, Scores]:
+        """Return nothing: a corpus has no test set."""
+        return {}
 
     def _mean_student_terms(self) -> Scores:
         self.distiller.eval()

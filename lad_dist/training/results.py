@@ -40,6 +40,7 @@ def write_results(
     run: Run,
     *,
     scores: Mapping[str, dict[str, float]],
+    test_scores: Mapping[str, dict[str, float]],
     seconds: float,
     tokens_per_second: float,
 ) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def write_results(
         "command": command_line(),
         "config": trainer.config.model_dump(mode="json", exclude_none=True),
         "metrics": scores["student"],
+        "test": dict(test_scores),  # scores of "student" and "teacher" on a test set, empty where there is none
         "student": {**size, **distiller.initial_values, **sizes_on_disk},
         "teacher": (footprint.footprint(teacher.model, batch) if teacher else {}) | scores.get("teacher", {}),
         "steps": trainer.steps,

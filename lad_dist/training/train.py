@@ -89,10 +89,16 @@ def _train_from_checkpoint(spec: RunSpec, run: Run, report: Report, watchdog: Wa
         resumption.checkpointer.wait(trainer.steps)
         with watchdog.paused():
             seconds, throughput = resumption.seconds, trainer.metrics.session.tokens_per_second()
-            scores = trainer.evaluation.compare()
+            scores, test_scores = trainer.evaluation.compare(), trainer.evaluation.compare_on_test()
             reporter.record_scores(trainer.steps, scores["student"])
             result.results = write_results(
-                trainer, spec, run, scores=scores, seconds=seconds, tokens_per_second=throughput
+                trainer,
+                spec,
+                run,
+                scores=scores,
+                test_scores=test_scores,
+                seconds=seconds,
+                tokens_per_second=throughput,
             )
     engine.release(trainer.engine)
     return result
@@ -119,7 +125,14 @@ def build_trainer(spec: RunSpec, run: Run, phase: Phase = unobserved, *, check_t
     teacher_dataset = spec.teacher_dataset(dataset)
     if isinstance(dataset, TaskDataset):
         assert isinstance(teacher_dataset, TaskDataset)
-        evaluation: Evaluation = TaskEvaluation(distiller, teacher, dataset.dev, teacher_dataset.dev)
+        evaluation: Evaluation = TaskEvaluation(
+            distiller,
+            teacher,
+            dev=dataset.dev,
+            teacher_dev=teacher_dataset.dev,
+            test=dataset.test,
+            teacher_test=teacher_dataset.test,
+        )
     else:
         evaluation = CorpusEvaluation(distiller, teacher, dataset, teacher_has_head=spec.teacher_head == "mlm")
     if check_teacher and config.teacher is not None:

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 from lad_dist.checkpointing.store import CheckpointStore, read_metadata
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import TrainConfig
+from lad_dist.config.schema import EvaluateConfig, TrainConfig
 from lad_dist.distributed import processes
 from lad_dist.evaluation import evaluate
 from lad_dist.models.forward import compute_outputs
@@ -222,6 +222,23 @@ def test_results_say_how_good_small_fast_and_faithful(world: World, tmp_path: Pa
     assert results["steps"] == 2
     assert results["seconds"] > 0
     assert (result.folder / "config.toml").read_text().count("temperature") == 1
+
+
+def test_a_test_set_is_scored_once_at_the_end(world: World, tmp_path: Path) -> None:
+    changes = {"run.steps": 4, "run.eval_every": 2, "data.test": world.files["train"]}
+    rows: list[dict[str, Any]] = []
+    results = train(lad(world, tmp_path, changes), rows.append).results
+    model, teacher = ({"path": str(path)} for path in (tmp_path / "toy" / "export", world.teacher))
+    data = {"train": world.files["dev"], "dev": world.files["train"], "max_length": 32}
+    tables = {"model": model, "teacher": teacher, "data": data}
+    alone = evaluate.evaluate(EvaluateConfig.model_validate(tables), speedup=False)
+    for role, name in (("student", "model"), ("teacher", "teacher")):
+        scores = results["test"][role]
+        assert scores == {key: pytest.approx(alone[name][key], abs=1e-4) for key in scores}
+        assert {"accuracy"} <= scores.keys()
+    without = train(lad(world, tmp_path / "without", {"run.steps": 4, "run.eval_every": 2})).results
+    assert (without["test"], without["metrics"]) == ({}, results["metrics"])
+    assert {key.partition("/")[0] for row in rows for key in row if "accuracy" in key} == {"dev", "teacher"}
 
 
 def padded(tokenizer_folder: Path) -> dict[str, torch.Tensor]:

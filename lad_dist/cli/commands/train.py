@@ -44,7 +44,7 @@ def distill(config: TaskConfig) -> int:
 def run_training(config: TrainConfig) -> int:
     """Train with progress on the terminal, and print where everything is."""
     with loading_libraries():
-        from lad_dist.runs.model_card import totals
+        from lad_dist.runs.model_card import scored_on, student_rows, teacher_rows
         from lad_dist.training.train import RunStatus, train
 
     with contextlib.closing(Console(config.run.name)) as console:
@@ -53,13 +53,13 @@ def run_training(config: TrainConfig) -> int:
         say(f"{result.folder}: stopped early and saved; run the same command again to go on")
         return EXIT_RUN_AGAIN
     assert result.results is not None
-    student = {**totals(result.results["student"]), **result.results["metrics"]}
-    teacher = result.results["teacher"]
+    student, teacher = student_rows(result.results), teacher_rows(result.results)
     if teacher:
         rows = [(name, value, teacher.get(name, "")) for name, value in student.items()]
         print_table(config.run.name, ("", "student", "teacher"), rows)
     else:
         print_table(config.run.name, ("", "model"), list(student.items()))
+    say(f"metrics are those of {scored_on(result.results)}")
     if skipped := result.results.get("skipped_updates"):  # results of earlier versions lack it
         say(f"{skipped} of {result.results['steps']} updates were skipped: {result.folder}/skipped_steps.json says why")
     say(f"model in {result.export_dir}, curves: tensorboard --logdir {result.folder}")

@@ -1,7 +1,7 @@
 """Labelled files: .csv, .tsv, .jsonl, .parquet.
 
-Own files have columns text, text_pair (optional) and label. In .tsv files, the user's too, quoting is off: a line is
-a row and a quotation mark a character, as in GLUE's. In .csv files quoting is on.
+The config names the columns of own files: texts, second texts of pairs, labels. In .tsv files quoting is
+off, as in GLUE's: a line is a row and a quotation mark a character. In .csv files quoting is on.
 """
 
 import csv
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import lookup
+from lad_dist.data.sources import hub
 from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
 from lad_dist.utils.suggest import MAX_LISTED, did_you_mean
 from lad_dist.utils.text import one_line
@@ -46,10 +47,14 @@ class ColumnNames(NamedTuple):
         return [name for name in self if name is not None]
 
 
-class FileRows(NamedTuple):
-    """Some columns of a file, and the line that each row begins on (in a .parquet the row's number, from 1)."""
+class MissingColumn(UserError):
+    """A column that is read is not there."""
 
-    file: Path
+
+class FileRows(NamedTuple):
+    """Some columns of a file, and the line that each row begins on (in other tables the row's number, from 1)."""
+
+    file: Path  # of a data set on the hub: its name and the split
     lines: list[int]
     columns: dict[str, list[Any]]
 
@@ -182,6 +187,23 @@ def _parquet(file: Path, required: Sequence[str], optional: str | None = None) -
     return _not_empty(FileRows(file, list(range(1, len(columns[names[0]]) + 1)), columns))
 
 
+def read_hub(
+    name: str, config: str | None, split: str, required: Sequence[str], optional: str | None = None
+) -> FileRows:
+    """Return the required columns of a split of a data set, and the optional one where it has it.
+
+    Numbers of classes that have names become the names.
+    """
+    rows = hub.load(name, config, split, ())
+    where = Path(f"{name}[{split}]")
+    columns = {column: list(rows[column]) for column in _present(where, rows.column_names, required, optional)}
+    for column, values in columns.items():
+        names = getattr(rows.features[column], "names", None)
+        if names is not None:
+            columns[column] = [names[value] if 0 <= value < len(names) else value for value in values]
+    return _not_empty(FileRows(where, list(range(1, len(rows) + 1)), columns))
+
+
 def _present(file: Path, header: Sequence[str], required: Iterable[str], optional: str | None) -> list[str]:
     """Return the columns to read. Raise UserError for one that is missing."""
     if not header:
@@ -189,7 +211,7 @@ def _present(file: Path, header: Sequence[str], required: Iterable[str], optiona
     for name in required:
         if name not in header:
             columns = textwrap.shorten(", ".join(header), MAX_LISTED, placeholder=" …")
-            raise UserError(f'{file}: no column "{name}" among {columns}: {did_you_mean(name, header)}')
+            raise MissingColumn(f'{file}: no column "{name}" among {columns}: {did_you_mean(name, header)}')
     names = list(required) if optional is None or optional not in header else [*required, optional]
     for name in names:
         if header.count(name) > 1:

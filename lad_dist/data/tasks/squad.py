@@ -7,6 +7,7 @@ R rows that the head reads: the first token of each window, which stands for "no
 """
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,11 +48,11 @@ class AnswerWindows(NamedTuple):
     characters: np.ndarray  # int64 [R, 2]: the characters of the context that each stands for
 
 
-def load_squad(train_file: Path, dev_file: Path) -> tuple[Questions, Questions]:
-    """Return the questions of both files. Raise UserError, with file and place, for a mistake in one."""
-    train, dev = (_read(file) for file in (train_file, dev_file))
-    unanswerable = any(not answers for questions in (train, dev) for answers in questions.answers)
-    return train._replace(unanswerable=unanswerable), dev._replace(unanswerable=unanswerable)
+def load_squad(files: Sequence[Path]) -> list[Questions]:
+    """Return the questions of each file. Raise UserError, with file and place, for a mistake in one."""
+    read = [_read(file) for file in files]
+    unanswerable = any(not answers for questions in read for answers in questions.answers)
+    return [questions._replace(unanswerable=unanswerable) for questions in read]
 
 
 def _read(file: Path) -> Questions:

@@ -38,26 +38,24 @@ class _Sentence(NamedTuple):
     tags: list[Any]
 
 
-def load_tagging(
-    train_file: Path, dev_file: Path, labels: Sequence[str] | None = None
-) -> tuple[Sentences, Sentences, tuple[str, ...]]:
-    """Return the sentences of both files, and the names of the tags in the order of the class ids.
+def load_tagging(files: Sequence[Path], labels: Sequence[str] | None = None) -> tuple[list[Sentences], tuple[str, ...]]:
+    """Return the sentences of each file, and the names of the tags in the order of the class ids.
 
-    These are `labels`, by default the training file's tags, sorted.
+    These are `labels`, by default the tags of the first file, sorted.
 
     Raises:
         UserError: A file has a mistake; the message names its line.
     """
-    train, dev = (list(reader_of(file, READERS)(file)) for file in (train_file, dev_file))
-    for file, sentences in ((train_file, train), (dev_file, dev)):
+    read = {file: list(reader_of(file, READERS)(file)) for file in files}
+    for file, sentences in read.items():
         if not sentences:
             raise UserError(f"{file}: no sentences")
-    present = sorted_names(_each(train_file, train, label_name))
+    present = sorted_names(_each(files[0], read[files[0]], label_name))
     if len(present) < 2:
-        raise UserError(f"{train_file}: every tag is {present[0]}; tagging needs at least two")
+        raise UserError(f"{files[0]}: every tag is {present[0]}; tagging needs at least two")
     names = tuple(labels or present)
     ids = {name: number for number, name in enumerate(names)}
-    return _numbered(train_file, train, ids), _numbered(dev_file, dev, ids), names
+    return [_numbered(file, read[file], ids) for file in files], names
 
 
 def _numbered(file: Path, sentences: list[_Sentence], ids: dict[str, int]) -> Sentences:

@@ -12,13 +12,21 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.load import lookup
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.data.tasks import files, squad, tagging
-from lad_dist.data.tasks.files import ColumnNames, Texts, number_label, reader_of, texts_of_rows
+from lad_dist.data.tasks.files import (
+    ColumnNames,
+    FileRows,
+    MissingColumn,
+    Texts,
+    number_label,
+    read_hub,
+    reader_of,
+    texts_of_rows,
+)
 from lad_dist.data.tasks.glue import GLUE, glue_files, texts_from_hub, texts_from_tsv
 from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
 
 Kind = Literal["classification", "regression", "tagging", "question_answering"]
-OWN_COLUMNS = ("text", "label")
-OWN_PAIR = "text_pair"
+PAIR = "text_pair"  # the column of second texts unless data.text_pair names another
 ENTITY_TAGS = re.compile(r"O|[BIMELSU](-.+)?")  # BIO (IOB1, IOB2), IOBES and BILOU
 
 
@@ -30,6 +38,7 @@ class Task(NamedTuple):
 
     Label names are in the order of the class ids, none where outputs are numbers. The first metric is the one to
     maximise; f1 is that of the label `positive`. With `fixed_order`, data.labels says that heads have this order.
+    `dev` is evaluated on the way and at the end, `test` at the end alone.
     """
 
     name: str
@@ -38,6 +47,7 @@ class Task(NamedTuple):
     metrics: tuple[str, ...]
     train: RawExamples
     dev: Mapping[str, RawExamples]
+    test: RawExamples | None = None
     positive: str | None = None
     fixed_order: bool = False
 
@@ -50,8 +60,10 @@ class Task(NamedTuple):
 def check_task(data: TaskDataConfig) -> None:
     """Raise UserError for an unknown task, a missing file, or a kind of file that cannot be read."""
     read: list[Path] = []
+    if data.hub is not None:
+        return
     if data.task is None:
-        read = [Path(file) for file in (data.train, data.dev) if file is not None]
+        read = _own_files(data)
         for file in read:
             reader_of(file, READERS[data.kind])
     elif data.path is not None:
@@ -96,70 +108,87 @@ def load_task(data: TaskDataConfig) -> Task:
     )
 
 
-def _own_files(data: TaskDataConfig) -> tuple[Path, Path]:
-    assert data.train is not None
-    assert data.dev is not None
-    return Path(data.train), Path(data.dev)
+def _own_files(data: TaskDataConfig) -> list[Path]:
+    """Return the files, or the names of the splits, to train on, for dev, and for the test where there is one."""
+    return [Path(name) for name in (data.train, data.dev, data.test) if name is not None]
+
+
+def _own_rows(data: TaskDataConfig) -> tuple[list[FileRows], ColumnNames]:
+    """Return the rows of the own files, and the names of the columns."""
+    required = [name for name in (data.text, data.text_pair, data.label) if name is not None]
+    optional = PAIR if data.text_pair is None else None
+    try:
+        if data.hub is None:
+            rows = [reader_of(file, files.READERS)(file, required, optional) for file in _own_files(data)]
+        else:
+            splits = map(str, _own_files(data))
+            rows = [read_hub(data.hub, data.hub_config, split, required, optional) for split in splits]
+    except MissingColumn as error:
+        raise UserError(f"{error}; data.text, data.text_pair and data.label name the columns") from None
+    with_pair = [each for each in rows if PAIR in each.columns]
+    if optional is not None and 0 < len(with_pair) < len(rows):
+        lacking = next(each.file for each in rows if PAIR not in each.columns)
+        raise UserError(f"{lacking}: no column {PAIR}, but {with_pair[0].file} has it")
+    return rows, ColumnNames(data.text, data.text_pair or (PAIR if with_pair else None), data.label)
 
 
 def _own_task(kind: Kind, data: TaskDataConfig) -> Task:
-    train_file, dev_file = _own_files(data)
-    train, dev = (reader_of(file, files.READERS)(file, OWN_COLUMNS, OWN_PAIR) for file in (train_file, dev_file))
-    if (OWN_PAIR in train.columns) != (OWN_PAIR in dev.columns):
-        lacking = dev_file if OWN_PAIR in train.columns else train_file
-        raise UserError(f"{lacking}: no column {OWN_PAIR}, but the other file has it")
-    columns = ColumnNames("text", OWN_PAIR if OWN_PAIR in train.columns else None, "label")
+    rows, columns = _own_rows(data)
+    train = rows[0]
     if kind == "regression":
         names: tuple[str, ...] = ()
-        examples = [texts_of_rows(rows, columns, number_label, np.float32) for rows in (train, dev)]
-        for file, texts in zip((train_file, dev_file), examples, strict=True):
+        examples = [texts_of_rows(each, columns, number_label, np.float32) for each in rows]
+        for each, texts in zip(rows, examples, strict=True):
             if not np.ptp(texts.labels):
-                raise UserError(f"{file}: every label is {texts.labels[0]:g}; a regression needs at least two")
+                raise UserError(f"{each.file}: every label is {texts.labels[0]:g}; a regression needs at least two")
         metrics: tuple[str, ...] = ("pearson", "spearman")
     else:
-        present = sorted_names(train.labels("label", label_name, object).tolist())
+        present = sorted_names(train.labels(columns.label, label_name, object).tolist())
         if len(present) < 2:
-            raise UserError(f"{train_file}: every label is {present[0]}; a classification needs at least two")
+            raise UserError(f"{train.file}: every label is {present[0]}; a classification needs at least two")
         names = tuple(data.labels or present)
         ids = {name: number for number, name in enumerate(names)}
         if data.positive is not None:
             lookup("data.positive", data.positive, ids)
-        examples = [texts_of_rows(rows, columns, partial(class_id, ids), np.int64) for rows in (train, dev)]
+        examples = [texts_of_rows(each, columns, partial(class_id, ids), np.int64) for each in rows]
         metrics = ("accuracy", *(["f1"] if data.positive else []), "f1_macro", "matthews")
     return Task(
-        name=train_file.stem,
+        name=Path(data.hub).name if data.hub else train.file.stem,
         kind=kind,
         label_names=names,
         metrics=metrics,
         train=examples[0],
         dev={"dev": examples[1]},
+        test=examples[2] if data.test else None,
         positive=data.positive,
         fixed_order=data.labels is not None,
     )
 
 
 def _own_tagging(data: TaskDataConfig) -> Task:
-    train_file, dev_file = _own_files(data)
-    train, dev, names = tagging.load_tagging(train_file, dev_file, data.labels)
+    paths = _own_files(data)
+    sentences, names = tagging.load_tagging(paths, data.labels)
     entities = all(ENTITY_TAGS.fullmatch(name) for name in names)
     metrics = ("f1", "precision", "recall", "accuracy") if entities else ("accuracy",)
     return Task(
-        name=train_file.stem,
+        name=paths[0].stem,
         kind="tagging",
         label_names=names,
         metrics=metrics,
-        train=train,
-        dev={"dev": dev},
+        train=sentences[0],
+        dev={"dev": sentences[1]},
+        test=sentences[2] if data.test else None,
         fixed_order=data.labels is not None,
     )
 
 
 def _own_questions(data: TaskDataConfig) -> Task:
-    train_file, dev_file = _own_files(data)
-    train, dev = squad.load_squad(train_file, dev_file)
+    paths = _own_files(data)
+    train, dev, *test = squad.load_squad(paths)
     in_dev = {"f1_answerable": any(dev.answers), "f1_unanswerable": not all(dev.answers)}
     by_kind = [name for name, present in in_dev.items() if present and dev.unanswerable]
-    return Task(train_file.stem, "question_answering", (), ("f1", "exact_match", *by_kind), train, {"dev": dev})
+    metrics = ("f1", "exact_match", *by_kind)
+    return Task(paths[0].stem, "question_answering", (), metrics, train, {"dev": dev}, test=test[0] if test else None)
 
 
 # The user's own files by the kind of task: readers by the ending of a file, and what makes a task of two files.

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
+from lad_dist.data.tasks.files import Texts
 from lad_dist.data.tasks.label_names import sorted_names
 from lad_dist.data.tasks.task import Task, check_task, load_task
 
@@ -134,6 +136,67 @@ def test_own_files_keep_their_texts(tmp_path: Path, kind: str) -> None:
     assert task.label_names == ("2", "10")
     assert task.train.labels.tolist() == [0, 1, 0, 0]
     assert (task.name, task.metrics, list(task.dev)) == ("own", ("accuracy", "f1_macro", "matthews"), ["dev"])
+
+
+def intents(folder: Path) -> dict[str, str]:
+    """Write three files with columns of their own names; return them by key."""
+    for name, count in (("train", 6), ("dev", 3), ("test", 2)):
+        rows = [f'{number},"say {name} {number}",{("greet", "leave")[number % 2]}' for number in range(count)]
+        write_tsv(folder / f"{name}.csv", "id,utterance,intent", *rows)
+    return {name: str(folder / f"{name}.csv") for name in ("train", "dev", "test")}
+
+
+def test_columns_have_the_names_that_the_config_gives(tmp_path: Path) -> None:
+    data = TaskDataConfig(**intents(tmp_path), text="utterance", label="intent")
+    task = load_task(data)
+    assert task.label_names == ("greet", "leave")
+    assert isinstance(task.test, Texts)
+    assert (task.train.texts[0], len(task.dev["dev"].texts), task.test.texts) == (
+        "say train 0", 3, ["say test 0", "say test 1"]
+    )  # fmt: skip
+    pairs = load_task(data.model_copy(update={"text_pair": "id"}))
+    assert (pairs.train.pairs, pairs.train.texts) == ([str(number) for number in range(6)], task.train.texts)
+    hint = 'no column "text" among id, utterance, intent: .*; data.text, data.text_pair and data.label name the columns'
+    with pytest.raises(UserError, match=hint):
+        load_task(data.model_copy(update={"text": "text"}))
+    with pytest.raises(UserError, match='no column "second" among'):
+        load_task(data.model_copy(update={"text_pair": "second"}))
+
+
+def test_a_data_set_that_the_datasets_library_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    folder = tmp_path / "set"
+    intents(folder)
+    files = {split: f"{folder}/{name}.csv" for split, name in (("train", "train"), ("validation", "dev"))}
+    splits = datasets.load_dataset("csv", data_files=files, cache_dir=str(tmp_path / "cache"))
+    splits = splits.cast_column("intent", datasets.ClassLabel(names=["greet", "leave"]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split, streaming: splits[split])
+    data = TaskDataConfig(hub="me/intents", train="train", dev="validation", text="utterance", label="intent")
+    check_task(data)
+    task, own_task = (
+        load_task(each) for each in (data, TaskDataConfig(**intents(tmp_path), text="utterance", label="intent"))
+    )
+    assert (task.name, task.label_names, task.test) == ("intents", ("greet", "leave"), None)
+    assert (task.train.texts, task.train.labels.tolist()) == (own_task.train.texts, own_task.train.labels.tolist())
+    assert task.dev["dev"].labels.tolist() == own_task.dev["dev"].labels.tolist()
+    with pytest.raises(UserError, match=r'me/intents\[train\]: no column "label" among .*; data.text, data.text_pair'):
+        load_task(data.model_copy(update={"label": "label"}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"task": "rte", "test": "a.csv"}, "test goes with train and dev, not with a GLUE task"),
+        ({"task": "rte", "text": "utterance"}, "text goes with train and dev, not with a GLUE task"),
+        ({"train": "a", "dev": "b", "hub_config": "c"}, "hub_config goes with hub alone"),
+        ({"train": "a", "dev": "b", "kind": "tagging", "label": "c"}, 'label goes with kind = "classification" or'),
+        ({"task": "rte", "train": "a", "dev": "b"}, "not both; data.task=none unsets the task"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(keys: dict[str, str], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TaskDataConfig(**keys)
 
 
 def test_carriage_returns_end_the_lines_of_a_file_without_newlines(tmp_path: Path) -> None:
