@@ -49,7 +49,8 @@ def distill(
 
     Args:
         teacher: The folder or hub name of the classifier.
-        train: A CSV, TSV, JSONL or Parquet file with columns text, label and perhaps text_pair.
+        train: A CSV, TSV, JSONL or Parquet file with columns text, label and perhaps text_pair, or with those that
+            `changes` names by data.text, data.label and data.text_pair.
         dev: The same, for evaluation.
         num_hidden_layers: The number of layers that the student keeps.
         method: The name of a config in `configs:task/`: "lad", "kd", "pkd", …
