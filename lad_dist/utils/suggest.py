@@ -18,5 +18,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Return the name whose letters are most alike, or an empty list where none is near."""
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=CUTOFF)
+    """Return the name whose letters are most alike, or an empty list where none is near.
+
+    One of the same letters in another order comes first: tset is test, though text is as near.
+    """
+    near = difflib.get_close_matches(name, list(names), cutoff=CUTOFF)
+    return sorted(near, key=lambda choice: sorted(choice) != sorted(name))[:1]

@@ -32,11 +32,11 @@ SECRET = "hf_" + secrets.token_hex(8)
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heads]:
     """One that asks for a token, and one that does not, of a user whose variables are not the driver's."""
-    theirs = {"HOME": str(tmp_path_factory.mktemp("home")), "HF_HOME": "/of/the/head", "FOO": "head"}
+    users = {"HOME": str(tmp_path_factory.mktemp("home")), "HF_HOME": "/of/the/head", "FOO": "head"}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with (
-        ray_nodes(variables=theirs | token) as guarded,
-        ray_nodes(variables=theirs | {"RAY_AUTH_MODE": "disabled"}) as unguarded,
+        ray_nodes(variables=users | token) as guarded,
+        ray_nodes(variables=users | {"RAY_AUTH_MODE": "disabled"}) as unguarded,
     ):
         yield guarded, unguarded
 

@@ -132,7 +132,7 @@ def test_a_model_is_loyal_to_itself(world: World) -> None:
 def test_without_a_teacher_no_loyalty_is_measured(world: World) -> None:
     scores = evaluate.evaluate(evaluate_config(world, world.teacher))
     assert set(scores) == {"model"}
-    assert set(scores["model"]) == {"path", "parameters", "accuracy", "f1_macro", "matthews"}
+    assert set(scores["model"]) == {"path", "parameters", "accuracy", "f1_macro", "matthews", "loss"}
 
 
 @pytest.mark.parametrize(
