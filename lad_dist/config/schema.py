@@ -239,6 +239,11 @@ class TaskDataConfig(DataConfig):
     positive: LabelName | None = Field(
         None, description="label of your own classification whose F1 is the metric f1; default: none, and no f1"
     )
+    class_weights: Literal["balanced"] | list[PositiveFloat] | None = Field(
+        None,
+        description="what an example counts in the loss against the labels, by label in the order of labels; balanced: "
+        "all labels together count equally; default: 1",
+    )
     doc_stride: PositiveInt | None = Field(
         None, description="tokens that neighbouring windows of a question's context share; default: max_length / 3"
     )
@@ -286,7 +291,8 @@ class TaskDataConfig(DataConfig):
 
     @model_validator(mode="after")
     def _labels_of_the_kind(self) -> Self:
-        for key, kinds in (("labels", ("classification", "tagging")), ("positive", ("classification",))):
+        decisions = ("classification", "tagging")
+        for key, kinds in (("labels", decisions), ("positive", ("classification",)), ("class_weights", decisions)):
             if self.kind not in kinds and getattr(self, key) is not None:
                 raise ValueError(f'{key} does not go with kind = "{self.kind}", only with {", ".join(kinds)}')
         if self.labels is not None and len(set(self.labels)) < len(self.labels):

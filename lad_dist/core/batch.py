@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     num_sequences: int  # sequences that are not empty: the first ones
     num_pairs: int  # sum of squared lengths: pairs of real tokens of one sequence
     computed_tokens: int  # tokens that a model computes on: N, rounded up so that shapes recur
+    row_weights: Tensor | None = None  # [R], what each row counts in the loss against the labels; None: 1
     step_counts: Counts | None = None  # mean over all micro-batches of the step; None: the batch is no part of one
 
     def to(self, device: torch.device | str) -> Self:

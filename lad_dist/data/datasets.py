@@ -7,8 +7,11 @@ their arguments: `.batch(step, micro_batch)`, and `.samples(step, micro_batch)`,
 
 import hashlib
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import CorpusDataConfig, TaskDataConfig
@@ -185,6 +188,7 @@ class TaskDataset:
         self.train = tokenize(task, task.train, tokenizer, data, f"{task.name}'s training data", data.pad_to)
         self._order = TaskOrder(self.train.count, data.micro_batch_size, data.micro_batches_per_step, seed)
         self.micro_batches_per_step, self.steps_per_epoch = data.micro_batches_per_step, self._order.steps_per_epoch
+        self._class_weights = _class_weights(data.class_weights, self.train.labels, len(task.outputs))
         self.dev = {
             name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()
         }
@@ -209,7 +213,10 @@ class TaskDataset:
 
     def batch(self, step: int, micro_batch: int) -> Batch:
         """Return a micro-batch of a step, with the rows and labels of its examples."""
-        return self.train.batch(self.example_ids(step, micro_batch))
+        batch = self.train.batch(self.example_ids(step, micro_batch))
+        if self._class_weights is None:
+            return batch
+        return batch._replace(row_weights=self._class_weights[batch.labels])
 
     def samples(self, step: int, micro_batch: int) -> list[int]:
         """Return the ids of the micro-batch's examples, for a log."""
@@ -218,3 +225,16 @@ class TaskDataset:
     def example_ids(self, step: int, micro_batch: int) -> np.ndarray:
         """Return int64 [micro_batch_size]: which examples of `train` the micro-batch consists of."""
         return self._order.micro_batch(step, micro_batch)
+
+
+def _class_weights(setting: Any, labels: np.ndarray, count: int) -> Tensor | None:
+    """Return the weight of each of `count` classes, fp32, None where all are 1.
+
+    Balanced is labels / (count · labels of the class), as in scikit-learn; over the training set its mean is 1.
+    """
+    if setting is None:
+        return None
+    if setting == "balanced":
+        numbers = np.maximum(np.bincount(labels, minlength=count), 1)  # of a class without examples none is read
+        setting = len(labels) / (count * numbers)
+    return torch.tensor(setting, dtype=torch.float32)

@@ -25,6 +25,7 @@ class Objective(nn.Module):
         uses_mlm_head: Whether student and teacher have an MLM head on a corpus. On a task they have the task's head.
         student_spec: The tensors that it reads of the student's forward.
         teacher_spec: The tensors that it reads of the teacher's forward.
+        learns_from_labels: Whether a term is a loss against the labels, which data.class_weights weigh.
         metrics: Detached scalars of the last forward, logged beside the terms.
     """
 
@@ -34,6 +35,7 @@ class Objective(nn.Module):
 
     student_spec: OutputSpec
     teacher_spec: OutputSpec = OutputSpec()
+    learns_from_labels: bool = False
 
     def __init__(self) -> None:
         """Start without metrics."""

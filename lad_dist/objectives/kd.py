@@ -41,6 +41,7 @@ class KD(Objective):
                 "objective.soft: the teacher has no head to learn from; set objective.soft = 0 or take minilm2"
             )
         self.soft, self.hard, self.temperature = soft, hard, temperature
+        self.learns_from_labels = hard > 0
         self.head, self.vocabulary = student.head, student.vocabulary
         self.student_spec = OutputSpec(logits=bool(soft or hard))
         self.teacher_spec = OutputSpec(logits=soft > 0)

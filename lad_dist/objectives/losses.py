@@ -26,7 +26,8 @@ MIN_SQUARED_DISTANCE = 1e-6  # below it two points have no direction
 def hard_label_loss(logits: Tensor, batch: Batch, head: Head) -> Tensor:
     """Return the loss of logits [R, V] against the batch's labels, a scalar.
 
-    It is the cross-entropy, mean over rows; for regression the squared error of [R, 1]. For question answering, start
+    It is the cross-entropy, mean over rows, each times its `batch.row_weights` where there are some; for regression the
+    squared error of [R, 1]. For question answering, start
     and end of the answer are distributions over the rows of a sequence. The cross-entropy is then a mean over both and
     over sequences (Devlin et al., NAACL 2019, section 4.2).
     """
@@ -35,6 +36,9 @@ def hard_label_loss(logits: Tensor, batch: Batch, head: Head) -> Tensor:
         return errors / batch.divisors.rows
     if head == "question_answering":
         return -(batch.labels * log_softmax_per_sequence(logits, batch)).sum() / (2 * batch.divisors.sequences)
+    if batch.row_weights is not None:
+        errors = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        return (errors * batch.row_weights).sum() / batch.divisors.rows
     cross_entropy = partial(F.cross_entropy, reduction="sum")
     return _sum_in_chunks(lambda x, y: cross_entropy(x.float(), y), logits, batch.labels) / batch.divisors.rows
 

@@ -18,6 +18,7 @@ class Supervised(Objective):
 
     supported_data: ClassVar[tuple[Literal["corpus", "task"], ...]] = ("task",)
     requires_teacher = False
+    learns_from_labels = True
     student_spec = OutputSpec(logits=True)
 
     def __init__(self, student: ModelDims, teacher: ModelDims | None):

@@ -213,6 +213,8 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
         learns_nothing = objective.student_spec == OutputSpec()
     if learns_nothing:
         raise UserError("objective: all weights are 0, so the student learns nothing; set one of them")
+    if isinstance(config.data, TaskDataConfig) and config.data.class_weights and not objective.learns_from_labels:
+        raise UserError("data.class_weights: the objective does not learn from labels; set objective.hard")
     teacher_tokenizer = tokenizer
     if config.teacher is not None and teacher_config is not None:
         if config.teacher.path != tokenizer_path:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
 from toy_shards import Documents, write_shards
 from toy_text import WORDS, sentence
 
@@ -313,6 +314,20 @@ def test_dev_batches_are_in_order_flat_and_small(toy_tokenizer) -> None:
     assert torch.cat([batch.labels for batch in batches]).tolist() == task.dev["dev"].labels.tolist()
     assert all(batch.num_tokens == len(batch.input_ids) for batch in batches)
     assert same(dataset.dev["dev"].in_order()[1](), batches[1])
+
+
+def test_classes_weigh_as_scikit_learn_balances_them_or_as_given(toy_tokenizer) -> None:
+    task = toy_task(90)
+    labels = np.array([0] * 60 + [1] * 30)
+    task = task._replace(train=task.train._replace(labels=labels))
+    balanced = compute_class_weight("balanced", classes=np.array([0, 1]), y=labels)
+    for setting, weights in (("balanced", balanced), ([0.5, 4.0], [0.5, 4.0])):
+        dataset = TaskDataset(task_data(class_weights=setting), task, toy_tokenizer, seed=0)
+        batch = dataset.batch(0, 0)
+        assert batch.row_weights is not None
+        assert batch.row_weights.tolist() == pytest.approx([weights[label] for label in batch.labels.tolist()])
+        assert next(iter(dataset.dev["dev"].in_order()))().row_weights is None
+    assert TaskDataset(task_data(), task, toy_tokenizer, seed=0).batch(0, 0).row_weights is None
 
 
 def test_padding_as_a_data_option(toy_tokenizer) -> None:

@@ -36,6 +36,14 @@ def test_hard_loss_by_hand() -> None:
     assert losses.hard_label_loss(torch.tensor([[2.0], [0.0]]), numbers, "regression").item() == pytest.approx(5.0)
 
 
+def test_rows_count_what_their_class_weighs() -> None:
+    torch.manual_seed(0)
+    logits, labels, weights = torch.randn(5, 3), torch.tensor([0, 2, 2, 1, 0]), torch.tensor([0.5, 2.0, 3.0])
+    batch = toy.batch([3, 2, 4, 2, 2], labels=labels.tolist())._replace(row_weights=weights[labels])
+    expected = torch.nn.CrossEntropyLoss(weight=weights, reduction="sum")(logits, labels) / 5
+    assert losses.hard_label_loss(logits, batch, "classification").item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 HEAD_POSITIONS = [[0, 2], [0, 1, 2, 4], [0, 1, 3]]  # in sequences of 3, 5 and 4 tokens
 
 

@@ -114,6 +114,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (CORPUS, {"objective": {"name": "minilm", "heads": 8}}, "objective: heads: no such key"),
     (TASK, {"objective": {"name": "kd", "cosine": 1.0}}, "objective: cosine: no such key"),
     (TASK, {"objective": {"name": "kd", "soft": 0.0, "hard": 0.0}}, "objective: all weights are 0"),
+    (TASK, {"objective": {"name": "kd", "hard": 0.0}, "data.class_weights": "balanced"}, "does not learn from labels"),
     (
         CORPUS,
         {"objective": {"name": "tinybert", "embedding": 0.0, "hidden": 0.0, "attention": 0.0}},

@@ -1,6 +1,7 @@
 """A task: examples to train and evaluate on, label names, metrics."""
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from lad_dist.data.tasks.files import (
 )
 from lad_dist.data.tasks.glue import GLUE, glue_files, texts_from_hub, texts_from_tsv
 from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
+from lad_dist.utils.suggest import MAX_LISTED
 
 Kind = Literal["classification", "regression", "tagging", "question_answering"]
 PAIR = "text_pair"  # the column of second texts unless data.text_pair names another
@@ -80,6 +82,17 @@ def load_task(data: TaskDataConfig) -> Task:
 
     Raise UserError, with file and line, for a mistake in one.
     """
+    task = _read_task(data)
+    if data.class_weights is not None and not task.label_names:
+        raise UserError(f"data.class_weights: the labels of {task.name} are numbers")
+    if isinstance(data.class_weights, list) and len(data.class_weights) != len(task.label_names):
+        names = textwrap.shorten(", ".join(task.label_names), MAX_LISTED, placeholder=" …")
+        count = len(data.class_weights)
+        raise UserError(f"data.class_weights: {count} weights for the {len(task.label_names)} labels {names}")
+    return task
+
+
+def _read_task(data: TaskDataConfig) -> Task:
     check_task(data)
     if data.task is None:
         return LOADERS[data.kind](data)

@@ -185,8 +185,26 @@ def test_a_data_set_that_the_datasets_library_loads(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
+    ("weights", "message"),
+    [([1.0, 2.0, 3.0], "data.class_weights: 3 weights for the 2 labels greet, leave"), ("balanced", None)],
+)
+def test_there_is_a_weight_for_each_label(weights: Any, message: str | None, tmp_path: Path) -> None:
+    data = TaskDataConfig(**intents(tmp_path), text="utterance", label="intent", class_weights=weights)
+    if message is None:
+        assert load_task(data).label_names == ("greet", "leave")
+        return
+    with pytest.raises(UserError, match=message):
+        load_task(data)
+
+
+@pytest.mark.parametrize(
     ("keys", "message"),
     [
+        (
+            {"train": "a", "dev": "b", "kind": "regression", "class_weights": "balanced"},
+            "class_weights does not go with",
+        ),
+        ({"train": "a", "dev": "b", "class_weights": "even"}, "balanced"),
         ({"task": "rte", "test": "a.csv"}, "test goes with train and dev, not with a GLUE task"),
         ({"task": "rte", "text": "utterance"}, "text goes with train and dev, not with a GLUE task"),
         ({"train": "a", "dev": "b", "hub_config": "c"}, "hub_config goes with hub alone"),
