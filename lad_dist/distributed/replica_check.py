@@ -28,16 +28,22 @@ def parameter_hash(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
         integers = tensor.detach().contiguous().view(-1).view(INTEGERS[min(tensor.element_size(), 4)])
         for chunk in integers.split(CHUNK):
             if len(chunk):  # PyTorch hashes nothing that is empty
-                hashes.append(torch.hash_tensor(chunk * _factors(tensor.device)[: len(chunk)]).view(torch.int64))
+                offsets, factors = (of_places[: len(chunk)] for of_places in _of_places(tensor.device))
+                hashes.append(torch.hash_tensor((chunk + offsets) * factors).view(torch.int64))
     values = torch.stack(hashes).tolist() if hashes else []
     return hashlib.sha256(repr((headers, values)).encode()).hexdigest()
 
 
 @cache
-def _factors(device: torch.device) -> Tensor:
-    """Return a factor for each place, as `hash_tensor` is blind to order; odd, so that no flipped bit is missed."""
+def _of_places(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return an offset and a factor for each place, as `hash_tensor` is blind to order.
+
+    Factors are odd, so that no flipped bit is missed. Without offsets two numbers of which a flip makes the negative
+    ones, as of 2.0 in fp32, would cancel: -v and v differ in the same bits whatever the factor.
+    """
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(-(1 << 62), 1 << 62, (CHUNK,), generator=generator) * 2 + 1).to(device)
+    offsets, factors = torch.randint(-(1 << 62), 1 << 62, (2, CHUNK), generator=generator).to(device)
+    return offsets, factors * 2 + 1
 
 
 def divergent_ranks(named_tensors: Iterable[tuple[str, Tensor]]) -> list[int]:

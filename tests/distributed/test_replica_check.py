@@ -1,5 +1,7 @@
 """Hashes differ where weights differ, and the rank whose weights differ is named."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -47,6 +49,17 @@ def test_the_same_bit_flipped_in_two_places_changes_the_hash(
     for place in places:
         flip(x, place * x.element_size() + byte, bit)
     assert hash_of(x) != before
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 2.0, -0.5])
+def test_the_same_bit_flipped_in_two_equal_numbers_changes_the_hash(value: float) -> None:
+    before = hash_of(torch.full((8,), value))
+    for first, second in itertools.combinations(range(8), 2):
+        for byte, bit in itertools.product(range(4), range(8)):
+            x = torch.full((8,), value)
+            for place in (first, second):
+                flip(x, 4 * place + byte, bit)
+            assert hash_of(x) != before
 
 
 @given(st.sampled_from(DTYPES), st.permutations(range(6)))
