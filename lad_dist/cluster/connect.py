@@ -29,6 +29,7 @@ OBJECT_STORE_BYTES = 100_000_000  # trials exchange nothing but numbers
 TRIAL_VARIABLES = ("TOKENIZERS_PARALLELISM", "DS_ACCELERATOR")
 TRIAL_VARIABLE_PREFIXES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "NCCL_", "GLOO_", "LAD_DIST_")
 STORAGE_SECONDS = 5  # seconds for a file to appear on the other nodes
+START_ATTEMPTS = 3  # of Ray on this machine
 TASK_SECONDS = 60  # seconds for a node to start a process, and to look
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -74,18 +75,23 @@ def _local_cluster() -> Iterator[None]:
 
 
 def _start(folder: Path) -> None:
-    try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            _temp_dir=str(folder),
-        )
-    except Exception as error:  # Ray has no class of its own for it
-        raise Fault(f"Ray does not start on this machine: {_first_line(error)}; try again") from error
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                _temp_dir=str(folder),
+            )
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            # On a busy machine its processes may take longer than Ray waits for, which is half a minute.
+            if attempt == START_ATTEMPTS or "timed out" not in str(error):
+                raise Fault(f"Ray does not start on this machine: {_first_line(error)}; try again") from error
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from ray_cluster import START_SECONDS, RayCluster, ray_nodes
 from lad_dist.cluster import connect
 from lad_dist.cluster.connect import check_folder, check_storage, check_trial_fits, ray_cluster
 from lad_dist.cluster.wait_for_nodes import wait_for_nodes
-from lad_dist.config.errors import UserError
+from lad_dist.config.errors import Fault, UserError
 
 Heads = tuple[RayCluster, RayCluster]
 SECRET = "hf_" + secrets.token_hex(8)
@@ -241,6 +241,7 @@ def test_clusters_for_one_search_run_side_by_side_and_leave_nothing(account: Pat
         for streams in [{"stdin": pipe, "stdout": pipe, "stderr": pipe}] * 2
     ]
     lines = [cast(IO[str], search.stdout).readline().split() for search in searches]
+    assert [len(line) for line in lines] == [2, 2], [search.communicate() for search in searches]
     processes = [descendants(search.pid) for search in searches]
     for (token, trial), family in zip(lines, processes, strict=True):
         assert Path(token).stat().st_mode & 0o777 == 0o600
@@ -262,6 +263,27 @@ def test_clusters_for_one_search_run_side_by_side_and_leave_nothing(account: Pat
     wait_until(lambda: not any(map(alive, processes[1])), 20)
     assert not tokens[1].parent.exists()
     assert not (account / ".ray").exists()
+
+
+@pytest.mark.parametrize(("failures", "attempts"), [(["The current node timed out during startup."], 2),
+                                                    (["The current node timed out."] * 3, 3), (["No disk."], 1)])  # fmt: skip
+def test_a_start_that_takes_long_is_tried_again(
+    failures: list[str], attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, calls = iter(failures), []
+
+    def init(**_: object) -> None:
+        calls.append(1)
+        if (failure := next(left, None)) is not None:
+            raise Exception(failure)
+
+    monkeypatch.setattr(ray, "init", init)
+    if len(failures) >= attempts:
+        with pytest.raises(Fault, match="Ray does not start on this machine: .*; try again"):
+            connect._start(tmp_path)
+    else:
+        connect._start(tmp_path)
+    assert len(calls) == attempts
 
 
 @pytest.fixture(scope="module")
