@@ -265,8 +265,9 @@ def test_clusters_for_one_search_run_side_by_side_and_leave_nothing(account: Pat
     assert not (account / ".ray").exists()
 
 
-@pytest.mark.parametrize(("failures", "attempts"), [(["The current node timed out during startup."], 2),
-                                                    (["The current node timed out."] * 3, 3), (["No disk."], 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("failures", "attempts"), [(["The node timed out."], 2), (["The node timed out."] * 3, 3), (["No disk."], 1)]
+)
 def test_a_start_that_takes_long_is_tried_again(
     failures: list[str], attempts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +280,7 @@ def test_a_start_that_takes_long_is_tried_again(
 
     monkeypatch.setattr(ray, "init", init)
     if len(failures) >= attempts:
-        with pytest.raises(Fault, match="Ray does not start on this machine: .*; try again"):
+        with pytest.raises(Fault, match=r"Ray does not start on this machine: .*; try again"):
             connect._start(tmp_path)
     else:
         connect._start(tmp_path)
