@@ -111,6 +111,7 @@ class SlurmCluster:
         self.folder.chmod(0o755)  # munged serves only from a folder that everyone may enter
         self.environment = {**_outside_slurm(), "PATH": _path(), "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._node_daemons: dict[str, subprocess.Popen[bytes]] = {}
         try:
             self._start()
         except BaseException:
@@ -136,7 +137,7 @@ class SlurmCluster:
         self._start_munged()
         self._daemon("slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
         for node in NODES:
-            self._daemon("slurmd", "-D", "-c", "-N", node, "-f", str(self.folder / "slurm.conf"))
+            self._start_node(node)
         _until(self._all_idle, 30, self._logs)
 
     def _start_munged(self) -> None:
@@ -149,9 +150,14 @@ class SlurmCluster:
         self._daemon("munged", "--foreground", "--force", "--num-threads=2", log, *options)
         _until((self.folder / "munge.socket").exists, 10, self._logs)
 
-    def _daemon(self, *command: str) -> None:
+    def _start_node(self, node: str) -> None:
+        config = str(self.folder / "slurm.conf")
+        self._node_daemons[node] = self._daemon("slurmd", "-D", "-c", "-N", node, "-f", config)
+
+    def _daemon(self, *command: str) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{len(self._daemons)}-{command[0]}.out", "wb") as out:
             self._daemons.append(_popen(command, self.environment, out))
+        return self._daemons[-1]
 
     def _all_idle(self) -> bool:
         answer = subprocess.run(
@@ -182,29 +188,28 @@ class SlurmCluster:
         return done.stdout.strip()
 
     def lose(self, node: str) -> None:
-        """Take the node down with all jobs on it, and bring it back without them.
+        """Kill a node's daemon with all jobs on it, and bring the node back without them.
 
-        It comes back by itself when its daemon registers, which may be at once; then it can no longer be resumed. A
-        process that outlives the node's job would be one of the same job's next life. A job's step may be about to
-        start further processes, so those that appear are killed too.
+        It comes back once SLURM has taken the jobs off it: their next lives begin on whole nodes.
         """
+        self._node_daemons[node].kill()
+        self._node_daemons[node].wait()
         self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
 
         def is_empty() -> bool:
-            processes = self._processes_on(node)
+            processes = self._processes_on(node)  # a step may be about to start further ones
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-            return not processes
+            return not processes and not self.run(["squeue", "--noheader", f"--nodelist={node}"])
 
-        _until(is_empty, 30, self._logs)
-
-        def back() -> bool:
-            resume = ["scontrol", "update", f"nodename={node}", "state=resume"]
-            subprocess.run(resume, env=self.environment, capture_output=True)
-            return "DOWN" not in self.run(["scontrol", "show", "node", node]).partition("State=")[2].split()[0]
-
-        _until(back, 30, self._logs)
+        _until(is_empty, 60, self._logs)
+        self._start_node(node)
+        _until(
+            lambda: "DOWN" not in self.run(["sinfo", "--noheader", f"--nodes={node}", "--format=%T"]).upper(),
+            30,
+            self._logs,
+        )
 
     def _processes_on(self, node: str) -> list[int]:
         """The processes of jobs on a node."""

@@ -417,3 +417,11 @@ class EvaluateConfig(ConfigTable):
     teacher: ModelPathConfig | None = Field(None, description="teacher to measure loyalty against")
     data: TaskDataConfig
     out: str | None = Field(None, description="JSON file for the result; default: only printed")
+
+    @model_validator(mode="after")
+    def _nothing_of_trainings(self) -> Self:
+        if self.data.test is not None:
+            raise ValueError("data.test is scored by trainings; give the file as data.dev")
+        if self.data.class_weights is not None:
+            raise ValueError("data.class_weights are for trainings; remove them")
+        return self

@@ -113,6 +113,8 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (CORPUS, {"objective": {"name": "minilm", "heads": 8}}, "objective: heads: no such key"),
     (TASK, {"objective": {"name": "kd", "cosine": 1.0}}, "objective: cosine: no such key"),
+    (EVALUATE, {"data.test": "{bad_dev}"}, "data.test is scored by trainings; give the file as data.dev"),
+    (EVALUATE, {"data.class_weights": "balanced"}, "data.class_weights are for trainings"),
     (TASK, {"objective": {"name": "kd", "soft": 0.0, "hard": 0.0}}, "objective: all weights are 0"),
     (TASK, {"objective": {"name": "kd", "hard": 0.0}, "data.class_weights": "balanced"}, "does not learn from labels"),
     (

@@ -188,7 +188,7 @@ def test_a_data_set_that_the_datasets_library_loads(tmp_path: Path, monkeypatch:
     ("weights", "message"),
     [([1.0, 2.0, 3.0], "data.class_weights: 3 weights for the 2 labels greet, leave"), ("balanced", None)],
 )
-def test_there_is_a_weight_for_each_label(weights: Any, message: str | None, tmp_path: Path) -> None:
+def test_every_label_has_a_weight(weights: Any, message: str | None, tmp_path: Path) -> None:
     data = TaskDataConfig(**intents(tmp_path), text="utterance", label="intent", class_weights=weights)
     if message is None:
         assert load_task(data).label_names == ("greet", "leave")
