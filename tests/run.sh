@@ -33,10 +33,9 @@ fi
 export PATH="${VIRTUAL_ENV:-$CONDA_PREFIX}/bin:$PATH"
 # Without GPUs a plain "torch" would bring gigabytes of CUDA; of this version the machine may have a file for CPUs.
 if ! command -v nvidia-smi >/dev/null && ! python -c "import torch" 2>/dev/null; then
-    pip install --quiet --no-compile "torch==2.13.0"
+    pip install --quiet "torch==2.13.0"
 fi
-# Python compiles what is imported, which is little of it all.
-pip install --quiet --no-compile --editable ".[dev]"
+pip install --quiet --editable ".[dev]"
 [[ -z "$debian" ]] || wait "$debian"
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
