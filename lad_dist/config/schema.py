@@ -266,7 +266,7 @@ class TaskDataConfig(DataConfig):
         if self.task is not None and (self.train is not None or self.dev is not None):
             raise ValueError("give a GLUE task or train and dev files, not both; data.task=none unsets the task")
         for key in ("test", "hub", "hub_config", "text", "text_pair", "label"):
-            if self.task is not None and getattr(self, key) != type(self).model_fields[key].default:
+            if self.task is not None and self._is_set(key):
                 raise ValueError(f"{key} goes with train and dev, not with a GLUE task")
         if self.hub_config is not None and self.hub is None:
             raise ValueError("hub_config goes with hub alone")
@@ -279,11 +279,10 @@ class TaskDataConfig(DataConfig):
         if self.task is not None and self.kind in ("tagging", "question_answering"):
             raise ValueError(f'kind = "{self.kind}" is for train and dev files; a GLUE task names a kind already')
         for key in ("doc_stride", "max_answer_length", "null_score_diff_threshold"):
-            if self.kind != "question_answering" and getattr(self, key) != type(self).model_fields[key].default:
+            if self.kind != "question_answering" and self._is_set(key):
                 raise ValueError(f'{key} goes with kind = "question_answering" alone')
         for key in ("hub", "text", "text_pair", "label"):
-            is_set = getattr(self, key) != type(self).model_fields[key].default
-            if is_set and self.kind not in ("classification", "regression"):
+            if self._is_set(key) and self.kind not in ("classification", "regression"):
                 raise ValueError(f'{key} goes with kind = "classification" or "regression" alone')
         if self.doc_stride is not None and self.doc_stride >= self.max_length // 2:
             raise ValueError(f"doc_stride = {self.doc_stride} must be less than half of max_length = {self.max_length}")
@@ -301,6 +300,10 @@ class TaskDataConfig(DataConfig):
         if self.task is not None and self.positive is not None:
             raise ValueError("positive is for train and dev files; GLUE says itself which label counts")
         return self
+
+    def _is_set(self, key: str) -> bool:
+        """Return whether a key has another value than its default."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     @property
     def overlap(self) -> int:
