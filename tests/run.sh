@@ -38,6 +38,7 @@ fi
 pip install --quiet --editable ".[dev]"
 [[ -z "$debian" ]] || wait "$debian"
 
+unset PYTHONDONTWRITEBYTECODE  # the tests start some two hundred processes, and each would compile all sources anew
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 
