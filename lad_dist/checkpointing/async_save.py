@@ -180,7 +180,8 @@ class AsyncCheckpointer:
             self._finish_save(step)
         if not self.every:
             return
-        if self.pending is None and step - self.last_started >= self.every - self.lag:
+        is_saved = step == self.last_committed
+        if self.pending is None and not is_saved and step - self.last_started >= self.every - self.lag:
             self._begin(step)
         if step - self.last_committed >= self.every and not self.gave_up:
             self.wait(step)

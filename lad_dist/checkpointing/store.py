@@ -39,7 +39,9 @@ class NoValidCheckpoint(UserError):
 class CheckpointStore:
     """The checkpoints of a run in one folder; the main process alone calls the methods.
 
-    `keep` of the newest stay; every `keep_every`-th stays for good, none of them for 0.
+    `keep` of the newest stay; every `keep_every`-th stays for good, none of them for 0. Metadata may name, as
+    `best: {"step": …}`, an earlier checkpoint that a resumed run exports: that one stays as well, and without it the
+    later one is not valid.
     """
 
     folder: Path
@@ -81,7 +83,7 @@ class CheckpointStore:
         checkpoints = self._checkpoint_paths()
         damaged: list[Path] = []
         for checkpoint in reversed(checkpoints):
-            fault = _fault(checkpoint)
+            fault = _fault(checkpoint) or _fault_of_best(checkpoint)
             if fault is None:
                 for newer in damaged:
                     _set_aside(newer, ".damaged")
@@ -98,6 +100,13 @@ class CheckpointStore:
                 f"{self.folder}: none of {len(checkpoints)} checkpoints is valid; remove the run folder to start afresh"
             )
         return None
+
+    def verified(self, step: int) -> Path:
+        """Return the checkpoint of a step; raise NoValidCheckpoint where it is not what was written."""
+        checkpoint = self._path(step)
+        if fault := _fault(checkpoint):
+            raise NoValidCheckpoint(f"{checkpoint}: damaged ({fault}); the same command resumes from an earlier one")
+        return checkpoint
 
     def go_back(self, step: int) -> str | None:
         """Remove the checkpoints later than the step; return the newest one's name.
@@ -122,16 +131,18 @@ class CheckpointStore:
         return max((path.name for path in self._checkpoint_paths()), default=None)
 
     def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:09d}"
+        return self.folder / _name(step)
 
     def _checkpoint_paths(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if not path.suffix) if self.folder.exists() else []
 
     def _prune(self) -> None:
         """Remove what is older than the newest, and what crashes have left behind."""
-        for old in self._checkpoint_paths()[: -self.keep]:
-            if not (self.keep_every and _number(old) % self.keep_every == 0):
-                _remove(old)
+        checkpoints = self._checkpoint_paths()
+        stay = {path for path in checkpoints if self.keep_every and _number(path) % self.keep_every == 0}
+        stay |= {*checkpoints[-self.keep :]}
+        for old in {*checkpoints} - stay - {*map(_best_of, stay)}:
+            _remove(old)
         self.cleanup("*")
         for leftover in self.folder.glob("latest.*"):
             leftover.unlink(missing_ok=True)
@@ -158,6 +169,25 @@ def _number(checkpoint: Path) -> int:
         return int(_manifest(checkpoint)["number"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def _best_of(checkpoint: Path) -> Path | None:
+    """Return the checkpoint that this one names as the best so far; None where it names none or cannot be read."""
+    try:
+        return checkpoint.with_name(_name(read_metadata(checkpoint)["best"]["step"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _fault_of_best(checkpoint: Path) -> str | None:
+    """Return what is wrong with the checkpoint that this one names as the best so far."""
+    best = _best_of(checkpoint)
+    fault = _fault(best) if best is not None and best != checkpoint else None
+    return f"{best.name}, the best so far: {fault}" if best is not None and fault else None
 
 
 def _remove(checkpoint: Path) -> None:

@@ -26,13 +26,13 @@ def fill(draft: Path, step: int) -> None:
     (draft / "note").write_text(f"of step {step}")
 
 
-def saved(store: CheckpointStore, *steps: int) -> CheckpointStore:
+def saved(store: CheckpointStore, *steps: int, best: int | None = None) -> CheckpointStore:
+    """Save checkpoints, which name the one of step `best` as the best so far."""
     for step in steps:
         draft = store.begin(step)
         fill(draft, step)
-        store.commit(
-            draft, {"step": step}, {str(path.relative_to(draft)): file_digest(path) for path in list_files(draft)}
-        )
+        metadata = {"step": step, "best": best and {"step": best}}
+        store.commit(draft, metadata, {str(path.relative_to(draft)): file_digest(path) for path in list_files(draft)})
     return store
 
 
@@ -134,6 +134,36 @@ def test_the_newest_two_stay(store: CheckpointStore) -> None:
 def test_the_newest_three_stay_and_every_third(tmp_path: Path) -> None:
     store = saved(CheckpointStore(tmp_path, keep=3, keep_every=3), *range(10, 120, 10))
     assert [int(name) for name in names(store)] == [30, 60, 90, 100, 110]
+
+
+def test_the_best_so_far_stays_as_long_as_a_checkpoint_names_it(store: CheckpointStore) -> None:
+    saved(store, 1, 2, best=1)
+    saved(store, 3, 4, 5, best=1)
+    assert [int(name) for name in names(store)] == [1, 4, 5]
+    saved(store, 6, best=6)
+    assert [int(name) for name in names(store)] == [1, 5, 6]  # where 6 is damaged, the run goes on from 5
+    saved(store, 7, best=6)
+    assert [int(name) for name in names(store)] == [6, 7]
+
+
+def test_the_best_of_one_that_stays_for_good_stays_too(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_every=3)
+    saved(store, 1, 2, 3, best=1)
+    saved(store, 4, 5, 6, 7, best=4)
+    assert [int(name) for name in names(store)] == [1, 3, 4, 6, 7]
+
+
+def test_without_the_best_so_far_a_checkpoint_is_not_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = saved(CheckpointStore(tmp_path, keep=3), 1, 2, best=1)
+    saved(store, 3, best=3)
+    saved(store, 4, best=3)
+    assert [store.verified(3).name, newest_step(store)] == ["step-000000003", 4]
+    flip_a_byte(store.folder / "step-000000003")
+    with pytest.raises(NoValidCheckpoint, match=r"step-000000003: damaged .*; the same command resumes from an ear"):
+        store.verified(3)
+    assert newest_step(store) == 2
+    error = capsys.readouterr().err
+    assert "step-000000004: damaged (step-000000003, the best so far: state/weights.pt is not what was" in error
 
 
 def test_a_resumed_run_continues_the_count(tmp_path: Path) -> None:
