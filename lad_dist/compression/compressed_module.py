@@ -29,6 +29,13 @@ class CompressedModule(nn.Module):
         All processes call it together, and must have the same state afterwards.
         """
 
+    def is_final(self, state: StepState) -> bool:
+        """Return whether the module has its final form after this step, so that later ones change weights alone.
+
+        Until then a student is another model than the one in the end, and `run.best_metric` does not choose it.
+        """
+        return True
+
     def newly_pruned(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Return the weights that the last `on_step_start` pruned, with masks that are True where they stay.
 

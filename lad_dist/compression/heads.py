@@ -163,6 +163,9 @@ class ImportancePruning(ScheduledPruning):
                 "run.steps, or take an objective that reads the output of the last layer"
             )
 
+    def is_final(self, state: StepState) -> bool:
+        return super().is_final(state) and not self.postponed
+
     def on_step_end(self) -> None:
         measured = processes.average(torch.cat([mask.measured for mask in self.masks]))
         decay, is_finite = 1 - 1 / self.schedule.update_every, measured.isfinite().all()

@@ -81,6 +81,10 @@ class TheseusBlock(CompressedModule):
         coin = derive_key(COIN, state.seed, state.step, self._number) >> 64 - DIGITS
         self.runs_successor = coin < self._probability(state.progress) * 2**DIGITS
 
+    def is_final(self, state: StepState) -> bool:
+        """Return whether only successors run, as they learn together only then."""
+        return self._probability(state.progress) == 1
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.runs_successor or not self.training:
             return self.successor(hidden_states, *args, **kwargs)

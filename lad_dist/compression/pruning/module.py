@@ -79,6 +79,10 @@ class ScheduledPruning(CompressedModule):
         if self.schedule.span(state.steps)[1] in due:
             self.finish()
 
+    def is_final(self, state: StepState) -> bool:
+        """Return whether the last weights have gone; learnt scores may exchange them still."""
+        return state.step >= self.schedule.span(state.steps)[1]
+
     def _is_due(self, step: int, steps: int) -> bool:
         first, last = self.schedule.span(steps)
         if step < first or (step > last and not self.learns):
