@@ -41,7 +41,7 @@ class RunCost:
     @property
     def checkpoints(self) -> float:
         """Bytes of the checkpoints that stay and of one being written."""
-        return float((self.config.run.keep + 1) * self.costs.checkpoint)
+        return float((self.config.run.num_checkpoints + 1) * self.costs.checkpoint)
 
 
 @dataclass(frozen=True)

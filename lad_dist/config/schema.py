@@ -23,8 +23,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 LabelName = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 # These keys change nothing of what is learnt: they may differ when a run resumes.
 CHANGEABLE_KEYS = {
-    "run.label", "run.log_every", "run.eval_every", "run.replica_check_every", "run.max_skips", "run.watchdog_timeout",
-    "run.save_every", "run.keep", "run.keep_every", "teacher.cache", "teacher.baseline_check",
+    "run.label", "run.trackers", "run.log_every", "run.eval_every", "run.replica_check_every", "run.max_skips",
+    "run.watchdog_timeout", "run.save_every", "run.keep", "run.keep_every", "teacher.cache", "teacher.baseline_check",
     "data.num_workers", "data.test",
     "deepspeed.zero_optimization.stage",  # checkpointing/reshard.py refuses what it cannot convert
 }  # fmt: skip
@@ -46,8 +46,19 @@ class RunConfig(ConfigTable):
     seed: int = Field(0, ge=0, description="the only source of randomness: order, masks, dropout, new weights")
     steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
     epochs: PositiveFloat | None = Field(None, description="passes over the training data; give this or steps")
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        [], description="experiment trackers that get all rows as well: pip install lad_dist[trackers]"
+    )
     log_every: PositiveInt = Field(10, description="steps between reports")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    best_metric: str | None = Field(
+        None,
+        description="export the student of the evaluation that is best by this score: a metric of the dev set, "
+        "label_loyalty, probability_loyalty, teacher_pearson or loss; default: the student of the last step",
+    )
+    patience: int = Field(
+        0, ge=0, description="evaluations in a row without a better best_metric after which the training ends; 0: never"
+    )
     replica_check_every: int = Field(
         100, ge=0, description="steps between comparisons of the weights that all processes hold copies of; 0: never"
     )
@@ -81,10 +92,23 @@ class RunConfig(ConfigTable):
             raise ValueError("give exactly one of steps and epochs")
         return self
 
+    @model_validator(mode="after")
+    def _evaluations_to_choose_from(self) -> Self:
+        if self.best_metric is not None and not self.eval_every:
+            raise ValueError("best_metric chooses among evaluations; set eval_every above 0")
+        if self.patience and self.best_metric is None:
+            raise ValueError("patience waits for a better best_metric; set best_metric")
+        return self
+
     @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.dir) / self.name
+
+    @property
+    def num_checkpoints(self) -> int:
+        """The checkpoints that stay at a time: the newest ones and the best, without every `keep_every`-th."""
+        return self.keep + (self.best_metric is not None)
 
 
 class TeacherConfig(ConfigTable):

@@ -45,7 +45,7 @@ def model_card(results: Numbers) -> str:
         f"{markdown_table(('measured', 'value'), rows)}\n\n"
         f"Measured by\n```\n{results['command']}\n```\n"
         f"in {results['seconds']:.0f} seconds and {results['steps']} steps{updates} on {results['processes']} "
-        f"process(es), {results['device']}; metrics are those of {scored_on(results)}.\n"
+        f"process(es), {results['device']}; metrics are those of {scored_on(results)}.\n{_selection(results)}"
         f"{_size(student)}{speed}{remarks}" + "\n" * bool(remarks)
     )
 
@@ -90,6 +90,13 @@ def scored_on(results: Numbers) -> str:
     if results.get("test"):
         return "the dev set, also used for selection; those of the test set, which was scored once, are named test"
     return "the dev set, also used for selection"
+
+
+def _selection(results: Numbers) -> str:
+    """Return a sentence about the step that was exported, where it is not simply the last one."""
+    if results["config"]["run"].get("best_metric") is None:
+        return ""
+    return f"Exported is the student of step {results['exported_step']:,}: {results['selection']}.\n"
 
 
 def _size(student: Numbers) -> str:

@@ -1,13 +1,14 @@
 """The run folder.
 
 <dir>/<name>/config.toml          as resolved, every default written out
-             metrics.jsonl        one row per report; TensorBoard events in tensorboard/
+             metrics.jsonl        one row per report; TensorBoard events in tensorboard/, what W&B holds in wandb/
              teacher_layers.png   which teacher layers each student layer read in the end, of lad, alp and emd
              checkpoints/         for resuming: checkpointing/store.py
              skipped_steps.json   updates that were skipped and why, and the steps that the run skips because of them
              stacks/              where each process stood when one of them hung
              lock                 held while a process trains in the folder
              crashes.json         how often in a row the run died, and after which checkpoint; absent in good health
+             wandb_run_id         under which a tracker knows the run; mlflow_run_id
              STOP                 made by hand: the run saves, stops, and removes the file
              teacher_cache/       the teacher's outputs, while the run lasts, where teacher.cache names no folder
              export/              for people: config.json, model.safetensors, tokenizer, README.md
@@ -34,6 +35,7 @@ from lad_dist.config.schema import CHANGEABLE_KEYS, TrainConfig
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.runs.model_card import model_card
+from lad_dist.runs.trackers import Ending, Tracker, start_trackers
 from lad_dist.utils.atomic_io import append_text, file_lock, write_text
 from lad_dist.utils.tables import flatten
 
@@ -76,7 +78,9 @@ class Run:
         self._last_stop_check = -math.inf
         self._tensorboard = str(self.folder / "tensorboard")
         self._writer: SummaryWriter | None = None
+        self._trackers: list[Tracker] | None = None  # before `begin`
         self._check_same(config)
+        self._run_config = config
         self._text = dump_config(config)
 
     def _check_same(self, config: TrainConfig) -> None:
@@ -93,7 +97,8 @@ class Run:
             )
         old = flatten(with_defaults(type(config), tables))
         new = flatten(tomllib.loads(dump_config(config)))
-        changed = sorted(k for k in (old.keys() | new.keys()) - CHANGEABLE_KEYS if old.get(k) != new.get(k))
+        may_change = CHANGEABLE_KEYS - ({"run.eval_every"} if config.run.best_metric is not None else set())
+        changed = sorted(k for k in (old.keys() | new.keys()) - may_change if old.get(k) != new.get(k))
         if changed:
             key = changed[0]
             raise UserError(
@@ -119,9 +124,11 @@ class Run:
         valid = [row for row in rows if step and _step_of(row) <= step]
         write_text(self._metrics, "".join(f"{row}\n" for row in valid))
         self._writer = SummaryWriter(self._tensorboard, purge_step=step + 1)
+        if self._trackers is None:
+            self._trackers = start_trackers(self._run_config)
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Add a row to metrics.jsonl and to TensorBoard; a full disk costs rows, not the run."""
+        """Add a row to metrics.jsonl, TensorBoard and the trackers; a full disk costs rows, not the run."""
         if not ranks.is_main():
             return
         try:
@@ -135,6 +142,8 @@ class Run:
                     writer.add_scalar(name, value, row["step"])
 
         self._write_tensorboard(add_scalars)
+        for tracker in self._trackers or ():
+            tracker.log(row)
 
     def _write_tensorboard(self, add: Callable[[SummaryWriter], None]) -> None:
         """Add to TensorBoard's events, as far as the disk lets it."""
@@ -149,18 +158,18 @@ class Run:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Mark the run complete."""
         if ranks.is_main():
-            self._plot_teacher_layers()
+            self._plot_teacher_layers(results["exported_step"])
             _write_results(self.folder, results)
             shutil.rmtree(self.teacher_cache, ignore_errors=True)
             self._write_tensorboard(SummaryWriter.close)
         processes.barrier()
 
-    def _plot_teacher_layers(self) -> None:
+    def _plot_teacher_layers(self, exported_step: int) -> None:
         from matplotlib.image import imsave  # noqa: PLC0415 (matplotlib: a second at every start)
 
         from lad_dist.runs.plots import drawn, teacher_layer_figure  # noqa: PLC0415 (matplotlib as well)
 
-        rows = [json.loads(row) for row in self._metrics.read_text().splitlines() if _step_of(row) < math.inf]
+        rows = [json.loads(row) for row in self._metrics.read_text().splitlines() if _step_of(row) <= exported_step]
         figure = teacher_layer_figure(rows)
         if figure is not None:
             image = drawn(figure)
@@ -183,8 +192,20 @@ class Run:
         """
         with ExitStack() as stack:
             processes.on_main(lambda: self._enter_lock(stack))
-            with self._count_crashes():
+            with self._count_crashes(), self._close_trackers():
                 yield
+
+    @contextmanager
+    def _close_trackers(self) -> Iterator[None]:
+        """Tell the trackers in the end how the session ended."""
+        ending: Ending = "FAILED"
+        try:
+            yield
+            ending = "FINISHED" if self._results.exists() else "KILLED"
+        finally:
+            for tracker in self._trackers or ():
+                tracker.close(ending)
+            self._trackers = None
 
     def _enter_lock(self, stack: ExitStack) -> None:
         """Lock the folder; wait for a session before this one that is still ending. Raises RunOccupied."""

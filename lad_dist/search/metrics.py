@@ -5,16 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lad_dist.compression import footprint
-from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskConfig, TrainConfig
 from lad_dist.runs.search_record import MINIMISED
 from lad_dist.training import run_spec
+from lad_dist.training.best_model import check_metric, score_names
 from lad_dist.training.run_spec import RunSpec
-from lad_dist.utils.suggest import did_you_mean
 
-LOYALTY = ("label_loyalty", "probability_loyalty")
-NUMBER_LOYALTY = ("teacher_pearson",)  # of a regression
-LOSS, LATENCY = "loss", "latency"
+LATENCY = "latency"
 # Of results.json's table "student".
 SIZES = {"parameters": "parameters", "flops": footprint.FLOPS, "bytes": "bytes/safetensors"}
 BYTES_PER_WEIGHT = 4  # of an export
@@ -39,16 +36,11 @@ def checked_metrics(metrics: Sequence[str], config: TrainConfig, spec: RunSpec |
     if isinstance(config, TaskConfig):
         task = spec.task if spec is not None else run_spec.load_task(config.data)
         assert task is not None
-        loyalty = NUMBER_LOYALTY if task.kind == "regression" else LOYALTY
-        name, scores = task.name, [*task.metrics, *(loyalty if config.teacher else ()), LOSS]
+        name, scores = task.name, score_names(config, task)
     else:
-        name, scores = config.run.name, [LOSS]
-    known = [*scores, *SIZES, LATENCY]
+        name, scores = config.run.name, score_names(config, None)
     for metric in metrics:
-        if metric not in known:
-            raise UserError(
-                f'search.metric: {name} has no "{metric}", it has {", ".join(known)}; {did_you_mean(metric, known)}'
-            )
+        check_metric("search.metric", metric, name, [*scores, *SIZES, LATENCY])
     return list(metrics) or scores[:1]
 
 

@@ -37,6 +37,10 @@ class Distiller(nn.Module):
         for module in compressed_module.compressed_modules(self.student):
             module.on_step_end()
 
+    def is_final(self, state: StepState) -> bool:
+        """Return whether all compressed modules have their final form after a step."""
+        return all(module.is_final(state) for module in compressed_module.compressed_modules(self.student))
+
     def newly_pruned(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the weights that the last `on_step_start` pruned, with masks that are True where they stay."""
         modules = compressed_module.compressed_modules(self.student)

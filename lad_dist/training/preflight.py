@@ -122,7 +122,8 @@ def _check_disk(spec: run_spec.RunSpec, folder: Path) -> None:
     distiller = cost_model.meta_distiller(spec)
     checkpoint, export = cost_model.checkpoint_bytes(spec, distiller), 4 * footprint.exported_weights(distiller.student)
     existing = len([path for path in (folder / "checkpoints").glob("step-*") if not path.suffix])
-    missing = max(1, config.keep + 1 - existing) if config.save_every else 1
+    saves_more_than_once = config.save_every or config.best_metric is not None
+    missing = max(1, config.num_checkpoints + 1 - existing) if saves_more_than_once else 1
     needed = missing * checkpoint + export
     free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
     if needed > free:

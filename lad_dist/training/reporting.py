@@ -12,8 +12,9 @@ from lad_dist.distributed.watchdog import Watchdog
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.loading import PreTrainedModel
 from lad_dist.runs.run_folder import Run
+from lad_dist.training.evaluation import Scores
 from lad_dist.training.optimization import optimizer_metrics
-from lad_dist.training.trainer import Trainer
+from lad_dist.training.trainer import RunStatus, Trainer
 from lad_dist.utils import progress
 from lad_dist.utils.text import plain_number, si_number
 
@@ -37,6 +38,7 @@ class Reporter:
     report: Report
     trainer: Trainer
     watchdog: Watchdog
+    choose: Callable[[int, Scores], RunStatus | None]
     _first: int = 0  # step of this session
     _clock: float = 0.0
 
@@ -80,10 +82,12 @@ class Reporter:
         """Report the means since the last row, learning rates and the norm of the gradients."""
         self.record(step, self.trainer.metrics.row() | optimizer_metrics(self.trainer.engine))
 
-    def evaluate(self, step: int) -> None:
-        """Report the student's scores on what it does not train on."""
+    def evaluate(self, step: int) -> RunStatus | None:
+        """Report the student's scores on what it does not train on; `choose` decides whether training goes on."""
         with self.watchdog.paused():
-            self.record_scores(step, self.trainer.evaluate())
+            scores = self.trainer.evaluate()
+            self.record_scores(step, scores)
+        return self.choose(step, scores)
 
     def record_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Report scores of the student, if there are any."""

@@ -14,6 +14,7 @@ from lad_dist.distributed import processes, ranks
 from lad_dist.models.dims import max_positions, uses_segments
 from lad_dist.models.loading import save_model
 from lad_dist.runs.run_folder import Run
+from lad_dist.training.best_model import BestModel
 from lad_dist.training.engine import gathered_parameters
 from lad_dist.training.run_spec import RunSpec
 from lad_dist.training.trainer import RunStatus, Trainer
@@ -41,6 +42,7 @@ def write_results(
     *,
     scores: Mapping[str, dict[str, float]],
     test_scores: Mapping[str, dict[str, float]],
+    best: BestModel,
     seconds: float,
     tokens_per_second: float,
 ) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def write_results(
     The export takes over the student of the trainer. `seconds` are those of all sessions, `tokens_per_second` is of
     this one.
     """
+    last = best.last_step(trainer.steps)
     distiller, teacher, batch = trainer.engine.module, trainer.evaluation.teacher, trainer.dataset.batch(0, 0)
     with gathered_parameters(distiller, trainer.config.zero_stage):
         size = footprint.footprint(distiller.student, batch)  # before compressed modules are merged
@@ -66,7 +69,9 @@ def write_results(
         "test": dict(test_scores),  # scores of "student" and "teacher" on a test set, empty where there is none
         "student": {**size, **distiller.initial_values, **sizes_on_disk},
         "teacher": (footprint.footprint(teacher.model, batch) if teacher else {}) | scores.get("teacher", {}),
-        "steps": trainer.steps,
+        "steps": last,
+        "exported_step": best.step or last,
+        "selection": best.summary(trainer.steps, "held-out" if spec.task is None else "dev"),
         "skipped_updates": run.skipped_updates(),
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,

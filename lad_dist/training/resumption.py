@@ -4,9 +4,9 @@ A checkpoint holds the state of the engine, and as metadata what else the run ne
 seed and the step, so the step is all that there is of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from lad_dist.checkpointing import reshard
 from lad_dist.checkpointing.async_save import AsyncCheckpointer, Files, SaveFailed
 from lad_dist.checkpointing.store import read_metadata
 from lad_dist.config.errors import Fault, UserError
+from lad_dist.core.step_state import StepState
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.replica_check import divergent_ranks
 from lad_dist.runs.run_folder import Run
+from lad_dist.training.best_model import BestModel
 from lad_dist.training.engine import snapshot
 from lad_dist.training.trainer import RunStatus, Trainer
 from lad_dist.training.update_guard import UpdateAction
@@ -28,6 +30,7 @@ class Resumption:
 
     run: Run
     trainer: Trainer
+    best: BestModel
     # Called with the number of steps before a save, and now and then while training waits for the disk.
     keep_alive: Callable[[int], None]
     earlier_seconds: float = 0.0  # of earlier sessions
@@ -47,11 +50,41 @@ class Resumption:
                 f"{checkpoint}: the data or the tokenizer changed since it was saved, and the run cannot continue; "
                 "restore them, or choose another run.name"
             )
-        reshard.load_checkpoint(self.trainer.engine, checkpoint, metadata["layout"], self._layout)
+        self._load(checkpoint, metadata)
+        if metadata.get("best") is not None:
+            self.best.load_state_dict(metadata["best"])
         self.trainer.guard.policy.load_state_dict(metadata["skip_policy"])
         self.earlier_seconds = metadata["seconds"]
         self.checkpointer.start_at(metadata["step"])
         return int(metadata["step"])
+
+    def _load(self, checkpoint: Path, metadata: dict[str, Any]) -> None:
+        reshard.load_checkpoint(self.trainer.engine, checkpoint, metadata["layout"], self._layout)
+
+    def choose(self, step: int, scores: Mapping[str, float]) -> RunStatus | None:
+        """Save the student of an evaluation that is the best so far; end the training where patience has run out.
+
+        Raises:
+            SaveFailed: It cannot be saved.
+        """
+        trainer = self.trainer
+        if not trainer.engine.module.is_final(StepState(step - 1, trainer.steps, trainer.config.run.seed)):
+            return None
+        if self.best.update(step, scores) and step < trainer.steps:
+            self.checkpointer.save_and_wait(step)
+            self._check_saves()
+        return RunStatus.COMPLETED if self.best.ends_training else None
+
+    def load_best(self) -> None:
+        """Load the student to export, after the last step.
+
+        Raises:
+            NoValidCheckpoint: The checkpoint is damaged.
+        """
+        if self.best.step in (0, self.trainer.steps):
+            return  # the engine holds it
+        checkpoint = processes.on_main(partial(self.run.checkpoints.verified, self.best.step))
+        self._load(checkpoint, read_metadata(checkpoint))
 
     def check_update(self, step: int) -> RunStatus | None:
         """Record a skipped update, and go back to an earlier checkpoint after too many in a row.
@@ -97,11 +130,14 @@ class Resumption:
         if stop:
             self.checkpointer.save_and_wait(step)
             self.run.clear_stop_request()
+        self._check_saves()
+        return RunStatus.STOPPED if stop else None
+
+    def _check_saves(self) -> None:
         if self.checkpointer.gave_up:
             raise SaveFailed(
                 f"{self.run.folder}: stopped, as saving failed again and again ({self.checkpointer.reason})"
             )
-        return RunStatus.STOPPED if stop else None
 
     @cached_property
     def checkpointer(self) -> AsyncCheckpointer:
@@ -130,6 +166,7 @@ class Resumption:
             "layout": self._layout,
             "data": self.trainer.dataset.fingerprint,
             "skip_policy": self.trainer.guard.policy.state_dict(),
+            "best": self.best.state_dict() if self.best.step else None,
             "config": self.trainer.config.model_dump(mode="json", exclude_none=True),
         }
 

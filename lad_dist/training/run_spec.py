@@ -31,6 +31,8 @@ from lad_dist.models.hf_config import PreTrainedConfig, architecture_config, loa
 from lad_dist.models.loading import PreTrainedModel, check_weight_files, new_model
 from lad_dist.objectives.base import Objective
 from lad_dist.objectives.registry import OBJECTIVES
+from lad_dist.runs.trackers import check_trackers
+from lad_dist.training.best_model import check_best_metric
 from lad_dist.training.deepspeed_schema import check_version, validate_deepspeed_config
 from lad_dist.training.distiller import Distiller
 from lad_dist.utils.text import one_line
@@ -189,9 +191,11 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     check_writable("run.dir", config.run.folder)
     if config.teacher is not None and config.teacher.cache is not None:
         check_writable("teacher.cache", config.teacher.cache)
+    check_trackers(config.run.trackers)
     _check_micro_batches(config, world_size or ranks.world_size())
     config, objective_class, compressions = resolve_options(config)
     task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
+    check_best_metric(config, task)
     head: Head = task.kind if task is not None else "mlm" if objective_class.uses_mlm_head else "none"
     tokenizer_path, tokenizer = _load_tokenizer(config)
     check_frame(tokenizer, head)

@@ -19,6 +19,7 @@ from lad_dist.distributed.logs import get_logger
 from lad_dist.distributed.watchdog import Watchdog
 from lad_dist.runs.run_folder import Run
 from lad_dist.training import engine, preflight
+from lad_dist.training.best_model import BestModel, check_evaluations
 from lad_dist.training.evaluation import CorpusEvaluation, Evaluation, TaskEvaluation
 from lad_dist.training.metrics import MetricAccumulator
 from lad_dist.training.reporting import Report, Reporter, silent
@@ -67,8 +68,9 @@ def _train_from_checkpoint(spec: RunSpec, run: Run, report: Report, watchdog: Wa
     with watchdog.paused():
         begins = processes.on_main(run.checkpoints.newest_name) is None
         trainer = build_trainer(spec, run, phase=partial(_mark, watchdog), check_teacher=begins)
-        resumption = Resumption(run=run, trainer=trainer, keep_alive=partial(watchdog.mark, phase="saving"))
-        reporter = Reporter(run, report, trainer, watchdog)
+        best = BestModel(spec.config.run.best_metric, spec.config.run.patience)
+        resumption = Resumption(run=run, trainer=trainer, best=best, keep_alive=partial(watchdog.mark, phase="saving"))
+        reporter = Reporter(run, report, trainer, watchdog, resumption.choose)
         first = resumption.resume()
         run.begin(first)
         reporter.start(first)
@@ -84,19 +86,25 @@ def _train_from_checkpoint(spec: RunSpec, run: Run, report: Report, watchdog: Wa
     trainer.metrics = MetricAccumulator()  # its clocks start with the steps, after the teacher's scores
     result = RunResult(run.folder, trainer.fit(first, hooks))
     if result.status is RunStatus.COMPLETED:
-        if run.skipped_updates() == trainer.steps:
-            raise Fault(f"{run.folder}: all {trainer.steps} updates were skipped; skipped_steps.json says why")
-        resumption.checkpointer.wait(trainer.steps)
+        last = best.last_step(trainer.steps)
+        if run.skipped_updates() == last:
+            raise Fault(f"{run.folder}: all {last} updates were skipped; skipped_steps.json says why")
+        resumption.checkpointer.wait(last)
         with watchdog.paused():
             seconds, throughput = resumption.seconds, trainer.metrics.session.tokens_per_second()
+            if best.metric is not None and last == trainer.steps:
+                reporter.evaluate(last)
+            resumption.load_best()
             scores, test_scores = trainer.evaluation.compare(), trainer.evaluation.compare_on_test()
-            reporter.record_scores(trainer.steps, scores["student"])
+            if best.metric is None:
+                reporter.record_scores(last, scores["student"])
             result.results = write_results(
                 trainer,
                 spec,
                 run,
                 scores=scores,
                 test_scores=test_scores,
+                best=best,
                 seconds=seconds,
                 tokens_per_second=throughput,
             )
@@ -122,6 +130,7 @@ def build_trainer(spec: RunSpec, run: Run, phase: Phase = unobserved, *, check_t
         logger.warning("this CPU has no bf16 arithmetic and is far faster with deepspeed.bf16.enabled=false")
     dataset, teacher = spec.dataset(), spec.teacher(device)
     distiller = spec.distiller(dataset).to(device)
+    check_evaluations(config.run, distiller, spec.num_steps(dataset))
     teacher_dataset = spec.teacher_dataset(dataset)
     if isinstance(dataset, TaskDataset):
         assert isinstance(teacher_dataset, TaskDataset)

@@ -71,6 +71,14 @@ def test_keys_that_do_not_affect_learning_may_change(world: World, tmp_path: Pat
     Run(toy.parsed(tables, changes))
 
 
+def test_evaluations_to_choose_from_do_not_change(world: World, tmp_path: Path) -> None:
+    tables = toy.task_config(tmp_path, world.files, world.teacher, world.pretrained)
+    changes = {"run.eval_every": 2, "run.best_metric": "loss"}
+    Run(toy.parsed(tables, changes)).begin(0)
+    with pytest.raises(UserError, match=r"holds a run with run\.eval_every = 2, the config says 4"):
+        Run(toy.parsed(tables, changes | {"run.eval_every": 4}))
+
+
 def test_rows_after_the_checkpoint_are_dropped_when_a_run_is_taken_up(config: TrainConfig) -> None:
     run = Run(config)
     run.begin(0)

@@ -22,13 +22,12 @@ from checkpoint_damage import Bomb
 from conftest import World
 from launching import ROOT, ForkedScript, run_command, wait_until
 from safetensors.torch import load_file
-from toy_runs import curve, digest, lad
+from toy_runs import curve, digest, lad, metrics_file, stopped_at
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lad_dist.checkpointing.store import CheckpointStore, read_metadata
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import EvaluateConfig, TrainConfig
-from lad_dist.distributed import processes
 from lad_dist.evaluation import evaluate
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.frozen import FrozenModel
@@ -37,7 +36,6 @@ from lad_dist.objectives.registry import OBJECTIVES
 from lad_dist.training import engine, run_spec
 from lad_dist.training.distiller import Distiller
 from lad_dist.training.metrics import MetricAccumulator
-from lad_dist.training.results import RunResult
 from lad_dist.training.train import train
 from lad_dist.utils import atomic_io
 
@@ -47,24 +45,6 @@ HALF = {"deepspeed.bf16.enabled": True, "deepspeed.zero_optimization.stage": 1}
 
 def on_corpus(world: World, work: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
     return toy.parsed(toy.corpus_config(work, world.corpus, world.pretrained, world.pretrained), changes)
-
-
-def stopped_at(config: TrainConfig, step: int, rows: list[dict[str, Any]] | None = None) -> RunResult:
-    """Run until a signal requests a stop while the run reports `step`."""
-
-    def report(row: dict[str, Any]) -> None:
-        if rows is not None:
-            rows.append(row)
-        if row["step"] == step:
-            processes._request_stop()
-
-    return train(config, report)
-
-
-def metrics_file(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the steps, without the one of step 0."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["step"] > 0]
 
 
 def test_lad_learns(world: World, tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def run_training(config: TrainConfig) -> int:
     else:
         print_table(config.run.name, ("", "model"), list(student.items()))
     say(f"metrics are those of {scored_on(result.results)}")
+    if config.run.best_metric is not None:
+        say(f"exported: {result.results['selection']}")
     if skipped := result.results.get("skipped_updates"):  # results of earlier versions lack it
         say(f"{skipped} of {result.results['steps']} updates were skipped: {result.folder}/skipped_steps.json says why")
     say(f"model in {result.export_dir}, curves: tensorboard --logdir {result.folder}")
