@@ -39,9 +39,14 @@ class RunCost:
     gpu_hours: float
 
     @property
+    def num_checkpoints(self) -> int:
+        """How many checkpoints stay."""
+        return cost_model.num_checkpoints(self.config.run)
+
+    @property
     def checkpoints(self) -> float:
         """Bytes of the checkpoints that stay and of one being written."""
-        return float((self.config.run.num_checkpoints + 1) * self.costs.checkpoint)
+        return float((self.num_checkpoints + 1) * self.costs.checkpoint)
 
 
 @dataclass(frozen=True)

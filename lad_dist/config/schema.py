@@ -79,7 +79,7 @@ class RunConfig(ConfigTable):
         "steps where that is more; 0: never",
     )
     save_every: int = Field(
-        0, ge=0, description="steps between checkpoints; 0: a checkpoint only when the run is stopped early"
+        0, ge=0, description="steps between checkpoints; 0: only when the run is asked to stop, or for best_metric"
     )
     keep: int = Field(
         2, ge=2, description="newest checkpoints to keep: where one is damaged, the run resumes from the one before it"
@@ -104,11 +104,6 @@ class RunConfig(ConfigTable):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.dir) / self.name
-
-    @property
-    def num_checkpoints(self) -> int:
-        """The checkpoints that stay at a time: the newest ones and the best, without every `keep_every`-th."""
-        return self.keep + (self.best_metric is not None)
 
 
 class TeacherConfig(ConfigTable):

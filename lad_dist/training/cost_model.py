@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lad_dist.compression import footprint
-from lad_dist.config.schema import CorpusDataConfig
+from lad_dist.config.schema import CorpusDataConfig, RunConfig
 from lad_dist.core.batch import Batch
 from lad_dist.models import families
 from lad_dist.models.dims import count_parameters
@@ -149,6 +149,11 @@ def meta_distiller(spec: run_spec.RunSpec) -> Distiller:
     """Return what the engine will hold, on the meta device."""
     with torch.device("meta"):
         return Distiller(spec.meta_student(), spec.objective())
+
+
+def num_checkpoints(config: RunConfig) -> int:
+    """Return how many checkpoints stay: the newest and the best so far; every `keep_every`-th does not count."""
+    return config.keep + (config.best_metric is not None)
 
 
 def checkpoint_bytes(spec: run_spec.RunSpec, distiller: Distiller) -> int:

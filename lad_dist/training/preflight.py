@@ -123,7 +123,7 @@ def _check_disk(spec: run_spec.RunSpec, folder: Path) -> None:
     checkpoint, export = cost_model.checkpoint_bytes(spec, distiller), 4 * footprint.exported_weights(distiller.student)
     existing = len([path for path in (folder / "checkpoints").glob("step-*") if not path.suffix])
     saves_more_than_once = config.save_every or config.best_metric is not None
-    missing = max(1, config.num_checkpoints + 1 - existing) if saves_more_than_once else 1
+    missing = max(1, cost_model.num_checkpoints(config) + 1 - existing) if saves_more_than_once else 1
     needed = missing * checkpoint + export
     free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
     if needed > free:

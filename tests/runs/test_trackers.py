@@ -37,7 +37,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_all_rows_go_to_the_trackers_and_a_resumed_run_goes_on_there(
+def test_all_rows_go_to_the_trackers_and_a_resumed_run_goes_on_in_them(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal stops the run; the same command goes on. The config goes there once."""
@@ -80,7 +80,7 @@ def session(config: TrainConfig, error: Exception | None = None) -> Path:
     return run.folder
 
 
-def test_an_error_ends_the_run_there_too(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_ends_the_run_of_a_tracker_too(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb, mlflow = fake_trackers.install(monkeypatch)
     with pytest.raises(ValueError, match="broken"):
         session(config, ValueError("broken"))

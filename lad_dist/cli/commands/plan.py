@@ -90,7 +90,7 @@ def show(title: str, run: "RunCost", machine: "Machine") -> None:
                             + (f", asked in {costs.teacher_share:.0%} of the steps" if costs.teacher_cache else "")),
         ("memory per GPU", f"{gigabytes(memory.total)} of {gigabytes(machine.memory)}: "
                            + ", ".join(f"{name} {gigabytes(size)}" for name, size in vars(memory).items())),
-        ("disk", f"checkpoints {gigabytes(run.checkpoints)} ({config.run.num_checkpoints} that stay "
+        ("disk", f"checkpoints {gigabytes(run.checkpoints)} ({run.num_checkpoints} that stay "
                  f"and one being written, {gigabytes(costs.checkpoint)} each), export {gigabytes(costs.export)}, "
                  f"data {gigabytes(costs.data)}, teacher cache {gigabytes(costs.teacher_cache)}"),
         ("time", f"{duration(run.hours)}, {run.gpu_hours:.3g} GPU-hours, {how}; without evaluation and waiting in "
