@@ -13,7 +13,7 @@ from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch, Head
 from lad_dist.models.loading import PreTrainedModel
 
-ModuleKind = Literal["products", "masks", "gates", "blocks"]
+ModuleKind = Literal["products", "masks", "gates", "blocks", "quantized"]
 
 
 class RunSettings(Protocol):

@@ -4,7 +4,8 @@ An ordinary folder has no place for pairs of factors or layers of different size
 Here a weight with enough zeros is stored as two tensors. `NAME.bits` has one bit for each weight, row after row, in
 numpy's order; the shape is in the file's metadata. `NAME.values` has the values that are not 0. A student that only
 chose among weights that never changed is, but for its head, 1/32 of its base: many tasks cost one model and a mask each
-(Gao, Colombo and Wang, 2021).
+(Gao, Colombo and Wang, 2021). Rounded weights are a byte each, uint8 codes: a weight is (code + `NAME.low`) times
+`NAME.scale`.
 """
 
 import json
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lad_dist.compression.compressed_module import COMPACT, MERGED, compressed_modules, iter_weights
 from lad_dist.compression.layers import keep_layers
 from lad_dist.compression.pruning.module import GlobalPruning, MaskedModule
+from lad_dist.compression.quantize import Grid
 from lad_dist.config.errors import UserError
 from lad_dist.models import families, loading
 from lad_dist.models.frozen import weights_digest
@@ -32,6 +34,7 @@ from lad_dist.models.loading import PreTrainedModel, new_model
 
 COMPACT_FILE, MASK_FILE = "compact.safetensors", "mask.safetensors"
 BITS, VALUES = ".bits", ".values"
+LOW, SCALE = ".low", ".scale"
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,32 @@ def _compact_weights(student: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _pack_weight(name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
-    bits, values = _pack_bits(weight != 0), weight[weight != 0]
-    if bits.nbytes + values.nbytes < weight.nbytes:
+    """Return the smallest of the forms that a weight has: whole or without zeros, in fp32 or as codes."""
+    forms = [_pack_zeros(name, weight, weight)]
+    for grid in (Grid.of_weight(weight), Grid.of_table(weight)) if weight.dim() == 2 else ():
+        codes = grid.codes(weight)
+        if torch.equal(codes * grid.scale, weight):
+            low = torch.as_tensor(grid.low, dtype=torch.float32)
+            grid_tensors = [(name + LOW, low), (name + SCALE, grid.scale)]
+            forms.append([*_pack_zeros(name, weight, (codes - low).to(torch.uint8)), *grid_tensors])
+    return min(forms, key=lambda form: sum(tensor.nbytes for _, tensor in form))
+
+
+def _pack_zeros(name: str, weight: Tensor, stored: Tensor) -> list[tuple[str, Tensor]]:
+    """Return what is stored of a weight: all of it, or bits and what is not 0."""
+    bits, values = _pack_bits(weight != 0), stored[weight != 0]
+    if bits.nbytes + values.nbytes < stored.nbytes:
         return [(name + BITS, bits), (name + VALUES, values)]
-    return [(name, weight.contiguous())]
+    return [(name, stored.contiguous())]
 
 
 def _unpack_weights(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith((BITS, VALUES))}
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith((BITS, VALUES, LOW, SCALE))}
     for name, mask in _unpack_masks(tensors, shapes).items():
-        weights[name] = torch.zeros(mask.shape).masked_scatter(mask, tensors[name + VALUES])
+        zero = -tensors.get(name + LOW, torch.zeros(()))
+        weights[name] = zero.expand(mask.shape).masked_scatter(mask, tensors[name + VALUES].float())
+    for name in [name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE)]:
+        weights[name] = (weights[name] + tensors[name + LOW]) * tensors[name + SCALE]
     return weights
 
 

@@ -66,10 +66,18 @@ def merge_all(model: nn.Module) -> nn.Module:
     return replace_all(model, MERGED)
 
 
+def as_plain(module: nn.Module, to_plain: ToPlain) -> nn.Module | None:
+    """Return the module's plain module, or the module where it is one. A plain module may be a compressed one again."""
+    plain: nn.Module | None = module
+    while isinstance(plain, CompressedModule):
+        plain = to_plain(plain)
+    return plain
+
+
 def replace_all(model: nn.Module, to_plain: ToPlain) -> nn.Module:
     """Replace each compressed module of the model by its plain module, in place."""
     for name, child in list(model.named_children()):
-        plain = to_plain(child) if isinstance(child, CompressedModule) else child
+        plain = as_plain(child, to_plain)
         if plain is None:
             delattr(model, name)
         else:

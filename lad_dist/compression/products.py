@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lad_dist.compression.base import CompressionContext
-from lad_dist.compression.compressed_module import CompressedModule, compressed_modules
+from lad_dist.compression.compressed_module import MERGED, CompressedModule, as_plain, compressed_modules
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.models import activations
@@ -44,6 +44,10 @@ class LowRankModule(CompressedModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x))
 
+    def _merged_factors(self) -> tuple[Any, Any]:
+        """Return A and B, without the masks or the rounding of other compressions."""
+        return as_plain(self.inner, MERGED), as_plain(self.outer, MERGED)
+
     def to_compact(self) -> nn.Module | None:
         """Return the pair, where it has fewer weights than its product."""
         inner, outer = self.inner.weight, self.outer.weight
@@ -64,8 +68,9 @@ class LowRankLinear(LowRankModule):
         return cls(copy_linear(a, None), copy_linear(b, bias)), error
 
     def merge(self) -> nn.Module:
-        bias = None if self.outer.bias is None else self.outer.bias.detach()
-        return copy_linear(_product(self.outer, self.inner.weight), bias)
+        inner, outer = self._merged_factors()
+        bias = None if outer.bias is None else outer.bias.detach()
+        return copy_linear(_product(outer, inner.weight), bias)
 
 
 class LowRankEmbedding(LowRankModule):
@@ -79,10 +84,11 @@ class LowRankEmbedding(LowRankModule):
     ) -> tuple[Self, Tensor]:
         """Return the nearest product and its relative error. `second_moment` [V] is how often each word occurs."""
         a, b, error = factors(embedding.weight.T, rank, second_moment)
-        return cls(_copy_embedding(a.T, embedding.padding_idx), copy_linear(b, None)), error
+        return cls(copy_embedding(a.T, embedding.padding_idx), copy_linear(b, None)), error
 
     def merge(self) -> nn.Module:
-        return _copy_embedding(_product(self.outer, self.inner.weight.T).T, self.inner.padding_idx)
+        inner, outer = self._merged_factors()
+        return copy_embedding(_product(outer, inner.weight.T).T, inner.padding_idx)
 
 
 def _product(outer: nn.Linear, inner: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ def copy_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _copy_embedding(weight: Tensor, padding: int | None) -> nn.Embedding:
+def copy_embedding(weight: Tensor, padding: int | None) -> nn.Embedding:
     """Return an embedding with a copy of the weight."""
     num_words, width = weight.shape
     embedding = nn.Embedding(num_words, width, padding_idx=padding, device=weight.device, dtype=weight.dtype)

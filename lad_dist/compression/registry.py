@@ -9,6 +9,7 @@ from lad_dist.compression.heads import Heads
 from lad_dist.compression.ladabert import LadaBERT
 from lad_dist.compression.low_rank import LowRank
 from lad_dist.compression.prune import Prune
+from lad_dist.compression.quantize import Quantize
 from lad_dist.compression.scale_position_embeddings import ScalePositionEmbeddings
 from lad_dist.compression.theseus import Theseus
 from lad_dist.config.errors import UserError
@@ -17,7 +18,7 @@ from lad_dist.config.schema import NamedOptions
 from lad_dist.models.loading import PreTrainedModel
 
 COMPRESSIONS: dict[str, type[Compression]] = {
-    kind.name: kind for kind in (Heads, LadaBERT, LowRank, Prune, ScalePositionEmbeddings, Theseus)
+    kind.name: kind for kind in (Heads, LadaBERT, LowRank, Prune, Quantize, ScalePositionEmbeddings, Theseus)
 }
 
 

@@ -19,7 +19,7 @@ class ScalePositionEmbeddings(Compression):
     """
 
     name = "scale_position_embeddings"
-    may_follow: ClassVar[frozenset[ModuleKind]] = frozenset({"products", "masks", "gates"})
+    may_follow: ClassVar[frozenset[ModuleKind]] = frozenset({"products", "masks", "gates", "quantized"})
 
     scale: Annotated[float, Field(gt=0, le=1, description="of their size that stays")]
 

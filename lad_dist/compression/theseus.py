@@ -127,7 +127,7 @@ class Theseus(Compression):
 
     name = "theseus"
     inserts = frozenset({"blocks"})
-    may_follow = frozenset({"products", "masks", "gates"})
+    may_follow = frozenset({"products", "masks", "gates", "quantized"})
     supports_zero3 = False  # which needs the same layers to run in each step
 
     predecessor: Annotated[

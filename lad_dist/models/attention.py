@@ -46,7 +46,7 @@ class FlatForward:
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """Lay out [N] as [1, N and filler]. Linear layers see the filler and nothing else does."""
-        return F.pad(x, (0, self.batch.computed_tokens - len(x)))[None]
+        return _fill(x, self.batch.computed_tokens)[None]
 
     def flatten(self, x: Tensor) -> Tensor:
         """Return the [N, D] of [1, N and filler, D]."""
@@ -173,7 +173,12 @@ def _attention(
     attend = _kernel_attention if use_kernel else _padded_attention
     window = None if sliding_window is None else sliding_window - 1
     out = attend(q, k, v, flat_forward, scaling, dropout, window)
-    return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
+    return _fill(out, query.shape[2])[None], None
+
+
+def _fill(x: Tensor, length: int) -> Tensor:
+    """Return [N, ...] as [length, ...]: the filler repeats the last token, so that it widens no range of numbers."""
+    return torch.cat([x, x[-1:].expand(length - len(x), *x.shape[1:])])
 
 
 def _kernel_attention(

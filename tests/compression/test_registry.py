@@ -61,6 +61,7 @@ LISTED: dict[str, dict[str, Any]] = {
     "ladabert": {"embedding": 1.0, "svd": 2.0, "weight": 2.0},
     "low_rank": {"keep": 0.5},
     "prune": {"sparsity": 0.5},
+    "quantize": {},
     "scale_position_embeddings": {"scale": 0.5},
     "theseus": {},
 }
@@ -70,8 +71,9 @@ MAY_FOLLOW = {
     "ladabert": {"scale_position_embeddings"},
     "low_rank": {"low_rank", "scale_position_embeddings"},
     "prune": {"ladabert", "low_rank", "prune", "scale_position_embeddings"},
-    "scale_position_embeddings": {"heads", "ladabert", "low_rank", "prune", "scale_position_embeddings"},
-    "theseus": {"heads", "ladabert", "low_rank", "prune", "scale_position_embeddings"},
+    "quantize": {"ladabert", "low_rank", "prune", "scale_position_embeddings"},
+    "scale_position_embeddings": {"heads", "ladabert", "low_rank", "prune", "quantize", "scale_position_embeddings"},
+    "theseus": {"heads", "ladabert", "low_rank", "prune", "quantize", "scale_position_embeddings"},
 }
 
 

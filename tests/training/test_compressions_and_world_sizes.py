@@ -26,6 +26,7 @@ COMPRESSED: dict[str, list[dict[str, Any]]] = {
     ],
     "heads": [{"name": "heads", "heads": 0.5, "units": 0.5, "update_every": 1}],
     "adapting": [{"name": "prune", "criterion": "adapting", "sparsity": 0.5, "update_every": 1}],
+    "quantize": [{"name": "quantize", "begin": 0.5}],
 }
 UNDER = ("supervised", "kd", "lad")
 # Without --sweep each compression runs on two processes under stages 1 and 2, under two of the three objectives.

@@ -99,6 +99,7 @@ ON_TASKS: list[dict[str, Any]] = [
         "objective": {"name": "kd"},
     },
     {"compression": [{"name": "heads", "heads": 0.5, "units": 0.5, "update_every": 1}]},
+    {"compression": [{"name": "quantize"}], **HALF},
     {"student.embeddings": "random", "data.pad_to": 32, "objective.variant": "paper"},
     {"teacher.dtype": "bfloat16", **HALF},
 ]
