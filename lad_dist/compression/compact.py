@@ -96,9 +96,8 @@ def _pack_weight(name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
     for grid in (Grid.of_weight(weight), Grid.of_table(weight)) if weight.dim() == 2 else ():
         codes = grid.codes(weight)
         if torch.equal(codes * grid.scale, weight):
-            low = torch.as_tensor(grid.low, dtype=torch.float32)
-            grid_tensors = [(name + LOW, low), (name + SCALE, grid.scale)]
-            forms.append([*_pack_zeros(name, weight, (codes - low).to(torch.uint8)), *grid_tensors])
+            stored = _pack_zeros(name, weight, (codes - grid.low).to(torch.uint8))
+            forms.append([*stored, (name + LOW, grid.low), (name + SCALE, grid.scale)])
     return min(forms, key=lambda form: sum(tensor.nbytes for _, tensor in form))
 
 

@@ -1,9 +1,9 @@
 """The compression `quantize`: the student trains with the rounding of its int8 file (Q8BERT, Zafrir et al., 2019).
 
-    Grid              the evenly spaced values that numbers are rounded to
-    QuantizedLinear   the compressed module of a linear map: it rounds its weight and its inputs
-    QuantizedEmbedding  that of an embedding: it rounds its table
-    Quantize          the compression
+    Grid                 the evenly spaced values that numbers are rounded to
+    QuantizedLinear      the compressed module of a linear map: it rounds its weight and its inputs
+    QuantizedEmbedding   that of an embedding: it rounds its table
+    Quantize             the compression
 
 Rounding is that of `onnxruntime.quantization.quantize_dynamic`, as `evaluation/onnx_export.py` calls it: what a student
 scores in training is what its int8 file scores.
@@ -14,10 +14,12 @@ scores in training is what its int8 file scores.
 
 Backwards, rounding is the identity (straight-through estimator, Bengio et al., 2013). All ranges are functions of the
 weights and of the micro-batch, so a checkpoint holds nothing of them. Rounding is computed in fp32, whatever the
-precision of the training.
+precision of the training. What is between linear maps, such as attention's scores, the file does not round either.
 
 One difference stays: the range of an input depends on what else is in the batch. A served batch is another one, and its
-padding counts. Products, sums and scores of attention are not rounded, in the file neither.
+padding counts.
+
+O rows and I columns of a weight, V words, D width.
 """
 
 from dataclasses import dataclass
@@ -45,14 +47,15 @@ class Grid(NamedTuple):
     """The values that numbers are rounded to: scale · n, with n whole and between `low` and `high`."""
 
     scale: Tensor  # fp32, [O, 1] or a scalar
-    low: Tensor | float
-    high: Tensor | float
+    low: Tensor  # fp32, scalars
+    high: Tensor
 
     @classmethod
     def of_weight(cls, weight: Tensor) -> "Grid":
         """Return the grid of each row of a weight [O, I]."""
         scale = weight.detach().float().abs().amax(dim=1, keepdim=True) / WEIGHT_STEPS
-        return cls(torch.where(scale < TINY, 1.0, scale), -WEIGHT_STEPS, WEIGHT_STEPS)
+        high = torch.full((), float(WEIGHT_STEPS), device=weight.device)
+        return cls(torch.where(scale < TINY, 1.0, scale), -high, high)
 
     @classmethod
     def of_table(cls, table: Tensor) -> "Grid":
