@@ -241,6 +241,14 @@ class TaskDataConfig(DataConfig):
     )
     dev: str | None = Field(None, description="the same as train, for evaluations on the way and at the end")
     test: str | None = Field(None, description="the same as train, for one evaluation at the end; default: none")
+    unlabelled: str | None = Field(
+        None,
+        description="texts without labels, learnt from the teacher alone: a file as for train, or .txt with a text a "
+        "line; with data.hub a split",
+    )
+    unlabelled_weight: PositiveFloat = Field(
+        1.0, description="how often an epoch reads each unlabelled text; it reads each labelled example once"
+    )
     hub: str | None = Field(None, description="data set on the hub of which train, dev and test name the splits")
     hub_config: str | None = Field(None, description="configuration of the data set on the hub")
     text: str = Field("text", description="column of your own texts")
@@ -284,11 +292,14 @@ class TaskDataConfig(DataConfig):
             raise ValueError("give a GLUE task, or both train and dev files")
         if self.task is not None and (self.train is not None or self.dev is not None):
             raise ValueError("give a GLUE task or train and dev files, not both; data.task=none unsets the task")
-        for key in ("test", "hub", "hub_config", "text", "text_pair", "label"):
+        columns = ("text", "text_pair") if self.unlabelled is None else ()
+        for key in ("test", "hub", "hub_config", *columns, "label"):
             if self.task is not None and self._is_set(key):
                 raise ValueError(f"{key} goes with train and dev, not with a GLUE task")
         if self.hub_config is not None and self.hub is None:
             raise ValueError("hub_config goes with hub alone")
+        if self._is_set("unlabelled_weight") and self.unlabelled is None:
+            raise ValueError("unlabelled_weight goes with unlabelled alone")
         if self.pad_to is not None and self.pad_to < self.max_length:
             raise ValueError(f"pad_to = {self.pad_to} is shorter than max_length = {self.max_length}")
         return self
@@ -300,7 +311,7 @@ class TaskDataConfig(DataConfig):
         for key in ("doc_stride", "max_answer_length", "null_score_diff_threshold"):
             if self.kind != "question_answering" and self._is_set(key):
                 raise ValueError(f'{key} goes with kind = "question_answering" alone')
-        for key in ("hub", "text", "text_pair", "label"):
+        for key in ("hub", "text", "text_pair", "label", "unlabelled"):
             if self._is_set(key) and self.kind not in ("classification", "regression"):
                 raise ValueError(f'{key} goes with kind = "classification" or "regression" alone')
         if self.doc_stride is not None and self.doc_stride >= self.max_length // 2:
@@ -446,4 +457,6 @@ class EvaluateConfig(ConfigTable):
             raise ValueError("data.test is scored by trainings; give the file as data.dev")
         if self.data.class_weights is not None:
             raise ValueError("data.class_weights are for trainings; remove them")
+        if self.data.unlabelled is not None:
+            raise ValueError("data.unlabelled is for trainings; remove it")
         return self

@@ -10,11 +10,15 @@ from torch import Tensor
 
 Head = Literal["none", "mlm", "classification", "regression", "tagging", "question_answering"]
 
+# Class id of a row without a label, which PyTorch's losses leave out; in regression such a label is NaN.
+UNLABELLED = -100
+
 
 class Counts(NamedTuple):
     """How much there is of each unit that losses are means over: in a batch, or on the average of several."""
 
     rows: float  # R
+    labelled_rows: float
     tokens: float  # real ones
     padded_tokens: float  # N: more only where `pad_to` pads
     sequences: float  # those that are not empty
@@ -37,13 +41,14 @@ class Batch(NamedTuple):
     padded_index: Tensor  # [N], place of each token in [U * S]
     sequence_ids: Tensor  # [U, S], the sequence that each place belongs to; -1 where there is nothing to attend to
     head_positions: Tensor  # [R], tokens that the head reads: masked ones (MLM), first ones of sequences or words
-    labels: Tensor  # [R], the targets of the head; [R, 2] where an answer begins and ends
+    labels: Tensor  # [R], the targets of the head, UNLABELLED or NaN where there is none; [R, 2] for answers: both ends
     has_padding: bool  # whether any place has nothing to attend to
     packed: bool  # whether any span holds more or less than one sequence
     num_tokens: int  # sum of lengths: real tokens
     num_sequences: int  # sequences that are not empty: the first ones
     num_pairs: int  # sum of squared lengths: pairs of real tokens of one sequence
     computed_tokens: int  # tokens that a model computes on: N, rounded up so that shapes recur
+    num_unlabelled: int = 0  # rows without a label
     row_weights: Tensor | None = None  # [R], what each row counts in the loss against the labels; None: 1
     step_counts: Counts | None = None  # mean over all micro-batches of the step; None: the batch is no part of one
 
@@ -58,8 +63,14 @@ class Batch(NamedTuple):
     @property
     def counts(self) -> Counts:
         """What the batch holds."""
+        rows = len(self.head_positions)
         return Counts(
-            len(self.head_positions), self.num_tokens, len(self.input_ids), self.num_sequences, self.num_pairs
+            rows=rows,
+            labelled_rows=rows - self.num_unlabelled,
+            tokens=self.num_tokens,
+            padded_tokens=len(self.input_ids),
+            sequences=self.num_sequences,
+            pairs=self.num_pairs,
         )
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lad_dist.core.batch import Batch
+from lad_dist.core.batch import UNLABELLED, Batch
 
 # S, the tokens that a model computes on and the sequences of a corpus are rounded up to multiples. So shapes recur:
 # a CPU generates and keeps bf16 kernels for every new shape, a GPU's tensor cores want multiples, and its allocator
@@ -36,7 +36,7 @@ def collate(
         sequences: Token ids of each sequence, int [length], special tokens included.
         segments: Token type ids of each sequence, int [length].
         head_positions: Places in the flat batch that the head reads, int [R]; see `span_starts`.
-        labels: The targets of the head, int64 or float32 [R], or [R, 2].
+        labels: The targets of the head, int64 or float32 [R], or [R, 2]; UNLABELLED or NaN in rows without a label.
         pad_to: The tokens of every span, at least the longest length; None for spans without padding.
         pad_id: The token id of padding.
     """
@@ -46,6 +46,8 @@ def collate(
     assert (lengths <= spans).all()
     span_length = pad_to if pad_to is not None else _round_up(int(spans.max()), SPAN_MULTIPLE)
     positions = np.arange(starts[-1]) - np.repeat(starts[:-1], spans)
+    labels = np.asarray(labels)
+    is_unlabelled = np.isnan(labels) if labels.dtype.kind == "f" else labels == UNLABELLED
     sequence_ids = np.where(np.arange(span_length) < lengths[:, None], np.arange(len(lengths))[:, None], -1)
     return Batch(
         input_ids=torch.from_numpy(_lay_out(sequences, starts, pad_id)),
@@ -56,13 +58,14 @@ def collate(
         padded_index=torch.from_numpy(np.repeat(np.arange(len(lengths)) * span_length, spans) + positions),
         sequence_ids=torch.from_numpy(sequence_ids.astype(np.int32)),
         head_positions=torch.from_numpy(np.asarray(head_positions)),
-        labels=torch.from_numpy(np.asarray(labels)),
+        labels=torch.from_numpy(labels),
         has_padding=bool((lengths < span_length).any()),
         packed=False,
         num_tokens=int(lengths.sum()),
         num_sequences=len(lengths),
         num_pairs=int(np.square(lengths).sum()),
         computed_tokens=_round_up(int(starts[-1]), TOKEN_MULTIPLE),
+        num_unlabelled=int(is_unlabelled.sum()),
     )
 
 

@@ -1,8 +1,9 @@
 """What the training loop reads: micro-batches by (step, micro-batch), and the batches to evaluate on.
 
-Both datasets have `.micro_batches_per_step`, `.steps_per_epoch` (an epoch reads every source as often as its weight
-says, every example once), `.fingerprint` (of the data, in ids), `.description` and two pure functions of the seed and
-their arguments: `.batch(step, micro_batch)`, and `.samples(step, micro_batch)`, what it consists of.
+Both datasets have `.micro_batches_per_step`, `.steps_per_epoch` (an epoch reads every source of a corpus, and the
+unlabelled texts of a task, as often as their weight says, and every labelled example once), `.fingerprint` (of the
+data, in ids), `.description` and two pure functions of the seed and their arguments: `.batch(step, micro_batch)`, and
+`.samples(step, micro_batch)`, what it consists of.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from lad_dist.config.schema import CorpusDataConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import pack
 from lad_dist.data.mlm import Vocabulary, mask_windows
-from lad_dist.data.sampling import CorpusOrder, TaskOrder, WindowRead, num_windows, window_span
+from lad_dist.data.sampling import CorpusOrder, MixedTaskOrder, TaskOrder, WindowRead, num_windows, window_span
 from lad_dist.data.shards.reader import Shards
 from lad_dist.data.tasks.examples import Batches, tokenize
 from lad_dist.data.tasks.task import Task
@@ -180,15 +181,24 @@ def _weights(data: CorpusDataConfig, shards: Shards) -> list[float]:
 
 
 class TaskDataset:
-    """Examples of a task, tokenized when the dataset is made."""
+    """Examples of a task, tokenized when the dataset is made: in `train` the labelled ones, then the unlabelled."""
 
     def __init__(self, data: TaskDataConfig, task: Task, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         """Tokenize the examples. Raise UserError when the tokenizer does not know the text."""
         self._max_length = data.max_length
         self.train = tokenize(task, task.train, tokenizer, data, f"{task.name}'s training data", data.pad_to)
-        self._order = TaskOrder(self.train.count, data.micro_batch_size, data.micro_batches_per_step, seed)
-        self.micro_batches_per_step, self.steps_per_epoch = data.micro_batches_per_step, self._order.steps_per_epoch
+        self._labelled = self.train.count
         self._class_weights = _class_weights(data.class_weights, self.train.labels, len(task.outputs))
+        sizes = {"micro_batch_size": data.micro_batch_size, "micro_batches_per_step": data.micro_batches_per_step}
+        self._order: TaskOrder | MixedTaskOrder = TaskOrder(self._labelled, **sizes, seed=seed)
+        if task.unlabelled is not None:
+            unlabelled = tokenize(task, task.unlabelled, tokenizer, data, f"{task.name}'s unlabelled data", data.pad_to)
+            self.train.extend(unlabelled)
+            weight = data.unlabelled_weight
+            self._order = MixedTaskOrder(self._labelled, unlabelled.count, weight, **sizes, seed=seed)
+        self.micro_batches_per_step, self.steps_per_epoch = data.micro_batches_per_step, self._order.steps_per_epoch
+        # Of as many examples as `train` has: fewer than an epoch where that reads some more than once.
+        self.steps_per_pass = self.train.count / (data.micro_batch_size * data.micro_batches_per_step)
         self.dev = {
             name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()
         }
@@ -201,10 +211,11 @@ class TaskDataset:
         """What there is to train and to evaluate on, for a person."""
         dev = sum(examples.count for examples in self.dev.values())
         test = sum(examples.count for examples in self.test.values())
-        cut = self.train.cut
+        cut, unlabelled = self.train.cut, self.train.count - self._labelled
+        train = f"{self._labelled:,} labelled and {unlabelled:,} unlabelled" if unlabelled else f"{self._labelled:,}"
         share = f", {cut / self.train.count:.2%} of them cut at {self._max_length} tokens" if cut else ""
         last = f", {test:,} to test on in the end" if test else ""
-        return f"{self.train.count:,} training examples{share}; {dev:,} to evaluate on{last}"
+        return f"{train} training examples{share}; {dev:,} to evaluate on{last}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -216,7 +227,7 @@ class TaskDataset:
         batch = self.train.batch(self.example_ids(step, micro_batch))
         if self._class_weights is None:
             return batch
-        return batch._replace(row_weights=self._class_weights[batch.labels])
+        return batch._replace(row_weights=self._class_weights[batch.labels.clamp(min=0)])  # UNLABELLED counts 0 anyway
 
     def samples(self, step: int, micro_batch: int) -> list[int]:
         """Return the ids of the micro-batch's examples, for a log."""

@@ -93,6 +93,35 @@ class CorpusOrder:
         raise AssertionError("the last source takes what is left")
 
 
+class MixedTaskOrder:
+    """Labelled and unlabelled examples as two sources of a `CorpusOrder`.
+
+    Ids of unlabelled examples follow those of labelled ones. An epoch reads each labelled example once and each
+    unlabelled one `weight` times.
+    """
+
+    def __init__(
+        self,
+        labelled: int,
+        unlabelled: int,
+        weight: float,
+        *,
+        micro_batch_size: int,
+        micro_batches_per_step: int,
+        seed: int,
+    ) -> None:
+        """Make the order of so many examples, at least one of each."""
+        self._labelled = labelled
+        counts, weights = [labelled, unlabelled], [1.0, weight]
+        self._order = CorpusOrder(counts, weights, micro_batch_size, micro_batches_per_step, seed)
+        self.steps_per_epoch = self._order.steps_per_epoch
+
+    def micro_batch(self, step: int, micro_batch: int) -> np.ndarray:
+        """Return the ids, int64 [micro_batch_size], of the examples in a micro-batch of a step."""
+        reading = self._order.micro_batch(step, micro_batch)
+        return reading.window + self._labelled * reading.source
+
+
 class TaskOrder:
     """Examples in micro-batches of one size, each example once per epoch: the epochs' permutations end to end."""
 

@@ -225,7 +225,8 @@ def _scores(masks: RunMasks, keep_masks: KeepMasks, config: TaskConfig, base: st
         compact.replace_masks(masks.file, tensors, folder)
         save_model(compact.load_masked(folder, base), folder)
         model = ModelPathConfig(path=str(folder))
-        scores = evaluate(EvaluateConfig(model=model, teacher=None, data=config.data, out=None))["model"]
+        data = config.data.model_copy(update=dict.fromkeys(("test", "class_weights", "unlabelled")))  # of trainings
+        scores = evaluate(EvaluateConfig(model=model, teacher=None, data=data, out=None))["model"]
     return {name: value for name, value in scores.items() if name not in ("path", "parameters")}
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lad_dist.core.batch import Batch, Head, one_span_per_sequence, pad, unpad
+from lad_dist.core.batch import UNLABELLED, Batch, Head, one_span_per_sequence, pad, unpad
 
 Pair = tuple[Tensor, Tensor]
 
@@ -26,21 +26,22 @@ MIN_SQUARED_DISTANCE = 1e-6  # below it two points have no direction
 def hard_label_loss(logits: Tensor, batch: Batch, head: Head) -> Tensor:
     """Return the loss of logits [R, V] against the batch's labels, a scalar.
 
-    It is the cross-entropy, mean over rows, each times its `batch.row_weights` where there are some; for regression the
-    squared error of [R, 1]. For question answering, start
-    and end of the answer are distributions over the rows of a sequence. The cross-entropy is then a mean over both and
-    over sequences (Devlin et al., NAACL 2019, section 4.2).
+    It is the cross-entropy, mean over the rows that have a label, each times its `batch.row_weights` where there are
+    some; for regression the squared error of [R, 1]. It is 0 where no row of the step has a label. For question
+    answering, start and end of the answer are distributions over the rows of a sequence. The cross-entropy is then a
+    mean over both and over sequences (Devlin et al., NAACL 2019, section 4.2).
     """
+    rows = batch.divisors.labelled_rows or 1.0
     if head == "regression":
-        errors = F.mse_loss(logits.float().squeeze(-1), batch.labels.float(), reduction="sum")
-        return errors / batch.divisors.rows
+        values, labels = logits.float().squeeze(-1), batch.labels.float()
+        return F.mse_loss(values, torch.where(labels.isnan(), values.detach(), labels), reduction="sum") / rows
     if head == "question_answering":
         return -(batch.labels * log_softmax_per_sequence(logits, batch)).sum() / (2 * batch.divisors.sequences)
     if batch.row_weights is not None:
-        errors = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-        return (errors * batch.row_weights).sum() / batch.divisors.rows
-    cross_entropy = partial(F.cross_entropy, reduction="sum")
-    return _sum_in_chunks(lambda x, y: cross_entropy(x.float(), y), logits, batch.labels) / batch.divisors.rows
+        errors = F.cross_entropy(logits.float(), batch.labels, ignore_index=UNLABELLED, reduction="none")
+        return (errors * batch.row_weights).sum() / rows
+    cross_entropy = partial(F.cross_entropy, ignore_index=UNLABELLED, reduction="sum")
+    return _sum_in_chunks(lambda x, y: cross_entropy(x.float(), y), logits, batch.labels) / rows
 
 
 def soft_label_loss(student: Tensor, teacher: Tensor, batch: Batch, head: Head, temperature: float) -> Tensor:

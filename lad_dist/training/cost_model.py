@@ -24,6 +24,7 @@ from torch import nn
 from lad_dist.compression import footprint
 from lad_dist.config.schema import CorpusDataConfig, RunConfig
 from lad_dist.core.batch import Batch
+from lad_dist.data.datasets import TaskDataset
 from lad_dist.models import families
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.loading import PreTrainedModel
@@ -115,6 +116,9 @@ def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
     steps = spec.num_steps(dataset)
     tokens = sum(batch.num_tokens for batch in batches)
     use_cache, cache_size = decide_cache(spec, distiller.objective.teacher_spec, teacher_dataset)
+    teacher_share = 1.0
+    if use_cache and isinstance(dataset, TaskDataset):
+        teacher_share = min(1.0, dataset.steps_per_pass / steps)
     teacher_flops = 0 if teacher is None else _flops(teacher, teacher_batches)
     largest = max(batches, key=lambda batch: batch.computed_tokens)
     student = footprint.exported_weights(distiller.student)
@@ -128,7 +132,7 @@ def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
         tokens=tokens / len(batches) * dataset.micro_batches_per_step,
         student_flops=3 * _flops(distiller.student, batches) / tokens,
         teacher_flops=teacher_flops / tokens,
-        teacher_share=min(1.0, dataset.steps_per_epoch / steps) if use_cache else 1.0,
+        teacher_share=teacher_share,
         checkpoint=checkpoint_bytes(spec, distiller),
         export=4 * student,
         data=_corpus_bytes(spec),

@@ -217,8 +217,7 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
         learns_nothing = objective.student_spec == OutputSpec()
     if learns_nothing:
         raise UserError("objective: all weights are 0, so the student learns nothing; set one of them")
-    if isinstance(config.data, TaskDataConfig) and config.data.class_weights and not objective.learns_from_labels:
-        raise UserError("data.class_weights: the objective does not learn from labels; set objective.hard")
+    _check_labels(config, objective)
     teacher_tokenizer = tokenizer
     if config.teacher is not None and teacher_config is not None:
         if config.teacher.path != tokenizer_path:
@@ -288,6 +287,17 @@ def _check_micro_batches(config: TrainConfig, world_size: int) -> None:
         raise UserError(
             f"data.micro_batches_per_step = {count}: cannot be shared out over {world_size} processes; {nearest} can"
         )
+
+
+def _check_labels(config: TrainConfig, objective: Objective) -> None:
+    """Raise UserError where the objective learns nothing from the labels that are weighed, or from texts without."""
+    if not isinstance(config.data, TaskDataConfig):
+        return
+    if config.data.class_weights and not objective.learns_from_labels:
+        raise UserError("data.class_weights: the objective does not learn from labels; set objective.hard")
+    if config.data.unlabelled and objective.teacher_spec == OutputSpec():
+        name = f'objective.name "{config.objective.name}"'
+        raise UserError(f"data.unlabelled: {name} reads nothing of a teacher here; take kd or lad with objective.soft")
 
 
 def _load_tokenizer(config: TrainConfig) -> tuple[str, PreTrainedTokenizerFast]:

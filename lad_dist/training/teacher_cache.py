@@ -76,13 +76,13 @@ def decide_cache(
 ) -> tuple[bool, int]:
     """Return whether the run uses a cache, and the bytes of all outputs: 0 where a cache saves nothing.
 
-    It is used where it is read more than once and not larger than teacher.cache_gb. It is read again where the run has
-    more than one epoch, or where other runs read the same folder.
+    It is used where it is read more than once and not larger than teacher.cache_gb. It is read again where the run
+    reads more examples than there are, or where other runs read the same folder.
     """
     config = spec.config.teacher
     if config is None or not isinstance(teacher_dataset, TaskDataset):
         return False, 0
-    if config.cache is None and spec.num_steps(teacher_dataset) <= teacher_dataset.steps_per_epoch:
+    if config.cache is None and spec.num_steps(teacher_dataset) <= teacher_dataset.steps_per_pass:
         return False, 0
     assert spec.teacher_dims is not None
     examples, dtype = teacher_dataset.train, getattr(torch, config.dtype or spec.precision)

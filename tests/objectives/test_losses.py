@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable
 
 import naive_twins
+import numpy as np
 import pytest
 import torch
 import toy
 from hypothesis import given, settings
 from torch import Tensor
 
-from lad_dist.core.batch import Batch
+from lad_dist.core.batch import UNLABELLED, Batch, Head
+from lad_dist.data.step_counts import with_step_counts
 from lad_dist.objectives import losses
 
 LENGTHS = naive_twins.LENGTHS
@@ -42,6 +44,43 @@ def test_rows_count_what_their_class_weighs() -> None:
     batch = toy.batch([3, 2, 4, 2, 2], labels=labels.tolist())._replace(row_weights=weights[labels])
     expected = torch.nn.CrossEntropyLoss(weight=weights, reduction="sum")(logits, labels) / 5
     assert losses.hard_label_loss(logits, batch, "classification").item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("head", ["classification", "regression"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("step_rows", [None, 1.5])
+def test_rows_without_a_label_are_left_out(head: Head, weighted: bool, step_rows: float | None) -> None:
+    """The loss is that of the labelled rows, one at a time, and the gradient of the others is exactly 0."""
+    torch.manual_seed(0)
+    regression = head == "regression"
+    missing = math.nan if regression else UNLABELLED
+    labels, outputs = [1, missing, 0, missing, missing], 1 if regression else 3
+    logits, weights = torch.randn(5, outputs, requires_grad=True), torch.tensor([0.5, 9.0, 2.0, 9.0, 9.0])
+    batch = toy.batch([3, 2, 4, 2, 2], labels=np.array(labels, dtype=np.float32 if regression else np.int64))
+    batch = batch._replace(row_weights=weights) if weighted and not regression else batch
+    assert (batch.num_unlabelled, batch.counts.labelled_rows) == (3, 2)
+    if step_rows is not None:
+        batch = batch._replace(step_counts=batch.counts._replace(labelled_rows=step_rows))
+    loss, expected = losses.hard_label_loss(logits, batch, head), 0.0
+    for row in (0, 2):
+        z, label = logits[row].double(), int(labels[row])
+        error = (z[0] - label).square() if regression else z.exp().sum().log() - z[label]
+        expected = expected + error * (weights[row] if batch.row_weights is not None else 1)
+    expected = expected / (step_rows or 2)
+    (gradient,), (naive,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (loss, expected))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, naive)
+    assert (gradient[[1, 3, 4]] == 0).all()
+    assert losses.soft_label_loss(logits, torch.zeros(5, outputs), batch, head, 2.0).item() > 0
+
+
+@pytest.mark.parametrize(("head", "label"), [("classification", UNLABELLED), ("regression", math.nan)])
+def test_a_step_without_labels_has_no_loss_against_them(head: Head, label: float) -> None:
+    batch = toy.batch([3, 2], labels=[label] * 2)
+    logits = torch.randn(2, 1 if head == "regression" else 2, requires_grad=True)
+    loss = losses.hard_label_loss(logits, with_step_counts([batch, batch])[0], head)
+    assert loss.item() == 0
+    assert (torch.autograd.grad(loss, logits)[0] == 0).all()
 
 
 HEAD_POSITIONS = [[0, 2], [0, 1, 2, 4], [0, 1, 3]]  # in sequences of 3, 5 and 4 tokens

@@ -1,5 +1,6 @@
 """A step is a function of its examples: its loss and gradient do not depend on how they are cut into micro-batches."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import toy
 from torch import Tensor
 
-from lad_dist.core.batch import Batch, Head
+from lad_dist.core.batch import UNLABELLED, Batch, Head
 from lad_dist.core.collate import collate, span_starts
 from lad_dist.data.step_counts import with_step_counts
 from lad_dist.models import loading
@@ -57,6 +58,16 @@ def micro_batches(head: Head, size: int, pad_to: int | None) -> list[Batch]:
     return batches
 
 
+def without_labels(batches: list[Batch], head: Head) -> list[Batch]:
+    """Return the batches without the labels of all sequences but the second, fifth and sixth of eight."""
+    size, missing = len(batches[0].labels), math.nan if head == "regression" else UNLABELLED
+    labels = torch.cat([batch.labels for batch in batches]).index_fill(0, torch.tensor([0, 2, 3, 6, 7]), missing)
+    return [
+        batch._replace(labels=each, num_unlabelled=int(((each == UNLABELLED) | each.isnan()).sum()))
+        for batch, each in zip(batches, labels.split(size), strict=True)
+    ]
+
+
 def step(objective: Objective, student: Any, teacher: Any, batches: list[Batch]) -> tuple[dict[str, float], Tensor]:
     """Return the terms of a step, as its log shows them, and the gradient of the loss."""
     sums: dict[str, Tensor] = {}
@@ -72,10 +83,31 @@ def step(objective: Objective, student: Any, teacher: Any, batches: list[Batch])
     return {name: x.item() for name, x in sums.items()}, torch.cat([x.flatten() for x in gradients if x is not None])
 
 
+UNLABELLED_CASES: list[tuple[str, Head]] = [
+    *((name, "classification") for name, kind in sorted(OBJECTIVES.items())
+      if "task" in kind.supported_data and kind.requires_teacher),
+    ("lad", "regression"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("name", "head", "options", "pad_to"), CASES)
 def test_a_step_is_a_function_of_the_examples(
     name: str, head: Head, options: dict[str, Any], pad_to: int | None
 ) -> None:
+    check_micro_batches(name, head, options, pad_to, [micro_batches(head, size, pad_to) for size in (8, 2, 1)])
+
+
+@pytest.mark.parametrize(("name", "head"), UNLABELLED_CASES)
+def test_a_step_with_unlabelled_examples_is_a_function_of_the_examples(name: str, head: Head) -> None:
+    steps = [without_labels(micro_batches(head, size, None), head) for size in (8, 2, 1)]
+    assert [batch.num_unlabelled for batch in steps[1]] == [1, 2, 0, 2]
+    check_micro_batches(name, head, {}, None, steps)
+
+
+def check_micro_batches(
+    name: str, head: Head, options: dict[str, Any], pad_to: int | None, steps: list[list[Batch]]
+) -> None:
+    """Compare the loss and the gradient of a step that is cut into micro-batches in several ways."""
     torch.manual_seed(0)
     student, teacher = (
         loading.create_model(
@@ -88,9 +120,7 @@ def test_a_step_is_a_function_of_the_examples(
     )
     dims = [model_dims(model.config, head, labels=len(LABELS[head]), span=pad_to) for model in (student, teacher)]
     objective = OBJECTIVES[name](*dims, **options)
-    (expected, gradient), *others = (
-        step(objective, student, teacher, micro_batches(head, size, pad_to)) for size in (8, 2, 1)
-    )
+    (expected, gradient), *others = (step(objective, student, teacher, batches) for batches in steps)
     for terms, other_gradient in others:
         changed = {key for key, x in terms.items() if x != pytest.approx(expected[key], rel=1e-4, abs=1e-7)}
         assert changed == WITHIN_MICRO_BATCHES.get(name, set())

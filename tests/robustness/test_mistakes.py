@@ -118,6 +118,19 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     (TASK, {"objective": {"name": "kd", "soft": 0.0, "hard": 0.0}}, "objective: all weights are 0"),
     (TASK, {"objective": {"name": "kd", "hard": 0.0}, "data.class_weights": "balanced"}, "does not learn from labels"),
     (
+        TASK,
+        {"objective": {"name": "kd", "soft": 0.0}, "data.unlabelled": "{bad_dev}"},
+        'data.unlabelled: objective.name "kd" reads nothing of a teacher here; take kd or lad with objective.soft',
+    ),
+    (
+        TASK,
+        {"teacher": None, "objective": {"name": "supervised"}, "data.unlabelled": "{bad_dev}"},
+        'data.unlabelled: objective.name "supervised" reads nothing of a teacher here; take kd or lad with objective',
+    ),
+    (TASK, {"teacher": None, "data.unlabelled": "{bad_dev}"}, 'objective.name "lad" needs a teacher: set teacher.path'),
+    (TASK, {"data.unlabelled": "nowhere.txt"}, "nowhere.txt: no such file"),
+    (EVALUATE, {"data.unlabelled": "{bad_dev}"}, "data.unlabelled is for trainings; remove it"),
+    (
         CORPUS,
         {"objective": {"name": "tinybert", "embedding": 0.0, "hidden": 0.0, "attention": 0.0}},
         "objective: all weights are 0",

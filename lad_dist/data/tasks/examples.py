@@ -77,6 +77,16 @@ class TaskExamples(Generic[Raw]):
     def _encode(self, raw: Raw, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig) -> Encoded:
         raise NotImplementedError
 
+    def extend(self, other: "TaskExamples[Raw]") -> None:
+        """Add the examples of `other`, of the same task, after these."""
+        ids, segments, cut = self._encoded
+        self._encoded = EncodedSequences(
+            [*ids, *other._encoded.ids], [*segments, *other._encoded.segments], cut + other.cut
+        )
+        self._rows, self._labels = [*self._rows, *other._rows], [*self._labels, *other._labels]
+        for name in ("labels", "fingerprint"):
+            vars(self).pop(name, None)  # of the examples before
+
     def score(self, logits: Logits) -> dict[str, float]:
         """Return the task's metrics of logits [R, V], which are finite."""
         raise NotImplementedError

@@ -23,6 +23,7 @@ from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
 from lad_dist.utils.suggest import MAX_LISTED, did_you_mean
 from lad_dist.utils.text import one_line
 
+PAIR = "text_pair"  # the column of second texts unless data.text_pair names another
 MAX_LABEL = float(np.finfo(np.float32).max)  # label of a regression
 
 

@@ -14,6 +14,7 @@ from lad_dist.config.load import lookup
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.data.tasks import files, squad, tagging
 from lad_dist.data.tasks.files import (
+    PAIR,
     ColumnNames,
     FileRows,
     MissingColumn,
@@ -25,10 +26,10 @@ from lad_dist.data.tasks.files import (
 )
 from lad_dist.data.tasks.glue import GLUE, glue_files, texts_from_hub, texts_from_tsv
 from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
+from lad_dist.data.tasks.unlabelled import load_unlabelled, unlabelled_reader, warn_of_held_out_texts
 from lad_dist.utils.suggest import MAX_LISTED
 
 Kind = Literal["classification", "regression", "tagging", "question_answering"]
-PAIR = "text_pair"  # the column of second texts unless data.text_pair names another
 ENTITY_TAGS = re.compile(r"O|[BIMELSU](-.+)?")  # BIO (IOB1, IOB2), IOBES and BILOU
 
 
@@ -40,7 +41,7 @@ class Task(NamedTuple):
 
     Label names are in the order of the class ids, none where outputs are numbers. The first metric is the one to
     maximise; f1 is that of the label `positive`. With `fixed_order`, data.labels says that heads have this order.
-    `dev` is evaluated on the way and at the end, `test` at the end alone.
+    `dev` is evaluated on the way and at the end, `test` at the end alone. `unlabelled` is trained on beside `train`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Task(NamedTuple):
     train: RawExamples
     dev: Mapping[str, RawExamples]
     test: RawExamples | None = None
+    unlabelled: Texts | None = None
     positive: str | None = None
     fixed_order: bool = False
 
@@ -64,6 +66,8 @@ def check_task(data: TaskDataConfig) -> None:
     read: list[Path] = []
     if data.hub is not None:
         return
+    if data.unlabelled is not None:
+        unlabelled_reader(data.unlabelled)
     if data.task is None:
         read = _own_files(data)
         for file in read:
@@ -72,7 +76,7 @@ def check_task(data: TaskDataConfig) -> None:
         read = glue_files(data.path, lookup("task", data.task, GLUE))
     else:
         lookup("task", data.task, GLUE)
-    for file in read:
+    for file in [*read, *([Path(data.unlabelled)] if data.unlabelled is not None else [])]:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
 
@@ -89,7 +93,12 @@ def load_task(data: TaskDataConfig) -> Task:
         names = textwrap.shorten(", ".join(task.label_names), MAX_LISTED, placeholder=" …")
         count = len(data.class_weights)
         raise UserError(f"data.class_weights: {count} weights for the {len(task.label_names)} labels {names}")
-    return task
+    if data.unlabelled is None:
+        return task
+    assert isinstance(task.train, Texts)
+    unlabelled = load_unlabelled(data, task.train)
+    warn_of_held_out_texts(data.unlabelled, unlabelled, [*task.dev.values(), *([task.test] if task.test else [])])
+    return task._replace(unlabelled=unlabelled)
 
 
 def _read_task(data: TaskDataConfig) -> Task:
