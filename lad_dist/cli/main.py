@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from lad_dist.cli.command import Command, ConfigCommand, documentation, wrapped, wrapped_document
+from lad_dist.cli.commands.augment import augment
 from lad_dist.cli.commands.benchmark import benchmark
 from lad_dist.cli.commands.corpus import prepare, train_tokenizer, verify
 from lad_dist.cli.commands.evaluate import evaluate
@@ -56,6 +57,7 @@ COMMANDS: Mapping[str, Command] = {
     "pretrain": ConfigCommand(pretrain, PretrainConfig, PRETRAIN_KEYS),
     "finetune": ConfigCommand(finetune, TaskConfig, TASK_KEYS),
     "distill": ConfigCommand(distill, TaskConfig, ("teacher.path", *TASK_KEYS)),
+    "augment": augment,
     "evaluate": ConfigCommand(evaluate, EvaluateConfig, EVALUATE_KEYS),
     "tune": ConfigCommand(tune, SearchConfig, SEARCH_KEYS),
     "report": report,

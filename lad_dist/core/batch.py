@@ -10,9 +10,6 @@ from torch import Tensor
 
 Head = Literal["none", "mlm", "classification", "regression", "tagging", "question_answering"]
 
-# Class id of a row without a label, which PyTorch's losses leave out; in regression such a label is NaN.
-UNLABELLED = -100
-
 
 class Counts(NamedTuple):
     """How much there is of each unit that losses are means over: in a batch, or on the average of several."""
@@ -41,7 +38,7 @@ class Batch(NamedTuple):
     padded_index: Tensor  # [N], place of each token in [U * S]
     sequence_ids: Tensor  # [U, S], the sequence that each place belongs to; -1 where there is nothing to attend to
     head_positions: Tensor  # [R], tokens that the head reads: masked ones (MLM), first ones of sequences or words
-    labels: Tensor  # [R], the targets of the head, UNLABELLED or NaN where there is none; [R, 2] for answers: both ends
+    labels: Tensor  # [R], the targets of the head (labels.py: missing ones); [R, 2] where an answer begins and ends
     has_padding: bool  # whether any place has nothing to attend to
     packed: bool  # whether any span holds more or less than one sequence
     num_tokens: int  # sum of lengths: real tokens

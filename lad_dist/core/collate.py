@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lad_dist.core.batch import UNLABELLED, Batch
+from lad_dist.core.batch import Batch
+from lad_dist.core.labels import is_unlabelled
 
 # S, the tokens that a model computes on and the sequences of a corpus are rounded up to multiples. So shapes recur:
 # a CPU generates and keeps bf16 kernels for every new shape, a GPU's tensor cores want multiples, and its allocator
@@ -47,7 +48,6 @@ def collate(
     span_length = pad_to if pad_to is not None else _round_up(int(spans.max()), SPAN_MULTIPLE)
     positions = np.arange(starts[-1]) - np.repeat(starts[:-1], spans)
     labels = np.asarray(labels)
-    is_unlabelled = np.isnan(labels) if labels.dtype.kind == "f" else labels == UNLABELLED
     sequence_ids = np.where(np.arange(span_length) < lengths[:, None], np.arange(len(lengths))[:, None], -1)
     return Batch(
         input_ids=torch.from_numpy(_lay_out(sequences, starts, pad_id)),
@@ -65,7 +65,7 @@ def collate(
         num_sequences=len(lengths),
         num_pairs=int(np.square(lengths).sum()),
         computed_tokens=_round_up(int(starts[-1]), TOKEN_MULTIPLE),
-        num_unlabelled=int(is_unlabelled.sum()),
+        num_unlabelled=int(is_unlabelled(labels).sum()),
     )
 
 

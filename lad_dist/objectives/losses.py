@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lad_dist.core.batch import UNLABELLED, Batch, Head, one_span_per_sequence, pad, unpad
+from lad_dist.core.batch import Batch, Head, one_span_per_sequence, pad, unpad
+from lad_dist.core.labels import UNLABELLED
 
 Pair = tuple[Tensor, Tensor]
 

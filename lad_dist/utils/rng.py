@@ -8,7 +8,12 @@ import numpy as np
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / φ: SplitMix64's step from one state to the next
 WORD = 2**64 - 1
 ROUNDS = 6
-SHUFFLE, MASK, COIN = 1, 2, 3  # the first number of a key, its purpose: keys of two purposes are never equal
+SHUFFLE, MASK, COIN, AUGMENTATION = (
+    1,
+    2,
+    3,
+    4,
+)  # the first number of a key, its purpose: keys of two purposes are never equal
 
 
 def derive_key(*numbers: int) -> int:

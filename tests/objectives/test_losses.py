@@ -11,7 +11,8 @@ import toy
 from hypothesis import given, settings
 from torch import Tensor
 
-from lad_dist.core.batch import UNLABELLED, Batch, Head
+from lad_dist.core.batch import Batch, Head
+from lad_dist.core.labels import UNLABELLED
 from lad_dist.data.step_counts import with_step_counts
 from lad_dist.objectives import losses
 

@@ -9,8 +9,9 @@ import torch
 import toy
 from torch import Tensor
 
-from lad_dist.core.batch import UNLABELLED, Batch, Head
+from lad_dist.core.batch import Batch, Head
 from lad_dist.core.collate import collate, span_starts
+from lad_dist.core.labels import UNLABELLED, is_unlabelled
 from lad_dist.data.step_counts import with_step_counts
 from lad_dist.models import loading
 from lad_dist.models.dims import model_dims
@@ -63,7 +64,7 @@ def without_labels(batches: list[Batch], head: Head) -> list[Batch]:
     size, missing = len(batches[0].labels), math.nan if head == "regression" else UNLABELLED
     labels = torch.cat([batch.labels for batch in batches]).index_fill(0, torch.tensor([0, 2, 3, 6, 7]), missing)
     return [
-        batch._replace(labels=each, num_unlabelled=int(((each == UNLABELLED) | each.isnan()).sum()))
+        batch._replace(labels=each, num_unlabelled=int(is_unlabelled(each.numpy()).sum()))
         for batch, each in zip(batches, labels.split(size), strict=True)
     ]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
-from lad_dist.core.batch import UNLABELLED
+from lad_dist.core.labels import UNLABELLED
 from lad_dist.data.sources.text_files import numbered_lines
 from lad_dist.data.tasks import files
 from lad_dist.data.tasks.files import PAIR, FileRows, MissingColumn, Texts, read_hub, reader_of

@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
-from lad_dist.core.batch import UNLABELLED
+from lad_dist.core.labels import UNLABELLED
 from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.sources import hub
 from lad_dist.data.tasks.files import Texts
