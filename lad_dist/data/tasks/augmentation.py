@@ -89,10 +89,13 @@ class WordProposer:
         encoding = rust_backend(self._tokenizer).encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids[: self._room], dtype=np.int64)
         for _, group in groupby(range(len(encoding.ids)), key=lambda place: encoding.word_ids[place]):
-            places = list(group)
+            # To sentencepiece the comma behind a word belongs to the word.
+            places = [place for place in group if any(map(str.isalpha, text[slice(*encoding.offsets[place])]))]
+            if not places or places[-1] >= self._room:
+                continue
             begin, end = encoding.offsets[places[0]][0], encoding.offsets[places[-1]][1]
             begin += len(text[begin:end]) - len(text[begin:end].lstrip())  # a space that belongs to the token
-            if places[-1] < self._room and text[begin:end].isalpha():
+            if text[begin:end].isalpha():
                 yield begin, end, ids, places
 
     def _most_probable(self, masked: Sequence[tuple[np.ndarray, int]]) -> Iterator[list[str]]:

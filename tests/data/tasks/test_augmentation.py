@@ -9,6 +9,7 @@ import pytest
 import tomli_w
 import torch
 import toy
+import toy_families
 from conftest import World
 from launching import run_command
 from transformers import AutoModelForMaskedLM
@@ -17,6 +18,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.data.tasks.augmentation import Augmentation, Word, WordProposer, augment
 from lad_dist.data.tasks.files import Texts
 from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.models.loading import save_model
 
 CPU = torch.device("cpu")
 TEXT = "Ban,  fisk 7 banbart! golu"
@@ -49,6 +51,17 @@ def test_proposals_are_those_of_the_equations(proposer: WordProposer, world: Wor
             scores = {token: logits[n] for token, n in vocabulary.items()}
         assert word.candidates == sorted(scores, key=lambda token: -scores[token].item())[:4]
     assert kinds == {False, True}
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "albert"])
+def test_words_are_the_same_to_other_tokenizers(family: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(toy_families.tokenizer(family, tmp_path)))
+    save_model(toy_families.new_model(family, "mlm", tokenizer), tmp_path)
+    proposer, text = WordProposer(str(tmp_path), max_length=32, candidates=3, device=CPU), "ban,  fisk 7 banfisk! golu"
+    (words,) = proposer([text])
+    assert [text[word.begin : word.end] for word in words] == ["ban", "fisk", "banfisk", "golu"]
+    assert all(len(set(word.candidates)) == 3 for word in words)
+    assert all(candidate.isalpha() for word in words for candidate in word.candidates)
 
 
 def test_words_beyond_the_longest_sequence_stay(world: World) -> None:
