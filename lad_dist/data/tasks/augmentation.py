@@ -1,6 +1,7 @@
 """More texts like those of a task: a masked language model replaces some words (TinyBERT, Jiao et al., 2020, alg. 1).
 
-They have no labels: a student learns them from the teacher alone, as `data.unlabelled`.
+They have no labels: a student learns them from the teacher alone, as `data.unlabelled`. So do the authors' students,
+but on STS-B, where a text keeps the label of its origin.
 """
 
 from collections.abc import Iterator, Sequence
