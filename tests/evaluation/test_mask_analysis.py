@@ -208,13 +208,23 @@ def test_the_shuffle_test(runs: dict[str, Path]) -> None:
 
 
 def test_shuffled_masks_are_what_is_evaluated(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run whose config has keys that evaluations refuse."""
     evaluated = []
+    read, of_trainings = (
+        mask_analysis.read_tables,
+        {"test": "t.csv", "class_weights": "balanced", "unlabelled": "u.txt"},
+    )
+
+    def tables_of_the_run(file: Path) -> dict[str, Any]:
+        tables = read(file)
+        return {**tables, "data": {**tables["data"], **of_trainings}}
 
     def record(config: Any) -> dict[str, Any]:
         evaluated.append(load_file(Path(config.model.path) / "model.safetensors"))
         return {"model": {"path": "", "parameters": 0, "accuracy": 0.5}}
 
     monkeypatch.setattr(mask_analysis, "evaluate", record)
+    monkeypatch.setattr(mask_analysis, "read_tables", tables_of_the_run)
     masks = load_run_masks(runs["adapting"])
     shuffle_test(masks, 1)
     for weights, keep_masks in zip(evaluated, (masks.keep_masks, shuffle_masks(masks.keep_masks, 0)), strict=True):
