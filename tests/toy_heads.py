@@ -1,4 +1,4 @@
-"""Learnable tagging and question answering at toy size, as files of the user's own."""
+"""Learnable tagging, question answering and labelling at toy size, as files of the user's own."""
 
 import json
 import random
@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from toy import WORDS
+from toy import WORDS, sentence
 
 NAMES = [word for word in WORDS if word.startswith("ba")]
 PLACES = [word for word in WORDS if word.startswith("fi")]
 OTHERS = [word for word in WORDS if word not in NAMES + PLACES]
-LABELS = {"tagging": ("B-LOC", "B-PER", "I-PER", "O"), "question_answering": ("start", "end")}
+LABELS = {
+    "tagging": ("B-LOC", "B-PER", "I-PER", "O"),
+    "question_answering": ("start", "end"),
+    "multilabel": ("ba", "fi", "lu"),
+}
 
 
 def tagged(seed: int, most: int = 8) -> tuple[list[str], list[str]]:
@@ -64,4 +68,22 @@ def question_files(
     return {"kind": "question_answering", "train": str(folder / "train.json"), "dev": str(folder / "dev.json")}
 
 
-MAKE_FILES: dict[str, Callable[..., dict[str, str]]] = {"tagging": tagging_files, "question_answering": question_files}
+def labelled(seed: int) -> tuple[str, list[str]]:
+    """A text, and the first syllables of its words that are labels: none, or several."""
+    text = sentence(seed, most=5)
+    return text, [label for label in LABELS["multilabel"] if label in text]
+
+
+def multilabel_files(folder: Path, train: int = 120, dev: int = 30) -> dict[str, str]:
+    """A .csv with names in one column to train on, a .jsonl with lists of them to evaluate on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(text, "|".join(labels)) for text, labels in map(labelled, range(train))]
+    (folder / "train.csv").write_text("text,label\n" + "".join(f"{text},{cell}\n" for text, cell in rows))
+    rows_of_dev = [dict(zip(("text", "label"), labelled(10_000 + n), strict=True)) for n in range(dev)]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_dev))
+    return {"kind": "multilabel", "train": str(folder / "train.csv"), "dev": str(folder / "dev.jsonl")}
+
+
+MAKE_FILES: dict[str, Callable[..., dict[str, str]]] = {
+    "tagging": tagging_files, "question_answering": question_files, "multilabel": multilabel_files,
+}  # fmt: skip

@@ -28,7 +28,7 @@ from lad_dist.compression.quantize import Grid
 from lad_dist.config.errors import UserError
 from lad_dist.models import families, loading
 from lad_dist.models.frozen import weights_digest
-from lad_dist.models.heads import head_of_architectures, label_names
+from lad_dist.models.heads import head_of, label_names
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import PreTrainedModel, new_model
 
@@ -153,7 +153,7 @@ def load_compact(folder: str | Path) -> PreTrainedModel:
     """
     path = Path(folder) / COMPACT_FILE
     config = load_hf_config(str(folder))
-    head = head_of_architectures(config.architectures or ())
+    head = head_of(config)
     if not path.exists():
         return loading.load_model(str(folder), head, require_head=True)
     tensors, metadata = _read_tensors(path)
@@ -211,7 +211,7 @@ def load_masked(folder: str | Path, base: str | None = None) -> PreTrainedModel:
     config = load_hf_config(str(folder))
     tensors, metadata = _read_tensors(path)
     base = base or metadata["base"]
-    model = loading.load_model(base, head_of_architectures(config.architectures or ()), labels=label_names(config))
+    model = loading.load_model(base, head_of(config), labels=label_names(config))
     model = keep_layers(model, metadata["layers"])
     trained = {name: tensor for name, tensor in tensors.items() if not name.endswith(BITS)}
     dtype = getattr(torch, metadata["dtype"])

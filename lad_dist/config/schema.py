@@ -255,9 +255,13 @@ class TaskDataConfig(DataConfig):
     text_pair: str | None = Field(
         None, description="column of the second texts of pairs; default: text_pair where your files have it"
     )
-    label: str = Field("label", description="column of your own labels")
-    kind: Literal["classification", "regression", "tagging", "question_answering"] = Field(
-        "classification", description="kind of your own task"
+    label: str | list[str] = Field(
+        "label",
+        description="column of your own labels; for multilabel a column of lists, or of names with | between them, or "
+        "a list of columns of 0 and 1, one for each label",
+    )
+    kind: Literal["classification", "multilabel", "regression", "tagging", "question_answering"] = Field(
+        "classification", description="kind of your own task; multilabel gives a text any number of labels"
     )
     labels: Annotated[list[LabelName], Field(min_length=2)] | None = Field(
         None,
@@ -269,7 +273,8 @@ class TaskDataConfig(DataConfig):
     class_weights: Literal["balanced"] | list[PositiveFloat] | None = Field(
         None,
         description="what an example counts in the loss against the labels, by label in the order of labels; balanced: "
-        "all labels together count equally; default: 1",
+        "all labels together count equally; for multilabel what a label counts where an example has it (pos_weight); "
+        "balanced: as much as where examples lack it; default: 1",
     )
     doc_stride: PositiveInt | None = Field(
         None, description="tokens that neighbouring windows of a question's context share; default: max_length / 3"
@@ -306,27 +311,34 @@ class TaskDataConfig(DataConfig):
 
     @model_validator(mode="after")
     def _keys_of_the_kind(self) -> Self:
-        if self.task is not None and self.kind in ("tagging", "question_answering"):
+        if self.task is not None and self.kind in ("multilabel", "tagging", "question_answering"):
             raise ValueError(f'kind = "{self.kind}" is for train and dev files; a GLUE task names a kind already')
         for key in ("doc_stride", "max_answer_length", "null_score_diff_threshold"):
             if self.kind != "question_answering" and self._is_set(key):
                 raise ValueError(f'{key} goes with kind = "question_answering" alone')
         for key in ("hub", "text", "text_pair", "label", "unlabelled"):
-            if self._is_set(key) and self.kind not in ("classification", "regression"):
-                raise ValueError(f'{key} goes with kind = "classification" or "regression" alone')
+            if self._is_set(key) and self.kind not in ("classification", "multilabel", "regression"):
+                raise ValueError(f'{key} goes with kind = "classification", "multilabel" or "regression" alone')
         if self.doc_stride is not None and self.doc_stride >= self.max_length // 2:
             raise ValueError(f"doc_stride = {self.doc_stride} must be less than half of max_length = {self.max_length}")
         return self
 
     @model_validator(mode="after")
     def _labels_of_the_kind(self) -> Self:
-        decisions = ("classification", "tagging")
+        decisions = ("classification", "multilabel", "tagging")
         for key, kinds in (("labels", decisions), ("positive", ("classification",)), ("class_weights", decisions)):
             if self.kind not in kinds and getattr(self, key) is not None:
                 raise ValueError(f'{key} does not go with kind = "{self.kind}", only with {", ".join(kinds)}')
-        if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            repeated = next(name for name in self.labels if self.labels.count(name) > 1)
-            raise ValueError(f'labels has "{repeated}" twice')
+        for key, names in (("labels", self.labels), ("label", self.label)):
+            if isinstance(names, list) and len(set(names)) < len(names):
+                repeated = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f'{key} has "{repeated}" twice')
+        if isinstance(self.label, list) and self.kind != "multilabel":
+            raise ValueError('label is a list of columns, which goes with kind = "multilabel" alone')
+        if isinstance(self.label, list) and len(self.label) < 2:
+            raise ValueError("label is a list of columns of 0 and 1: name at least two")
+        if isinstance(self.label, list) and self.labels is not None and sorted(self.label) != sorted(self.labels):
+            raise ValueError(f"labels: the columns of label are {', '.join(self.label)}")
         if self.task is not None and self.positive is not None:
             raise ValueError("positive is for train and dev files; GLUE says itself which label counts")
         return self

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-Head = Literal["none", "mlm", "classification", "regression", "tagging", "question_answering"]
+Head = Literal["none", "mlm", "classification", "multilabel", "regression", "tagging", "question_answering"]
+TEXT_HEADS = ("classification", "multilabel", "regression")  # those that read the first token of a text
 
 
 class Counts(NamedTuple):
@@ -38,15 +39,15 @@ class Batch(NamedTuple):
     padded_index: Tensor  # [N], place of each token in [U * S]
     sequence_ids: Tensor  # [U, S], the sequence that each place belongs to; -1 where there is nothing to attend to
     head_positions: Tensor  # [R], tokens that the head reads: masked ones (MLM), first ones of sequences or words
-    labels: Tensor  # [R], the targets of the head (labels.py: missing ones); [R, 2] where an answer begins and ends
+    labels: Tensor  # [R], the targets of the head; [R, V] of several labels; [R, 2] where an answer begins and ends
     has_padding: bool  # whether any place has nothing to attend to
     packed: bool  # whether any span holds more or less than one sequence
     num_tokens: int  # sum of lengths: real tokens
     num_sequences: int  # sequences that are not empty: the first ones
     num_pairs: int  # sum of squared lengths: pairs of real tokens of one sequence
     computed_tokens: int  # tokens that a model computes on: N, rounded up so that shapes recur
-    num_unlabelled: int = 0  # rows without a label
-    row_weights: Tensor | None = None  # [R], what each row counts in the loss against the labels; None: 1
+    num_unlabelled: int = 0  # rows without a label: see labels.py
+    row_weights: Tensor | None = None  # as labels, what each row or label counts in the loss against them; None: 1
     step_counts: Counts | None = None  # mean over all micro-batches of the step; None: the batch is no part of one
 
     def to(self, device: torch.device | str) -> Self:

@@ -37,7 +37,7 @@ def collate(
         sequences: Token ids of each sequence, int [length], special tokens included.
         segments: Token type ids of each sequence, int [length].
         head_positions: Places in the flat batch that the head reads, int [R]; see `span_starts`.
-        labels: The targets of the head, int64 or float32 [R], or [R, 2]; UNLABELLED or NaN in rows without a label.
+        labels: The targets of the head, int64 or float32 [R], or float32 [R, V]; UNLABELLED or NaN in rows without any.
         pad_to: The tokens of every span, at least the longest length; None for spans without padding.
         pad_id: The token id of padding.
     """

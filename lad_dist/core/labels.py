@@ -2,9 +2,11 @@
 
 import numpy as np
 
-UNLABELLED = -100  # class id of such a row, which PyTorch's losses leave out; in regression the label is NaN
+UNLABELLED = -100  # class id of such a row, which PyTorch's losses leave out; labels that are floats are NaN
 
 
 def is_unlabelled(labels: np.ndarray) -> np.ndarray:
-    """Return whether each label is missing, a bool for each."""
-    return np.isnan(labels) if labels.dtype.kind == "f" else labels == UNLABELLED
+    """Return whether each row of labels [R, ...] is missing, bool [R]."""
+    if labels.dtype.kind == "f":
+        return np.isnan(labels.sum(axis=tuple(range(1, labels.ndim))))
+    return labels == UNLABELLED

@@ -227,6 +227,8 @@ class TaskDataset:
         batch = self.train.batch(self.example_ids(step, micro_batch))
         if self._class_weights is None:
             return batch
+        if batch.labels.dim() == 2:  # 0 and 1: an example without a label counts 1 for it
+            return batch._replace(row_weights=torch.where(batch.labels > 0, self._class_weights, 1.0))
         return batch._replace(row_weights=self._class_weights[batch.labels.clamp(min=0)])  # UNLABELLED counts 0 anyway
 
     def samples(self, step: int, micro_batch: int) -> list[int]:
@@ -241,11 +243,16 @@ class TaskDataset:
 def _class_weights(setting: Any, labels: np.ndarray, count: int) -> Tensor | None:
     """Return the weight of each of `count` classes, fp32, None where all are 1.
 
-    Balanced is labels / (count · labels of the class), as in scikit-learn; over the training set its mean is 1.
+    Balanced is labels / (count · labels of the class), as in scikit-learn; over the training set its mean is 1. Of
+    several labels [R, V] it is examples without the label / examples with it, each at least 1: torch's advice for the
+    pos_weight of BCEWithLogitsLoss.
     """
     if setting is None:
         return None
-    if setting == "balanced":
+    if setting == "balanced" and labels.ndim == 2:
+        numbers = labels.sum(axis=0)
+        setting = np.maximum(len(labels) - numbers, 1) / np.maximum(numbers, 1)
+    elif setting == "balanced":
         numbers = np.maximum(np.bincount(labels, minlength=count), 1)  # of a class without examples none is read
         setting = len(labels) / (count * numbers)
     return torch.tensor(setting, dtype=torch.float32)

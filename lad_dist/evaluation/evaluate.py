@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,11 @@ from torch import Tensor
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import check_writable
 from lad_dist.config.schema import EvaluateConfig
-from lad_dist.core.batch import Batch
+from lad_dist.core.batch import TEXT_HEADS, Batch
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.step_counts import mean_counts
-from lad_dist.data.tasks.examples import TaskExamples
+from lad_dist.data.tasks.examples import TaskExamples, Thresholds
 from lad_dist.data.tasks.task import check_task, load_task
 from lad_dist.data.tokenization.loading import load_tokenizer, tokenizer_of_teacher
 from lad_dist.data.tokenization.special_tokens import vocabulary_size
@@ -40,6 +41,7 @@ Batches = Sequence[Callable[[], Batch]]
 Dev = Mapping[str, TaskExamples]
 Forward = Callable[[Batch], Tensor]
 LOGITS = OutputSpec(logits=True)
+NO_THRESHOLDS: Mapping[str, Thresholds] = MappingProxyType({})
 
 logger = get_logger(__name__)
 
@@ -124,25 +126,34 @@ def _report_progress(rounds: int, batches: Batches) -> None:
     progress.report("evaluation", min(rounds * ranks.world_size(), len(batches)), len(batches))
 
 
-def task_scores(dev: Dev, predictions: DevPredictions) -> dict[str, float]:
-    """Return the task's metrics of finite logits; those of a second dev set (MNLI's mismatched) carry its name."""
+def task_scores(dev: Dev, predictions: DevPredictions, thresholds: Thresholds = ()) -> dict[str, float]:
+    """Return the task's metrics of finite logits; those of a second dev set (MNLI's mismatched) carry its name.
+
+    With thresholds of labels there are also the metrics with these.
+    """
     scores: dict[str, float] = {}
     for name, dev_predictions in predictions.items():
-        suffix = name.removeprefix("dev")
-        scores |= {metric + suffix: value for metric, value in dev[name].score(dev_predictions.logits).items()}
+        examples, logits, suffix = dev[name], dev_predictions.logits, name.removeprefix("dev")
+        values = examples.score(logits) | examples.tuned_score(logits, thresholds)
+        scores |= {metric + suffix: value for metric, value in values.items()}
     return scores
 
 
 def compare(
-    dev: Dev, student: DevPredictions, teacher_dev: Dev, teacher: DevPredictions | None
+    dev: Dev,
+    student: DevPredictions,
+    teacher_dev: Dev,
+    teacher: DevPredictions | None,
+    thresholds: Mapping[str, Thresholds] = NO_THRESHOLDS,
 ) -> dict[str, dict[str, float]]:
     """Return {"student": metrics, loss and loyalty, "teacher": metrics}.
 
-    `teacher_dev` holds the same examples in the teacher's tokens.
+    `teacher_dev` holds the same examples in the teacher's tokens, `thresholds` those of "student" and "teacher".
     """
-    scores = {"student": task_scores(dev, student) | {"loss": dev["dev"].loss(student["dev"].logits)}}
+    metrics = task_scores(dev, student, thresholds.get("student", ()))
+    scores = {"student": metrics | {"loss": dev["dev"].loss(student["dev"].logits)}}
     if teacher is not None:
-        scores["teacher"] = task_scores(teacher_dev, teacher)
+        scores["teacher"] = task_scores(teacher_dev, teacher, thresholds.get("teacher", ()))
         scores["student"] |= dev["dev"].loyalty(student["dev"].logits, teacher["dev"].logits)
     return scores
 
@@ -174,7 +185,7 @@ def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
         check_weight_files(path)
         check_length(hf_config, path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)
-    comparison = None if task.kind in ("classification", "regression") else f'data.kind = "{task.kind}"'
+    comparison = None if task.kind in TEXT_HEADS else f'data.kind = "{task.kind}"'
     teacher_tokenizer = (
         tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, comparison)
     )
@@ -196,7 +207,8 @@ def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
         check_finite(path, predictions[-1])
         if reason := weakness(model, model_dev["dev"], predictions[-1]["dev"].logits):
             logger.warning("%s: %s", path, reason)
-    scores = compare(dev, predictions[0], teacher_dev, None if teacher is None else predictions[1])
+    thresholds = {role: model.thresholds for role, model in zip(("student", "teacher"), models, strict=False)}
+    scores = compare(dev, predictions[0], teacher_dev, None if teacher is None else predictions[1], thresholds)
     if teacher is not None and speedup:
         scores["student"]["speedup"] = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
     result = {

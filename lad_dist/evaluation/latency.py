@@ -30,7 +30,7 @@ from lad_dist.evaluation.onnx_export import Session
 from lad_dist.models import loading
 from lad_dist.models.dims import max_positions
 from lad_dist.models.frozen import InferenceModel
-from lad_dist.models.heads import head_of_architectures
+from lad_dist.models.heads import head_of_architectures, label_thresholds
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import check_weight_files
 from lad_dist.runs import run_folder
@@ -202,7 +202,8 @@ def _quality(dev: TaskExamples, student: InferenceModel, sessions: Mapping[str, 
     quality = {}
     for form, session in sessions.items():
         form_logits = predict(form, session)
-        quality[form] = {"metrics": dev.score(form_logits), "loyalty": dev.loyalty(form_logits, student_logits)}
+        metrics = dev.score(form_logits) | dev.tuned_score(form_logits, label_thresholds(student.model.config))
+        quality[form] = {"metrics": metrics, "loyalty": dev.loyalty(form_logits, student_logits)}
     return quality
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from lad_dist.config.errors import UserError
-from lad_dist.core.batch import Head
+from lad_dist.core.batch import TEXT_HEADS, Head
 from lad_dist.core.collate import collate
+from lad_dist.data.tasks import multilabel
 from lad_dist.data.tokenization.encoding import encode_framed
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.data.tokenization.special_tokens import special_token_frame
@@ -17,7 +18,7 @@ from lad_dist.distributed import processes
 from lad_dist.evaluation.evaluate import logits_of
 from lad_dist.models.dims import max_positions
 from lad_dist.models.frozen import FrozenModel
-from lad_dist.models.heads import head_of_architectures, label_names
+from lad_dist.models.heads import head_of, label_names, label_thresholds
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import check_weight_files
 from lad_dist.utils import progress
@@ -29,15 +30,18 @@ MAX_LENGTH = 512  # tokens, where the model has positions for as many
 class Prediction(NamedTuple):
     """What a model says of one text."""
 
-    label: str | None  # the most probable label; None of a regression
-    score: float  # the probability of the label, or the number of a regression
+    label: str | None  # the most probable of `labels`; None where there is none
+    score: float  # the probability of the most probable label, or the number of a regression
     probabilities: dict[str, float]  # of each label; empty for a regression
+    labels: tuple[str, ...] = ()  # what the text gets, the most probable first; several or none of a multi-label model
 
 
 def predict(
     path: str | Path, texts: Sequence[str | tuple[str, str]], *, max_length: int | None = None
 ) -> list[Prediction]:
     """Predict the labels of texts, or the numbers of a regression.
+
+    A multi-label model gives a text every label whose probability reaches its threshold in config.json, or 0.5.
 
     Args:
         path: A model folder, such as a run's export, or a hub name.
@@ -55,12 +59,13 @@ def predict(
     path = str(path)
     config = load_hf_config(path)
     names = label_names(config)
-    if head_of_architectures(config.architectures or ()) not in ("classification", "regression"):
+    if head_of(config) not in TEXT_HEADS:
         raise UserError(f"{path}: {', '.join(config.architectures or ['no head'])} does not classify texts")
-    if config.problem_type == "multi_label_classification":
-        raise UserError(f"{path}: the head gives several labels to a text; predict knows one label or one number")
     check_weight_files(path)
-    kind: Head = "regression" if len(names) == 1 else "classification"
+    kind: Head = "classification" if len(names) > 1 else "regression"
+    if head_of(config) == "multilabel":
+        kind = "multilabel"
+    thresholds = label_thresholds(config)
     tokenizer = load_tokenizer(path)
     model = FrozenModel(path, kind, device=processes.device())
     first = [text if isinstance(text, str) else text[0] for text in texts]
@@ -80,7 +85,10 @@ def predict(
         logits = logits_of(model, batch.to(processes.device()))
         if not logits.isfinite().all():
             raise UserError(f"{path}: broken, as logits are not finite")
-        predictions += _predictions(logits, names, kind)
+        if kind == "multilabel":
+            predictions += _multilabel_predictions(logits, names, thresholds)
+        else:
+            predictions += _predictions(logits, names, kind)
         progress.report("predicting", len(predictions), len(first))
     return predictions
 
@@ -89,4 +97,17 @@ def _predictions(logits: torch.Tensor, names: Sequence[str], kind: Head) -> list
     if kind == "regression":
         return [Prediction(None, value, {}) for value in logits[:, 0].tolist()]
     rows = [dict(zip(names, row, strict=True)) for row in logits.float().softmax(dim=1).tolist()]
-    return [Prediction(label, row[label], row) for row in rows for label in [max(row, key=row.__getitem__)]]
+    return [Prediction(label, row[label], row, (label,)) for row in rows for label in [max(row, key=row.__getitem__)]]
+
+
+def _multilabel_predictions(
+    logits: torch.Tensor, names: Sequence[str], thresholds: Sequence[float]
+) -> list[Prediction]:
+    given = multilabel.decisions(logits.cpu().numpy(), thresholds or multilabel.DEFAULT_THRESHOLD)
+    predictions = []
+    for values, decided in zip(logits.double().sigmoid().tolist(), given.tolist(), strict=True):
+        row = dict(zip(names, values, strict=True))
+        labels = [name for name, is_given in zip(names, decided, strict=True) if is_given]
+        labels.sort(key=row.__getitem__, reverse=True)
+        predictions.append(Prediction(labels[0] if labels else None, max(values), row, tuple(labels)))
+    return predictions

@@ -1,6 +1,7 @@
 """Heads of models: which one a folder holds, the names and the order of its labels."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import (
     AutoModel,
@@ -19,6 +20,7 @@ MODEL_CLASSES = {
     "none": AutoModel,
     "mlm": AutoModelForMaskedLM,
     "classification": AutoModelForSequenceClassification,
+    "multilabel": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
     "tagging": AutoModelForTokenClassification,
     "question_answering": AutoModelForQuestionAnswering,
@@ -29,14 +31,57 @@ ARCHITECTURE_SUFFIXES = {
 }
 
 FIXED_OUTPUTS = ("regression", "question_answering")  # heads whose outputs mean the same, whatever they are called
+PROBLEM_TYPES: dict[str, Any] = {  # transformers' names of what heads on whole texts decide
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
+DECISIONS = {"classification": "one label", "multilabel": "several labels at once"}
+THRESHOLDS = "label_thresholds"  # key of config.json: {label: the probability from which on a text gets it}
 
 
 def set_labels(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> None:
     """Write the labels of a task, in the order of the head's outputs, into the config."""
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: index for index, name in enumerate(labels)}
-    if ARCHITECTURE_SUFFIXES[head] == "ForSequenceClassification":
-        config.problem_type = "regression" if head == "regression" else "single_label_classification"
+    set_problem_type(config, head)
+    vars(config).pop(THRESHOLDS, None)  # of other labels
+
+
+def set_problem_type(config: PreTrainedConfig, head: Head) -> None:
+    """Write into the config what a head on whole texts decides."""
+    if head in PROBLEM_TYPES:
+        config.problem_type = PROBLEM_TYPES[head]
+
+
+def _has_other_problem(config: PreTrainedConfig, head: Head) -> bool:
+    """Return whether the config says one label where the head gives several, or the reverse; many do not say."""
+    return head in DECISIONS and config.problem_type in {PROBLEM_TYPES[other] for other in DECISIONS if other != head}
+
+
+def set_thresholds(config: PreTrainedConfig, thresholds: Sequence[float]) -> None:
+    """Write the thresholds of probabilities into the config, in the order of the outputs."""
+    setattr(config, THRESHOLDS, dict(zip(label_names(config), thresholds, strict=True)))
+
+
+def label_thresholds(config: PreTrainedConfig) -> tuple[float, ...]:
+    """Return the thresholds of probabilities in the order of the outputs, none where the config has none.
+
+    Raises:
+        UserError: They are not a number from 0 to 1 for each label.
+    """
+    thresholds = getattr(config, THRESHOLDS, None)
+    if thresholds is None or config.problem_type != PROBLEM_TYPES["multilabel"]:
+        return ()
+    names = label_names(config)
+    fits = isinstance(thresholds, dict) and thresholds.keys() == set(names)
+    numbers = [thresholds[name] for name in names] if fits else []
+    if not fits or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in numbers):
+        raise UserError(
+            f"{config.name_or_path}: {THRESHOLDS} in config.json is {thresholds!r}; give each of {', '.join(names)} a "
+            "number from 0 to 1, or remove it"
+        )
+    return tuple(map(float, numbers))
 
 
 def label_names(config: PreTrainedConfig) -> tuple[str, ...]:
@@ -64,9 +109,16 @@ def head_of_architectures(architectures: Sequence[str]) -> Head:
     return heads[0] if heads else "none"  # type: ignore[return-value]
 
 
+def head_of(config: PreTrainedConfig) -> Head:
+    """Return the head of a task that a model with this config has, "none" for a pre-trained one."""
+    head = head_of_architectures(config.architectures or ())
+    return "multilabel" if _has_other_problem(config, head) else head
+
+
 def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
     names = label_names(config)
-    return len(names) == len(labels) and (head in FIXED_OUTPUTS or names == tuple(labels))
+    same_names = len(names) == len(labels) and (head in FIXED_OUTPUTS or names == tuple(labels))
+    return same_names and not _has_other_problem(config, head)
 
 
 def _order_by_name(names: Sequence[str], labels: Sequence[str]) -> list[int] | None:
@@ -98,8 +150,9 @@ def label_order(
     if not _has_head(config, head):
         architectures = ", ".join(config.architectures or ())
         raise UserError(f"{path}: the architecture is {architectures}, which has no head for {head.replace('_', ' ')}")
-    if head == "classification" and config.problem_type == "multi_label_classification":
-        raise UserError(f"{path}: the model gives a text several labels at once, the task gives it one")
+    if _has_other_problem(config, head):
+        given = next(text for other, text in DECISIONS.items() if other != head)
+        raise UserError(f"{path}: the model gives a text {given}, the task gives it {DECISIONS[head]}")
     names = label_names(config)
     if len(names) != len(labels):
         hint = "" if head in FIXED_OUTPUTS else "; data.labels may name labels that no example has"
@@ -133,5 +186,5 @@ def declares_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -
 
 def replaces_head(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
     """Return whether the folder holds a head of this kind for a task, but with other labels: a new one replaces it."""
-    is_same_kind = head not in ("none", "mlm") and head_of_architectures(config.architectures or ()) == head
+    is_same_kind = head not in ("none", "mlm") and bool(config.architectures) and _has_head(config, head)
     return is_same_kind and not declares_head(config, head, labels)

@@ -13,7 +13,7 @@ from lad_dist.utils.text import one_line
 
 # Keys of a config that do not change what the model computes.
 IGNORED_CONFIG_KEYS = frozenset(
-    "_name_or_path architectures dtype id2label label2id problem_type transformers_version".split()
+    "_name_or_path architectures dtype id2label label2id label_thresholds problem_type transformers_version".split()
 )
 SIZE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 

@@ -19,7 +19,7 @@ from lad_dist.core.batch import Head
 from lad_dist.models import families
 from lad_dist.models.attention import ATTENTION_NAME
 from lad_dist.models.dims import encoder_layers
-from lad_dist.models.heads import MODEL_CLASSES, declares_head, set_labels
+from lad_dist.models.heads import MODEL_CLASSES, declares_head, set_labels, set_problem_type
 from lad_dist.models.hf_config import architecture_config, load_hf_config
 from lad_dist.utils import progress
 from lad_dist.utils.text import megabytes, one_line
@@ -92,6 +92,8 @@ def load_model(
     keep_head = require_head or head in ("none", "mlm") or declares_head(config, head, labels)
     if not keep_head:
         set_labels(config, head, labels)
+    elif head == "multilabel":
+        set_problem_type(config, head)  # so that who loads an export applies a sigmoid
     try:
         with _waiting(path):
             model, report = MODEL_CLASSES[head].from_pretrained(

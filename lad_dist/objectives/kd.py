@@ -20,9 +20,10 @@ class KD(Objective):
         L = hard · CE(z_s, y) + soft · T² KL(softmax(z_t / T) || softmax(z_s / T))
 
     z [R, V] are logits of student and teacher: of the MLM head at the masked positions, or of a task. For tagging there
-    is a row per word. For question answering the distributions are over the tokens of a sequence, one for the start of
-    the answer and one for its end. The KL of MLM heads is over the tokenizer's tokens: the vocabularies of student and
-    teacher may be padded to other numbers.
+    is a row per word. Of several labels of a text each is a decision of its own: the CE is binary, the KL of Bernoulli
+    distributions, and both are means over texts and labels. For question answering the distributions are over the
+    tokens of a sequence, one for the start of the answer and one for its end. The KL of MLM heads is over the
+    tokenizer's tokens: the vocabularies of student and teacher may be padded to other numbers.
     """
 
     def __init__(

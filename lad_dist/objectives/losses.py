@@ -28,11 +28,17 @@ def hard_label_loss(logits: Tensor, batch: Batch, head: Head) -> Tensor:
     """Return the loss of logits [R, V] against the batch's labels, a scalar.
 
     It is the cross-entropy, mean over the rows that have a label, each times its `batch.row_weights` where there are
-    some; for regression the squared error of [R, 1]. It is 0 where no row of the step has a label. For question
+    some; for regression the squared error of [R, 1]. Of several labels it is the binary cross-entropy, mean over rows
+    and labels, where `batch.row_weights` are [R, V]. It is 0 where no row of the step has a label. For question
     answering, start and end of the answer are distributions over the rows of a sequence. The cross-entropy is then a
     mean over both and over sequences (Devlin et al., NAACL 2019, section 4.2).
     """
     rows = batch.divisors.labelled_rows or 1.0
+    if head == "multilabel":
+        missing = batch.labels.isnan()
+        labels = batch.labels.masked_fill(missing, 0.0)
+        errors = F.binary_cross_entropy_with_logits(logits.float(), labels, batch.row_weights, reduction="none")
+        return errors.masked_fill(missing, 0.0).sum() / (rows * logits.shape[1])
     if head == "regression":
         values, labels = logits.float().squeeze(-1), batch.labels.float()
         return F.mse_loss(values, torch.where(labels.isnan(), values.detach(), labels), reduction="sum") / rows
@@ -49,9 +55,14 @@ def soft_label_loss(student: Tensor, teacher: Tensor, batch: Batch, head: Head, 
     """Return the loss of logits [R, V] against the teacher's, a scalar.
 
     It is T² KL(teacher || student) of the distributions at temperature T, mean over rows (Hinton et al., 2015); for
-    regression the squared error. For question answering, start and end of the answer are distributions over the rows of
+    regression the squared error. Of several labels each is a Bernoulli distribution of its own, and the divergence a
+    mean over rows and labels. For question answering, start and end of the answer are distributions over the rows of
     a sequence. The divergence is then a mean over both and over sequences.
     """
+    if head == "multilabel":
+        # Of the two logits z and 0 the softmax is sigmoid(z) and 1 - sigmoid(z).
+        s, t = (torch.stack([x, torch.zeros_like(x)], dim=-1).flatten(0, 1) for x in (student, teacher))
+        return soft_label_sum(s, t, temperature) / (batch.divisors.rows * student.shape[1])
     if head == "regression":
         return F.mse_loss(student.float(), teacher.float(), reduction="sum") / batch.divisors.rows
     if head == "question_answering":

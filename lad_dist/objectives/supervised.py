@@ -11,7 +11,7 @@ from lad_dist.objectives.base import Objective
 
 
 class Supervised(Objective):
-    """Supervised training on a task, L = CE(z, y); squared error for regression.
+    """Supervised training on a task, L = CE(z, y); squared error for regression, binary CE for several labels.
 
     z [R, V] are the student's logits, y the labels (Devlin et al., NAACL 2019).
     """

@@ -10,6 +10,7 @@ from lad_dist.utils.text import markdown_table, megabytes, plain_number
 
 PIPELINES = {  # by kind of task, as the hub sorts models
     "classification": "text-classification",
+    "multilabel": "text-classification",
     "regression": "text-classification",
     "tagging": "token-classification",
     "question_answering": "question-answering",
@@ -45,7 +46,8 @@ def model_card(results: Numbers) -> str:
         f"{markdown_table(('measured', 'value'), rows)}\n\n"
         f"Measured by\n```\n{results['command']}\n```\n"
         f"in {results['seconds']:.0f} seconds and {results['steps']} steps{updates} on {results['processes']} "
-        f"process(es), {results['device']}; metrics are those of {scored_on(results)}.\n{_selection(results)}"
+        f"process(es), {results['device']}; metrics are those of {scored_on(results)}.\n"
+        f"{_selection(results)}{_thresholds(results)}"
         f"{_size(student)}{speed}{remarks}" + "\n" * bool(remarks)
     )
 
@@ -59,6 +61,17 @@ def _usage(config: Numbers) -> str:
         f"from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("{folder}")\ntokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
         f'outputs = model(**tokenizer({text}, truncation=True, return_tensors="pt"))\n'
+    )
+
+
+def _thresholds(results: Numbers) -> str:
+    """Return a paragraph about the thresholds of labels; empty where there are none, as in earlier versions."""
+    thresholds = results.get("thresholds", {}).get("student", {})
+    listed = ", ".join(f"{label} {plain_number(value)}" for label, value in thresholds.items())
+    return listed and (
+        "\nA text gets every label whose probability, the sigmoid of its logit, reaches the threshold: "
+        f"{listed} (`label_thresholds` in config.json). They were tuned on the dev set. Metrics named tuned are with "
+        "these thresholds, the others with 0.5.\n"
     )
 
 

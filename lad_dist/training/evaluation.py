@@ -7,14 +7,17 @@ may yet go back to an earlier checkpoint.
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import ClassVar
 
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
 from lad_dist.core.batch import Batch
 from lad_dist.data.datasets import CorpusDataset
+from lad_dist.data.tasks.examples import Thresholds
 from lad_dist.distributed import processes
 from lad_dist.distributed.logs import get_logger
 from lad_dist.evaluation import evaluate
@@ -42,6 +45,7 @@ class TaskEvaluation:
     teacher_dev: Dev  # the same examples in the teacher's tokens
     test: Dev  # the test set in the place of a dev set; empty where there is none
     teacher_test: Dev
+    thresholds: dict[str, Thresholds] = field(default_factory=dict)  # of labels, tuned on dev by `compare`; by role
 
     def check_teacher(self, baseline_check: bool) -> None:
         """Raise UserError where the teacher is broken, or with `baseline_check` where it has a `weakness`."""
@@ -65,17 +69,22 @@ class TaskEvaluation:
         return {} if predictions is None else evaluate.task_scores(self.teacher_dev, predictions)
 
     def compare(self) -> dict[str, Scores]:
-        """Return the scores of "student" and "teacher" on the dev set.
+        """Return the scores of "student" and "teacher" on the dev set, on which this tunes their thresholds.
 
         Raises:
             UserError: The logits of one are not finite.
         """
-        student = self._student_predictions()
+        student, teacher = self._student_predictions(), self._teacher_predictions
         evaluate.check_finite("the student", student)
-        return evaluate.compare(self.dev, student, self.teacher_dev, self._teacher_predictions)
+        self.thresholds = {"student": self.dev["dev"].tuned_thresholds(student["dev"].logits)}
+        if teacher is not None:
+            self.thresholds["teacher"] = self.teacher_dev["dev"].tuned_thresholds(teacher["dev"].logits)
+        return evaluate.compare(self.dev, student, self.teacher_dev, teacher, self.thresholds)
 
     def compare_on_test(self) -> dict[str, Scores]:
-        """Return the scores of "student" and "teacher" on the test set, none where there is no such set.
+        """Return the scores of "student" and "teacher" on the test set, with thresholds tuned on the dev set.
+
+        There are none where there is no test set.
 
         Raises:
             UserError: The logits of one are not finite.
@@ -86,7 +95,7 @@ class TaskEvaluation:
         student = evaluate.predict_all(self._logits, self.test)
         evaluate.check_finite("the student", student)
         teacher = self._predictions_of_teacher(self.teacher_test)
-        return evaluate.compare(self.test, student, self.teacher_test, teacher)
+        return evaluate.compare(self.test, student, self.teacher_test, teacher, self.thresholds)
 
     def _student_predictions(self) -> DevPredictions:
         self.distiller.eval()
@@ -117,6 +126,7 @@ class CorpusEvaluation:
     teacher: FrozenModel | None
     dataset: CorpusDataset
     teacher_has_head: bool
+    thresholds: ClassVar[Mapping[str, Thresholds]] = {}  # a corpus has no labels
 
     def check_teacher(self, baseline_check: bool) -> None:
         """Raise UserError where what the objective reads of the teacher is not finite in the first micro-batch."""

@@ -12,6 +12,7 @@ from lad_dist.compression import compact, footprint
 from lad_dist.data.tokenization.loading import save_beside_model
 from lad_dist.distributed import processes, ranks
 from lad_dist.models.dims import max_positions, uses_segments
+from lad_dist.models.heads import set_thresholds
 from lad_dist.models.loading import save_model
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.best_model import BestModel
@@ -53,10 +54,13 @@ def write_results(
     """
     last = best.last_step(trainer.steps)
     distiller, teacher, batch = trainer.engine.module, trainer.evaluation.teacher, trainer.dataset.batch(0, 0)
+    thresholds = {role: values for role, values in trainer.evaluation.thresholds.items() if values}
     with gathered_parameters(distiller, trainer.config.zero_stage):
         size = footprint.footprint(distiller.student, batch)  # before compressed modules are merged
         packed = compact.pack(distiller.student) if ranks.is_main() else None
         student = distiller.export()
+        if thresholds:
+            set_thresholds(student.config, thresholds["student"])
         if packed is not None:
             save_model(student, run.export)
             packed.save(run.export, trainer.config.student.path, spec.layers)
@@ -67,6 +71,8 @@ def write_results(
         "config": trainer.config.model_dump(mode="json", exclude_none=True),
         "metrics": scores["student"],
         "test": dict(test_scores),  # scores of "student" and "teacher" on a test set, empty where there is none
+        # Of probabilities, tuned on the dev set, by "student" or "teacher" and label; empty where no task has some.
+        "thresholds": {role: dict(zip(spec.labels, values, strict=True)) for role, values in thresholds.items()},
         "student": {**size, **distiller.initial_values, **sizes_on_disk},
         "teacher": (footprint.footprint(teacher.model, batch) if teacher else {}) | scores.get("teacher", {}),
         "steps": last,

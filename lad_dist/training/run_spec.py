@@ -14,7 +14,7 @@ from lad_dist.compression.width_pruning.narrow import Widths, check_widths, narr
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import check_writable, find_class, own_code, validate_arguments
 from lad_dist.config.schema import CorpusDataConfig, NamedOptions, TaskConfig, TaskDataConfig, TrainConfig
-from lad_dist.core.batch import Batch, Head
+from lad_dist.core.batch import TEXT_HEADS, Batch, Head
 from lad_dist.core.outputs import ModelDims, OutputSpec
 from lad_dist.data.datasets import CorpusDataset, TaskDataset, check_shards
 from lad_dist.data.shards.reader import Shards
@@ -370,4 +370,4 @@ def _token_level(config: TrainConfig, objective: Objective, head: Head) -> str |
     if head in ("tagging", "question_answering"):
         return f'data.kind = "{head}"'
     is_example_level = objective.teacher_spec in (OutputSpec(), OutputSpec(logits=True))
-    return None if head in ("classification", "regression") and is_example_level else config.objective.name
+    return None if head in TEXT_HEADS and is_example_level else config.objective.name

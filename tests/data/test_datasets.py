@@ -330,6 +330,20 @@ def test_classes_weigh_as_scikit_learn_balances_them_or_as_given(toy_tokenizer) 
     assert TaskDataset(task_data(), task, toy_tokenizer, seed=0).batch(0, 0).row_weights is None
 
 
+def test_a_label_weighs_where_an_example_has_it(toy_tokenizer) -> None:
+    """As pos_weight of torch's BCEWithLogitsLoss; balanced, examples with a label count as those without it."""
+    labels = np.zeros((90, 3), dtype=np.float32)
+    labels[:30, 0] = labels[:60, 1] = 1
+    task = toy_task(90)
+    task = task._replace(kind="multilabel", train=task.train._replace(labels=labels))
+    task = task._replace(label_names=("a", "b", "c"), dev={"dev": task.train})
+    for setting, weights in (("balanced", [2.0, 0.5, 90.0]), ([3.0, 4.0, 5.0], [3.0, 4.0, 5.0])):
+        batch = TaskDataset(task_data(class_weights=setting), task, toy_tokenizer, seed=0).batch(0, 0)
+        assert batch.row_weights is not None
+        assert batch.row_weights.tolist() == torch.where(batch.labels > 0, torch.tensor(weights), 1.0).tolist()
+        assert batch.labels.shape == (len(batch.head_positions), 3)
+
+
 def test_padding_as_a_data_option(toy_tokenizer) -> None:
     flat, padded = (TaskDataset(task_data(pad_to=p), toy_task(10), toy_tokenizer, 0).batch(1, 1) for p in (None, 20))
     assert padded.input_ids.shape == (80,)

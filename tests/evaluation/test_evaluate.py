@@ -21,6 +21,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import EvaluateConfig, TaskDataConfig
 from lad_dist.core.batch import Batch
+from lad_dist.data.tasks import multilabel
 from lad_dist.data.tasks.examples import tokenize
 from lad_dist.data.tasks.files import Texts
 from lad_dist.data.tasks.task import Task
@@ -162,6 +163,22 @@ def test_a_model_is_compared_with_a_constant_answer(
     model: Any = SimpleNamespace(has_label_names=has_names)
     reason = weakness(model, examples, np.eye(4)[np.array(outputs)[decided]])
     assert (reason is None) if expected is None else re.search(expected, (reason or "").replace('"', "'"))
+
+
+def test_several_labels_are_compared_with_the_best_constant_ones_and_their_shares(world: World) -> None:
+    """Rare labels may all stay below 0.5 in a model that knows much of them: then its loss counts."""
+    labels = (np.arange(200)[:, None] % np.array([5, 10, 20]) == 0).astype(np.float32)
+    texts = Texts([toy.sentence(n) for n in range(200)], None, labels)
+    task = Task("t", "multilabel", ("a", "b", "c"), multilabel.METRICS, texts, {})
+    examples = tokenize(task, texts, load_tokenizer(world.tokenizer), TaskDataConfig(task="rte"), "t")
+    named, unnamed = (SimpleNamespace(has_label_names=known) for known in (True, False))
+    right = np.where(labels > 0, 3.0, -3.0)
+    assert examples.baseline() == pytest.approx(2 * 40 / (200 + 70))
+    for logits in (right, np.where(labels > 0, -0.5, -5.0)):
+        assert weakness(named, examples, logits) is None  # type: ignore[arg-type]
+    chance = "f1_micro on the dev set is 0, that of one constant answer 0.2963; is it fine-tuned for this task?"
+    assert weakness(named, examples, np.full_like(right, -1.0)) == chance  # type: ignore[arg-type]
+    assert 'set data.labels = ["b", "c", "a"]' in str(weakness(unnamed, examples, right[:, [1, 2, 0]]))  # type: ignore[arg-type]
 
 
 def test_numbers_are_compared_with_the_mean(world: World) -> None:

@@ -1,6 +1,7 @@
-"""Tagging and question answering through the whole loop: learnt, distilled by every objective, exported, evaluated."""
+"""Tagging, question answering and texts with several labels: learnt, distilled by every objective, exported, scored."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 import toy
 from conftest import World
+from sklearn.metrics import f1_score
 from toy_heads import LABELS, MAKE_FILES
 from transformers import (
     AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    TextClassificationPipeline,
     TokenClassificationPipeline,
 )
 
@@ -26,15 +30,30 @@ from lad_dist.data.tasks.examples import QuestionExamples
 from lad_dist.data.tasks.task import load_task
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.evaluation.evaluate import evaluate, predict
+from lad_dist.evaluation.prediction import predict as predict_texts
 from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
+from lad_dist.models.heads import label_order
+from lad_dist.models.hf_config import load_hf_config
 from lad_dist.objectives.registry import OBJECTIVES
 from lad_dist.training import run_spec
 from lad_dist.training.results import RunResult
 from lad_dist.training.train import train
 
 HEADS = list(LABELS)
-AUTO = {"tagging": AutoModelForTokenClassification, "question_answering": AutoModelForQuestionAnswering}
+AUTO = {
+    "tagging": AutoModelForTokenClassification, "question_answering": AutoModelForQuestionAnswering,
+    "multilabel": AutoModelForSequenceClassification,
+}  # fmt: skip
+METRICS = {
+    "tagging": {"f1", "precision", "recall", "accuracy"},
+    "question_answering": {"f1", "exact_match", "f1_answerable", "f1_unanswerable"},
+    "multilabel": {name + end for name in ("f1_micro", "f1_macro", "subset_accuracy") for end in ("", "_tuned")},
+}
+LEARNT = {
+    "tagging": ("f1", "accuracy"), "question_answering": ("f1", "exact_match"),
+    "multilabel": ("f1_micro", "subset_accuracy"),
+}  # fmt: skip
 Files = dict[str, dict[str, Any]]
 SIZES = {"max_length": 32, "micro_batch_size": 16, "micro_batches_per_step": 1}
 
@@ -46,6 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return {
         "tagging": MAKE_FILES["tagging"](folder / "tagging", train=400, dev=40),
         "question_answering": MAKE_FILES["question_answering"](folder / "qa", 400, 40, unanswerable=True),
+        "multilabel": MAKE_FILES["multilabel"](folder / "multilabel", train=400, dev=40),
     }
 
 
@@ -73,9 +93,9 @@ def export(result: RunResult) -> Path:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_toy_task_is_learnt(head: str, teachers: dict[str, RunResult]) -> None:
-    results = teachers[head].results
-    assert results["metrics"]["f1"] > 0.95
-    assert results["metrics"]["accuracy" if head == "tagging" else "exact_match"] > 0.9
+    f1, other = (teachers[head].results["metrics"][name] for name in LEARNT[head])
+    assert f1 > 0.95
+    assert other > 0.9
 
 
 TAUGHT = sorted(name for name, kind in OBJECTIVES.items() if kind.requires_teacher and "task" in kind.supported_data)
@@ -91,9 +111,7 @@ def test_every_objective_distils_it(
     changes = {"run.steps": 2, "student.num_hidden_layers": 2, "objective": {"name": name}, "run.name": "student"}
     result = train(run(head, world, files, tmp_path, export(teachers[head]), changes), rows.append)
     assert all(np.isfinite(value) for row in rows for value in row.values())
-    names = {"tagging": {"f1", "precision", "recall", "accuracy"}}
-    names["question_answering"] = {"f1", "exact_match", "f1_answerable", "f1_unanswerable"}
-    assert set(result.results["metrics"]) == names[head] | {"loss", "label_loyalty", "probability_loyalty"}
+    assert set(result.results["metrics"]) == METRICS[head] | {"loss", "label_loyalty", "probability_loyalty"}
     model = AUTO[head].from_pretrained(export(result))
     assert tuple(model.config.id2label.values()) == LABELS[head]
 
@@ -199,6 +217,100 @@ def test_transformers_answers_as_the_run_did(files: Files, teachers: dict[str, R
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
 
 
+def read_labelled(file: str) -> tuple[list[str], np.ndarray]:
+    """Return the texts of a file and their labels as 0 and 1."""
+    if file.endswith("csv"):
+        rows = [line.split(",") for line in Path(file).read_text().splitlines()[1:]]
+        pairs = [(text, [name for name in cell.split("|") if name]) for text, cell in rows]
+    else:
+        pairs = [tuple(json.loads(line).values()) for line in Path(file).read_text().splitlines()]
+    return [text for text, _ in pairs], np.array([[x in names for x in LABELS["multilabel"]] for _, names in pairs])
+
+
+def test_thresholds_of_labels_are_tuned_on_dev_stored_and_used(
+    world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path
+) -> None:
+    """Scores are those of transformers' own pipeline, which applies a sigmoid, at 0.5 and at the stored thresholds."""
+    teacher, other = export(teachers["multilabel"]), MAKE_FILES["multilabel"](tmp_path / "other", train=150)
+    changes = {
+        "run.steps": 12, "student.num_hidden_layers": 1, "objective": {"name": "kd"}, "data.test": other["train"],
+        "data.class_weights": "balanced", "data.labels": list(LABELS["multilabel"]),
+    }  # fmt: skip
+    result = train(run("multilabel", world, files, tmp_path, teacher, changes))
+    folder, results = export(result), result.results
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.problem_type == "multi_label_classification"
+    assert model.config.label_thresholds == results["thresholds"]["student"]
+    assert list(results["thresholds"]["teacher"]) == list(LABELS["multilabel"])
+    thresholds = [model.config.label_thresholds[name] for name in LABELS["multilabel"]]
+    assert thresholds != [0.5] * 3
+    pipeline = TextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(folder), top_k=None)
+    for scores, file in (
+        (results["metrics"], files["multilabel"]["dev"]),
+        (results["test"]["student"], other["train"]),
+    ):
+        texts, gold = read_labelled(file)
+        by_label = [{each["label"]: each["score"] for each in row} for row in pipeline(texts)]
+        probabilities = np.array([[row[name] for name in LABELS["multilabel"]] for row in by_label])
+        for end, limits in (("", 0.5), ("_tuned", np.array(thresholds))):
+            for name, average in (("f1_micro", "micro"), ("f1_macro", "macro")):
+                expected = f1_score(gold, probabilities >= limits, average=average)
+                assert scores[name + end] == pytest.approx(expected, abs=1e-9)
+        for row, predicted in zip(probabilities, predict_texts(folder, texts), strict=True):
+            names = sorted(LABELS["multilabel"], key=lambda name: -predicted.probabilities[name])
+            reached = {name for name, x, limit in zip(LABELS["multilabel"], row, thresholds, strict=True) if x >= limit}
+            assert list(predicted.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-5)
+            assert predicted.labels == tuple(name for name in names if name in reached)
+            assert predicted.label == (predicted.labels[0] if reached else None)
+            assert predicted.score == max(predicted.probabilities.values())
+    tables = {"model": {"path": str(folder)}, "data": {**files["multilabel"], **SIZES, "labels": ["lu", "ba", "fi"]}}
+    turned = evaluate(parse_config(EvaluateConfig, tables, "toy"))["model"]
+    names = METRICS["multilabel"] | {"loss"}
+    assert {name: turned[name] for name in names} == pytest.approx({name: results["metrics"][name] for name in names})
+
+
+def test_one_label_and_several_are_not_mistaken_for_each_other(
+    world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path
+) -> None:
+    labels, several = LABELS["multilabel"], export(teachers["multilabel"])
+    one = toy.model(tmp_path / "one", world.tokenizer, "classification", labels)
+    with pytest.raises(
+        UserError, match="one: the model gives a text one label, the task gives it several labels at on"
+    ):
+        run_spec.resolve_run(run("multilabel", world, files, tmp_path, one, {}))
+    single = load_hf_config(str(several))
+    with pytest.raises(UserError, match="the model gives a text several labels at once, the task gives it one label"):
+        label_order(single, str(several), "classification", labels)
+    before = loading.load_model(str(several), "multilabel", labels=labels)
+    after = loading.load_model(str(several), "classification", labels=labels)
+    assert not torch.equal(before.classifier.weight, after.classifier.weight)
+    assert (before.config.problem_type, hasattr(before.config, "label_thresholds")) == (
+        "multi_label_classification",
+        True,
+    )
+    assert (after.config.problem_type, hasattr(after.config, "label_thresholds")) == (
+        "single_label_classification",
+        False,
+    )
+
+
+@pytest.mark.parametrize("thresholds", [[0.5] * 3, {"ba": 0.5, "fi": 0.5}, {"ba": 0.5, "fi": 0.5, "lu": 50}])
+def test_thresholds_that_do_not_fit_the_labels_are_refused(
+    thresholds: Any, teachers: dict[str, RunResult], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(export(teachers["multilabel"]), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"label_thresholds": thresholds}))
+    with pytest.raises(
+        UserError, match=r"label_thresholds in config\.json is .*; give each of ba, fi, lu a number from"
+    ):
+        predict_texts(folder, ["ba"])
+    del config["label_thresholds"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert [len(x.labels) for x in predict_texts(folder, ["ban", "fil lun ban"])] == [1, 3]
+
+
 def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
     world: World, files: Files, teachers: dict[str, RunResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,7 +348,10 @@ def test_a_head_of_another_kind_is_new_in_a_student_and_refused_in_a_teacher(
             "null_score_diff_threshold goes with kind",
         ),
         ({"data.kind": "tagging"}, r'train\.json: file type "\.json" is unknown'),
-        ({"data.kind": "question_answring"}, "data.kind: input should be 'classification', 'regression', 'tagging' or"),
+        (
+            {"data.kind": "question_answring"},
+            "data.kind: input should be 'classification', 'multilabel', 'regression', ",
+        ),
         (
             {"data.task": "rte", "data.train": None, "data.dev": None},
             "is for train and dev files; a GLUE task names a kind already",

@@ -84,6 +84,61 @@ def test_a_step_without_labels_has_no_loss_against_them(head: Head, label: float
     assert (torch.autograd.grad(loss, logits)[0] == 0).all()
 
 
+def test_losses_of_several_labels_equal_torchs_and_their_equations() -> None:
+    """Means over rows and labels; a weight counts where a row has the label, as torch's pos_weight."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(4, 3, dtype=torch.float64) * 3 for _ in range(2))
+    labels, weights = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]), torch.tensor([0.5, 2.0, 7.0])
+    batch = toy.batch([3, 2, 4, 2], labels=labels.numpy())
+    hard = soft = 0.0
+    for s, t, y in zip(*(x.flatten().tolist() for x in (student, teacher, labels)), strict=True):
+        p, q = (1 / (1 + math.exp(-x / 2)) for x in (t, s))
+        soft += 4 * (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
+        hard -= math.log(1 / (1 + math.exp(-s)) if y else 1 / (1 + math.exp(s)))
+    assert losses.hard_label_loss(student, batch, "multilabel").item() == pytest.approx(hard / 12, rel=1e-6)
+    assert losses.soft_label_loss(student, teacher, batch, "multilabel", 2.0).item() == pytest.approx(
+        soft / 12, rel=1e-5
+    )
+    weighted = batch._replace(row_weights=torch.where(labels > 0, weights, 1.0))
+    expected = torch.nn.BCEWithLogitsLoss(pos_weight=weights)(student.float(), labels)
+    assert losses.hard_label_loss(student, weighted, "multilabel").item() == pytest.approx(expected.item(), rel=1e-6)
+    extreme = torch.tensor([[1e4, -1e4, 0.0]] * 4, requires_grad=True)
+    loss = losses.soft_label_loss(extreme, -extreme.detach(), batch, "multilabel", 1.0)
+    assert loss.item() == pytest.approx(2e4 / 3)
+    assert torch.autograd.grad(loss, extreme)[0].isfinite().all()
+
+
+def test_rows_without_labels_are_left_out_of_several_labels_too() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 2, requires_grad=True), np.array([[1, 0], [math.nan] * 2, [0, 0]], dtype=np.float32)
+    batch = toy.batch([3, 2, 4], labels=labels)
+    assert (batch.num_unlabelled, batch.counts.labelled_rows) == (1, 2)
+    loss = losses.hard_label_loss(logits, batch, "multilabel")
+    labelled = toy.batch([3, 4], labels=labels[[0, 2]])
+    expected = losses.hard_label_loss(logits[[0, 2]], labelled, "multilabel")
+    (gradient,), (naive,) = (torch.autograd.grad(x, logits) for x in (loss, expected))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, naive)
+    assert (gradient[1] == 0).all()
+
+
+def test_losses_of_several_labels_do_not_depend_on_the_order_of_labels_and_are_fp32() -> None:
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(4, 5).bfloat16() for _ in range(2))
+    labels, order = torch.randint(0, 2, (4, 5)).float(), torch.randperm(5)
+
+    def values(columns: Tensor) -> list[Tensor]:
+        batch = toy.batch([3, 2, 4, 2], labels=labels[:, columns].numpy())
+        return [
+            losses.hard_label_loss(student[:, columns], batch, "multilabel"),
+            losses.soft_label_loss(student[:, columns], teacher[:, columns], batch, "multilabel", 2.0),
+        ]
+
+    for one, other in zip(values(torch.arange(5)), values(order), strict=True):
+        assert one.dtype == torch.float32
+        assert one.item() == pytest.approx(other.item(), rel=1e-6)
+
+
 HEAD_POSITIONS = [[0, 2], [0, 1, 2, 4], [0, 1, 3]]  # in sequences of 3, 5 and 4 tokens
 
 

@@ -22,14 +22,15 @@ from lad_dist.objectives.registry import OBJECTIVES
 LENGTHS = [3, 9, 5, 12, 2, 7, 4, 10]
 LABELS: dict[Head, tuple[str, ...]] = {
     "classification": toy.LABELS, "regression": ("score",), "tagging": ("B", "I", "O"),
-    "question_answering": ("start", "end"), "mlm": (),
+    "question_answering": ("start", "end"), "multilabel": ("a", "b", "c"), "mlm": (),
 }  # fmt: skip
 # Terms that compare the sequences of a micro-batch, or take a mean of its own, as their docstrings say.
 WITHIN_MICRO_BATCHES = {"rkd": {"distance", "angle"}, "mgskd": {"token", "span", "sample"}}
 CASES: list[tuple[str, Head, dict[str, Any], int | None]] = [
     *((name, "classification" if "task" in kind.supported_data else "mlm", {}, None)
       for name, kind in sorted(OBJECTIVES.items())),
-    *(("lad", head, {"gate_supervision": 1.0}, None) for head in ("regression", "tagging", "question_answering")),
+    *(("lad", head, {"gate_supervision": 1.0}, None)
+      for head in ("regression", "tagging", "question_answering", "multilabel")),
     ("lad", "tagging", {"variant": "paper"}, 12),
     *((name, "mlm", {}, None) for name in ("distilbert", "lad", "tinybert")),
     ("distilbert", "mlm", {"soft_tokens": "all"}, None),
@@ -46,6 +47,8 @@ def micro_batches(head: Head, size: int, pad_to: int | None) -> list[Batch]:
     labels = [draw.integers(0, max(2, len(LABELS[head])), len(places)) for places in rows]
     if head == "regression":
         labels = [x.astype(np.float32) for x in labels]
+    if head == "multilabel":
+        labels = [draw.integers(0, 2, (1, 3)).astype(np.float32) for _ in labels]
     if head == "question_answering":
         labels = [np.array([[n == 0, n == len(x) - 1] for n in range(len(x))], dtype=np.float32) for x in labels]
     batches = []

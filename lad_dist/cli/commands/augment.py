@@ -46,8 +46,8 @@ def augment(arguments: Sequence[str]) -> int:
         raise UserError(f"augment: --out {options.out}: give a .jsonl file that does not exist yet")
     check_writable("--out", options.out.parent)
     config = load_config(train_schema(read_toml(options.config)), options.config, options.overrides)
-    if not isinstance(config, TaskConfig) or config.data.kind not in ("classification", "regression"):
-        raise UserError(f"{options.config}: augment takes a config of a classification or a regression")
+    if not isinstance(config, TaskConfig) or config.data.kind in ("tagging", "question_answering"):
+        raise UserError(f"{options.config}: augment takes a config of a task whose examples are texts")
     with loading_libraries():
         from lad_dist.data.tasks import augmentation
         from lad_dist.data.tasks.files import PAIR, Texts

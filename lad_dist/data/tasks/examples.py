@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.core.collate import collate, span_starts
-from lad_dist.data.tasks import metrics
+from lad_dist.data.tasks import metrics, multilabel
 from lad_dist.data.tasks.files import Texts
 from lad_dist.data.tasks.squad import Answer, AnswerWindows, Questions, find_answers
 from lad_dist.data.tasks.tagging import Sentences
-from lad_dist.data.tasks.task import RawExamples, Task
+from lad_dist.data.tasks.task import Kind, RawExamples, Task
 from lad_dist.data.tokenization.encoding import (
     EncodedSequences,
     EncodedWords,
@@ -38,6 +38,7 @@ FIRST_TOKEN = np.zeros(1, dtype=np.int64)  # the rows of a text
 
 Raw = TypeVar("Raw", bound=RawExamples)
 Logits = NDArray[np.floating]
+Thresholds = Sequence[float]
 Batches = list[Callable[[], Batch]]
 
 logger = get_logger(__name__)
@@ -92,7 +93,7 @@ class TaskExamples(Generic[Raw]):
         raise NotImplementedError
 
     def baseline(self) -> float:
-        """Return the first metric of one constant answer: the most frequent label, one number, or "no answer"."""
+        """Return the first metric of one constant answer: the best label or labels, one number, or "no answer"."""
         return self.score(self._constant_logits())[self._metrics[0]]
 
     def _constant_logits(self) -> Logits:
@@ -101,6 +102,14 @@ class TaskExamples(Generic[Raw]):
         if self.kind != "regression":
             constant[:, np.bincount(self.labels).argmax()] = 1
         return constant
+
+    def tuned_thresholds(self, logits: Logits) -> Thresholds:
+        """Return the thresholds [V] of probabilities that are best for logits [R, V]; none where there are none."""
+        return ()
+
+    def tuned_score(self, logits: Logits, thresholds: Thresholds) -> dict[str, float]:
+        """Return the task's metrics with these thresholds, by their names and _tuned; none without thresholds."""
+        return {}
 
     def loss(self, logits: Logits) -> float:
         """Return the mean loss of logits [R, V] against the labels."""
@@ -165,8 +174,14 @@ def tokenize(
 
     Raise UserError when the tokenizer does not know the text.
     """
-    kinds: dict[type[Any], Any] = {Texts: TextExamples, Sentences: TaggingExamples, Questions: QuestionExamples}
-    return kinds[type(raw)](task, raw, tokenizer, data, description, pad_to)
+    kinds: dict[Kind, Any] = {
+        "classification": TextExamples,
+        "multilabel": MultilabelExamples,
+        "regression": TextExamples,
+        "tagging": TaggingExamples,
+        "question_answering": QuestionExamples,
+    }
+    return kinds[task.kind](task, raw, tokenizer, data, description, pad_to)
 
 
 class TextExamples(TaskExamples[Texts]):
@@ -178,6 +193,31 @@ class TextExamples(TaskExamples[Texts]):
 
     def score(self, logits: Logits) -> dict[str, float]:
         return metrics.score(self._metrics, logits, self.labels, self._positive)
+
+
+class MultilabelExamples(TextExamples):
+    """Texts with any number of labels: those of all rows are 0 and 1 [R, V]."""
+
+    def score(self, logits: Logits) -> dict[str, float]:
+        return multilabel.score(logits, self.labels)
+
+    def tuned_thresholds(self, logits: Logits) -> Thresholds:
+        return multilabel.tuned_thresholds(logits, self.labels)
+
+    def tuned_score(self, logits: Logits, thresholds: Thresholds) -> dict[str, float]:
+        if not thresholds:
+            return {}
+        return {f"{name}_tuned": x for name, x in multilabel.score(logits, self.labels, thresholds).items()}
+
+    def _constant_logits(self) -> Logits:
+        answer = np.where(multilabel.constant_answer(self.labels), 1.0, -1.0)
+        return np.broadcast_to(answer, self.labels.shape)
+
+    def loss(self, logits: Logits) -> float:
+        return multilabel.mean_loss(logits, self.labels)
+
+    def loyalty(self, student: Logits, teacher: Logits) -> dict[str, float]:
+        return multilabel.loyalty(student, teacher)
 
 
 class TaggingExamples(TaskExamples[Sentences]):

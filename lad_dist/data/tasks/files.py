@@ -32,7 +32,7 @@ class Texts(NamedTuple):
 
     texts: list[str]
     pairs: list[str] | None
-    labels: np.ndarray  # [n]: int64 class ids, or float32
+    labels: np.ndarray  # [n]: int64 class ids, or float32; float32 [n, V] of 0 and 1 where a text may have several
 
 
 class ColumnNames(NamedTuple):
@@ -199,10 +199,18 @@ def read_hub(
     where = Path(f"{name}[{split}]")
     columns = {column: list(rows[column]) for column in _present(where, rows.column_names, required, optional)}
     for column, values in columns.items():
-        names = getattr(rows.features[column], "names", None)
+        feature = rows.features[column]
+        names = getattr(getattr(feature, "feature", feature), "names", None)
         if names is not None:
-            columns[column] = [names[value] if 0 <= value < len(names) else value for value in values]
+            columns[column] = [_named(value, names) for value in values]
     return _not_empty(FileRows(where, list(range(1, len(rows) + 1)), columns))
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """Return the name of a class, or those of a list of classes."""
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _present(file: Path, header: Sequence[str], required: Iterable[str], optional: str | None) -> list[str]:

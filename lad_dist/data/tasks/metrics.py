@@ -74,19 +74,25 @@ def _correlation(test: Callable[[Array, Array], Any], labels: Array, predicted: 
     return test(labels, predicted).statistic if np.ptp(labels) and np.ptp(predicted) else 0.0
 
 
-def best_output_order(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> NDArray[np.integer]:
-    """Return the class [C] that each output of logits [E, C] stands for, so that most decisions equal the labels [E].
+def best_output_order(logits: NDArray[np.floating], labels: Array) -> NDArray[np.integer]:
+    """Return the class [C] that each output of logits [E, C] stands for, so that most decisions equal the labels.
 
-    The outputs stand for the classes in order, unless another order is right in clearly more examples: by three
-    standard deviations of the difference.
+    Labels are [E], or 0 and 1 [E, C] where an example may have several. The outputs stand for the classes in order,
+    unless another order is right in clearly more decisions: by three standard deviations of the difference.
     """
     from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 (seconds)
 
-    predicted, classes = logits.argmax(axis=1), np.arange(logits.shape[1])
-    counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(counts, (predicted, labels), 1)
-    order = linear_sum_assignment(counts, maximize=True)[1]
-    right, right_in_order = predicted == labels, order[predicted] == labels
+    classes = np.arange(logits.shape[1])
+    if labels.ndim == 2:
+        predicted, gold = logits >= 0, labels > 0
+        order = linear_sum_assignment(predicted.T.astype(np.float64) @ gold, maximize=True)[1]
+        right, right_in_order = predicted == gold, predicted[:, order.argsort()] == gold
+    else:
+        predicted = logits.argmax(axis=1)
+        counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
+        np.add.at(counts, (predicted, labels.astype(np.int64)), 1)
+        order = linear_sum_assignment(counts, maximize=True)[1]
+        right, right_in_order = predicted == labels, order[predicted] == labels
     gained, lost = (right_in_order & ~right).sum(), (right & ~right_in_order).sum()
     return order if gained - lost > 3 * math.sqrt(gained + lost) else classes
 
@@ -131,11 +137,13 @@ def loyalty(student: NDArray[np.floating], teacher: NDArray[np.floating]) -> dic
         return {"teacher_pearson": float(_pearson(teacher[:, 0], student[:, 0]))}
     return {
         "label_loyalty": float((student.argmax(axis=1) == teacher.argmax(axis=1)).mean()),
-        "probability_loyalty": float(1 - _distance(student, teacher, axis=1).mean()),
+        "probability_loyalty": float(1 - jensen_shannon_distance(student, teacher, axis=1).mean()),
     }
 
 
-def _distance(student: NDArray[np.floating], teacher: NDArray[np.floating], axis: int) -> NDArray[np.floating]:
+def jensen_shannon_distance(
+    student: NDArray[np.floating], teacher: NDArray[np.floating], axis: int
+) -> NDArray[np.floating]:
     """Return the Jensen-Shannon distance (base 2) of the distributions that finite logits say along an axis."""
     from scipy.spatial.distance import jensenshannon  # noqa: PLC0415 (seconds)
     from scipy.special import softmax  # noqa: PLC0415 (seconds)
@@ -156,7 +164,7 @@ def window_probability_loyalty(
     and both columns; `starts` are the windows' first rows.
     """
     students, teachers = (np.split(x.astype(np.float64), starts[1:]) for x in (student, teacher))
-    return float(1 - np.mean([_distance(*pair, 0) for pair in zip(students, teachers, strict=True)]))
+    return float(1 - np.mean([jensen_shannon_distance(*pair, 0) for pair in zip(students, teachers, strict=True)]))
 
 
 def entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -12,24 +12,25 @@ import numpy as np
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import lookup
 from lad_dist.config.schema import TaskDataConfig
-from lad_dist.data.tasks import files, squad, tagging
+from lad_dist.data.tasks import files, multilabel, squad, tagging
 from lad_dist.data.tasks.files import (
     PAIR,
     ColumnNames,
     FileRows,
     MissingColumn,
     Texts,
+    convert_each,
     number_label,
     read_hub,
     reader_of,
     texts_of_rows,
 )
 from lad_dist.data.tasks.glue import GLUE, glue_files, texts_from_hub, texts_from_tsv
-from lad_dist.data.tasks.label_names import class_id, label_name, sorted_names
+from lad_dist.data.tasks.label_names import class_id, is_given, label_list, label_name, multi_hot, sorted_names
 from lad_dist.data.tasks.unlabelled import load_unlabelled, unlabelled_reader, warn_of_held_out_texts
 from lad_dist.utils.suggest import MAX_LISTED
 
-Kind = Literal["classification", "regression", "tagging", "question_answering"]
+Kind = Literal["classification", "multilabel", "regression", "tagging", "question_answering"]
 ENTITY_TAGS = re.compile(r"O|[BIMELSU](-.+)?")  # BIO (IOB1, IOB2), IOBES and BILOU
 
 
@@ -136,8 +137,9 @@ def _own_files(data: TaskDataConfig) -> list[Path]:
 
 
 def _own_rows(data: TaskDataConfig) -> tuple[list[FileRows], ColumnNames]:
-    """Return the rows of the own files, and the names of the columns."""
-    required = [name for name in (data.text, data.text_pair, data.label) if name is not None]
+    """Return the rows of the own files, and the names of the columns; of several columns of labels the first."""
+    labels = [data.label] if isinstance(data.label, str) else data.label
+    required = [name for name in (data.text, data.text_pair, *labels) if name is not None]
     optional = PAIR if data.text_pair is None else None
     try:
         if data.hub is None:
@@ -151,7 +153,7 @@ def _own_rows(data: TaskDataConfig) -> tuple[list[FileRows], ColumnNames]:
     if optional is not None and 0 < len(with_pair) < len(rows):
         lacking = next(each.file for each in rows if PAIR not in each.columns)
         raise UserError(f"{lacking}: no column {PAIR}, but {with_pair[0].file} has it")
-    return rows, ColumnNames(data.text, data.text_pair or (PAIR if with_pair else None), data.label)
+    return rows, ColumnNames(data.text, data.text_pair or (PAIR if with_pair else None), labels[0])
 
 
 def _own_task(kind: Kind, data: TaskDataConfig) -> Task:
@@ -187,6 +189,48 @@ def _own_task(kind: Kind, data: TaskDataConfig) -> Task:
     )
 
 
+def _own_multilabel(data: TaskDataConfig) -> Task:
+    rows, columns = _own_rows(data)
+    lists = [_label_lists(each, data) for each in rows]
+    if data.labels is not None or isinstance(data.label, str):
+        names = tuple(data.labels or sorted_names(name for given in lists[0] for name in given))
+    else:
+        names = tuple(data.label)
+    if len(names) < 2:
+        listed = ", ".join(names) or "none"
+        raise UserError(
+            f"{rows[0].file}: labels are {listed}; multilabel needs at least two, data.labels may name them"
+        )
+    to_labels = partial(multi_hot, {name: number for number, name in enumerate(names)})
+    examples = []
+    for each, given in zip(rows, lists, strict=True):
+        with_lists = each._replace(columns={**each.columns, columns.label: given})
+        examples.append(texts_of_rows(with_lists, columns, to_labels, np.float32))
+        if not examples[-1].labels.any():
+            raise UserError(f"{each.file}: no example has a label")
+    if not np.ptp(examples[0].labels, axis=0).any():
+        raise UserError(f"{rows[0].file}: all examples have the same labels")
+    return Task(
+        name=Path(data.hub).name if data.hub else rows[0].file.stem,
+        kind="multilabel",
+        label_names=names,
+        metrics=multilabel.METRICS,
+        train=examples[0],
+        dev={"dev": examples[1]},
+        test=examples[2] if data.test else None,
+        fixed_order=data.labels is not None,
+    )
+
+
+def _label_lists(rows: FileRows, data: TaskDataConfig) -> list[list[str]]:
+    """Return the names of each row's labels. Raise UserError, with file and line, for a mistake in one."""
+    if isinstance(data.label, str):
+        values = rows.columns[data.label]
+        return list(convert_each(rows.file, rows.lines, values, partial(label_list, data.labels)))
+    given = [rows.labels(column, partial(is_given, column), bool) for column in data.label]
+    return [[name for name, has in zip(data.label, row, strict=True) if has] for row in zip(*given, strict=True)]
+
+
 def _own_tagging(data: TaskDataConfig) -> Task:
     paths = _own_files(data)
     sentences, names = tagging.load_tagging(paths, data.labels)
@@ -216,12 +260,14 @@ def _own_questions(data: TaskDataConfig) -> Task:
 # The user's own files by the kind of task: readers by the ending of a file, and what makes a task of two files.
 READERS: dict[Kind, Mapping[str, Any]] = {
     "classification": files.READERS,
+    "multilabel": files.READERS,
     "regression": files.READERS,
     "tagging": tagging.READERS,
     "question_answering": squad.READERS,
 }
 LOADERS: dict[Kind, Callable[[TaskDataConfig], Task]] = {
     "classification": partial(_own_task, "classification"),
+    "multilabel": _own_multilabel,
     "regression": partial(_own_task, "regression"),
     "tagging": _own_tagging,
     "question_answering": _own_questions,

@@ -42,7 +42,8 @@ def load_unlabelled(data: TaskDataConfig, labelled: Texts) -> Texts:
         raise UserError(f"{rows.file}: no texts; remove data.unlabelled")
     texts, *pairs = (list(column) for column in zip(*examples, strict=True))
     label = np.nan if labelled.labels.dtype.kind == "f" else UNLABELLED
-    return Texts(texts, pairs[0] if pairs else None, np.full(len(texts), label, dtype=labelled.labels.dtype))
+    labels = np.full((len(texts), *labelled.labels.shape[1:]), label, dtype=labelled.labels.dtype)
+    return Texts(texts, pairs[0] if pairs else None, labels)
 
 
 def warn_of_held_out_texts(name: str, unlabelled: Texts, held_out: Iterable[Any]) -> None:

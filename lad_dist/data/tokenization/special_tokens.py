@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerFast
 
 from lad_dist.config.errors import UserError
+from lad_dist.core.batch import TEXT_HEADS
 from lad_dist.distributed.logs import get_logger
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -130,7 +131,7 @@ def check_frame(tokenizer: PreTrainedTokenizerFast, head: str) -> None:
 
     To tag words without special tokens is possible, but hardly what the model has learnt.
     """
-    if head in ("classification", "regression", "question_answering"):
+    if head in (*TEXT_HEADS, "question_answering"):
         require_first_token(tokenizer)
     elif special_token_frame(tokenizer).size == 0:
         logger.warning(

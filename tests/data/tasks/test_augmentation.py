@@ -136,7 +136,7 @@ def test_the_command_writes_what_a_training_reads(
         ([str(config), *options], f"augment: --out {out}: give a .jsonl file that does not exist yet"),
         ([str(config), *options, "--samples", "0"], "augment: --samples 0: at least 1"),
         ([str(config), *options, "--probability", "1.5"], "augment: --probability 1.5: above 0 and at most 1"),
-        (["configs:pretrain/kd.toml", *options[:3], "a.jsonl"], "augment takes a config of a classification or a"),
+        (["configs:pretrain/kd.toml", *options[:3], "a.jsonl"], "augment takes a config of a task whose examples"),
     ):
         assert run_command("augment", *changed) == 2
         assert message in capfd.readouterr().err

@@ -125,7 +125,10 @@ def test_a_file_that_cannot_be_read_is_one_line(name: str, content: str | None, 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"kind": "tagging", "unlabelled": "c"}, 'unlabelled goes with kind = "classification" or "regression" alone'),
+        (
+            {"kind": "tagging", "unlabelled": "c"},
+            'unlabelled goes with kind = "classification", "multilabel" or "regression" alone',
+        ),
         ({"kind": "question_answering", "unlabelled": "c"}, "unlabelled goes with kind = "),
         ({"unlabelled_weight": 2.0}, "unlabelled_weight goes with unlabelled alone"),
         ({"unlabelled": "c", "unlabelled_weight": 0.0}, "greater than 0"),
