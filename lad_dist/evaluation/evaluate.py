@@ -32,7 +32,7 @@ from lad_dist.distributed.logs import get_logger
 from lad_dist.evaluation.baseline import weakness
 from lad_dist.models.dims import check_length, check_padding, check_vocabulary, count_parameters
 from lad_dist.models.frozen import FrozenModel
-from lad_dist.models.heads import label_order
+from lad_dist.models.heads import label_order, label_thresholds
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.models.loading import check_weight_files
 from lad_dist.utils import progress
@@ -182,6 +182,7 @@ def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
     hf_configs = [load_hf_config(path) for path in paths]
     for path, hf_config in zip(paths, hf_configs, strict=True):
         label_order(hf_config, path, task.kind, task.outputs, fixed_order=task.fixed_order)
+        label_thresholds(hf_config)  # refuses those that do not fit
         check_weight_files(path)
         check_length(hf_config, path, config.data.max_length)
     tokenizer = load_tokenizer(config.model.path)

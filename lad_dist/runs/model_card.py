@@ -69,7 +69,7 @@ def _thresholds(results: Numbers) -> str:
     thresholds = results.get("thresholds", {}).get("student", {})
     listed = ", ".join(f"{label} {plain_number(value)}" for label, value in thresholds.items())
     return listed and (
-        "\nA text gets every label whose probability, the sigmoid of its logit, reaches the threshold: "
+        "\nA text gets every label whose probability, the sigmoid of the logit, reaches the threshold: "
         f"{listed} (`label_thresholds` in config.json). They were tuned on the dev set. Metrics named tuned are with "
         "these thresholds, the others with 0.5.\n"
     )

@@ -18,7 +18,7 @@ from lad_dist.training import run_spec
 from lad_dist.training.run_spec import RunSpec
 from lad_dist.utils.tables import flatten
 
-TASK_KEYS = {"data.task", "data.train", "data.dev", "data.kind", "data.labels", "data.positive"}
+TASK_KEYS = {"data.task", "data.train", "data.dev", "data.kind", "data.label", "data.labels", "data.positive"}
 DIGITS = 3  # of a sample's number
 
 

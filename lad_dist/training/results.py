@@ -71,7 +71,7 @@ def write_results(
         "config": trainer.config.model_dump(mode="json", exclude_none=True),
         "metrics": scores["student"],
         "test": dict(test_scores),  # scores of "student" and "teacher" on a test set, empty where there is none
-        # Of probabilities, tuned on the dev set, by "student" or "teacher" and label; empty where no task has some.
+        # Tuned on the dev set, as {"student" or "teacher": {label: probability}}; empty of other kinds of task.
         "thresholds": {role: dict(zip(spec.labels, values, strict=True)) for role, values in thresholds.items()},
         "student": {**size, **distiller.initial_values, **sizes_on_disk},
         "teacher": (footprint.footprint(teacher.model, batch) if teacher else {}) | scores.get("teacher", {}),

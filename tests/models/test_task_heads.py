@@ -23,16 +23,18 @@ from transformers import (
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import parse_config
-from lad_dist.config.schema import EvaluateConfig, TrainConfig
+from lad_dist.config.schema import EvaluateConfig, TaskDataConfig, TrainConfig
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.datasets import TaskDataset
-from lad_dist.data.tasks.examples import QuestionExamples
+from lad_dist.data.tasks.examples import QuestionExamples, TaskExamples
 from lad_dist.data.tasks.task import load_task
 from lad_dist.data.tokenization.loading import load_tokenizer
+from lad_dist.evaluation import latency
 from lad_dist.evaluation.evaluate import evaluate, predict
 from lad_dist.evaluation.prediction import predict as predict_texts
 from lad_dist.models import loading
 from lad_dist.models.forward import compute_outputs
+from lad_dist.models.frozen import InferenceModel
 from lad_dist.models.heads import label_order
 from lad_dist.models.hf_config import load_hf_config
 from lad_dist.objectives.registry import OBJECTIVES
@@ -194,16 +196,14 @@ def test_transformers_answers_as_the_run_did(files: Files, teachers: dict[str, R
     """Its own padded forward over question and context: the logits of every row."""
     folder = export(teachers["question_answering"])
     tokenizer = load_tokenizer(folder)
-    tables = {"model": {"path": str(folder)}, "data": {**files["question_answering"], **SIZES}}
-    data = parse_config(EvaluateConfig, tables, "toy").data
-    dev = TaskDataset(data, load_task(data), tokenizer, seed=0).dev["dev"]
+    dev = dev_examples(files["question_answering"], folder)
     assert isinstance(dev, QuestionExamples)
     frozen = loading.load_model(str(folder), "question_answering", require_head=True).eval()
     with torch.no_grad():
         logits = predict(
             lambda batch: compute_outputs(frozen, batch, OutputSpec(logits=True)).logits, dev.in_order()
         ).logits
-    examples = load_task(data).dev["dev"]
+    examples = load_task(TaskDataConfig(**files["question_answering"], **SIZES)).dev["dev"]
     inputs = tokenizer(
         examples.questions, examples.contexts, padding=True, return_tensors="pt", return_offsets_mapping=True
     )
@@ -215,6 +215,12 @@ def test_transformers_answers_as_the_run_did(files: Files, teachers: dict[str, R
         output = model(**inputs)
     expected = torch.stack([output.start_logits, output.end_logits], dim=-1)[torch.tensor(sides)]
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
+
+
+def dev_examples(files: dict[str, Any], folder: Path) -> TaskExamples:
+    """Return the tokenized dev set."""
+    data = TaskDataConfig(**files, **SIZES)
+    return TaskDataset(data, load_task(data), load_tokenizer(folder), seed=0).dev["dev"]
 
 
 def read_labelled(file: str) -> tuple[list[str], np.ndarray]:
@@ -263,6 +269,11 @@ def test_thresholds_of_labels_are_tuned_on_dev_stored_and_used(
             assert predicted.labels == tuple(name for name in names if name in reached)
             assert predicted.label == (predicted.labels[0] if reached else None)
             assert predicted.score == max(predicted.probabilities.values())
+    student, dev = InferenceModel(model), dev_examples(files["multilabel"], folder)
+    forms = {"onnx": lambda inputs: [x.numpy() for x in student(**inputs)]}
+    quality = latency._quality(dev, student, forms)["onnx"]  # type: ignore[arg-type]
+    assert quality["metrics"] == pytest.approx({name: results["metrics"][name] for name in METRICS["multilabel"]})
+    assert quality["loyalty"]["label_loyalty"] == 1
     tables = {"model": {"path": str(folder)}, "data": {**files["multilabel"], **SIZES, "labels": ["lu", "ba", "fi"]}}
     turned = evaluate(parse_config(EvaluateConfig, tables, "toy"))["model"]
     names = METRICS["multilabel"] | {"loss"}

@@ -44,7 +44,9 @@ def label_list(known: Sequence[str] | None, value: Any) -> list[str]:
     `known` are all names, None where the files say them. Raise ValueError for what is no such list, for a name that is
     there twice, and for a name in a text that is not known and looks like several.
     """
-    cells = value.split(SEPARATOR) if isinstance(value, str) and value else [] if value == "" else value
+    cells = value
+    if isinstance(value, str):
+        cells = value.split(SEPARATOR) if value else []
     if not isinstance(cells, list):
         raise ValueError(f"label {value!r} is neither a list of names nor a text with {SEPARATOR} between names")
     names = [label_name(cell) for cell in cells]

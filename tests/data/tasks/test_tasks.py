@@ -208,7 +208,7 @@ def test_every_label_has_a_weight(weights: Any, message: str | None, tmp_path: P
         ({"task": "rte", "test": "a.csv"}, "test goes with train and dev, not with a GLUE task"),
         ({"task": "rte", "text": "utterance"}, "text goes with train and dev, not with a GLUE task"),
         ({"train": "a", "dev": "b", "hub_config": "c"}, "hub_config goes with hub alone"),
-        ({"train": "a", "dev": "b", "kind": "tagging", "label": "c"}, 'label goes with kind = "classification" or'),
+        ({"train": "a", "dev": "b", "kind": "tagging", "label": "c"}, 'label goes with kind = "classification", "m'),
         ({"task": "rte", "train": "a", "dev": "b"}, "not both; data.task=none unsets the task"),
     ],
 )
