@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
-from lad_dist.config.schema import ConfigTable, EvaluateConfig, PretrainConfig, TaskConfig, train_schema
+from lad_dist.config.evaluation_schema import EvaluateConfig
+from lad_dist.config.schema import ConfigTable, PretrainConfig, TaskConfig, train_schema
 from lad_dist.config.search_schema import SearchConfig
 
 SCHEMAS: tuple[type[ConfigTable], ...] = (

@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import lad_dist
 from lad_dist import load_config, predict
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import EvaluateConfig, PretrainConfig, TaskConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig
+from lad_dist.config.schema import PretrainConfig, TaskConfig
 from lad_dist.models import loading
 
 

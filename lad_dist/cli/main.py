@@ -25,8 +25,9 @@ from lad_dist.cli.console import say
 from lad_dist.cli.errors import one_line_errors
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
+from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.config.load import lookup
-from lad_dist.config.schema import EvaluateConfig, PretrainConfig, TaskConfig
+from lad_dist.config.schema import PretrainConfig, TaskConfig
 from lad_dist.config.search_schema import SearchConfig
 
 # Launchers add these arguments; the environment says the same.

@@ -2,7 +2,8 @@
 
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.describe import describe_keys
-from lad_dist.config.schema import ConfigTable, EvaluateConfig, PretrainConfig, TaskConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig
+from lad_dist.config.schema import ConfigTable, PretrainConfig, TaskConfig
 from lad_dist.config.search_schema import SearchConfig
 from lad_dist.utils.text import markdown_table
 

@@ -18,7 +18,8 @@ from pydantic_core import PydanticUndefined
 
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import ConfigTable, EvaluateConfig, train_schema
+from lad_dist.config.evaluation_schema import EvaluateConfig
+from lad_dist.config.schema import ConfigTable, train_schema
 from lad_dist.config.search_schema import SearchConfig
 from lad_dist.config.shipped import config_file
 from lad_dist.utils.suggest import did_you_mean, nearest

@@ -6,7 +6,7 @@ the schema (`load.validate_arguments`). `[deepspeed]` is DeepSpeed's own config.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -232,6 +232,7 @@ class CorpusDataConfig(DataConfig):
 class TaskDataConfig(DataConfig):
     """`[data]` of a task."""
 
+    requires_train: ClassVar[bool] = True  # beside dev, where the files are the user's own
     task: str | None = Field(None, description="a GLUE task by name; or give train and dev")
     path: str | None = Field(None, description="folder in GLUE's layout (RTE/train.tsv …); default: the hub's data set")
     train: str | None = Field(
@@ -265,7 +266,8 @@ class TaskDataConfig(DataConfig):
     )
     labels: Annotated[list[LabelName], Field(min_length=2)] | None = Field(
         None,
-        description="the labels in the order of the outputs of heads; default: GLUE's order, or those of train, sorted",
+        description="the labels in the order of the outputs of heads; default: GLUE's order, those of train, sorted, "
+        "or without train those of the model",
     )
     positive: LabelName | None = Field(
         None, description="label of your own classification whose F1 is the metric f1; default: none, and no f1"
@@ -293,8 +295,9 @@ class TaskDataConfig(DataConfig):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.task is None and (self.train is None or self.dev is None):
-            raise ValueError("give a GLUE task, or both train and dev files")
+        if self.task is None and (self.dev is None or (self.requires_train and self.train is None)):
+            files = "both train and dev files" if self.requires_train else "a dev file"
+            raise ValueError(f"give a GLUE task, or {files}")
         if self.task is not None and (self.train is not None or self.dev is not None):
             raise ValueError("give a GLUE task or train and dev files, not both; data.task=none unsets the task")
         columns = ("text", "text_pair") if self.unlabelled is None else ()
@@ -447,28 +450,3 @@ def train_schema(tables: Mapping[str, Any]) -> type[TrainConfig]:
     """Return the schema of a training: the keys of `[data]` tell a pre-training from a task."""
     data = tables.get("data")
     return PretrainConfig if isinstance(data, Mapping) and "shards" in data else TaskConfig
-
-
-class ModelPathConfig(ConfigTable):
-    """A model to evaluate."""
-
-    path: str = Field(description="model folder or hub name")
-
-
-class EvaluateConfig(ConfigTable):
-    """The config of evaluate."""
-
-    model: ModelPathConfig
-    teacher: ModelPathConfig | None = Field(None, description="teacher to measure loyalty against")
-    data: TaskDataConfig
-    out: str | None = Field(None, description="JSON file for the result; default: only printed")
-
-    @model_validator(mode="after")
-    def _nothing_of_trainings(self) -> Self:
-        if self.data.test is not None:
-            raise ValueError("data.test is scored by trainings; give the file as data.dev")
-        if self.data.class_weights is not None:
-            raise ValueError("data.class_weights are for trainings; remove them")
-        if self.data.unlabelled is not None:
-            raise ValueError("data.unlabelled is for trainings; remove it")
-        return self

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
+from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.config.load import check_writable
-from lad_dist.config.schema import EvaluateConfig
 from lad_dist.core.batch import TEXT_HEADS, Batch
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.datasets import TaskDataset

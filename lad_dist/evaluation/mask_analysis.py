@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 
 from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
+from lad_dist.config.evaluation_schema import EvaluateConfig, EvaluateDataConfig, ModelPathConfig
 from lad_dist.config.load import parse_config
 from lad_dist.config.load import read_toml as read_tables
-from lad_dist.config.schema import EvaluateConfig, ModelPathConfig, TaskConfig, train_schema
+from lad_dist.config.schema import TaskConfig, train_schema
 from lad_dist.evaluation.evaluate import evaluate
 from lad_dist.models.families import layer_list_pattern, module_pattern
 from lad_dist.models.loading import save_model
@@ -225,7 +226,8 @@ def _scores(masks: RunMasks, keep_masks: KeepMasks, config: TaskConfig, base: st
         compact.replace_masks(masks.file, tensors, folder)
         save_model(compact.load_masked(folder, base), folder)
         model = ModelPathConfig(path=str(folder))
-        data = config.data.model_copy(update=dict.fromkeys(("test", "class_weights", "unlabelled")))  # of trainings
+        of_trainings = dict.fromkeys(("test", "class_weights", "unlabelled"))
+        data = EvaluateDataConfig.model_construct(**(config.data.model_dump() | of_trainings))
         scores = evaluate(EvaluateConfig(model=model, teacher=None, data=data, out=None))["model"]
     return {name: value for name, value in scores.items() if name not in ("path", "parameters")}
 

@@ -14,6 +14,7 @@ from lad_dist.compression.registry import COMPRESSIONS
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.describe import describe_keys
 from lad_dist.config.errors import UserError
+from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.config.load import (
     apply_overrides,
     dump_config,
@@ -23,15 +24,7 @@ from lad_dist.config.load import (
     parse_override,
     validate_arguments,
 )
-from lad_dist.config.schema import (
-    CHANGEABLE_KEYS,
-    ConfigTable,
-    EvaluateConfig,
-    PretrainConfig,
-    TaskConfig,
-    TrainConfig,
-    train_schema,
-)
+from lad_dist.config.schema import CHANGEABLE_KEYS, ConfigTable, PretrainConfig, TaskConfig, TrainConfig, train_schema
 from lad_dist.config.search_schema import SearchConfig
 from lad_dist.objectives.registry import OBJECTIVES
 

@@ -13,8 +13,9 @@ from toy_heads import LABELS, MAKE_FILES
 
 from lad_dist.cli.main import COMMANDS
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.config.load import apply_overrides, parse_config, parse_override, read_toml
-from lad_dist.config.schema import EvaluateConfig, PretrainConfig, TaskConfig
+from lad_dist.config.schema import PretrainConfig, TaskConfig
 from lad_dist.config.search_schema import SearchConfig
 from lad_dist.search.space import parse_space
 from lad_dist.search.trials import TrialBuilder, grid_trials

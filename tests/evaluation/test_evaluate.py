@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lad_dist.config.errors import UserError
+from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.config.load import parse_config
-from lad_dist.config.schema import EvaluateConfig, TaskDataConfig
+from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import Batch
 from lad_dist.data.tasks import multilabel
 from lad_dist.data.tasks.examples import tokenize

@@ -25,7 +25,7 @@ from lad_dist.compression import compressed_module, footprint
 from lad_dist.compression.layers import keep_layers, random_embeddings, set_dropout
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import EvaluateConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.core.batch import Batch, Head, pad, unpad
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.shards.prepare import prepare

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from lad_dist.config.errors import UserError
+from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.config.load import parse_config
-from lad_dist.config.schema import EvaluateConfig, TaskDataConfig, TrainConfig
+from lad_dist.config.schema import TaskDataConfig, TrainConfig
 from lad_dist.core.outputs import OutputSpec
 from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.tasks.examples import QuestionExamples, TaskExamples

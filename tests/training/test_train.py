@@ -27,7 +27,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 from lad_dist.checkpointing.store import CheckpointStore, read_metadata
 from lad_dist.config.errors import UserError
-from lad_dist.config.schema import EvaluateConfig, TrainConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig
+from lad_dist.config.schema import TrainConfig
 from lad_dist.evaluation import evaluate
 from lad_dist.models.forward import compute_outputs
 from lad_dist.models.frozen import FrozenModel

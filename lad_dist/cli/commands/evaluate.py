@@ -2,7 +2,7 @@
 
 from lad_dist.cli.console import loading_libraries, print_table
 from lad_dist.config.errors import EXIT_DONE
-from lad_dist.config.schema import EvaluateConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig
 
 
 def evaluate(config: EvaluateConfig) -> int:

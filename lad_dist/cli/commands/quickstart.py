@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lad_dist.cli.console import Console, loading_libraries, print_table, say
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
+from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.config.load import (
     Schema,
     apply_overrides,
@@ -20,12 +21,7 @@ from lad_dist.config.load import (
     read_toml,
     validate_arguments,
 )
-from lad_dist.config.schema import (
-    EvaluateConfig,
-    PretrainConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from lad_dist.config.schema import PretrainConfig, TaskConfig, TrainConfig
 
 FOLDER = Path("runs/quickstart")
 VOCABULARY = 4000

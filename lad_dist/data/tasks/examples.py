@@ -64,15 +64,11 @@ class TaskExamples(Generic[Raw]):
         description: str,
         pad_to: int | None,
     ) -> None:
-        """Encode the examples, which `description` names in messages.
-
-        Raise UserError when the tokenizer does not know the text.
-        """
+        """Encode the examples, which `description` names in messages."""
         self._metrics, self._description = task.metrics, description
         self.kind, self.outputs = task.kind, task.outputs
         self._positive = None if task.positive is None else task.outputs.index(task.positive)
         self._encoded, self._rows, self._labels = self._encode(raw, tokenizer, data)
-        refuse_unknown(tokenizer, self._encoded.ids[:CHECKED_EXAMPLES], description)
         self._pad, self._pad_to = special_token_frame(tokenizer).pad, pad_to
 
     def _encode(self, raw: Raw, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig) -> Encoded:
@@ -124,6 +120,10 @@ class TaskExamples(Generic[Raw]):
         """Return the number of examples."""
         return len(self._rows)
 
+    def refuse_unknown(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Raise UserError when the tokenizer does not know the text."""
+        refuse_unknown(tokenizer, self._encoded.ids[:CHECKED_EXAMPLES], self._description)
+
     @property
     def cut(self) -> int:
         """Return the number of texts of which tokens were left out."""
@@ -156,10 +156,10 @@ class TaskExamples(Generic[Raw]):
         labels = np.concatenate([self._labels[example] for example in numbers])
         return collate(sequences, segments, rows, labels, self._pad_to, self._pad)
 
-    def in_order(self) -> Batches:
+    def in_order(self, batch_size: int = DEV_BATCH_SIZE) -> Batches:
         """Return all examples, in batches."""
         numbers = np.arange(self.count)
-        return [partial(self.batch, numbers[i : i + DEV_BATCH_SIZE]) for i in range(0, len(numbers), DEV_BATCH_SIZE)]
+        return [partial(self.batch, numbers[i : i + batch_size]) for i in range(0, len(numbers), batch_size)]
 
 
 def tokenize(
@@ -181,7 +181,9 @@ def tokenize(
         "tagging": TaggingExamples,
         "question_answering": QuestionExamples,
     }
-    return kinds[task.kind](task, raw, tokenizer, data, description, pad_to)
+    examples: TaskExamples = kinds[task.kind](task, raw, tokenizer, data, description, pad_to)
+    examples.refuse_unknown(tokenizer)
+    return examples
 
 
 class TextExamples(TaskExamples[Texts]):

@@ -117,20 +117,22 @@ def read_tsv(
 
     `header` names all columns; None where the first line does. With `skip_torn`, rows that lack columns are left out.
     """
-    fields = ((number, line.split("\t")) for number, line in numbered_lines(file) if line)
-    return _table(file, fields, required, optional, header, skip_torn)
+    return _table(file, tsv_fields(file), required, optional, header, skip_torn)
 
 
 def _csv(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
+    return _table(file, csv_fields(file), required, optional)
+
+
+def tsv_fields(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, fields) of each row of a .tsv file, the header among them."""
+    return ((number, line.split("\t")) for number, line in numbered_lines(file) if line)
+
+
+def csv_fields(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (first line, fields) of each row of a .csv file, the header among them. Raise UserError for a mistake."""
     before = csv.field_size_limit(sys.maxsize)  # of the whole process; by default a text has 131,072 characters
-    try:
-        reader = csv.reader((line + "\n" for _, line in numbered_lines(file)), strict=True)
-        return _table(file, _csv_fields(file, reader), required, optional)
-    finally:
-        csv.field_size_limit(before)
-
-
-def _csv_fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader((line + "\n" for _, line in numbered_lines(file)), strict=True)
     begin = 1
     try:
         for fields in reader:
@@ -139,6 +141,8 @@ def _csv_fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             begin = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{file}:{begin}: not valid CSV: {error}") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _table(
@@ -152,34 +156,43 @@ def _table(
     """Return columns out of rows of fields, the first of which is the header when there is no other."""
     if header is None:
         _, header = next(rows, (0, []))
-    columns = {name: header.index(name) for name in _present(file, header, required, optional)}
-    result = FileRows(file, [], {name: [] for name in columns})
+    names = present_columns(file, header, required, optional)
+    return _not_empty(collect(file, names, fields_by_name(file, header, rows, skip_torn)))
+
+
+def fields_by_name(
+    file: Path, header: Sequence[str], rows: Iterable[tuple[int, list[str]]], skip_torn: bool = False
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line, fields by column) of each row. Raise UserError for one with more or fewer fields than the header."""
     for line, fields in rows:
-        if len(fields) != len(header):
-            if skip_torn and len(fields) < len(header):
-                continue
+        if len(fields) == len(header):
+            yield line, dict(zip(header, fields, strict=True))
+        elif not (skip_torn and len(fields) < len(header)):
             raise UserError(f"{file}:{line}: {len(fields)} columns, not {len(header)}")
+
+
+def collect(file: Path, names: Sequence[str], rows: Iterable[tuple[int, Mapping[str, Any]]]) -> FileRows:
+    """Return the columns of these names out of (line, values by column). Raise UserError for a row that lacks one."""
+    result = FileRows(file, [], {name: [] for name in names})
+    for line, row in rows:
         result.lines.append(line)
-        for name, place in columns.items():
-            result.columns[name].append(fields[place])
-    return _not_empty(result)
+        for name in names:
+            if name not in row:
+                raise UserError(f"{file}:{line}: no {name}, which other rows have")
+            result.columns[name].append(row[name])
+    return result
 
 
 def _jsonl(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
     rows = dict(numbered_objects(file))  # by line
     header = list(dict.fromkeys(name for row in rows.values() for name in row))
-    names = _present(file, header, required, optional)
-    for line, row in rows.items():
-        for name in names:
-            if name not in row:
-                raise UserError(f"{file}:{line}: no {name}, which other rows have")
-    return FileRows(file, list(rows), {name: [row[name] for row in rows.values()] for name in names})
+    return collect(file, present_columns(file, header, required, optional), rows.items())
 
 
 def _parquet(file: Path, required: Sequence[str], optional: str | None = None) -> FileRows:
     try:
         with pq.ParquetFile(file) as table:
-            names = _present(file, table.schema_arrow.names, required, optional)
+            names = present_columns(file, table.schema_arrow.names, required, optional)
             columns = table.read(names).to_pydict()
     except UserError:
         raise
@@ -197,7 +210,7 @@ def read_hub(
     """
     rows = hub.load(name, config, split, ())
     where = Path(f"{name}[{split}]")
-    columns = {column: list(rows[column]) for column in _present(where, rows.column_names, required, optional)}
+    columns = {column: list(rows[column]) for column in present_columns(where, rows.column_names, required, optional)}
     for column, values in columns.items():
         feature = rows.features[column]
         names = getattr(getattr(feature, "feature", feature), "names", None)
@@ -213,7 +226,7 @@ def _named(value: Any, names: Sequence[str]) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
-def _present(file: Path, header: Sequence[str], required: Iterable[str], optional: str | None) -> list[str]:
+def present_columns(file: Path, header: Sequence[str], required: Iterable[str], optional: str | None) -> list[str]:
     """Return the columns to read. Raise UserError for one that is missing."""
     if not header:
         raise UserError(f"{file}: empty")

@@ -10,6 +10,7 @@ from lad_dist.utils.suggest import did_you_mean
 
 SEPARATOR = "|"  # between the names of an example's labels in one text
 UNCLEAR = re.compile(r"^\s|\s$|[,;\[\]]")  # of a name in such a text: it may be several names, or a list
+DEFAULT_NAME = re.compile(r"LABEL_\d+")  # of an output, where transformers was given none
 WHOLE_NUMBER = re.compile(r"-?\d{1,600}")  # Python may refuse to read more digits
 
 
@@ -34,7 +35,10 @@ def class_id(ids: Mapping[str, int], label: Any) -> int:
     """Return the class id of a label. Raise ValueError for an unknown one."""
     name = label_name(label)
     if name not in ids:
-        raise ValueError(f'label "{name}" is unknown: {did_you_mean(name, ids)}')
+        advice = did_you_mean(name, ids)
+        if all(map(DEFAULT_NAME.fullmatch, ids)):
+            advice = f"the model calls its outputs {', '.join(ids)}; give data.labels, the labels in their order"
+        raise ValueError(f'label "{name}" is unknown: {advice}')
     return ids[name]
 
 

@@ -50,12 +50,17 @@ class AnswerWindows(NamedTuple):
 
 def load_squad(files: Sequence[Path]) -> list[Questions]:
     """Return the questions of each file. Raise UserError, with file and place, for a mistake in one."""
-    read = [_read(file) for file in files]
+    read = [read_squad(file) for file in files]
     unanswerable = any(not answers for questions in read for answers in questions.answers)
     return [questions._replace(unanswerable=unanswerable) for questions in read]
 
 
-def _read(file: Path) -> Questions:
+def read_squad(file: Path, labelled: bool = True) -> Questions:
+    """Return the questions of a file; unless `labelled`, entries may lack answers, and then have none.
+
+    Raises:
+        UserError: The file has a mistake; the message names the place.
+    """
     questions = Questions([], [], [], False)
     try:
         content = parse_json(file.read_bytes().decode("utf-8-sig"))
@@ -76,7 +81,8 @@ def _read(file: Path) -> Questions:
                 in_entry = f"{in_paragraph}.qas[{q}]"
                 questions.questions.append(_text(entry, "question", in_entry).strip())
                 questions.contexts.append(context)
-                questions.answers.append(_answers(entry, context, in_entry))
+                has_answers = labelled or "answers" in entry
+                questions.answers.append(_answers(entry, context, in_entry) if has_answers else [])
     if not questions.questions:
         raise UserError(f"{file}: no questions")
     return questions
@@ -112,7 +118,7 @@ def _answer(answer: Any, context: str, where: str) -> Answer:
     return Answer(text.strip(), begin + len(text) - len(text.lstrip()))
 
 
-READERS = {".json": _read}
+READERS = {".json": read_squad}
 
 
 def find_answers(

@@ -32,10 +32,12 @@ class Sentences(NamedTuple):
     tags: list[np.ndarray]  # int64 class ids, one for each word
 
 
-class _Sentence(NamedTuple):
+class TaggedSentence(NamedTuple):
+    """A sentence as a file spells it."""
+
     lines: list[int]  # where each word stands
     words: list[str]
-    tags: list[Any]
+    tags: list[Any]  # None of words without one
 
 
 def load_tagging(files: Sequence[Path], labels: Sequence[str] | None = None) -> tuple[list[Sentences], tuple[str, ...]]:
@@ -58,46 +60,49 @@ def load_tagging(files: Sequence[Path], labels: Sequence[str] | None = None) -> 
     return [_numbered(file, read[file], ids) for file in files], names
 
 
-def _numbered(file: Path, sentences: list[_Sentence], ids: dict[str, int]) -> Sentences:
+def _numbered(file: Path, sentences: list[TaggedSentence], ids: dict[str, int]) -> Sentences:
     numbers = np.array(list(_each(file, sentences, lambda tag: class_id(ids, tag))), dtype=np.int64)
     ends = np.cumsum([len(sentence.words) for sentence in sentences])
     return Sentences([sentence.words for sentence in sentences], np.split(numbers, ends[:-1]))
 
 
-def _each(file: Path, sentences: list[_Sentence], convert: Any) -> Iterator[Any]:
+def _each(file: Path, sentences: list[TaggedSentence], convert: Any) -> Iterator[Any]:
     for sentence in sentences:
         yield from convert_each(file, sentence.lines, sentence.tags, convert)
 
 
-def _conll(file: Path) -> Iterator[_Sentence]:
+def _conll(file: Path, labelled: bool = True) -> Iterator[TaggedSentence]:
+    """Yield the sentences; unless `labelled`, words alone are enough, and their tags are None."""
     columns = 0
-    sentence = _Sentence([], [], [])
+    sentence = TaggedSentence([], [], [])
     for number, fields in _words(file):
         if not fields:
             if sentence.words:
                 yield sentence
-            sentence = _Sentence([], [], [])
+            sentence = TaggedSentence([], [], [])
             continue
         columns = columns or len(fields)
         if len(fields) != columns:
             raise UserError(f"{file}:{number}: {len(fields)} columns, not {columns}")
-        if columns < 2:
+        if columns < 2 and labelled:
             raise UserError(f"{file}:{number}: one column, not two: a word and a tag")
         sentence.lines.append(number)
         sentence.words.append(fields[0])
-        sentence.tags.append(fields[-1])
+        sentence.tags.append(fields[-1] if columns > 1 else None)
     if sentence.words:
         yield sentence
 
 
 def _words(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, columns) of each word, and (line, []) between sentences."""
-    lines = [(number, _fields(line)) for number, line in numbered_lines(file) if not line.startswith(DOCUMENT)]
-    uncommented = [fields for _, fields in lines if fields and fields[0] != COMMENT]
-    columns, tags = len(uncommented[0]) if uncommented else 0, {fields[-1] for fields in uncommented}
+    columns, tags = 0, set()
+    for _, fields in _lines(file):
+        if fields and fields[0] != COMMENT:
+            columns = columns or len(fields)
+            tags.add(fields[-1])
     begins = True
     doubtful = []
-    for number, fields in lines:
+    for number, fields in _lines(file):
         if begins and fields[:1] == [COMMENT] and (len(fields) != columns or fields[-1] not in tags):
             if len(fields) == columns:
                 doubtful.append((number, fields[-1]))
@@ -110,6 +115,11 @@ def _words(file: Path) -> Iterator[tuple[int, list[str]]]:
         logger.warning(message, file, number, tag, len(doubtful) - 1)
 
 
+def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, columns) of each line that begins no document."""
+    return ((number, _fields(line)) for number, line in numbered_lines(file) if not line.startswith(DOCUMENT))
+
+
 def _fields(line: str) -> list[str]:
     """Return the columns of a line; only tabs and blanks part them, for a word may hold other spaces."""
     if not line.strip():
@@ -118,17 +128,19 @@ def _fields(line: str) -> list[str]:
     return line.split("\t") if "\t" in line else re.split(" +", line.lstrip(" "))
 
 
-def _jsonl(file: Path) -> Iterator[_Sentence]:
+def _jsonl(file: Path, labelled: bool = True) -> Iterator[TaggedSentence]:
+    """Yield the sentences; unless `labelled`, tokens alone are enough, and their tags are None."""
     for number, row in numbered_objects(file):
-        for name in ("tokens", "tags"):
+        names = ("tokens", "tags") if labelled or "tags" in row else ("tokens",)
+        for name in names:
             if not isinstance(row.get(name), list):
                 raise UserError(f"{file}:{number}: {name} is {row.get(name)!r}, not a list")
-        words, tags = row["tokens"], row["tags"]
+        words, tags = row["tokens"], row.get("tags", [None] * len(row["tokens"]))
         if not all(isinstance(word, str) for word in words):
             raise UserError(f"{file}:{number}: tokens are not all texts")
         if len(words) != len(tags) or not words:
             raise UserError(f"{file}:{number}: {len(words)} tokens and {len(tags)} tags")
-        yield _Sentence([number] * len(words), words, tags)
+        yield TaggedSentence([number] * len(words), words, tags)
 
 
 READERS = dict.fromkeys((".conll", ".bio", ".iob", ".txt", ".tsv"), _conll) | {".jsonl": _jsonl}

@@ -132,8 +132,11 @@ def _read_task(data: TaskDataConfig) -> Task:
 
 
 def _own_files(data: TaskDataConfig) -> list[Path]:
-    """Return the files, or the names of the splits, to train on, for dev, and for the test where there is one."""
-    return [Path(name) for name in (data.train, data.dev, data.test) if name is not None]
+    """Return the files, or the names of the splits, to train on, for dev, and for the test where there is one.
+
+    An evaluation without a training set has the dev set in its place, which nothing reads.
+    """
+    return [Path(name) for name in (data.train or data.dev, data.dev, data.test) if name is not None]
 
 
 def _own_rows(data: TaskDataConfig) -> tuple[list[FileRows], ColumnNames]:
@@ -168,7 +171,7 @@ def _own_task(kind: Kind, data: TaskDataConfig) -> Task:
         metrics: tuple[str, ...] = ("pearson", "spearman")
     else:
         present = sorted_names(train.labels(columns.label, label_name, object).tolist())
-        if len(present) < 2:
+        if len(present) < 2 and data.train is not None:
             raise UserError(f"{train.file}: every label is {present[0]}; a classification needs at least two")
         names = tuple(data.labels or present)
         ids = {name: number for number, name in enumerate(names)}
