@@ -17,6 +17,7 @@ from lad_dist.cli.commands.information import configs, env
 from lad_dist.cli.commands.latency import latency
 from lad_dist.cli.commands.masks import masks
 from lad_dist.cli.commands.plan import plan
+from lad_dist.cli.commands.predict import predict
 from lad_dist.cli.commands.quickstart import quickstart
 from lad_dist.cli.commands.report import report
 from lad_dist.cli.commands.train import distill, finetune, pretrain
@@ -44,7 +45,10 @@ PRETRAIN_KEYS = (
 )  # fmt: skip
 PREPARE_KEYS = ("out", "tokenizer", "source[].kind", "source[].path", "source[].column", "held_out", "num_workers")
 TOKENIZER_KEYS = ("out", "kind", "vocab_size", "lowercase", "source[].kind", "source[].path", "source[].column")
-EVALUATE_KEYS = ("model.path", "teacher.path", "data.task", "data.path", "data.train", "data.dev", "out")
+EVALUATE_KEYS = (
+    "model.path", "teacher.path", "data.task", "data.path", "data.dev", "data.text", "data.label", "data.labels", "out",
+    "fit_temperature",
+)  # fmt: skip
 SEARCH_KEYS = (
     "search.name", "search.metric", "search.num_samples", "search.processes", "search.cpus", "search.gpus",
     "stage[].name", "stage[].base", "override", "grid", "space",
@@ -59,6 +63,7 @@ COMMANDS: Mapping[str, Command] = {
     "finetune": ConfigCommand(finetune, TaskConfig, TASK_KEYS),
     "distill": ConfigCommand(distill, TaskConfig, ("teacher.path", *TASK_KEYS)),
     "augment": augment,
+    "predict": predict,
     "evaluate": ConfigCommand(evaluate, EvaluateConfig, EVALUATE_KEYS),
     "tune": ConfigCommand(tune, SearchConfig, SEARCH_KEYS),
     "report": report,

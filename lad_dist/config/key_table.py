@@ -2,7 +2,7 @@
 
 from lad_dist.config.corpus_schema import PrepareConfig, TokenizerConfig
 from lad_dist.config.describe import describe_keys
-from lad_dist.config.evaluation_schema import EvaluateConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig, PredictConfig
 from lad_dist.config.schema import ConfigTable, PretrainConfig, TaskConfig
 from lad_dist.config.search_schema import SearchConfig
 from lad_dist.utils.text import markdown_table
@@ -11,6 +11,7 @@ SECTIONS: dict[str, tuple[str, type[ConfigTable]]] = {
     "Pre-training": ("`lad-dist pretrain`, configs in `pretrain/`", PretrainConfig),
     "Tasks": ("`lad-dist finetune` and `lad-dist distill`, configs in `task/`", TaskConfig),
     "Evaluation": ("`lad-dist evaluate`, `task/evaluate.toml`", EvaluateConfig),
+    "Prediction": ("`lad-dist predict`, on the command line alone", PredictConfig),
     "Search": ("`lad-dist tune`, configs in `tune/`", SearchConfig),
     "Corpora": ("`lad-dist prepare`, `pretrain/corpus.toml` and `pretrain/files.toml`", PrepareConfig),
     "Tokenizers": ("`lad-dist train-tokenizer`, `pretrain/tokenizer_*.toml`", TokenizerConfig),

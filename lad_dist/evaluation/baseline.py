@@ -10,11 +10,12 @@ import numpy as np
 
 from lad_dist.data.tasks import metrics, multilabel
 from lad_dist.data.tasks.examples import Logits, TaskExamples
+from lad_dist.evaluation.predictor import Predictor
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.utils.text import plain_number
 
 
-def weakness(model: FrozenModel, examples: TaskExamples, logits: Logits) -> str | None:
+def weakness(model: FrozenModel | Predictor, examples: TaskExamples, logits: Logits) -> str | None:
     """Return what a model's logits [R, V] on a dev set say against it, and the likely cause; None if nothing.
 
     They say something where the task's first metric is no better than that of one constant answer, with several labels

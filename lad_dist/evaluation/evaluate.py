@@ -17,30 +17,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lad_dist.config.errors import UserError
-from lad_dist.config.evaluation_schema import EvaluateConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig, EvaluateDataConfig
 from lad_dist.config.load import check_writable
+from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import TEXT_HEADS, Batch
-from lad_dist.core.outputs import OutputSpec
-from lad_dist.data.datasets import TaskDataset
 from lad_dist.data.step_counts import mean_counts
-from lad_dist.data.tasks.examples import TaskExamples, Thresholds
-from lad_dist.data.tasks.task import check_task, load_task
-from lad_dist.data.tokenization.loading import load_tokenizer, tokenizer_of_teacher
+from lad_dist.data.tasks.examples import TaskExamples, Thresholds, tokenize
+from lad_dist.data.tasks.task import Task, check_task, load_task
+from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
 from lad_dist.data.tokenization.special_tokens import vocabulary_size
 from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.evaluation.baseline import weakness
-from lad_dist.models.dims import check_length, check_padding, check_vocabulary, count_parameters
+from lad_dist.evaluation.classification import classification_report
+from lad_dist.evaluation.predictor import LOGITS, ModelForm, Predictor, find_form
+from lad_dist.models.dims import check_length, check_padding, check_vocabulary
 from lad_dist.models.frozen import FrozenModel
-from lad_dist.models.heads import label_order, label_thresholds
+from lad_dist.models.heads import label_names, label_order, label_thresholds
 from lad_dist.models.hf_config import load_hf_config
-from lad_dist.models.loading import check_weight_files
 from lad_dist.utils import progress
 
 Batches = Sequence[Callable[[], Batch]]
 Dev = Mapping[str, TaskExamples]
 Forward = Callable[[Batch], Tensor]
-LOGITS = OutputSpec(logits=True)
 NO_THRESHOLDS: Mapping[str, Thresholds] = MappingProxyType({})
 
 logger = get_logger(__name__)
@@ -168,58 +167,102 @@ def _speedup(student: Forward, teacher: Forward, batches: Batches, teacher_batch
 
 
 def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
-    """Return the metrics of a model folder on a task, and with a teacher also loyalty and, unless not asked, speed-up.
+    """Return the metrics of a model on a task, and with a teacher also loyalty and, unless not asked, speed-up.
+
+    Of a classification, also what `classification_report` says of the dev set.
 
     Raises:
-        UserError: a folder or the task cannot be evaluated; where possible before weights are read. A model's logits
+        UserError: A model or the task cannot be evaluated; where possible before weights are read. A model's logits
             are not finite.
     """
     if config.out is not None:
         check_writable("out", Path(config.out).parent)
     check_task(config.data)
-    task = load_task(config.data)
-    paths = [folder.path for folder in (config.model, config.teacher) if folder is not None]
-    hf_configs = [load_hf_config(path) for path in paths]
-    for path, hf_config in zip(paths, hf_configs, strict=True):
-        label_order(hf_config, path, task.kind, task.outputs, fixed_order=task.fixed_order)
-        label_thresholds(hf_config)  # refuses those that do not fit
-        check_weight_files(path)
-        check_length(hf_config, path, config.data.max_length)
-    tokenizer = load_tokenizer(config.model.path)
-    comparison = None if task.kind in TEXT_HEADS else f'data.kind = "{task.kind}"'
-    teacher_tokenizer = (
-        tokenizer if config.teacher is None else tokenizer_of_teacher(config.teacher.path, tokenizer, comparison)
-    )
-    for path, hf_config, path_tokenizer in zip(paths, hf_configs, (tokenizer, teacher_tokenizer), strict=False):
-        check_vocabulary(hf_config, path, vocabulary_size(path_tokenizer))
-        check_padding(hf_config, path, path_tokenizer.pad_token_id)
-    device = processes.start()
-    dev = TaskDataset(config.data, task, tokenizer, seed=0).dev
-    teacher_dev = (
-        dev if teacher_tokenizer is tokenizer else TaskDataset(config.data, task, teacher_tokenizer, seed=0).dev
-    )
-    load = partial(FrozenModel, head=task.kind, device=device, labels=task.outputs, fixed_order=task.fixed_order)
-    models = [load(path) for path in paths]
-    forwards = [partial(logits_of, model) for model in models]
-    student, teacher = forwards[0], forwards[1] if len(forwards) > 1 else None
+    forms = [find_form(model.path) for model in (config.model, config.teacher) if model is not None]
+    data = _with_labels_of_model(config.data, forms[0])
+    task = load_task(data)
+    if config.fit_temperature and task.kind != "classification":
+        kind = task.kind.replace("_", " ")
+        raise UserError(f"fit_temperature: calibrates the probabilities of a classification; {task.name} is {kind}")
+    tokenizers = _checked_tokenizers(forms, task, data)
+    processes.start()
+    dev = _tokenized(task, data, tokenizers[0])
+    teacher_dev = dev if tokenizers[-1] is tokenizers[0] else _tokenized(task, data, tokenizers[-1])
+    models = [Predictor(form, task.kind, task.outputs, fixed_order=task.fixed_order) for form in forms]
     predictions: list[DevPredictions] = []
-    for path, model, forward, model_dev in zip(paths, models, forwards, (dev, teacher_dev), strict=False):
-        predictions.append(predict_all(forward, model_dev))
-        check_finite(path, predictions[-1])
+    for model, model_dev in zip(models, (dev, teacher_dev), strict=False):
+        predictions.append(predict_all(model, model_dev))
+        check_finite(model.path, predictions[-1])
         if reason := weakness(model, model_dev["dev"], predictions[-1]["dev"].logits):
-            logger.warning("%s: %s", path, reason)
+            logger.warning("%s: %s", model.path, reason)
     thresholds = {role: model.thresholds for role, model in zip(("student", "teacher"), models, strict=False)}
-    scores = compare(dev, predictions[0], teacher_dev, None if teacher is None else predictions[1], thresholds)
-    if teacher is not None and speedup:
-        scores["student"]["speedup"] = _speedup(student, teacher, dev["dev"].in_order(), teacher_dev["dev"].in_order())
+    compared = compare(dev, predictions[0], teacher_dev, *(predictions[1:] or [None]), thresholds=thresholds)
+    scores: dict[str, dict[str, Any]] = {**compared}
+    if len(models) > 1 and speedup:
+        scores["student"]["speedup"] = _speedup(*models, dev["dev"].in_order(), teacher_dev["dev"].in_order())
+    if task.kind == "classification":
+        for each, of_model in zip(scores.values(), predictions, strict=True):
+            report = partial(classification_report, with_temperature=config.fit_temperature)
+            each |= report(of_model["dev"].logits, dev["dev"].labels, task.label_names)
     result = {
-        name: {"path": path, "parameters": count_parameters(model.model), **scores[role]}
-        for name, role, path, model in zip(("model", "teacher"), scores, paths, models, strict=False)
+        name: {"path": model.path, **model.sizes, **each}
+        for name, model, each in zip(("model", "teacher"), models, scores.values(), strict=False)
     }
     if config.out is not None and ranks.is_main():
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
+        _save(Path(config.out), result)
     return result
+
+
+def _with_labels_of_model(data: EvaluateDataConfig, form: ModelForm) -> EvaluateDataConfig:
+    """Return the config of the data, with the model's labels where neither a training set nor the user names them."""
+    knows_labels = data.task is not None or data.train is not None or data.labels is not None
+    if knows_labels or data.kind not in ("classification", "multilabel", "tagging"):
+        return data
+    return data.model_copy(update={"labels": list(label_names(load_hf_config(form.folder)))})
+
+
+def _checked_tokenizers(forms: Sequence[ModelForm], task: Task, data: TaskDataConfig) -> list[PreTrainedTokenizerFast]:
+    """Return the tokenizers of the model and of its teacher; one where both read alike.
+
+    Raise UserError where a model does not fit the task or its tokenizer.
+    """
+    hf_configs = [load_hf_config(form.folder) for form in forms]
+    for form, hf_config in zip(forms, hf_configs, strict=True):
+        label_order(hf_config, form.path, task.kind, task.outputs, fixed_order=task.fixed_order)
+        label_thresholds(hf_config)  # refuses those that do not fit
+        check_length(hf_config, form.path, data.max_length)
+    comparison = None if task.kind in TEXT_HEADS else f'data.kind = "{task.kind}"'
+    tokenizers = [load_tokenizer(forms[0].folder)]
+    tokenizers += [tokenizer_of_teacher(form.folder, tokenizers[0], comparison) for form in forms[1:]]
+    for form, hf_config, tokenizer in zip(forms, hf_configs, tokenizers, strict=True):
+        check_vocabulary(hf_config, form.path, vocabulary_size(tokenizer))
+        check_padding(hf_config, form.path, tokenizer.pad_token_id)
+    return tokenizers
+
+
+def _tokenized(task: Task, data: TaskDataConfig, tokenizer: PreTrainedTokenizerFast) -> Dev:
+    return {name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()}
+
+
+def _save(out: Path, result: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the result as JSON, and of a classification pictures beside it, of the model and of its teacher."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    classified = {name: scores for name, scores in result.items() if "confusion" in scores}
+    if not classified:
+        return
+    from lad_dist.evaluation.classification_plots import confusion_figure, reliability_figure  # noqa: PLC0415 (slow)
+    from lad_dist.runs.plots import save_files  # noqa: PLC0415 (slow)
+
+    figures = {}
+    for name, scores in classified.items():
+        prefix = f"{out.stem}." if name == "model" else f"{out.stem}.{name}."
+        figures[f"{prefix}confusion.png"] = confusion_figure(scores["path"], scores["classes"], scores["confusion"])
+        calibrations = {"as it is": scores["calibration"]}
+        if "temperature" in scores:
+            calibrations[f"temperature {scores['temperature']['value']:.2f}"] = scores["temperature"]
+        figures[f"{prefix}reliability.png"] = reliability_figure(scores["path"], calibrations)
+    save_files(out.parent, {}, figures)
 
 
 def logits_of(model: FrozenModel, batch: Batch) -> Tensor:

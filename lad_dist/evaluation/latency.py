@@ -27,6 +27,7 @@ from lad_dist.data.tasks.task import check_task, load_task
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.evaluation import evaluate, interleaved_timing, onnx_export
 from lad_dist.evaluation.onnx_export import Session
+from lad_dist.evaluation.predictor import padded_logits
 from lad_dist.models import loading
 from lad_dist.models.dims import max_positions
 from lad_dist.models.frozen import InferenceModel
@@ -192,9 +193,10 @@ def _gpu() -> dict[str, str]:
 
 def _quality(dev: TaskExamples, student: InferenceModel, sessions: Mapping[str, Session]) -> dict[str, Any]:
     """Return the task's metrics of each exported form, and how far the form decides as the student does."""
+    padding = student.model.config.pad_token_id or 0
 
-    def predict(form: str, forward: Callable[[dict[str, Tensor]], Sequence[Any]]) -> Any:
-        predictions = evaluate.predict(lambda x: _padded_logits(forward, student, x.to(CPU)), dev.in_order())
+    def predict(form: str, forward: Callable[[Mapping[str, Tensor]], Sequence[Any]]) -> Any:
+        predictions = evaluate.predict(lambda x: padded_logits(forward, padding, x.to(CPU)), dev.in_order())
         evaluate.check_finite(form, {"dev": predictions})
         return predictions.logits
 
@@ -205,20 +207,3 @@ def _quality(dev: TaskExamples, student: InferenceModel, sessions: Mapping[str, 
         metrics = dev.score(form_logits) | dev.tuned_score(form_logits, label_thresholds(student.model.config))
         quality[form] = {"metrics": metrics, "loyalty": dev.loyalty(form_logits, student_logits)}
     return quality
-
-
-def _padded_logits(
-    forward: Callable[[dict[str, Tensor]], Sequence[Any]], model: InferenceModel, batch: Batch
-) -> Tensor:
-    """Return the logits [R, V] of a padded forward."""
-    longest = int(batch.lengths.max())
-    real = torch.arange(longest) < batch.lengths[:, None]
-    padding = model.model.config.pad_token_id or 0
-    inputs = {
-        "input_ids": torch.full(real.shape, padding).masked_scatter(real, batch.input_ids),
-        "attention_mask": real.long(),
-        "token_type_ids": torch.zeros(real.shape, dtype=torch.long).masked_scatter(real, batch.token_type_ids.long()),
-    }
-    outputs = [torch.as_tensor(x) for x in forward({name: inputs[name] for name in model.input_names})]
-    logits = torch.stack(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
-    return logits if len(logits.shape) == 2 else logits[real].index_select(0, batch.head_positions)

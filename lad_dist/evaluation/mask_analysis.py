@@ -228,7 +228,8 @@ def _scores(masks: RunMasks, keep_masks: KeepMasks, config: TaskConfig, base: st
         model = ModelPathConfig(path=str(folder))
         of_trainings = dict.fromkeys(("test", "class_weights", "unlabelled"))
         data = EvaluateDataConfig.model_construct(**(config.data.model_dump() | of_trainings))
-        scores = evaluate(EvaluateConfig(model=model, teacher=None, data=data, out=None))["model"]
+        evaluation = EvaluateConfig(model=model, teacher=None, data=data, out=None, fit_temperature=False)
+        scores = evaluate(evaluation)["model"]
     return {name: value for name, value in scores.items() if name not in ("path", "parameters")}
 
 

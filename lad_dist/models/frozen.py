@@ -13,7 +13,7 @@ from lad_dist.core.outputs import ModelOutputs, OutputSpec
 from lad_dist.models import families, loading
 from lad_dist.models.dims import uses_segments
 from lad_dist.models.forward import compute_outputs
-from lad_dist.models.heads import has_label_names, head_of_architectures, label_order, label_thresholds
+from lad_dist.models.heads import has_label_names, head_of_architectures, label_order
 from lad_dist.models.hf_config import IGNORED_CONFIG_KEYS
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -75,12 +75,6 @@ class FrozenModel:
         if self.label_order is None or outputs.logits is None:
             return outputs
         return outputs._replace(logits=outputs.logits[:, self.label_order])
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """The thresholds of probabilities in the task's order of labels, none where the model has none."""
-        thresholds = label_thresholds(self.model.config)
-        return tuple(thresholds[index] for index in self.label_order) if thresholds and self.label_order else thresholds
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -174,6 +174,20 @@ def tokenize(
 
     Raise UserError when the tokenizer does not know the text.
     """
+    examples = encode(task, raw, tokenizer, data, description, pad_to)
+    examples.refuse_unknown(tokenizer)
+    return examples
+
+
+def encode(
+    task: Task,
+    raw: RawExamples,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TaskDataConfig,
+    description: str,
+    pad_to: int | None = None,
+) -> TaskExamples[Any]:
+    """Return the tokenized examples, of whatever text."""
     kinds: dict[Kind, Any] = {
         "classification": TextExamples,
         "multilabel": MultilabelExamples,
@@ -181,8 +195,7 @@ def tokenize(
         "tagging": TaggingExamples,
         "question_answering": QuestionExamples,
     }
-    examples: TaskExamples = kinds[task.kind](task, raw, tokenizer, data, description, pad_to)
-    examples.refuse_unknown(tokenizer)
+    examples: TaskExamples[Any] = kinds[task.kind](task, raw, tokenizer, data, description, pad_to)
     return examples
 
 

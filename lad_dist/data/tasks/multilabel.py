@@ -21,10 +21,11 @@ Logits = NDArray[np.floating]
 
 def decisions(logits: Logits, thresholds: float | Sequence[float] = DEFAULT_THRESHOLD) -> NDArray[np.bool_]:
     """Return whether each example gets each label [E, V]."""
-    return _probabilities(logits) >= np.asarray(thresholds)
+    return probabilities(logits) >= np.asarray(thresholds)
 
 
-def _probabilities(logits: Logits) -> NDArray[np.float64]:
+def probabilities(logits: Logits) -> NDArray[np.float64]:
+    """Return the probability of each label [E, V]."""
     from scipy.special import expit  # noqa: PLC0415 (seconds)
 
     assert np.isfinite(logits).all()
@@ -54,14 +55,14 @@ def tuned_thresholds(logits: Logits, labels: Array) -> tuple[float, ...]:
     Candidates are 0.5 and the middle between each two neighbouring probabilities, 0 among them. Of equally good ones
     the nearest to 0.5 is taken, and of two as near the lower. So a label that no example has keeps 0.5.
     """
-    return tuple(_tuned_threshold(*pair) for pair in zip(_probabilities(logits).T, labels.T > 0, strict=True))
+    return tuple(_tuned_threshold(*pair) for pair in zip(probabilities(logits).T, labels.T > 0, strict=True))
 
 
-def _tuned_threshold(probabilities: NDArray[np.float64], is_positive: NDArray[np.bool_]) -> float:
-    levels, positives = np.unique(probabilities), np.sort(probabilities[is_positive])
+def _tuned_threshold(values: NDArray[np.float64], is_positive: NDArray[np.bool_]) -> float:
+    levels, positives = np.unique(values), np.sort(values[is_positive])
     middles = (np.concatenate([[0.0], levels[:-1]]) + levels) / 2
     candidates = np.concatenate([[DEFAULT_THRESHOLD], middles])
-    predicted = len(probabilities) - np.searchsorted(np.sort(probabilities), candidates)
+    predicted = len(values) - np.searchsorted(np.sort(values), candidates)
     right = len(positives) - np.searchsorted(positives, candidates)
     f1 = 2 * right / np.maximum(predicted + len(positives), 1)
     best = candidates[f1 == f1.max()].tolist()

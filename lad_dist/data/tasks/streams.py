@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lad_dist.config.errors import UserError
-from lad_dist.data.sources.tables import BUFFER
+from lad_dist.data.sources.tables import BUFFER, ROWS_AT_ONCE
 from lad_dist.data.sources.text_files import numbered_lines, numbered_objects
 from lad_dist.data.tasks.files import (
     FileRows,
@@ -99,7 +99,7 @@ def _parquet_rows(file: Path, names: Sequence[str]) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(file, buffer_size=BUFFER) as table:
-            for batch in table.iter_batches(columns=list(names), use_threads=False):
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=list(names), use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row

@@ -96,7 +96,8 @@ def encode_framed(
         ids += [np.array(row, dtype=np.int32) for row in encoded["input_ids"]]
         segments += [np.array(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
         cut += sum(bool(encoding.overflowing) for encoding in encoded.encodings or ())
-        progress.report("tokenizing", len(ids), len(texts), "texts")
+        if len(texts) > TEXTS_PER_CALL:
+            progress.report("tokenizing", len(ids), len(texts), "texts")
     return EncodedSequences(ids, segments, cut)
 
 
