@@ -23,7 +23,8 @@ def confusion_figure(title: str, classes: Mapping[str, Any], confusion: Sequence
     figure = Figure(figsize=(max(4.5, side + 1), max(3.5, side)), layout="constrained")
     axes = figure.add_subplot(xlabel="predicted", ylabel="label (examples)")
     # The heat map's rows go upwards, those of a confusion matrix downwards.
-    draw_heatmap(axes, title, pd.DataFrame(shares, index=rows, columns=list(classes)).iloc[::-1])
+    table = pd.DataFrame(shares, index=rows, columns=list(classes)).iloc[::-1]
+    draw_heatmap(axes, f"{title}: predictions for each label", table)
     axes.tick_params(axis="x", rotation=45 if max(map(len, classes)) > 4 else 0)
     return figure
 
@@ -40,9 +41,9 @@ def reliability_figure(title: str, calibrations: Mapping[str, Mapping[str, Any]]
         above.plot(bins["confidence"], bins["accuracy"], marker="o", markersize=4, color=f"C{number}", label=label)
         shares = bins["count"] / bins["count"].sum()
         below.bar(bins["lower"] + width * number, shares, width, align="edge", color=f"C{number}")
-    above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    above.set_title(title, fontsize="medium", parse_math=False)
-    above.legend(loc="upper left", fontsize="small")
+    above.set(ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    above.set_title(f"{title}: how sure, how right", fontsize="medium", parse_math=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     below.set(xlabel="confidence", ylabel="share of decisions")
     for axes in (above, below):
         axes.grid(alpha=0.3)

@@ -195,11 +195,13 @@ def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
         check_finite(model.path, predictions[-1])
         if reason := weakness(model, model_dev["dev"], predictions[-1]["dev"].logits):
             logger.warning("%s: %s", model.path, reason)
+    teacher_predictions = predictions[1] if len(models) > 1 else None
     thresholds = {role: model.thresholds for role, model in zip(("student", "teacher"), models, strict=False)}
-    compared = compare(dev, predictions[0], teacher_dev, *(predictions[1:] or [None]), thresholds=thresholds)
+    compared = compare(dev, predictions[0], teacher_dev, teacher_predictions, thresholds)
     scores: dict[str, dict[str, Any]] = {**compared}
     if len(models) > 1 and speedup:
-        scores["student"]["speedup"] = _speedup(*models, dev["dev"].in_order(), teacher_dev["dev"].in_order())
+        batches = dev["dev"].in_order(), teacher_dev["dev"].in_order()
+        scores["student"]["speedup"] = _speedup(models[0], models[1], *batches)
     if task.kind == "classification":
         for each, of_model in zip(scores.values(), predictions, strict=True):
             report = partial(classification_report, with_temperature=config.fit_temperature)

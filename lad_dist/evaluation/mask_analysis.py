@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
-from lad_dist.config.evaluation_schema import EvaluateConfig, EvaluateDataConfig, ModelPathConfig
+from lad_dist.config.evaluation_schema import EvaluateConfig, EvaluateDataConfig
 from lad_dist.config.load import parse_config
 from lad_dist.config.load import read_toml as read_tables
 from lad_dist.config.schema import TaskConfig, train_schema
@@ -225,12 +225,10 @@ def _scores(masks: RunMasks, keep_masks: KeepMasks, config: TaskConfig, base: st
         tensors = {name: torch.from_numpy(mask) for name, mask in keep_masks.items()}
         compact.replace_masks(masks.file, tensors, folder)
         save_model(compact.load_masked(folder, base), folder)
-        model = ModelPathConfig(path=str(folder))
         of_trainings = dict.fromkeys(("test", "class_weights", "unlabelled"))
         data = EvaluateDataConfig.model_construct(**(config.data.model_dump() | of_trainings))
-        evaluation = EvaluateConfig(model=model, teacher=None, data=data, out=None, fit_temperature=False)
-        scores = evaluate(evaluation)["model"]
-    return {name: value for name, value in scores.items() if name not in ("path", "parameters")}
+        scores = evaluate(EvaluateConfig.model_validate({"model": {"path": str(folder)}, "data": data}))["model"]
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
 def _overlaps(a: RunMasks, b: RunMasks) -> dict[str, MaskOverlap]:

@@ -15,7 +15,9 @@ import toy
 from conftest import World
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import run_command
 from safetensors.torch import load_file, save_file
+from served_models import FORMS, GOLDS, TEXTS, served
 
 from lad_dist.config.errors import UserError
 from lad_dist.config.evaluation_schema import EvaluateConfig
@@ -134,7 +136,70 @@ def test_a_model_is_loyal_to_itself(world: World) -> None:
 def test_without_a_teacher_no_loyalty_is_measured(world: World) -> None:
     scores = evaluate.evaluate(evaluate_config(world, world.teacher))
     assert set(scores) == {"model"}
-    assert set(scores["model"]) == {"path", "parameters", "accuracy", "f1_macro", "matthews", "loss"}
+    numbers = {"path", "parameters", "accuracy", "f1_macro", "matthews", "loss"}
+    assert set(scores["model"]) == numbers | {"classes", "confusion", "calibration"}
+
+
+def test_without_a_training_set_the_model_names_the_labels(world: World, tmp_path: Path) -> None:
+    """The scores are the same; of a model without names of labels, the user gives them."""
+    expected = evaluate.evaluate(evaluate_config(world, world.teacher))
+    dev = {"dev": world.files["dev"], "max_length": 32}
+    out = tmp_path / "result.json"
+    tables = {"model": {"path": str(world.teacher)}, "data": dev, "out": str(out), "fit_temperature": True}
+    result = evaluate.evaluate(parse_config(EvaluateConfig, tables, "toy"))
+    assert json.loads(out.read_text()) == result
+    temperature = result["model"].pop("temperature")
+    assert result == expected
+    assert set(temperature) == {"value", *expected["model"]["calibration"]}
+    pictures = {"result.confusion.png", "result.reliability.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", *pictures}
+    unnamed = toy.model(tmp_path / "unnamed", world.tokenizer, "classification", ("LABEL_0", "LABEL_1"))
+    tables = {"model": {"path": str(unnamed)}, "data": dev}
+    message = (
+        rf'{world.files["dev"]}:1: label "\w+" is unknown: the model calls its outputs LABEL_0, LABEL_1; '
+        "give data.labels, the labels in their order"
+    )
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate(parse_config(EvaluateConfig, tables, "toy"))
+    tables["data"] = {**dev, "labels": ["no", "yes"]}
+    named = evaluate.evaluate(parse_config(EvaluateConfig, tables, "toy"))["model"]
+    assert list(named["classes"]) == ["no", "yes"]
+
+
+def test_an_evaluation_needs_a_dev_set() -> None:
+    with pytest.raises(UserError, match="toy: data: give a GLUE task, or a dev file"):
+        parse_config(EvaluateConfig, {"model": {"path": "x"}, "data": {"train": "x"}}, "toy")
+
+
+def test_a_temperature_is_for_classifications_alone(world: World, tmp_path: Path) -> None:
+    model = toy.model(tmp_path / "model", world.tokenizer, "regression", ("score",))
+    (tmp_path / "dev.csv").write_text("text,label\nba,1\nde,2\n")
+    data = {"dev": str(tmp_path / "dev.csv"), "kind": "regression", "max_length": 32}
+    tables = {"model": {"path": str(model)}, "data": data, "fit_temperature": True}
+    with pytest.raises(UserError, match="calibrates the probabilities of a classification; dev is regression"):
+        evaluate.evaluate(parse_config(EvaluateConfig, tables, "toy"))
+
+
+def test_what_int8_costs_is_evaluated_by_class(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The int8 file as the model, its folder as the teacher."""
+    export = served(tmp_path / "run", world.tokenizer)
+    rows = "".join(f"{text},{gold}\n" for text, gold in zip(TEXTS, GOLDS, strict=True))
+    (tmp_path / "dev.csv").write_text(f"text,label\n{rows}")
+    words = [f"model.path={export / FORMS['int8']}", f"data.dev={tmp_path / 'dev.csv'}", "data.max_length=32"]
+    (tmp_path / "teacher.toml").write_text(f'[teacher]\npath = "{tmp_path / "run"}"\n[model]\n[data]\n')
+    assert run_command("evaluate", str(tmp_path / "teacher.toml"), *words, f"out={tmp_path / 'out.json'}") == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["model"]["label_loyalty"] >= 0.99
+    assert "parameters" in result["teacher"]
+    assert "parameters" not in result["model"]
+    supports = {name: scores["support"] for name, scores in result["model"]["classes"].items()}
+    assert supports == {label: GOLDS.count(label) for label in toy.LABELS}
+    assert np.trace(result["model"]["confusion"]) == pytest.approx(200 * result["model"]["accuracy"])
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in ("by class", "teacher's F1", "(columns)", "calibration", "ECE"))
+    assert "out.teacher.confusion.png" in {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(
