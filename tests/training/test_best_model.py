@@ -19,6 +19,7 @@ from torch import nn
 from toy_runs import curve, digest, lad, metrics_file, stopped_at
 from world_sizes import zero
 
+from lad_dist.cli.commands.train import run_training
 from lad_dist.compression.compressed_module import CompressedModule, compressed_modules
 from lad_dist.compression.theseus import TheseusBlock, replacement_probability
 from lad_dist.config.errors import UserError
@@ -267,17 +268,22 @@ def test_what_cannot_be_chosen_by_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_pre_training_exports_the_smallest_held_out_loss(world: World, tmp_path: Path) -> None:
+def test_a_pre_training_exports_the_smallest_held_out_loss(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tables = toy.corpus_config(tmp_path, world.corpus, world.pretrained, world.pretrained)
     changes = {"run.steps": 6, "run.eval_every": 1, "run.best_metric": "loss", "run.patience": 2}
     changes |= {"optim.lr": 0.3, "optim.warmup": 0.0}  # much too high
-    result = train(toy.parsed(tables, changes))
+    config = toy.parsed(tables, changes)
+    result = train(config)
     losses = {row["step"]: row["dev/loss"] for row in metrics_file(result.folder) if "dev/loss" in row}
     best = min(losses, key=lambda step: losses[step])
     assert (result.results["exported_step"], max(losses)) == (best, result.results["steps"])
     assert best < max(losses)
     assert result.results["metrics"]["loss"] == losses[best]
     assert result.results["selection"].startswith(f"best held-out loss at step {best} of 6")
+    assert run_training(config) == 0  # it is complete: only the closing table is printed
+    assert f"exported: {result.results['selection']}\n" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_weights")
