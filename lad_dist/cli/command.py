@@ -69,6 +69,18 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see lad-dist {self.prog} --help")
 
 
+def add_form_options(parser: ArgumentParser) -> None:
+    """Add an option for each form in which ONNX files are written."""
+    for option in ("--onnx", "--fp16", "--int8"):
+        parser.add_argument(option, action="store_true")
+
+
+def requested_forms(options: argparse.Namespace) -> list[str]:
+    """Return the names of the requested forms, as lad_dist.compression.footprint has them."""
+    names = {"onnx": options.onnx, "onnx fp16": options.fp16, "onnx int8": options.int8}
+    return [name for name, requested in names.items() if requested]
+
+
 def documentation(command: Command) -> str:
     """Return the docstring of a command."""
     return inspect.getdoc(command.run if isinstance(command, ConfigCommand) else command) or ""

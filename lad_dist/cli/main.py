@@ -13,6 +13,7 @@ from lad_dist.cli.commands.augment import augment
 from lad_dist.cli.commands.benchmark import benchmark
 from lad_dist.cli.commands.corpus import prepare, train_tokenizer, verify
 from lad_dist.cli.commands.evaluate import evaluate
+from lad_dist.cli.commands.export import export
 from lad_dist.cli.commands.information import configs, env
 from lad_dist.cli.commands.latency import latency
 from lad_dist.cli.commands.masks import masks
@@ -66,6 +67,7 @@ COMMANDS: Mapping[str, Command] = {
     "predict": predict,
     "evaluate": ConfigCommand(evaluate, EvaluateConfig, EVALUATE_KEYS),
     "tune": ConfigCommand(tune, SearchConfig, SEARCH_KEYS),
+    "export": export,
     "report": report,
     "masks": masks,
     "plan": plan,

@@ -25,13 +25,15 @@ from lad_dist.models.loading import PreTrainedModel
 
 COMPONENTS = ("embeddings", "attention", "feed_forward", "head")
 FLOPS = "forward_flops_per_token"
+ONNX, FP16, INT8 = "onnx", "onnx fp16", "onnx int8"
 # The forms of a model in its folder: their names, and the files that hold their weights.
 FORMS = {
     "safetensors": "model*.safetensors",
     "compact": "compact.safetensors",
     "masks": "mask.safetensors",
-    "onnx": "onnx/model.onnx",
-    "onnx int8": "onnx/model.int8.onnx",
+    ONNX: "onnx/model.onnx",
+    FP16: "onnx/model.fp16.onnx",
+    INT8: "onnx/model.int8.onnx",
 }
 
 

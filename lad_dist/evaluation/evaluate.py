@@ -30,7 +30,7 @@ from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.evaluation.baseline import weakness
 from lad_dist.evaluation.classification import classification_report
-from lad_dist.evaluation.predictor import LOGITS, ModelForm, Predictor, find_form
+from lad_dist.evaluation.predictor import LOGITS, ModelLocation, Predictor, locate_model
 from lad_dist.models.dims import check_length, check_padding, check_vocabulary
 from lad_dist.models.frozen import FrozenModel
 from lad_dist.models.heads import label_names, label_order, label_thresholds
@@ -72,8 +72,8 @@ def rank_batches(batches: Batches) -> Iterator[tuple[Batch, bool]]:
 
 
 @torch.no_grad()
-def predict(forward: Forward, batches: Batches) -> Predictions:
-    """Return the logits of all batches, in order, on every process."""
+def predict(forward: Forward, batches: Batches, task: str = "evaluation") -> Predictions:
+    """Return the logits of all batches, in order, on every process; `task` names the work where progress is shown."""
     device, seconds = processes.device(), 0.0
     local_logits: list[NDArray[np.floating]] = []
     for number, (batch, counts) in enumerate(rank_batches(batches), start=1):
@@ -82,7 +82,7 @@ def predict(forward: Forward, batches: Batches) -> Predictions:
         seconds += time.perf_counter() - start
         if counts:
             local_logits.append(logits)
-        _report_progress(number, batches)
+        _report_progress(number, batches, task)
     by_rank = processes.all_gather(local_logits)
     # Process r predicts batches r, r + world_size, …: reading round the processes restores their order.
     logits_in_order = [by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(len(batches))]
@@ -120,9 +120,9 @@ def mean_terms(terms: Callable[[Batch], Mapping[str, Tensor]], batches: Batches)
     return {name: value * ranks.world_size() / len(batches) for name, value in means.items()}
 
 
-def _report_progress(rounds: int, batches: Batches) -> None:
+def _report_progress(rounds: int, batches: Batches, task: str = "evaluation") -> None:
     """Report how many batches all processes have done after so many rounds."""
-    progress.report("evaluation", min(rounds * ranks.world_size(), len(batches)), len(batches))
+    progress.report(task, min(rounds * ranks.world_size(), len(batches)), len(batches))
 
 
 def task_scores(dev: Dev, predictions: DevPredictions, thresholds: Thresholds = ()) -> dict[str, float]:
@@ -178,17 +178,17 @@ def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
     if config.out is not None:
         check_writable("out", Path(config.out).parent)
     check_task(config.data)
-    forms = [find_form(model.path) for model in (config.model, config.teacher) if model is not None]
-    data = _with_labels_of_model(config.data, forms[0])
+    locations = [locate_model(model.path) for model in (config.model, config.teacher) if model is not None]
+    data = _with_labels_of_model(config.data, locations[0])
     task = load_task(data)
     if config.fit_temperature and task.kind != "classification":
         kind = task.kind.replace("_", " ")
         raise UserError(f"fit_temperature: calibrates the probabilities of a classification; {task.name} is {kind}")
-    tokenizers = _checked_tokenizers(forms, task, data)
+    tokenizers = _checked_tokenizers(locations, task, data)
     processes.start()
     dev = _tokenized(task, data, tokenizers[0])
     teacher_dev = dev if tokenizers[-1] is tokenizers[0] else _tokenized(task, data, tokenizers[-1])
-    models = [Predictor(form, task.kind, task.outputs, fixed_order=task.fixed_order) for form in forms]
+    models = [Predictor(location, task.kind, task.outputs, fixed_order=task.fixed_order) for location in locations]
     predictions: list[DevPredictions] = []
     for model, model_dev in zip(models, (dev, teacher_dev), strict=False):
         predictions.append(predict_all(model, model_dev))
@@ -215,30 +215,32 @@ def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
     return result
 
 
-def _with_labels_of_model(data: EvaluateDataConfig, form: ModelForm) -> EvaluateDataConfig:
+def _with_labels_of_model(data: EvaluateDataConfig, location: ModelLocation) -> EvaluateDataConfig:
     """Return the config of the data, with the model's labels where neither a training set nor the user names them."""
     knows_labels = data.task is not None or data.train is not None or data.labels is not None
     if knows_labels or data.kind not in ("classification", "multilabel", "tagging"):
         return data
-    return data.model_copy(update={"labels": list(label_names(load_hf_config(form.folder)))})
+    return data.model_copy(update={"labels": list(label_names(load_hf_config(location.folder)))})
 
 
-def _checked_tokenizers(forms: Sequence[ModelForm], task: Task, data: TaskDataConfig) -> list[PreTrainedTokenizerFast]:
+def _checked_tokenizers(
+    locations: Sequence[ModelLocation], task: Task, data: TaskDataConfig
+) -> list[PreTrainedTokenizerFast]:
     """Return the tokenizers of the model and of its teacher; one where both read alike.
 
     Raise UserError where a model does not fit the task or its tokenizer.
     """
-    hf_configs = [load_hf_config(form.folder) for form in forms]
-    for form, hf_config in zip(forms, hf_configs, strict=True):
-        label_order(hf_config, form.path, task.kind, task.outputs, fixed_order=task.fixed_order)
+    hf_configs = [load_hf_config(location.folder) for location in locations]
+    for location, hf_config in zip(locations, hf_configs, strict=True):
+        label_order(hf_config, location.path, task.kind, task.outputs, fixed_order=task.fixed_order)
         label_thresholds(hf_config)  # refuses those that do not fit
-        check_length(hf_config, form.path, data.max_length)
+        check_length(hf_config, location.path, data.max_length)
     comparison = None if task.kind in TEXT_HEADS else f'data.kind = "{task.kind}"'
-    tokenizers = [load_tokenizer(forms[0].folder)]
-    tokenizers += [tokenizer_of_teacher(form.folder, tokenizers[0], comparison) for form in forms[1:]]
-    for form, hf_config, tokenizer in zip(forms, hf_configs, tokenizers, strict=True):
-        check_vocabulary(hf_config, form.path, vocabulary_size(tokenizer))
-        check_padding(hf_config, form.path, tokenizer.pad_token_id)
+    tokenizers = [load_tokenizer(locations[0].folder)]
+    tokenizers += [tokenizer_of_teacher(location.folder, tokenizers[0], comparison) for location in locations[1:]]
+    for location, hf_config, tokenizer in zip(locations, hf_configs, tokenizers, strict=True):
+        check_vocabulary(hf_config, location.path, vocabulary_size(tokenizer))
+        check_padding(hf_config, location.path, tokenizer.pad_token_id)
     return tokenizers
 
 

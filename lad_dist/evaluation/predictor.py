@@ -30,7 +30,7 @@ LOGITS = OutputSpec(logits=True)
 ONNX_SUFFIX, ONNX_FOLDER = ".onnx", "onnx"  # files and their folder in an export, as on the hub
 
 
-class ModelForm(NamedTuple):
+class ModelLocation(NamedTuple):
     """Where a model lies."""
 
     path: str  # as the user names it
@@ -39,11 +39,11 @@ class ModelForm(NamedTuple):
 
     @property
     def is_onnx(self) -> bool:
-        """Return whether the form is an ONNX file."""
+        """Return whether it is an ONNX file."""
         return self.file is not None and self.file.suffix.lower() == ONNX_SUFFIX
 
 
-def find_form(path: str | Path) -> ModelForm:
+def locate_model(path: str | Path) -> ModelLocation:
     """Return where the parts of a model lie: of a folder, a run, an .onnx file, compact.safetensors or a hub name.
 
     Raises:
@@ -55,14 +55,14 @@ def find_form(path: str | Path) -> ModelForm:
             raise UserError(f"{path}: no such file")
         if place.suffix.lower() == ONNX_SUFFIX and find_spec("onnxruntime") is None:
             raise UserError(f"{path}: onnxruntime is not installed, which ONNX needs; pip install onnxruntime")
-        return ModelForm(str(path), str(_folder_of(place)), place)
+        return ModelLocation(str(path), str(_folder_of(place)), place)
     if place.is_file():
         raise UserError(f"{path}: no model; name a folder, an .onnx file or {COMPACT_FILE}")
     is_run = (place / "export" / "config.json").is_file() and not (place / "config.json").exists()
     folder = str(place / "export" if is_run else path)
     if place.is_dir():
         check_weight_files(folder)
-    return ModelForm(str(path), folder, None)
+    return ModelLocation(str(path), folder, None)
 
 
 def _folder_of(file: Path) -> Path:
@@ -88,12 +88,17 @@ class Predictor:
     """
 
     def __init__(
-        self, form: ModelForm, kind: Head | None = None, labels: Sequence[str] = (), *, fixed_order: bool = False
+        self,
+        location: ModelLocation,
+        kind: Head | None = None,
+        labels: Sequence[str] = (),
+        *,
+        fixed_order: bool = False,
     ) -> None:
         """Load a model.
 
         Args:
-            form: Where it lies.
+            location: Where it lies.
             kind: What the head has to be for; default: what it is for.
             labels: The order of outputs that the logits shall have; default: the model's own.
             fixed_order: Whether outputs of other names than `labels` are in that order.
@@ -101,31 +106,27 @@ class Predictor:
         Raises:
             UserError: The model cannot be read, or has no such head.
         """
-        self.path, self._form = form.path, form
-        config = load_hf_config(form.folder)
-        self.kind = kind or _kind_of(config, form.path)
+        self.path, self._location = location.path, location
+        config = load_hf_config(location.folder)
+        self.kind = kind or _kind_of(config, location.path)
         self._order = (
-            heads.label_order(config, form.path, self.kind, labels, fixed_order=fixed_order) if labels else None
+            heads.label_order(config, location.path, self.kind, labels, fixed_order=fixed_order) if labels else None
         )
         self.labels = tuple(labels) or heads.label_names(config)
         self.has_label_names = heads.has_label_names(config, self.labels)
-        self.thresholds = self._thresholds(config)
+        self.thresholds = heads.label_thresholds(config, self._order)
         self.max_positions = max_positions(config)
         self.sizes: dict[str, int] = {}
         self._forward = self._load(config.pad_token_id or 0)
 
-    def _thresholds(self, config: Any) -> tuple[float, ...]:
-        thresholds = heads.label_thresholds(config)
-        return tuple(thresholds[index] for index in self._order) if thresholds and self._order else thresholds
-
     def _load(self, padding: int) -> Callable[[Batch], Tensor]:
-        if self._form.is_onnx:
-            assert self._form.file is not None
-            return partial(_onnx_logits, self.path, _open_session(self._form.file), padding)
-        if self._form.file is None:
-            model = loading.load_model(self._form.folder, self.kind, require_head=True)
+        if self._location.is_onnx:
+            assert self._location.file is not None
+            return partial(_onnx_logits, self.path, _open_session(self._location.file), padding)
+        if self._location.file is None:
+            model = loading.load_model(self._location.folder, self.kind, require_head=True)
         else:
-            model = load_compact(self._form.folder)
+            model = load_compact(self._location.folder)
         self.sizes = {"parameters": count_parameters(model)}
         model = model.eval().requires_grad_(False).to(processes.device())
         return partial(_torch_logits, model)
@@ -142,7 +143,7 @@ class Predictor:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer in the model's folder."""
-        return load_tokenizer(self._form.folder)
+        return load_tokenizer(self._location.folder)
 
 
 def open_predictor(path: str | Path) -> Predictor:
@@ -155,7 +156,7 @@ def open_predictor(path: str | Path) -> Predictor:
     Raises:
         UserError: No model can be read at the path, or one without a head for a task.
     """
-    return Predictor(find_form(path))
+    return Predictor(locate_model(path))
 
 
 def _kind_of(config: Any, path: str) -> Head:

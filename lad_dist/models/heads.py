@@ -64,8 +64,10 @@ def set_thresholds(config: PreTrainedConfig, thresholds: Sequence[float]) -> Non
     setattr(config, THRESHOLDS, dict(zip(label_names(config), thresholds, strict=True)))
 
 
-def label_thresholds(config: PreTrainedConfig) -> tuple[float, ...]:
-    """Return the thresholds of probabilities in the order of the outputs, none where the config has none.
+def label_thresholds(config: PreTrainedConfig, order: Sequence[int] | None = None) -> tuple[float, ...]:
+    """Return the thresholds of probabilities, none where the config has none.
+
+    They are in the order of the outputs, or in that of the outputs' numbers `order`.
 
     Raises:
         UserError: They are not a number from 0 to 1 for each label.
@@ -81,7 +83,7 @@ def label_thresholds(config: PreTrainedConfig) -> tuple[float, ...]:
             f"{config.name_or_path}: {THRESHOLDS} in config.json is {thresholds!r}; give each of {', '.join(names)} a "
             "number from 0 to 1, or remove it"
         )
-    return tuple(map(float, numbers))
+    return tuple(float(numbers[index]) for index in (range(len(names)) if order is None else order))
 
 
 def label_names(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -187,7 +187,7 @@ def _main_metrics(runs: pd.DataFrame) -> dict[str, str]:
 
 
 def _row(run: TaskRun) -> dict[str, Any]:
-    results, student, teacher = run.results, run.forms[0], run.teacher_form
+    results, student, teacher = run.results, run.forms[0], run.teacher_forms[0]
     return {
         "method": run.config.label,
         "task": run.task,

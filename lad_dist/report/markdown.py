@@ -181,7 +181,9 @@ def _notes(comparison: Comparison) -> str:
     if conditions:
         difference = "" if len(conditions) == 1 else "of different conditions, "
         lines.append(
-            f"Milliseconds per sequence are {difference}those of one sequence at a time: {'; '.join(conditions)}."
+            f"Milliseconds per sequence are {difference}those of one sequence at a time in torch: "
+            f"{'; '.join(conditions)}. Quantize first, then distil: pareto.png shows the teacher in the forms of the "
+            "students."
         )
     return "## Notes\n\n" + "\n".join(f"* {line}" for line in lines) if lines else ""
 

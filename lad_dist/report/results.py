@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import first_mistake, is_of_earlier_version, parse_config
 from lad_dist.config.schema import CHANGEABLE_KEYS, TEACHER_PATH, TaskConfig, train_schema
+from lad_dist.runs.latency_table import STUDENT, TEACHER, TORCH, latency_of
 from lad_dist.utils.strict_json import parse_json
 from lad_dist.utils.tables import flatten
 from lad_dist.utils.text import first_line
@@ -29,19 +30,19 @@ class _Latency(BaseModel):
     threads: int
     devices: dict[str, str]
     timings: list[dict[str, Any]]
-    quality: dict[str, dict[str, Numbers]] = {}
+    quality: dict[str, dict[str, dict[str, Numbers]]] = {}
     teacher: dict[str, Any] = {}
 
     @property
     def single_sequence(self) -> pd.DataFrame:
-        """Timings of one sequence on the CPU, of the shortest length, by form."""
-        timings = pd.DataFrame(self.timings, columns=["form", "device", "batch", "length", "seconds"])
-        timings = timings[(timings["batch"] == 1) & (timings["device"] == "cpu")].set_index("form")
+        """Timings of one sequence on the CPU, of the shortest length, by model and form."""
+        timings = pd.DataFrame(self.timings, columns=["model", "form", "device", "batch", "length", "seconds"])
+        timings = timings[(timings["batch"] == 1) & (timings["device"] == "cpu")].set_index(["model", "form"])
         return timings[timings["length"] == timings["length"].min()]
 
-    def milliseconds(self, form: str) -> float:
+    def milliseconds(self, model: str, form: str) -> float:
         """Return the milliseconds of one sequence; NaN where the form was not measured."""
-        return 1e3 * self.single_sequence["seconds"].get(form, math.nan)
+        return 1e3 * self.single_sequence["seconds"].get((model, form), math.nan)
 
     @property
     def conditions(self) -> str | None:
@@ -50,6 +51,9 @@ class _Latency(BaseModel):
             return None
         length = max(self.single_sequence["length"], default=0)
         return f"{length} tokens, {self.devices.get('cpu', 'cpu')}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+_NOT_MEASURED = _Latency(threads=1, devices={}, timings=[])
 
 
 class _Results(BaseModel):
@@ -64,7 +68,7 @@ class _Results(BaseModel):
     tokens_per_second: float
     processes: int
     device: str
-    latency: _Latency = _Latency(threads=1, devices={}, timings=[])
+    latency: _Latency = _NOT_MEASURED
 
 
 class Form(NamedTuple):
@@ -112,21 +116,23 @@ class TaskRun:
     @property
     def forms(self) -> list[Form]:
         """The student as it was trained, and as `lad-dist latency` exported it."""
-        latency, sizes = self.results.latency, self.results.student
-        size = sizes.get("bytes/compact", sizes.get("bytes/safetensors", math.nan))
-        forms = [Form("student", self.score, latency.milliseconds("student"), size)]
-        for name, scores in latency.quality.items():
-            score = scores["metrics"].get(self.metric, math.nan)
-            forms.append(Form(name, score, latency.milliseconds(name), sizes.get(f"bytes/{name}", math.nan)))
-        return forms
+        return self._forms(STUDENT, self.score, self.results.student)
 
     @property
-    def teacher_form(self) -> Form:
-        """The teacher as it was measured beside the student."""
-        latency, score = self.results.latency, self.results.teacher.get(self.metric, math.nan)
-        return Form(
-            "teacher", score, latency.milliseconds("teacher"), latency.teacher.get("bytes/safetensors", math.nan)
-        )
+    def teacher_forms(self) -> list[Form]:
+        """The teacher in the same forms, as far as it was measured beside the student."""
+        return self._forms(TEACHER, self.results.teacher.get(self.metric, math.nan), self.results.latency.teacher)
+
+    def _forms(self, model: str, score: float, sizes: Mapping[str, Any]) -> list[Form]:
+        """Return the form in torch, which has this score, and the exported ones."""
+        latency = self.results.latency
+        size = sizes.get("bytes/compact", sizes.get("bytes/safetensors", math.nan))
+        forms = [Form(TORCH, score, latency.milliseconds(model, TORCH), size)]
+        for name, scores in latency.quality.get(model, {}).items():
+            if name != TORCH:
+                milliseconds, size = latency.milliseconds(model, name), sizes.get(f"bytes/{name}", math.nan)
+                forms.append(Form(name, scores["metrics"].get(self.metric, math.nan), milliseconds, size))
+        return forms
 
 
 def collect(folders: Sequence[str | Path]) -> tuple[list[TaskRun], dict[str, list[str]]]:
@@ -198,7 +204,8 @@ def _reason_to_skip(config: Any) -> str | None:
 def _task_run(file: Path, tables: dict[str, Any]) -> TaskRun:
     config = parse_config(TaskConfig, tables["config"], f"{file}: config")
     try:
-        results = _Results.model_validate(tables)
+        latency = latency_of(tables)
+        results = _Results.model_validate(tables | {"latency": _NOT_MEASURED if latency is None else latency})
     except ValidationError as error:
         raise UserError(f"{file}: damaged ({first_mistake(error)}); remove it and run the run again") from None
     leaves = flatten(config.model_dump(exclude_none=True), into_lists=True)

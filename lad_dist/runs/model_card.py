@@ -6,6 +6,7 @@ from typing import Any
 
 from lad_dist.compression import footprint
 from lad_dist.models.heads import MODEL_CLASSES
+from lad_dist.runs.latency_table import STUDENT, latency_conditions, latency_of, latency_remarks, latency_tables
 from lad_dist.utils.text import markdown_table, megabytes, plain_number
 
 PIPELINES = {  # by kind of task, as the hub sorts models
@@ -16,16 +17,13 @@ PIPELINES = {  # by kind of task, as the hub sorts models
     "question_answering": "question-answering",
 }
 BY_COMPONENT = {"stored": "weights", "nonzero": "not zero", footprint.FLOPS: "FLOPs per token"}
-TEACHER, STUDENT, ONNX, INT8 = "teacher", "student", "onnx", "onnx int8"
-NOTABLE = 0.01  # share of zeros, or of weights saved, from which on the card mentions it
-SHORT = 0.8  # share of the speed that FLOPs promise, below which the card mentions it
 
 Numbers = Mapping[str, Any]
 
 
 def model_card(results: Numbers) -> str:
     """Return the card of a run, in Markdown."""
-    config, latency = results["config"], results.get("latency")
+    config, latency = results["config"], latency_of(results)
     student = latency[STUDENT] if latency else results["student"]
     remarks = "".join(f"\n* {remark}" for remark in latency_remarks(student, latency))
     teacher = f", taught by `{config['teacher']['path']}`" if config.get("teacher") else ""
@@ -36,9 +34,9 @@ def model_card(results: Numbers) -> str:
     updates = f" ({skipped} without an update, as loss or gradient was not finite)" if skipped else ""
     speed = ""
     if latency is not None:
-        table = markdown_table(*latency_table(latency))
+        tables = "\n\n".join(markdown_table(*table) for table in latency_tables(latency))
         measured = f"{latency_conditions(latency)} Measured by\n```\n{latency['command']}\n```\n"
-        speed = f"\n## How fast\n\n{table}\n\n{measured}"
+        speed = f"\n## How fast\n\n{tables}\n\n{measured}"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {use}\ntags:\n{tags}---\n# {config['run']['name']}\n\n"
         f"A student trained with objective `{config['objective']['name']}`{teacher}.\n\n"
@@ -125,102 +123,3 @@ def _size(student: Numbers) -> str:
         "are zero count like the others.\n"
         f"On disk: {files}.\n"
     )
-
-
-def latency_conditions(latency: Numbers) -> str:
-    """Return a sentence about the conditions of the measurement."""
-    count = latency["threads"]
-    ratio = "; in brackets, how many times the teacher's speed" if TEACHER in latency else ""
-    return (
-        f"Columns are sequences at once x tokens of each: milliseconds of a forward, sequences per second{ratio}. "
-        f"Medians of rounds in which all forms took turns, on {', '.join(latency['devices'].values())}, "
-        f"{count} thread{'s' * (count > 1)} of the CPU, in fp32 but for int8; a task's model with the head, others "
-        "without."
-    )
-
-
-def _seconds(latency: Numbers) -> dict[tuple[str, str], dict[tuple[int, int], float]]:
-    """Return the median seconds of a forward by form and device, then by batch and length."""
-    seconds: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
-    for timing in latency["timings"]:
-        shapes = seconds.setdefault((timing["form"], timing["device"]), {})
-        shapes[timing["batch"], timing["length"]] = timing["seconds"]
-    return seconds
-
-
-def latency_table(latency: Numbers) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: form, device, sizes, and for each shape latency, throughput and ratio to the teacher."""
-    seconds = _seconds(latency)
-    shapes = [f"{batch} x {length}" for batch, length in next(iter(seconds.values()))]
-    rows = []
-    for (form, device), times in seconds.items():
-        model = latency[TEACHER if form == TEACHER else STUDENT]
-        teacher = {} if form == TEACHER else seconds.get((TEACHER, device), {})
-        ratios = [f" ({teacher[shape] / time:.2f}x)" if shape in teacher else "" for shape, time in times.items()]
-        paces = [
-            f"{plain_number(1e3 * time, digits=3)} ms, {plain_number(batch / time, digits=3)}/s"
-            for (batch, _), time in times.items()
-        ]
-        rows.append([form, device, *_sizes(model, form), *map("".join, zip(paces, ratios, strict=True))])
-    return ["form", "device", "weights", "not zero", "MFLOP/token", "MB", *shapes], rows
-
-
-def _sizes(model: Numbers, form: str) -> list[str]:
-    """Return the cells of the sizes; the file of a teacher and of ordinary folders is model.safetensors."""
-    compact = None if form == TEACHER else model.get(f"bytes/{form}") or model.get("bytes/compact")
-    file = compact or model.get("bytes/safetensors")
-    flops = f"{model[footprint.FLOPS] / 1e6:.3g}"
-    return [f"{model['stored']:,}", f"{model['nonzero']:,}", flops, f"{file / 1e6:,.1f}" if file else "-"]
-
-
-def latency_remarks(student: Numbers, latency: Numbers | None = None) -> list[str]:
-    """Return sentences about what is smaller on paper and not faster, and what is faster."""
-    remarks = []
-    zeros, saved = 1 - student["nonzero"] / student["stored"], 1 - student["stored"] / student["parameters"]
-    if zeros >= NOTABLE:
-        remarks.append(
-            f"{zeros:.0%} of the weights are zero. That makes a file smaller and nothing faster: with zeros in it a "
-            "product takes as long."
-        )
-    if saved >= NOTABLE:
-        remarks.append(
-            f"The compact form (compact.safetensors) has {saved:.0%} fewer weights, and fewer products: smaller and "
-            "faster. The ordinary folder keeps the model's shape: low-rank maps multiplied out, and zero rows and "
-            "columns for pruned heads and units."
-        )
-    if latency is not None:
-        remarks += [*_speed_up(latency), *_quantized(latency), *_quality(latency)]
-    return remarks
-
-
-def _speed_up(latency: Numbers) -> list[str]:
-    """Compare the speed-up that FLOPs promise with the measured one."""
-    if TEACHER not in latency:
-        return []
-    promised = latency[TEACHER][footprint.FLOPS] / latency[STUDENT][footprint.FLOPS]
-    seconds, device = _seconds(latency), latency["timings"][0]["device"]
-    student = seconds[STUDENT, device]
-    ratios = [time / student[shape] for shape, time in seconds[TEACHER, device].items()]
-    low, high = min(ratios), max(ratios)
-    text = f"It has 1/{promised:.2f} of the teacher's FLOPs per token and runs {low:.2f} to {high:.2f} times as fast"
-    return [text + ("; not all that is saved on paper is saved in time." if low < SHORT * promised else ".")]
-
-
-def _quantized(latency: Numbers) -> list[str]:
-    """Name the shapes at which int8 is not faster than fp32."""
-    seconds = _seconds(latency)
-    ratios = {shape: seconds[ONNX, "cpu"][shape] / time for shape, time in seconds.get((INT8, "cpu"), {}).items()}
-    slow = [f"{batch} x {length} ({ratio:.2f}x)" for (batch, length), ratio in ratios.items() if ratio <= 1]
-    return [f"int8 is smaller than fp32 and not faster at {', '.join(slow)}."] if slow else []
-
-
-def _quality(latency: Numbers) -> list[str]:
-    """Return scores of the forms other than the student, and how often they decide as the student."""
-    remarks = []
-    for form, scores in latency["quality"].items():
-        metrics = ", ".join(f"{name} {plain_number(x)}" for name, x in scores["metrics"].items())
-        loyalty = ", ".join(
-            f"{name.removesuffix('_loyalty')} {plain_number(x)}" for name, x in scores["loyalty"].items()
-        )
-        remarks.append(f"{form} on the dev set: {metrics}; loyalty to the student: {loyalty}.")
-    return remarks

@@ -1,11 +1,13 @@
 """Timing of forms that take turns."""
 
-import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from lad_dist.evaluation import interleaved_timing
+from lad_dist.evaluation.interleaved_timing import ModelForm
+from lad_dist.utils import progress
 
 CPU = torch.device("cpu")
 
@@ -18,13 +20,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-@pytest.mark.parametrize(
-    ("max_positions", "lengths"), [(512, [128, 512]), (8192, [128, 512]), (511, [128]), (128, [128]), (64, [64])]
-)
-def test_lengths_are_those_that_the_model_has_positions_for(max_positions: int, lengths: list[int]) -> None:
-    assert interleaved_timing.batch_shapes(max_positions) == list(itertools.product((1, 32), lengths))
-
-
 def test_forms_take_turns_and_the_warm_up_does_not_count(clock: list[float]) -> None:
     calls: list[str] = []
     seconds = {"a": iter([9.0, 1.0, 1.0, 5.0, 2.0]), "b": iter([9.0, 4.0, 4.0, 4.0, 4.0])}
@@ -34,12 +29,15 @@ def test_forms_take_turns_and_the_warm_up_does_not_count(clock: list[float]) -> 
         clock[0] += next(seconds[name])
 
     timings = interleaved_timing.time_interleaved(
-        {"a": lambda: form("a"), "b": lambda: form("b")}, CPU, (32, 128), rounds=4
+        {ModelForm("teacher", "a"): lambda: form("a"), ModelForm("student", "b"): lambda: form("b")},
+        CPU,
+        (32, 128),
+        rounds=4,
     )
     assert "".join(calls) == "ab" * (interleaved_timing.WARM_UP + 4)
     assert timings == [
-        interleaved_timing.Timing("a", "cpu", 32, 128, seconds=1.5, spread=1.75, rounds=4),
-        interleaved_timing.Timing("b", "cpu", 32, 128, seconds=4.0, spread=0.0, rounds=4),
+        interleaved_timing.Timing("teacher", "a", "cpu", 32, 128, seconds=1.5, spread=1.75, rounds=4),
+        interleaved_timing.Timing("student", "b", "cpu", 32, 128, seconds=4.0, spread=0.0, rounds=4),
     ]
 
 
@@ -50,5 +48,18 @@ def test_rounds_continue_until_the_time_is_up(seconds: float, rounds: int, clock
     def form() -> None:
         clock[0] += seconds
 
-    timings = interleaved_timing.time_interleaved({"a": form, "b": form}, CPU, (1, 1))
+    timings = interleaved_timing.time_interleaved({ModelForm("student", name): form for name in "ab"}, CPU, (1, 1))
     assert [timing.rounds for timing in timings] == [rounds, rounds]
+
+
+def test_progress_is_shown_of_each_call_from_the_warm_up_on(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(progress, "report", lambda *report: reports.append(report))
+    calls = {ModelForm("teacher", form): lambda: None for form in ("torch", "onnx")}
+    interleaved_timing.time_interleaved(calls, CPU, (2, 16), rounds=1)
+    task = "timing 2 x 16 on cpu"
+    names = ["teacher torch", "teacher onnx"] * 2
+    assert reports == [*((task, done, 4, name) for done, name in enumerate(names)), (task, 4, 4)]
+    assert clock == [0.0]

@@ -1,30 +1,35 @@
 """What `lad-dist latency` measures of a run, and where it writes the results."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toy
 from conftest import World
 from launching import run_command
-from tokenizers import Tokenizer
 
 from lad_dist.compression import compact, footprint
 from lad_dist.compression.compressed_module import merge_all
 from lad_dist.compression.layers import keep_layers
 from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
 from lad_dist.evaluation import interleaved_timing, latency
+from lad_dist.evaluation.interleaved_timing import Timing
 from lad_dist.evaluation.latency import LatencyRequest
-from lad_dist.evaluation.onnx_export import Session
+from lad_dist.evaluation.prediction import predict
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers
 from lad_dist.models.loading import save_model
-from lad_dist.runs.model_card import latency_remarks, model_card
+from lad_dist.runs.latency_table import latency_remarks
+from lad_dist.runs.model_card import model_card
 
 
 def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda student: student) -> Path:
@@ -53,60 +58,81 @@ def complete(world: World, folder: Path, change: Callable[[Any], Any] = lambda s
     return config.run.folder
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interleaved_timing, "BATCHES", (1, 3))
-
-
 def results_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.usefixtures("quick")
-def test_all_forms_of_a_run_and_the_teacher(world: World, tmp_path: Path, capsys: Any) -> None:
+def test_student_and_teacher_in_all_forms(world: World, tmp_path: Path, capsys: Any) -> None:
     folder = complete(world, tmp_path)
     before = results_in(folder)
-    assert run_command("latency", str(folder), "--int8", "--rounds", "2") == 0
+    options = ("--fp16", "--int8", "--rounds", "2", "--batch", "3,1")
+    assert run_command("latency", str(folder), *options) == 0
     after = results_in(folder)
     table = after.pop("latency")
     assert after == {**before, "student": after["student"]}
-    forms, shapes = ["teacher", "student", "onnx", "onnx int8"], [(1, 64), (3, 64)]  # toy models have 64 positions
-    assert [(x["form"], x["batch"], x["length"]) for x in table["timings"] if x["device"] == "cpu"] == [
-        (form, *shape) for shape in shapes for form in forms
-    ]
-    assert all(x["seconds"] > 0 and x["rounds"] == 2 for x in table["timings"])
+    models, forms = ("teacher", "student"), ("torch", "onnx", "onnx fp16", "onnx int8")
+    tokens = [len(load_tokenizer(world.tokenizer)(row["text"])["input_ids"]) for row in dev_rows(world)]
+    shapes = [(b, s) for s in (int(np.median(tokens)), max(tokens)) for b in (1, 3)]
+    assert table["lengths"] == "median and maximum of the dev set"
+    timings = [x for x in table["timings"] if x["device"] == "cpu"]
+    order = [(x["model"], x["form"], x["batch"], x["length"]) for x in timings]
+    assert sorted(order) == sorted((model, form, *shape) for shape in shapes for model in models for form in forms)
+    assert [(x["batch"], x["length"]) for x in timings[:: len(models) * len(forms)]] == shapes
+    assert all(x.keys() == {field.name for field in fields(Timing)} for x in timings)
+    assert all(x["seconds"] > 0 and x["rounds"] == 2 for x in timings)
     assert table["threads"] == torch.get_num_threads()
+    assert table["versions"].keys() == {"torch", "transformers", "onnxruntime"}
     export = folder / "export"
     for sizes in (after["student"], table["student"]):
         assert sizes["bytes/onnx int8"] == (export / "onnx" / "model.int8.onnx").stat().st_size
         assert sizes["bytes/safetensors"] == (export / "model.safetensors").stat().st_size
     assert table["student"]["parameters"] == before["student"]["parameters"] < table["teacher"]["parameters"]
     assert table["teacher"]["bytes/safetensors"] == (world.teacher / "model.safetensors").stat().st_size
-    fp32, int8 = table["quality"]["onnx"], table["quality"]["onnx int8"]
-    assert fp32["loyalty"]["label_loyalty"] == 1.0
-    assert fp32["loyalty"]["probability_loyalty"] > 0.999
-    assert 0.5 <= int8["loyalty"]["label_loyalty"] <= 1.0
-    assert set(fp32["metrics"]) == {"accuracy", "f1_macro", "matthews"}
+    assert table["teacher"]["bytes/onnx int8"] < table["teacher"]["bytes/onnx"]
+    check_quality(table, world, export)
     printed, text = capsys.readouterr().out, (export / "README.md").read_text()
-    for form in forms:
-        assert f"| {form} | cpu | " in text
-        assert f"│ {form} " in printed
+    for model, form in itertools.product(models, forms):
+        assert f"| {model} | {form} | cpu | " in text
+        assert re.search(rf"│ {model} +│ {form} +│ cpu +│", printed)
     assert "## How small" in text
     assert "## How fast" in text
-    assert f"\nlad-dist latency {folder} --int8 --rounds 2\n" in text
-    assert "onnx int8 on the dev set: accuracy " in text
-    assert "onnx int8 on the dev set: accuracy " in printed
+    assert f"\nlad-dist latency {folder} {' '.join(options)}\n" in text
+    assert "Quantize first, then distil: at 1 x " in text
+    assert "Quantize first, then distil: at 1 x " in printed
     assert not list(folder.rglob("*.draft"))
-    inputs = Tokenizer.from_file(str(export / "tokenizer.json")).encode("ba " * 2000)
-    ids = {"input_ids": inputs.ids, "attention_mask": inputs.attention_mask, "token_type_ids": inputs.type_ids}
-    [logits] = Session(export / "onnx" / "model.onnx")({name: torch.tensor([x]) for name, x in ids.items()})
-    assert logits.shape == (1, 2)
-    without_onnx = latency.measure(LatencyRequest(folder, rounds=1))
-    assert {x["form"] for x in without_onnx["timings"]} == {"teacher", "student"}
+    assert not list(folder.glob("teacher-*"))
+    assert {"tokenizer.json", "tokenizer_config.json", "config.json"} <= {x.name for x in (export / "onnx").iterdir()}
+    without_onnx = latency.measure(LatencyRequest(folder, rounds=1, batches=[1], lengths=[9]))
+    assert [(x["model"], x["form"], x["length"]) for x in without_onnx["timings"] if x["device"] == "cpu"] == [
+        (model, "torch", 9) for model in models
+    ]
+    assert without_onnx["lengths"] == "as asked for"
+    assert without_onnx["quality"] == {}
     assert results_in(folder)["student"] == after["student"]
 
 
-@pytest.mark.usefixtures("quick")
+def dev_rows(world: World) -> list[dict[str, str]]:
+    return [json.loads(line) for line in Path(world.files["dev"]).read_text().splitlines()]
+
+
+def check_quality(table: dict[str, Any], world: World, export: Path) -> None:
+    """Compare each form's scores with those of the predictions of the model's folder."""
+    rows = dev_rows(world)
+    for model, path in (("teacher", world.teacher), ("student", export)):
+        quality = table["quality"][model]
+        assert list(quality) == ["torch", "onnx", "onnx fp16", "onnx int8"]
+        labels = [answer.label for answer in predict(path, [row["text"] for row in rows])]
+        equal = [label == row["label"] for label, row in zip(labels, rows, strict=True)]
+        assert quality["torch"].keys() == {"metrics"}
+        for form in ("torch", "onnx"):
+            assert quality[form]["metrics"]["accuracy"] == pytest.approx(np.mean(equal))
+        assert quality["onnx"]["loyalty"]["label_loyalty"] == 1.0
+        assert quality["onnx"]["loyalty"]["probability_loyalty"] > 0.999
+        assert quality["onnx fp16"]["loyalty"]["probability_loyalty"] > 0.99
+        assert 0.5 <= quality["onnx int8"]["loyalty"]["label_loyalty"] <= 1.0
+        assert set(quality["onnx int8"]["metrics"]) == {"accuracy", "f1_macro", "matthews"}
+
+
 def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, real = [], interleaved_timing.time_interleaved
 
@@ -116,7 +142,7 @@ def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(interleaved_timing, "time_interleaved", time_interleaved)
     folder = complete(world, tmp_path, lambda student: toy.compress(student, "low_rank", keep=0.3))
-    table = latency.measure(LatencyRequest(folder, rounds=1))
+    table = latency.measure(LatencyRequest(folder, rounds=1, batches=[1], lengths=[16]))
     assert table["student"]["stored"] == results_in(folder)["student"]["stored"] < table["student"]["parameters"]
     assert set(parameters) == {table["teacher"]["stored"], table["student"]["stored"]}
     text = (folder / "export" / "README.md").read_text()
@@ -124,7 +150,6 @@ def test_a_pair_is_measured_as_a_pair(world: World, tmp_path: Path, monkeypatch:
     assert f"* The compact form (compact.safetensors) has {saved:.0%} fewer weights, and fewer products" in text
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_card_names_what_is_smaller_and_not_faster(world: World, tmp_path: Path) -> None:
     def halved(student: Any) -> Any:
         with torch.no_grad():
@@ -134,7 +159,7 @@ def test_the_card_names_what_is_smaller_and_not_faster(world: World, tmp_path: P
 
     folder = complete(world, tmp_path, halved)
     assert "of the weights are zero" in model_card(results_in(folder))
-    table = latency.measure(LatencyRequest(folder, rounds=1))
+    table = latency.measure(LatencyRequest(folder, rounds=1, batches=[1], lengths=[16]))
     new = 2 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32 + 2 + 32  # biases and the padding's embedding are 0 in a new model
     assert table["student"]["stored"] - table["student"]["nonzero"] == 2 * 32 * 32 + new
     share = 1 - table["student"]["nonzero"] / table["student"]["stored"]
@@ -143,30 +168,6 @@ def test_the_card_names_what_is_smaller_and_not_faster(world: World, tmp_path: P
         f"{share:.0%} of the weights are zero. That makes a file smaller and nothing faster: with zeros in it a "
         "product takes as long."
     )
-
-
-def timing(form: str, seconds: float, batch: int = 1) -> dict[str, Any]:
-    return {"form": form, "device": "cpu", "batch": batch, "length": 128, "seconds": seconds}
-
-
-def test_the_promise_of_the_flops_is_compared_with_the_latency() -> None:
-    plain = {"parameters": 100, "stored": 100, "nonzero": 100}
-    table = {
-        "teacher": {**plain, footprint.FLOPS: 4e6},
-        "student": {**plain, footprint.FLOPS: 1e6},
-        "timings": [
-            *(timing(form, seconds) for form, seconds in (("teacher", 4.0), ("student", 1.0), ("onnx", 1.0))),
-            timing("onnx int8", 0.5),
-            *(timing(form, seconds, 32) for form, seconds in (("teacher", 6.0), ("student", 4.0), ("onnx", 3.0))),
-            timing("onnx int8", 6.0, 32),
-        ],
-        "quality": {},
-    }
-    assert latency_remarks(table["student"], table) == [  # type: ignore[arg-type]
-        "It has 1/4.00 of the teacher's FLOPs per token and runs 1.50 to 4.00 times as fast; not all that is saved on "
-        "paper is saved in time.",
-        "int8 is smaller than fp32 and not faster at 32 x 128 (0.50x).",
-    ]
 
 
 def data_gone(folder: Path) -> None:
@@ -197,10 +198,19 @@ def data_gone(folder: Path) -> None:
             (),
             "export: the family t5 is not supported",
         ),
-        (data_gone, ("--onnx",), "gone.csv"),
+        (data_gone, ("--onnx", "--length", "9"), "gone.csv"),
+        (data_gone, (), "gone.csv"),
         (lambda _: None, ("--teacher", "gone"), "gone: "),
         (lambda _: None, ("--rounds", "0"), "latency: --rounds 0: at least 1"),
         (lambda _: None, ("--rounds", "x"), "latency: argument --rounds: invalid int value"),
+        (
+            lambda _: None,
+            ("--batch", "0"),
+            "latency: argument --batch: '0': whole numbers from 1 on, with commas between them; see lad-dist latency",
+        ),
+        (lambda _: None, ("--batch", "1,"), "latency: argument --batch: '1,': whole numbers from 1 on"),
+        (lambda _: None, ("--length", "1,9"), "latency: argument --length: '1,9': whole numbers from 2 on"),
+        (lambda _: None, ("--length", "16,9999"), "export has positions for 64 tokens"),
         (lambda _: None, ("--int4",), "latency: unrecognized arguments: --int4; see lad-dist latency --help"),
     ],
 )

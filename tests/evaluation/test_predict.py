@@ -19,7 +19,7 @@ from lad_dist.config.evaluation_schema import PredictConfig
 from lad_dist.data.tokenization.loading import load_tokenizer
 from lad_dist.evaluation import onnx_export, predict_file, prediction
 from lad_dist.evaluation.prediction import Prediction, predict
-from lad_dist.evaluation.predictor import find_form, open_predictor
+from lad_dist.evaluation.predictor import locate_model, open_predictor
 from lad_dist.models import loading
 from lad_dist.models.frozen import InferenceModel
 
@@ -63,7 +63,7 @@ def test_an_onnx_file_is_read_beside_its_config(export: Path, predictions: list[
     """Not in a folder `onnx` below it, but with it; and not without it."""
     (tmp_path / "model.onnx").write_bytes((export / FORMS["onnx"]).read_bytes())
     with pytest.raises(UserError, match=r"model\.onnx: no config\.json beside it; copy config\.json and tokenizer"):
-        find_form(tmp_path / "model.onnx")
+        locate_model(tmp_path / "model.onnx")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((export / name).read_bytes())
     [alone] = predict(tmp_path / "model.onnx", TEXTS[:1])

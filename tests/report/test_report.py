@@ -253,15 +253,24 @@ def test_the_order_of_folders_changes_nothing(
 
 def latency_table(seconds: float, **options: Any) -> dict[str, Any]:
     """Return what `lad-dist latency` adds to results.json, as far as a report reads it."""
-    paces = {("teacher", "cpu"): 2.0, ("student", "cpu"): 1.0, ("onnx int8", "cpu"): 0.5, ("student", "cuda"): 0.1}
+    paces = {
+        ("teacher", "torch", "cpu"): 2.0,
+        ("teacher", "onnx int8", "cpu"): 0.6,
+        ("student", "torch", "cpu"): 1.0,
+        ("student", "onnx int8", "cpu"): 0.5,
+        ("student", "torch", "cuda"): 0.1,
+    }
     timings = [
-        {"form": form, "device": device, "batch": b, "length": s, "seconds": seconds * pace * b * s / 128}
-        for (form, device), pace in paces.items()
+        {"model": m, "form": form, "device": device, "batch": b, "length": s, "seconds": seconds * pace * b * s / 128}
+        for (m, form, device), pace in paces.items()
         for b, s in ((32, 128), (1, 512), (1, 128))
     ]
-    quality = {"onnx int8": {"metrics": {"accuracy": 0.4}}}
+    quality = {
+        model: {"torch": {"metrics": {"accuracy": 1.0}}, "onnx int8": {"metrics": {"accuracy": score}}}
+        for model, score in (("teacher", 0.7), ("student", 0.4))
+    }
     table = {"threads": 1, "devices": {"cpu": "x86_64"}, "timings": timings, "quality": quality}
-    return {**table, "teacher": {"bytes/safetensors": 4e6}, **options}
+    return {**table, "teacher": {"bytes/safetensors": 4e6, "bytes/onnx int8": 1e6}, **options}
 
 
 def test_the_table_has_bytes_and_latencies_if_runs_have_them(tmp_path: Path) -> None:
@@ -274,7 +283,10 @@ def test_the_table_has_bytes_and_latencies_if_runs_have_them(tmp_path: Path) -> 
     assert cells_of(text, "kd")[5:7] == ["1 M", "15"]
     assert cells_of(text, "lad")[5:7] == ["-", "-"]
     assert cells_of(text, "teacher")[5:7] == ["4 M", "30"]
-    assert "* Milliseconds per sequence are those of one sequence at a time: 128 tokens, x86_64, 1 thread." in text
+    assert (
+        "* Milliseconds per sequence are those of one sequence at a time in torch: 128 tokens, x86_64, 1 thread. Q"
+        in text
+    )
     assert (tmp_path / "out" / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "report.csv").read_text())))
     assert [row["latency"] for row in rows if row["method"] == "kd"] == ["10.0", "20.0"]
@@ -282,7 +294,9 @@ def test_the_table_has_bytes_and_latencies_if_runs_have_them(tmp_path: Path) -> 
     other = latency_table(0.01, threads=4)
     run(tmp_path / "emd", "emd", "rte", 0, 0.6, results__latency=other)
     text = build_report([tmp_path])
-    assert "of different conditions, those of one sequence at a time: 128 tokens, x86_64, 1 thread; 128" in text
+    assert (
+        "of different conditions, those of one sequence at a time in torch: 128 tokens, x86_64, 1 thread; 128" in text
+    )
 
 
 def test_quality_against_cost(tmp_path: Path) -> None:
@@ -293,20 +307,24 @@ def test_quality_against_cost(tmp_path: Path) -> None:
     )  # on a machine of half the speed
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.6)  # not measured
     without = latency_table(0.020)
-    without["timings"] = [timing for timing in without["timings"] if timing["form"] != "teacher"]
+    without["timings"] = [timing for timing in without["timings"] if timing["model"] != "teacher"]
+    del without["quality"]["teacher"]
     run(tmp_path / "emd", "emd", "rte", 0, 0.55, results__latency=without, **size)
+    old = {"threads": 1, "devices": {}, "timings": [{"form": "onnx"}], "quality": {"onnx": {"metrics": {"f1": 1.0}}}}
+    run(tmp_path / "alp", "alp", "rte", 0, 0.6, results__latency=old)  # measured by an earlier version
     points = pareto.points(load_comparison(tmp_path))
     values = {
         (row["method"], row["form"]): (row["score"], row["latency"], row["bytes"]) for row in points.to_dict("records")
     }
     assert values == {
-        ("kd", "student"): (0.5, pytest.approx(15), 2e6),
+        ("kd", "torch"): (0.5, pytest.approx(15), 2e6),
         ("kd", "onnx int8"): (0.4, pytest.approx(7.5), 5e5),
-        ("lad", "student"): (0.6, pytest.approx(15), 2e6),
+        ("lad", "torch"): (0.6, pytest.approx(15), 2e6),
         ("lad", "onnx int8"): (0.4, pytest.approx(7.5), 5e5),
-        ("emd", "student"): (0.55, pytest.approx(20), 2e6),
+        ("emd", "torch"): (0.55, pytest.approx(20), 2e6),
         ("emd", "onnx int8"): (0.4, pytest.approx(10), 5e5),
-        ("teacher", "teacher"): (0.75, pytest.approx(30), 4e6),
+        ("teacher", "torch"): (0.75, pytest.approx(30), 4e6),
+        ("teacher", "onnx int8"): (0.7, pytest.approx(9), 1e6),
     }
     run(tmp_path / "other", "kd", "mrpc", 0, 0.5)
     figure = pareto.figure(load_comparison(tmp_path))
@@ -315,7 +333,7 @@ def test_quality_against_cost(tmp_path: Path) -> None:
     assert [text.get_text() for text in latencies["mrpc"].texts] == [pareto.UNMEASURED]
     assert pareto.UNMEASURED not in [text.get_text() for text in latencies["rte"].texts]
     front = [line.get_xdata().tolist() for line in latencies["rte"].lines if line.get_marker() in ("", "None")]
-    assert front == [[pytest.approx(7.5), pytest.approx(15), pytest.approx(30)]]
+    assert front == [[pytest.approx(7.5), pytest.approx(9), pytest.approx(30)]]
     for name in ("kd", "lad", "emd"):
         shutil.rmtree(tmp_path / name)
     assert pareto.figure(load_comparison(tmp_path)) is None

@@ -134,6 +134,11 @@ class TaskExamples(Generic[Raw]):
         """Return the number of tokens of all examples, with padding where `pad_to` is set."""
         return self.count * self._pad_to if self._pad_to else sum(map(len, self._encoded.ids))
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each example, without padding."""
+        return np.array([len(ids) for ids in self._encoded.ids])
+
     @cached_property
     def labels(self) -> np.ndarray:
         """Return the labels of all rows."""
