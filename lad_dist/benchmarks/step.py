@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 
+from lad_dist.benchmarks.measured_speed import MeasuredSpeed
 from lad_dist.compression import footprint
 from lad_dist.config.schema import TrainConfig
 from lad_dist.core.batch import Batch
@@ -23,6 +25,7 @@ from lad_dist.training.run_spec import resolve_run
 from lad_dist.training.teacher import ComputedOutputs
 from lad_dist.training.train import build_trainer
 from lad_dist.training.trainer import Trainer
+from lad_dist.utils.text import command_line
 
 WARM_UP = 3  # steps that are not counted
 
@@ -58,6 +61,22 @@ class StepFigures:
     peak: float
     phases: dict[str, float]
     communication: float
+    precision: str
+
+    def measured_speed(self) -> MeasuredSpeed:
+        """Return what `lad-dist plan` reads of the figures."""
+        device = processes.device()
+        on_gpu = device.type == "cuda"
+        return MeasuredSpeed(
+            device=processes.device_name(),
+            precision=self.precision,
+            processes=ranks.world_size(),
+            flops_per_second=self.flops / self.seconds,
+            peak_flops_per_second=self.peak,
+            tokens_per_second=self.tokens / self.seconds,
+            memory=torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total,
+            command=command_line(),
+        )
 
     @property
     def rows(self) -> list[tuple[str, str]]:
@@ -100,6 +119,7 @@ def measure(config: TrainConfig, steps: int = 10) -> StepFigures:
         peak(trainer) * ranks.world_size(),
         {phase: total / steps for phase, total in stopwatch.seconds.items()},
         communication / steps,
+        spec.precision,
     )
 
 

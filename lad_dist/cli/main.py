@@ -3,7 +3,6 @@
 A launcher starts the same: `deepspeed --module lad_dist.cli COMMAND …`, or in a clone `deepspeed launch/NAME.py …`.
 """
 
-import re
 import sys
 from collections.abc import Mapping
 from typing import NoReturn
@@ -19,6 +18,7 @@ from lad_dist.cli.commands.latency import latency
 from lad_dist.cli.commands.masks import masks
 from lad_dist.cli.commands.plan import plan
 from lad_dist.cli.commands.predict import predict
+from lad_dist.cli.commands.push import push
 from lad_dist.cli.commands.quickstart import quickstart
 from lad_dist.cli.commands.report import report
 from lad_dist.cli.commands.train import distill, finetune, pretrain
@@ -31,9 +31,7 @@ from lad_dist.config.evaluation_schema import EvaluateConfig
 from lad_dist.config.load import lookup
 from lad_dist.config.schema import PretrainConfig, TaskConfig
 from lad_dist.config.search_schema import SearchConfig
-
-# Launchers add these arguments; the environment says the same.
-LAUNCHER_ARGUMENTS = re.compile(r"--local[_-]rank=\d+|--deepspeed")
+from lad_dist.utils.text import LAUNCHER_ARGUMENTS
 
 TASK_KEYS = (
     "run.name", "run.epochs", "run.seed", "student.path", "student.num_hidden_layers", "data.task", "data.path",
@@ -72,6 +70,7 @@ COMMANDS: Mapping[str, Command] = {
     "masks": masks,
     "plan": plan,
     "latency": latency,
+    "push": push,
     "benchmark": benchmark,
     "configs": configs,
     "env": env,

@@ -1,9 +1,12 @@
 """What a training or a search costs, for `lad-dist plan`."""
 
+import argparse
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from lad_dist.benchmarks.measured_speed import FILE, MeasuredSpeed, read_measured_speed
 from lad_dist.config.errors import UserError
 from lad_dist.config.load import dump_config
 from lad_dist.config.schema import CorpusDataConfig, StudentConfig, TeacherConfig, TrainConfig
@@ -13,9 +16,10 @@ from lad_dist.search.plan import SearchPlan
 from lad_dist.search.record import TrialState
 from lad_dist.search.trial import Trial
 from lad_dist.search.trials import TrialBuilder, is_ready
-from lad_dist.training import cost_model, run_spec
-from lad_dist.training.cost_model import GPUS, CostEstimate
-from lad_dist.utils.text import gigabytes
+from lad_dist.training import cost_model
+from lad_dist.training.cost_model import DEVICES, CostEstimate
+from lad_dist.utils.suggest import did_you_mean, nearest
+from lad_dist.utils.text import byte_size, si_number
 
 ASSUMED_MFU = 0.3
 
@@ -27,15 +31,15 @@ class RunCost:
     Attributes:
         config: of the training.
         costs: The estimate.
-        precision: The data type that the student computes in.
-        hours: from start to end.
+        speed: FLOP/s of a GPU, in which precision, and where the number is from.
+        seconds: from start to end.
         gpu_hours: The same times the GPUs that it takes.
     """
 
     config: TrainConfig
     costs: CostEstimate
-    precision: str
-    hours: float
+    speed: str
+    seconds: float
     gpu_hours: float
 
     @property
@@ -54,11 +58,12 @@ class Machine:
     """What a training runs on.
 
     Attributes:
-        gpu: name of the GPUs.
+        gpu: name of the GPUs or CPUs, one of DEVICES; of measured ones their own name.
         processes: of the training.
         nodes: that they are spread over.
         share: GPUs of each process.
         mfu: fraction of the peak that is reached; None where it is not set.
+        measured: The speed that `lad-dist benchmark step` measured, in place of a data sheet.
     """
 
     gpu: str
@@ -66,33 +71,79 @@ class Machine:
     nodes: int = 1
     share: float = 1.0
     mfu: float | None = None
-
-    @property
-    def reached_mfu(self) -> float:
-        """The fraction, or what is assumed."""
-        return self.mfu or ASSUMED_MFU
+    measured: MeasuredSpeed | None = None
 
     @property
     def memory(self) -> int:
         """Bytes that a process has of a GPU."""
-        return int(GPUS[self.gpu].memory * min(1.0, self.share))
+        memory = self.measured.memory if self.measured else DEVICES[self.gpu].memory
+        return int(memory * min(1.0, self.share))
+
+    def speed(self, precision: str) -> tuple[float, str]:
+        """Return the FLOP/s that one GPU reaches in this precision, and where the number is from.
+
+        Raises:
+            UserError: The GPU has no such precision, or was measured in another.
+        """
+        if self.measured is not None:
+            if self.measured.precision != precision:
+                raise UserError(
+                    f"the measured speed is of {self.measured.precision}, the run computes in {precision}; measure it: "
+                    "lad-dist benchmark step CONFIG"
+                )
+            return self.measured.flops_per_process, "as measured by lad-dist benchmark step"
+        device = DEVICES[self.gpu]
+        if precision == "bfloat16" and not device.has_bf16:
+            raise UserError(
+                f"--gpu {self.gpu}: has no bf16; add deepspeed.bf16.enabled=false deepspeed.fp16.enabled=true"
+            )
+        origin = "as set" if self.mfu else "assumed: --mfu sets another"
+        mfu = self.mfu or ASSUMED_MFU
+        return device.peak(precision) * mfu, f"an MFU of {mfu:g}, {origin}"
 
     def estimate(self, config: TrainConfig) -> RunCost:
-        """Return what a training costs; raise UserError where it does not fit."""
-        spec = run_spec.resolve_run(config, self.processes)
-        costs = cost_model.estimate(spec, self.processes)
-        gpus = self.processes * min(1.0, self.share)  # that compute: a process uses one at most
-        hours = GPUS[self.gpu].hours(costs.flops, 1, self.reached_mfu, spec.precision) / gpus
-        return RunCost(config, costs, spec.precision, hours, hours * self.processes * self.share)
+        """Return what a training costs; raise UserError where it does not fit.
+
+        A step takes as long as its arithmetic, and no less than the optimizer takes to move its numbers.
+        """
+        spec, costs = cost_model.estimate_run(config, self.processes)
+        speed, origin = self.speed(spec.precision)
+        share = min(1.0, self.share)  # a process uses one GPU at most
+        seconds = costs.flops / (speed * self.processes * share)
+        if self.measured is None:
+            bandwidth = DEVICES[self.gpu].bandwidth * share
+            seconds = max(seconds, costs.steps * costs.memory.step_traffic / bandwidth)
+        gpu_hours = seconds / 3600 * self.processes * self.share
+        return RunCost(config, costs, f"{si_number(speed)}FLOP/s in {spec.precision}, {origin}", seconds, gpu_hours)
 
     def check_memory(self, costs: CostEstimate) -> None:
         """Raise UserError where a GPU cannot hold the training."""
         if costs.memory.total > self.memory:
             raise UserError(
-                f"--gpu {self.gpu}: {gigabytes(costs.memory.total)} do not fit into {gigabytes(self.memory)}; make "
+                f"{self.gpu}: {byte_size(costs.memory.total)} do not fit into {byte_size(self.memory)}; make "
                 "data.micro_batch_tokens or micro_batch_size smaller with more data.micro_batches_per_step, or raise "
                 "the ZeRO stage"
             )
+
+
+def find_machine(options: argparse.Namespace, runs: Path) -> Machine:
+    """Return what the options of plan name, or this machine as it was measured in the folder of runs.
+
+    Raises:
+        UserError: The GPU is unknown, or this machine was not measured.
+    """
+    if options.gpu is not None:
+        if options.gpu not in DEVICES:
+            near = did_you_mean(options.gpu, DEVICES) if nearest(options.gpu, DEVICES) else "none is like it"
+            raise UserError(f'--gpu "{options.gpu}" is unknown: {near} Known are {", ".join(DEVICES)}')
+        return Machine(options.gpu, options.gpus, options.nodes, mfu=options.mfu)
+    file = options.measured or runs / FILE
+    if options.measured is None and not file.exists():
+        raise UserError(
+            "plan: name the GPU by --gpu (l4, cpu-avx2, …), or measure this machine: lad-dist benchmark step CONFIG"
+        )
+    measured = read_measured_speed(file)
+    return Machine(measured.device, options.gpus, options.nodes, measured=measured)
 
 
 @dataclass(frozen=True)
@@ -108,14 +159,14 @@ class PlannedTrial:
     trial: Trial
 
 
-def wall_hours(trials: Iterable[Sequence[str]], hours: Mapping[str, float], at_once: int) -> float:
-    """Return the hours of trials, each a sequence of runs, `at_once` side by side; a run that is shared runs once."""
+def wall_seconds(trials: Iterable[Sequence[str]], seconds: Mapping[str, float], at_once: int) -> float:
+    """Return the seconds of trials, each a sequence of runs, `at_once` side by side; a run that is shared runs once."""
     free = [0.0] * at_once
     end_of: dict[str, float] = {}
     for runs in trials:
         now = heapq.heappop(free)
         for run in runs:
-            end_of.setdefault(run, now + hours[run])
+            end_of.setdefault(run, now + seconds[run])
             now = max(now, end_of[run])  # who shares a run waits for the end of it
         heapq.heappush(free, now)
     return max(free)

@@ -328,7 +328,8 @@ def _figure(counts: pd.DataFrame, overlaps: Overlaps) -> Figure:
     axes = plot.subplots(1, panels, squeeze=False)[0]
     for panel, name in zip(axes, names, strict=False):
         shares = _shares(counts.loc[name], "layer", "component").unstack("component")
-        draw_heatmap(panel, f"{name}: pruned weights", shares.sort_index().sort_index(axis="columns"))
+        draw_heatmap(panel, f"{name}: share of pruned weights", shares.sort_index().sort_index(axis="columns"))
+        panel.set_ylabel("layer")
     if overlaps:
         ratios = pd.DataFrame(np.nan, index=names, columns=names)
         for (a, b), by_component in overlaps.items():

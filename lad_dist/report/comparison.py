@@ -71,6 +71,11 @@ class Comparison:
         """The scores by `summary`."""
         return summary(self.scores)
 
+    @property
+    def has_seeds(self) -> bool:
+        """Whether a method has several seeds on a task."""
+        return bool((self.score_summary["n"] > 1).any())
+
     @cached_property
     def task_sd(self) -> pd.Series:
         """The sd over seeds by task, pooled over methods; NaN where no method has two seeds."""

@@ -1,7 +1,8 @@
 """A comparison to read: scores, tests, settings, and what to know about them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -24,26 +25,38 @@ def markdown(comparison: Comparison) -> str:
 def _scores(comparison: Comparison) -> str:
     tasks, scores = comparison.tasks, comparison.score_summary
     counts = scores["n"].unique().tolist()
+    means = _mean_columns(comparison)
     header = ["method", *(f"{task} {metric}" for task, metric in tasks.items())]
-    header += ["mean ± s.e.", *comparison.measured_costs.values()]
+    header += [*means, *comparison.measured_costs.values()]
     rows = [_teacher_row(comparison)] if comparison.runs["teacher_score"].notna().any() else []
     for name in comparison.methods:
         cells = [_summary_cell(scores, name, task, with_count=len(counts) > 1) for task in tasks]
-        mean = _with_error(*comparison.mean(name)) if comparison.shared_tasks else NONE
-        rows.append([name, *cells, mean, *map(_si_cell, comparison.mean_costs(name))])
-    seeds = _count(counts[0], "seed") if len(counts) == 1 else "seeds, their number in brackets"
+        mean = [_with_error(*comparison.mean(name)) if comparison.shared_tasks else NONE for _ in means]
+        rows.append([name, *cells, *mean, *map(_si_cell, comparison.mean_costs(name))])
     title = f"# {_count(len(comparison.methods), 'method')} on {_count(len(tasks), 'task')}"
     table = markdown_table(header, rows, align_right=True)
-    return f"{title}\n\nDev sets: mean ± sd over {seeds}; {_order(comparison)}.\n\n{table}"
+    seeds = _count(counts[0], "seed") if len(counts) == 1 else "seeds, their number in brackets"
+    what = f"mean ± sd over {seeds}" if comparison.has_seeds else "one seed"
+    return f"{title}\n\nDev sets: {what}{_order(comparison)}.\n\n{table}"
+
+
+def _mean_columns(comparison: Comparison) -> list[str]:
+    """Return the title of the column of means over tasks and seeds; none where it repeats the column of the task."""
+    if comparison.has_seeds:
+        return ["mean ± s.e."]
+    return ["mean"] if len(comparison.tasks) > 1 else []
 
 
 def _order(comparison: Comparison) -> str:
+    if len(comparison.methods) == 1:
+        return ""
     if not comparison.shared_tasks:
-        return "by name, as no task has runs of all methods"
-    prefix = "best first by the mean over "
-    if comparison.shared_tasks == list(comparison.tasks):
-        return prefix + ("all tasks" if len(comparison.shared_tasks) > 1 else "seeds")
-    return f"{prefix}{', '.join(comparison.shared_tasks)}, which all methods have"
+        return "; by name, as no task has runs of all methods"
+    if comparison.shared_tasks != list(comparison.tasks):
+        return f"; best first by the mean over {', '.join(comparison.shared_tasks)}, which all methods have"
+    if len(comparison.shared_tasks) > 1:
+        return "; best first by the mean over all tasks"
+    return "; best first by the mean over seeds" if comparison.has_seeds else "; best first"
 
 
 def _teacher_row(comparison: Comparison) -> list[str]:
@@ -52,10 +65,11 @@ def _teacher_row(comparison: Comparison) -> list[str]:
     cells = [_range(scores) for scores in scores_by_task.values()]
     single_scores = [scores_by_task[task][0] for task in shared_tasks if len(scores_by_task[task]) == 1]
     has_mean = bool(single_scores) and len(single_scores) == len(shared_tasks)
+    mean = [f"{np.mean(single_scores):.3f}" if has_mean else NONE for _ in _mean_columns(comparison)]
     runs = comparison.runs[comparison.runs["task"].isin(shared_tasks or comparison.tasks)]
     columns = [f"teacher_{name}" for name in comparison.measured_costs if name != "seconds"]
     costs = [runs.groupby("task")[column].mean().mean() for column in columns]
-    return ["teacher", *cells, f"{np.mean(single_scores):.3f}" if has_mean else NONE, *map(_si_cell, costs), ""]
+    return ["teacher", *cells, *mean, *map(_si_cell, costs), ""]
 
 
 def _range(scores: Sequence[float]) -> str:
@@ -78,29 +92,40 @@ def _with_error(value: float, error: float) -> str:
 def _tests(comparison: Comparison) -> str:
     title = f"## Against {comparison.baseline}"
     others = [label for label in comparison.methods if label != comparison.baseline]
+    if len(comparison.methods) == 1:
+        return ""
     if len(others) == len(comparison.methods):
-        return f"{title}\n\nNothing to test: no run has this label; give that of another method by --baseline."
-    if not others:
-        return f"{title}\n\nNothing to test: no other method has runs."
-    rows = []
-    for label in others:
-        tests = [comparison.test(label, task) for task in comparison.tasks] + [comparison.test_all(label)]
-        rows.append([label, *map(_test_cell, tests)])
+        return f"{title}\n\nNothing to compare: no run has this label; give that of another method by --baseline."
+    columns: list[Callable[[str], PairedTest]] = [partial(comparison.test, task=task) for task in comparison.tasks]
+    header = ["method", *comparison.tasks]
+    if not comparison.has_seeds:
+        rows = [[label, *(_difference_cell(test(label)) for test in columns)] for label in others]
+        return f"{title}\n\n{markdown_table(header, rows, align_right=True)}\n\nDifferences of scores of one seed."
+    if len(comparison.tasks) > 1:
+        header.append("all tasks, in sd")
+        columns.append(comparison.test_all)
+    rows = [[label, *(_test_cell(test(label)) for test in columns)] for label in others]
+    over_all_tasks = (
+        "All tasks: the same over the pairs of all tasks, each difference divided by the sd over seeds of the task "
+        "(pooled over all methods), so that all tasks count alike. "
+    )
     text = (
         "Mean difference over pairs of runs of one task and seed, p of the two-sided paired t-test, and the number of "
-        "pairs. All tasks: the same over the pairs of all tasks, each difference divided by the sd over seeds of the "
-        "task (pooled over all methods), so that all tasks count alike. No p for fewer than two "
-        "pairs, or where all differences are equal. p are not corrected for the number of tests."
+        f"pairs. {over_all_tasks if len(comparison.tasks) > 1 else ''}No p for fewer than two pairs, or where all "
+        "differences are equal. p are not corrected for the number of tests."
     )
-    header = ["method", *comparison.tasks, "all tasks, in sd"]
     return f"{title}\n\n{markdown_table(header, rows, align_right=True)}\n\n{text}"
+
+
+def _difference_cell(test: PairedTest) -> str:
+    return f"{test.difference:+.3f}" if test.pairs else NONE
 
 
 def _test_cell(test: PairedTest) -> str:
     if not test.pairs:
         return NONE
     p = "no p" if test.p is None else f"p {test.p:.2g}" if test.p >= 1e-4 else "p < 0.0001"
-    return f"{test.difference:+.3f}, {p} ({test.pairs})"
+    return f"{_difference_cell(test)}, {p} ({test.pairs})"
 
 
 def _loyalty(comparison: Comparison) -> str:
@@ -116,9 +141,10 @@ def _loyalty(comparison: Comparison) -> str:
     table = markdown_table(["method", *comparison.tasks], rows, align_right=True)
     text = (
         "Dev sets: the share of decisions that are the teacher's, right or wrong; of numbers their correlation with "
-        "the teacher's (Pearson). Mean ± sd over seeds."
+        "the teacher's (Pearson)."
     )
-    return f"## Loyalty to the teacher\n\n{table}\n\n{text}"
+    seeds = " Mean ± sd over seeds." if comparison.has_seeds else ""
+    return f"## Loyalty to the teacher\n\n{table}\n\n{text}{seeds}"
 
 
 def _settings(comparison: Comparison) -> str:

@@ -1,7 +1,7 @@
 """What quality costs: scores against measured latency and against bytes, as a plot."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,20 @@ from matplotlib.figure import Figure
 
 from lad_dist.compression.footprint import FP16, INT8, ONNX
 from lad_dist.report.comparison import Comparison
-from lad_dist.report.plots import draw_legend
 from lad_dist.runs.latency_table import TEACHER, TORCH
+from lad_dist.runs.plots import draw_legend, move_labels_inside, set_ticks
+from lad_dist.utils.text import byte_size, plain_number
 
-COSTS = {"latency": "ms per sequence, at the teacher's mean speed", "bytes": "bytes"}
+COSTS = {"latency": "time of one sequence, at the teacher's mean speed", "bytes": "size on disk"}
+TEXTS: dict[str, Callable[[float], str]] = {
+    "latency": lambda milliseconds: f"{plain_number(milliseconds, digits=3)} ms",
+    "bytes": byte_size,
+}
+LABEL_STYLE: dict[str, Any] = {
+    "fontsize": "x-small",
+    "parse_math": False,
+    "bbox": {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
+}
 UNMEASURED = "not measured: lad-dist latency RUN"
 MARKERS = {TORCH: "o", ONNX: "s", FP16: "d", INT8: "v"}
 
@@ -72,6 +82,7 @@ def figure(comparison: Comparison) -> Figure | None:
             else:
                 axes.text(0.5, 0.5, UNMEASURED, transform=axes.transAxes, ha="center")
     draw_legend(plot)
+    move_labels_inside(plot)
     return plot
 
 
@@ -79,13 +90,13 @@ def _panel(axes: Axes, panel_points: pd.DataFrame, cost: str, colours: dict[str,
     for point in panel_points.to_dict("records"):
         marker, colour = MARKERS[point["form"]], colours[point["method"]]
         xs, ys = [point[cost]], [point["score"]]
-        axes.plot(xs, ys, linestyle="", marker=marker, markersize=7, color=colour, label=_label(point))
+        axes.plot(xs, ys, linestyle="", marker=marker, markersize=7, color=colour, alpha=0.8, label=_label(point))
     best = front(panel_points, cost)
     axes.plot(best[cost], best["score"], drawstyle="steps-post", color="black", linewidth=0.8, zorder=0)
     for point in best.to_dict("records"):
         position = (point[cost], point["score"])
-        axes.annotate(_label(point), position, xytext=(4, -9), textcoords="offset points", fontsize="x-small")
-    axes.set_xscale("log")
+        axes.annotate(_label(point), position, xytext=(4, -9), textcoords="offset points", **LABEL_STYLE)
+    set_ticks(axes.xaxis, panel_points[cost], TEXTS[cost], logarithmic=True)
     axes.grid(alpha=0.3)
 
 

@@ -12,10 +12,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lad_dist.report.plots import draw_legend
 from lad_dist.report.search_keys import SearchKey
 from lad_dist.report.search_trials import NOT_ENDED, SearchTrials, front
+from lad_dist.runs.plots import WIDE, draw_legend, move_labels_inside, set_ticks
 from lad_dist.runs.search_record import MINIMISED
+from lad_dist.utils.text import plain_number
 
 MARKS: dict[str, dict[str, Any]] = {
     "completed": {"marker": "o", "color": "C0"},
@@ -24,7 +25,6 @@ MARKS: dict[str, dict[str, Any]] = {
 }
 UNITS = {"parameters": "", "flops": "", "bytes": "B", "latency": "s"}
 TICKS = 5  # of a range
-WIDE = 10.0  # largest over smallest value, from which on an axis is logarithmic
 ABSENT = -0.12  # where samples without a key stand, below the axis
 
 
@@ -155,6 +155,7 @@ def fronts(search: SearchTrials) -> Figure | None:
     plot = Figure(figsize=(0.4 + 5.2 * len(others), 4), layout="constrained")
     for axes, metric in zip(plot.subplots(1, len(others), squeeze=False)[0], others, strict=True):
         _front_panel(axes, search.means()[[metric, search.metrics[0]]].dropna())
+    move_labels_inside(plot)
     return plot
 
 
@@ -173,8 +174,9 @@ def _front_panel(axes: Axes, means: pd.DataFrame) -> None:
 def _set_scale(axes: Axes, side: str, values: pd.Series) -> None:
     """Give sizes and latencies their units; make an axis logarithmic where what is minimised differs much."""
     axis = axes.xaxis if side == "x" else axes.yaxis
-    if values.name in UNITS:
-        axis.set_major_locator(MaxNLocator(5))
-        axis.set_major_formatter(EngFormatter(UNITS[str(values.name)]))
-    if values.min() > 0 and values.max() > WIDE * values.min() and values.name in MINIMISED:
-        axes.set(**{f"{side}scale": "log"})
+    name, low, high = str(values.name), values.min(), values.max()
+    logarithmic = name in MINIMISED and low > 0 and high > WIDE * low
+    if name in UNITS:
+        set_ticks(axis, values, EngFormatter(UNITS[name]), logarithmic=logarithmic)
+    elif logarithmic:
+        set_ticks(axis, values, plain_number, logarithmic=True)

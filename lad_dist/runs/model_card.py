@@ -5,17 +5,18 @@ from pathlib import PurePath
 from typing import Any
 
 from lad_dist.compression import footprint
-from lad_dist.models.heads import MODEL_CLASSES
-from lad_dist.runs.latency_table import STUDENT, latency_conditions, latency_of, latency_remarks, latency_tables
-from lad_dist.utils.text import markdown_table, megabytes, plain_number
+from lad_dist.runs.card_header import header
+from lad_dist.runs.latency_table import (
+    STUDENT,
+    TEACHER,
+    latency_conditions,
+    latency_of,
+    latency_remarks,
+    latency_tables,
+)
+from lad_dist.runs.usage_code import usage_code
+from lad_dist.utils.text import duration, markdown_table, megabytes, plain_number
 
-PIPELINES = {  # by kind of task, as the hub sorts models
-    "classification": "text-classification",
-    "multilabel": "text-classification",
-    "regression": "text-classification",
-    "tagging": "token-classification",
-    "question_answering": "question-answering",
-}
 BY_COMPONENT = {"stored": "weights", "nonzero": "not zero", footprint.FLOPS: "FLOPs per token"}
 
 Numbers = Mapping[str, Any]
@@ -26,39 +27,48 @@ def model_card(results: Numbers) -> str:
     config, latency = results["config"], latency_of(results)
     student = latency[STUDENT] if latency else results["student"]
     remarks = "".join(f"\n* {remark}" for remark in latency_remarks(student, latency))
-    teacher = f", taught by `{config['teacher']['path']}`" if config.get("teacher") else ""
-    tags = "".join(f"- {tag}\n" for tag in ("lad_dist", config["objective"]["name"]))
-    use = PIPELINES.get(config["data"].get("kind"), "feature-extraction")
-    rows = [(name, plain_number(value)) for name, value in student_rows(results).items()]
-    skipped = results.get("skipped_updates", 0)
-    updates = f" ({skipped} without an update, as loss or gradient was not finite)" if skipped else ""
     speed = ""
     if latency is not None:
         tables = "\n\n".join(markdown_table(*table) for table in latency_tables(latency))
         measured = f"{latency_conditions(latency)} Measured by\n```\n{latency['command']}\n```\n"
         speed = f"\n## How fast\n\n{tables}\n\n{measured}"
+    usage = "\n".join(f"```python\n{code}```\n" for code in usage_code(results))
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {use}\ntags:\n{tags}---\n# {config['run']['name']}\n\n"
-        f"A student trained with objective `{config['objective']['name']}`{teacher}.\n\n"
-        f"```python\n{_usage(config)}```\n\n"
-        f"{markdown_table(('measured', 'value'), rows)}\n\n"
-        f"Measured by\n```\n{results['command']}\n```\n"
-        f"in {results['seconds']:.0f} seconds and {results['steps']} steps{updates} on {results['processes']} "
-        f"process(es), {results['device']}; metrics are those of {scored_on(results)}.\n"
+        f"---\n{header(results)}\n---\n# {config['run']['name']}\n\n{_origin(results)}\n\n"
+        f"## How to use\n\n{usage}\n## How good\n\n{_scores(results)}{_size(student)}{speed}{remarks}"
+    ).rstrip("\n") + "\n"
+
+
+def _origin(results: Numbers) -> str:
+    """Return in words how the student was trained, and what its outputs mean."""
+    config, labels = results["config"], results.get("export", {}).get("labels")
+    teacher = f", taught by `{_shown_path(config['teacher']['path'])}`" if config.get("teacher") else ""
+    names = ", ".join(f"`{label}`" for label in labels or ())
+    outputs = f"\n\nLabels, in the order of the outputs: {names}." if labels else ""
+    return f"A student trained with objective `{config['objective']['name']}`{teacher}.{outputs}"
+
+
+def _shown_path(path: str) -> str:
+    """Return a path without the folders of this machine."""
+    return str(PurePath(*PurePath(path).parts[-2:])) if PurePath(path).is_absolute() else path
+
+
+def _scores(results: Numbers) -> str:
+    """Return sizes and scores of the student, the teacher's beside them, and how they came about."""
+    teacher, columns = teacher_rows(results), ["measured", STUDENT, TEACHER]
+    rows = [
+        [name, plain_number(value), plain_number(teacher[name]) if name in teacher else ""]
+        for name, value in student_rows(results).items()
+    ]
+    if not teacher:
+        columns, rows = columns[:2], [row[:2] for row in rows]
+    skipped, count = results.get("skipped_updates", 0), results["processes"]
+    updates = f" ({skipped} without an update, as loss or gradient was not finite)" if skipped else ""
+    return (
+        f"{markdown_table(columns, rows)}\n\nMeasured by\n```\n{results['command']}\n```\n"
+        f"in {duration(results['seconds'])} and {results['steps']:,} steps{updates} on {results['device']}, {count} "
+        f"process{'es' * (count > 1)}; metrics are those of {scored_on(results)}.\n"
         f"{_selection(results)}{_thresholds(results)}"
-        f"{_size(student)}{speed}{remarks}" + "\n" * bool(remarks)
-    )
-
-
-def _usage(config: Numbers) -> str:
-    """Return Python code that loads the student and calls it."""
-    kind, folder = config["data"].get("kind"), PurePath(config["run"]["dir"], config["run"]["name"], "export")
-    auto = MODEL_CLASSES[kind].__name__ if kind else "AutoModel"
-    text = '"Who is asked?", "One is asked."' if kind == "question_answering" else '"Some text."'
-    return (
-        f"from transformers import {auto}, AutoTokenizer\n\n"
-        f'model = {auto}.from_pretrained("{folder}")\ntokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
-        f'outputs = model(**tokenizer({text}, truncation=True, return_tensors="pt"))\n'
     )
 
 

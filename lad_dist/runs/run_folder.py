@@ -36,7 +36,7 @@ from lad_dist.distributed import processes, ranks
 from lad_dist.distributed.logs import get_logger
 from lad_dist.runs.model_card import model_card
 from lad_dist.runs.trackers import Ending, Tracker, start_trackers
-from lad_dist.utils.atomic_io import append_text, file_lock, write_text
+from lad_dist.utils.atomic_io import append_text, file_lock, list_files, write_text
 from lad_dist.utils.tables import flatten
 
 RESULTS = "results.json"
@@ -159,6 +159,8 @@ class Run:
         """Mark the run complete."""
         if ranks.is_main():
             self._plot_teacher_layers(results["exported_step"])
+            for file in list_files(self.export):  # safetensors writes for the owner alone, whatever the umask
+                file.chmod(self._config.stat().st_mode & 0o777)
             _write_results(self.folder, results)
             shutil.rmtree(self.teacher_cache, ignore_errors=True)
             self._write_tensorboard(SummaryWriter.close)

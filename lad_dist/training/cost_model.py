@@ -15,6 +15,7 @@ AdamW's two moments are 8 P, the fp32 copy that DeepSpeed keeps from stage 1 on 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ import torch
 from torch import nn
 
 from lad_dist.compression import footprint
-from lad_dist.config.schema import CorpusDataConfig, RunConfig
+from lad_dist.config.schema import CorpusDataConfig, RunConfig, TaskDataConfig, TrainConfig
 from lad_dist.core.batch import Batch
-from lad_dist.data.datasets import TaskDataset
+from lad_dist.data.datasets import CorpusDataset, TaskDataset
+from lad_dist.data.sources.hub import Unavailable
+from lad_dist.data.tasks.glue import GLUE
+from lad_dist.data.tasks.task import longest_examples
 from lad_dist.models import families
 from lad_dist.models.dims import count_parameters
 from lad_dist.models.loading import PreTrainedModel
@@ -38,27 +42,36 @@ BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class GpuSpec:
-    """Speed and memory of a GPU."""
+class DeviceSpec:
+    """Speed and memory of a GPU or a CPU."""
 
-    half_flops: float  # dense FLOP/s in bf16, of a V100 in fp16
+    half_flops: float  # dense FLOP/s in bf16, or in fp16 where it has no bf16
     fp32_flops: float  # in fp32 as PyTorch runs it by default, without TF32
     memory: float  # bytes
+    bandwidth: float  # bytes/s of the memory
+    has_bf16: bool = True
 
-    def hours(self, flops: float, count: int, mfu: float, precision: str) -> float:
-        """Return the hours of `flops` on `count` GPUs, at the fraction `mfu` of the peak in that precision."""
-        peak = self.fp32_flops if precision == "float32" else self.half_flops
-        return flops / (count * peak * mfu) / 3600
+    def peak(self, precision: str) -> float:
+        """Return the peak FLOP/s in that precision."""
+        return self.fp32_flops if precision == "float32" else self.half_flops
 
 
-GPUS = {  # by name, from the makers' data sheets
-    "h200": GpuSpec(989e12, 67e12, 141e9),  # NVIDIA H200 data sheet, SXM
-    "h100": GpuSpec(989e12, 67e12, 80e9),  # NVIDIA H100 data sheet, SXM
-    "a100-80": GpuSpec(312e12, 19.5e12, 80e9),  # NVIDIA A100 data sheet
-    "a100-40": GpuSpec(312e12, 19.5e12, 40e9),  # the same
-    "l40s": GpuSpec(362e12, 91.6e12, 48e9),  # NVIDIA L40S data sheet
-    "v100": GpuSpec(125e12, 15.7e12, 32e9),  # NVIDIA V100 data sheet, SXM2; it has no bf16, only fp16
-    "cpu": GpuSpec(1e12, 0.1e12, 16e9),  # no data sheet: a core or two; `lad-dist benchmark step` measures it
+DEVICES = {  # by name, from the makers' data sheets
+    "h200": DeviceSpec(989e12, 67e12, 141e9, 4.8e12),  # NVIDIA H200, SXM
+    "h100": DeviceSpec(989e12, 67e12, 80e9, 3.35e12),  # NVIDIA H100, SXM
+    "a100-80": DeviceSpec(312e12, 19.5e12, 80e9, 2.039e12),  # NVIDIA A100, SXM
+    "a100-40": DeviceSpec(312e12, 19.5e12, 40e9, 1.555e12),  # the same
+    "l40s": DeviceSpec(362e12, 91.6e12, 48e9, 864e9),  # NVIDIA L40S
+    "l4": DeviceSpec(121e12, 30.3e12, 24e9, 300e9),  # NVIDIA L4; the sheet's 242 TFLOP/s are with sparsity
+    "a10": DeviceSpec(125e12, 31.2e12, 24e9, 600e9),  # NVIDIA A10
+    "rtx-4090": DeviceSpec(165.2e12, 82.6e12, 24e9, 1.008e12),  # NVIDIA Ada white paper, sums in fp32
+    "t4": DeviceSpec(65e12, 8.1e12, 16e9, 320e9, has_bf16=False),  # NVIDIA T4
+    "v100": DeviceSpec(125e12, 15.7e12, 32e9, 900e9, has_bf16=False),  # NVIDIA V100, SXM2
+    # No data sheet: 8 cores at 3 GHz, times the FLOPs of a cycle; two memory channels, DDR4-3200 or DDR5-4800. With
+    # AVX2 bf16 is multiplied number by number, with AVX-512 as fp32.
+    "cpu-avx2": DeviceSpec(8 * 3e9 * 32 / 40, 8 * 3e9 * 32, 32e9, 51.2e9),
+    "cpu-avx512": DeviceSpec(8 * 3e9 * 64, 8 * 3e9 * 64, 32e9, 51.2e9),
+    "cpu-amx": DeviceSpec(8 * 3e9 * 1024, 8 * 3e9 * 64, 32e9, 76.8e9),
 }
 
 
@@ -77,6 +90,11 @@ class Memory:
     def total(self) -> int:
         """Bytes on one process."""
         return sum(vars(self).values())
+
+    @property
+    def step_traffic(self) -> int:
+        """Bytes that AdamW moves: it reads and writes weights, moments and fp32 copies, and reads gradients."""
+        return 2 * (self.weights + self.optimizer) + self.gradients
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,7 @@ class CostEstimate:
     export: int
     data: int
     teacher_cache: int
+    dataset: str  # what there is to train on
 
     @property
     def flops(self) -> float:
@@ -104,18 +123,46 @@ class CostEstimate:
         return self.steps * self.tokens * (self.student_flops + self.teacher_share * self.teacher_flops)
 
 
-def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
-    """Return what a run costs on `world_size` processes; read the first micro-batches of the data."""
+def estimate_run(config: TrainConfig, world_size: int) -> tuple[run_spec.RunSpec, CostEstimate]:
+    """Return the checked config, and what a run costs on `world_size` processes.
+
+    A GLUE task that is neither here nor on a hub in reach counts with examples of max_length tokens.
+    """
+    try:
+        spec = run_spec.resolve_run(config, world_size)
+        return spec, estimate(spec, world_size)
+    except Unavailable:
+        data = config.data
+        if not isinstance(data, TaskDataConfig) or data.task is None:
+            raise
+        count = SAMPLE_MICRO_BATCHES * data.micro_batch_size
+        spec = run_spec.resolve_run(config, world_size, partial(longest_examples, count=count))
+        return spec, estimate(spec, world_size, GLUE[data.task].num_examples)
+
+
+def estimate(spec: run_spec.RunSpec, world_size: int, num_examples: int | None = None) -> CostEstimate:
+    """Return what a run costs on `world_size` processes; read the first micro-batches of the data.
+
+    With `num_examples` the data is a sample of as many.
+    """
     distiller, teacher = meta_distiller(spec), spec.meta_teacher()
     dataset = spec.dataset()
     teacher_dataset = spec.teacher_dataset(dataset)
+    scale = 1.0
+    if num_examples is not None:
+        assert isinstance(dataset, TaskDataset)
+        scale = num_examples / dataset.train.count
+        for each in {id(each): each for each in (dataset, teacher_dataset)}.values():
+            assert isinstance(each, TaskDataset)
+            each.steps_per_epoch *= scale
+            each.steps_per_pass *= scale
     indices = [divmod(number, dataset.micro_batches_per_step) for number in range(SAMPLE_MICRO_BATCHES)]
     all_tokens = distiller.objective.student_spec.all_tokens
     batches = [_head_reads(dataset.batch(*index), all_tokens) for index in indices]
     teacher_batches = [_head_reads(teacher_dataset.batch(*index), all_tokens) for index in indices]
     steps = spec.num_steps(dataset)
     tokens = sum(batch.num_tokens for batch in batches)
-    use_cache, cache_size = decide_cache(spec, distiller.objective.teacher_spec, teacher_dataset)
+    use_cache, cache_size = decide_cache(spec, distiller.objective.teacher_spec, teacher_dataset, scale)
     teacher_share = 1.0
     if use_cache and isinstance(dataset, TaskDataset):
         teacher_share = min(1.0, dataset.steps_per_pass / steps)
@@ -137,7 +184,19 @@ def estimate(spec: run_spec.RunSpec, world_size: int) -> CostEstimate:
         export=4 * student,
         data=_corpus_bytes(spec),
         teacher_cache=cache_size if use_cache else 0,
+        dataset=_describe(spec, dataset, num_examples),
     )
+
+
+def _describe(spec: run_spec.RunSpec, dataset: CorpusDataset | TaskDataset, num_examples: int | None) -> str:
+    """Return what there is to train on; of a task also how long its examples are."""
+    if isinstance(dataset, CorpusDataset):
+        return dataset.description
+    if num_examples is not None:
+        length = spec.config.data.max_length
+        return f"{num_examples:,} training examples, counted as {length} tokens each: the data set is not here"
+    mean = dataset.train.tokens / dataset.train.count
+    return f"{dataset.description}; {mean:.3g} tokens of an example in the mean"
 
 
 def _head_reads(batch: Batch, all_tokens: bool) -> Batch:

@@ -14,6 +14,7 @@ from lad_dist.distributed import processes, ranks
 from lad_dist.models.dims import max_positions, uses_segments
 from lad_dist.models.heads import set_thresholds
 from lad_dist.models.loading import save_model
+from lad_dist.runs.card_header import base_models
 from lad_dist.runs.run_folder import Run
 from lad_dist.training.best_model import BestModel
 from lad_dist.training.engine import gathered_parameters
@@ -66,9 +67,17 @@ def write_results(
             packed.save(run.export, trainer.config.student.path, spec.layers)
             save_beside_model(spec.tokenizer, run.export, uses_segments(student.config), max_positions(student.config))
     sizes_on_disk = processes.on_main(lambda: footprint.bytes_table(run.export))
+    config = trainer.config
+    model_paths = [config.student.path, config.teacher.path if config.teacher is not None else None]
     results = {
         "command": command_line(),
-        "config": trainer.config.model_dump(mode="json", exclude_none=True),
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "export": {
+            "head": spec.head,
+            "labels": [] if spec.task is None else list(spec.task.label_names),
+            "text_pairs": spec.task is not None and getattr(spec.task.train, "pairs", None) is not None,
+            "base_model": processes.on_main(lambda: base_models(model_paths)),
+        },
         "metrics": scores["student"],
         "test": dict(test_scores),  # scores of "student" and "teacher" on a test set, empty where there is none
         # Tuned on the dev set, as {"student" or "teacher": {label: probability}}; empty of other kinds of task.

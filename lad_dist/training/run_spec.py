@@ -37,6 +37,7 @@ from lad_dist.training.deepspeed_schema import check_version, validate_deepspeed
 from lad_dist.training.distiller import Distiller
 from lad_dist.utils.text import one_line
 
+TaskLoader = Callable[[TaskDataConfig], Task]
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 CALIBRATION_TOKENS, CALIBRATION_BATCHES = 16384, 256  # at most, of the data that compressions are fitted to
 
@@ -181,8 +182,10 @@ def calibration_batches(dataset: CorpusDataset | TaskDataset) -> list[Batch]:
     return batches
 
 
-def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
+def resolve_run(config: TrainConfig, world_size: int | None = None, load: TaskLoader = load_task) -> RunSpec:
     """Check the config, for `world_size` processes instead of the current ones where it is set.
+
+    `load` reads the task that the config names.
 
     Raises UserError that names the place and what to do.
     """
@@ -194,7 +197,7 @@ def resolve_run(config: TrainConfig, world_size: int | None = None) -> RunSpec:
     check_trackers(config.run.trackers)
     _check_micro_batches(config, world_size or ranks.world_size())
     config, objective_class, compressions = resolve_options(config)
-    task = load_task(config.data) if isinstance(config.data, TaskDataConfig) else None
+    task = load(config.data) if isinstance(config.data, TaskDataConfig) else None
     check_best_metric(config, task)
     head: Head = task.kind if task is not None else "mlm" if objective_class.uses_mlm_head else "none"
     tokenizer_path, tokenizer = _load_tokenizer(config)

@@ -72,9 +72,11 @@ def count_values(output_spec: OutputSpec, teacher: ModelDims, tokens: int, head_
 
 
 def decide_cache(
-    spec: RunSpec, output_spec: OutputSpec, teacher_dataset: CorpusDataset | TaskDataset
+    spec: RunSpec, output_spec: OutputSpec, teacher_dataset: CorpusDataset | TaskDataset, scale: float = 1.0
 ) -> tuple[bool, int]:
     """Return whether the run uses a cache, and the bytes of all outputs: 0 where a cache saves nothing.
+
+    There are `scale` times as many examples as in the dataset.
 
     It is used where it is read more than once and not larger than teacher.cache_gb. It is read again where the run
     reads more examples than there are, or where other runs read the same folder.
@@ -87,7 +89,8 @@ def decide_cache(
     assert spec.teacher_dims is not None
     examples, dtype = teacher_dataset.train, getattr(torch, config.dtype or spec.precision)
     values = count_values(output_spec, spec.teacher_dims, examples.tokens, len(examples.labels))
-    return values * dtype.itemsize <= config.cache_gb * 1e9, values * dtype.itemsize
+    size = round(values * dtype.itemsize * scale)
+    return size <= config.cache_gb * 1e9, size
 
 
 class TeacherCache:

@@ -11,6 +11,7 @@ from conftest import World
 from launching import ROOT, run_command
 
 from lad_dist.benchmarks import data, step
+from lad_dist.benchmarks.measured_speed import read_measured_speed
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.load import parse_config
 from lad_dist.config.schema import TaskConfig
@@ -38,11 +39,17 @@ def test_the_command_prints_a_table(world: World, tmp_path: Path, capsys: pytest
         "student.num_hidden_layers=2",
         "data.max_length=32",
         "data.micro_batch_size=4",
+        f"run.dir={tmp_path / 'runs'}",
     ]
     config = tmp_path / "config.toml"
     config.write_text((ROOT / "configs/task/lad.toml").read_text().replace('task = "rte"\n', ""))
     assert run_command("benchmark", "step", str(config), *files, *overrides) == 0
     assert "share of peak" in capsys.readouterr().out
+    speed = read_measured_speed(tmp_path / "runs" / "benchmark.json")
+    assert (speed.device, speed.precision, speed.processes) == ("cpu", "bfloat16", 1)
+    assert 0 < speed.flops_per_process < speed.peak_flops_per_second
+    assert run_command("plan", str(config), *files, *overrides) == 0
+    assert "as measured by lad-dist benchmark step" in capsys.readouterr().out
     assert run_command("benchmark", "stp", str(config)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 

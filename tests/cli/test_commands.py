@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -248,6 +249,9 @@ def test_a_launcher_starts_a_run_of_two_processes(
     results = json.loads((tmp_path / "toy" / "results.json").read_text())
     assert results["processes"] == 2
     assert results["steps"] == 2
+    words = shlex.split(results["command"])  # as typed, and without what the launcher adds
+    assert (words[0], words[-2:]) == (by, [str(file), "run.steps=2"])
+    assert {"--num_gpus", "--nproc-per-node"} & set(words)
     everything = done.stdout + done.stderr
     for line in ("toy step 1/2", f"model in {tmp_path / 'toy' / 'export'}"):
         assert everything.count(line) == 1, everything

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from launching import run_command
 
 from lad_dist.cli import search_costs
-from lad_dist.cli.search_costs import Machine, wall_hours
+from lad_dist.cli.commands.plan import gpu_hours
+from lad_dist.cli.search_costs import Machine, wall_seconds
 from lad_dist.config.load import load_config
 from lad_dist.config.schema import StudentConfig, TaskConfig
 from lad_dist.training import cost_model, run_spec
+from lad_dist.utils.text import byte_size, duration
 
 GPU = ["--gpu", "a100-40"]
 
@@ -73,16 +75,14 @@ def test_gpu_hours_and_wall_time(bases: dict[str, str], tmp_path: Path, capsys: 
     machine = Machine("a100-40", 2, share=0.5, mfu=1e-9)
     spec = run_spec.resolve_run(parse_task(bases["alone"]), 2)
     costs = cost_model.estimate(spec, 2)
-    hours = costs.flops / (19.5e12 * 1e-9) / 3600  # on one GPU: two halves
+    seconds = costs.flops / (19.5e12 * 1e-9)  # on one GPU: two halves
     run = machine.estimate(parse_task(bases["alone"]))
-    assert (run.hours, run.gpu_hours) == (pytest.approx(hours), pytest.approx(hours))
+    assert (run.seconds, run.gpu_hours) == (pytest.approx(seconds), pytest.approx(seconds / 3600))
     output = plan_of(tmp_path, capsys, tables, "--gpus", "8", "--mfu", "1e-9")
     assert " trials 7, and 2 of the best with further seeds " in output
-    assert f" GPU-hours {9 * hours:,.3g} if none is stopped" in output
-    assert f" wall time {4 * hours:,.3g} hours if none is stopped" in output
-    assert (
-        f" disk checkpoints {9 * 3 * costs.checkpoint / 1e9:.3g} GB, exports {9 * costs.export / 1e9:.3g} GB" in output
-    )
+    assert f" GPU-hours {gpu_hours(9 * seconds / 3600)} if none is stopped" in output
+    assert f" wall time {duration(4 * seconds)} if none is stopped" in output
+    assert f" disk checkpoints {byte_size(9 * 3 * costs.checkpoint)}, exports {byte_size(9 * costs.export)} " in output
 
 
 def parse_task(file: str) -> TaskConfig:
@@ -125,10 +125,10 @@ def test_a_grid_is_the_sum_over_all_trials(
     assert estimated == [1, 1]
     machine, config = Machine("a100-40", 1, mfu=1e-9), parse_task(bases["alone"])
     short = config.model_copy(update={"run": config.run.model_copy(update={"steps": 4})})
-    hours = [machine.estimate(each).hours for each in (short, config)]
+    seconds = [machine.estimate(each).seconds for each in (short, config)]
     assert " trials 6 \n at once 6;" in output
-    assert f" GPU-hours {3 * sum(hours):,.3g} if" in output
-    assert f" wall time {max(hours):,.3g} hours if" in output
+    assert f" GPU-hours {gpu_hours(3 * sum(seconds) / 3600)} if" in output
+    assert f" wall time {duration(max(seconds))} if" in output
 
 
 @pytest.mark.parametrize(
@@ -206,10 +206,10 @@ trial_lists = st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_siz
 @given(trials=trial_lists, at_once=st.integers(1, 5), data=st.data())
 def test_wall_time_is_between_the_bounds(trials: list[list[str]], at_once: int, data: st.DataObject) -> None:
     hours = {name: float(data.draw(st.integers(1, 9))) for name in "abcdefgh"}
-    wall = wall_hours(trials, hours, at_once)
+    wall = wall_seconds(trials, hours, at_once)
     distinct = {run for runs in trials for run in runs}
     assert sum(hours[run] for run in distinct) / at_once <= wall
     assert wall <= sum(hours[run] for runs in trials for run in runs)
     assert wall >= max(hours[run] for run in distinct)
-    assert wall_hours(trials, hours, 1) == sum(hours[run] for run in distinct)
-    assert wall_hours(trials[:1], hours, at_once) == sum(hours[run] for run in trials[0])
+    assert wall_seconds(trials, hours, 1) == sum(hours[run] for run in distinct)
+    assert wall_seconds(trials[:1], hours, at_once) == sum(hours[run] for run in trials[0])

@@ -16,6 +16,7 @@ import torch
 import toy
 from conftest import World
 from launching import run_command
+from tokenizers import Tokenizer
 
 from lad_dist.compression import compact, footprint
 from lad_dist.compression.compressed_module import merge_all
@@ -24,6 +25,7 @@ from lad_dist.data.tokenization.loading import load_tokenizer, save_beside_model
 from lad_dist.evaluation import interleaved_timing, latency
 from lad_dist.evaluation.interleaved_timing import Timing
 from lad_dist.evaluation.latency import LatencyRequest
+from lad_dist.evaluation.onnx_export import Session
 from lad_dist.evaluation.prediction import predict
 from lad_dist.models import loading
 from lad_dist.models.dims import count_parameters, encoder_layers
@@ -62,7 +64,9 @@ def results_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_student_and_teacher_in_all_forms(world: World, tmp_path: Path, capsys: Any) -> None:
+def test_student_and_teacher_in_all_forms(
+    world: World, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = complete(world, tmp_path)
     before = results_in(folder)
     options = ("--fp16", "--int8", "--rounds", "2", "--batch", "3,1")
@@ -108,6 +112,18 @@ def test_student_and_teacher_in_all_forms(world: World, tmp_path: Path, capsys: 
     ]
     assert without_onnx["lengths"] == "as asked for"
     assert without_onnx["quality"] == {}
+    monkeypatch.chdir(tmp_path)
+    codes = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for code in codes:
+        exec(code, {})
+    assert len(codes) == 2
+    label, *served = capsys.readouterr().out.splitlines()
+    assert label in toy.LABELS
+    assert [line.split()[-1] in toy.LABELS for line in served] == [True, True]
+    inputs = Tokenizer.from_file(str(export / "tokenizer.json")).encode("ba " * 2000)
+    ids = {"input_ids": inputs.ids, "attention_mask": inputs.attention_mask, "token_type_ids": inputs.type_ids}
+    [logits] = Session(export / "onnx" / "model.onnx")({name: torch.tensor([x]) for name, x in ids.items()})
+    assert logits.shape == (1, 2)
     assert results_in(folder)["student"] == after["student"]
 
 

@@ -29,7 +29,7 @@ def test_the_baseline_is_a_label(tmp_path: Path) -> None:
     assert "| random-20 |" in text
     assert "| random-50 |" not in text
     assert load_comparison(tmp_path, "random-20").test("adapting-50", "rte").pairs == 2
-    assert "Nothing to test: no run has this label" in build_report([tmp_path])  # kd
+    assert "Nothing to compare: no run has this label" in build_report([tmp_path])  # kd
     with pytest.raises(UserError, match='"randon-20" is none of the methods: did you mean "random-20"'):
         load_comparison(tmp_path, "randon-20")
 

@@ -53,10 +53,10 @@ def test_means_deviations_sizes_and_order(tmp_path: Path) -> None:
     assert cells_of(text, "method")[1:3] == ["cola matthews", "rte accuracy"]
     # sd: 0.01 and 0.1 for kd, 0.02 and 0.1 for lad; s.e. of the mean: sqrt(sd²/3 + sd²/3) / 2
     assert cells_of(text, "kd") == [
-        "kd", "0.200 ± 0.100", "0.610 ± 0.010", "0.405 ± 0.029", "14.2 M", "12.3 M", "101"
+        "kd", "0.200 ± 0.100", "0.610 ± 0.010", "0.405 ± 0.029", "14.2M", "12.3M", "101"
     ]  # fmt: skip
     assert cells_of(text, "lad")[1:4] == ["0.400 ± 0.100", "0.630 ± 0.020", "0.515 ± 0.029"]
-    assert cells_of(text, "teacher") == ["teacher", "0.750", "0.750", "0.750", "28 M", "23 M", ""]
+    assert cells_of(text, "teacher") == ["teacher", "0.750", "0.750", "0.750", "28M", "23M", ""]
     first_cells = re.findall(r"^\| (\w+) \|", text.partition("## ")[0], re.MULTILINE)
     assert first_cells == ["method", "teacher", "lad", "kd"]
     assert "mean ± sd over 3 seeds" in text
@@ -87,6 +87,37 @@ def test_over_all_tasks_every_task_counts_alike(tmp_path: Path) -> None:
     scale = math.sqrt((0.01**2 + 0.02**2) / 2), 0.1
     assert small.difference == pytest.approx((0.06 / scale[0] + 0.6 / scale[1]) / 6)
     assert small.pairs == 6
+
+
+def test_one_task_and_one_seed_are_a_short_report(tmp_path: Path) -> None:
+    """No deviation, no test and no mean of one number."""
+    run(tmp_path / "kd", "kd", "rte", 0, 0.625)
+    alone = build_report([tmp_path])
+    run(tmp_path / "lad", "lad", "rte", 0, 0.75)
+    assert alone == (
+        "# 1 method on 1 task\n\nDev sets: one seed.\n\n"
+        "| method | rte accuracy | parameters | FLOPs per token | seconds |\n| --- | ---: | ---: | ---: | ---: |\n"
+        "| teacher | 0.750 | 28M | 23M |  |\n| kd | 0.625 | 14.2M | 12.3M | 100 |\n\n"
+        "## Loyalty to the teacher\n\n| method | rte |\n| --- | ---: |\n| kd | 0.900 |\n\n"
+        "Dev sets: the share of decisions that are the teacher's, right or wrong; of numbers their correlation with "
+        "the teacher's (Pearson).\n"
+    )
+    both = build_report([tmp_path])
+    assert "Dev sets: one seed; best first.\n" in both
+    tested = "## Against kd\n\n| method | rte |\n| --- | ---: |\n| lad | +0.125 |\n\nDifferences of scores of one seed."
+    assert tested in both
+    run(tmp_path / "kd-cola", "kd", "cola", 0, 0.5)
+    assert cells_of(build_report([tmp_path]), "method")[1:4] == ["cola matthews", "rte accuracy", "mean"]
+
+
+def test_one_task_and_several_seeds_have_no_column_of_all_tasks(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for name, score in (("kd", 0.5), ("lad", 0.75)):
+            run(tmp_path / f"{name}-{seed}", name, "rte", seed, score + seed / 100)
+    text = build_report([tmp_path])
+    assert cells_of(text, "method")[1:3] == ["rte accuracy", "mean ± s.e."]
+    assert "All tasks" not in text
+    assert "all tasks" not in text
 
 
 def test_pairs_have_the_same_seed(tmp_path: Path) -> None:
@@ -149,10 +180,10 @@ def test_loyalty_stands_apart(tmp_path: Path) -> None:
 def test_without_a_baseline_the_report_has_a_reason_and_no_test(tmp_path: Path) -> None:
     run(tmp_path / "lad", "lad", "rte", 0, 0.5)
     run(tmp_path / "pkd", "pkd", "rte", 0, 0.5)
-    assert "Nothing to test: no run has this label; give that of another method by --baseline." in build_report(
+    assert "Nothing to compare: no run has this label; give that of another method by --baseline." in build_report(
         [tmp_path]
     )
-    assert "Nothing to test: no other method has runs." in build_report([tmp_path / "lad"], "lad")
+    assert "Against" not in build_report([tmp_path / "lad"], "lad")
 
 
 def test_the_notes_list_teachers_that_differ(tmp_path: Path) -> None:
@@ -280,9 +311,9 @@ def test_the_table_has_bytes_and_latencies_if_runs_have_them(tmp_path: Path) -> 
     run(tmp_path / "lad", "lad", "rte", 0, 0.6)
     text = build_report([tmp_path], out=tmp_path / "out")
     assert cells_of(text, "method")[3:] == ["parameters", "FLOPs per token", "bytes", "ms per sequence", "seconds"]
-    assert cells_of(text, "kd")[5:7] == ["1 M", "15"]
+    assert cells_of(text, "kd")[5:7] == ["1M", "15"]
     assert cells_of(text, "lad")[5:7] == ["-", "-"]
-    assert cells_of(text, "teacher")[5:7] == ["4 M", "30"]
+    assert cells_of(text, "teacher")[5:7] == ["4M", "30"]
     assert (
         "* Milliseconds per sequence are those of one sequence at a time in torch: 128 tokens, x86_64, 1 thread. Q"
         in text
@@ -400,5 +431,5 @@ def test_real_runs(world: World, tmp_path: Path) -> None:
         assert cells_of(text, objective)[1] == f"{results['metrics']['accuracy']:.3f}"
     assert cells_of(text, "teacher")[1] == f"{results['teacher']['accuracy']:.3f}"
     assert cells_of(text, "method")[1] == "dev.jsonl accuracy"
-    assert "no p (1)" in text
+    assert "Differences of scores of one seed." in text
     assert "## Notes" not in text

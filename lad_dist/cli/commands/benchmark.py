@@ -1,6 +1,7 @@
 """The command benchmark."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lad_dist.cli.console import loading_libraries, print_table
 from lad_dist.config.corpus_schema import PrepareConfig
@@ -19,7 +20,8 @@ def benchmark(arguments: Sequence[str]) -> int:
            deepspeed --module lad_dist.cli benchmark step CONFIG [key=value …]   (or torchrun, or srun python -m)
 
     step  a training step of the run that the config describes: real tokens per second, FLOP/s and their share of the
-          matrix-product peak measured in the same run, and where the time goes
+          matrix-product peak measured in the same run, and where the time goes; the speed goes to benchmark.json in
+          run.dir (runs/benchmark.json), where `lad-dist plan` finds it
     data  the first 32 million characters of the sources of a config of prepare: how fast they become token shards,
           against the tokenizer alone and against datasets.map, and how fast these become batches; memory of both,
           also at ten times the text; whether a small student waits for data
@@ -33,9 +35,13 @@ def benchmark(arguments: Sequence[str]) -> int:
     if kind == "step":
         config = load_config(train_schema(read_toml(path)), path, overrides)
         with loading_libraries():
-            from lad_dist.benchmarks import step
+            from lad_dist.benchmarks import measured_speed, step
+            from lad_dist.distributed import ranks
 
-        print_table(f"a step of {config.run.name}", ("", ""), step.measure(config).rows)
+        figures = step.measure(config)
+        print_table(f"a step of {config.run.name}", ("", ""), figures.rows)
+        if ranks.is_main():
+            figures.measured_speed().write(Path(config.run.dir) / measured_speed.FILE)
     else:
         sources = load_config(PrepareConfig, path, overrides)
         with loading_libraries():

@@ -25,7 +25,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.load import first_mistake
 from lad_dist.utils import progress
 from lad_dist.utils.strict_json import parse_json
-from lad_dist.utils.text import gigabytes, one_line
+from lad_dist.utils.text import byte_size, one_line
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -210,7 +210,7 @@ def verify(folder: str | Path) -> int:
         sizes = pool.map(lambda shard: _verify(folder, shard, dtype, manifest["vocabulary"]), shards)
         for done, size in enumerate(sizes, 1):
             bytes_read += size
-            progress.report(f"verifying {folder}", done, len(shards), gigabytes(bytes_read))
+            progress.report(f"verifying {folder}", done, len(shards), byte_size(bytes_read))
     return bytes_read
 
 

@@ -8,6 +8,10 @@ from lad_dist.utils.suggest import did_you_mean
 from lad_dist.utils.text import one_line
 
 
+class Unavailable(UserError):
+    """A data set that is neither on this machine nor to be had."""
+
+
 def load(path: str, config: str | None, split: str, columns: Sequence[str], streaming: bool = False) -> Any:
     """Return the split as `datasets` gives it: iterable over dicts that have `columns`.
 
@@ -18,7 +22,7 @@ def load(path: str, config: str | None, split: str, columns: Sequence[str], stre
     try:
         data = datasets.load_dataset(path, config, split=split, streaming=streaming)
     except Exception as error:  # whatever network, cache and parsers raise: the user gets one line
-        raise UserError(f"{path}: cannot load {config or 'the dataset'}, split {split}: {one_line(error)}") from None
+        raise Unavailable(f"{path}: cannot load {config or 'the dataset'}, split {split}: {one_line(error)}") from None
     if data.column_names is not None:
         for column in columns:
             _require(path, column, data.column_names)

@@ -23,6 +23,7 @@ class GlueTask(NamedTuple):
     metrics: tuple[str, ...]
     header: tuple[str, ...] | None = None  # the columns of .tsv files that do not name them
     dev: tuple[tuple[str, str, str], ...] = (("dev", "dev.tsv", "validation"),)  # name, file, the hub's split
+    num_examples: int = 0  # to train on
     torn_rows: bool = False  # the official file has rows that lack columns; the hub leaves them out too
 
 
@@ -37,16 +38,20 @@ GLUE = {
         ("unacceptable", "acceptable"),
         ("matthews",),
         header=("source", "label", "star", "sentence"),
+        num_examples=8_551,
     ),
-    "sst2": GlueTask("SST-2", SENTENCE, SENTENCE, ("negative", "positive"), ("accuracy",)),
+    "sst2": GlueTask("SST-2", SENTENCE, SENTENCE, ("negative", "positive"), ("accuracy",), num_examples=67_349),
     "mrpc": GlueTask(
         "MRPC",
         ColumnNames("#1 String", "#2 String", "Quality"),
         SENTENCES,
         ("not_equivalent", "equivalent"),
         ("accuracy", "f1"),
+        num_examples=3_668,
     ),
-    "stsb": GlueTask("STS-B", SENTENCES._replace(label="score"), SENTENCES, (), ("pearson", "spearman")),
+    "stsb": GlueTask(
+        "STS-B", SENTENCES._replace(label="score"), SENTENCES, (), ("pearson", "spearman"), num_examples=5_749
+    ),
     "qqp": GlueTask(
         "QQP",
         ColumnNames("question1", "question2", "is_duplicate"),
@@ -54,6 +59,7 @@ GLUE = {
         ("not_duplicate", "duplicate"),
         ("accuracy", "f1"),
         torn_rows=True,
+        num_examples=363_846,
     ),
     "mnli": GlueTask(
         "MNLI",
@@ -65,6 +71,7 @@ GLUE = {
             ("dev", "dev_matched.tsv", "validation_matched"),
             ("dev_mismatched", "dev_mismatched.tsv", "validation_mismatched"),
         ),
+        num_examples=392_702,
     ),
     "qnli": GlueTask(
         "QNLI",
@@ -72,9 +79,10 @@ GLUE = {
         ColumnNames("question", "sentence", "label"),
         ENTAILED,
         ("accuracy",),
+        num_examples=104_743,
     ),
-    "rte": GlueTask("RTE", SENTENCES, SENTENCES, ENTAILED, ("accuracy",)),
-    "wnli": GlueTask("WNLI", SENTENCES, SENTENCES, ("not_entailment", "entailment"), ("accuracy",)),
+    "rte": GlueTask("RTE", SENTENCES, SENTENCES, ENTAILED, ("accuracy",), num_examples=2_490),
+    "wnli": GlueTask("WNLI", SENTENCES, SENTENCES, ("not_entailment", "entailment"), ("accuracy",), num_examples=635),
 }
 
 
