@@ -148,9 +148,10 @@ def test_the_time_of_a_task_by_hand(world: World, tmp_path: Path) -> None:
 
 
 def test_a_task_that_is_not_here_has_examples_of_the_greatest_length(
-    world: World, config: Path, capsys: pytest.CaptureFixture[str]
+    world: World, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SST-2's 67,349 examples of 16 tokens, 32 of them in a step, on the hub alone."""
+    monkeypatch.setattr("lad_dist.data.tasks.task.SAMPLE_WORD", toy.WORDS[0])
     teacher = shutil.copytree(world.teacher, config.parent / "teacher")
     names = (teacher / "config.json").read_text().replace('"no"', '"negative"').replace('"yes"', '"positive"')
     (teacher / "config.json").write_text(names)
@@ -205,10 +206,7 @@ def test_the_speed_of_this_machine(
 def overrides(world: World) -> list[str]:
     """Return the overrides that make configs/task/lad.toml a toy."""
     files = [f"data.{key}={path}" for key, path in world.files.items()]
-    teacher = shutil.copytree(world.teacher, config.parent / "teacher")
-    names = (teacher / "config.json").read_text().replace('"no"', '"negative"').replace('"yes"', '"positive"')
-    (teacher / "config.json").write_text(names)
-    places = [f"teacher.path={teacher}", f"student.path={world.pretrained}", "student.num_hidden_layers=2"]
+    places = [f"teacher.path={world.teacher}", f"student.path={world.pretrained}", "student.num_hidden_layers=2"]
     return [*files, *places, "data.max_length=32"]
 
 

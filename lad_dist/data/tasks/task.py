@@ -31,6 +31,7 @@ from lad_dist.data.tasks.unlabelled import load_unlabelled, unlabelled_reader, w
 from lad_dist.utils.suggest import MAX_LISTED
 
 Kind = Literal["classification", "multilabel", "regression", "tagging", "question_answering"]
+SAMPLE_WORD = "the"  # stands for each word of a text that is not here
 ENTITY_TAGS = re.compile(r"O|[BIMELSU](-.+)?")  # BIO (IOB1, IOB2), IOBES and BILOU
 
 
@@ -106,7 +107,7 @@ def longest_examples(data: TaskDataConfig, count: int) -> Task:
     """Return a GLUE task with `count` texts of max_length tokens or more, in place of a data set that is not here."""
     assert data.task is not None
     task = GLUE[data.task]
-    texts = [" ".join(["the"] * data.max_length)] * count
+    texts = [" ".join([SAMPLE_WORD] * data.max_length)] * count
     labels = np.arange(count) % 2
     examples = Texts(texts, None, labels if task.label_names else labels.astype(np.float32))
     return Task(
