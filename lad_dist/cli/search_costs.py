@@ -97,7 +97,7 @@ class Machine:
             raise UserError(
                 f"--gpu {self.gpu}: has no bf16; add deepspeed.bf16.enabled=false deepspeed.fp16.enabled=true"
             )
-        origin = "as set" if self.mfu else "assumed: --mfu sets another"
+        origin = "as set" if self.mfu else "assumed: small micro-batches reach less, --mfu sets another"
         mfu = self.mfu or ASSUMED_MFU
         return device.peak(precision) * mfu, f"an MFU of {mfu:g}, {origin}"
 

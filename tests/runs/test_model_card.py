@@ -140,8 +140,8 @@ def test_the_hub_reads_the_header() -> None:
 
 def scores_of(data: dict[str, Any], **tables: Any) -> set[tuple[str, str, str | None, str | None, float]]:
     """Return (type, data set, configuration, split, value) of the scores in a header."""
-    found = ModelCard(f"---\n{header(results(data, **tables))}\n---\n").data.eval_results or []
-    return {(x.metric_type, x.dataset_type, x.dataset_config, x.dataset_split, x.metric_value) for x in found}
+    scores = ModelCard(f"---\n{header(results(data, **tables))}\n---\n").data.eval_results or []
+    return {(x.metric_type, x.dataset_type, x.dataset_config, x.dataset_split, x.metric_value) for x in scores}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_an_export_is_as_readable_as_the_umask_allows(world: World, tmp_path: Pa
     assert set(modes.values()) == {mode}
 
 
-def test_a_run_says_what_its_card_names(world: World, tmp_path: Path) -> None:
+def test_the_results_of_a_run_are_what_the_card_names(world: World, tmp_path: Path) -> None:
     teacher = shutil.copytree(world.teacher, tmp_path / "teacher")
     (teacher / "README.md").write_text("---\nbase_model: org/base\n---\n")
     result = train(lad(world, tmp_path, {"run.steps": 1, "teacher.path": str(teacher)}))
