@@ -22,9 +22,8 @@ from lad_dist.utils.atomic_io import write_text
 DPI = 120
 SHADES = ListedColormap(colormaps["Blues"](np.linspace(0, 0.55, 256)))  # on which black text is readable
 LEGEND_COLUMNS = 3
-WIDE = (
-    10.0  # largest over smallest value, from which on the ticks of a logarithmic axis are powers, and 2 and 5 of each
-)
+# Largest over smallest value, from which on ticks of a logarithmic axis are powers of ten, twice and five times these.
+WIDE = 10.0
 VERY_WIDE = 100.0  # from which on they are powers alone
 NOT_TERMS = {"step", "loss", "tokens_per_second", "grad_norm"}
 
