@@ -78,6 +78,8 @@ def fit_temperature(logits: Logits, labels: Labels) -> float:
     """
     from scipy.optimize import minimize_scalar  # noqa: PLC0415 (seconds)
 
+    if (logits.argmax(axis=1) == labels).all():
+        return TEMPERATURES[0]  # the smaller, the better, up to rounding
     # The likelihood is concave in 1 / T, so it has one maximum in log T too.
     limits = tuple(np.log(TEMPERATURES))
     fitted = minimize_scalar(lambda x: mean_loss(logits / np.exp(x), labels), bounds=limits, method="bounded")

@@ -105,8 +105,10 @@ def predict_file(config: PredictConfig) -> FileScore:
         raise UserError(f"{out}: exists; remove it, or write to another file")
     check_writable("out", out.parent)
     predictor = open_predictor(config.model)
-    score = FileScore()
-    records = _records(predictor, config, score)
+    check_temperature(predictor, config.temperature)
+    labels, data = _labels(predictor, config.labels), _data_config(config, predictor)
+    chunks, score = KINDS[predictor.kind][0](config, file), FileScore()
+    records = _records(predictor, chunks, labels, data, config, score)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = temporary_path(out)
     try:
@@ -123,6 +125,8 @@ def _labels(predictor: Predictor, names: Sequence[str] | None) -> Sequence[str]:
     """Return the names of the model's outputs: the user's, where given."""
     if names is None or predictor.kind not in ("classification", "multilabel", "tagging"):
         return predictor.labels
+    if len(set(names)) < len(names):
+        raise UserError(f"labels: {', '.join(names)}: one name occurs twice")
     if len(names) != len(predictor.labels):
         own = ", ".join(predictor.labels)
         raise UserError(f"labels: {len(names)} names, but {predictor.path} has {len(predictor.labels)} outputs ({own})")
@@ -138,11 +142,16 @@ def _data_config(config: PredictConfig, predictor: Predictor) -> EvaluateDataCon
     return EvaluateDataConfig.model_validate(values)
 
 
+def _chunk_rows(config: PredictConfig) -> int:
+    """Return the examples that are in memory at a time: whole batches."""
+    return max(1, CHUNK_ROWS // config.batch_size) * config.batch_size
+
+
 def _text_chunks(config: PredictConfig, file: Path) -> Iterator[Chunk]:
     required = [name for name in (config.text, config.text_pair, config.label) if name is not None]
     optional = [name for name, given in ((PAIR, config.text_pair), (LABEL, config.label)) if given is None]
     try:
-        names, chunks = stream_columns(file, required, optional, CHUNK_ROWS)
+        names, chunks = stream_columns(file, required, optional, _chunk_rows(config))
     except MissingColumn as error:
         raise UserError(f"{error}; text=, text_pair= and label= name the columns") from None
     pair, label = config.text_pair or PAIR, config.label or LABEL
@@ -157,7 +166,7 @@ def _text_chunks(config: PredictConfig, file: Path) -> Iterator[Chunk]:
 
 def _sentence_chunks(config: PredictConfig, file: Path) -> Iterator[Chunk]:
     sentences = reader_of(file, tagging.READERS)(file, labelled=False)
-    return (_sentence_chunk(list(chunk)) for chunk in _batched(sentences, CHUNK_ROWS, file, "sentences"))
+    return (_sentence_chunk(list(chunk)) for chunk in _batched(sentences, _chunk_rows(config), file, "sentences"))
 
 
 def _sentence_chunk(sentences: Sequence[tagging.TaggedSentence]) -> Chunk:
@@ -171,7 +180,7 @@ def _question_chunks(config: PredictConfig, file: Path) -> Iterator[Chunk]:
     labelled = any(questions.answers)
     may_lack = config.null_score_diff_threshold is not None or (labelled and not all(questions.answers))
     rows = zip(questions.questions, questions.contexts, questions.answers, strict=True)
-    for chunk in _batched(rows, CHUNK_ROWS, file, "questions"):
+    for chunk in _batched(rows, _chunk_rows(config), file, "questions"):
         texts, contexts, answers = map(list, zip(*chunk, strict=True))
         raw = Questions(texts, contexts, answers, may_lack)
         yield Chunk(raw, answers if labelled else [None] * len(texts))
@@ -186,14 +195,17 @@ def _batched(items: Iterable[Any], size: int, file: Path, name: str) -> Iterator
         raise UserError(f"{file}: no {name}")
 
 
-def _records(predictor: Predictor, config: PredictConfig, score: FileScore) -> Iterator[Record]:
+def _records(
+    predictor: Predictor,
+    chunks: Iterator[Chunk],
+    labels: Sequence[str],
+    data: EvaluateDataConfig,
+    config: PredictConfig,
+    score: FileScore,
+) -> Iterator[Record]:
     """Yield what is written of each example, and count the predictions in `score`."""
-    file, total = Path(config.file), 0
-    check_temperature(predictor, config.temperature)
-    labels, data = _labels(predictor, config.labels), _data_config(config, predictor)
-    read, records_of = KINDS[predictor.kind]
-    for chunk in read(config, file):
-        total = total or count_lines(file)
+    total, records_of = count_lines(Path(config.file)), KINDS[predictor.kind][1]
+    for chunk in chunks:
         examples = encode_chunk(predictor, chunk.raw, data, labels)
         if not score.examples:
             examples.refuse_unknown(predictor.tokenizer)

@@ -13,7 +13,6 @@ from lad_dist.data.tasks import multilabel
 from lad_dist.data.tasks.examples import Logits, TaskExamples, encode
 from lad_dist.data.tasks.files import Texts
 from lad_dist.data.tasks.task import RawExamples, Task
-from lad_dist.distributed import processes
 from lad_dist.evaluation.predictor import Predictor, open_predictor
 from lad_dist.models.heads import FIXED_OUTPUTS
 from lad_dist.utils import progress
@@ -102,10 +101,8 @@ def encode_chunk(
 
 def chunk_logits(predictor: Predictor, examples: TaskExamples[Any], batch_size: int) -> Logits:
     """Return the logits [R, V] of examples. Raise UserError where they are not finite."""
-    device = processes.device()
-    logits = np.concatenate(
-        [predictor(batch().to(device)).cpu().numpy() for batch in examples.in_order(batch_size)]
-    ).astype(np.float64)
+    batches = [predictor(batch()).cpu().numpy() for batch in examples.in_order(batch_size)]
+    logits = np.concatenate(batches).astype(np.float64)
     if not np.isfinite(logits).all():
         raise UserError(f"{predictor.path}: broken, as logits are not finite")
     return logits
@@ -140,4 +137,4 @@ def check_temperature(predictor: Predictor, temperature: float) -> None:
     """Raise UserError for a temperature of a model whose outputs are no distribution over labels."""
     if temperature != 1 and predictor.kind not in ("classification", "tagging"):
         kind = predictor.kind.replace("_", " ")
-        raise UserError(f"temperature: {predictor.path} is for {kind}, which has no temperature")
+        raise UserError(f"temperature: calibrates the probabilities of labels; {predictor.path} is for {kind}")
