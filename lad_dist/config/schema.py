@@ -46,9 +46,7 @@ class RunConfig(ConfigTable):
     seed: int = Field(0, ge=0, description="the only source of randomness: order, masks, dropout, new weights")
     steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
     epochs: PositiveFloat | None = Field(None, description="passes over the training data; give this or steps")
-    trackers: list[Literal["wandb", "mlflow"]] = Field(
-        [], description="experiment trackers that get all rows as well: pip install lad_dist[trackers]"
-    )
+    trackers: list[Literal["wandb", "mlflow"]] = Field([], description="experiment trackers that get all rows as well")
     log_every: PositiveInt = Field(10, description="steps between reports")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
     best_metric: str | None = Field(
@@ -275,8 +273,7 @@ class TaskDataConfig(DataConfig):
     class_weights: Literal["balanced"] | list[PositiveFloat] | None = Field(
         None,
         description="what an example counts in the loss against the labels, by label in the order of labels; balanced: "
-        "all labels together count equally; for multilabel what a label counts where an example has it (pos_weight); "
-        "balanced: as much as where examples lack it; default: 1",
+        "all labels together count equally; for multilabel what each label counts where an example has it; default: 1",
     )
     doc_stride: PositiveInt | None = Field(
         None, description="tokens that neighbouring windows of a question's context share; default: max_length / 3"
