@@ -153,7 +153,7 @@ def _read_task(data: TaskDataConfig) -> Task:
 def _own_files(data: TaskDataConfig) -> list[Path]:
     """Return the files, or the names of the splits, to train on, for dev, and for the test where there is one.
 
-    An evaluation without a training set has the dev set in its place, which nothing reads.
+    An evaluation without a training set has the dev set in its place, on which nothing trains.
     """
     return [Path(name) for name in (data.train or data.dev, data.dev, data.test) if name is not None]
 
