@@ -149,14 +149,23 @@ def convert_to_fp16(file: Path, out: Path) -> None:
     import onnx  # noqa: PLC0415 (an extra)
     from onnxruntime.transformers import float16  # noqa: PLC0415 (an extra)
 
-    model = onnx.load(str(file))
-    whole_numbers = _nodes_of_whole_numbers(model.graph)
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(file)))
+    graph = model.graph
+    names = _nodes_of_whole_numbers(graph)
+    # Values between these nodes would be cast to fp16 and back, were their types known.
+    between = {value for node in graph.node if node.name in names for value in node.output}
+    between -= {value for node in graph.node if node.name not in names for value in node.input}
+    typed = [value for value in graph.value_info if value.name not in between]
+    del graph.value_info[:]
+    graph.value_info.extend(typed)
     with _quiet():
-        model = float16.convert_float_to_float16(model, keep_io_types=True, node_block_list=whole_numbers)
+        model = float16.convert_float_to_float16(
+            model, keep_io_types=True, disable_shape_infer=True, node_block_list=sorted(names)
+        )
     onnx.save(model, str(out))
 
 
-def _nodes_of_whole_numbers(graph: Any) -> list[str]:
+def _nodes_of_whole_numbers(graph: Any) -> set[str]:
     """Return the names of the nodes of a graph on which a cast to whole numbers depends."""
     from onnx import TensorProto  # noqa: PLC0415 (an extra)
 
@@ -172,7 +181,7 @@ def _nodes_of_whole_numbers(graph: Any) -> list[str]:
         if node.name not in names:
             names.add(node.name)
             pending += [producers[name] for name in node.input if name in producers]
-    return sorted(names)
+    return names
 
 
 def quantize(file: Path, out: Path) -> None:

@@ -226,7 +226,7 @@ def data_gone(folder: Path) -> None:
         ),
         (lambda _: None, ("--batch", "1,"), "latency: argument --batch: '1,': whole numbers from 1 on"),
         (lambda _: None, ("--length", "1,9"), "latency: argument --length: '1,9': whole numbers from 2 on"),
-        (lambda _: None, ("--length", "16,9999"), "export has positions for 64 tokens"),
+        (lambda _: None, ("--length", "16,9999"), "teacher has positions for 64 tokens"),
         (lambda _: None, ("--int4",), "latency: unrecognized arguments: --int4; see lad-dist latency --help"),
     ],
 )

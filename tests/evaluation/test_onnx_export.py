@@ -125,9 +125,10 @@ def test_a_folder_in_all_forms_is_near_the_model(world: World, exported: Path) -
         name: onnx_export.distance(model, onnx_export.Session(exported / name))
         for name in ("model.onnx", "model.fp16.onnx", "model.int8.onnx")
     }
-    bound = max(1.0, largest["model.onnx"].largest_output) * onnx_export.MAX_FP16_DISTANCE
-    assert largest["model.onnx"].largest < onnx_export.MAX_DISTANCE < largest["model.fp16.onnx"].largest < bound
-    assert largest["model.int8.onnx"].largest < 0.3
+    bounds = {"model.onnx": 1e-4, "model.fp16.onnx": onnx_export.MAX_FP16_DISTANCE, "model.int8.onnx": 0.3}
+    shares = {name: gap.largest / gap.largest_output for name, gap in largest.items()}
+    assert all(shares[name] < bound for name, bound in bounds.items()), shares
+    assert shares["model.onnx"] < shares["model.fp16.onnx"] < shares["model.int8.onnx"]
     stored = [w.data_type for w in load(str(exported / "model.fp16.onnx")).graph.initializer if len(w.dims) == 2]
     assert set(stored) == {TensorProto.FLOAT16}
 
@@ -135,7 +136,8 @@ def test_a_folder_in_all_forms_is_near_the_model(world: World, exported: Path) -
 def test_tokenizer_and_config_are_beside_the_files(world: World, exported: Path) -> None:
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= {file.name for file in exported.iterdir()}
     text = toy.sentence(0)
-    assert AutoTokenizer.from_pretrained(exported)(text) == AutoTokenizer.from_pretrained(world.teacher)(text)
+    ids = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (exported, world.teacher)]
+    assert ids[0] == ids[1]
     assert json.loads((exported / "tokenizer.json").read_text())["truncation"]["max_length"] == 64
     assert json.loads((exported / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
     assert not list(exported.glob("*.draft"))
@@ -159,7 +161,7 @@ def test_what_becomes_a_whole_number_stays_in_fp32(tmp_path: Path) -> None:
         helper.make_node("Log", ["numbers"], ["logarithms"], "logarithms"),
         helper.make_node("Mul", ["logarithms", "factor"], ["scaled"], "scaled"),
         helper.make_node("Cast", ["scaled"], ["buckets"], "buckets", to=TensorProto.INT64),
-        helper.make_node("Mul", ["numbers", "factor"], ["products"], "products"),
+        helper.make_node("Mul", ["numbers", "slope"], ["products"], "products"),
     ]
     graph = helper.make_graph(
         nodes,
@@ -169,7 +171,7 @@ def test_what_becomes_a_whole_number_stays_in_fp32(tmp_path: Path) -> None:
             helper.make_tensor_value_info("buckets", TensorProto.INT64, ["n"]),
             helper.make_tensor_value_info("products", TensorProto.FLOAT, ["n"]),
         ],
-        [helper.make_tensor("factor", TensorProto.FLOAT, [], [100 / math.pi])],
+        [helper.make_tensor(name, TensorProto.FLOAT, [], [100 / math.pi]) for name in ("factor", "slope")],
     )
     file, half = tmp_path / "model.onnx", tmp_path / "model.fp16.onnx"
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(file))

@@ -60,7 +60,7 @@ def test_a_temperature_changes_probabilities_alone(export: Path, predictions: li
         assert warm.label == cold.label
 
 
-def test_an_onnx_file_is_read_beside_its_config(export: Path, predictions: list[Prediction], tmp_path: Path) -> None:
+def test_an_onnx_file_is_read_beside_the_config(export: Path, predictions: list[Prediction], tmp_path: Path) -> None:
     """Not in a folder `onnx` below it, but with it; and not without it."""
     (tmp_path / "model.onnx").write_bytes((export / FORMS["onnx"]).read_bytes())
     with pytest.raises(UserError, match=r"model\.onnx: no config\.json beside it; copy config\.json and tokenizer"):
@@ -152,7 +152,7 @@ def test_labels_count_as_far_as_the_model_knows_them(
     assert (
         printed[-2:]
         == [
-            "10 labels of the file are none of the model's and do not count; labels= renames its own",
+            "10 labels of the file are none of the model's and do not count; labels= renames those",
             f"{out}: 200 predictions; accuracy 0.875 over 160 labels",
         ]
         or cut
