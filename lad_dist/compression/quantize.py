@@ -5,8 +5,8 @@
     QuantizedEmbedding   that of an embedding: it rounds its table
     Quantize             the compression
 
-Rounding is that of `onnxruntime.quantization.quantize_dynamic`, as `evaluation/onnx_export.py` calls it: what a student
-scores in training is what its int8 file scores.
+Rounding is that of `onnxruntime.quantization.quantize_dynamic`, as `evaluation/onnx_export.py` calls it: a student
+scores in training what its int8 file scores.
 
     weight of a linear map   whole multiples of max |w| / 64 of its row, from -64 to 64 of them: 7 bits, zero is exact
     embeddings               256 steps from the least to the greatest number of the whole table, zero is one of them
@@ -16,8 +16,9 @@ Backwards, rounding is the identity (straight-through estimator, Bengio et al., 
 weights and of the micro-batch, so a checkpoint holds nothing of them. Rounding is computed in fp32, whatever the
 precision of the training. What is between linear maps, such as attention's scores, the file does not round either.
 
-One difference stays: the range of an input depends on what else is in the batch. A served batch is another one, and its
-padding counts.
+Two differences stay. The range of an input depends on what else is in the batch: a served batch is another one, and its
+padding counts. And where two programs add up in another order, a number half-way between two values may go to the other
+one: in a deep model such steps spread, so that single outputs differ, though less than by int8 itself.
 
 O rows and I columns of a weight, V words, D width.
 """

@@ -320,6 +320,7 @@ def test_a_run_that_stopped_half_way_ends_as_one_that_did_not(
 STATES: dict[str, dict[str, Any]] = {
     "emd": {"objective": {"name": "emd", "hidden": 1.0, "attention": 1.0}},
     "heads": {"compression": [{"name": "heads", "heads": 0.5, "units": 0.3, "end": 0.7, "update_every": 2}]},
+    "quantize": {"compression": [{"name": "quantize", "begin": 0.6}]},
     "theseus": {"student.path": "{teacher}", "compression": [{"name": "theseus", "end": 1.0}]},  # not under ZeRO-3
 }
 COVERING_STATES = [
@@ -327,6 +328,7 @@ COVERING_STATES = [
     ("emd", "fp32-zero3"),
     ("heads", "fp32-zero0"),
     ("heads", "fp32-zero3"),
+    ("quantize", "fp32-zero3"),
     ("theseus", "fp32-zero1"),
 ]
 ALL_STATES = [pair for pair in itertools.product(STATES, PRECISIONS) if pair != ("theseus", "fp32-zero3")]
