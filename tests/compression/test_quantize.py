@@ -89,6 +89,13 @@ def test_a_rounded_table_stays_as_it_is() -> None:
         _assert_codes_of_onnxruntime(merged)
 
 
+def test_a_table_that_is_not_finite_stays_so() -> None:
+    module = QuantizedEmbedding(nn.Embedding(5, 3))
+    for number in (torch.nan, torch.inf):
+        module.weight.data[2, 1] = number
+        assert not module.merge().weight.isfinite().all()
+
+
 def test_inputs_are_rounded_as_dynamic_quantize_linear_does() -> None:
     for seed in range(8):
         torch.manual_seed(seed)
