@@ -156,7 +156,7 @@ def test_without_a_training_set_the_model_names_the_labels(world: World, tmp_pat
     unnamed = toy.model(tmp_path / "unnamed", world.tokenizer, "classification", ("LABEL_0", "LABEL_1"))
     tables = {"model": {"path": str(unnamed)}, "data": dev}
     message = (
-        rf'{world.files["dev"]}:1: label "\w+" is unknown: the model calls the outputs LABEL_0, LABEL_1; '
+        rf'{world.files["dev"]}:1: label "\w+" is unknown: the outputs of the model are LABEL_0, LABEL_1; '
         "give data.labels, the labels in their order"
     )
     with pytest.raises(UserError, match=message):

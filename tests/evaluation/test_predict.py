@@ -152,7 +152,7 @@ def test_labels_count_as_far_as_the_model_knows_them(
     assert (
         printed[-2:]
         == [
-            "10 labels of the file are none of the model's and do not count; labels= renames those",
+            "10 labels of the file are none of the model's and do not count; labels= renames outputs",
             f"{out}: 200 predictions; accuracy 0.875 over 160 labels",
         ]
         or cut
@@ -247,6 +247,10 @@ def test_numbers_of_a_regression(world: World, tmp_path: Path) -> None:
     score = write({"model": model / "model.onnx", "file": file, "out": tmp_path / "out.csv", "text": "utterance"})
     assert [float(row["score"]) for row in read(tmp_path / "out.csv")] == pytest.approx(numbers, abs=1e-4)
     assert score.metrics == {"mean_squared_error": pytest.approx(0.25, abs=1e-3)}
+    places = {"model": str(model), "file": str(file), "out": str(tmp_path / "warm.csv"), "text": "utterance"}
+    with pytest.raises(UserError, match=r"^temperature: calibrates the probabilities of labels; .* predicts none$"):
+        predict_file.predict_file(PredictConfig.model_validate({**places, "temperature": 2.0}))
+    assert not (tmp_path / "warm.csv").exists()
 
 
 def test_tags_of_words(world: World, tmp_path: Path) -> None:
@@ -256,6 +260,8 @@ def test_tags_of_words(world: World, tmp_path: Path) -> None:
     (tmp_path / "tagged.conll").write_text("\n\n".join(lines))
     (tmp_path / "words.conll").write_text("\n\n".join("\n".join(words) for words, _ in sentences))
     (tmp_path / "words.jsonl").write_text("".join(json.dumps({"tokens": words}) + "\n" for words, _ in sentences))
+    with pytest.raises(UserError, match="a model for tagging does not classify texts"):
+        predict(model, ["ba"])
     written = []
     for form in (model, model / "model.onnx"):
         for name in ("tagged.conll", "words.conll", "words.jsonl"):

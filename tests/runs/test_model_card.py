@@ -274,7 +274,7 @@ def test_an_export_is_uploaded_with_a_card_that_names_the_repository(
     ]
     text = (run / "export" / "README.md").read_text()
     assert 'model="me/small"' in text
-    assert 'folder = snapshot_download("me/small")' in text
+    assert 'Path(snapshot_download("me/small"), "onnx")' in text
     assert run_command("push", str(run), "me/small", "--public") == 0
     assert recorder.calls[2][2]["private"] is False
 

@@ -49,8 +49,8 @@ def temperature_remark(name: str, value: float, limits: tuple[float, float]) -> 
     if not limits[0] * 1.01 < value < limits[1] / 1.01:
         return f"{name}: no temperature calibrates it: all decisions are right, or they are no better than chance"
     return (
-        f"{name}: temperature {value:.4g} fits the whole dev set; the row of that name scores each half with "
-        f"the temperature that fits the other half; lad-dist predict … temperature={value:.4g} applies it"
+        f"{name}: temperature {value:.4g} fits the whole dev set; the table scores each half of the dev set with the "
+        f"temperature that fits the other half; lad-dist predict … temperature={value:.4g} applies it"
     )
 
 

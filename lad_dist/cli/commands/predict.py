@@ -48,7 +48,7 @@ def predict(arguments: Sequence[str]) -> int:
     if score.cut:
         say(f"{score.cut:,} of {score.examples:,} texts were cut; max_length=N reads more of them")
     if score.unknown:
-        say(f"{score.unknown:,} labels of the file are none of the model's and do not count; labels= renames those")
+        say(f"{score.unknown:,} labels of the file are none of the model's and do not count; labels= renames outputs")
     metrics = ", ".join(f"{name.replace('_', ' ')} {plain_number(value)}" for name, value in score.metrics.items())
     scored = f"; {metrics} over {score.labelled:,} labels" if metrics else ""
     say(f"{config.out}: {score.examples:,} predictions{scored}")

@@ -37,7 +37,7 @@ def class_id(ids: Mapping[str, int], label: Any) -> int:
     if name not in ids:
         advice = did_you_mean(name, ids)
         if all(map(DEFAULT_NAME.fullmatch, ids)):
-            advice = f"the model calls the outputs {', '.join(ids)}; give data.labels, the labels in their order"
+            advice = f"the outputs of the model are {', '.join(ids)}; give data.labels, the labels in their order"
         raise ValueError(f'label "{name}" is unknown: {advice}')
     return ids[name]
 
