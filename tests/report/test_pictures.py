@@ -100,7 +100,7 @@ def test_the_axes_of_costs_have_units(tmp_path: Path) -> None:
     figure = pareto.figure(load_comparison(tmp_path))
     assert figure is not None
     drawn(figure)
-    for axes, unit in zip(figure.axes, ("ms", "MB"), strict=True):
+    for axes, unit in zip(figure.axes, ("ms", "[kM]B"), strict=True):
         texts = [label.get_text() for label in axes.get_xticklabels(which="both")]
         assert any(texts)
         assert all(re.fullmatch(rf"[\d.,]+ {unit}", text) for text in texts if text)
