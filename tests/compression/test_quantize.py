@@ -310,7 +310,9 @@ def test_a_forward_is_that_of_the_int8_file(family: str, compressions: list[dict
     trained = InferenceModel(model)
     distances, changes = [], []
     for seed in range(12):
-        inputs = onnx_export.example_inputs(plain, [12, 5, 1, 9][seed % 4 :], seed)
+        # Padding outside ModernBERT's window attends to nothing, where the two compute different numbers.
+        lengths = [9, 9, 9] if family == "modernbert" else [12, 5, 1, 9][seed % 4 :]
+        inputs = onnx_export.example_inputs(plain, lengths, seed)
         with torch.no_grad():
             expected = trained(**inputs)[0].numpy()
             changes.append(np.abs(plain(**inputs)[0].numpy() - expected).max())
@@ -324,16 +326,16 @@ def assert_codes_of_the_file(model: nn.Module, file: Path) -> None:
     from onnx import numpy_helper
 
     arrays = [numpy_helper.to_array(tensor) for tensor in onnx.load(str(file)).graph.initializer]
-    stored = sorted(array.tobytes() for array in arrays if array.ndim == 2 and array.dtype in (np.int8, np.uint8))
-    expected = []
+    stored = {array.tobytes() for array in arrays if array.ndim == 2 and array.dtype in (np.int8, np.uint8)}
+    expected = set()
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             weight = compressed_module.as_plain(module, compressed_module.MERGED).weight.detach()  # type: ignore
-            expected.append(Grid.of_weight(weight).codes(weight).T.numpy().astype(np.int8).tobytes())
+            expected.add(Grid.of_weight(weight).codes(weight).T.numpy().astype(np.int8).tobytes())
         elif isinstance(module, QuantizedEmbedding):
             grid = Grid.of_table(module.weight)
-            expected.append((grid.codes(module.weight.detach()) - grid.low).numpy().astype(np.uint8).tobytes())
-    assert stored == sorted(expected)
+            expected.add((grid.codes(module.weight.detach()) - grid.low).numpy().astype(np.uint8).tobytes())
+    assert stored == expected  # ALBERT has one weight in many layers
 
 
 def test_the_int8_file_scores_what_training_says(world: World, tmp_path: Path) -> None:
