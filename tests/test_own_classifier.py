@@ -67,6 +67,7 @@ def test_three_commands_make_a_served_student(
     assert run_command(*distil) == 2
     assert f"set data.labels = {json.dumps(list(INTENTS))};" in capsys.readouterr().err
     assert run_command(*distil, f"data.labels={json.dumps(list(INTENTS))}") == 0
+    assert "new head" not in capsys.readouterr().err
     results = json.loads(Path("runs/small/results.json").read_text())
     majority = sum(intent == "weather" for _, intent in utterances(2, 200)) / 200
     assert results["test"]["teacher"]["accuracy"] > 0.9

@@ -40,6 +40,8 @@ class EvaluateConfig(ConfigTable):
             raise ValueError("data.test is scored by trainings; give the file as data.dev")
         if self.data.class_weights is not None:
             raise ValueError("data.class_weights are for trainings; remove them")
+        if self.data.unlabelled is not None:
+            raise ValueError("data.unlabelled is for trainings; remove it")
         return self
 
 

@@ -120,7 +120,18 @@ def head_of(config: PreTrainedConfig) -> Head:
 def _same_outputs(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
     names = label_names(config)
     same_names = len(names) == len(labels) and (head in FIXED_OUTPUTS or names == tuple(labels))
-    return same_names and not _has_other_problem(config, head)
+    are_unnamed = bool(config.architectures) and names_outputs_by_default(config, head, labels)
+    return (same_names or are_unnamed) and not _has_other_problem(config, head)
+
+
+def names_outputs_by_default(config: PreTrainedConfig, head: Head, labels: Sequence[str]) -> bool:
+    """Return whether a head has transformers' default names, LABEL_0, LABEL_1, …, which stand for the labels in order.
+
+    There are as many of them as labels.
+    """
+    names = label_names(config)
+    is_default = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return head not in FIXED_OUTPUTS and len(names) == len(labels) and is_default
 
 
 def _order_by_name(names: Sequence[str], labels: Sequence[str]) -> list[int] | None:
@@ -165,7 +176,7 @@ def label_order(
     order = None if head in FIXED_OUTPUTS else _order_by_name(names, labels)
     if order is not None:
         return None if order == sorted(order) else order
-    if head in FIXED_OUTPUTS or all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+    if head in FIXED_OUTPUTS or names_outputs_by_default(config, head, labels):
         return None
     if not fixed_order:
         raise UserError(

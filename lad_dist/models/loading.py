@@ -19,7 +19,7 @@ from lad_dist.core.batch import Head
 from lad_dist.models import families
 from lad_dist.models.attention import ATTENTION_NAME
 from lad_dist.models.dims import encoder_layers
-from lad_dist.models.heads import MODEL_CLASSES, declares_head, set_labels, set_problem_type
+from lad_dist.models.heads import MODEL_CLASSES, declares_head, names_outputs_by_default, set_labels, set_problem_type
 from lad_dist.models.hf_config import architecture_config, load_hf_config
 from lad_dist.utils import progress
 from lad_dist.utils.text import megabytes, one_line
@@ -89,8 +89,11 @@ def load_model(
     where the folder cannot be read, holds other weights than its config says, or lacks a head that is required.
     """
     config = load_hf_config(path)
+    is_unnamed = bool(labels) and not require_head and names_outputs_by_default(config, head, labels)
+    # Encoders without a head have such names too.
     keep_head = require_head or head in ("none", "mlm") or declares_head(config, head, labels)
-    if not keep_head:
+    keep_head = keep_head and (not is_unnamed or holds_head(path, config, head, labels))
+    if not keep_head or is_unnamed:
         set_labels(config, head, labels)
     elif head == "multilabel":
         set_problem_type(config, head)  # so that who loads an export applies a sigmoid

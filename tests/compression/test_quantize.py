@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lad_dist.compression import compact, compressed_module
+from lad_dist.compression.footprint import INT8
 from lad_dist.compression.quantize import Grid, QuantizedEmbedding, QuantizedLinear
 from lad_dist.config.errors import UserError
 from lad_dist.core.outputs import OutputSpec
@@ -341,8 +342,8 @@ def assert_codes_of_the_file(model: nn.Module, file: Path) -> None:
 def test_the_int8_file_scores_what_training_says(world: World, tmp_path: Path) -> None:
     changes = {"objective": {"name": "supervised"}, "teacher": None, "run.steps": 12, "optim.lr": 3e-3}
     result = run(world, tmp_path, [QUANTIZE], **changes)
-    table = latency.measure(latency.LatencyRequest(result.folder, int8=True, rounds=1))
-    quality = table["quality"]["onnx int8"]["metrics"]
+    table = latency.measure(latency.LatencyRequest(result.folder, [INT8], [1], [9], rounds=1))
+    quality = table["quality"]["student"][INT8]["metrics"]
     assert quality["accuracy"] == result.results["metrics"]["accuracy"]
 
 

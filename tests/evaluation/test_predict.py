@@ -248,7 +248,7 @@ def test_numbers_of_a_regression(world: World, tmp_path: Path) -> None:
     assert [float(row["score"]) for row in read(tmp_path / "out.csv")] == pytest.approx(numbers, abs=1e-4)
     assert score.metrics == {"mean_squared_error": pytest.approx(0.25, abs=1e-3)}
     places = {"model": str(model), "file": str(file), "out": str(tmp_path / "warm.csv"), "text": "utterance"}
-    with pytest.raises(UserError, match=r"^temperature: calibrates the probabilities of labels; .* predicts none$"):
+    with pytest.raises(UserError, match=r"^temperature: calibrates the probabilities of labels; .* is for regression$"):
         predict_file.predict_file(PredictConfig.model_validate({**places, "temperature": 2.0}))
     assert not (tmp_path / "warm.csv").exists()
 
