@@ -136,8 +136,13 @@ def _promised(latency: Numbers) -> list[str]:
         if (timing["model"], timing["form"], timing["device"]) == (STUDENT, TORCH, device)
     ]
     low, high = min(ratios), max(ratios)
-    text = f"It has 1/{promised:.2f} of the teacher's FLOPs per token and runs {low:.2f} to {high:.2f} times as fast"
+    text = f"It has 1/{promised:.2f} of the teacher's FLOPs per token and runs {_range(low, high)} times as fast"
     return [text + ("; not all that is saved on paper is saved in time." if low < SHORT * promised else ".")]
+
+
+def _range(low: float, high: float) -> str:
+    texts = dict.fromkeys(f"{ratio:.2f}" for ratio in (low, high))
+    return " to ".join(texts)
 
 
 def _quantize_first(latency: Numbers) -> list[str]:
@@ -182,4 +187,4 @@ def _fp16(latency: Numbers) -> list[str]:
     ratios = sorted(_ratios(latency, ONNX, FP16).values())
     if not ratios:
         return []
-    return [f"fp16 is a form for GPUs: on this CPU it runs {ratios[0]:.2f} to {ratios[-1]:.2f} times as fast as fp32."]
+    return [f"fp16 is a form for GPUs: on this CPU it runs {_range(ratios[0], ratios[-1])} times as fast as fp32."]

@@ -133,7 +133,7 @@ def estimate_run(config: TrainConfig, world_size: int) -> tuple[run_spec.RunSpec
         return spec, estimate(spec, world_size)
     except Unavailable:
         data = config.data
-        if not isinstance(data, TaskDataConfig) or data.task is None:
+        if not isinstance(data, TaskDataConfig) or data.task is None or data.unlabelled is not None:
             raise
         count = SAMPLE_MICRO_BATCHES * data.micro_batch_size
         spec = run_spec.resolve_run(config, world_size, partial(longest_examples, count=count))

@@ -68,7 +68,8 @@ class Resumption:
             SaveFailed: It cannot be saved.
         """
         trainer = self.trainer
-        if not trainer.engine.module.is_final(StepState(step - 1, trainer.steps, trainer.config.run.seed)):
+        state = StepState(step - 1, trainer.steps, trainer.config.run.seed)
+        if step < trainer.steps and not trainer.engine.module.is_final(state):
             return None
         if self.best.update(step, scores) and step < trainer.steps:
             self.checkpointer.save_and_wait(step)

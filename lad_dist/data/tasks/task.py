@@ -89,18 +89,22 @@ def load_task(data: TaskDataConfig) -> Task:
     Raise UserError, with file and line, for a mistake in one.
     """
     task = _read_task(data)
-    if data.class_weights is not None and not task.label_names:
-        raise UserError(f"data.class_weights: the labels of {task.name} are numbers")
-    if isinstance(data.class_weights, list) and len(data.class_weights) != len(task.label_names):
-        names = textwrap.shorten(", ".join(task.label_names), MAX_LISTED, placeholder=" …")
-        count = len(data.class_weights)
-        raise UserError(f"data.class_weights: {count} weights for the {len(task.label_names)} labels {names}")
+    _check_class_weights(data, task)
     if data.unlabelled is None:
         return task
     assert isinstance(task.train, Texts)
     unlabelled = load_unlabelled(data, task.train)
     warn_of_held_out_texts(data.unlabelled, unlabelled, [*task.dev.values(), *([task.test] if task.test else [])])
     return task._replace(unlabelled=unlabelled)
+
+
+def _check_class_weights(data: TaskDataConfig, task: Task) -> None:
+    if data.class_weights is not None and not task.label_names:
+        raise UserError(f"data.class_weights: the labels of {task.name} are numbers")
+    if isinstance(data.class_weights, list) and len(data.class_weights) != len(task.label_names):
+        names = textwrap.shorten(", ".join(task.label_names), MAX_LISTED, placeholder=" …")
+        count = len(data.class_weights)
+        raise UserError(f"data.class_weights: {count} weights for the {len(task.label_names)} labels {names}")
 
 
 def longest_examples(data: TaskDataConfig, count: int) -> Task:
@@ -110,15 +114,18 @@ def longest_examples(data: TaskDataConfig, count: int) -> Task:
     texts = [" ".join([SAMPLE_WORD] * data.max_length)] * count
     labels = np.arange(count) % 2
     examples = Texts(texts, None, labels if task.label_names else labels.astype(np.float32))
-    return Task(
+    longest = Task(
         name=data.task,
         kind="classification" if task.label_names else "regression",
         label_names=tuple(data.labels or task.label_names),
-        metrics=task.metrics[:1],
+        metrics=task.metrics,
         train=examples,
         dev={"dev": examples},
+        positive=task.label_names[1] if "f1" in task.metrics else None,
         fixed_order=data.labels is not None,
     )
+    _check_class_weights(data, longest)
+    return longest
 
 
 def _read_task(data: TaskDataConfig) -> Task:
@@ -230,7 +237,7 @@ def _own_multilabel(data: TaskDataConfig) -> Task:
         examples.append(texts_of_rows(with_lists, columns, to_labels, np.float32))
         if not examples[-1].labels.any():
             raise UserError(f"{each.file}: no example has a label")
-    if not np.ptp(examples[0].labels, axis=0).any():
+    if data.train is not None and not np.ptp(examples[0].labels, axis=0).any():
         raise UserError(f"{rows[0].file}: all examples have the same labels")
     return Task(
         name=Path(data.hub).name if data.hub else rows[0].file.stem,

@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lad_dist.config.errors import UserError
+from lad_dist.config.evaluation_schema import EvaluateDataConfig
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.data.tasks import multilabel
 from lad_dist.data.tasks.metrics import best_output_order
@@ -240,3 +241,11 @@ def test_another_order_of_outputs_is_seen() -> None:
     assert best_output_order(right[:, order], gold).tolist() == order.tolist()
     assert best_output_order(right, gold).tolist() == [0, 1, 2, 3]
     assert best_output_order(np.full_like(gold, -1), gold).tolist() == [0, 1, 2, 3]
+
+
+def test_an_evaluation_may_have_the_same_labels_in_all_rows(tmp_path: Path) -> None:
+    file = tmp_path / "dev.jsonl"
+    file.write_text('{"text": "a", "label": ["spam"]}\n')
+    data = {"dev": str(file), "kind": "multilabel", "labels": COLUMNS}
+    task = load_task(EvaluateDataConfig.model_validate(data))
+    assert task.dev["dev"].labels.tolist() == [[0, 0, 1]]  # type: ignore[union-attr]

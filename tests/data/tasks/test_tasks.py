@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from lad_dist.config.errors import UserError
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.data.tasks.files import Texts
+from lad_dist.data.tasks.glue import GLUE
 from lad_dist.data.tasks.label_names import sorted_names
-from lad_dist.data.tasks.task import Task, check_task, load_task
+from lad_dist.data.tasks.task import Task, check_task, load_task, longest_examples
 
 pytest_plugins = ["data_fixtures"]
 
@@ -295,3 +296,15 @@ def test_checking_imports_nothing_slow() -> None:
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize("task", ["mrpc", "stsb"])
+def test_examples_in_place_of_a_task_have_the_metrics_and_checks_of_the_task(task: str) -> None:
+    data = TaskDataConfig(task=task)
+    longest = longest_examples(data, 4)
+    assert (longest.metrics, len(longest.train.texts)) == (GLUE[task].metrics, 4)  # type: ignore[union-attr]
+    weighted = data.model_copy(update={"class_weights": [1.0, 2.0, 3.0]})
+    with pytest.raises(
+        UserError, match=r"^data\.class_weights: (3 weights for the 2 labels|the labels of stsb are num)"
+    ):
+        longest_examples(weighted, 4)
