@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from lad_dist.config.schema import ConfigTable, LabelName, PositiveFloat, PositiveInt, TaskDataConfig
 
+# Keys of a training's [data] that an evaluation does not have.
+OF_TRAININGS = {"test", "class_weights", "unlabelled", "unlabelled_weight"}
+
 
 class ModelPathConfig(ConfigTable):
     """A model to evaluate."""
@@ -69,7 +72,8 @@ class PredictConfig(ConfigTable):
     )
     batch_size: PositiveInt = Field(64, description="sequences of one forward")
     temperature: PositiveFloat = Field(
-        1.0, description="divisor of a classification's logits; evaluate with fit_temperature = true fits it"
+        1.0,
+        description="divisor of the logits of a classification or of tagging; evaluate fits it with fit_temperature",
     )
     max_answer_length: PositiveInt = Field(30, description="tokens of the longest answer to a question")
     null_score_diff_threshold: float | None = Field(

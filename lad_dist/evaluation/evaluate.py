@@ -220,7 +220,10 @@ def _with_labels_of_model(data: EvaluateDataConfig, location: ModelLocation) -> 
     knows_labels = data.task is not None or data.train is not None or data.labels is not None
     if knows_labels or data.kind not in ("classification", "multilabel", "tagging"):
         return data
-    return data.model_copy(update={"labels": list(label_names(load_hf_config(location.folder)))})
+    names = list(label_names(load_hf_config(location.folder)))
+    if isinstance(data.label, list) and len(data.label) == len(names):
+        return data  # the columns are the labels, which are compared with the model's
+    return data.model_copy(update={"labels": names})
 
 
 def _checked_tokenizers(

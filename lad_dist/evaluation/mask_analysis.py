@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from lad_dist.compression import compact
 from lad_dist.config.errors import UserError
-from lad_dist.config.evaluation_schema import EvaluateConfig, EvaluateDataConfig
+from lad_dist.config.evaluation_schema import OF_TRAININGS, EvaluateConfig, EvaluateDataConfig
 from lad_dist.config.load import parse_config
 from lad_dist.config.load import read_toml as read_tables
 from lad_dist.config.schema import TaskConfig, train_schema
@@ -225,8 +225,7 @@ def _scores(masks: RunMasks, keep_masks: KeepMasks, config: TaskConfig, base: st
         tensors = {name: torch.from_numpy(mask) for name, mask in keep_masks.items()}
         compact.replace_masks(masks.file, tensors, folder)
         save_model(compact.load_masked(folder, base), folder)
-        of_trainings = dict.fromkeys(("test", "class_weights", "unlabelled"))
-        data = EvaluateDataConfig.model_construct(**(config.data.model_dump() | of_trainings))
+        data = EvaluateDataConfig.model_construct(**config.data.model_dump(exclude=OF_TRAININGS))
         scores = evaluate(EvaluateConfig.model_validate({"model": {"path": str(folder)}, "data": data}))["model"]
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 

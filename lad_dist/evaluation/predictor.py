@@ -1,4 +1,4 @@
-"""A model in one of the forms that ship, ready to predict: folder, compact form, ONNX file in fp32 or int8.
+"""A model in one of the forms that ship, ready to predict: folder, compact form, ONNX file in fp32, fp16 or int8.
 
 B sequences, S tokens of the longest, R rows that the head reads, V outputs.
 """
@@ -184,7 +184,7 @@ def _onnx_logits(path: str, session: Session, padding: int, batch: Batch) -> Ten
     try:
         return padded_logits(session, padding, batch.to("cpu"))
     except KeyError as error:
-        raise UserError(f"{path}: has an input {error}, which is unknown; export it with lad-dist latency") from None
+        raise UserError(f"{path}: has an input {error}, which is unknown; export it with lad-dist export") from None
 
 
 def padded_logits(forward: Callable[[Mapping[str, Any]], Sequence[Any]], padding: int, batch: Batch) -> Tensor:

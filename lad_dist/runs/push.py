@@ -19,13 +19,19 @@ def push_export(folder: Path, name: str, *, private: bool) -> str:
     Raises:
         UserError: The folder holds no complete run, or the hub cannot be reached or refuses the upload.
     """
-    read_results(folder)
+    before = read_results(folder).get("export", {}).get("hub_name")
     hub = HfApi()
     try:
         url = hub.create_repo(name, private=private, exist_ok=True)
-        add_to_results(folder, {"export": {"hub_name": name}})
-        with progress.waiting(f"uploading {folder / 'export'}"):
-            hub.upload_folder(repo_id=name, folder_path=folder / "export", commit_message="Upload by lad_dist")
+        add_to_results(folder, {"export": {"hub_name": url.repo_id}})  # the card that is uploaded says the name
+        try:
+            with progress.waiting(f"uploading {folder / 'export'}"):
+                hub.upload_folder(
+                    repo_id=url.repo_id, folder_path=folder / "export", commit_message="Upload by lad_dist"
+                )
+        except BaseException:
+            add_to_results(folder, {"export": {"hub_name": before}})
+            raise
     except HFValidationError:
         raise UserError(f"{name}: no name of a repository on the hub; name it USER/MODEL") from None
     except Exception as error:  # of the network, HF_HUB_OFFLINE, a missing token, a repository of others

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import World
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, RepoUrl
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from launching import run_command
 from toy_runs import lad
@@ -242,9 +242,9 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def create_repo(self, name: str, **options: Any) -> str:
+    def create_repo(self, name: str, **options: Any) -> RepoUrl:
         self.calls.append(("create", name, options))
-        return f"https://huggingface.co/{name}"
+        return RepoUrl(f"https://huggingface.co/{name}")
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
         self.calls.append(("upload", repo_id, sorted(file.name for file in folder_path.iterdir())))

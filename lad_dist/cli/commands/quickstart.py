@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lad_dist.cli.console import Console, loading_libraries, print_table, say
 from lad_dist.config.corpus_schema import PrepareConfig
 from lad_dist.config.errors import EXIT_DONE, EXIT_RUN_AGAIN
-from lad_dist.config.evaluation_schema import EvaluateConfig
+from lad_dist.config.evaluation_schema import OF_TRAININGS, EvaluateConfig
 from lad_dist.config.load import (
     Schema,
     apply_overrides,
@@ -160,7 +160,7 @@ def compare(folder: Path, changes: Changes, examples: int) -> Results:
     """
     from lad_dist.evaluation.evaluate import evaluate
 
-    data = stage_config(TaskConfig, "lad", folder, changes).data.model_dump()
+    data = stage_config(TaskConfig, "lad", folder, changes).data.model_dump(exclude=OF_TRAININGS)
     results: Results = {}
     for name in ("lad", "alone"):
         paths = {
