@@ -6,7 +6,7 @@ import ot
 import pytest
 import torch
 import toy
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from naive_twins import LENGTHS, NARROW, STUDENT, TEACHER, random_outputs
 
@@ -112,6 +112,9 @@ def test_emd_equals_the_equations(batch: Batch, seed: int, dims: ModelDims) -> N
     objective.on_step_start(StepState(1, 2, seed=0))
     second = objective(*later, batch)
     then = naive_costs(objective, *later, batch)
+    # Masses are in inverse ratio to costs, and the cost of attention is ‖A‖² - 2 ⟨A, B⟩ + ‖B‖² in fp32: of equal ones
+    # there is nothing but rounding.
+    assume(min(costs.min(), then.min()) > 1e-2)
     masses = np.full(2, 1 / 2), np.full(4, 1 / 4)
     for kind, weight, old, new in zip(("hidden", "attention"), (2, 3), costs, then, strict=True):
         assert second[kind].item() == pytest.approx(weight * (ot.emd(*masses, old) * new).sum(), rel=1e-4)
