@@ -7,6 +7,5 @@ UNLABELLED = -100  # class id of such a row, which PyTorch's losses leave out; l
 
 def is_unlabelled(labels: np.ndarray) -> np.ndarray:
     """Return whether each row of labels [R, ...] is missing, bool [R]."""
-    if labels.dtype.kind == "f":
-        return np.isnan(labels.sum(axis=tuple(range(1, labels.ndim))))
-    return labels == UNLABELLED
+    missing: np.ndarray = np.isnan(labels) if labels.dtype.kind == "f" else labels == UNLABELLED
+    return np.asarray(missing.any(axis=tuple(range(1, labels.ndim))))

@@ -21,7 +21,7 @@ from lad_dist.core.collate import pack
 from lad_dist.data.mlm import Vocabulary, mask_windows
 from lad_dist.data.sampling import CorpusOrder, MixedTaskOrder, TaskOrder, WindowRead, num_windows, window_span
 from lad_dist.data.shards.reader import Shards
-from lad_dist.data.tasks.examples import Batches, tokenize
+from lad_dist.data.tasks.examples import Batches, tokenize, tokenize_dev
 from lad_dist.data.tasks.task import Task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, fingerprint
 from lad_dist.data.tokenization.special_tokens import ordinary_ids, special_token_frame, vocabulary_size, word_starts
@@ -199,9 +199,7 @@ class TaskDataset:
         self.micro_batches_per_step, self.steps_per_epoch = data.micro_batches_per_step, self._order.steps_per_epoch
         # Of as many examples as `train` has: fewer than an epoch where that reads some more than once.
         self.steps_per_pass = self.train.count / (data.micro_batch_size * data.micro_batches_per_step)
-        self.dev = {
-            name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()
-        }
+        self.dev = tokenize_dev(task, tokenizer, data)
         self.test = {}  # in the place of a dev set, and empty where there is none
         if task.test is not None:
             self.test["dev"] = tokenize(task, task.test, tokenizer, data, f"{task.name}'s test data")

@@ -22,7 +22,7 @@ from lad_dist.config.load import check_writable
 from lad_dist.config.schema import TaskDataConfig
 from lad_dist.core.batch import TEXT_HEADS, Batch
 from lad_dist.data.step_counts import mean_counts
-from lad_dist.data.tasks.examples import TaskExamples, Thresholds, tokenize
+from lad_dist.data.tasks.examples import TaskExamples, Thresholds, tokenize_dev
 from lad_dist.data.tasks.task import Task, check_task, load_task
 from lad_dist.data.tokenization.loading import PreTrainedTokenizerFast, load_tokenizer, tokenizer_of_teacher
 from lad_dist.data.tokenization.special_tokens import vocabulary_size
@@ -186,8 +186,8 @@ def evaluate(config: EvaluateConfig, *, speedup: bool = True) -> dict[str, Any]:
         raise UserError(f"fit_temperature: calibrates the probabilities of a classification; {task.name} is {kind}")
     tokenizers = _checked_tokenizers(locations, task, data)
     processes.start()
-    dev = _tokenized(task, data, tokenizers[0])
-    teacher_dev = dev if tokenizers[-1] is tokenizers[0] else _tokenized(task, data, tokenizers[-1])
+    dev = tokenize_dev(task, tokenizers[0], data)
+    teacher_dev = dev if tokenizers[-1] is tokenizers[0] else tokenize_dev(task, tokenizers[-1], data)
     models = [Predictor(location, task.kind, task.outputs, fixed_order=task.fixed_order) for location in locations]
     predictions: list[DevPredictions] = []
     for model, model_dev in zip(models, (dev, teacher_dev), strict=False):
@@ -245,10 +245,6 @@ def _checked_tokenizers(
         check_vocabulary(hf_config, location.path, vocabulary_size(tokenizer))
         check_padding(hf_config, location.path, tokenizer.pad_token_id)
     return tokenizers
-
-
-def _tokenized(task: Task, data: TaskDataConfig, tokenizer: PreTrainedTokenizerFast) -> Dev:
-    return {name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()}
 
 
 def _save(out: Path, result: Mapping[str, Mapping[str, Any]]) -> None:

@@ -99,7 +99,6 @@ def export_forms(model: InferenceModel, path: str, folder: Path, forms: Collecti
                 distances[files[form]] = distance(model, Session(draft))
                 _check_range(files[form], distances[files[form]], form)
     config = model.model.config
-    config.save_pretrained(folder)
     config.to_json_file(folder / "config.json", use_diff=False)  # with id2label, also where the names are the default
     save_beside_model(load_tokenizer(path), folder, uses_segments(config), max_positions(config))
     return distances

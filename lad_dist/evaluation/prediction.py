@@ -10,7 +10,7 @@ from lad_dist.config.errors import UserError
 from lad_dist.config.evaluation_schema import EvaluateDataConfig
 from lad_dist.core.batch import TEXT_HEADS
 from lad_dist.data.tasks import multilabel
-from lad_dist.data.tasks.examples import Logits, TaskExamples, encode
+from lad_dist.data.tasks.examples import Logits, TaskExamples, tokenize
 from lad_dist.data.tasks.files import Texts
 from lad_dist.data.tasks.task import RawExamples, Task
 from lad_dist.evaluation.predictor import Predictor, open_predictor
@@ -96,7 +96,7 @@ def encode_chunk(
     """Return examples in the model's tokens."""
     names = () if predictor.kind in FIXED_OUTPUTS else tuple(labels)
     task = Task(str(data.dev), predictor.kind, names, (), raw, {})  # type: ignore[arg-type]
-    return encode(task, raw, predictor.tokenizer, data, str(data.dev))
+    return tokenize(task, raw, predictor.tokenizer, data, str(data.dev), check_text=False)
 
 
 def chunk_logits(predictor: Predictor, examples: TaskExamples[Any], batch_size: int) -> Logits:

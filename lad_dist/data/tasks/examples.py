@@ -174,25 +174,13 @@ def tokenize(
     data: TaskDataConfig,
     description: str,
     pad_to: int | None = None,
-) -> TaskExamples:
+    *,
+    check_text: bool = True,
+) -> TaskExamples[Any]:
     """Return the tokenized examples; `description` names them in messages.
 
-    Raise UserError when the tokenizer does not know the text.
+    With `check_text`, raise UserError when the tokenizer does not know the text.
     """
-    examples = encode(task, raw, tokenizer, data, description, pad_to)
-    examples.refuse_unknown(tokenizer)
-    return examples
-
-
-def encode(
-    task: Task,
-    raw: RawExamples,
-    tokenizer: PreTrainedTokenizerFast,
-    data: TaskDataConfig,
-    description: str,
-    pad_to: int | None = None,
-) -> TaskExamples[Any]:
-    """Return the tokenized examples, of whatever text."""
     kinds: dict[Kind, Any] = {
         "classification": TextExamples,
         "multilabel": MultilabelExamples,
@@ -201,7 +189,14 @@ def encode(
         "question_answering": QuestionExamples,
     }
     examples: TaskExamples[Any] = kinds[task.kind](task, raw, tokenizer, data, description, pad_to)
+    if check_text:
+        examples.refuse_unknown(tokenizer)
     return examples
+
+
+def tokenize_dev(task: Task, tokenizer: PreTrainedTokenizerFast, data: TaskDataConfig) -> dict[str, TaskExamples[Any]]:
+    """Return the tokenized dev sets of a task by name. Raise UserError when the tokenizer does not know the text."""
+    return {name: tokenize(task, raw, tokenizer, data, f"{task.name}'s {name} data") for name, raw in task.dev.items()}
 
 
 class TextExamples(TaskExamples[Texts]):
